@@ -1,0 +1,1 @@
+"""RunConfig: composing, checking and deriving what crosses components."""

@@ -1,0 +1,1 @@
+"""Errors, configuration types, devices, ranks and files: what every floor may use."""

@@ -1,0 +1,70 @@
+"""What the data floor hands to the model floor: the one shape both know.
+
+Shapes: B rows of T positions (packed: B = 1 and T = the sum of the documents' lengths), N supervised targets.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class _Movable:
+    """Gives a dataclass of tensors the `to` and `pin_memory` that Lightning and the DataLoader look for."""
+
+    def _map(self, convert: Any) -> Self:
+        moved = {f.name: convert(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **moved)  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        return self._map(lambda value: _convert(value, "to", device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self._map(lambda value: _convert(value, "pin_memory"))
+
+
+def _convert(value: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(value, Tensor | _Movable):
+        return getattr(value, method)(*args, **kwargs)
+    if isinstance(value, tuple):
+        return tuple(_convert(item, method, *args, **kwargs) for item in value)
+    return value
+
+
+@dataclass(frozen=True)
+class MicroBatch(_Movable):
+    """One forward and backward: packed documents (B = 1, with `cu_seqlens`) or right-padded rows (`cu_seqlens` None)."""
+
+    input_ids: Tensor
+    """(B, T) int64."""
+    position_ids: Tensor
+    """(B, T) int64, counted from 0 within each document."""
+    rows: Tensor
+    """(N,) int64: positions in the flattened B * T whose next token is supervised."""
+    targets: Tensor
+    """(N,) int64: that next token."""
+    cu_seqlens: Tensor | None
+    """(documents + 1,) int32 cumulative document lengths when packed; None when padded."""
+    document_lengths: tuple[int, ...] | None
+    """The packed documents' lengths as Python numbers, so that nothing syncs to find out; None when padded."""
+    sample_ids: tuple[int, ...]
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest document (packed) or of the padded row."""
+        return max(self.document_lengths) if self.document_lengths else int(self.input_ids.shape[1])
+
+
+@dataclass(frozen=True)
+class StepBatch(_Movable):
+    """One optimizer step's work for one rank, with the counts that hold for the step on all ranks together."""
+
+    step: int
+    """The step these samples belong to, counted from 0."""
+    micro_batches: tuple[MicroBatch, ...]
+    num_supervised_tokens: int
+    num_tokens: int
+    """Non-padding tokens, all ranks."""
+    sample_ids: tuple[int, ...]
+    """The step's samples on all ranks, in the plan's order."""

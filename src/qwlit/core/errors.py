@@ -1,0 +1,46 @@
+"""Errors that end a run in one clear line, each with the exit code that scripts rely on."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class QwlitError(Exception):
+    """Root of qwlit's errors. `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+class ConfigError(QwlitError, ValueError):
+    """A setting is wrong or cannot be met here. Names the field, the rule and the remedy."""
+
+    exit_code = 2
+
+
+class DataError(QwlitError, ValueError):
+    """The user's data is wrong. Names the file and line, the rule and the remedy."""
+
+    exit_code = 2
+
+
+class GuardStop(QwlitError, RuntimeError):
+    """The guard ended the run: going on would have spoiled the model."""
+
+    exit_code = 3
+
+
+class Preempted(QwlitError):
+    """The machine was asked for back; all is saved and the run goes on when requeued."""
+
+    exit_code = 75
+
+
+class Interrupted(QwlitError):
+    """The user pressed Ctrl-C; all is saved."""
+
+    exit_code = 130
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the valid name closest to `name`, or an empty string."""
+    matches = get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

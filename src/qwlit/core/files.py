@@ -1,0 +1,74 @@
+"""Files that are either whole or not there, and paths to what the package carries."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, TextIO
+
+PACKAGED = "qwlit:"
+
+
+def resolve_path(path: str) -> Path:
+    """Turn a setting into a path: `qwlit:demo/train.jsonl` is a file of the package, `~` the home folder."""
+    if path.startswith(PACKAGED):
+        return Path(str(resources.files("qwlit") / "resources" / path.removeprefix(PACKAGED)))
+    return Path(path).expanduser()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write beside `path` and rename, so that a reader or a kill -9 never meets half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a .jsonl file of ours; a last line cut off by a kill -9 is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+@contextmanager
+def locked(path: Path, *, blocking: bool = True) -> Iterator[TextIO]:
+    """Hold an exclusive lock on `path` (made if need be) while the block runs.
+
+    Raises:
+        BlockingIOError: with `blocking=False`, when another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX if blocking else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle

@@ -1,0 +1,24 @@
+"""The kind of dataclass that every component's configuration is: frozen, typed, checked, documented field by field."""
+
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+T = TypeVar("T")
+
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Ratio = Annotated[float, Field(ge=0, le=1, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config_dataclass(cls: type[T]) -> type[T]:
+    """Make `cls` a configuration: unknown keys and wrong types are errors, attribute docstrings become field help."""
+    config = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+    decorated: Any = pydantic.dataclasses.dataclass(config=config, frozen=True, kw_only=True)(cls)
+    return decorated  # type: ignore[no-any-return]

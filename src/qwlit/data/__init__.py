@@ -1,0 +1,1 @@
+"""From files to optimizer steps: sources, templates, store, step plan, batches."""
