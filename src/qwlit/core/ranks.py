@@ -1,17 +1,14 @@
-"""Which process this is, known from the environment before any process group exists.
-
-torchrun and Lightning's own launcher set RANK/LOCAL_RANK, Slurm's srun sets SLURM_PROCID.
-"""
+"""Which process this is, known from the environment before any process group exists."""
 
 import os
 
-
-def global_rank() -> int:
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
+# torchrun sets RANK, srun SLURM_PROCID; Lightning's own launcher sets LOCAL_RANK, and NODE_RANK on several machines.
+# Under srun a LOCAL_RANK can only come from a launcher below it, so it is asked before SLURM_PROCID.
 
 
 def is_rank_zero() -> bool:
-    return global_rank() == 0
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    if "LOCAL_RANK" in os.environ:
+        return os.environ["LOCAL_RANK"] == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    return os.environ.get("SLURM_PROCID", "0") == "0"

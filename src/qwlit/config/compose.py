@@ -1,0 +1,258 @@
+"""From command-line overrides to a checked RunConfig. Whatever is wrong is said in one line.
+
+Hydra composes groups and files; every value override is forced in (`++`), so that a wrong name is not Hydra's to
+report but falls to the one check of the whole tree against the dataclasses, which knows the nearest valid name.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from qwlit.config.run import RunConfig
+from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.files import resolve_path
+
+MAIN = "train"
+
+
+def conf_dir() -> Path:
+    """Return the folder of YAML files: `qwlit/conf` in a wheel, `conf/` at the top of a checkout."""
+    package = Path(__file__).parents[1]
+    for candidate in (package / "conf", package.parents[1] / "conf"):
+        if (candidate / f"{MAIN}.yaml").is_file():
+            return candidate
+    raise FileNotFoundError(f"qwlit's conf folder is neither in {package} nor beside it")
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A checked configuration and where it came from."""
+
+    config: RunConfig
+    choices: dict[str, str]
+    """Group → chosen file, e.g. recipe → full_sft; empty when an earlier run's config.yaml was given."""
+
+
+def group_options() -> dict[str, list[str]]:
+    """Return every group with its choices, as the packaged folder has them."""
+    groups = sorted(p for p in conf_dir().iterdir() if p.is_dir())
+    return {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in groups}
+
+
+def compose(overrides: list[str]) -> Composed:
+    """Compose and check a run's configuration.
+
+    Raises:
+        ConfigError: naming the field, the rule and the nearest valid name.
+    """
+    parsed = _parse(overrides)
+    typed = {o.key_or_group: o for o in parsed}
+    base = typed.pop("config", None)
+    tree, choices = _from_run(base.value(), typed) if base else _from_groups(typed)
+    _settle_pairs(tree, typed)
+    config = check(tree)
+    _check_relations(config)
+    return Composed(config=_with_default_name(config, choices), choices=choices)
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    """Parse overrides; one key may be typed once, and nothing may be a sweep."""
+    parsed = []
+    for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            raise ConfigError(f"'{text}': overrides have the form key=value, e.g. optim.lr=1e-5")
+        override = _read(text)
+        if override.is_sweep_override():
+            raise ConfigError(f"'{text}' names several values; train takes one, a list is written [a,b]")
+        if override.is_delete():
+            raise ConfigError(f"'{text}': settings cannot be deleted; set the value you want")
+        if any(override.key_or_group == earlier.key_or_group for earlier in parsed):
+            raise ConfigError(f"{override.key_or_group} is set twice; give it one value")
+        parsed.append(override)
+    return parsed
+
+
+def _read(text: str) -> Override:
+    """Read one override; a value that Hydra's grammar has no letters for (data.path=数据.jsonl) is text."""
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_override(text)
+    except HydraException:
+        key, _, value = text.partition("=")
+        quoted = value.replace("'", "\\'")
+    try:
+        return parser.parse_override(f"{key}='{quoted}'")
+    except HydraException:
+        raise ConfigError(f"'{text}' cannot be read as key=value") from None
+
+
+def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Compose group files and values by Hydra."""
+    if "data.path" in typed and "data" not in typed:
+        # One's own data also replaces the demo's validation set and its exact-match check.
+        typed = {"data": _parse(["data=files"])[0], **typed}
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
+            words = [_as_hydra(o, user_files="hydra.searchpath" in typed) for o in typed.values()]
+            composed = hydra_compose(MAIN, words, return_hydra_config=True)
+            choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
+            tree: Any = OmegaConf.to_container(
+                OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]), resolve=True
+            )
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from None
+    return tree, choices
+
+
+def _as_hydra(override: Override, *, user_files: bool) -> str:
+    """Return the override as Hydra should see it: group choices checked, values forced in."""
+    key, line = override.key_or_group, str(override.input_line).lstrip("+")
+    if key.startswith("hydra."):
+        return line
+    options = group_options().get(key)
+    if options is None:
+        return f"++{line}"
+    choice = override.value()
+    # With files of the user's own, only Hydra knows all choices.
+    if choice is not None and choice not in options and not user_files:
+        hint = nearest(str(choice), options) or f" Choose one of {', '.join(options)}."
+        raise ConfigError(f"{key}={choice}: no such {key}.{hint}")
+    return line
+
+
+def _from_run(path: Any, typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Take an earlier run's resolved config.yaml, with single values changed."""
+    file = resolve_path(str(path))
+    if not file.is_file():
+        raise ConfigError(f"config={path}: no such file; give a run's config.yaml")
+    try:
+        tree = OmegaConf.load(file)
+        for key, override in typed.items():
+            if key in group_options() and "." not in key:
+                raise ConfigError(f"{key}={override.value()}: config={path} has made every choice; set single values")
+            OmegaConf.update(tree, key, override.value(), force_add=True)
+        container: Any = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
+    if not isinstance(container, dict):
+        raise ConfigError(f"config={path} is not a run's config.yaml")
+    return container, {}
+
+
+PAIRS = (("scheduler.warmup_steps", "scheduler.warmup_ratio"), ("train.max_steps", "train.max_epochs"))
+
+
+def _settle_pairs(tree: dict[str, Any], typed: dict[str, Override]) -> None:
+    """Let a typed value clear the recipe's value for the same thing."""
+    if all(key in typed and typed[key].value() is not None for key in PAIRS[0]):
+        raise ConfigError("scheduler.warmup_steps and scheduler.warmup_ratio are both set; give one of them")
+    for pair in PAIRS:
+        for key, other in (pair, pair[::-1]):
+            if key in typed and typed[key].value() is not None and other not in typed:
+                section, name = other.split(".")
+                tree[section][name] = None
+    if "scheduler.warmup_steps" in typed and "scheduler.max_warmup_ratio" not in typed:
+        tree["scheduler"]["max_warmup_ratio"] = 1.0
+
+
+def check(tree: dict[str, Any]) -> RunConfig:
+    """Check a whole tree against the dataclasses.
+
+    Raises:
+        ConfigError: for the first thing that is wrong.
+    """
+    try:
+        return TypeAdapter(RunConfig).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """Return the configuration as YAML that `config=` reads back to the same."""
+    tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn pydantic's first finding into one line: field, rule, nearest name."""
+    finding = error.errors()[0]
+    owner, names = _trace([str(part) for part in finding["loc"]])
+    field = ".".join(names)
+    if finding["type"] == "unexpected_keyword_argument":
+        known = [f.name for f in dataclasses.fields(owner)] + (list(group_options()) if owner is RunConfig else [])
+        hint = nearest(names[-1], known) or f" Known here: {', '.join(sorted(set(known)))}."
+        return f"{field}: no such setting.{hint}"
+    if finding["type"] in ("missing", "missing_argument"):
+        return f"{field} is not set"
+    rule = finding["msg"][0].lower() + finding["msg"][1:]
+    value = finding["input"]
+    hint = nearest(str(value), re.findall(r"'([^']+)'", rule)) if finding["type"] == "literal_error" else ""
+    return f"{field}={value}: {rule}.{hint}"
+
+
+def _trace(location: list[str]) -> tuple[Any, list[str]]:
+    """Follow pydantic's location through the dataclasses, leaving out the names it gives to members of a union.
+
+    Returns:
+        The innermost dataclass on the way, and the setting's dotted name in parts.
+    """
+    owner: Any = RunConfig
+    names: list[str] = []
+    for name in location:
+        names.append(name)
+        field = next((f for f in dataclasses.fields(owner) if f.name == name), None)
+        inner = [t for t in (field.type, *getattr(field.type, "__args__", ())) if dataclasses.is_dataclass(t)] if field else []
+        if not inner:
+            break
+        owner = inner[0]
+    return owner, names
+
+
+def _check_relations(config: RunConfig) -> None:
+    """Check what no single field can know."""
+    if config.train.max_steps is None and config.train.max_epochs is None:
+        raise ConfigError("train.max_steps and train.max_epochs are both null; set one, or the run has no end")
+    if config.scheduler.warmup_steps is not None and config.scheduler.warmup_ratio is not None:
+        raise ConfigError("scheduler.warmup_steps and scheduler.warmup_ratio are both set; give one of them")
+    if config.scheduler.name == "exponential" and config.scheduler.min_lr_ratio == 0:
+        raise ConfigError("scheduler.min_lr_ratio=0: exponential decay never reaches 0; set e.g. 0.01")
+    if config.data.path is None:
+        raise ConfigError("data.path is not set; give a .jsonl or .json file, or data=demo")
+    if config.data.val_path is not None and config.data.val_fraction > 0:
+        raise ConfigError("data.val_path and data.val_fraction are both set; give one of them")
+    if config.profile.steps is not None and not 0 < config.profile.steps[0] <= config.profile.steps[1]:
+        raise ConfigError(f"profile.steps={list(config.profile.steps)}: give [first,last] with 1 <= first <= last")
+
+
+def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:
+    """Name the run after its experiment, or model-recipe-data; the same command then finds the same run."""
+    if config.run.name is not None:
+        return config
+    name = choices.get("experiment") or None
+    if name is None:
+        data = choices.get("data", "data")
+        if data == "files" and config.data.path is not None:
+            data = resolve_path(config.data.path).stem
+        model = choices.get("model", "model")
+        if config.model.path is not None:
+            model = resolve_path(config.model.path).name
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{model}-{choices.get('recipe', 'recipe')}-{data}").lstrip("._-")
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,0 +1,91 @@
+"""What follows from the settings once data and machine are known: steps, warm-up, accumulation, milestones."""
+
+from dataclasses import dataclass
+
+from qwlit.config.run import RunConfig
+from qwlit.data.step_plan import Limits, StepPlan
+from qwlit.optim.schedules import Schedule, build_schedule
+from qwlit.training.milestones import Milestones
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Numbers nobody sets."""
+
+    total_steps: int
+    schedule: Schedule
+    accumulate_grad_batches: int | None
+    """Micro-batches per rank and step when only rows are limited; None when nothing limits or tokens do."""
+    milestones: Milestones
+    findings: list[str]
+
+
+def limits(config: RunConfig) -> Limits:
+    return Limits(rows=config.hardware.micro_batch_size, tokens=config.hardware.micro_batch_tokens)
+
+
+def accumulation(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int | None:
+    """Return ceil(G / (micro_batch_size * world_size)), the micro-batches each rank runs a step."""
+    return None if micro_batch_size is None else -(-global_batch_size // (micro_batch_size * world_size))
+
+
+def derive(config: RunConfig, plan: StepPlan, *, has_validation: bool) -> Derived:
+    total_steps = _total_steps(config, plan)
+    schedule = build_schedule(config.scheduler, total_steps)
+    hardware = config.hardware
+    return Derived(
+        total_steps=total_steps,
+        schedule=schedule,
+        accumulate_grad_batches=None
+        if hardware.micro_batch_tokens
+        else accumulation(plan.global_batch_size, hardware.micro_batch_size, plan.world_size),
+        milestones=_milestones(config, plan, total_steps, has_validation=has_validation),
+        findings=_findings(config, schedule),
+    )
+
+
+def _total_steps(config: RunConfig, plan: StepPlan) -> int:
+    """Whichever of max_steps and max_epochs comes first."""
+    train = config.train
+    asked = [train.max_steps] if train.max_steps else []
+    if train.max_epochs:
+        asked.append(plan.steps_of_epochs(train.max_epochs))
+    return min(asked)
+
+
+def _milestones(config: RunConfig, plan: StepPlan, total_steps: int, *, has_validation: bool) -> Milestones:
+    epoch_ends = frozenset(plan.epoch_ends(total_steps))
+
+    def due(step: int, every_steps: int | None, each_epoch: bool) -> bool:
+        by_rhythm = every_steps is not None and step % every_steps == 0
+        return by_rhythm or (each_epoch and step in epoch_ends) or step == total_steps
+
+    validation, checkpoint, every = config.validation, config.checkpoint, config.logging.every_steps
+    validates = has_validation and (validation.each_epoch or validation.every_steps is not None)
+    return Milestones(
+        total_steps=total_steps,
+        validate=lambda step: validates and due(step, validation.every_steps, validation.each_epoch),
+        save=lambda step: due(step, checkpoint.every_steps, checkpoint.each_epoch),
+        log=lambda step: step == 1 or step % every == 0 or step == total_steps,
+    )
+
+
+def _findings(config: RunConfig, schedule: Schedule) -> list[str]:
+    """What a careful reader of the settings would remark on."""
+    findings = []
+    asked = config.scheduler.warmup_steps
+    if asked is not None and schedule.warmup_steps < asked:
+        findings.append(
+            f"scheduler.warmup_steps={asked} is more than {config.scheduler.max_warmup_ratio:.0%} of the run's"
+            f" {schedule.total_steps} steps; warming up for {schedule.warmup_steps}."
+            " Type scheduler.warmup_steps or scheduler.warmup_ratio to choose yourself"
+        )
+    elif schedule.warmup_steps >= schedule.total_steps:
+        findings.append(
+            f"warm-up takes all {schedule.total_steps} steps: the learning rate only rises; lower scheduler.warmup_steps"
+        )
+    if config.train.global_batch_size < 16:
+        findings.append(
+            f"train.global_batch_size={config.train.global_batch_size}: fewer than 16 samples make noisy steps"
+        )
+    return findings

@@ -1,0 +1,26 @@
+"""What accelerators this machine has."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Devices:
+    """CUDA devices seen here; `name` is the first one's."""
+
+    num_cuda: int
+    name: str
+    has_bf16: bool
+
+
+def detect_devices() -> Devices:
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        return Devices(num_cuda=0, name="CPU", has_bf16=False)
+    # Ampere (compute capability 8) is the first with native bf16: NVIDIA A100 data sheet, 2020.
+    return Devices(
+        num_cuda=count,
+        name=torch.cuda.get_device_name(0),
+        has_bf16=torch.cuda.get_device_capability(0)[0] >= 8,
+    )

@@ -1,0 +1,142 @@
+"""From planned samples to tensors: collation, and the loaders that the trainer iterates.
+
+Shapes: B rows of T positions (packed: B = 1), N supervised targets.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.data.step_plan import Limits, MicroLayout, StepPlan, lay_out
+
+
+class Samples(Protocol):
+    """Tokenized samples as the store gives them."""
+
+    @property
+    def lengths(self) -> NDArray[np.int32]: ...
+
+    @property
+    def num_supervised(self) -> NDArray[np.int32]: ...
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]: ...
+
+    def origin(self, index: int) -> str: ...
+
+
+def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: int, filler: bool) -> MicroBatch:
+    """Lay samples end to end (packing) or into right-padded rows.
+
+    A filler's targets are dropped: it costs a small forward pass and adds exactly nothing.
+    """
+    ids, masks = zip(*(samples.sample(i) for i in sample_ids), strict=True)
+    lengths = [len(row) for row in ids]
+    width = sum(lengths) if packing else max(lengths)
+    starts = np.cumsum([0, *lengths[:-1]]) if packing else np.arange(len(ids)) * width
+    flat_ids = np.full(width if packing else width * len(ids), pad_id, dtype=np.int64)
+    positions = np.zeros_like(flat_ids)
+    rows, targets = [], []
+    for start, row, mask in zip(starts, ids, masks, strict=True):
+        flat_ids[start : start + len(row)] = row
+        positions[start : start + len(row)] = np.arange(len(row))
+        # Position p predicts token p + 1; the first token of a sample is nobody's target (mask[0] is always 0).
+        supervised = np.flatnonzero(mask[1:])
+        rows.append(start + supervised)
+        targets.append(row[1:][supervised])
+    none = np.zeros(0, dtype=np.int64)
+    shape = (1, width) if packing else (len(ids), width)
+    return MicroBatch(
+        input_ids=torch.from_numpy(flat_ids).view(shape),
+        position_ids=torch.from_numpy(positions).view(shape),
+        rows=torch.from_numpy(none if filler else np.concatenate(rows)),
+        targets=torch.from_numpy(none if filler else np.concatenate(targets).astype(np.int64)),
+        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packing else None,
+        document_lengths=tuple(lengths) if packing else None,
+        sample_ids=tuple(sample_ids),
+    )
+
+
+@dataclass
+class StepDataset(Dataset[StepBatch]):
+    """Indexed by step: one item is one rank's share of one optimizer step."""
+
+    samples: Samples
+    plan: StepPlan
+    rank: int
+    pad_id: int
+
+    def __getitem__(self, step: int) -> StepBatch:
+        ids = self.plan.samples(step)
+        return StepBatch(
+            step=step,
+            micro_batches=tuple(self._collate(ids, micro) for micro in self.plan.layout(ids)[self.rank]),
+            num_supervised_tokens=int(self.plan.num_supervised[ids].sum()),
+            num_tokens=int(self.plan.lengths[ids].sum()),
+            sample_ids=tuple(ids.tolist()),
+        )
+
+    def _collate(self, ids: NDArray[np.int64], micro: MicroLayout) -> MicroBatch:
+        members = ids[list(micro.members)].tolist()
+        return collate(self.samples, members, packing=self.plan.packing, pad_id=self.pad_id, filler=micro.filler)
+
+
+@dataclass
+class _StepsFrom(Sampler[int]):
+    """Steps `start` to `total`. Its length is the whole run's, because Lightning counts from step 0 after a resume."""
+
+    start: int
+    total: int
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.total))
+
+    def __len__(self) -> int:
+        return self.total
+
+
+def train_loader(
+    dataset: StepDataset, *, start_step: int, total_steps: int, num_workers: int, pin_memory: bool
+) -> DataLoader[StepBatch]:
+    """One item a step, from `start_step` to the run's end; `batch_size=None` because a step is already a batch."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=_StepsFrom(start_step, total_steps),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )
+
+
+@dataclass
+class ValidationDataset(Dataset[MicroBatch]):
+    """One rank's share of the whole validation set: each sample on exactly one rank, the same number of items on each."""
+
+    samples: Samples
+    layout: list[MicroLayout]
+    packing: bool
+    pad_id: int
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        micro = self.layout[index]
+        return collate(self.samples, list(micro.members), packing=self.packing, pad_id=self.pad_id, filler=micro.filler)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+def validation_loader(
+    samples: Samples, *, rank: int, world_size: int, limits: Limits, packing: bool, pad_id: int
+) -> DataLoader[MicroBatch]:
+    # Without a row limit the whole set would be one micro-batch; 64 rows keep a laptop busy and fit it.
+    limits = Limits(rows=limits.rows or 64, tokens=limits.tokens)
+    layout = lay_out(samples.lengths.tolist(), world_size, limits, packing=packing)[rank]
+    return DataLoader(ValidationDataset(samples, layout, packing, pad_id), batch_size=None, shuffle=False)

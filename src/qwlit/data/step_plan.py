@@ -1,0 +1,169 @@
+"""Which samples each optimizer step trains on, and how they are laid into micro-batches: pure functions, no state.
+
+Step t trains on the samples `permutations[t * G : (t + 1) * G]`, where `permutations` is one seeded shuffle of the data
+set per epoch, laid end to end, and G is `global_batch_size`. Every rank computes the whole layout from the stored
+lengths alone, so nothing is communicated, and resuming needs nothing but the step number.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwlit.core.errors import ConfigError
+
+Indices = NDArray[np.int64]
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, num_samples: int) -> Indices:
+    """Return epoch `epoch`'s order, (num_samples,) int64. Philox is keyed, so epochs need no predecessor.
+
+    Two are kept because a step may straddle two epochs.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
+    return generator.permutation(num_samples)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one rank can hold in one forward pass."""
+
+    rows: int | None = None
+    """`micro_batch_size`: samples."""
+    tokens: int | None = None
+    """`micro_batch_tokens`: tokens, padding included where there is any."""
+
+    def check(self, lengths: NDArray[np.int32]) -> None:
+        """Raise ConfigError when a sample does not fit `tokens` even alone."""
+        longest = int(lengths.max())
+        if self.tokens is not None and longest > self.tokens:
+            raise ConfigError(
+                f"hardware.micro_batch_tokens={self.tokens}: the longest sample has {longest} tokens;"
+                f" raise it to {longest}, or lower data.max_seq_len"
+            )
+
+
+@dataclass
+class _Bin:
+    """A micro-batch being filled."""
+
+    members: list[int] = field(default_factory=list)
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class MicroLayout:
+    """One micro-batch: positions in the step's list of samples; a filler only keeps the ranks in step."""
+
+    members: tuple[int, ...]
+    filler: bool = False
+
+
+def lay_out(lengths: Sequence[int], world_size: int, limits: Limits, *, packing: bool) -> list[list[MicroLayout]]:
+    """Lay samples into micro-batches, the same number for every rank.
+
+    Args:
+        lengths: tokens of each of the step's samples.
+
+    Returns:
+        For each rank its micro-batches. A rank short of samples gets a filler: the shortest sample with zero loss.
+    """
+    fill = _fill_packed if packing else _fill_padded
+    bins = fill(lengths, world_size, limits)
+    shortest = min(range(len(lengths)), key=lambda i: (lengths[i], i))
+    layouts = [MicroLayout(tuple(sorted(b.members))) for b in bins]
+    layouts += [MicroLayout((shortest,), filler=True)] * (-len(layouts) % world_size)
+    return [layouts[rank::world_size] for rank in range(world_size)]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
+    """Longest sample first, each into the emptiest micro-batch with room: balanced, and close to the fewest possible."""
+    rounds = 1
+    if limits.rows is not None:
+        rounds = max(rounds, -(-len(lengths) // (limits.rows * world_size)))
+    if limits.tokens is not None:
+        rounds = max(rounds, -(-sum(lengths) // (limits.tokens * world_size)))
+    while (bins := _try_packed(lengths, rounds * world_size, limits)) is None:
+        rounds += 1
+    # Heaviest first, so that dealing them out round-robin gives ranks like loads and fillers stand last.
+    return sorted((b for b in bins if b.members), key=lambda b: (-b.tokens, b.members[0]))
+
+
+def _try_packed(lengths: Sequence[int], num_bins: int, limits: Limits) -> list[_Bin] | None:
+    bins = [_Bin() for _ in range(num_bins)]
+    by_load = [(0, number) for number in range(num_bins)]
+    for index in _longest_first(lengths):
+        load, number = heapq.heappop(by_load)
+        if limits.tokens is not None and load + lengths[index] > limits.tokens:
+            return None
+        chosen = bins[number]
+        chosen.members.append(index)
+        chosen.tokens += lengths[index]
+        if limits.rows is None or len(chosen.members) < limits.rows:
+            heapq.heappush(by_load, (chosen.tokens, number))
+    return bins
+
+
+def _fill_padded(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
+    """Neighbours in length share a micro-batch, so that little is padded."""
+    order = _longest_first(lengths)
+    rows = min(limits.rows or len(order), -(-len(order) // world_size))
+    bins: list[_Bin] = []
+    for index in order:
+        # Longest first: a micro-batch is as wide as its first member.
+        width = lengths[bins[-1].members[0]] if bins else 0
+        full = not bins or len(bins[-1].members) >= rows
+        if full or (limits.tokens is not None and width * (len(bins[-1].members) + 1) > limits.tokens):
+            bins.append(_Bin())
+        bins[-1].members.append(index)
+    return bins
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The run's steps over one data set."""
+
+    lengths: NDArray[np.int32]
+    """(N,) tokens of each sample."""
+    num_supervised: NDArray[np.int32]
+    """(N,) supervised tokens of each sample."""
+    seed: int
+    global_batch_size: int
+    world_size: int
+    limits: Limits
+    packing: bool
+
+    def samples(self, step: int) -> Indices:
+        """Return step `step`'s sample ids, (G,), in the plan's order."""
+        num_samples = len(self.lengths)
+        first = step * self.global_batch_size
+        positions = np.arange(first, first + self.global_batch_size)
+        epochs, within = np.divmod(positions, num_samples)
+        return np.concatenate(
+            [permutation(self.seed, int(e), num_samples)[within[epochs == e]] for e in np.unique(epochs)]
+        )
+
+    def layout(self, samples: Indices) -> list[list[MicroLayout]]:
+        """Return every rank's micro-batches for these samples."""
+        return lay_out(self.lengths[samples].tolist(), self.world_size, self.limits, packing=self.packing)
+
+    def steps_of_epochs(self, epochs: int) -> int:
+        """Return the step at which `epochs` epochs have been seen: ceil(epochs * N / G)."""
+        return -(-epochs * len(self.lengths) // self.global_batch_size)
+
+    def epoch_ends(self, total_steps: int) -> list[int]:
+        """Return the steps, within the run, at which an epoch ends."""
+        ends = []
+        epoch = 1
+        while (end := self.steps_of_epochs(epoch)) <= total_steps:
+            ends.append(end)
+            epoch += 1
+        return sorted(set(ends))

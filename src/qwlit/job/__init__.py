@@ -1,0 +1,1 @@
+"""One training, from checked settings to its summary: assemble, begin, fit, finish."""

@@ -1,0 +1,104 @@
+"""Claiming the run folder and writing down what is about to run."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+
+from qwlit.config.compose import dump
+from qwlit.config.run import MATHEMATICS
+from qwlit.core.console import console
+from qwlit.core.errors import GuardStop, Interrupted, Preempted
+from qwlit.core.ranks import is_rank_zero
+from qwlit.job.assemble import Job
+from qwlit.model.loss_model import LossModel
+from qwlit.training.continuing import Start, claim, newest, refuse_other_data, refuse_other_mathematics
+from qwlit.training.manifest import build_manifest
+from qwlit.training.run_folder import FINISHED, RunFolder
+
+
+def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
+    """Make the run folder ready and record config, manifest and quarantine; other ranks only look where to start.
+
+    Raises:
+        ConfigError: an unfinished run of this name began with other mathematics or other data.
+    """
+    if not is_rank_zero():
+        return Start(newest(folder))
+    config = job.config
+    settings = dump(config)
+    if config.resume == "auto" and not config.run.overwrite and folder.config_file.exists():
+        earlier = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))
+        refuse_other_mathematics(earlier, yaml.safe_load(settings), MATHEMATICS)
+        refuse_other_data(folder, job.data.fingerprint)
+    start = claim(folder, resume=config.resume, overwrite=config.run.overwrite)
+    folder.cut_back(start.step)
+    manifest = build_manifest(job.machine, **_facts(job, loss_model))
+    folder.write_text("config.yaml", settings)
+    folder.write_json("manifest.json", manifest)
+    folder.write_rows("quarantine.jsonl", job.data.quarantine)
+    folder.write_summary(status="running", resumed_from=start.step if start.checkpoint else None, rows=job.data.totals)
+    _introduce(job, manifest["parameters"], folder, start)
+    return start
+
+
+def _facts(job: Job, loss_model: LossModel) -> dict[str, Any]:
+    parameters = list(loss_model.parameters())
+    return {
+        "choices": job.choices,
+        "seed": job.config.seed,
+        "determinism": job.config.determinism,
+        "attention": job.attention,
+        "template": job.encoder.template if job.encoder else None,
+        "tokenizer": job.encoder.fingerprint if job.encoder else None,
+        "data": job.data.fingerprint,
+        "parameters": {
+            "total": sum(p.numel() for p in parameters),
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+    }
+
+
+def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: Start) -> None:
+    """Say in a few lines what runs, on what, and where."""
+    config, derived, machine = job.config, job.derived, job.machine
+    accumulation = f", accumulation {derived.accumulate_grad_batches}" if derived.accumulate_grad_batches else ""
+    lines = [
+        f"[bold]{folder.path}[/]: {derived.total_steps} steps of {config.train.global_batch_size} samples",
+        f"  model     {parameters['total']:,} parameters, {parameters['trainable']:,} trained",
+        f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention {job.attention}"
+        + accumulation,
+        f"  data      {job.data.describe()}",
+        f"  schedule  {config.scheduler.name}, peak lr {config.optim.lr:g}"
+        f" after {derived.schedule.warmup_steps} steps of warm-up",
+    ]
+    if start.set_aside:
+        lines.append(f"  kept      the unfinished run of this name is now {start.set_aside}")
+    if start.checkpoint:
+        lines.append(f"  resuming  from step {start.step}")
+        folder.append_event(start.step, "resumed")
+    for finding in derived.findings:
+        lines.append(f"  [yellow]note[/]      {finding}")
+        folder.append_event(start.step, "finding", message=finding)
+    console().print("\n".join(lines))
+
+
+ENDS = {Interrupted: "interrupted", Preempted: "preempted", GuardStop: "stopped"}
+
+
+@contextmanager
+def recorded(folder: RunFolder) -> Iterator[None]:
+    """Write into summary.json how the training ended, whatever the end."""
+    began = time.perf_counter()
+    earlier = folder.read_summary().get("wall_seconds") or 0.0
+    status = "failed"
+    try:
+        yield
+        status = FINISHED
+    except BaseException as error:
+        status = ENDS.get(type(error), "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    finally:
+        folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

@@ -1,0 +1,102 @@
+"""After the last step: answers to validation prompts by the best weights, the summary, and where everything lies."""
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from qwlit.core.console import console
+from qwlit.inference.generate import Answered, answer_greedily, questions
+from qwlit.job.assemble import Job
+from qwlit.model.loss_model import LossModel
+from qwlit.training.checkpoint import pointed, read_weights, step_of
+from qwlit.training.loop import Loop
+from qwlit.training.run_folder import RunFolder
+from qwlit.training.telemetry import peak_memory_gib
+
+PLACES = {
+    "checkpoints/best": "the weights with the lowest val/loss, with the optimizer's state",
+    "checkpoints/last": "the newest ones",
+    "samples.jsonl": "prompts, answers and what was expected",
+    "metrics.jsonl": "loss, learning rate, gradient norm, tokens per second, by step",
+    "events.jsonl": "checkpoints, skipped steps, notes",
+    "summary.json": "the figures above",
+    "manifest.json": "versions, device, seed, fingerprints",
+    "config.yaml": "the settings; train config=FILE run.name=… runs them again",
+}
+
+
+def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> None:
+    telemetry = loop.telemetry
+    numbers: dict[str, Any] = {
+        "steps": loop.trainer.global_step,
+        "train_loss_first": telemetry.first_loss,
+        "train_loss_last": telemetry.last_loss,
+        "val_loss_best": telemetry.best_val_loss,
+        "tokens_per_second": telemetry.tokens_per_second,
+        "peak_memory_gib": peak_memory_gib(loop.trainer.strategy.root_device),
+        "skipped_steps": loop.guard.skipped_steps,
+        "rollbacks": 0,
+    }
+    folder.write_summary(**numbers)
+    answers: list[Answered] = []
+    if job.config.data.exact_match and job.data.validation is not None:
+        _take_best_weights(loss_model, folder, loop.trainer.global_step)
+        answers = _answer(job, loss_model, folder)
+        numbers["exact_match"] = sum(a.exact for a in answers) / len(answers)
+        folder.write_summary(exact_match=numbers["exact_match"])
+    _show(job, numbers, answers, folder)
+
+
+def _take_best_weights(loss_model: LossModel, folder: RunFolder, last_step: int) -> None:
+    best = pointed(folder, "best")
+    if best is not None and step_of(best) != last_step:
+        loss_model.causal_lm.load_state_dict(read_weights(best), strict=False)
+
+
+def _answer(job: Job, loss_model: LossModel, folder: RunFolder) -> list[Answered]:
+    """Answer the first validation prompts; every answer goes to samples.jsonl, in the validation set's order."""
+    assert job.data.validation is not None
+    assert job.encoder is not None and job.tokenizer is not None
+    asked = questions(job.data.validation, job.config.data.exact_match)
+    with console().status(f"answering {len(asked)} unseen prompts"):
+        answers = list(
+            answer_greedily(loss_model.causal_lm, asked, end_of_turn_id=job.encoder.end_of_turn_id, pad_id=job.pad_id)
+        )
+    answers.sort(key=lambda a: a.question.sample)
+    folder.write_rows("samples.jsonl", [_record(job, answer) for answer in answers])
+    return answers
+
+
+def _record(job: Job, answer: Answered) -> dict[str, Any]:
+    decode = job.tokenizer.decode  # type: ignore[union-attr]
+    return {
+        "prompt": decode(answer.question.prompt),
+        "answer": decode(answer.tokens),
+        "expected": decode(answer.question.answer),
+        "exact": answer.exact,
+    }
+
+
+def _is_chinese(text: str) -> bool:
+    return any("\u4e00" <= character <= "\u9fff" for character in text)
+
+
+def _show(job: Job, numbers: dict[str, Any], answers: list[Answered], folder: RunFolder) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in numbers.items():
+        if value is not None:
+            table.add_row(name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    screen = console()
+    screen.print("\n[bold]done[/]")
+    screen.print(table)
+    records = [_record(job, a) for a in answers]
+    for language, wanted in (("English", False), ("Chinese", True)):
+        example = next((r for r in records if _is_chinese(r["expected"]) is wanted), None)
+        if example:
+            screen.print(f"\n[bold]a sample in {language}[/]")
+            screen.print(Text.assemble(example["prompt"], (example["answer"], "green")))
+    screen.print(f"\n[bold]where everything lies[/]  {folder.path}")
+    for name, what in PLACES.items():
+        if (folder.path / name).exists():
+            screen.print(f"  {name:<18} {what}")

@@ -1,0 +1,51 @@
+"""Putting module, loop and loaders together, and training."""
+
+from qwlit.data.batches import StepDataset, train_loader, validation_loader
+from qwlit.job.assemble import Job
+from qwlit.model.loss_model import LossModel
+from qwlit.training.continuing import Start
+from qwlit.training.loop import Loop, build_loop
+from qwlit.training.module import CausalLMModule
+from qwlit.training.run_folder import RunFolder
+
+
+def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loop:
+    """Train from `start` to the end; return the loop with what its callbacks saw."""
+    config, derived = job.config, job.derived
+    module = CausalLMModule(
+        loss_model,
+        optim=config.optim,
+        schedule=derived.schedule,
+        max_grad_norm=config.train.max_grad_norm,
+        seed=config.seed,
+    )
+    loop = build_loop(
+        job.machine,
+        derived.milestones,
+        folder,
+        job.data.train,
+        guard=config.guard,
+        validation=config.validation,
+        checkpoint=config.checkpoint,
+        profile=config.profile,
+    )
+    rank = loop.trainer.global_rank
+    steps = train_loader(
+        StepDataset(job.data.train, job.plan, rank, job.pad_id),
+        start_step=start.step,
+        total_steps=derived.total_steps,
+        num_workers=config.hardware.num_workers,
+        pin_memory=config.hardware.pin_memory,
+    )
+    validation = None
+    if job.data.validation is not None and derived.milestones.next_validation(0) is not None:
+        validation = validation_loader(
+            job.data.validation,
+            rank=rank,
+            world_size=job.machine.world_size,
+            limits=job.plan.limits,
+            packing=job.plan.packing,
+            pad_id=job.pad_id,
+        )
+    loop.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
+    return loop

@@ -1,0 +1,78 @@
+"""Fetching a model's files from the Hugging Face hub, or saying in one line why not."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+from qwlit.core.errors import ConfigError
+
+CONFIG_FILES = ["config.json"]
+TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+PROBE_SECONDS = 6.0
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Tell owner/name from a path."""
+    return HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+
+
+def fetch(hub_id: str, patterns: list[str]) -> Path:
+    """Return a local folder with the repository's files of these patterns, from the cache where they are there.
+
+    One quick question to the hub first: an offline download waits for the time-outs of every file and address.
+
+    Raises:
+        ConfigError: the hub is not reachable and the cache has no copy, or the repository cannot be had.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        _within(PROBE_SECONDS, lambda: HfApi().model_info(hub_id, timeout=PROBE_SECONDS))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except GatedRepoError:
+        raise ConfigError(f"{hub_id} needs its licence accepted on the hub, and a token (hf auth login)") from None
+    except RepositoryNotFoundError:
+        raise ConfigError(f"{hub_id} is neither a folder here nor on the hub, or private (hf auth login)") from None
+    except HfHubHTTPError as error:
+        reason = f"the hub answered: {str(error).splitlines()[0]}"
+    except Exception as error:  # whatever HTTP library the hub client uses has its own family of errors
+        reason = f"the hub cannot be reached: {(str(error) or type(error).__name__).splitlines()[0]}"
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise ConfigError(
+            f"{hub_id} could not be fetched ({reason}); "
+            "set model.path=FOLDER to a local copy, model.init=random with model.tokenizer=FOLDER, or experiment=demo"
+        ) from None
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> None:
+    """Run `call`, whose own time-out holds for each address it tries, and let it take `seconds` at most.
+
+    Raises:
+        TimeoutError: it took longer; or whatever `call` raises.
+    """
+    outcome: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            call()
+            outcome.put(None)
+        except Exception as error:
+            outcome.put(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        error = outcome.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error

@@ -1,0 +1,189 @@
+"""From a ModelConfig to a tokenizer and a causal LM, from a local folder, the hub or random init.
+
+Weights come from safetensors only and are streamed tensor by tensor into a model built without memory, so that there
+is never a second copy, and every missing, unexpected or damaged tensor has a name.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import resolve_path
+from qwlit.model import hub
+from qwlit.model.attention import register_attention
+from qwlit.model.config import Architecture, ModelConfig
+from qwlit.model.folder import check_tokenizer_files, first_few, read_model_config, read_tensors, weight_files
+from qwlit.model.presets import from_hf_config, meta_causal_lm, model_classes, to_hf_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
+    """Load `model.tokenizer`, or the model's own.
+
+    Raises:
+        ConfigError: none is named, its files are missing or damaged, or the hub cannot give them.
+    """
+    folder, field = _tokenizer_folder(config)
+    check_tokenizer_files(folder, field)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{field}={folder}: the tokenizer cannot be read ({reason}); copy it again") from None
+
+
+def _tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
+    """Return where the tokenizer lies and the setting that says so."""
+    if config.tokenizer:
+        folder = resolve_path(config.tokenizer)
+        if not folder.is_dir() and hub.looks_like_hub_id(config.tokenizer):
+            folder = hub.fetch(config.tokenizer, hub.TOKENIZER_FILES)
+        return folder, "model.tokenizer"
+    own = _folder(config, hub.TOKENIZER_FILES)
+    if own is None:
+        raise ConfigError("model.tokenizer is not set, and there is no model.path or model.hub_id to take it from")
+    return own, "model.path" if config.path else "model.hub_id"
+
+
+def read_architecture(config: ModelConfig) -> Architecture:
+    """Return the shape of the model to train, without its weights.
+
+    Raises:
+        ConfigError: it is not known, or not one that qwlit trains.
+    """
+    return from_hf_config(_hf_config(config))
+
+
+def vocabulary_size(config: ModelConfig) -> int:
+    """Return the number of rows of the embedding."""
+    return int(_hf_config(config).vocab_size)
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Refuse a tokenizer with more tokens than the embedding has rows.
+
+    Raises:
+        ConfigError: an id of the tokenizer would have no embedding.
+    """
+    rows = vocabulary_size(config)
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows; "
+            "set model.tokenizer to the model's own, or with model.init=random raise model.architecture.vocab_size"
+        )
+
+
+def load_causal_lm(config: ModelConfig, *, seed: int, train_all: bool, frozen_dtype: torch.dtype) -> "PreTrainedModel":
+    """Load or make the model, on the CPU, in training mode, with qwlit's attention and without a cache.
+
+    Args:
+        seed: of random weights; the caller's generator is left alone.
+        train_all: True: all weights float32, whatever the file has. False: frozen, in `frozen_dtype`.
+
+    Raises:
+        ConfigError: whatever is wrong with the folder, its weights, or the way to the hub.
+    """
+    dtype = torch.float32 if train_all else frozen_dtype
+    if config.init == "random":
+        model = _random(_hf_config(config), seed, dtype)
+    else:
+        folder = _folder(config, hub.MODEL_FILES)
+        if folder is None:
+            raise ConfigError("model.init=pretrained needs model.path or model.hub_id; or set model.init=random")
+        model = _pretrained(folder, dtype)
+    return model.requires_grad_(train_all)
+
+
+def _folder(config: ModelConfig, patterns: list[str]) -> Path | None:
+    if config.path:
+        return resolve_path(config.path)
+    return hub.fetch(config.hub_id, patterns) if config.hub_id else None
+
+
+def _hf_config(config: ModelConfig) -> "PretrainedConfig":
+    """Take the path's config.json, else the preset's architecture, else the hub's config.json."""
+    if config.architecture and not config.path:
+        return to_hf_config(config.architecture)
+    folder = _folder(config, hub.CONFIG_FILES)
+    if folder is None:
+        raise ConfigError("no model is named: set model.path, model.hub_id or model.architecture")
+    return _read_hf_config(folder)
+
+
+def _read_hf_config(folder: Path) -> "PretrainedConfig":
+    values = read_model_config(folder)
+    config_class, _ = model_classes(values["model_type"])
+    try:
+        return config_class.from_dict(values)
+    except Exception as error:  # the hub client's own validation errors
+        raise ConfigError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
+
+
+def _for_training(hf_config: "PretrainedConfig") -> "PretrainedConfig":
+    hf_config.use_cache = False
+    hf_config._attn_implementation = register_attention()
+    return hf_config
+
+
+def _random(hf_config: "PretrainedConfig", seed: int, dtype: torch.dtype) -> "PreTrainedModel":
+    _, model_class = model_classes(hf_config.model_type)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(_for_training(hf_config))
+    for parameter in model.parameters():  # not model.to: the rotary buffers must stay float32
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _pretrained(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    hf_config = _for_training(_read_hf_config(folder))
+    model: Any = meta_causal_lm(hf_config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.load_state_dict(_read_weights(folder, shapes, hf_config, dtype), strict=False, assign=True)
+    model.tie_weights()
+    # Buffers are in no file, and on the meta device they have no values.
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _read_weights(
+    folder: Path, shapes: dict[str, torch.Size], hf_config: "PretrainedConfig", dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Read every tensor of the model in `dtype`, checked for its name, shape and finiteness."""
+    weights: dict[str, Tensor] = {}
+    unexpected, mismatched = [], []
+    for name, tensor in read_tensors(weight_files(folder)):
+        if name not in shapes:
+            unexpected.append(name)
+        elif tensor.shape != shapes[name]:
+            mismatched.append(f"{name} {list(tensor.shape)} instead of {list(shapes[name])}")
+        else:
+            weights[name] = tensor.to(dtype, copy=True)
+            # The sum shows any inf or NaN, in one pass without a mask; it could also overflow, hence the second look.
+            if not weights[name].sum(dtype=torch.float32).isfinite() and not weights[name].isfinite().all():
+                raise ConfigError(f"{folder}: {name} holds inf or NaN; the checkpoint is spoiled, take another one")
+    missing = [name for name in shapes if name not in weights and not (name == HEAD and hf_config.tie_word_embeddings)]
+    missing = [name for name in missing if not any(entry.startswith(f"{name} ") for entry in mismatched)]
+    findings = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    said = [f"{what}: {first_few(names)}" for what, names in findings.items() if names]
+    if said:
+        raise ConfigError(f"{folder}: config.json and weights disagree. Tensors {'; '.join(said)}")
+    head = weights.pop(HEAD, None) if hf_config.tie_word_embeddings else None
+    if head is not None and not torch.equal(head, weights[EMBEDDING]):
+        raise ConfigError(
+            f"{folder / 'config.json'}: tie_word_embeddings=true, but the weights have a head of their own; set it false"
+        )
+    return weights

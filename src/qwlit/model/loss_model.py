@@ -1,0 +1,89 @@
+"""Backbone, head and loss as one module: the root that DDP or FSDP2 wraps.
+
+Shapes: B micro-batch rows, T positions, N supervised rows, D hidden.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qwlit.core.batch import MicroBatch
+from qwlit.model.adapters import apply_adapter
+from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, ModelConfig
+from qwlit.model.dropout import apply_dropout
+from qwlit.model.head import linear_cross_entropy
+from qwlit.model.load import load_causal_lm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LossOutput(NamedTuple):
+    """Sums over a micro-batch's supervised tokens, on its device."""
+
+    loss_sum: Tensor
+    """float32 scalar, nats."""
+    num_correct: Tensor
+    """int64 scalar: targets that were the likeliest token; counted in eval mode only, 0 in training."""
+
+
+class LossModel(nn.Module):
+    """A causal LM that takes a micro-batch and gives its summed loss.
+
+    Nothing but its `forward` may touch the weights of backbone or head: under FSDP2 they are only whole in there.
+    """
+
+    def __init__(self, causal_lm: "PreTrainedModel", attention: AttentionKernel) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.attention = attention
+
+    def forward(self, micro: MicroBatch) -> LossOutput:
+        """Compute the loss of the supervised rows. Never waits for the device."""
+        kernel = self._kernel(micro)
+        hidden = self.causal_lm.model(
+            input_ids=micro.input_ids,
+            position_ids=micro.position_ids,
+            use_cache=False,
+            attention_kernel=kernel,
+            cu_seqlens=micro.cu_seqlens,
+            max_seqlen=micro.max_seqlen,
+            # A tuple of numbers is another graph for each packing when compiled, and varlen does not read it.
+            document_lengths=None if kernel == "varlen" else micro.document_lengths,
+        ).last_hidden_state  # (B, T, D)
+        supervised = hidden.flatten(0, 1).index_select(0, micro.rows)  # (N, D)
+        weight = self.causal_lm.lm_head.weight
+        return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
+
+    def _kernel(self, micro: MicroBatch) -> AttentionKernel:
+        """Fall back to sdpa, which computes the same, where varlen cannot: off CUDA and with dropout."""
+        drops = self.training and self.causal_lm.model.layers[0].self_attn.attention_dropout > 0
+        if self.attention == "varlen" and (drops or not micro.input_ids.is_cuda):
+            return "sdpa"
+        return self.attention
+
+
+def build_loss_model(
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    dropout: DropoutConfig,
+    *,
+    seed: int,
+    attention: AttentionKernel,
+    frozen_dtype: torch.dtype,
+) -> LossModel:
+    """Load or make the weights and put adapter and dropout in place; in training mode, on the CPU.
+
+    Args:
+        seed: of random weights and of adapters.
+        attention: the resolved kernel (`model.attention` may say auto).
+        frozen_dtype: of weights that are not trained, when there is an adapter.
+
+    Raises:
+        ConfigError: see `load_causal_lm` and `apply_adapter`.
+    """
+    causal_lm = load_causal_lm(model, seed=seed, train_all=adapter.kind == "none", frozen_dtype=frozen_dtype)
+    apply_adapter(causal_lm, adapter, dropout=dropout.lora, seed=seed)
+    apply_dropout(causal_lm, dropout)
+    return LossModel(causal_lm, attention).train()

@@ -1,0 +1,86 @@
+"""From an Architecture to transformers' configuration and back, and its number of parameters."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwlit.core.errors import ConfigError
+from qwlit.model.config import Architecture
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def model_classes(model_type: str) -> tuple[Any, Any]:
+    """Return transformers' (configuration class, causal LM class) of a family."""
+    import transformers
+
+    family = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
+    return getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM")
+
+
+def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
+    """Turn an Architecture into transformers' Qwen2Config or Qwen3Config.
+
+    Raises:
+        ConfigError: if the heads do not divide evenly or the head width is odd (rotary embeddings turn pairs).
+    """
+    queries, keys = architecture.num_attention_heads, architecture.num_key_value_heads
+    if queries % keys:
+        raise ConfigError(f"model.architecture.num_key_value_heads={keys} must divide num_attention_heads={queries}.")
+    if architecture.head_dim is None and architecture.hidden_size % queries:
+        raise ConfigError(
+            f"model.architecture.hidden_size={architecture.hidden_size} is no multiple of "
+            f"num_attention_heads={queries}; set model.architecture.head_dim."
+        )
+    head_dim = architecture.head_dim or architecture.hidden_size // queries
+    if head_dim % 2:
+        raise ConfigError(f"model.architecture.head_dim={head_dim} must be even: rotary embeddings turn pairs.")
+    config_class, _ = model_classes(architecture.model_type)
+    return config_class(
+        vocab_size=architecture.vocab_size,
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        num_hidden_layers=architecture.num_hidden_layers,
+        num_attention_heads=queries,
+        num_key_value_heads=keys,
+        head_dim=head_dim,
+        max_position_embeddings=architecture.max_position_embeddings,
+        tie_word_embeddings=architecture.tie_word_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        rms_norm_eps=architecture.rms_norm_eps,
+        architectures=[f"{architecture.model_type.capitalize()}ForCausalLM"],
+    )
+
+
+def from_hf_config(config: "PretrainedConfig") -> Architecture:
+    """Turn transformers' Qwen2Config or Qwen3Config into an Architecture."""
+    heads = config.num_attention_heads
+    return Architecture(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        rope_theta=float(config.rope_parameters["rope_theta"]),
+        rms_norm_eps=config.rms_norm_eps,
+    )
+
+
+def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
+    """Build the model on the meta device: names, shapes and ties without memory."""
+    _, model_class = model_classes(config.model_type)
+    with torch.device("meta"):
+        model = model_class(config)
+    model.tie_weights()
+    return model
+
+
+def count_parameters(architecture: Architecture) -> int:
+    """Number of parameters, a tied head counted once."""
+    return sum(parameter.numel() for parameter in meta_causal_lm(to_hf_config(architecture)).parameters())

@@ -1,0 +1,69 @@
+"""Learning-rate factors, pure functions of the step.
+
+With S steps in the run and W of warm-up, step t = 0 … S-1 trains at `peak * factor(t)`: (t + 1) / W while t < W (the
+first step moves already, step W - 1 is at the peak), then the decay at progress p = (t - W) / (S - W), which starts
+at 1 and would reach `min_lr_ratio` at t = S.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qwlit.optim.config import SchedulerConfig
+
+
+def cosine(progress: float, floor: float) -> float:
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float, floor: float) -> float:
+    return floor + (1 - floor) * (1 - progress)
+
+
+def exponential(progress: float, floor: float) -> float:
+    return float(floor**progress)
+
+
+def constant(progress: float, floor: float) -> float:
+    return 1.0
+
+
+DECAYS: dict[str, Callable[[float, float], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "exponential": exponential,
+    "constant": constant,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate's factor at each step of a run."""
+
+    name: str
+    warmup_steps: int
+    total_steps: int
+    min_lr_ratio: float
+
+    def factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return DECAYS[self.name](min(progress, 1.0), self.min_lr_ratio)
+
+
+def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:
+    """Return warm-up in steps: as set, or as a ratio of the run, capped at `max_warmup_ratio` of it."""
+    asked = config.warmup_steps
+    if asked is None:
+        asked = round((config.warmup_ratio or 0.0) * total_steps)
+    return min(asked, int(config.max_warmup_ratio * total_steps))
+
+
+def build_schedule(config: SchedulerConfig, total_steps: int) -> Schedule:
+    return Schedule(
+        name=config.name,
+        warmup_steps=warmup_steps(config, total_steps),
+        total_steps=total_steps,
+        min_lr_ratio=config.min_lr_ratio,
+    )

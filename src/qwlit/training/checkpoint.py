@@ -1,0 +1,145 @@
+"""Checkpoints: folders that are either whole or not there.
+
+A checkpoint is written beside its place on the same file system, synced, and renamed into it. `MANIFEST.json` is
+written last inside it and lists every file with its size and sha256.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors.torch import load_file, save_file
+
+from qwlit.core.files import fsync_folder, write_json_atomic
+from qwlit.core.ranks import is_rank_zero
+from qwlit.training.boundary import BoundaryCallback
+from qwlit.training.config import CheckpointConfig
+from qwlit.training.milestones import Milestones
+from qwlit.training.module import CausalLMModule
+from qwlit.training.run_folder import RunFolder
+
+MANIFEST = "MANIFEST.json"
+WEIGHTS = "model.safetensors"
+STATE = "training_state.pt"
+# The module's names are this prefix and the Hugging Face name; files carry the latter.
+PREFIX = "loss_model.causal_lm."
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps made when `checkpoint` (step-000100) was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def list_checkpoints(folder: RunFolder) -> list[Path]:
+    """Return the whole checkpoints, oldest first."""
+    return sorted((p.parent for p in folder.checkpoints.glob(f"step-*/{MANIFEST}")), key=step_of)
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the trained weights by their Hugging Face names."""
+    return load_file(checkpoint / WEIGHTS)
+
+
+class StepFolderIO(CheckpointIO):
+    """Lightning's checkpoint dictionary as a folder: weights as safetensors, the rest as a pickle-free torch file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        final = Path(path)
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        weights = {name.removeprefix(PREFIX): t.contiguous() for name, t in checkpoint.pop("state_dict").items()}
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        torch.save(checkpoint, temporary / STATE)
+        files = {name: _seal(temporary / name) for name in (WEIGHTS, STATE)}
+        write_json_atomic(temporary / MANIFEST, {"step": checkpoint["global_step"], "files": files})
+        fsync_folder(temporary)
+        # Only after a rollback or a cut-off clean-up can the place be taken; the newer one is right.
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        fsync_folder(final.parent)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        folder = Path(path)
+        checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"] = {PREFIX + name: tensor for name, tensor in read_weights(folder).items()}
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Sync a file to the disk and describe it."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def point(folder: RunFolder, name: str, checkpoint: Path) -> None:
+    """Make `checkpoints/<name>` a link to `checkpoint`, in one move."""
+    temporary = folder.checkpoints / f".{name}.{os.getpid()}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(checkpoint.name)
+    temporary.replace(folder.checkpoints / name)
+
+
+def pointed(folder: RunFolder, name: str) -> Path | None:
+    """Return the checkpoint that `best` or `last` points to."""
+    link = folder.checkpoints / name
+    return link.resolve() if link.exists() else None
+
+
+class Checkpointing(BoundaryCallback):
+    """Saves when due, when val/loss is the best so far, and when asked to; keeps the newest and the best."""
+
+    def __init__(self, config: CheckpointConfig, milestones: Milestones, folder: RunFolder) -> None:
+        super().__init__(milestones)
+        self._keep_last = config.keep_last
+        self._folder = folder
+        self.best_val_loss: float | None = None
+        self.best_step: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_val_loss = state_dict["best_val_loss"]
+        self.best_step = state_dict["best_step"]
+
+    def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
+        improved = self.milestones.validate(step) and self._improved(module, step)
+        # Early stopping ends the run here, so here is the last step.
+        if improved or self.milestones.save(step) or trainer.should_stop:
+            self.save(trainer, step)
+
+    def _improved(self, module: CausalLMModule, step: int) -> bool:
+        loss = module.validation.loss
+        if self.best_val_loss is not None and not loss < self.best_val_loss:
+            return False
+        self.best_val_loss, self.best_step = loss, step
+        return True
+
+    def save(self, trainer: Trainer, step: int) -> Path:
+        """Write the checkpoint of this step and let go of those no longer kept."""
+        path = self._folder.checkpoints / f"step-{step:06d}"
+        trainer.save_checkpoint(path)
+        if is_rank_zero():
+            point(self._folder, "last", path)
+            if self.best_step == step:
+                point(self._folder, "best", path)
+            self._folder.append_event(step, "checkpoint", path=str(path.relative_to(self._folder.path)))
+            self._prune()
+        return path
+
+    def _prune(self) -> None:
+        kept = {self.best_step}
+        for checkpoint in list_checkpoints(self._folder)[: -self._keep_last]:
+            if step_of(checkpoint) not in kept:
+                shutil.rmtree(checkpoint)

@@ -1,0 +1,105 @@
+"""What a user can set about the run, the loop, the machine and what is kept."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
+
+
+@config_dataclass
+class RunSettings:
+    """Where the run lives."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$", max_length=200)] | None = None
+    """Folder under run.root; by default the experiment's name, or model-recipe-data. The same name continues a run."""
+    root: str = "runs"
+    """Folder that holds the runs, relative to the current one."""
+    overwrite: Flag = False
+    """Delete an existing run of this name and start anew."""
+
+
+@config_dataclass
+class TrainConfig:
+    """The mathematics of a step and the length of the run."""
+
+    max_steps: PositiveInt | None = None
+    """Optimizer steps. Typing it clears the recipe's max_epochs; with both typed the run ends at the first reached."""
+    max_epochs: PositiveInt | None = None
+    """Passes over the data."""
+    global_batch_size: PositiveInt = 16
+    """Samples per optimizer step, all devices together. Accumulation follows from it."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this total norm; null: never."""
+
+
+@config_dataclass
+class HardwareConfig:
+    """The machine. Nothing here changes what is computed, only where and how fast."""
+
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one, else CPU."""
+    devices: PositiveInt | Literal["auto"] = "auto"
+    """Devices per node. auto: all CUDA devices, or one CPU process."""
+    num_nodes: PositiveInt = 1
+    """Machines."""
+    strategy: Literal["auto", "single", "ddp"] = "auto"
+    """auto: ddp when there is more than one device."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """auto: bf16 with float32 weights where the GPU has it, float32 on CPU."""
+    micro_batch_size: PositiveInt | None = None
+    """Most samples per device and forward pass; null: no limit but micro_batch_tokens."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Most tokens per device and forward pass; null: no limit but micro_batch_size."""
+    num_workers: NonNegativeInt = 0
+    """Processes per device that lay out batches ahead of the step."""
+    pin_memory: Flag = False
+    """Page-locked batches, so that copies to the GPU do not wait."""
+
+
+@config_dataclass
+class ValidationConfig:
+    """When the validation set is looked at, and when the run gives up."""
+
+    every_steps: PositiveInt | None = None
+    """Validate every so many steps."""
+    each_epoch: Flag = True
+    """Validate at the end of each epoch, and after the last step."""
+    early_stopping_patience: PositiveInt | None = 3
+    """Stop after so many validations without a better val/loss; null: never."""
+
+
+@config_dataclass
+class CheckpointConfig:
+    """When the run is saved. The last step and the best val/loss always are."""
+
+    every_steps: PositiveInt | None = None
+    """Save every so many steps."""
+    each_epoch: Flag = True
+    """Save at the end of each epoch."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept, beside the best one."""
+
+
+@config_dataclass
+class LoggingConfig:
+    """What is written to metrics.jsonl and shown."""
+
+    every_steps: PositiveInt = 10
+    """One line every so many steps; the first and last step always."""
+
+
+@config_dataclass
+class GuardConfig:
+    """What happens when a step's loss or gradient is not finite: the optimizer skips it, and the run may stop."""
+
+    max_nonfinite_steps: PositiveInt = 3
+    """Stop with exit code 3 after so many such steps in a row."""
+
+
+@config_dataclass
+class ProfileConfig:
+    """Torch profiler."""
+
+    steps: Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)] | None = None
+    """First and last step to trace into the run folder (profile/), e.g. [10,12]."""

@@ -1,0 +1,84 @@
+"""Whether a run of this name starts, goes on, or is refused."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qwlit.core.errors import ConfigError
+from qwlit.training.checkpoint import list_checkpoints, step_of
+from qwlit.training.run_folder import FINISHED, RunFolder
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the run begins."""
+
+    checkpoint: Path | None
+    set_aside: Path | None = None
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+
+def refuse_finished(folder: RunFolder, *, overwrite: bool) -> None:
+    """Raise ConfigError when the run is finished, and nothing said to overwrite it."""
+    if folder.status == FINISHED and not overwrite:
+        raise ConfigError(
+            f"{folder.path} is finished; train under another name with run.name=…, or again with run.overwrite=true"
+        )
+
+
+def claim(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: bool) -> Start:
+    """Make the folder ready: anew, or at the newest checkpoint of an unfinished run. For rank 0."""
+    aside = None
+    if folder.status is not None or folder.checkpoints.exists():
+        if overwrite:
+            folder.delete()
+        elif resume == "never":
+            aside = folder.set_aside()
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    return Start(checkpoint=newest(folder), set_aside=aside)
+
+
+def newest(folder: RunFolder) -> Path | None:
+    """Return the newest whole checkpoint."""
+    checkpoints = list_checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
+
+
+def refuse_other_mathematics(earlier: dict[str, Any], now: dict[str, Any], sections: tuple[str, ...]) -> None:
+    """Compare the settings that shape what is computed.
+
+    Raises:
+        ConfigError: naming up to three that differ, with both values.
+    """
+    before, after = _flatten({s: earlier.get(s) for s in sections}), _flatten({s: now.get(s) for s in sections})
+    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    if changed:
+        named = ", ".join(f"{key} was {before.get(key)}, now {after.get(key)}" for key in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"this run began with other settings: {named}{more}."
+            " Go on with the old ones, or start anew with run.name=… or run.overwrite=true"
+        )
+
+
+def refuse_other_data(folder: RunFolder, fingerprint: str) -> None:
+    """Raise ConfigError when the run began with data or a tokenizer of other content."""
+    manifest = folder.path / "manifest.json"
+    if not manifest.exists():
+        return
+    earlier = json.loads(manifest.read_text(encoding="utf-8"))["data"]
+    if earlier != fingerprint:
+        raise ConfigError(
+            f"the data or the tokenizer changed since {folder.path} began (fingerprint {earlier}, now {fingerprint});"
+            " bring the old ones back, or start anew with run.name=… or run.overwrite=true"
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, item in tree.items() for key, value in _flatten(item, f"{prefix}{name}.").items()}

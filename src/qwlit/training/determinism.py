@@ -1,0 +1,34 @@
+"""Same answer twice: what must be set before the first kernel runs.
+
+fast: nothing is forced. reproducible: same machine, same numbers, with fast kernels where they are deterministic.
+strict: also float32 and eager attention (chosen in `machine`).
+"""
+
+import os
+
+import numpy as np
+import torch
+
+from qwlit.training.machine import Determinism
+
+
+def prepare_determinism(mode: Determinism) -> None:
+    """Set the environment before CUDA starts, and torch's switches."""
+    if mode == "fast":
+        return
+    # Fixed workspaces make cuBLAS pick the same algorithm each time:
+    # https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # One ring in one order: the sum over ranks is then always taken the same way.
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    if mode == "strict":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def seed_micro_batch(seed: int, step: int, rank: int, micro: int) -> None:
+    """Seed torch's generators for one forward pass, so that dropout needs no stored state to resume."""
+    words = np.random.SeedSequence([seed, step, rank, micro]).generate_state(2, dtype=np.uint32)
+    torch.manual_seed((int(words[0]) << 32) | int(words[1]))

@@ -1,0 +1,42 @@
+"""Reading numbers from the device without waiting for it."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class LateReader(Generic[T]):
+    """Copies small tensors to the host in the background and gives them back, in order, once they have arrived.
+
+    On CPU they have arrived at once; on a GPU usually a step later.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[T, Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, tag: T, values: Tensor) -> None:
+        """Start copying `values`; `tag` comes back with them."""
+        if values.device.type != "cuda":
+            self._pending.append((tag, values.detach().clone(), None))
+            return
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values.detach(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((tag, host, event))
+
+    def pop(self, *, wait: bool = False) -> Iterator[tuple[T, list[float]]]:
+        """Yield what has arrived; with `wait` all of it."""
+        while self._pending:
+            tag, values, event = self._pending[0]
+            if event is not None and not event.query():
+                if not wait:
+                    return
+                event.synchronize()
+            self._pending.popleft()
+            yield tag, values.tolist()

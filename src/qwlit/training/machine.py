@@ -1,0 +1,112 @@
+"""From a hardware profile to what this machine will really use; what it lacks is said in one line."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qwlit.core.devices import Devices, detect_devices
+from qwlit.core.errors import ConfigError
+from qwlit.training.config import HardwareConfig
+
+Attention = Literal["varlen", "sdpa", "eager"]
+Determinism = Literal["fast", "reproducible", "strict"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware settings with every "auto" answered."""
+
+    accelerator: Literal["cpu", "cuda"]
+    device_name: str
+    devices: int
+    num_nodes: int
+    strategy: Literal["single", "ddp"]
+    precision: Literal["32-true", "bf16-mixed"]
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """What frozen weights are kept in: they need no float32 copy to be trained."""
+        return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
+
+
+def resolve_machine(config: HardwareConfig, determinism: Determinism, *, profile: str) -> Machine:
+    """Answer every "auto" from what is here.
+
+    Args:
+        profile: the hardware profile's name, for the message.
+
+    Raises:
+        ConfigError: the machine lacks what the profile asks for, or settings exclude each other.
+    """
+    here = detect_devices()
+    accelerator = _accelerator(config, here, profile)
+    devices = config.devices if config.devices != "auto" else (here.num_cuda if accelerator == "cuda" else 1)
+    if accelerator == "cuda" and devices > here.num_cuda:
+        raise ConfigError(f"hardware={profile} needs {devices} CUDA devices a node, here: {_seen(here)}. {_REMEDY}")
+    world_size = devices * config.num_nodes
+    if config.strategy == "single" and world_size > 1:
+        raise ConfigError(f"hardware.strategy=single is one process, but {world_size} devices are set; use ddp or auto")
+    return Machine(
+        accelerator=accelerator,
+        device_name=here.name,
+        devices=devices,
+        num_nodes=config.num_nodes,
+        strategy="ddp" if world_size > 1 or config.strategy == "ddp" else "single",
+        precision=_precision(config, accelerator, here, determinism),
+    )
+
+
+_REMEDY = "Use hardware=auto for what is here, or start with experiment=demo"
+
+
+def _seen(here: Devices) -> str:
+    return f"{here.num_cuda} x {here.name}" if here.num_cuda else "none"
+
+
+def _accelerator(config: HardwareConfig, here: Devices, profile: str) -> Literal["cpu", "cuda"]:
+    if config.accelerator == "auto":
+        return "cuda" if here.num_cuda else "cpu"
+    if config.accelerator == "cuda" and not here.num_cuda:
+        count = "a CUDA device" if config.devices in (1, "auto") else f"{config.devices} CUDA devices"
+        raise ConfigError(f"hardware={profile} needs {count}, here: none. {_REMEDY}")
+    return config.accelerator
+
+
+def _precision(
+    config: HardwareConfig, accelerator: str, here: Devices, determinism: Determinism
+) -> Literal["32-true", "bf16-mixed"]:
+    if determinism == "strict":
+        if config.precision == "bf16-mixed":
+            raise ConfigError(
+                "determinism=strict trains in float32, but hardware.precision=bf16-mixed;"
+                " leave precision at auto, or use determinism=reproducible"
+            )
+        return "32-true"
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if accelerator == "cuda" and here.has_bf16 else "32-true"
+
+
+def resolve_attention(asked: str, *, machine: Machine, determinism: Determinism, attention_dropout: float) -> Attention:
+    """Choose the attention implementation. varlen is CUDA only, wants bf16, and has no dropout.
+
+    Raises:
+        ConfigError: the implementation asked for cannot do what the other settings need.
+    """
+    varlen_fits = machine.accelerator == "cuda" and machine.precision == "bf16-mixed" and attention_dropout == 0
+    if determinism == "strict":
+        if asked not in ("auto", "eager"):
+            raise ConfigError(f"determinism=strict computes attention eagerly, but model.attention={asked}; use auto")
+        return "eager"
+    if asked == "varlen" and not varlen_fits:
+        raise ConfigError(
+            "model.attention=varlen needs CUDA, bf16-mixed and dropout.attention=0; use model.attention=auto"
+        )
+    if asked == "auto":
+        return "varlen" if varlen_fits else "sdpa"
+    return asked  # type: ignore[return-value]

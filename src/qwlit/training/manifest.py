@@ -1,0 +1,58 @@
+"""manifest.json: what a reader needs to judge or repeat a run. An allow-list: nothing of the environment is dumped."""
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qwlit
+from qwlit.training.machine import Machine
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "hydra-core", "tokenizers", "numpy")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit of qwlit's own checkout and whether it has changes; None when installed from a wheel."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) not in folder.parents:
+            return None
+        # A wheel inside somebody else's checkout says nothing about qwlit.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
+    """Join versions and device with the run's own facts (seeds, attention, fingerprints, parameters…)."""
+    return {
+        "qwlit": qwlit.__version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git_state(Path(qwlit.__file__).parent),
+        "device": machine.device_name,
+        "accelerator": machine.accelerator,
+        "devices": machine.devices,
+        "num_nodes": machine.num_nodes,
+        "strategy": machine.strategy,
+        "precision": machine.precision,
+        "num_threads": torch.get_num_threads(),
+        **facts,
+    }

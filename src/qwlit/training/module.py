@@ -1,0 +1,136 @@
+"""The LightningModule: one Lightning batch is one optimizer step.
+
+Manual optimization, so that a step is a sum over its micro-batches divided once by the step's global count of
+supervised tokens: any layout over micro-batches and ranks gives the same gradient to rounding.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.model.loss_model import LossModel
+from qwlit.optim.config import OptimConfig
+from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer, set_learning_rate
+from qwlit.optim.schedules import Schedule
+from qwlit.training.determinism import seed_micro_batch
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step did, left on the device so that nothing waits for it."""
+
+    loss_sum: Tensor
+    """float32 scalar: sum over this rank's supervised tokens, nats."""
+    grad_norm: Tensor
+    """float32 scalar: total norm over all ranks, before clipping."""
+    skipped: Tensor
+    """float32 scalar: 1.0 where the optimizer skipped the step."""
+    lr: float
+
+
+@dataclass
+class ValidationSums:
+    """Sums over the validation set so far: float64 [loss, supervised tokens, correct tokens]."""
+
+    sums: Tensor
+
+    @property
+    def loss(self) -> float:
+        return float(self.sums[0] / self.sums[1])
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.sums[2] / self.sums[1])
+
+
+class CausalLMModule(lightning.LightningModule):
+    """Trains a LossModel by the step plan's batches."""
+
+    def __init__(
+        self,
+        loss_model: LossModel,
+        *,
+        optim: OptimConfig,
+        schedule: Schedule,
+        max_grad_norm: float | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        # Only what is trained is saved: frozen weights come back from where they came.
+        self.strict_loading = False
+        self.loss_model = loss_model
+        self._optim = optim
+        self._schedule = schedule
+        self._max_grad_norm = max_grad_norm
+        self._seed = seed
+        self.outcome: StepOutcome
+        self.validation: ValidationSums
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.loss_model.named_parameters(), self._optim)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        lr = self._optim.lr * self._schedule.factor(batch.step)
+        set_learning_rate(optimizer.optimizer, lr)
+        loss_sum = torch.zeros((), device=self.device)
+        last = len(batch.micro_batches) - 1
+        for number, micro in enumerate(batch.micro_batches):
+            seed_micro_batch(self._seed, batch.step, self.global_rank, number)
+            with self._gradient_sync(number == last):
+                loss_sum += self._backward(micro, batch.num_supervised_tokens)
+        gradients = [p.grad for p in self.loss_model.parameters() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
+        skipped = arm_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.outcome = StepOutcome(loss_sum=loss_sum, grad_norm=grad_norm, skipped=skipped, lr=lr)
+
+    def _backward(self, micro: MicroBatch, num_supervised_tokens: int) -> Tensor:
+        """Accumulate this micro-batch's share of the step's gradient; return its loss sum."""
+        loss_sum = self.loss_model(micro).loss_sum
+        # DDP averages over ranks, hence the world size. A loss that is not finite makes the factor NaN, and with it
+        # every gradient on every rank, so that all of them see the same norm and skip together.
+        factor = self.trainer.world_size / num_supervised_tokens + 0.0 * loss_sum.detach()
+        self.manual_backward(loss_sum * factor)
+        return loss_sum.detach()
+
+    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
+        """Let ranks exchange gradients in the last micro-batch only."""
+        wrapper = self.trainer.model
+        if enabled or not isinstance(wrapper, DistributedDataParallel):
+            return nullcontext()
+        return wrapper.no_sync()  # type: ignore[no-any-return]
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation = ValidationSums(torch.zeros(3, dtype=torch.float64, device=self.device))
+
+    def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
+        out = self.loss_model(micro)
+        self.validation.sums[0] += out.loss_sum
+        self.validation.sums[1] += len(micro.targets)
+        self.validation.sums[2] += out.num_correct
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(self.validation.sums)
+        self.log("val/loss", self.validation.loss)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.trained_parameters()
+
+    def trained_parameters(self) -> dict[str, Tensor]:
+        """Return what training changes, under the module's own names; tied weights stand once."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        expected, found = set(self.trained_parameters()), set(checkpoint["state_dict"])
+        if expected != found:
+            raise RuntimeError(f"checkpoint and model differ in {sorted(expected ^ found)[:3]}")

@@ -1,0 +1,36 @@
+"""`profile.steps=[first,last]` writes a torch trace of these steps into the run folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+
+class ProfileSteps(Callback):
+    """Records steps first … last, counted from 1, into `profile/` as a Chrome trace."""
+
+    def __init__(self, steps: tuple[int, int], folder: Path) -> None:
+        self._first, self._last = steps
+        self._folder = folder
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._profiler is None and trainer.global_step + 1 == self._first and trainer.is_global_zero:
+            self._profiler = torch.profiler.profile(record_shapes=True, profile_memory=True)
+            self._profiler.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= self._last:
+            self._finish()
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._folder.mkdir(exist_ok=True)
+            self._profiler.export_chrome_trace(str(self._folder / f"steps-{self._first}-{self._last}.json"))
+            self._profiler = None

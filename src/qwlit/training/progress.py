@@ -1,0 +1,68 @@
+"""What a person sees while it trains: a bar on a terminal, plain lines elsewhere."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qwlit.training.telemetry import Row
+
+
+class ProgressDisplay(Callback):
+    """Steps, loss, validation loss, tokens per second and time left, on rank 0."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self._console = console
+        self._total = total_steps
+        self._numbers: dict[str, float] = {}
+        self._bar: Progress | None = None
+        self._started = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._started, self._first_step = time.perf_counter(), trainer.global_step
+        if trainer.is_global_zero and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar.add_task("", total=self._total, completed=trainer.global_step)
+            self._bar.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, description=self._text())
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def show(self, step: int, row: Row) -> None:
+        """Take in the numbers of a logged step or a validation."""
+        self._numbers |= {name: value for name, value in row.items() if value is not None}
+        if self._bar is None:
+            self._console.print(f"step {step:>6}/{self._total}  {self._text()}  eta {self._eta(step)}", highlight=False)
+
+    def _text(self) -> str:
+        shown = {
+            "loss": ("train/loss", ".4f"),
+            "val": ("val/loss", ".4f"),
+            "lr": ("optim/lr", ".2e"),
+            "norm": ("optim/grad_norm", ".2f"),
+            "tok/s": ("throughput/tokens_per_second", ",.0f"),
+        }
+        known = ((label, self._numbers.get(name), form) for label, (name, form) in shown.items())
+        return "  ".join(f"{label} {value:{form}}" for label, value, form in known if value is not None)
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first_step
+        seconds = (time.perf_counter() - self._started) / max(1, done) * (self._total - step)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"

@@ -1,0 +1,155 @@
+"""The run folder: where a run lives, who may write to it, and whether it can go on.
+
+Its files are a contract with other people's scripts; see docs/run-folder.md.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import append_json_line, locked, read_json_lines, write_json_atomic, write_text_atomic
+from qwlit.core.ranks import is_rank_zero
+
+FINISHED = "done"
+STREAMS = ("metrics.jsonl", "events.jsonl")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and records of one run. Only rank 0 writes; on other ranks writing does nothing."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def status(self) -> str | None:
+        """Status in summary.json; None where there is no run yet."""
+        return self.read_summary().get("status")
+
+    def read_summary(self) -> dict[str, Any]:
+        try:
+            summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        return summary
+
+    def write_summary(self, **entries: Any) -> None:
+        """Merge `entries` into summary.json."""
+        if is_rank_zero():
+            write_json_atomic(self.path / "summary.json", _jsonable(self.read_summary() | entries))
+
+    def write_text(self, name: str, text: str) -> None:
+        if is_rank_zero():
+            write_text_atomic(self.path / name, text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        if is_rank_zero():
+            write_json_atomic(self.path / name, _jsonable(value))
+
+    def append_metrics(self, step: int, **values: float | None) -> None:
+        self._append("metrics.jsonl", {"step": step, **values})
+
+    def append_event(self, step: int, event: str, **details: Any) -> None:
+        """Record what happened beside the training: skips, checkpoints, preemptions, warnings."""
+        self._append("events.jsonl", {"step": step, "event": event, "time": round(time.time(), 3), **details})
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        if is_rank_zero():
+            append_json_line(self.path / name, _jsonable(row))
+
+    def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Write a whole .jsonl file at once."""
+        self.write_text(name, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.path / "metrics.jsonl")
+
+    def cut_back(self, step: int) -> None:
+        """Drop what was recorded after `step`, because the run goes on from there."""
+        if is_rank_zero():
+            for name in STREAMS:
+                self.write_rows(name, [row for row in read_json_lines(self.path / name) if row["step"] <= step])
+
+    def set_aside(self) -> Path:
+        """Rename this folder to the next free `<name>.before-N` and return that."""
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        return aside
+
+    def delete(self) -> None:
+        """Remove the run. Renamed first, so that a half-deleted folder is never taken for a run."""
+        doomed = self.path.with_name(f".{self.path.name}.deleted-{os.getpid()}")
+        self.path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _jsonable(value: Any) -> Any:
+    """Replace what JSON cannot say (NaN, infinity) by null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+class RunLock:
+    """Held by rank 0 as long as it lives; the other ranks wait until it says that the folder is ready.
+
+    The lock stands beside the run folders, so that deleting or renaming one does not free its name under a running job.
+    """
+
+    POLL_SECONDS = 0.2
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._path = folder.path.parent / ".locks" / folder.path.name
+        self._held = contextlib.ExitStack()
+        if is_rank_zero():
+            self._acquire()
+
+    def _acquire(self) -> None:
+        try:
+            handle = self._held.enter_context(locked(self._path, blocking=False))
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self._folder.path} is in use by another process; wait for it, or set another run.name"
+            ) from None
+        handle.truncate(0)
+
+    def announce(self) -> None:
+        """On rank 0: all files the other ranks read are there."""
+        if is_rank_zero():
+            self._path.write_text("ready", encoding="utf-8")
+
+    def wait(self) -> None:
+        """On other ranks: return once rank 0 of this launch holds the lock and has announced."""
+        while not is_rank_zero() and not (self._taken() and self._path.read_text(encoding="utf-8") == "ready"):
+            time.sleep(self.POLL_SECONDS)
+
+    def _taken(self) -> bool:
+        try:
+            with locked(self._path, blocking=False):
+                return False
+        except BlockingIOError:
+            return True
+
+    def release(self) -> None:
+        self._held.close()

@@ -1,0 +1,174 @@
+"""What the run measures: written to metrics.jsonl, kept for the summary, handed to the progress display."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from qwlit.core.batch import StepBatch
+from qwlit.training.late import LateReader
+from qwlit.training.milestones import Milestones
+from qwlit.training.module import CausalLMModule
+from qwlit.training.run_folder import RunFolder
+
+GIB = 2**30
+Row = dict[str, float | None]
+Listener = Callable[[int, Row], None]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of the device; on CPU the process's peak resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    # ru_maxrss is in KiB on Linux, in bytes on macOS (getrusage(2)).
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+class Telemetry(Callback):
+    """Sums losses on the device between log points; one small reduction and copy at each of them."""
+
+    def __init__(self, milestones: Milestones, folder: RunFolder, listener: Listener) -> None:
+        self._milestones = milestones
+        self._folder = folder
+        self._listener = listener
+        self._reader: LateReader[tuple[int, Row]] = LateReader()
+        self._loss_sum: torch.Tensor | None = None
+        self._restored_loss_sum = 0.0
+        self._supervised = 0
+        self._clock = _Clock()
+        self.first_loss: float | None = None
+        self.last_loss: float | None = None
+        self.best_val_loss: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        self._write(wait=True)
+        # Every rank is asked for its state, but only rank 0's is kept: it must hold the sum over all.
+        loss_sum = torch.zeros(()) if self._loss_sum is None else self._loss_sum.clone()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(loss_sum)
+        return {
+            "loss_sum": float(loss_sum),
+            "supervised": self._supervised,
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "best_val_loss": self.best_val_loss,
+            "clock": self._clock.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored_loss_sum = state_dict["loss_sum"]
+        self._supervised = state_dict["supervised"]
+        self.first_loss = state_dict["first_loss"]
+        self.last_loss = state_dict["last_loss"]
+        self.best_val_loss = state_dict["best_val_loss"]
+        self._clock.load_state_dict(state_dict["clock"])
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self._clock.overall()
+
+    def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        # Rank 0 holds what was summed up before a resume, so that the reduction counts it once.
+        start = self._restored_loss_sum if trainer.is_global_zero else 0.0
+        self._loss_sum = torch.tensor(start, dtype=torch.float64, device=pl_module.device)
+        self._clock.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: CausalLMModule, outputs: Any, batch: StepBatch, batch_idx: int
+    ) -> None:
+        assert self._loss_sum is not None
+        step = batch.step + 1
+        self._loss_sum += pl_module.outcome.loss_sum
+        self._supervised += batch.num_supervised_tokens
+        self._clock.add(batch.num_tokens)
+        if self._milestones.log(step):
+            self._measure(trainer, pl_module, step)
+        self._write(wait=False)
+
+    def _measure(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
+        assert self._loss_sum is not None
+        loss_sum, self._loss_sum = self._loss_sum, torch.zeros_like(self._loss_sum)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(loss_sum)
+        row = {
+            "optim/lr": module.outcome.lr,
+            "throughput/tokens_per_second": self._clock.lap(),
+            "memory/peak_gib": peak_memory_gib(module.device),
+        }
+        values = torch.stack([loss_sum / self._supervised, module.outcome.grad_norm.double()])
+        self._reader.push((step, row), values)
+        self._supervised = 0
+
+    def _write(self, *, wait: bool) -> None:
+        for (step, row), (loss, grad_norm) in self._reader.pop(wait=wait):
+            complete = {"train/loss": loss, "optim/grad_norm": grad_norm, **row}
+            self.first_loss = loss if self.first_loss is None else self.first_loss
+            self.last_loss = loss
+            self._folder.append_metrics(step, **complete)
+            self._listener(step, complete)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        self._clock.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        self._write(wait=True)
+        loss = pl_module.validation.loss
+        if self.best_val_loss is None or loss < self.best_val_loss:
+            self.best_val_loss = loss
+        row = {"val/loss": loss, "val/accuracy": pl_module.validation.accuracy}
+        self._folder.append_metrics(trainer.global_step, **row)
+        self._listener(trainer.global_step, row)
+        self._clock.resume()
+
+    def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        self._write(wait=True)
+
+
+class _Clock:
+    """Tokens over training time. Validation does not count, and neither does the first step, which warms up."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+        self._lap_tokens = 0
+        self._lap_start = self._paused_at = 0.0
+        self._warm = False
+
+    def state_dict(self) -> dict[str, float]:
+        return {"tokens": self._tokens, "seconds": self._seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._tokens, self._seconds = state["tokens"], state["seconds"]
+
+    def start(self) -> None:
+        self._lap_start = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        if self._warm:
+            self._lap_tokens += tokens
+        else:
+            self._warm = True
+            self._lap_start = time.perf_counter()
+
+    def pause(self) -> None:
+        self._paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        self._lap_start += time.perf_counter() - self._paused_at
+
+    def lap(self) -> float | None:
+        """Return tokens per second since the last lap, all ranks; None where nothing was timed yet."""
+        now = time.perf_counter()
+        seconds, tokens = now - self._lap_start, self._lap_tokens
+        self._tokens += tokens
+        self._seconds += seconds
+        self._lap_start, self._lap_tokens = now, 0
+        return tokens / seconds if tokens else None
+
+    def overall(self) -> float | None:
+        return self._tokens / self._seconds if self._tokens else None

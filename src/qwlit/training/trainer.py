@@ -1,0 +1,65 @@
+"""The Lightning Trainer as qwlit uses it: one epoch is the whole run, one batch is one step."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+from qwlit.training.checkpoint import StepFolderIO
+from qwlit.training.machine import Machine
+
+
+def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callback], folder: Path) -> Trainer:
+    _quieten_lightning()
+    plugins: list[Any] = [StepFolderIO()]
+    if SLURMEnvironment.detect():
+        # Lightning would save inside the signal handler; `preemption` saves at a step boundary.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return Trainer(
+        accelerator="gpu" if machine.accelerator == "cuda" else "cpu",
+        devices=machine.devices,
+        num_nodes=machine.num_nodes,
+        strategy=_strategy(machine),
+        precision=machine.precision,
+        max_steps=total_steps,
+        callbacks=callbacks,
+        plugins=plugins,
+        default_root_dir=folder,
+        # Steps are validated by their absolute number (ScheduleValidation), not by a rhythm of Lightning's.
+        check_val_every_n_epoch=None,
+        val_check_interval=total_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _strategy(machine: Machine) -> Any:
+    if machine.strategy == "single":
+        return "auto"
+    return DDPStrategy(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        process_group_backend="nccl" if machine.accelerator == "cuda" else "gloo",
+    )
+
+
+def _quieten_lightning() -> None:
+    """Keep Lightning's banners and the advice that does not hold for this loop off the screen."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*dataloader is not resumable.*",
+        ".*The `srun` command is available.*",
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,162 @@
+"""Every file of settings composes, every combination checks, and what is wrong is said in one line."""
+
+import itertools
+
+import pytest
+
+from qwlit.config.compose import check, compose, dump, group_options
+from qwlit.config.derive import accumulation
+from qwlit.core.errors import ConfigError
+
+OPTIONS = group_options()
+
+
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g, choices in OPTIONS.items() for c in choices])
+def test_every_file_composes(group, choice):
+    words = [f"{group}={choice}"] + (["data.path=x.jsonl"] if choice == "files" else [])
+    assert compose(words).choices[group] == choice
+
+
+def test_every_recipe_on_every_hardware_and_model_checks_with_an_effective_batch_of_at_least_16():
+    models = ["qwen3_0_6b", "qwen2_5_7b", "qwen2_1_5b"]
+    for recipe, hardware, model in itertools.product(OPTIONS["recipe"], OPTIONS["hardware"], models):
+        config = compose([f"recipe={recipe}", f"hardware={hardware}", f"model={model}"]).config
+        assert config.train.global_batch_size >= 16
+
+
+@pytest.mark.parametrize(("hardware", "expected"), [("rtx4090", 8), ("a100", 4), ("a100x2", 2), ("a100x4", 1)])
+def test_accumulation_on_each_machine_is_the_guides(hardware, expected):
+    config = compose([f"hardware={hardware}"]).config
+    devices = config.hardware.devices
+    assert accumulation(config.train.global_batch_size, config.hardware.micro_batch_size, devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lr", "warmup", "decay", "weight_decay", "no_decay", "dropout"),
+    [
+        ("pretrain", 3e-4, 2000, "cosine", 0.1, ("bias", "norm"), (0.1, 0.1)),
+        ("full_sft", 1e-5, 0.1, "linear", 0.01, ("bias", "norm"), (0.05, 0.05)),
+        ("lora", 2e-4, 500, "cosine", 0.001, (), (0.0, 0.0)),
+    ],
+)
+def test_recipes_carry_the_guides_values(recipe, lr, warmup, decay, weight_decay, no_decay, dropout):
+    config = compose([f"recipe={recipe}"]).config
+    asked = config.scheduler.warmup_steps or config.scheduler.warmup_ratio
+    assert (config.optim.lr, asked, config.scheduler.name) == (lr, warmup, decay)
+    assert (config.optim.weight_decay, config.optim.no_decay) == (weight_decay, no_decay)
+    assert (config.dropout.attention, config.dropout.feed_forward) == dropout
+    assert (config.optim.betas, config.optim.eps, config.train.max_grad_norm) == ((0.9, 0.999), 1e-8, 1.0)
+    none = compose([f"recipe={recipe}", "dropout=none"]).config.dropout
+    assert (none.attention, none.feed_forward, none.lora) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr=abc"], "optim.lr=abc: .*number"),
+        (["optim.lr=-1"], "optim.lr=-1: .*greater than 0"),
+        (["optim.lr=nan"], "optim.lr=nan: "),
+        (["optim.lr=true"], "optim.lr=True: "),
+        (["optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'lr'"),
+        (["+optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'lr'"),
+        (["++optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'lr'"),
+        (["optmi.lr=1"], "optmi: no such setting. Did you mean 'optim'"),
+        (["recipe=fullsft"], "recipe=fullsft: no such recipe. Did you mean 'full_sft'"),
+        (["model=qwen9"], "model=qwen9: no such model"),
+        (["determinism=strickt"], "Did you mean 'strict'"),
+        (["train.global_batch_size=0"], "train.global_batch_size=0: .*greater than 0"),
+        (["train.max_steps=1.5"], "train.max_steps=1.5: .*integer"),
+        (["train.max_steps=true"], "train.max_steps=True"),
+        (["train.max_steps=null", "train.max_epochs=null"], "both null"),
+        (["scheduler.warmup_steps=5", "scheduler.warmup_ratio=0.1"], "both set"),
+        (["scheduler.warmup_ratio=1.5"], "less than or equal to 1"),
+        (["scheduler=exponential", "scheduler.min_lr_ratio=0"], "never reaches 0"),
+        (["run.name=../x"], "run.name=../x"),
+        (["run.name=a/b"], "run.name=a/b"),
+        (["data=files"], "data.path is not set"),
+        (["data.val_path=a", "data.val_fraction=0.1"], "both set"),
+        (["optim.lr=1,2"], "names several values"),
+        (["optim.lr=1", "optim.lr=2"], "set twice"),
+        (["optim"], "form key=value"),
+        (["~optim"], "cannot be deleted"),
+        (["optim.lr=["], "optim.lr=\\[: .*number"),
+        (["optim lr=1"], "cannot be read"),
+        (["config=nowhere.yaml"], "no such file"),
+        (["profile.steps=[3,1]"], "first <= last"),
+        (["hardware.devices=0"], "hardware.devices=0"),
+        (["optim=3"], "no such optim"),
+        (["optim.betas=[0.9]"], "optim.betas"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_with_the_field(words, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        compose(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_typed_warm_up_clears_the_recipes_other_one_and_is_not_capped():
+    scheduler = compose(["scheduler.warmup_steps=7"]).config.scheduler
+    assert (scheduler.warmup_steps, scheduler.warmup_ratio, scheduler.max_warmup_ratio) == (7, None, 1.0)
+    scheduler = compose(["recipe=lora", "scheduler.warmup_ratio=0.3"]).config.scheduler
+    assert (scheduler.warmup_steps, scheduler.warmup_ratio) == (None, 0.3)
+
+
+def test_typed_steps_clear_the_recipes_epochs_and_the_other_way_round():
+    assert compose(["train.max_steps=7"]).config.train.max_epochs is None
+    train = compose(["experiment=demo", "train.max_epochs=2"]).config.train
+    assert (train.max_steps, train.max_epochs) == (None, 2)
+
+
+def test_ones_own_data_replaces_the_demos_validation_set_and_exact_match_check():
+    for words in (["data.path=x.jsonl"], ["experiment=demo", "data.path=x.jsonl"]):
+        data = compose(words).config.data
+        assert (data.path, data.val_path, data.exact_match) == ("x.jsonl", None, 0)
+
+
+def test_defaults_are_the_ones_announced():
+    choices = compose([]).choices
+    assert {k: choices[k] for k in ("model", "data", "recipe", "hardware")} == {
+        "model": "qwen3_0_6b",
+        "data": "demo",
+        "recipe": "full_sft",
+        "hardware": "auto",
+    }
+
+
+def test_an_experiment_wins_over_the_recipe_it_takes_and_words_win_over_both():
+    config = compose(["experiment=demo"]).config
+    assert (config.optim.lr, config.optim.weight_decay, config.dropout.attention) == (3e-3, 0.1, 0.0)
+    assert compose(["experiment=demo", "optim.lr=1e-3", "dropout=pretrain"]).config.dropout.attention == 0.1
+
+
+def test_a_dumped_configuration_reads_back_to_the_same(tmp_path):
+    config = compose(["experiment=demo", "scheduler.warmup_steps=9", "data.path=数据.jsonl"]).config
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(config), encoding="utf-8")
+    assert compose([f"config={file}"]).config == config
+    changed = compose([f"config={file}", "run.name=again", "optim.lr=1e-4"]).config
+    assert (changed.run.name, changed.optim.lr, changed.train) == ("again", 1e-4, config.train)
+    with pytest.raises(ConfigError, match="has made every choice"):
+        compose([f"config={file}", "recipe=lora"])
+
+
+def test_a_users_own_folder_of_settings_is_searched_and_checked(tmp_path):
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "mine.yaml").write_text("betas: [0.8, 0.9]\n")
+    (tmp_path / "optim" / "wrong.yaml").write_text("betta: [0.8, 0.9]\n")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    assert compose([search, "optim=mine"]).config.optim.betas == (0.8, 0.9)
+    with pytest.raises(ConfigError, match="optim.betta: no such setting. Did you mean 'betas'"):
+        compose([search, "optim=wrong"])
+    with pytest.raises(ConfigError, match="optim/nothing"):
+        compose([search, "optim=nothing"])
+
+
+@pytest.mark.parametrize("field", ["seed", "optim"])
+def test_a_missing_field_is_named(field):
+    import yaml
+
+    tree = yaml.safe_load(dump(compose([]).config))
+    del tree[field]
+    with pytest.raises(ConfigError, match=f"{field} is not set"):
+        check(tree)

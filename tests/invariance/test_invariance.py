@@ -1,0 +1,85 @@
+"""The mathematics do not depend on the machine: any layout of a step over micro-batches and ranks trains the same."""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.invariance.worker import LR, STEPS
+
+ROOT = Path(__file__).parents[2]
+KINDS = [("qwen3", "none"), ("qwen2", "none"), ("qwen3", "lora")]
+WORLDS = [1, 2, 3]
+
+
+def launch(out: Path, model_type: str, adapter: str, world_size: int) -> dict:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(world_size):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+        place |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, "-m", "tests.invariance.worker", str(out), model_type, adapter]
+        ranks.append(
+            subprocess.Popen(
+                [*words, str(world_size), str(rank)],
+                cwd=ROOT,
+                env=os.environ | place,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    said = [rank.communicate(timeout=280)[0] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=["-".join(k) for k in KINDS])
+def seen(request, tmp_path_factory):
+    """(world size, packing, rows, tokens) → what that run saw."""
+    folder = tmp_path_factory.mktemp("invariance")
+    return {
+        (world, *layout): record
+        for world in WORLDS
+        for layout, record in launch(folder / f"{world}.pt", *request.param, world).items()
+    }
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / max(float(b.double().norm()), 1e-30))
+
+
+def test_all_layouts_and_world_sizes_ran(seen):
+    assert len(seen) == 3 * 2 * 6
+    assert all(len(record["losses"]) == STEPS for record in seen.values())
+
+
+def test_first_gradients_agree_to_1e_6_relative_in_every_tensor(seen):
+    reference = seen[1, True, 1, None]["gradients"]
+    assert reference
+    for layout, record in seen.items():
+        assert record["gradients"].keys() == reference.keys()
+        for name, gradient in record["gradients"].items():
+            assert difference(gradient, reference[name]) < 1e-6, (layout, name)
+
+
+def test_losses_over_ten_steps_agree_to_2e_5_relative(seen):
+    reference = seen[1, True, 1, None]["losses"]
+    assert reference[-1] < reference[0]
+    for layout, record in seen.items():
+        for step, (ours, theirs) in enumerate(zip(record["losses"], reference, strict=True)):
+            assert math.isclose(ours, theirs, rel_tol=2e-5), (layout, step)
+
+
+def test_weights_after_ten_steps_agree_within_a_tenth_of_the_learning_rate(seen):
+    reference = seen[1, True, 1, None]["weights"]
+    for layout, record in seen.items():
+        for name, weight in record["weights"].items():
+            assert float((weight - reference[name]).abs().max()) < 0.1 * LR, (layout, name)

@@ -1,0 +1,131 @@
+"""One rank of an invariance run: trains the same tiny model under every layout; rank 0 saves what it saw.
+
+Started by test_invariance.py as `python -m tests.invariance.worker OUT MODEL_TYPE` with the ranks' environment set.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from qwlit.data.batches import StepDataset, train_loader
+from qwlit.data.step_plan import Limits, StepPlan
+from qwlit.model.config import AdapterConfig, Architecture, DropoutConfig, ModelConfig
+from qwlit.model.loss_model import build_loss_model
+from qwlit.optim.config import OptimConfig, SchedulerConfig
+from qwlit.optim.schedules import build_schedule
+from qwlit.training.module import CausalLMModule
+
+STEPS, BATCH, VOCABULARY, LR = 10, 16, 97, 1e-3
+LIMITS = [Limits(rows=n) for n in (1, 3, 16)] + [Limits(tokens=n) for n in (64, 200, None)]
+LAYOUTS = [(packing, limits) for packing in (True, False) for limits in LIMITS]
+
+
+class Ragged:
+    """Samples of very different lengths with masks of very different shares."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(1)
+        self.lengths = random.integers(2, 60, size=70).astype(np.int32)
+        self._ids = [random.integers(0, VOCABULARY, size=n).astype(np.int32) for n in self.lengths]
+        self._masks = [(random.random(n) < random.random()).astype(np.uint8) for n in self.lengths]
+        for mask in self._masks:
+            mask[0], mask[-1] = 0, 1
+        self.num_supervised = np.array([m.sum() for m in self._masks], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sample(self, index: int) -> tuple[Any, Any]:
+        return self._ids[index], self._masks[index]
+
+    def origin(self, index: int) -> str:
+        return f"ragged:{index}"
+
+
+class Recorder(lightning.Callback):
+    """Keeps the first step's gradients and every step's loss over all ranks."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.losses: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if not self.gradients:
+            self.gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = trainer.strategy.reduce(module.outcome.loss_sum, reduce_op="sum")
+        self.losses.append(float(loss) / batch.num_supervised_tokens)
+
+
+def tiny(model_type: str, adapter: str) -> Any:
+    architecture = Architecture(
+        model_type=model_type,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=model_type == "qwen3",
+        rope_theta=1e4,
+        rms_norm_eps=1e-6,
+    )
+    return build_loss_model(
+        ModelConfig(init="random", architecture=architecture),
+        AdapterConfig(kind=adapter),
+        DropoutConfig(),
+        seed=3,
+        attention="sdpa",
+        frozen_dtype=torch.float32,
+    )
+
+
+def run(model_type: str, adapter: str, packing: bool, limits: Limits, world_size: int) -> dict[str, Any]:
+    samples, recorder = Ragged(), Recorder()
+    module = CausalLMModule(
+        tiny(model_type, adapter),
+        optim=OptimConfig(lr=LR, weight_decay=0.1, no_decay=("bias", "norm")),
+        schedule=build_schedule(SchedulerConfig(name="constant"), STEPS),
+        max_grad_norm=1.0,
+        seed=0,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=DDPStrategy(process_group_backend="gloo", broadcast_buffers=False) if world_size > 1 else "auto",
+        max_steps=STEPS,
+        callbacks=[recorder],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    plan = StepPlan(samples.lengths, samples.num_supervised, 5, BATCH, world_size, limits, packing)
+    steps = StepDataset(samples, plan, trainer.global_rank, pad_id=0)
+    trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))
+    weights = {n: p.detach().clone() for n, p in module.named_parameters()}
+    return {"gradients": recorder.gradients, "losses": recorder.losses, "weights": weights}
+
+
+def main(out: str, model_type: str, adapter: str, world_size: int, rank: int) -> None:
+    torch.set_num_threads(1)
+    seen = {
+        (packing, limits.rows, limits.tokens): run(model_type, adapter, packing, limits, world_size)
+        for packing, limits in LAYOUTS
+    }
+    if rank == 0:
+        torch.save(seen, Path(out))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

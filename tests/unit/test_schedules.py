@@ -1,0 +1,47 @@
+"""Schedules at points one can compute by hand."""
+
+import pytest
+
+from qwlit.optim.config import SchedulerConfig
+from qwlit.optim.schedules import build_schedule
+
+
+def schedule(name, total=110, **settings):
+    return build_schedule(SchedulerConfig(name=name, **settings), total)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "exponential", "constant"])
+def test_warm_up_rises_linearly_and_its_last_step_is_at_the_peak(name):
+    s = schedule(name, warmup_steps=10, min_lr_ratio=0.01)
+    assert [s.factor(t) for t in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "floor", "middle", "end"),
+    [
+        ("cosine", 0.0, 0.5, 0.0),
+        ("cosine", 0.1, 0.55, 0.1),
+        ("linear", 0.0, 0.5, 0.0),
+        ("linear", 0.2, 0.6, 0.2),
+        ("exponential", 0.01, 0.1, 0.01),
+        ("constant", 0.0, 1.0, 1.0),
+    ],
+)
+def test_decay_halfway_and_at_the_end(name, floor, middle, end):
+    s = schedule(name, warmup_steps=10, min_lr_ratio=floor)
+    assert s.factor(60) == pytest.approx(middle)
+    assert s.factor(110) == pytest.approx(end, abs=1e-12)
+
+
+def test_a_ratio_is_a_share_of_the_run():
+    assert schedule("linear", warmup_ratio=0.1).warmup_steps == 11
+
+
+def test_warm_up_steps_are_capped_at_the_recipes_share():
+    assert schedule("cosine", warmup_steps=2000, max_warmup_ratio=0.2).warmup_steps == 22
+    assert schedule("cosine", warmup_steps=100).warmup_steps == 100
+
+
+def test_a_run_of_nothing_but_warm_up_is_defined():
+    s = schedule("linear", total=5, warmup_steps=5)
+    assert [s.factor(t) for t in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

@@ -1,0 +1,80 @@
+"""The step plan: pure, complete, balanced, within limits."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwlit.core.errors import ConfigError
+from qwlit.data.step_plan import Limits, StepPlan, lay_out
+
+
+def make_plan(lengths, *, global_batch_size=4, world_size=1, limits=None, packing=True, seed=0) -> StepPlan:
+    lengths = np.asarray(lengths, dtype=np.int32)
+    return StepPlan(lengths, np.ones_like(lengths), seed, global_batch_size, world_size, limits or Limits(), packing)
+
+
+def test_every_epoch_sees_every_sample_once_also_where_a_step_straddles_two_epochs():
+    plan = make_plan([5] * 10, global_batch_size=4)
+    seen = np.concatenate([plan.samples(step) for step in range(5)])
+    assert sorted(seen[:10]) == list(range(10))
+    assert sorted(seen[10:20]) == list(range(10))
+    assert list(seen[:10]) != list(seen[10:20])
+
+
+def test_a_step_is_a_pure_function_of_seed_and_number():
+    assert make_plan([5] * 50).samples(7).tolist() == make_plan([5] * 50).samples(7).tolist()
+    assert make_plan([5] * 50).samples(7).tolist() != make_plan([5] * 50, seed=1).samples(7).tolist()
+
+
+def test_fewer_samples_than_the_batch_repeat_within_a_step():
+    samples = make_plan([5] * 3, global_batch_size=8).samples(0)
+    assert len(samples) == 8
+    assert {int(s) for s in samples} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("samples", "batch", "ends"), [(10, 4, [3, 5]), (3, 8, [1, 2, 3, 4, 5]), (8, 4, [2, 4])])
+def test_epoch_e_ends_at_step_ceil_of_e_n_over_g(samples, batch, ends):
+    plan = make_plan([5] * samples, global_batch_size=batch)
+    assert plan.epoch_ends(5) == [e for e in ends if e <= 5]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=40),
+    world_size=st.integers(1, 4),
+    rows=st.one_of(st.none(), st.integers(1, 8)),
+    tokens=st.one_of(st.none(), st.integers(60, 200)),
+    packing=st.booleans(),
+)
+def test_a_layout_holds_every_sample_once_within_limits_and_ranks_have_equally_many(
+    lengths, world_size, rows, tokens, packing
+):
+    ranks = lay_out(lengths, world_size, Limits(rows, tokens), packing=packing)
+    assert len(ranks) == world_size
+    assert len({len(micros) for micros in ranks}) == 1
+    micros = [m for rank in ranks for m in rank]
+    assert sorted(i for m in micros if not m.filler for i in m.members) == list(range(len(lengths)))
+    for micro in micros:
+        sizes = [lengths[i] for i in micro.members]
+        assert rows is None or len(sizes) <= rows
+        used = sum(sizes) if packing else max(sizes) * len(sizes)
+        assert tokens is None or used <= tokens
+
+
+def test_accumulation_under_a_row_limit_is_the_fewest_possible():
+    for world_size, micro, expected in [(1, 2, 8), (1, 4, 4), (2, 4, 2), (4, 4, 1)]:
+        ranks = lay_out(list(range(10, 26)), world_size, Limits(rows=micro), packing=True)
+        assert {len(m) for m in ranks} == {expected}
+
+
+def test_packed_ranks_are_balanced_by_tokens():
+    lengths = np.random.default_rng(0).lognormal(5, 0.8, 64).astype(int).clip(8, 2000).tolist()
+    ranks = lay_out(lengths, 4, Limits(), packing=True)
+    loads = [sum(lengths[i] for m in micros for i in m.members) for micros in ranks]
+    assert max(loads) < 1.1 * sum(loads) / 4 or max(loads) == max(lengths)
+
+
+def test_a_sample_that_fits_no_micro_batch_is_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match="longest sample has 70 tokens; raise it to 70"):
+        Limits(tokens=64).check(np.array([10, 70], dtype=np.int32))
