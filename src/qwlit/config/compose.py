@@ -69,7 +69,7 @@ def compose(overrides: list[str]) -> Composed:
 
 
 def _parse(overrides: list[str]) -> list[Override]:
-    """Parse overrides; one key may be typed once, and nothing may be a sweep."""
+    """Parse overrides. Of a key typed twice the later one counts, so that scripts can pass "$@" on."""
     parsed = []
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
@@ -79,8 +79,6 @@ def _parse(overrides: list[str]) -> list[Override]:
             raise ConfigError(f"'{text}' names several values; train takes one, a list is written [a,b]")
         if override.is_delete():
             raise ConfigError(f"'{text}': settings cannot be deleted; set the value you want")
-        if any(override.key_or_group == earlier.key_or_group for earlier in parsed):
-            raise ConfigError(f"{override.key_or_group} is set twice; give it one value")
         parsed.append(override)
     return parsed
 
@@ -215,7 +213,11 @@ def _trace(location: list[str]) -> tuple[Any, list[str]]:
     for name in location:
         names.append(name)
         field = next((f for f in dataclasses.fields(owner) if f.name == name), None)
-        inner = [t for t in (field.type, *getattr(field.type, "__args__", ())) if dataclasses.is_dataclass(t)] if field else []
+        inner = (
+            [t for t in (field.type, *getattr(field.type, "__args__", ())) if dataclasses.is_dataclass(t)]
+            if field
+            else []
+        )
         if not inner:
             break
         owner = inner[0]

@@ -85,7 +85,7 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
-    """Longest sample first, each into the emptiest micro-batch with room: balanced, and close to the fewest possible."""
+    """Longest sample first, each into the emptiest micro-batch with room: balanced, and close to the fewest."""
     rounds = 1
     if limits.rows is not None:
         rounds = max(rounds, -(-len(lengths) // (limits.rows * world_size)))

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from qwlit.config.compose import Composed
 from qwlit.config.derive import Derived, derive, limits
 from qwlit.config.run import RunConfig
-from qwlit.core.console import console
+from qwlit.core.console import counting
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.rows import NeedsTokenizer
@@ -83,15 +83,20 @@ def _data(config: RunConfig) -> tuple[PreTrainedTokenizerFast | None, ChatEncode
     except (ConfigError, DataError) as error:
         missing = error
     try:
-        data = load_data(
-            config.data,
-            encoder=encoder,
-            vocab_size=vocabulary_size(config.model),
-            cache_root=Path(config.run.root) / STORE_FOLDER,
-            progress=lambda rows: console().print(f"tokenized {rows:,} rows"),
-        )
+        with counting("tokenizing, rows read:") as progress:
+            data = load_data(
+                config.data,
+                encoder=encoder,
+                vocab_size=vocabulary_size(config.model),
+                cache_root=Path(config.run.root) / STORE_FOLDER,
+                progress=progress,
+            )
     except NeedsTokenizer:
         raise missing or AssertionError("an encoder was given") from None
+    if config.data.exact_match and missing is not None:
+        raise ConfigError(
+            f"data.exact_match={config.data.exact_match} answers prompts, which needs a tokenizer: {missing}"
+        )
     return tokenizer, encoder, data
 
 

@@ -85,7 +85,7 @@ def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: S
     console().print("\n".join(lines))
 
 
-ENDS = {Interrupted: "interrupted", Preempted: "preempted", GuardStop: "stopped"}
+ENDS: dict[type[BaseException], str] = {Interrupted: "interrupted", KeyboardInterrupt: "interrupted", Preempted: "preempted", GuardStop: "stopped"}
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def recorded(folder: RunFolder) -> Iterator[None]:
         yield
         status = FINISHED
     except BaseException as error:
-        status = ENDS.get(type(error), "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        status = ENDS.get(type(error), "failed")
         raise
     finally:
         folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

@@ -1,4 +1,4 @@
-"""After the last step: answers to validation prompts by the best weights, the summary, and where everything lies."""
+"""After the last step: the best weights exported and put to the test, the summary, and where everything lies."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwlit.core.console import console
+from qwlit.inference.export import export_model
 from qwlit.inference.generate import Answered, answer_greedily, questions
 from qwlit.job.assemble import Job
 from qwlit.model.loss_model import LossModel
@@ -15,7 +16,8 @@ from qwlit.training.run_folder import RunFolder
 from qwlit.training.telemetry import peak_memory_gib
 
 PLACES = {
-    "checkpoints/best": "the weights with the lowest val/loss, with the optimizer's state",
+    "export": "the trained model for from_pretrained, the best by val/loss (LoRA: the adapter, for peft)",
+    "checkpoints/best": "its float32 weights and the optimizer's state",
     "checkpoints/last": "the newest ones",
     "samples.jsonl": "prompts, answers and what was expected",
     "metrics.jsonl": "loss, learning rate, gradient norm, tokens per second, by step",
@@ -39,9 +41,11 @@ def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> No
         "rollbacks": 0,
     }
     folder.write_summary(**numbers)
+    _take_best_weights(loss_model, folder, loop.trainer.global_step)
+    model = job.config.model
+    export_model(loss_model.causal_lm, job.tokenizer, folder.path / "export", base=model.path or model.hub_id)
     answers: list[Answered] = []
     if job.config.data.exact_match and job.data.validation is not None:
-        _take_best_weights(loss_model, folder, loop.trainer.global_step)
         answers = _answer(job, loss_model, folder)
         numbers["exact_match"] = sum(a.exact for a in answers) / len(answers)
         folder.write_summary(exact_match=numbers["exact_match"])
@@ -94,7 +98,7 @@ def _show(job: Job, numbers: dict[str, Any], answers: list[Answered], folder: Ru
     for language, wanted in (("English", False), ("Chinese", True)):
         example = next((r for r in records if _is_chinese(r["expected"]) is wanted), None)
         if example:
-            screen.print(f"\n[bold]a sample in {language}[/]")
+            screen.print(f"\n[bold]an answer in {language}[/]")
             screen.print(Text.assemble(example["prompt"], (example["answer"], "green")))
     screen.print(f"\n[bold]where everything lies[/]  {folder.path}")
     for name, what in PLACES.items():

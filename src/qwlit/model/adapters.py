@@ -18,7 +18,7 @@ EMBEDDINGS = ("lm_head", "embed_tokens")
 def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: float, seed: int) -> None:
     """Put adapters beside the target layers, freeze everything else; nothing happens for kind none.
 
-    The model stays what it was (no PeftModel around it), so `model.model`, `model.lm_head` and `generate` go on working.
+    The model stays what it was (no PeftModel around it), so `model.model`, `model.lm_head` and `generate` still work.
     Adapters are float32 whatever the frozen dtype, and start as no change at all: B is zero, A is drawn from `seed`.
 
     Raises:

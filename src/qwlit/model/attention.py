@@ -33,7 +33,7 @@ def _causal_options() -> dict[str, Any]:
 VARLEN_OPTIONS = _causal_options()
 
 
-def attend(
+def attend(  # noqa: PLR0913 - transformers calls it
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -45,7 +45,7 @@ def attend(
     attention_kernel: AttentionKernel | None = None,
     cu_seqlens: Tensor | None = None,
     document_lengths: tuple[int, ...] | None = None,
-    max_seqlen: int | None = None,
+    max_seqlen: int = 0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally, within each packed document or each right-padded row.
@@ -57,7 +57,7 @@ def attend(
         scaling: factor on the scores before the softmax.
         dropout: probability on the attention weights; transformers passes 0 outside training.
         cu_seqlens, document_lengths, max_seqlen: as in MicroBatch; varlen reads the first and last, sdpa and eager
-            the lengths. All None when padded.
+            the lengths. Without the first two the rows are padded.
 
     Returns:
         (B, T, H, K), and None where transformers expects the weights.
@@ -77,7 +77,7 @@ def attend(
     # One call a document: on two CPU cores as fast as or faster than gathering documents into batches, which copies
     # queries, keys and values (30 documents of 40-80 tokens, forward and backward: 4.2 ms against 4.6-8.6 ms).
     lengths = list(document_lengths)
-    documents = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    documents = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat([compute(q, k, v, scaling, dropout).transpose(1, 2) for q, k, v in documents], dim=1), None
 
 
@@ -101,9 +101,7 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: f
     return F.dropout(weights, dropout) @ value
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scaling: float
-) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float) -> Tensor:
     """Attend with torch's variable-length flash kernel, CUDA in half precision only: (1, T, H, K)."""
     # Autocast knows sdpa but not this kernel, and Qwen3's norms hand over float32 queries and keys.
     dtype = _compute_dtype(value)

@@ -6,6 +6,7 @@ loss's gradient is known as soon as its logits are, it is computed there and the
 Shapes: N supervised rows, R rows of a chunk, D hidden, V vocabulary.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss_sum += losses.sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            # d loss / d logits = softmax - onehot. At the target, exp(-loss) - 1 would cancel for a good model.
+            # d loss / d logits = softmax - onehot; at the target taken from the loss, because half precision rounds the
+            # probability of a sure model to 1 and the difference to 0.
             gradient = torch.exp(log_probs, out=logits)
             gradient.scatter_(1, target, torch.expm1(-losses).to(gradient.dtype))
             if grad_hidden is not None:
@@ -93,7 +95,7 @@ def _chunks(num_rows: int, vocab_size: int, device: str) -> list[tuple[int, int]
     limit = max(1, CHUNK_BYTES.get(device, CPU_CHUNK_BYTES) // (4 * vocab_size))
     count = -(-num_rows // limit)
     edges = [num_rows * chunk // count for chunk in range(count + 1)] if count else []
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.model import hub
-from qwlit.model.attention import register_attention
 from qwlit.model.config import Architecture, ModelConfig
 from qwlit.model.folder import check_tokenizer_files, first_few, read_model_config, read_tensors, weight_files
 from qwlit.model.presets import from_hf_config, meta_causal_lm, model_classes, to_hf_config
@@ -129,6 +128,8 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
 
 
 def _for_training(hf_config: "PretrainedConfig") -> "PretrainedConfig":
+    from qwlit.model.attention import register_attention
+
     hf_config.use_cache = False
     hf_config._attn_implementation = register_attention()
     return hf_config
@@ -184,6 +185,6 @@ def _read_weights(
     head = weights.pop(HEAD, None) if hf_config.tie_word_embeddings else None
     if head is not None and not torch.equal(head, weights[EMBEDDING]):
         raise ConfigError(
-            f"{folder / 'config.json'}: tie_word_embeddings=true, but the weights have a head of their own; set it false"
+            f"{folder / 'config.json'}: tie_word_embeddings=true, but the weights have their own head; set it false"
         )
     return weights

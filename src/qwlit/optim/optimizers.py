@@ -26,7 +26,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def arm_clip_and_skip(optimizer: torch.optim.Optimizer, grad_norm: Tensor, max_grad_norm: float | None) -> Tensor:
-    """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip if `grad_norm` is not finite; all on the device.
+    """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip where `grad_norm` is not finite.
+
+    All on the device, nothing waits.
 
     The fused kernel divides gradients by `grad_scale`, and where `found_inf` is 1 leaves weights, moments and step
     count untouched (multiplying by 0 would not: 0 * NaN is NaN).

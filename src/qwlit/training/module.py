@@ -95,7 +95,7 @@ class CausalLMModule(lightning.LightningModule):
 
     def _backward(self, micro: MicroBatch, num_supervised_tokens: int) -> Tensor:
         """Accumulate this micro-batch's share of the step's gradient; return its loss sum."""
-        loss_sum = self.loss_model(micro).loss_sum
+        loss_sum: Tensor = self.loss_model(micro).loss_sum
         # DDP averages over ranks, hence the world size. A loss that is not finite makes the factor NaN, and with it
         # every gradient on every rank, so that all of them see the same norm and skip together.
         factor = self.trainer.world_size / num_supervised_tokens + 0.0 * loss_sum.detach()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the handler only notes the signal; at the next step boundary all ranks save and leave together."""
+"""Ctrl-C and SIGTERM: the handler only notes the signal; at the next step boundary all ranks save and leave."""
 
 import signal
 from types import FrameType

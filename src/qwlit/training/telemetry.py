@@ -96,7 +96,7 @@ class Telemetry(Callback):
         loss_sum, self._loss_sum = self._loss_sum, torch.zeros_like(self._loss_sum)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(loss_sum)
-        row = {
+        row: Row = {
             "optim/lr": module.outcome.lr,
             "throughput/tokens_per_second": self._clock.lap(),
             "memory/peak_gib": peak_memory_gib(module.device),
@@ -121,7 +121,7 @@ class Telemetry(Callback):
         loss = pl_module.validation.loss
         if self.best_val_loss is None or loss < self.best_val_loss:
             self.best_val_loss = loss
-        row = {"val/loss": loss, "val/accuracy": pl_module.validation.accuracy}
+        row: Row = {"val/loss": loss, "val/accuracy": pl_module.validation.accuracy}
         self._folder.append_metrics(trainer.global_step, **row)
         self._listener(trainer.global_step, row)
         self._clock.resume()

@@ -1,0 +1,268 @@
+"""Loading: what a folder must have, what each fault is called, and what comes back."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from qwlit.core.errors import ConfigError
+from qwlit.model import hub
+from qwlit.model.attention import ATTENTION_NAME, generation_attention
+from qwlit.model.config import ModelConfig
+from qwlit.model.load import (
+    check_vocabulary,
+    load_causal_lm,
+    load_tokenizer,
+    read_architecture,
+    vocabulary_size,
+)
+from tests.tiny import TINY, save_folder, tiny_architecture, tiny_causal_lm
+
+DEMO_TOKENIZER = "qwlit:demo/tokenizer"
+HUB = "Qwen/Qwen3-0.6B"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_folder(tiny_causal_lm(tied=False), tmp_path / "qwen-tiny")
+
+
+def load(path: Path, **kwargs: Any) -> PreTrainedModel:
+    options: dict[str, Any] = {"seed": 0, "train_all": True, "frozen_dtype": torch.float32}
+    return load_causal_lm(ModelConfig(path=str(path)), **(options | kwargs))
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_comes_back_weight_for_weight_and_computes_the_same(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    saved = tiny_causal_lm(family, tied=tied)
+    loaded = load(save_folder(saved, tmp_path / "m"))
+    assert loaded.config._attn_implementation == ATTENTION_NAME
+    assert loaded.config.use_cache is False
+    assert loaded.training
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    ids = torch.arange(12)[None]
+    with generation_attention(loaded), torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, saved(ids).logits, atol=1e-4)
+    assert loaded.config.use_cache is False
+    assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {
+        k: v.tolist() for k, v in saved.state_dict().items()
+    }
+
+
+def test_generation_with_left_padding_equals_single_prompts(folder: Path) -> None:
+    model = load(folder).eval()
+    prompts = [[5, 6, 7, 8, 9], [11, 12]]
+    with generation_attention(model), torch.no_grad():
+        options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        single = [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+        ids = torch.tensor([prompts[0], [0, 0, 0, *prompts[1]]])
+        mask = torch.tensor([[1] * 5, [0] * 3 + [1] * 2])
+        batch = model.generate(ids, attention_mask=mask, **options)[:, 5:].tolist()
+    assert batch == single
+
+
+def test_weights_are_float32_to_train_and_of_the_frozen_dtype_otherwise(folder: Path) -> None:
+    save_folder(tiny_causal_lm(tied=False).to(torch.bfloat16), folder)
+    trained = load(folder)
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in trained.parameters())
+    frozen = load(folder, train_all=False, frozen_dtype=torch.bfloat16)
+    assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert {b.dtype for b in frozen.buffers()} == {torch.float32}
+    assert torch.equal(frozen.model.rotary_emb.inv_freq, tiny_causal_lm().model.rotary_emb.inv_freq)
+
+
+def test_training_in_place_leaves_the_file_alone(folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    model = load(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_sharded_weights_load(folder: Path) -> None:
+    whole = load(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    tiny_causal_lm(tied=False).save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in load(folder).state_dict().items())
+
+
+def test_random_init_depends_on_the_seed_alone_and_leaves_the_generator_alone() -> None:
+    config = ModelConfig(init="random", architecture=TINY)
+    options: dict[str, Any] = {"train_all": True, "frozen_dtype": torch.float32}
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one, two, other = (load_causal_lm(config, seed=seed, **options) for seed in (7, 7, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one.lm_head.weight, two.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def test_random_init_with_a_path_takes_its_config_and_not_its_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    config = ModelConfig(init="random", path=str(folder))
+    model = load_causal_lm(config, seed=0, train_all=True, frozen_dtype=torch.float32)
+    assert model.config.hidden_size == TINY.hidden_size
+    assert read_architecture(config) == tiny_architecture(tied=False)
+
+
+def test_the_published_form_of_config_json_is_understood(folder: Path) -> None:
+    change_config(folder, rope_theta=1000000, rope_scaling=None, torch_dtype="bfloat16", sliding_window=None)
+    values = json.loads((folder / "config.json").read_text())
+    del values["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(values))
+    assert read_architecture(ModelConfig(path=str(folder))).rope_theta == 1e6
+    assert load(folder).lm_head.weight.dtype == torch.float32
+
+
+def test_the_folders_own_generation_settings_are_kept(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert load(folder).generation_config.eos_token_id == [3, 4]
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+    "half a config": (lambda f: (f / "config.json").write_text('{"model_type": "qw'), "cannot be read as JSON"),
+    "wrong type": (lambda f: change_config(f, hidden_size="wide"), "hidden_size"),
+    "llama": (
+        lambda f: change_config(f, model_type="llama", architectures=["LlamaForCausalLM"]),
+        "is a LlamaForCausalLM",
+    ),
+    "moe": (
+        lambda f: change_config(f, model_type="qwen2_moe", architectures=["Qwen2MoeForCausalLM"]),
+        "is a Qwen2MoeForCausalLM",
+    ),
+    "vision": (
+        lambda f: change_config(f, model_type="qwen2_vl", architectures=["Qwen2VLForConditionalGeneration"]),
+        "is a Qwen2VLForConditionalGeneration",
+    ),
+    "no head": (lambda f: change_config(f, architectures=["Qwen3Model"]), "is a Qwen3Model"),
+    "sliding": (lambda f: change_config(f, use_sliding_window=True), "use_sliding_window"),
+    "quantized": (lambda f: change_config(f, quantization_config={"bits": 4}), "quantized"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only pickled weights"),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "cut off or damaged"),
+    "cut off": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+        "cut off or damaged",
+    ),
+    "missing tensor": (
+        lambda f: change_weights(f, lambda w: w.pop("model.norm.weight")),
+        "missing: model.norm.weight",
+    ),
+    "unexpected tensor": (
+        lambda f: change_weights(f, lambda w: w.update({"model.extra": torch.ones(1)})),
+        "unexpected: model.extra",
+    ),
+    "other shape": (
+        lambda f: change_weights(f, lambda w: w.update({"model.norm.weight": torch.ones(3)})),
+        r"of another shape: model.norm.weight \[3\] instead of \[32\]",
+    ),
+    "other depth": (lambda f: change_config(f, num_hidden_layers=1, layer_types=None), "unexpected: model.layers.1."),
+    "nan": (
+        lambda f: change_weights(f, lambda w: w["model.norm.weight"].fill_(float("nan"))),
+        "model.norm.weight holds inf or NaN",
+    ),
+    "head of its own": (lambda f: change_config(f, tie_word_embeddings=True), "tie_word_embeddings=true"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_of_a_folder_is_named_in_one_line(fault: str, folder: Path) -> None:
+    spoil, message = FAULTS[fault]
+    spoil(folder)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load(folder)
+    assert "\n" not in str(raised.value)
+    assert str(folder) in str(raised.value)
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    tiny_causal_lm(tied=False).save_pretrained(folder, max_shard_size="20KB")
+    first = sorted(folder.glob("model-*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(ConfigError, match=f"index.json names missing files: {first.name}"):
+        load(folder)
+
+
+def test_a_missing_folder_comes_with_the_nearest_name(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such folder. Did you mean 'qwen-tiny'\?"):
+        load(folder.with_name("qwen-tny"))
+
+
+def test_a_tokenizer_is_the_models_own_unless_another_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        load_tokenizer(ModelConfig(path=str(folder)))
+    demo = load_tokenizer(ModelConfig(path=str(folder), tokenizer=DEMO_TOKENIZER))
+    demo.save_pretrained(folder)
+    own = load_tokenizer(ModelConfig(path=str(folder)))
+    assert own.get_vocab() == demo.get_vocab()
+    assert own.encode("2 + 2 = 四") == demo.encode("2 + 2 = 四")
+
+
+def test_a_damaged_tokenizer_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    with pytest.raises(ConfigError, match="the tokenizer cannot be read"):
+        load_tokenizer(ModelConfig(path=str(folder)))
+
+
+def test_a_tokenizer_with_more_tokens_than_embedding_rows_is_refused() -> None:
+    tokenizer = load_tokenizer(ModelConfig(tokenizer=DEMO_TOKENIZER))
+    config = ModelConfig(init="random", architecture=TINY)
+    assert vocabulary_size(config) == TINY.vocab_size < len(tokenizer)
+    with pytest.raises(ConfigError, match="the embedding 97 rows"):
+        check_vocabulary(config, tokenizer)
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_without_a_network_the_hub_fails_in_one_line_and_silently(
+    part: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{HUB} could not be fetched.*model.path=FOLDER") as raised:
+        if part == "model":
+            load_causal_lm(ModelConfig(hub_id=HUB), seed=0, train_all=True, frozen_dtype=torch.float32)
+        else:
+            load_tokenizer(ModelConfig(hub_id=HUB))
+    assert "\n" not in str(raised.value)
+    assert "experiment=demo" in str(raised.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_hub_that_does_not_answer_is_given_up() -> None:
+    never = threading.Event()
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
+        hub._within(0.05, never.wait)
+    never.set()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"), [("Qwen/Qwen3-0.6B", True), ("./Qwen3", False), ("../a", False), ("/a/b", False), ("a", False)]
+)
+def test_hub_ids_are_told_from_paths(name: str, is_one: bool) -> None:
+    assert hub.looks_like_hub_id(name) == is_one
