@@ -174,7 +174,7 @@ def draw_value(rng: Random, split: str) -> Value:
 def tool_for(kind: str) -> dict[str, Any]:
     parameters = {
         "type": "object",
-        "properties": {kind: {"type": "string"}, "style": {"type": "string", "enum": list(STYLES["en"])}},
+        "properties": {kind: {"type": "string"}, "style": {"type": "string"}},
         "required": [kind, "style"],
     }
     function = {"name": f"format_{kind}", "description": f"Write the {kind} in a style.", "parameters": parameters}
@@ -202,7 +202,7 @@ def make_sample(rng: Random, split: str, shape: str) -> Sample:
         messages[0]["content"] = text
         messages.insert(0, {"role": "system", "content": SYSTEM[language].format(style=styles[target])})
     elif shape == "tool":
-        arguments = {value.kind: next(iter(value.forms.values())), "style": target}
+        arguments = {value.kind: next(iter(value.forms.values())), "style": styles[target]}
         call = {"type": "function", "function": {"name": f"format_{value.kind}", "arguments": arguments}}
         messages[1:1] = [
             {"role": "assistant", "content": "", "tool_calls": [call]},

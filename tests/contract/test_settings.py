@@ -71,7 +71,7 @@ def test_recipes_carry_the_guides_values(recipe, lr, warmup, decay, weight_decay
         (["scheduler.warmup_steps=5", "scheduler.warmup_ratio=0.1"], "both set"),
         (["scheduler.warmup_ratio=1.5"], "less than or equal to 1"),
         (["scheduler=exponential", "scheduler.min_lr_ratio=0"], "never reaches 0"),
-        (["run.name=../x"], "run.name=../x"),
+        (["run.name=../x"], r"run.name=../x: a run's name is one folder"),
         (["run.name=a/b"], "run.name=a/b"),
         (["data=files"], "data.path is not set"),
         (["data.val_path=a", "data.val_fraction=0.1"], "both set"),

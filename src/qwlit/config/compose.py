@@ -196,7 +196,8 @@ def _explain(error: ValidationError) -> str:
         return f"{field}: no such setting.{hint}"
     if finding["type"] in ("missing", "missing_argument"):
         return f"{field} is not set"
-    rule = finding["msg"][0].lower() + finding["msg"][1:]
+    rule = finding["msg"].removeprefix("Value error, ")
+    rule = rule[0].lower() + rule[1:]
     value = finding["input"]
     hint = nearest(str(value), re.findall(r"'([^']+)'", rule)) if finding["type"] == "literal_error" else ""
     return f"{field}={value}: {rule}.{hint}"
@@ -252,7 +253,7 @@ def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:
         model = choices.get("model", "model")
         if config.model.path is not None:
             model = resolve_path(config.model.path).name
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{model}-{choices.get('recipe', 'recipe')}-{data}").lstrip("._-")
+        name = re.sub(r"[^\w.-]+", "_", f"{model}-{choices.get('recipe', 'recipe')}-{data}").lstrip("._-")
     return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from qwlit.data.batches import Samples
 from qwlit.model.attention import generation_attention
@@ -75,10 +75,14 @@ def _answer_batch(
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
-        max_new_tokens=max(len(q.answer) for q in asked) + SLACK_TOKENS,
-        do_sample=False,
-        eos_token_id=end_of_turn_id,
-        pad_token_id=pad_id,
+        # A checkpoint's own generation settings are for sampling.
+        generation_config=GenerationConfig(
+            max_new_tokens=max(len(q.answer) for q in asked) + SLACK_TOKENS,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=end_of_turn_id,
+            pad_token_id=pad_id,
+        ),
     )
     for question, tokens in zip(asked, out[:, width:].tolist(), strict=True):
         stop = tokens.index(end_of_turn_id) + 1 if end_of_turn_id in tokens else len(tokens)

@@ -69,7 +69,9 @@ def assemble(composed: Composed) -> Job:
         limits=limits(config),
         packing=config.data.packing,
     )
-    plan.limits.check(data.train.lengths)
+    for samples in (data.train, data.validation):
+        if samples is not None:
+            plan.limits.check(samples.lengths)
     derived = derive(config, plan, has_validation=data.validation is not None)
     return Job(config, composed.choices, machine, attention, tokenizer, encoder, data, plan, derived)
 

@@ -47,5 +47,11 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
             packing=job.plan.packing,
             pad_id=job.pad_id,
         )
-    loop.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
+    try:
+        loop.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
+    except SystemExit as end:
+        # Lightning turns a Ctrl-C outside the step loop (while starting, or the second one) into an exit code of 1.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     return loop

@@ -1,17 +1,24 @@
 """What a user can set about the run, the loop, the machine and what is kept."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.=,+-]{0,199}", name):
+        raise ValueError("a run's name is one folder: letters, digits and _ . = , + -; set run.root for another place")
+    return name
 
 
 @config_dataclass
 class RunSettings:
     """Where the run lives."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$", max_length=200)] | None = None
+    name: Annotated[str, AfterValidator(_folder_name)] | None = None
     """Folder under run.root; by default the experiment's name, or model-recipe-data. The same name continues a run."""
     root: str = "runs"
     """Folder that holds the runs, relative to the current one."""

@@ -132,6 +132,8 @@ class RunLock:
             raise ConfigError(
                 f"{self._folder.path} is in use by another process; wait for it, or set another run.name"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"run.root: {self._folder.path.parent} cannot be written: {error.strerror}") from None
         handle.truncate(0)
 
     def announce(self) -> None:

@@ -57,6 +57,9 @@ def _quieten_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
+        # Its successor is not in torch 2.11; the module has reduced val/loss over the ranks when it logs it.
+        ".*`broadcast_buffers` is deprecated.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*does not have many workers.*",
         ".*dataloader is not resumable.*",
         ".*The `srun` command is available.*",
