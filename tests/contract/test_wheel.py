@@ -37,7 +37,12 @@ def test_it_trains_outside_the_checkout(site, tmp_path):
     code = f"import qwlit; assert qwlit.__file__.startswith({str(site)!r}), qwlit.__file__"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     done = subprocess.run(
-        [sys.executable, "-m", "qwlit", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "qwlit", *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "where everything lies" in done.stdout and (tmp_path / "runs/demo/export/config.json").exists()

@@ -52,7 +52,7 @@ def test_a_saved_model_comes_back_weight_for_weight_and_computes_the_same(
     ids = torch.arange(12)[None]
     with generation_attention(loaded), torch.no_grad():
         assert torch.allclose(loaded(ids).logits, saved(ids).logits, atol=1e-4)
-    assert loaded.config.use_cache is False
+    assert loaded.config._attn_implementation == ATTENTION_NAME
     assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {
         k: v.tolist() for k, v in saved.state_dict().items()
     }
@@ -68,6 +68,18 @@ def test_generation_with_left_padding_equals_single_prompts(folder: Path) -> Non
         mask = torch.tensor([[1] * 5, [0] * 3 + [1] * 2])
         batch = model.generate(ids, attention_mask=mask, **options)[:, 5:].tolist()
     assert batch == single
+
+
+def test_generation_uses_the_cache_that_training_does_without(folder: Path) -> None:
+    change_config(folder, use_cache=False)
+    model = load(folder).eval()
+    widths: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    with generation_attention(model), torch.no_grad():
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert widths == [3, 1, 1]
 
 
 def test_weights_are_float32_to_train_and_of_the_frozen_dtype_otherwise(folder: Path) -> None:

@@ -82,7 +82,7 @@ def _findings(config: RunConfig, schedule: Schedule) -> list[str]:
         )
     elif schedule.warmup_steps >= schedule.total_steps:
         findings.append(
-            f"warm-up takes all {schedule.total_steps} steps: the learning rate only rises; lower scheduler.warmup_steps"
+            f"warm-up takes all {schedule.total_steps} steps: the rate only rises; lower scheduler.warmup_steps"
         )
     if config.train.global_batch_size < 16:
         findings.append(

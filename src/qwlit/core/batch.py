@@ -34,7 +34,7 @@ def _convert(value: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class MicroBatch(_Movable):
-    """One forward and backward: packed documents (B = 1, with `cu_seqlens`) or right-padded rows (`cu_seqlens` None)."""
+    """One forward and backward: packed documents (B = 1, `cu_seqlens` set) or right-padded rows (`cu_seqlens` None)."""
 
     input_ids: Tensor
     """(B, T) int64."""

@@ -98,11 +98,9 @@ def build_store(
         progress: called with the number of rows read so far.
 
     Raises:
-        DataError: no usable row, too many bad ones (with `strict`: one), or rows that do not fit tokenizer or model
-            (NeedsTokenizer: conversations, and no encoder).
+        DataError: no usable row, too many bad ones (with `strict`: one), or or (NeedsTokenizer)
+            conversations and no encoder.
     """
-    if encoder is not None and encoder.vocab_size > vocab_size:
-        raise DataError(f"the tokenizer has {encoder.vocab_size} tokens, but the model's vocabulary {vocab_size}")
     files = find_files(path)
     fingerprint = _fingerprint(files, config, encoder, vocab_size)
     folder = cache_root / fingerprint[:32]

@@ -14,7 +14,7 @@ from qwlit.data.chat import ChatEncoder
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.splits import DataSplit, load_data
 from qwlit.data.step_plan import StepPlan
-from qwlit.model.load import load_tokenizer, vocabulary_size
+from qwlit.model.load import check_vocabulary, load_tokenizer, vocabulary_size
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.training.machine import Attention, Machine, resolve_attention, resolve_machine
 
@@ -81,6 +81,7 @@ def _data(config: RunConfig) -> tuple[PreTrainedTokenizerFast | None, ChatEncode
     tokenizer = encoder = missing = None
     try:
         tokenizer = load_tokenizer(config.model)
+        check_vocabulary(config.model, tokenizer)
         encoder = ChatEncoder(tokenizer, config.data.template)
     except (ConfigError, DataError) as error:
         missing = error

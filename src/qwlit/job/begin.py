@@ -85,7 +85,12 @@ def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: S
     console().print("\n".join(lines))
 
 
-ENDS: dict[type[BaseException], str] = {Interrupted: "interrupted", KeyboardInterrupt: "interrupted", Preempted: "preempted", GuardStop: "stopped"}
+ENDS: dict[type[BaseException], str] = {
+    Interrupted: "interrupted",
+    KeyboardInterrupt: "interrupted",
+    Preempted: "preempted",
+    GuardStop: "stopped",
+}
 
 
 @contextmanager

@@ -132,11 +132,9 @@ def register_attention() -> str:
 @contextmanager
 def generation_attention(model: "PreTrainedModel") -> Iterator[None]:
     """Let `model` generate: torch's sdpa with transformers' masks and caches while the block runs."""
-    before, cached = model.config._attn_implementation, model.config.use_cache
+    before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
-    model.config.use_cache = True
     try:
         yield
     finally:
         model.set_attn_implementation(before)
-        model.config.use_cache = cached

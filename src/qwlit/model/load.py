@@ -99,6 +99,9 @@ def load_causal_lm(config: ModelConfig, *, seed: int, train_all: bool, frozen_dt
         if folder is None:
             raise ConfigError("model.init=pretrained needs model.path or model.hub_id; or set model.init=random")
         model = _pretrained(folder, dtype)
+    model.config.use_cache = False
+    # Made from the configuration, which in many fine-tuned folders has the cache off; generating without is quadratic.
+    model.generation_config.use_cache = True
     return model.requires_grad_(train_all)
 
 
@@ -127,10 +130,9 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
         raise ConfigError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
 
 
-def _for_training(hf_config: "PretrainedConfig") -> "PretrainedConfig":
+def _with_attention(hf_config: "PretrainedConfig") -> "PretrainedConfig":
     from qwlit.model.attention import register_attention
 
-    hf_config.use_cache = False
     hf_config._attn_implementation = register_attention()
     return hf_config
 
@@ -139,14 +141,14 @@ def _random(hf_config: "PretrainedConfig", seed: int, dtype: torch.dtype) -> "Pr
     _, model_class = model_classes(hf_config.model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(_for_training(hf_config))
+        model = model_class(_with_attention(hf_config))
     for parameter in model.parameters():  # not model.to: the rotary buffers must stay float32
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def _pretrained(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    hf_config = _for_training(_read_hf_config(folder))
+    hf_config = _with_attention(_read_hf_config(folder))
     model: Any = meta_causal_lm(hf_config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.load_state_dict(_read_weights(folder, shapes, hf_config, dtype), strict=False, assign=True)

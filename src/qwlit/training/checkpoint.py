@@ -105,15 +105,22 @@ class Checkpointing(BoundaryCallback):
         self._folder = folder
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
+        self._stopped_early = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_val_loss": self.best_val_loss, "best_step": self.best_step}
+        return {"best_val_loss": self.best_val_loss, "best_step": self.best_step, "stopped_early": self._stopped_early}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_val_loss = state_dict["best_val_loss"]
         self.best_step = state_dict["best_step"]
+        self._stopped_early = state_dict["stopped_early"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        # A run killed between early stopping and its end has nothing left to train.
+        trainer.should_stop = trainer.should_stop or self._stopped_early
 
     def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
+        self._stopped_early = trainer.should_stop
         improved = self.milestones.validate(step) and self._improved(module, step)
         # Early stopping ends the run here, so here is the last step.
         if improved or self.milestones.save(step) or trainer.should_stop:

@@ -48,7 +48,9 @@ def build_loop(
     checkpointing = Checkpointing(checkpoint, milestones, folder)
     callbacks: list[Callback] = [watching, telemetry, ScheduleValidation(milestones)]
     if validation.early_stopping_patience is not None and milestones.next_validation(0) is not None:
-        callbacks.append(EarlyStopping("val/loss", patience=validation.early_stopping_patience, verbose=False))
+        # Losses that are not finite are the guard's to judge; here they would end the run as if it were done.
+        stopping = EarlyStopping("val/loss", patience=validation.early_stopping_patience, check_finite=False)
+        callbacks.append(stopping)
     # Early stopping decides before the boundary's checkpoint is written, and signals are answered after it.
     callbacks += [checkpointing, display]
     if profile.steps is not None:

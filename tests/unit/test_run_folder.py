@@ -1,0 +1,115 @@
+"""The run folder and its checkpoints: whole or not there, cut back exactly, one writer."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+
+from qwlit.core.errors import ConfigError
+from qwlit.training.checkpoint import MANIFEST, StepFolderIO, list_checkpoints, point, pointed, read_weights
+from qwlit.training.continuing import claim, newest, refuse_other_mathematics
+from qwlit.training.late import LateReader
+from qwlit.training.run_folder import RunFolder, RunLock
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = RunFolder(tmp_path / "runs" / "a")
+    made.checkpoints.mkdir(parents=True)
+    return made
+
+
+def save(folder, step):
+    state = {"loss_model.causal_lm.model.norm.weight": torch.full((3,), float(step))}
+    path = folder.checkpoints / f"step-{step:06d}"
+    StepFolderIO().save_checkpoint({"state_dict": state, "global_step": step, "loops": {"a": [1, None]}}, path)
+    return path
+
+
+def test_a_checkpoint_reads_back_and_lists_its_files_with_their_hashes(folder):
+    path = save(folder, 7)
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest["step"] == 7
+    for name, entry in manifest["files"].items():
+        content = (path / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
+    assert set(manifest["files"]) | {MANIFEST} == {p.name for p in path.iterdir()}
+    assert read_weights(path)["model.norm.weight"].tolist() == [7, 7, 7]
+    loaded = StepFolderIO().load_checkpoint(path)
+    assert loaded["loops"] == {"a": [1, None]} and "loss_model.causal_lm.model.norm.weight" in loaded["state_dict"]
+
+
+def test_a_checkpoint_cut_off_while_written_is_not_taken_for_one(folder):
+    save(folder, 7)
+    (folder.checkpoints / ".step-000009.123.tmp").mkdir()
+    (folder.checkpoints / "step-000008").mkdir()
+    assert [p.name for p in list_checkpoints(folder)] == ["step-000007"]
+    assert newest(folder).name == "step-000007"
+
+
+def test_checkpoints_are_ordered_by_step_not_by_name(folder):
+    save(folder, 999_999)
+    save(folder, 1_000_000)
+    assert newest(folder).name == "step-1000000"
+
+
+def test_a_pointer_moves_in_one_go(folder):
+    for step in (1, 2):
+        point(folder, "best", save(folder, step))
+        assert pointed(folder, "best").name == f"step-{step:06d}"
+    assert pointed(folder, "last") is None
+
+
+def test_cutting_back_drops_later_rows_and_half_lines(folder):
+    for step in (1, 2, 3):
+        folder.append_metrics(step, **{"train/loss": 0.1 * step})
+        folder.append_event(step, "checkpoint")
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    folder.cut_back(2)
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2]
+    assert (folder.path / "metrics.jsonl").read_text().endswith("}\n")
+
+
+def test_what_json_cannot_say_is_null_and_the_file_stays_json(folder):
+    folder.append_metrics(1, **{"train/loss": math.nan, "optim/grad_norm": math.inf})
+    row = json.loads((folder.path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row == {"step": 1, "train/loss": None, "optim/grad_norm": None}
+
+
+def test_overwriting_deletes_and_never_resuming_sets_aside(folder):
+    save(folder, 3)
+    folder.write_summary(status="interrupted")
+    assert claim(folder, resume="auto", overwrite=False).step == 3
+    start = claim(folder, resume="never", overwrite=False)
+    assert start.checkpoint is None and (start.set_aside / "checkpoints" / "step-000003").is_dir()
+    save(folder, 4)
+    assert claim(folder, resume="auto", overwrite=True).checkpoint is None
+    assert [p.name for p in folder.path.parent.iterdir() if not p.name.startswith(".")] == ["a", "a.before-1"]
+
+
+def test_one_process_at_a_time_writes_to_a_run(folder):
+    lock = RunLock(folder)
+    with pytest.raises(ConfigError, match="in use by another process"):
+        RunLock(folder)
+    lock.release()
+    RunLock(folder).release()
+
+
+def test_changed_mathematics_is_named_with_both_values():
+    before = {"optim": {"lr": 1e-5, "betas": [0.9, 0.999]}, "hardware": {"devices": 4}}
+    refuse_other_mathematics(before, before | {"hardware": {"devices": 1}}, ("optim",))
+    with pytest.raises(ConfigError, match=r"optim.lr was 1e-05, now 0.1"):
+        refuse_other_mathematics(before, {"optim": {"lr": 0.1, "betas": [0.9, 0.999]}}, ("optim",))
+
+
+def test_late_numbers_come_back_in_order_with_their_tags():
+    reader = LateReader()
+    value = torch.tensor([1.0])
+    reader.push("a", value)
+    value += 1  # what was pushed is a copy
+    reader.push("b", value)
+    assert list(reader.pop()) == [("a", [1.0]), ("b", [2.0])]
+    assert list(reader.pop(wait=True)) == []
