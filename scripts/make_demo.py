@@ -1,8 +1,8 @@
 """Builds the demo corpus and its tokenizer: `python scripts/make_demo.py`, from the repository root.
 
-The corpus asks for a date, a clock time, an amount of money or a measure to be rewritten in another style. Babel's CLDR
-rules write the answers, so the text is true, bilingual and free of anybody's copyright, and a tiny model can learn it in
-minutes. Validation draws other values than training, so its exact match measures a learned rule and not memory.
+The corpus asks for a date, a clock time, an amount of money or a measure to be rewritten in another style. Babel's
+CLDR rules write the answers, so the text is true, bilingual and free of anybody's copyright, and a tiny model learns it
+in minutes. Validation draws other values than training, so its exact match measures a learned rule and not memory.
 
 Every run makes the same files. The chat template beside the tokenizer is written by hand and is read, not made, here.
 """
@@ -74,7 +74,7 @@ UNITS = {
     "duration-minute": "short",
     "temperature-celsius": "long",
 }
-"""CLDR unit -> the length at which Babel finds its Chinese name; the other one is an alias that Babel does not follow."""
+"""CLDR unit -> the length at which Babel finds its Chinese name; the other is an alias that Babel does not follow."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Value:
 
     kind: str
     key: str
-    """Tells values apart for the split. An amount's or a measure's is its number alone, whatever the currency or unit."""
+    """What the split goes by. An amount's or a measure's is its number alone, whatever the currency or unit."""
     parts: tuple[tuple[str, str, str], ...]
     """(English name, Chinese name, text) of what the value consists of: the reasoning."""
     forms: dict[str, str]
@@ -107,7 +107,7 @@ class Sample:
 
 
 def draw_date(rng: Random) -> Value:
-    day = datetime.date(1990, 1, 1) + datetime.timedelta(days=rng.randrange(46 * 365))
+    day = datetime.date(2000, 1, 1) + datetime.timedelta(days=rng.randrange(30 * 365))
     forms = {
         "iso": day.isoformat(),
         "en": format_date(day, "long", "en_US"),
@@ -133,7 +133,7 @@ def draw_time(rng: Random) -> Value:
 
 
 def draw_amount(rng: Random) -> Value:
-    number = Decimal(rng.randrange(200, 10 ** rng.randint(3, 6))) / 100
+    number = Decimal(rng.randrange(200, 10 ** rng.randint(3, 5))) / 100
     code = rng.choice(CURRENCIES)
     forms = {
         "iso": f"{code} {number:.2f}",
@@ -147,8 +147,8 @@ def draw_amount(rng: Random) -> Value:
 
 
 def draw_measure(rng: Random) -> Value:
-    number = Decimal(rng.randrange(11, 10 ** rng.randint(2, 4))) / 10
-    number = number.to_integral() if number == number.to_integral() else number
+    number = Decimal(rng.randrange(2, 10 ** rng.randint(1, 3)))
+    number += Decimal(rng.choice((0, rng.randrange(1, 10)))) / 10
     unit = rng.choice(list(UNITS))
     forms = {
         "en_short": format_unit(number, unit, "short", locale="en_US"),
@@ -160,11 +160,12 @@ def draw_measure(rng: Random) -> Value:
     return Value("measure", str(number), parts, forms)
 
 
-DRAWS = (draw_date, draw_time, draw_amount, draw_measure)
+DRAWS = {draw_date: 4, draw_time: 3, draw_amount: 2, draw_measure: 2}
+"""How often each is drawn: dates and times have the most rules to be learned."""
 
 
 def draw_value(rng: Random, split: str) -> Value:
-    draw = rng.choice(DRAWS)
+    (draw,) = rng.choices(list(DRAWS), DRAWS.values())
     while True:
         value = draw(rng)
         if value.held_out == (split == "val"):
@@ -242,14 +243,14 @@ def plain_text(rows: Iterable[dict[str, Any]], template: str) -> Iterator[str]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     controls = "|".join(re.escape(token) for token in SPECIAL_TOKENS + MARKUP_TOKENS)
-    names = "|".join(("中文", "英文", "简写", "格式"))
+    names = "中文|英文|简写|格式"
     for row in rows:
         rendered, _ = render_jinja_template([row["messages"]], tools=row.get("tools"), chat_template=template)
         yield from filter(None, re.split(f"{controls}|({names})", rendered[0]))
 
 
 def train_tokenizer(texts: Iterable[str]) -> Any:
-    """A byte-level BPE of Qwen's make: its normalizer, its pre-tokenization, its control tokens after the vocabulary."""
+    """A byte-level BPE of Qwen's make: its normalizer, its pre-tokenization, control tokens after the vocabulary."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors, trainers
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
@@ -276,6 +277,7 @@ def tokenizer_config() -> dict[str, Any]:
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
         "unk_token": None,
         "add_bos_token": False,
         "add_prefix_space": False,
@@ -284,15 +286,20 @@ def tokenizer_config() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    corpus = {split: make_corpus(split) for split in ROWS}
-    for split, samples in corpus.items():
-        (FOLDER / f"{split}.jsonl").write_text(jsonl(samples), encoding="utf-8")
+def make_files(corpus: dict[str, list[Sample]]) -> dict[str, str]:
+    """Path below the demo folder -> text, for all files but the template."""
     template = (FOLDER / "tokenizer/chat_template.jinja").read_text(encoding="utf-8")
     tokenizer = train_tokenizer(plain_text((sample.row for sample in corpus["train"]), template))
-    tokenizer.save(str(FOLDER / "tokenizer/tokenizer.json"))
-    config = json.dumps(tokenizer_config(), indent=2) + "\n"
-    (FOLDER / "tokenizer/tokenizer_config.json").write_text(config, encoding="utf-8")
+    return {f"{split}.jsonl": jsonl(samples) for split, samples in corpus.items()} | {
+        "tokenizer/tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer/tokenizer_config.json": json.dumps(tokenizer_config(), indent=2) + "\n",
+    }
+
+
+def main() -> None:
+    corpus = {split: make_corpus(split) for split in ROWS}
+    for name, text in make_files(corpus).items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

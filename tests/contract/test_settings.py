@@ -130,6 +130,7 @@ def test_defaults_are_the_ones_announced():
 def test_an_experiment_wins_over_the_recipe_it_takes_and_words_win_over_both():
     config = compose(["experiment=demo"]).config
     assert (config.optim.lr, config.optim.weight_decay, config.dropout.attention) == (3e-3, 0.1, 0.0)
+    assert (config.validation.every_steps, config.checkpoint.every_steps) == (100, 100)
     assert compose(["experiment=demo", "optim.lr=1e-3", "dropout=pretrain"]).config.dropout.attention == 0.1
 
 

@@ -118,7 +118,7 @@ def train_loader(
 
 @dataclass
 class ValidationDataset(Dataset[MicroBatch]):
-    """One rank's share of the whole validation set: each sample on exactly one rank, the same number of items on each."""
+    """One rank's share of the validation set: each sample on exactly one rank, equally many items on each."""
 
     samples: Samples
     layout: list[MicroLayout]

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 
 def export_model(
@@ -17,6 +18,7 @@ def export_model(
         base: where the adapter's frozen model came from, so that peft finds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
     if hasattr(model, "peft_config"):
         _export_adapter(model, folder, base)
     else:

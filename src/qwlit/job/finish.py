@@ -1,5 +1,6 @@
 """After the last step: the best weights exported and put to the test, the summary, and where everything lies."""
 
+import re
 from typing import Any
 
 from rich.table import Table
@@ -46,7 +47,10 @@ def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> No
     export_model(loss_model.causal_lm, job.tokenizer, folder.path / "export", base=model.path or model.hub_id)
     answers: list[Answered] = []
     if job.config.data.exact_match and job.data.validation is not None:
-        answers = _answer(job, loss_model, folder)
+        # The trainer has moved the model to the CPU when it ended.
+        loss_model.to(loop.trainer.strategy.root_device)
+        with loop.trainer.precision_plugin.forward_context():
+            answers = _answer(job, loss_model, folder)
         numbers["exact_match"] = sum(a.exact for a in answers) / len(answers)
         folder.write_summary(exact_match=numbers["exact_match"])
     _show(job, numbers, answers, folder)
@@ -82,8 +86,8 @@ def _record(job: Job, answer: Answered) -> dict[str, Any]:
     }
 
 
-def _is_chinese(text: str) -> bool:
-    return any("\u4e00" <= character <= "\u9fff" for character in text)
+# Told by the answer: a Chinese character, or an English word and no such character.
+LANGUAGES = {"English": r"^[^\u4e00-\u9fff]*[A-Za-z]{3,}[^\u4e00-\u9fff]*<", "Chinese": r"[\u4e00-\u9fff]"}
 
 
 def _show(job: Job, numbers: dict[str, Any], answers: list[Answered], folder: RunFolder) -> None:
@@ -95,8 +99,8 @@ def _show(job: Job, numbers: dict[str, Any], answers: list[Answered], folder: Ru
     screen.print("\n[bold]done[/]")
     screen.print(table)
     records = [_record(job, a) for a in answers]
-    for language, wanted in (("English", False), ("Chinese", True)):
-        example = next((r for r in records if _is_chinese(r["expected"]) is wanted), None)
+    for language, pattern in LANGUAGES.items():
+        example = next((r for r in records if re.search(pattern, r["expected"])), None)
         if example:
             screen.print(f"\n[bold]an answer in {language}[/]")
             screen.print(Text.assemble(example["prompt"], (example["answer"], "green")))

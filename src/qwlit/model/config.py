@@ -39,6 +39,8 @@ class Architecture:
     """Base of the rotary embedding."""
     rms_norm_eps: PositiveFloat
     """Added to the mean square inside each norm."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of random weights; 0.02 is that of the published models' config.json."""
 
 
 @config_dataclass

@@ -49,6 +49,7 @@ def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
         tie_word_embeddings=architecture.tie_word_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
         rms_norm_eps=architecture.rms_norm_eps,
+        initializer_range=architecture.initializer_range,
         architectures=[f"{architecture.model_type.capitalize()}ForCausalLM"],
     )
 
@@ -69,6 +70,7 @@ def from_hf_config(config: "PretrainedConfig") -> Architecture:
         tie_word_embeddings=config.tie_word_embeddings,
         rope_theta=float(config.rope_parameters["rope_theta"]),
         rms_norm_eps=config.rms_norm_eps,
+        initializer_range=config.initializer_range,
     )
 
 
