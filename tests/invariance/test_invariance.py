@@ -14,7 +14,7 @@ from tests.invariance.worker import LR, STEPS
 
 ROOT = Path(__file__).parents[2]
 KINDS = [("qwen3", "none"), ("qwen2", "none"), ("qwen3", "lora")]
-WORLDS = [1, 2, 3]
+WORLDS = {"none": [1, 2, 3], "lora": [1, 2]}
 
 
 def launch(out: Path, model_type: str, adapter: str, world_size: int) -> dict:
@@ -47,7 +47,7 @@ def seen(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("invariance")
     return {
         (world, *layout): record
-        for world in WORLDS
+        for world in WORLDS[request.param[1]]
         for layout, record in launch(folder / f"{world}.pt", *request.param, world).items()
     }
 
@@ -57,7 +57,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_all_layouts_and_world_sizes_ran(seen):
-    assert len(seen) == 3 * 2 * 6
+    assert len(seen) in {2 * 12, 3 * 12}
     assert all(len(record["losses"]) == STEPS for record in seen.values())
 
 

@@ -91,11 +91,10 @@ def test_overwriting_deletes_and_never_resuming_sets_aside(folder):
 
 
 def test_one_process_at_a_time_writes_to_a_run(folder):
-    lock = RunLock(folder)
-    with pytest.raises(ConfigError, match="in use by another process"):
-        RunLock(folder)
-    lock.release()
-    RunLock(folder).release()
+    with RunLock(folder), pytest.raises(ConfigError, match="in use by another process"), RunLock(folder):
+        pass
+    with RunLock(folder):
+        pass
 
 
 def test_changed_mathematics_is_named_with_both_values():

@@ -49,15 +49,14 @@ def train(composed: Composed) -> None:
     config = composed.config
     prepare_determinism(config.determinism)
     folder = RunFolder(Path(config.run.root) / str(config.run.name))
-    lock = RunLock(folder)
-    lock.wait()
-    if is_rank_zero():
-        refuse_finished(folder, overwrite=config.run.overwrite)
-    job = assemble(composed)
-    loss_model = load_model(job)
-    start = begin(job, loss_model, folder)
-    lock.announce()
-    with recorded(folder):
-        loop = fit(job, loss_model, folder, start)
+    with RunLock(folder) as lock:
         if is_rank_zero():
-            finish(job, loss_model, loop, folder)
+            refuse_finished(folder, overwrite=config.run.overwrite)
+        job = assemble(composed)
+        loss_model = load_model(job)
+        start = begin(job, loss_model, folder)
+        lock.announce()
+        with recorded(folder):
+            loop = fit(job, loss_model, folder, start)
+            if is_rank_zero():
+                finish(job, loss_model, loop, folder)

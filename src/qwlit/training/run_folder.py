@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import append_json_line, locked, read_json_lines, write_json_atomic, write_text_atomic
@@ -122,8 +122,16 @@ class RunLock:
         self._folder = folder
         self._path = folder.path.parent / ".locks" / folder.path.name
         self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
         if is_rank_zero():
             self._acquire()
+        else:
+            self._wait()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._held.close()
 
     def _acquire(self) -> None:
         try:
@@ -141,9 +149,9 @@ class RunLock:
         if is_rank_zero():
             self._path.write_text("ready", encoding="utf-8")
 
-    def wait(self) -> None:
-        """On other ranks: return once rank 0 of this launch holds the lock and has announced."""
-        while not is_rank_zero() and not (self._taken() and self._path.read_text(encoding="utf-8") == "ready"):
+    def _wait(self) -> None:
+        """Return once rank 0 of this launch holds the lock and has announced."""
+        while not (self._taken() and self._path.read_text(encoding="utf-8") == "ready"):
             time.sleep(self.POLL_SECONDS)
 
     def _taken(self) -> bool:
@@ -152,6 +160,3 @@ class RunLock:
                 return False
         except BlockingIOError:
             return True
-
-    def release(self) -> None:
-        self._held.close()

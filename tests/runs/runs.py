@@ -1,0 +1,88 @@
+"""Running qwlit as a user does, and reading what it leaves behind."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from qwlit.__main__ import main
+
+DEMO = Path(__file__).parents[2] / "src" / "qwlit" / "resources" / "demo"
+# One thread a process, so that tests do not slow each other down on small machines.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+TINY = [
+    "model=demo",
+    "model.architecture.num_hidden_layers=2",
+    "model.architecture.hidden_size=64",
+    "model.architecture.intermediate_size=96",
+    "hardware=cpu",
+    "optim.lr=1e-3",
+    "logging.every_steps=1",
+]
+
+
+def command(words: list[str]) -> list[str]:
+    return [sys.executable, "-m", "qwlit", *words]
+
+
+def qwlit_process(words: list[str], folder: Path, *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own: for several ranks, and for settings that outlive a run."""
+    return subprocess.run(
+        command(words), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def qwlit(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line in this process, which has imported everything already."""
+    out, err = io.StringIO(), io.StringIO()
+    torch.set_num_threads(1)
+    argv, sys.argv = sys.argv, ["qwlit", *words]
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main()
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def train(words: list[str], folder: Path, run: Callable[..., subprocess.CompletedProcess[str]] = qwlit) -> Path:
+    """Train, expect success, return the run folder."""
+    done = run(["train", *TINY, *words], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = (p for p in (folder / "runs").iterdir() if f"run.name={p.name}" in words)
+    return made
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["train/loss"]) for row in rows(run) if "train/loss" in row]
+
+
+def weights(run: Path, pointer: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / pointer / "model.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: every logged loss, norm and validation, and every weight."""
+
+    def numbers(run: Path) -> list[dict]:
+        return [{k: v for k, v in row.items() if not k.startswith(("throughput", "memory"))} for row in rows(run)]
+
+    assert numbers(a) == numbers(b)
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)

@@ -1,0 +1,49 @@
+"""What the documents show works: the notebook runs, the commands they name compose, the sbatch file is sound."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from qwlit.config.compose import compose
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_notebook_runs(tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+    assert notebook.cells[1].source.startswith("STEPS = 700")
+    notebook.cells[1].source = notebook.cells[1].source.replace("700", "12")
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    assert "exact_match" in str(notebook.cells[5].outputs)
+    assert notebook.cells[7].outputs
+
+
+def shown_commands() -> list[str]:
+    found = [c for page in PAGES for c in re.findall(r"python -m qwlit train ([^\n&`]+)", page.read_text("utf-8"))]
+    sbatch = (ROOT / "slurm" / "train.sbatch").read_text()
+    return found + re.findall(r"sbatch slurm/train.sbatch (.+)", sbatch)
+
+
+@pytest.mark.parametrize("words", [w for w in shown_commands() if "[" not in w and "--" not in w])
+def test_a_command_shown_in_the_documents_composes(words):
+    compose(shlex.split(words))
+
+
+def test_documents_show_commands():
+    assert len(shown_commands()) >= 4
+
+
+def test_the_sbatch_file_is_sound_shell_and_its_tasks_match_the_profile_it_names():
+    file = ROOT / "slurm" / "train.sbatch"
+    subprocess.run(["bash", "-n", str(file)], check=True)
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", file.read_text(), flags=re.M))
+    hardware = compose(["hardware=a100x4"]).config.hardware
+    assert int(directives["ntasks-per-node"]) == int(directives["gpus-per-node"]) == hardware.devices
+    assert int(directives["cpus-per-task"]) == hardware.num_workers + 1
+    assert int(directives["nodes"]) == hardware.num_nodes

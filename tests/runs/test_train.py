@@ -1,0 +1,302 @@
+"""`train` end to end on a tiny model: what a run leaves behind, what it continues, and what it refuses."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwlit.model.adapters import apply_adapter
+from qwlit.model.config import AdapterConfig
+from qwlit.model.presets import to_hf_config
+from tests.runs.runs import (
+    DEMO,
+    ENVIRONMENT,
+    TINY,
+    assert_same_run,
+    command,
+    losses,
+    qwlit,
+    qwlit_process,
+    rows,
+    summary,
+    train,
+    weights,
+)
+from tests.tiny import save_folder, tiny_architecture, tiny_causal_lm
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """60 rows of the demo corpus."""
+    lines = (DEMO / "val.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def words(chat, name, *more):
+    return [
+        f"data.path={chat}",
+        "data.val_fraction=0.2",
+        "train.max_steps=10",
+        "validation.every_steps=4",
+        "checkpoint.every_steps=3",
+        "dropout=pretrain",
+        f"run.name={name}",
+        *more,
+    ]
+
+
+def test_a_run_leaves_the_folder_that_scripts_rely_on(chat, tmp_path):
+    with chat.open("a", encoding="utf-8") as file:
+        file.write('{"messages": "nonsense"}\n')
+    run = train(words(chat, "a"), tmp_path)
+    for name in ("config.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "quarantine.jsonl", "summary.json"):
+        assert (run / name).is_file()
+    done = summary(run)
+    assert (done["status"], done["steps"], done["resumed_from"], done["skipped_steps"]) == ("done", 10, None, 0)
+    assert done["rows"] == {"read": 61, "accepted": 60, "too_long": 0, "quarantined": 1}
+    assert done["train_loss_first"] == losses(run)[0][1] and done["train_loss_last"] == losses(run)[-1][1]
+    assert [step for step, _ in losses(run)] == list(range(1, 11))
+    validations = {row["step"]: row["val/loss"] for row in rows(run) if "val/loss" in row}
+    # Every 4 steps, at the epoch's end (ceil(48 / 16) = 3 per epoch), and after the last step.
+    assert {4, 8, 10} <= set(validations)
+    assert done["val_loss_best"] == min(validations.values())
+    best = json.loads((run / "checkpoints/best/MANIFEST.json").read_text())["step"]
+    assert validations[best] == min(validations.values())
+    assert (run / "checkpoints/last").resolve().name == "step-000010"
+    (rejected,) = rows(run, "quarantine.jsonl")
+    assert (rejected["file"], rejected["line"]) == (str(chat), 61)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["parameters"]["total"] == manifest["parameters"]["trainable"] > 0
+    assert not {"environment", "env"} & manifest.keys()
+
+
+def test_training_repeats_itself_bit_for_bit_and_from_its_own_config(chat, tmp_path):
+    a = train(words(chat, "a"), tmp_path)
+    b = train(words(chat, "b"), tmp_path)
+    assert_same_run(a, b)
+    done = qwlit(["train", f"config={a / 'config.yaml'}", "run.name=c"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(a, a.with_name("c"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["ctrl-c", "sigterm", "kill-9"])
+def test_a_run_cut_off_goes_on_to_the_same_bits_with_dropout_on(number, chat, tmp_path):
+    long = ["train.max_steps=40"]
+    whole = train(words(chat, "whole", *long), tmp_path)
+    process = subprocess.Popen(
+        command(["train", *TINY, *words(chat, "cut", *long)]),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    cut = tmp_path / "runs" / "cut"
+    while not (cut / "metrics.jsonl").exists() or len(losses(cut)) < 8:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGKILL: -signal.SIGKILL}
+    assert process.returncode == codes[number], said
+    status = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGKILL: "running"}
+    assert summary(cut)["status"] == status[number]
+    if number != signal.SIGKILL:
+        assert "the same command goes on" in said and "Traceback" not in said
+    train(words(chat, "cut", *long), tmp_path)
+    assert 0 < summary(cut)["resumed_from"] < 40
+    assert_same_run(whole, cut)
+
+
+def test_a_finished_run_is_refused_until_told_to_overwrite(chat, tmp_path):
+    run = train(words(chat, "a"), tmp_path)
+    again = qwlit(["train", *TINY, *words(chat, "a")], tmp_path)
+    assert again.returncode == 2
+    assert "is finished" in again.stderr and "run.overwrite=true" in again.stderr
+    assert again.stderr.count("\n") == 1
+    before = (run / "manifest.json").stat().st_mtime_ns
+    wrong = qwlit(["train", *TINY, *words(chat, "a", "run.overwrite=true", "data.val_path=nowhere.jsonl")], tmp_path)
+    assert wrong.returncode == 2 and (run / "manifest.json").stat().st_mtime_ns == before, "bad input loses nothing"
+    train(words(chat, "a", "run.overwrite=true"), tmp_path)
+    assert (run / "manifest.json").stat().st_mtime_ns != before
+
+
+@pytest.fixture
+def unfinished(chat, tmp_path):
+    run = train(words(chat, "a"), tmp_path)
+    shutil.rmtree((run / "checkpoints/last").resolve())
+    (run / "summary.json").write_text(json.dumps(summary(run) | {"status": "running"}))
+    return run
+
+
+def test_other_mathematics_or_data_is_refused_with_the_difference(unfinished, chat, tmp_path):
+    other = qwlit(["train", *TINY, *words(chat, "a", "optim.weight_decay=0.3")], tmp_path)
+    assert other.returncode == 2
+    assert "optim.weight_decay was 0.01, now 0.3" in other.stderr
+    chat.write_text(chat.read_text(encoding="utf-8").replace("2", "3"), encoding="utf-8")
+    data = qwlit(["train", *TINY, *words(chat, "a")], tmp_path)
+    assert data.returncode == 2
+    assert "data or the tokenizer changed" in data.stderr
+
+
+def test_resume_never_starts_anew_and_keeps_what_was_there(unfinished, chat, tmp_path):
+    train(words(chat, "a", "resume=never"), tmp_path)
+    assert summary(unfinished)["resumed_from"] is None
+    assert (tmp_path / "runs" / "a.before-1" / "metrics.jsonl").exists()
+
+
+def test_a_run_folder_in_use_is_refused(chat, tmp_path):
+    long = words(chat, "a", "train.max_steps=100000")
+    process = subprocess.Popen(
+        command(["train", *TINY, *long]), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
+    try:
+        while not (tmp_path / "runs/a/metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        second = qwlit(["train", *TINY, *long], tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+    assert second.returncode == 2
+    assert "in use by another process" in second.stderr
+
+
+def test_losses_that_stop_being_finite_stop_the_run_with_code_3_and_name_the_samples(chat, tmp_path):
+    done = qwlit(["train", *TINY, *words(chat, "a", "optim.lr=1e30", "scheduler.warmup_steps=0")], tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "3 times in a row" in done.stderr and f"{chat}:" in done.stderr and "Traceback" not in done.stderr
+    run = tmp_path / "runs/a"
+    assert summary(run)["status"] == "stopped"
+    skips = [row["step"] for row in rows(run, "events.jsonl") if row["event"] == "skip"]
+    assert len(skips) == 3 and skips == list(range(skips[0], skips[0] + 3))
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_best(chat, tmp_path):
+    # A learning rate this high makes the validation loss rise again.
+    more = ["optim.lr=0.05", "train.max_steps=200", "validation.every_steps=2", "validation.early_stopping_patience=2"]
+    run = train(words(chat, "a", *more), tmp_path)
+    assert summary(run)["steps"] < 200
+    validations = [row["val/loss"] for row in rows(run) if "val/loss" in row]
+    assert min(validations) not in validations[-2:]
+    assert (run / "checkpoints/best").exists()
+
+
+FAMILIES = [("qwen2", "qwen2_5", True), ("qwen2", "qwen2", False), ("qwen3", "qwen3", True), ("qwen3", "qwen3", False)]
+
+
+@pytest.mark.parametrize(("architecture", "template", "tied"), FAMILIES)
+def test_a_local_folder_with_the_real_vocabulary_is_fine_tuned_and_exported(
+    architecture, template, tied, real_tokenizer_folder, chat, tmp_path
+):
+    folder = tmp_path / "model"
+    model = AutoModelForCausalLM.from_config(
+        to_hf_config(replace(tiny_architecture(architecture, tied=tied), vocab_size=151_936)), dtype=torch.bfloat16
+    )
+    save_folder(model, folder)
+    shutil.copytree(real_tokenizer_folder(template), folder, dirs_exist_ok=True)
+    more = [f"model.path={folder}", f"data.path={chat}", "data.val_fraction=0.2", "run.name=a", "train.max_steps=4"]
+    done = qwlit(["train", "hardware=cpu", "optim.lr=1e-2", "logging.every_steps=1", *more], tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs/a"
+    assert losses(run)[-1][1] < losses(run)[0][1]
+    assert json.loads((run / "manifest.json").read_text())["template"] == template
+    assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
+    exported = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert exported.dtype == torch.bfloat16 and exported.config.use_cache
+    for name, tensor in weights(run, "best").items():
+        assert torch.equal(exported.state_dict()[name], tensor.bfloat16())
+    AutoTokenizer.from_pretrained(run / "export")
+
+
+def test_an_exported_adapter_gives_pefts_model_the_trained_logits(chat, tmp_path):
+    from peft import PeftModel
+
+    base = save_folder(tiny_causal_lm(), tmp_path / "base")
+    file = tmp_path / "tokens.jsonl"
+    file.write_text("".join(json.dumps({"input_ids": [i, i + 1, i + 2], "loss_mask": [0, 1, 1]}) + "\n" for i in range(32)))
+    more = [f"model.path={base}", f"data.path={file}", "run.name=a", "train.max_steps=4", "optim.lr=1e-2"]
+    done = qwlit(["train", "hardware=cpu", "recipe=lora", *more], tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs/a"
+    ids = torch.arange(9)[None]
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before = plain(ids).logits
+    adapted = PeftModel.from_pretrained(plain, run / "export")
+    injected = AutoModelForCausalLM.from_pretrained(base)
+    apply_adapter(injected, AdapterConfig(kind="lora"), dropout=0.0, seed=0)
+    injected.load_state_dict(weights(run), strict=False)
+    torch.testing.assert_close(adapted(ids).logits, injected.eval()(ids).logits)
+    assert not torch.allclose(adapted(ids).logits, before)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["stopped early", "at the last step"])
+def test_a_run_killed_after_its_last_step_only_finishes(early, chat, tmp_path):
+    more = ["optim.lr=0.05", "validation.every_steps=2", "validation.early_stopping_patience=1"] if early else []
+    arguments = words(chat, "a", *more, *(["train.max_steps=60"] if early else []))
+    run = train(arguments, tmp_path)
+    before, recorded = weights(run), summary(run)
+    (run / "summary.json").write_text(json.dumps(recorded | {"status": "running", "steps": None}))
+    train(arguments, tmp_path)
+    after = summary(run)
+    assert (after["status"], after["steps"], after["resumed_from"]) == ("done", recorded["steps"], recorded["steps"])
+    assert (after["train_loss_last"], after["val_loss_best"]) == (recorded["train_loss_last"], recorded["val_loss_best"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
+
+
+def test_lora_trains_and_saves_the_adapter_only(chat, tmp_path):
+    run = train(words(chat, "a", "recipe=lora", "optim.lr=1e-2"), tmp_path)
+    assert losses(run)[-1][1] < losses(run)[0][1]
+    assert all("lora_" in name for name in weights(run))
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert 0 < manifest["parameters"]["trainable"] < manifest["parameters"]["total"]
+
+
+def test_two_processes_train_the_same_model_as_one(chat, tmp_path):
+    exact = ["dropout.attention=0", "dropout.feed_forward=0", "hardware.micro_batch_size=3"]
+    one = train(words(chat, "one", *exact), tmp_path)
+    two = train(words(chat, "two", *exact, "hardware.devices=2"), tmp_path, qwlit_process)
+    for (step, a), (_, b) in zip(losses(one), losses(two), strict=True):
+        assert math.isclose(a, b, rel_tol=2e-5), step
+    val_one = [row["val/loss"] for row in rows(one) if "val/loss" in row]
+    val_two = [row["val/loss"] for row in rows(two) if "val/loss" in row]
+    assert val_one == pytest.approx(val_two, rel=2e-5)
+    left, right = weights(one), weights(two)
+    assert all((left[name] - right[name]).abs().max() < 1e-4 for name in left)
+
+
+def test_a_profile_of_chosen_steps_is_written(chat, tmp_path):
+    run = train(words(chat, "a", "profile.steps=[2,3]"), tmp_path)
+    trace = json.loads((run / "profile/steps-2-3.json").read_text())
+    assert trace["traceEvents"]
+
+
+@pytest.mark.parametrize("mode", ["reproducible", "strict"])
+def test_determinism_modes_train(mode, chat, tmp_path):
+    run = train(words(chat, "a", f"determinism={mode}"), tmp_path, qwlit_process)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["determinism"] == mode
+    assert manifest["attention"] == ("eager" if mode == "strict" else "sdpa")
+
+
+def test_tokenized_rows_need_no_tokenizer(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    file = tmp_path / "tokens.jsonl"
+    with file.open("w") as out:
+        for _ in range(40):
+            ids = torch.randint(0, 500, (12,), generator=generator).tolist()
+            out.write(json.dumps({"input_ids": ids, "labels": [-100] * 4 + ids[4:]}) + "\n")
+    run = train(
+        [f"data.path={file}", "model.tokenizer=nowhere", "train.max_steps=3", "run.name=a", "dropout=none"], tmp_path
+    )
+    assert summary(run)["status"] == "done"
