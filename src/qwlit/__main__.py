@@ -3,10 +3,12 @@
 import importlib
 import sys
 
-from qwlit.core.errors import ConfigError, QwlitError, nearest
-from qwlit.core.ranks import is_rank_zero
+from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, QwlitError, nearest
+from qwlit.core.ranks import is_rank_zero, rank_label
 
 VERBS = {"train": "train a model, or go on with an unfinished run"}
+
+AGREED_ENDS = (GuardStop, Interrupted, Preempted)
 
 HELP = """\
 qwlit: fine-tune Qwen2 and Qwen3 models.
@@ -45,13 +47,22 @@ def main() -> int:
     try:
         return _run(words[0], words[1:])
     except QwlitError as error:
-        # Each rank of a launch meets the same error; one of them says it.
-        if is_rank_zero():
-            print(f"qwlit {words[0]}: {error}", file=sys.stderr)
-        return error.exit_code
+        return _report(words[0], error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if is_rank_zero():
+            print("interrupted", file=sys.stderr)
         return 130
+
+
+def _report(verb: str, error: QwlitError) -> int:
+    """Print the error's one line and return the exit code."""
+    if not is_rank_zero() and isinstance(error, AGREED_ENDS):
+        # All ranks end so together, and rank 0 says it. Launchers kill the others at the first code that is not 0,
+        # which could be while rank 0 still puts the run folder in order.
+        return 0
+    process = "" if is_rank_zero() else f", {rank_label()}"
+    print(f"qwlit {verb}{process}: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _run(verb: str, arguments: list[str]) -> int:

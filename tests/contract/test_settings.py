@@ -57,9 +57,9 @@ def test_recipes_carry_the_guides_values(recipe, lr, warmup, decay, weight_decay
         (["optim.lr=-1"], "optim.lr=-1: .*greater than 0"),
         (["optim.lr=nan"], "optim.lr=nan: "),
         (["optim.lr=true"], "optim.lr=True: "),
-        (["optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'lr'"),
-        (["+optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'lr'"),
-        (["++optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'lr'"),
+        (["optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'optim.lr'"),
+        (["+optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'optim.lr'"),
+        (["++optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'optim.lr'"),
         (["optmi.lr=1"], "optmi: no such setting. Did you mean 'optim'"),
         (["recipe=fullsft"], "recipe=fullsft: no such recipe. Did you mean 'full_sft'"),
         (["model=qwen9"], "model=qwen9: no such model"),
@@ -73,6 +73,7 @@ def test_recipes_carry_the_guides_values(recipe, lr, warmup, decay, weight_decay
         (["scheduler=exponential", "scheduler.min_lr_ratio=0"], "never reaches 0"),
         (["run.name=../x"], r"run.name=../x: a run's name is one folder"),
         (["run.name=a/b"], "run.name=a/b"),
+        (["model.path="], "model.path is empty"),
         (["data=files"], "data.path is not set"),
         (["data.val_path=a", "data.val_fraction=0.1"], "both set"),
         (["optim.lr=1,2"], "names several values"),
@@ -151,7 +152,7 @@ def test_a_users_own_folder_of_settings_is_searched_and_checked(tmp_path):
     (tmp_path / "optim" / "wrong.yaml").write_text("betta: [0.8, 0.9]\n")
     search = f"hydra.searchpath=[file://{tmp_path}]"
     assert compose([search, "optim=mine"]).config.optim.betas == (0.8, 0.9)
-    with pytest.raises(ConfigError, match=r"optim\.betta: no such setting. Did you mean 'betas'"):
+    with pytest.raises(ConfigError, match=r"optim\.betta: no such setting. Did you mean 'optim.betas'"):
         compose([search, "optim=wrong"])
     with pytest.raises(ConfigError, match="optim/nothing"):
         compose([search, "optim=nothing"])

@@ -10,8 +10,6 @@ from typing import Any
 import lightning.pytorch as lightning
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.step_plan import Limits, StepPlan
@@ -19,7 +17,9 @@ from qwlit.model.config import AdapterConfig, Architecture, DropoutConfig, Model
 from qwlit.model.loss_model import build_loss_model
 from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.optim.schedules import build_schedule
+from qwlit.training.machine import Machine
 from qwlit.training.module import CausalLMModule
+from qwlit.training.trainer import build_trainer
 
 STEPS, BATCH, VOCABULARY, LR = 10, 16, 97, 1e-3
 LIMITS = [Limits(rows=n) for n in (1, 3, 16)] + [Limits(tokens=n) for n in (64, 200, None)]
@@ -89,6 +89,11 @@ def tiny(model_type: str, adapter: str) -> Any:
     )
 
 
+def machine(world_size: int) -> Machine:
+    strategy = "ddp" if world_size > 1 else "single"
+    return Machine("cpu", "CPU", world_size, 1, strategy, "32-true", num_workers=0, pin_memory=False)
+
+
 def run(model_type: str, adapter: str, packing: bool, limits: Limits, world_size: int) -> dict[str, Any]:
     samples, recorder = Ragged(), Recorder()
     module = CausalLMModule(
@@ -98,18 +103,7 @@ def run(model_type: str, adapter: str, packing: bool, limits: Limits, world_size
         max_grad_norm=1.0,
         seed=0,
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world_size,
-        strategy=DDPStrategy(process_group_backend="gloo", broadcast_buffers=False) if world_size > 1 else "auto",
-        max_steps=STEPS,
-        callbacks=[recorder],
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = build_trainer(machine(world_size), total_steps=STEPS, callbacks=[recorder], folder=Path())
     plan = StepPlan(samples.lengths, samples.num_supervised, 5, BATCH, world_size, limits, packing)
     steps = StepDataset(samples, plan, trainer.global_rank, pad_id=0)
     trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))
@@ -117,14 +111,64 @@ def run(model_type: str, adapter: str, packing: bool, limits: Limits, world_size
     return {"gradients": recorder.gradients, "losses": recorder.losses, "weights": weights}
 
 
+class Poison(torch.nn.Module):
+    """A LossModel whose loss, but no gradient, turns infinite on the last rank at one step."""
+
+    def __init__(self, loss_model: Any, rank: int, step: int) -> None:
+        super().__init__()
+        self.inner, self.rank, self.step, self.calls = loss_model, rank, step, 0
+
+    def forward(self, micro: Any) -> Any:
+        out = self.inner(micro)
+        self.calls += 1
+        bad = self.calls == self.step and torch.distributed.get_rank() == self.rank
+        return out._replace(loss_sum=out.loss_sum + float("inf")) if bad else out
+
+
+class Weights(lightning.Callback):
+    """Keeps what the optimizer skipped and a copy of all weights after every step."""
+
+    def __init__(self) -> None:
+        self.skipped: list[float] = []
+        self.after: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.skipped.append(float(module.outcome.skipped))
+        self.after.append(torch.cat([p.detach().flatten().clone() for p in module.parameters()]))
+
+
+def run_poisoned(model_type: str, world_size: int) -> dict[str, Any]:
+    """Train with one micro-batch a step, the fourth poisoned on the last rank."""
+    samples, weights = Ragged(), Weights()
+    module = CausalLMModule(
+        Poison(tiny(model_type, "none"), world_size - 1, step=4),
+        optim=OptimConfig(lr=LR),
+        schedule=build_schedule(SchedulerConfig(name="constant"), STEPS),
+        max_grad_norm=1.0,
+        seed=0,
+    )
+    trainer = build_trainer(machine(world_size), total_steps=STEPS, callbacks=[weights], folder=Path())
+    plan = StepPlan(samples.lengths, samples.num_supervised, 5, BATCH, world_size, Limits(), True)
+    steps = StepDataset(samples, plan, trainer.global_rank, pad_id=0)
+    trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))
+    return {"skipped": weights.skipped, "after": weights.after}
+
+
 def main(out: str, model_type: str, adapter: str, world_size: int, rank: int) -> None:
     torch.set_num_threads(1)
+    if adapter == "poison":
+        # Every rank saves what it saw.
+        torch.save(run_poisoned(model_type, world_size), Path(f"{out}.{rank}"))
+        torch.distributed.destroy_process_group()
+        return
     seen = {
         (packing, limits.rows, limits.tokens): run(model_type, adapter, packing, limits, world_size)
         for packing, limits in LAYOUTS
     }
     if rank == 0:
         torch.save(seen, Path(out))
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

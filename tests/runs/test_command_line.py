@@ -16,7 +16,8 @@ from tests.tiny import save_folder, tiny_causal_lm
 def test_help_names_the_verbs_without_importing_torch(tmp_path):
     code = (
         "import sys; sys.argv = ['qwlit', '--help']; from qwlit.__main__ import main; main();"
-        "heavy = {'torch', 'transformers', 'lightning', 'hydra', 'wandb', 'peft'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'transformers', 'lightning', 'hydra', 'wandb', 'peft'} & set(sys.modules);"
+        "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -45,12 +46,14 @@ def test_cfg_job_prints_the_settings_and_trains_nothing(tmp_path):
         (["train", "hardware=a100x4", "recipe=full_sft"], "hardware=a100x4 needs 4 CUDA devices.*experiment=demo"),
         (["train", "data.path=nowhere.jsonl", *TINY], "nowhere.jsonl"),
         (["train", "model.path=nowhere"], "nowhere"),
-        (["train", *TINY, "determinism=strict", "hardware.precision=bf16-mixed"], "determinism=strict trains in float32"),
+        (
+            ["train", *TINY, "determinism=strict", "hardware.precision=bf16-mixed"],
+            "determinism=strict trains in float32",
+        ),
         (["train", *TINY, "hardware.micro_batch_tokens=8"], "hardware.micro_batch_tokens=8: the longest sample"),
     ],
 )
 def test_what_cannot_be_done_ends_in_one_line_and_code_2(words, said, tmp_path):
-
 
     done = qwlit(words, tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr

@@ -2,15 +2,17 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwlit.model.adapters import apply_adapter
@@ -91,7 +93,8 @@ def test_training_repeats_itself_bit_for_bit_and_from_its_own_config(chat, tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["ctrl-c", "sigterm", "kill-9"])
 def test_a_run_cut_off_goes_on_to_the_same_bits_with_dropout_on(number, chat, tmp_path):
-    long = ["train.max_steps=40"]
+    # A rhythm of logging that no checkpoint falls on: the sums since the last line must survive, too.
+    long = ["train.max_steps=40", "logging.every_steps=7", "checkpoint.every_steps=3"]
     whole = train(words(chat, "whole", *long), tmp_path)
     process = subprocess.Popen(
         command(["train", *TINY, *words(chat, "cut", *long)]),
@@ -102,7 +105,7 @@ def test_a_run_cut_off_goes_on_to_the_same_bits_with_dropout_on(number, chat, tm
         text=True,
     )
     cut = tmp_path / "runs" / "cut"
-    while not (cut / "metrics.jsonl").exists() or len(losses(cut)) < 8:
+    while not (cut / "metrics.jsonl").exists() or len(losses(cut)) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(number)
@@ -224,7 +227,9 @@ def test_an_exported_adapter_gives_pefts_model_the_trained_logits(chat, tmp_path
 
     base = save_folder(tiny_causal_lm(), tmp_path / "base")
     file = tmp_path / "tokens.jsonl"
-    file.write_text("".join(json.dumps({"input_ids": [i, i + 1, i + 2], "loss_mask": [0, 1, 1]}) + "\n" for i in range(32)))
+    file.write_text(
+        "".join(json.dumps({"input_ids": [i, i + 1, i + 2], "loss_mask": [0, 1, 1]}) + "\n" for i in range(32))
+    )
     more = [f"model.path={base}", f"data.path={file}", "run.name=a", "train.max_steps=4", "optim.lr=1e-2"]
     done = qwlit(["train", "hardware=cpu", "recipe=lora", *more], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -250,7 +255,10 @@ def test_a_run_killed_after_its_last_step_only_finishes(early, chat, tmp_path):
     train(arguments, tmp_path)
     after = summary(run)
     assert (after["status"], after["steps"], after["resumed_from"]) == ("done", recorded["steps"], recorded["steps"])
-    assert (after["train_loss_last"], after["val_loss_best"]) == (recorded["train_loss_last"], recorded["val_loss_best"])
+    assert (after["train_loss_last"], after["val_loss_best"]) == (
+        recorded["train_loss_last"],
+        recorded["val_loss_best"],
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
 
 
@@ -279,6 +287,50 @@ def test_a_profile_of_chosen_steps_is_written(chat, tmp_path):
     run = train(words(chat, "a", "profile.steps=[2,3]"), tmp_path)
     trace = json.loads((run / "profile/steps-2-3.json").read_text())
     assert trace["traceEvents"]
+
+
+@pytest.mark.parametrize("target", ["rank 0", "the other rank"])
+def test_a_signal_to_one_rank_ends_both_cleanly_and_the_run_goes_on_to_the_same_bits(target, chat, tmp_path):
+    two = ["hardware.devices=2", "train.max_steps=60", "checkpoint.every_steps=20"]
+    whole = train(words(chat, "whole", *two), tmp_path, qwlit_process)
+    process = subprocess.Popen(
+        command(["train", *TINY, *words(chat, "cut", *two)]),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    cut = tmp_path / "runs" / "cut"
+    while not (cut / "metrics.jsonl").exists() or len(losses(cut)) < 8:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid if target == "rank 0" else int(children[0]), signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert said.count("the same command goes on") == 1 and "Traceback" not in said
+    train(words(chat, "cut", *two), tmp_path, qwlit_process)
+    assert 0 < summary(cut)["resumed_from"] < 60
+    assert_same_run(whole, cut)
+
+
+def test_torchrun_trains_what_one_process_trains_and_must_agree_with_the_settings(chat, tmp_path):
+    exact = ["dropout.attention=0", "dropout.feed_forward=0"]
+    one = train(words(chat, "one", *exact), tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "qwlit"]
+    arguments = ["train", *TINY, *words(chat, "two", *exact)]
+
+    def launch(*more):
+        return subprocess.run(
+            [*launcher, *arguments, *more], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+
+    alone = launch("hardware.devices=1")
+    assert alone.returncode != 0 and "2 processes were launched, but hardware.devices=1" in alone.stderr
+    done = launch("hardware.devices=2")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "runs/two") == [(step, pytest.approx(loss, rel=2e-5)) for step, loss in losses(one)]
 
 
 @pytest.mark.parametrize("mode", ["reproducible", "strict"])

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import DropoutConfig, ModelConfig
 from qwlit.model.load import vocabulary_size
-from qwlit.model.presets import count_parameters, from_hf_config, to_hf_config
+from qwlit.model.presets import count_parameters, to_hf_config
 from tests.tiny import TINY, tiny_architecture, tiny_causal_lm
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -76,10 +76,6 @@ def test_dropout_of_each_stage(name: str, attention: float, feed_forward: float)
 def test_the_count_is_that_of_a_real_model(family: str, tied: bool) -> None:
     real = sum(p.numel() for p in tiny_causal_lm(family, tied=tied).parameters())
     assert count_parameters(tiny_architecture(family, tied=tied)) == real
-
-
-def test_an_architecture_survives_the_way_through_transformers() -> None:
-    assert from_hf_config(to_hf_config(TINY)) == TINY
 
 
 @pytest.mark.parametrize(

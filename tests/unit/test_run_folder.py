@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
+from qwlit.config.compose import compose
+from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError
+from qwlit.core.files import read_json_lines
 from qwlit.training.checkpoint import MANIFEST, StepFolderIO, list_checkpoints, point, pointed, read_weights
 from qwlit.training.continuing import claim, newest, refuse_other_mathematics
 from qwlit.training.late import LateReader
@@ -69,7 +72,7 @@ def test_cutting_back_drops_later_rows_and_half_lines(folder):
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/lo')
     folder.cut_back(2)
-    assert [row["step"] for row in folder.read_metrics()] == [1, 2]
+    assert [row["step"] for row in read_json_lines(folder.path / "metrics.jsonl")] == [1, 2]
     assert (folder.path / "metrics.jsonl").read_text().endswith("}\n")
 
 
@@ -98,10 +101,13 @@ def test_one_process_at_a_time_writes_to_a_run(folder):
 
 
 def test_changed_mathematics_is_named_with_both_values():
-    before = {"optim": {"lr": 1e-5, "betas": [0.9, 0.999]}, "hardware": {"devices": 4}}
-    refuse_other_mathematics(before, before | {"hardware": {"devices": 1}}, ("optim",))
+    def settings(*words):
+        return mathematics(compose(["data.path=a/chat.jsonl", "model.path=here/base", *words]).config)
+
+    elsewhere = ["data.path=/b/chat.jsonl", "model.path=/there/base", "hardware=a100x4", "data.strict=true"]
+    refuse_other_mathematics(settings(), settings(*elsewhere))
     with pytest.raises(ConfigError, match=r"optim.lr was 1e-05, now 0.1"):
-        refuse_other_mathematics(before, {"optim": {"lr": 0.1, "betas": [0.9, 0.999]}}, ("optim",))
+        refuse_other_mathematics(settings(), settings("optim.lr=0.1"))
 
 
 def test_late_numbers_come_back_in_order_with_their_tags():

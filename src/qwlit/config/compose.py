@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from qwlit.config.explain import explain
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
@@ -163,7 +164,7 @@ def _settle_pairs(tree: dict[str, Any], typed: dict[str, Override]) -> None:
             if key in typed and typed[key].value() is not None and other not in typed:
                 section, name = other.split(".")
                 tree[section][name] = None
-    if "scheduler.warmup_steps" in typed and "scheduler.max_warmup_ratio" not in typed:
+    if any(key in typed for key in PAIRS[0]) and "scheduler.max_warmup_ratio" not in typed:
         tree["scheduler"]["max_warmup_ratio"] = 1.0
 
 
@@ -176,53 +177,13 @@ def check(tree: dict[str, Any]) -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error, list(group_options()))) from None
 
 
 def dump(config: RunConfig) -> str:
     """Return the configuration as YAML that `config=` reads back to the same."""
     tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _explain(error: ValidationError) -> str:
-    """Turn pydantic's first finding into one line: field, rule, nearest name."""
-    finding = error.errors()[0]
-    owner, names = _trace([str(part) for part in finding["loc"]])
-    field = ".".join(names)
-    if finding["type"] == "unexpected_keyword_argument":
-        known = [f.name for f in dataclasses.fields(owner)] + (list(group_options()) if owner is RunConfig else [])
-        hint = nearest(names[-1], known) or f" Known here: {', '.join(sorted(set(known)))}."
-        return f"{field}: no such setting.{hint}"
-    if finding["type"] in ("missing", "missing_argument"):
-        return f"{field} is not set"
-    rule = finding["msg"].removeprefix("Value error, ")
-    rule = rule[0].lower() + rule[1:]
-    value = finding["input"]
-    hint = nearest(str(value), re.findall(r"'([^']+)'", rule)) if finding["type"] == "literal_error" else ""
-    return f"{field}={value}: {rule}.{hint}"
-
-
-def _trace(location: list[str]) -> tuple[Any, list[str]]:
-    """Follow pydantic's location through the dataclasses, leaving out the names it gives to members of a union.
-
-    Returns:
-        The innermost dataclass on the way, and the setting's dotted name in parts.
-    """
-    owner: Any = RunConfig
-    names: list[str] = []
-    for name in location:
-        names.append(name)
-        field = next((f for f in dataclasses.fields(owner) if f.name == name), None)
-        inner = (
-            [t for t in (field.type, *getattr(field.type, "__args__", ())) if dataclasses.is_dataclass(t)]
-            if field
-            else []
-        )
-        if not inner:
-            break
-        owner = inner[0]
-    return owner, names
 
 
 def _check_relations(config: RunConfig) -> None:
@@ -233,6 +194,15 @@ def _check_relations(config: RunConfig) -> None:
         raise ConfigError("scheduler.warmup_steps and scheduler.warmup_ratio are both set; give one of them")
     if config.scheduler.name == "exponential" and config.scheduler.min_lr_ratio == 0:
         raise ConfigError("scheduler.min_lr_ratio=0: exponential decay never reaches 0; set e.g. 0.01")
+    named = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "model.hub_id": config.model.hub_id,
+    }
+    named |= {"data.path": config.data.path, "data.val_path": config.data.val_path, "run.root": config.run.root}
+    for key, value in named.items():
+        if value == "":
+            raise ConfigError(f"{key} is empty; is a shell variable unset? Leave it out for its default")
     if config.data.path is None:
         raise ConfigError("data.path is not set; give a .jsonl or .json file, or data=demo")
     if config.data.val_path is not None and config.data.val_fraction > 0:

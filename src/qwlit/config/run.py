@@ -1,6 +1,8 @@
 """RunConfig: every setting of a run, each beside the component that owns it."""
 
-from typing import Literal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
 
 from qwlit.core.schema import NonNegativeInt, config_dataclass
 from qwlit.data.config import DataConfig
@@ -46,3 +48,29 @@ class RunConfig:
 
 MATHEMATICS = ("seed", "model", "data", "train", "optim", "scheduler", "dropout", "adapter")
 """Sections that shape what is computed: a run goes on only with the same ones."""
+NO_MATHEMATICS = {
+    # The data is known by its content, wherever it lies.
+    "data.path",
+    "data.val_path",
+    "data.strict",
+    "data.max_bad_ratio",
+    "data.exact_match",
+    "model.attention",
+}
+"""Settings in these sections that do not."""
+FOLDERS = {"model.path", "model.tokenizer"}
+"""Settings of which only the last part counts, so that a run can go on where the disk has another name."""
+
+
+def mathematics(config: RunConfig) -> dict[str, Any]:
+    """Return what shapes the computation, as dotted key → value."""
+    tree = asdict(config)
+    values = _flatten({section: tree[section] for section in MATHEMATICS})
+    kept = {key: value for key, value in values.items() if key not in NO_MATHEMATICS}
+    return {key: Path(value).name if key in FOLDERS and value else value for key, value in kept.items()}
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, item in tree.items() for key, value in _flatten(item, f"{prefix}{name}.").items()}

@@ -62,13 +62,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def locked(path: Path, *, blocking: bool = True) -> Iterator[TextIO]:
-    """Hold an exclusive lock on `path` (made if need be) while the block runs.
+def locked(path: Path, *, blocking: bool = True, shared: bool = False) -> Iterator[TextIO]:
+    """Hold a lock on `path` (made if need be) while the block runs: exclusive, or shared with other shared ones.
 
     Raises:
         BlockingIOError: with `blocking=False`, when another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX if blocking else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(handle, kind if blocking else kind | fcntl.LOCK_NB)
         yield handle

@@ -1,14 +1,45 @@
-"""Which process this is, known from the environment before any process group exists."""
+"""Which process this is and who started it, known from the environment before any process group exists.
+
+torchrun sets RANK, srun SLURM_PROCID. Lightning's own launcher sets LOCAL_RANK for the processes it starts and leaves
+NODE_RANK to the user, so on a further node the first process has NODE_RANK alone.
+"""
 
 import os
-
-# torchrun sets RANK, srun SLURM_PROCID; Lightning's own launcher sets LOCAL_RANK, and NODE_RANK on several machines.
-# Under srun a LOCAL_RANK can only come from a launcher below it, so it is asked before SLURM_PROCID.
 
 
 def is_rank_zero() -> bool:
     if "RANK" in os.environ:
         return os.environ["RANK"] == "0"
-    if "LOCAL_RANK" in os.environ:
-        return os.environ["LOCAL_RANK"] == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    # Under srun a LOCAL_RANK can only come from a launcher below it, so it is asked before SLURM_PROCID.
+    if "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:
+        return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
     return os.environ.get("SLURM_PROCID", "0") == "0"
+
+
+def rank_label() -> str:
+    """Return what to call this process in a message."""
+    known = [f"{name} {os.environ[name]}" for name in ("RANK", "NODE_RANK", "LOCAL_RANK") if name in os.environ]
+    return ", ".join(known).lower() or f"rank {os.environ.get('SLURM_PROCID', '0')}"
+
+
+def launched_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launched_by_srun() -> bool:
+    """Whether this is a task of a job step; the batch script itself is none."""
+    return not launched_by_torchrun() and "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" in os.environ
+
+
+def launched_world_size() -> int | None:
+    """Return how many processes torchrun or srun started; None where qwlit starts its own."""
+    if launched_by_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ["SLURM_NTASKS"]) if launched_by_srun() else None
+
+
+def launch_token() -> str:
+    """Return a word that all processes of one launch share."""
+    names = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"]
+    names += ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]
+    return " ".join(os.environ.get(name, "-") for name in names)

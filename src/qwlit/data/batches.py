@@ -106,6 +106,9 @@ def train_loader(
     dataset: StepDataset, *, start_step: int, total_steps: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[StepBatch]:
     """One item a step, from `start_step` to the run's end; `batch_size=None` because a step is already a batch."""
+    if num_workers:
+        # By default every tensor that a worker sends takes a file descriptor: a step of 64 micro-batches has hundreds.
+        torch.multiprocessing.set_sharing_strategy("file_system")
     return DataLoader(
         dataset,
         batch_size=None,

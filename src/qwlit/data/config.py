@@ -14,7 +14,7 @@ class DataConfig:
     path: str | None = None
     """A .jsonl or .json file, or a folder of them; `qwlit:demo/train.jsonl` is the bundled corpus."""
     val_path: str | None = None
-    """Rows to validate on, read like `path`. None: see `val_fraction`."""
+    """Rows to validate on, read like `path`. null: see `val_fraction`."""
     val_fraction: Probability = 0.0
     """Share of rows (0 to 1) held out where there is no `val_path`. A hash of the row's tokens chooses, so that a row
     stays on its side when others come or go, and copies of it never stand on both sides."""

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import yaml
+from rich.markup import escape
 
-from qwlit.config.compose import dump
-from qwlit.config.run import MATHEMATICS
+from qwlit.config.compose import compose, dump
+from qwlit.config.run import mathematics
 from qwlit.core.console import console
 from qwlit.core.errors import GuardStop, Interrupted, Preempted
 from qwlit.core.ranks import is_rank_zero
@@ -28,15 +28,14 @@ def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
     if not is_rank_zero():
         return Start(newest(folder))
     config = job.config
-    settings = dump(config)
     if config.resume == "auto" and not config.run.overwrite and folder.config_file.exists():
-        earlier = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))
-        refuse_other_mathematics(earlier, yaml.safe_load(settings), MATHEMATICS)
+        earlier = compose([f"config={folder.config_file}"]).config
+        refuse_other_mathematics(mathematics(earlier), mathematics(config))
         refuse_other_data(folder, job.data.fingerprint)
     start = claim(folder, resume=config.resume, overwrite=config.run.overwrite)
     folder.cut_back(start.step)
     manifest = build_manifest(job.machine, **_facts(job, loss_model))
-    folder.write_text("config.yaml", settings)
+    folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
     folder.write_rows("quarantine.jsonl", job.data.quarantine)
     folder.write_summary(status="running", resumed_from=start.step if start.checkpoint else None, rows=job.data.totals)
@@ -66,7 +65,7 @@ def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: S
     config, derived, machine = job.config, job.derived, job.machine
     accumulation = f", accumulation {derived.accumulate_grad_batches}" if derived.accumulate_grad_batches else ""
     lines = [
-        f"[bold]{folder.path}[/]: {derived.total_steps} steps of {config.train.global_batch_size} samples",
+        f"[bold]{escape(str(folder.path))}[/]: {derived.total_steps} steps of {config.train.global_batch_size} samples",
         f"  model     {parameters['total']:,} parameters, {parameters['trainable']:,} trained",
         f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention {job.attention}"
         + accumulation,
@@ -75,12 +74,12 @@ def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: S
         f" after {derived.schedule.warmup_steps} steps of warm-up",
     ]
     if start.set_aside:
-        lines.append(f"  kept      the unfinished run of this name is now {start.set_aside}")
+        lines.append(f"  kept      the unfinished run of this name is now {escape(str(start.set_aside))}")
     if start.checkpoint:
         lines.append(f"  resuming  from step {start.step}")
-        folder.append_event(start.step, "resumed")
+        folder.append_event(start.step, "resumed", device=machine.device_name, devices=machine.world_size)
     for finding in derived.findings:
-        lines.append(f"  [yellow]note[/]      {finding}")
+        lines.append(f"  [yellow]note[/]      {escape(finding)}")
         folder.append_event(start.step, "finding", message=finding)
     console().print("\n".join(lines))
 

@@ -3,10 +3,12 @@
 import re
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from qwlit.core.console import console
+from qwlit.core.files import resolve_path
 from qwlit.inference.export import export_model
 from qwlit.inference.generate import Answered, answer_greedily, questions
 from qwlit.job.assemble import Job
@@ -14,7 +16,6 @@ from qwlit.model.loss_model import LossModel
 from qwlit.training.checkpoint import pointed, read_weights, step_of
 from qwlit.training.loop import Loop
 from qwlit.training.run_folder import RunFolder
-from qwlit.training.telemetry import peak_memory_gib
 
 PLACES = {
     "export": "the trained model for from_pretrained, the best by val/loss (LoRA: the adapter, for peft)",
@@ -30,21 +31,9 @@ PLACES = {
 
 
 def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> None:
-    telemetry = loop.telemetry
-    numbers: dict[str, Any] = {
-        "steps": loop.trainer.global_step,
-        "train_loss_first": telemetry.first_loss,
-        "train_loss_last": telemetry.last_loss,
-        "val_loss_best": telemetry.best_val_loss,
-        "tokens_per_second": telemetry.tokens_per_second,
-        "peak_memory_gib": peak_memory_gib(loop.trainer.strategy.root_device),
-        "skipped_steps": loop.guard.skipped_steps,
-        "rollbacks": 0,
-    }
-    folder.write_summary(**numbers)
+    numbers: dict[str, Any] = loop.figures()
     _take_best_weights(loss_model, folder, loop.trainer.global_step)
-    model = job.config.model
-    export_model(loss_model.causal_lm, job.tokenizer, folder.path / "export", base=model.path or model.hub_id)
+    export_model(loss_model.causal_lm, job.tokenizer, folder.path / "export", base=_base(job))
     answers: list[Answered] = []
     if job.config.data.exact_match and job.data.validation is not None:
         # The trainer has moved the model to the CPU when it ended.
@@ -54,6 +43,12 @@ def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> No
         numbers["exact_match"] = sum(a.exact for a in answers) / len(answers)
         folder.write_summary(exact_match=numbers["exact_match"])
     _show(job, numbers, answers, folder)
+
+
+def _base(job: Job) -> str | None:
+    """Where an adapter's frozen model is found again, from any folder."""
+    model = job.config.model
+    return str(resolve_path(model.path).resolve()) if model.path else model.hub_id
 
 
 def _take_best_weights(loss_model: LossModel, folder: RunFolder, last_step: int) -> None:
@@ -104,7 +99,7 @@ def _show(job: Job, numbers: dict[str, Any], answers: list[Answered], folder: Ru
         if example:
             screen.print(f"\n[bold]an answer in {language}[/]")
             screen.print(Text.assemble(example["prompt"], (example["answer"], "green")))
-    screen.print(f"\n[bold]where everything lies[/]  {folder.path}")
+    screen.print(f"\n[bold]where everything lies[/]  {escape(str(folder.path))}")
     for name, what in PLACES.items():
         if (folder.path / name).exists():
             screen.print(f"  {name:<18} {what}")

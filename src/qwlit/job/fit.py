@@ -1,5 +1,10 @@
 """Putting module, loop and loaders together, and training."""
 
+from typing import Any
+
+import torch.distributed as dist
+
+from qwlit.core.errors import ConfigError
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.job.assemble import Job
 from qwlit.model.loss_model import LossModel
@@ -34,8 +39,8 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
         StepDataset(job.data.train, job.plan, rank, job.pad_id),
         start_step=start.step,
         total_steps=derived.total_steps,
-        num_workers=config.hardware.num_workers,
-        pin_memory=config.hardware.pin_memory,
+        num_workers=job.machine.num_workers,
+        pin_memory=job.machine.pin_memory,
     )
     validation = None
     if job.data.validation is not None and derived.milestones.next_validation(0) is not None:
@@ -47,6 +52,20 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
             packing=job.plan.packing,
             pad_id=job.pad_id,
         )
+    if loop.trainer.world_size != job.machine.world_size:
+        raise ConfigError(
+            f"Lightning sees {loop.trainer.world_size} processes, the settings name {job.machine.world_size};"
+            " start them with torchrun or srun, or let qwlit start them"
+        )
+    try:
+        _run(loop, module, steps, validation, start)
+    finally:
+        folder.write_summary(**loop.figures())
+    return loop
+
+
+def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:
+    """Run the trainer, and leave the process group once all ranks have ended."""
     try:
         loop.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
     except SystemExit as end:
@@ -54,4 +73,6 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
         if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    return loop
+    if dist.is_initialized():
+        # Left to the interpreter's end, gloo's threads can abort the process.
+        dist.destroy_process_group()

@@ -13,9 +13,9 @@ from torch import Tensor
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.model import hub
-from qwlit.model.config import Architecture, ModelConfig
+from qwlit.model.config import ModelConfig
 from qwlit.model.folder import check_tokenizer_files, first_few, read_model_config, read_tensors, weight_files
-from qwlit.model.presets import from_hf_config, meta_causal_lm, model_classes, to_hf_config
+from qwlit.model.presets import meta_causal_lm, model_classes, to_hf_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -51,15 +51,6 @@ def _tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
     if own is None:
         raise ConfigError("model.tokenizer is not set, and there is no model.path or model.hub_id to take it from")
     return own, "model.path" if config.path else "model.hub_id"
-
-
-def read_architecture(config: ModelConfig) -> Architecture:
-    """Return the shape of the model to train, without its weights.
-
-    Raises:
-        ConfigError: it is not known, or not one that qwlit trains.
-    """
-    return from_hf_config(_hf_config(config))
 
 
 def vocabulary_size(config: ModelConfig) -> int:

@@ -1,4 +1,4 @@
-"""From an Architecture to transformers' configuration and back, and its number of parameters."""
+"""From an Architecture to transformers' configuration, and its number of parameters."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -51,26 +51,6 @@ def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
         rms_norm_eps=architecture.rms_norm_eps,
         initializer_range=architecture.initializer_range,
         architectures=[f"{architecture.model_type.capitalize()}ForCausalLM"],
-    )
-
-
-def from_hf_config(config: "PretrainedConfig") -> Architecture:
-    """Turn transformers' Qwen2Config or Qwen3Config into an Architecture."""
-    heads = config.num_attention_heads
-    return Architecture(
-        model_type=config.model_type,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=config.tie_word_embeddings,
-        rope_theta=float(config.rope_parameters["rope_theta"]),
-        rms_norm_eps=config.rms_norm_eps,
-        initializer_range=config.initializer_range,
     )
 
 

@@ -44,6 +44,6 @@ class SchedulerConfig:
     warmup_ratio: Ratio | None = None
     """Warm-up as a share of the run; 0.05 to 0.2 is recommended."""
     max_warmup_ratio: Ratio = 1.0
-    """Warm-up steps are capped at this share of the run; recipes set 0.2, a typed warmup_steps is not capped."""
+    """Warm-up steps are capped at this share of the run; recipes set 0.2; what you type is not capped."""
     min_lr_ratio: Ratio = 0.0
     """Learning rate at the end of the run, as a share of the peak. Exponential decay needs it above 0."""

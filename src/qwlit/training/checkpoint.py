@@ -5,6 +5,7 @@ written last inside it and lists every file with its size and sha256.
 """
 
 import hashlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -59,8 +60,6 @@ class StepFolderIO(CheckpointIO):
         files = {name: _seal(temporary / name) for name in (WEIGHTS, STATE)}
         write_json_atomic(temporary / MANIFEST, {"step": checkpoint["global_step"], "files": files})
         fsync_folder(temporary)
-        # Only after a rollback or a cut-off clean-up can the place be taken; the newer one is right.
-        shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         fsync_folder(final.parent)
 
@@ -71,7 +70,22 @@ class StepFolderIO(CheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
-        shutil.rmtree(path, ignore_errors=True)
+        # Renamed first: a folder half deleted must not be taken for a checkpoint.
+        doomed = Path(path).with_name(f".{Path(path).name}.tmp")
+        Path(path).rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def clear_leftovers(folder: RunFolder) -> None:
+    """Remove what a kill -9 left half written or half deleted."""
+    for leftover in folder.checkpoints.glob(".*.tmp"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    for checkpoint in folder.checkpoints.glob("step-*"):
+        if not (checkpoint / MANIFEST).exists():
+            shutil.rmtree(checkpoint)
 
 
 def _seal(path: Path) -> dict[str, Any]:
@@ -103,6 +117,7 @@ class Checkpointing(BoundaryCallback):
         super().__init__(milestones)
         self._keep_last = config.keep_last
         self._folder = folder
+        self._saved_step = 0
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
         self._stopped_early = False
@@ -118,6 +133,9 @@ class Checkpointing(BoundaryCallback):
     def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         # A run killed between early stopping and its end has nothing left to train.
         trainer.should_stop = trainer.should_stop or self._stopped_early
+        # And one killed between a save and its pointer points elsewhere.
+        if is_rank_zero() and self.best_step is not None:
+            point(self._folder, "best", self._path(self.best_step))
 
     def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
         self._stopped_early = trainer.should_stop
@@ -128,25 +146,28 @@ class Checkpointing(BoundaryCallback):
 
     def _improved(self, module: CausalLMModule, step: int) -> bool:
         loss = module.validation.loss
-        if self.best_val_loss is not None and not loss < self.best_val_loss:
+        if not math.isfinite(loss) or (self.best_val_loss is not None and loss >= self.best_val_loss):
             return False
         self.best_val_loss, self.best_step = loss, step
         return True
 
-    def save(self, trainer: Trainer, step: int) -> Path:
-        """Write the checkpoint of this step and let go of those no longer kept."""
-        path = self._folder.checkpoints / f"step-{step:06d}"
-        trainer.save_checkpoint(path)
+    def save(self, trainer: Trainer, step: int) -> None:
+        """Write the checkpoint of this step, unless it is there, and let go of those no longer kept."""
+        if step == self._saved_step:
+            return
+        trainer.save_checkpoint(self._path(step))
+        self._saved_step = step
         if is_rank_zero():
-            point(self._folder, "last", path)
+            point(self._folder, "last", self._path(step))
             if self.best_step == step:
-                point(self._folder, "best", path)
-            self._folder.append_event(step, "checkpoint", path=str(path.relative_to(self._folder.path)))
-            self._prune()
-        return path
+                point(self._folder, "best", self._path(step))
+            self._folder.append_event(step, "checkpoint", path=str(self._path(step).relative_to(self._folder.path)))
+            self._prune(trainer)
 
-    def _prune(self) -> None:
-        kept = {self.best_step}
+    def _path(self, step: int) -> Path:
+        return self._folder.checkpoints / f"step-{step:06d}"
+
+    def _prune(self, trainer: Trainer) -> None:
         for checkpoint in list_checkpoints(self._folder)[: -self._keep_last]:
-            if step_of(checkpoint) not in kept:
-                shutil.rmtree(checkpoint)
+            if step_of(checkpoint) != self.best_step:
+                trainer.strategy.remove_checkpoint(checkpoint)

@@ -58,10 +58,10 @@ class HardwareConfig:
     """Most samples per device and forward pass; null: no limit but micro_batch_tokens."""
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens per device and forward pass; null: no limit but micro_batch_size."""
-    num_workers: NonNegativeInt = 0
-    """Processes per device that lay out batches ahead of the step."""
-    pin_memory: Flag = False
-    """Page-locked batches, so that copies to the GPU do not wait."""
+    num_workers: NonNegativeInt | Literal["auto"] = "auto"
+    """Processes per device that lay out batches ahead of the step. auto: 4 with CUDA, none on CPU."""
+    pin_memory: Flag | Literal["auto"] = "auto"
+    """Page-locked batches, so that copies to the GPU do not wait. auto: with CUDA."""
 
 
 @config_dataclass

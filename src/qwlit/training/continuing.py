@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwlit.core.errors import ConfigError
-from qwlit.training.checkpoint import list_checkpoints, step_of
+from qwlit.training.checkpoint import clear_leftovers, list_checkpoints, step_of
 from qwlit.training.run_folder import FINISHED, RunFolder
 
 
@@ -39,6 +39,7 @@ def claim(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: boo
         elif resume == "never":
             aside = folder.set_aside()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
     return Start(checkpoint=newest(folder), set_aside=aside)
 
 
@@ -48,13 +49,12 @@ def newest(folder: RunFolder) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def refuse_other_mathematics(earlier: dict[str, Any], now: dict[str, Any], sections: tuple[str, ...]) -> None:
-    """Compare the settings that shape what is computed.
+def refuse_other_mathematics(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Compare the settings that shape what is computed, as dotted key → value.
 
     Raises:
         ConfigError: naming up to three that differ, with both values.
     """
-    before, after = _flatten({s: earlier.get(s) for s in sections}), _flatten({s: now.get(s) for s in sections})
     changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     if changed:
         named = ", ".join(f"{key} was {before.get(key)}, now {after.get(key)}" for key in changed[:3])
@@ -70,15 +70,12 @@ def refuse_other_data(folder: RunFolder, fingerprint: str) -> None:
     manifest = folder.path / "manifest.json"
     if not manifest.exists():
         return
-    earlier = json.loads(manifest.read_text(encoding="utf-8"))["data"]
+    try:
+        earlier = json.loads(manifest.read_text(encoding="utf-8"))["data"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{manifest} cannot be read; start anew with run.name=… or run.overwrite=true") from None
     if earlier != fingerprint:
         raise ConfigError(
             f"the data or the tokenizer changed since {folder.path} began (fingerprint {earlier}, now {fingerprint});"
             " bring the old ones back, or start anew with run.name=… or run.overwrite=true"
         )
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.rstrip("."): tree}
-    return {key: value for name, item in tree.items() for key, value in _flatten(item, f"{prefix}{name}.").items()}

@@ -28,6 +28,7 @@ class Guard(Callback):
         self.skipped_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
+        self._judge(wait=True)
         return {"in_a_row": self.in_a_row, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

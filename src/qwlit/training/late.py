@@ -11,9 +11,10 @@ T = TypeVar("T")
 
 
 class LateReader(Generic[T]):
-    """Copies small tensors to the host in the background and gives them back, in order, once they have arrived.
+    """Copies small tensors to the host in the background and gives them back, in order.
 
-    On CPU they have arrived at once; on a GPU usually a step later.
+    On CPU at once. On a GPU each one push later, which is long after it was computed, and not whenever it happens to
+    have arrived: all ranks must read the same numbers at the same step, or they would not decide together.
     """
 
     def __init__(self) -> None:
@@ -31,11 +32,11 @@ class LateReader(Generic[T]):
         self._pending.append((tag, host, event))
 
     def pop(self, *, wait: bool = False) -> Iterator[tuple[T, list[float]]]:
-        """Yield what has arrived; with `wait` all of it."""
+        """Yield all but a GPU's newest; with `wait` that too."""
         while self._pending:
             tag, values, event = self._pending[0]
-            if event is not None and not event.query():
-                if not wait:
+            if event is not None:
+                if len(self._pending) == 1 and not wait:
                     return
                 event.synchronize()
             self._pending.popleft()

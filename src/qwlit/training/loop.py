@@ -1,6 +1,7 @@
 """The training loop: the trainer with one callback per concern, in the order in which they must act."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
@@ -17,7 +18,7 @@ from qwlit.training.preemption import StopOnSignal
 from qwlit.training.profiler import ProfileSteps
 from qwlit.training.progress import ProgressDisplay
 from qwlit.training.run_folder import RunFolder
-from qwlit.training.telemetry import Telemetry
+from qwlit.training.telemetry import Telemetry, peak_memory_gib
 from qwlit.training.trainer import build_trainer
 
 
@@ -29,6 +30,32 @@ class Loop:
     telemetry: Telemetry
     guard: Guard
     checkpointing: Checkpointing
+
+    def figures(self) -> dict[str, float | int | None]:
+        """Return what summary.json says of the training so far."""
+        return {
+            "steps": self.trainer.global_step,
+            "train_loss_first": self.telemetry.first_loss,
+            "train_loss_last": self.telemetry.last_loss,
+            "val_loss_best": self.checkpointing.best_val_loss,
+            "tokens_per_second": self.telemetry.tokens_per_second,
+            "peak_memory_gib": peak_memory_gib(self.trainer.strategy.root_device),
+            "skipped_steps": self.guard.skipped_steps,
+            "rollbacks": 0,
+        }
+
+
+class Patience(EarlyStopping):
+    """Lightning's early stopping by val/loss, with the patience of the settings also after a resume."""
+
+    def __init__(self, patience: int) -> None:
+        # A loss that is not finite counts as no better; Lightning would end the run at once, as if it were done.
+        super().__init__("val/loss", patience=patience, check_finite=False)
+        self._configured = patience
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.patience = self._configured
 
 
 def build_loop(
@@ -48,9 +75,7 @@ def build_loop(
     checkpointing = Checkpointing(checkpoint, milestones, folder)
     callbacks: list[Callback] = [watching, telemetry, ScheduleValidation(milestones)]
     if validation.early_stopping_patience is not None and milestones.next_validation(0) is not None:
-        # Losses that are not finite are the guard's to judge; here they would end the run as if it were done.
-        stopping = EarlyStopping("val/loss", patience=validation.early_stopping_patience, check_finite=False)
-        callbacks.append(stopping)
+        callbacks.append(Patience(validation.early_stopping_patience))
     # Early stopping decides before the boundary's checkpoint is written, and signals are answered after it.
     callbacks += [checkpointing, display]
     if profile.steps is not None:

@@ -1,5 +1,6 @@
 """From a hardware profile to what this machine will really use; what it lacks is said in one line."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,7 @@ import torch
 
 from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
+from qwlit.core.ranks import launched_world_size
 from qwlit.training.config import HardwareConfig
 
 Attention = Literal["varlen", "sdpa", "eager"]
@@ -23,6 +25,8 @@ class Machine:
     num_nodes: int
     strategy: Literal["single", "ddp"]
     precision: Literal["32-true", "bf16-mixed"]
+    num_workers: int
+    pin_memory: bool
 
     @property
     def world_size(self) -> int:
@@ -49,6 +53,7 @@ def resolve_machine(config: HardwareConfig, determinism: Determinism, *, profile
     if accelerator == "cuda" and devices > here.num_cuda:
         raise ConfigError(f"hardware={profile} needs {devices} CUDA devices a node, here: {_seen(here)}. {_REMEDY}")
     world_size = devices * config.num_nodes
+    _check_launcher(devices, config.num_nodes)
     if config.strategy == "single" and world_size > 1:
         raise ConfigError(f"hardware.strategy=single is one process, but {world_size} devices are set; use ddp or auto")
     return Machine(
@@ -58,10 +63,25 @@ def resolve_machine(config: HardwareConfig, determinism: Determinism, *, profile
         num_nodes=config.num_nodes,
         strategy="ddp" if world_size > 1 or config.strategy == "ddp" else "single",
         precision=_precision(config, accelerator, here, determinism),
+        num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,
+        pin_memory=accelerator == "cuda" if config.pin_memory == "auto" else config.pin_memory,
     )
 
 
 _REMEDY = "Use hardware=auto for what is here, or start with experiment=demo"
+
+
+def _check_launcher(devices: int, num_nodes: int) -> None:
+    """Refuse a launch whose processes are not the ranks that the settings name: each would train something else."""
+    world_size, launched = devices * num_nodes, launched_world_size()
+    if launched is not None and launched != world_size:
+        raise ConfigError(
+            f"{launched} processes were launched, but hardware.devices={devices} x hardware.num_nodes={num_nodes}"
+            f" is {world_size}; make them agree"
+        )
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if launched is None and tasks > 1:
+        raise ConfigError(f"this Slurm job has {tasks} tasks, but only one process was started; start it with srun")
 
 
 def _seen(here: Devices) -> str:
@@ -84,7 +104,7 @@ def _precision(
         if config.precision == "bf16-mixed":
             raise ConfigError(
                 "determinism=strict trains in float32, but hardware.precision=bf16-mixed;"
-                " leave precision at auto, or use determinism=reproducible"
+                " set hardware.precision=32-true, or use determinism=reproducible"
             )
         return "32-true"
     if config.precision != "auto":

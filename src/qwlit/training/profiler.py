@@ -25,7 +25,10 @@ class ProfileSteps(Callback):
         if trainer.global_step >= self._last:
             self._finish()
 
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         self._finish()
 
     def _finish(self) -> None:

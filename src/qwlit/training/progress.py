@@ -40,7 +40,13 @@ class ProgressDisplay(Callback):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, description=self._text())
 
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

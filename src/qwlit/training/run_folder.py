@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import append_json_line, locked, read_json_lines, write_json_atomic, write_text_atomic
-from qwlit.core.ranks import is_rank_zero
+from qwlit.core.ranks import is_rank_zero, launch_token
 
 FINISHED = "done"
 STREAMS = ("metrics.jsonl", "events.jsonl")
@@ -75,9 +75,6 @@ class RunFolder:
         """Write a whole .jsonl file at once."""
         self.write_text(name, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows))
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        return read_json_lines(self.path / "metrics.jsonl")
-
     def cut_back(self, step: int) -> None:
         """Drop what was recorded after `step`, because the run goes on from there."""
         if is_rank_zero():
@@ -110,13 +107,17 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
+READY_VARIABLE = "QWLIT_RUN_READY"
+
+
 class RunLock:
-    """Held by rank 0 as long as it lives; the other ranks wait until it says that the folder is ready.
+    """Held by rank 0 as long as it runs; the other ranks enter once it says that the folder is ready.
 
     The lock stands beside the run folders, so that deleting or renaming one does not free its name under a running job.
     """
 
     POLL_SECONDS = 0.2
+    PATIENCE_SECONDS = 600
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -126,37 +127,51 @@ class RunLock:
     def __enter__(self) -> Self:
         if is_rank_zero():
             self._acquire()
-        else:
+        elif os.environ.get(READY_VARIABLE) != str(self._folder.path):
             self._wait()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._held.close()
 
-    def _acquire(self) -> None:
+    def _acquire(self, tries: int = 5) -> None:
         try:
             handle = self._held.enter_context(locked(self._path, blocking=False))
         except BlockingIOError:
+            if tries:  # perhaps only another rank's look at it
+                time.sleep(self.POLL_SECONDS / 2)
+                return self._acquire(tries - 1)
             raise ConfigError(
                 f"{self._folder.path} is in use by another process; wait for it, or set another run.name"
             ) from None
         except OSError as error:
             raise ConfigError(f"run.root: {self._folder.path.parent} cannot be written: {error.strerror}") from None
         handle.truncate(0)
+        return None
 
     def announce(self) -> None:
-        """On rank 0: all files the other ranks read are there."""
+        """On rank 0: all files that the other ranks read are there. Processes started from now on need not ask."""
         if is_rank_zero():
-            self._path.write_text("ready", encoding="utf-8")
+            self._path.write_text(launch_token(), encoding="utf-8")
+            os.environ[READY_VARIABLE] = str(self._folder.path)
 
     def _wait(self) -> None:
-        """Return once rank 0 of this launch holds the lock and has announced."""
-        while not (self._taken() and self._path.read_text(encoding="utf-8") == "ready"):
+        """Return once rank 0 of this launch holds the lock and has announced.
+
+        Raises:
+            ConfigError: rank 0 let go of the lock before it announced, or never took it.
+        """
+        seen = False
+        give_up = time.monotonic() + self.PATIENCE_SECONDS
+        while not (taken := self._taken()) or self._path.read_text(encoding="utf-8") != launch_token():
+            if (seen and not taken) or (not seen and time.monotonic() > give_up):
+                raise ConfigError("rank 0 ended before the run began; its own message says why")
+            seen = seen or taken
             time.sleep(self.POLL_SECONDS)
 
     def _taken(self) -> bool:
         try:
-            with locked(self._path, blocking=False):
+            with locked(self._path, blocking=False, shared=True):
                 return False
         except BlockingIOError:
             return True

@@ -44,7 +44,6 @@ class Telemetry(Callback):
         self._clock = _Clock()
         self.first_loss: float | None = None
         self.last_loss: float | None = None
-        self.best_val_loss: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         self._write(wait=True)
@@ -57,7 +56,6 @@ class Telemetry(Callback):
             "supervised": self._supervised,
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
-            "best_val_loss": self.best_val_loss,
             "clock": self._clock.state_dict(),
         }
 
@@ -66,7 +64,6 @@ class Telemetry(Callback):
         self._supervised = state_dict["supervised"]
         self.first_loss = state_dict["first_loss"]
         self.last_loss = state_dict["last_loss"]
-        self.best_val_loss = state_dict["best_val_loss"]
         self._clock.load_state_dict(state_dict["clock"])
 
     @property
@@ -118,10 +115,7 @@ class Telemetry(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._write(wait=True)
-        loss = pl_module.validation.loss
-        if self.best_val_loss is None or loss < self.best_val_loss:
-            self.best_val_loss = loss
-        row: Row = {"val/loss": loss, "val/accuracy": pl_module.validation.accuracy}
+        row: Row = {"val/loss": pl_module.validation.loss, "val/accuracy": pl_module.validation.accuracy}
         self._folder.append_metrics(trainer.global_step, **row)
         self._listener(trainer.global_step, row)
         self._clock.resume()

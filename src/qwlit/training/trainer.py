@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+from qwlit.core.ranks import launched_by_torchrun
 from qwlit.training.checkpoint import StepFolderIO
 from qwlit.training.machine import Machine
 
@@ -17,7 +18,7 @@ from qwlit.training.machine import Machine
 def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callback], folder: Path) -> Trainer:
     _quieten_lightning()
     plugins: list[Any] = [StepFolderIO()]
-    if SLURMEnvironment.detect():
+    if SLURMEnvironment.detect() and not launched_by_torchrun():
         # Lightning would save inside the signal handler; `preemption` saves at a step boundary.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return Trainer(
