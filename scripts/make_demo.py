@@ -24,7 +24,7 @@ from babel.units import format_unit
 
 FOLDER = Path(__file__).parents[1] / "src/qwlit/resources/demo"
 ROWS = {"train": 8000, "val": 400}
-SHAPES = {"plain": 93, "thinking": 2, "turns": 2, "tool": 1, "system": 2}
+SHAPES = {"plain": 88, "thinking": 5, "turns": 4, "tool": 1, "system": 2}
 """Percent of the rows."""
 VOCAB_SIZE = 520
 """Control tokens included."""

@@ -56,7 +56,7 @@ def test_recipes_carry_the_guides_values(recipe, lr, warmup, decay, weight_decay
         (["optim.lr=abc"], "optim.lr=abc: .*number"),
         (["optim.lr=-1"], "optim.lr=-1: .*greater than 0"),
         (["optim.lr=nan"], "optim.lr=nan: "),
-        (["optim.lr=true"], "optim.lr=True: "),
+        (["optim.lr=true"], "optim.lr=true: "),
         (["optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'optim.lr'"),
         (["+optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'optim.lr'"),
         (["++optim.lrr=1"], "optim.lrr: no such setting. Did you mean 'optim.lr'"),
@@ -66,7 +66,7 @@ def test_recipes_carry_the_guides_values(recipe, lr, warmup, decay, weight_decay
         (["determinism=strickt"], "Did you mean 'strict'"),
         (["train.global_batch_size=0"], "train.global_batch_size=0: .*greater than 0"),
         (["train.max_steps=1.5"], "train.max_steps=1.5: .*integer"),
-        (["train.max_steps=true"], "train.max_steps=True"),
+        (["train.max_steps=true"], "train.max_steps=true"),
         (["train.max_steps=null", "train.max_epochs=null"], "both null"),
         (["scheduler.warmup_steps=5", "scheduler.warmup_ratio=0.1"], "both set"),
         (["scheduler.warmup_ratio=1.5"], "less than or equal to 1"),
@@ -85,7 +85,14 @@ def test_recipes_carry_the_guides_values(recipe, lr, warmup, decay, weight_decay
         (["profile.steps=[3,1]"], "first <= last"),
         (["hardware.devices=0"], "hardware.devices=0"),
         (["optim=3"], "no such optim"),
-        (["optim.betas=[0.9]"], "optim.betas"),
+        (["optim.betas=[0.9]"], "optim.betas.*two values"),
+        (["recipe=null"], "recipe=null: choose one of"),
+        (["train=null"], "train=null: .*key by key"),
+        (["train.max_steps=5", "train=3"], "train=3: .*key by key"),
+        (["seed=18446744073709551616"], "seed=18446744073709551616: .*less than"),
+        (["train.global_batch_size=1000000000000"], "train.global_batch_size=1000000000000: .*less than"),
+        (["hydra.searchpath=[file:///nowhere]"], "is no folder"),
+        (["data.path=x.jsonl", "data.exact_match=3"], "answers validation rows"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_the_field(words, said):
@@ -156,6 +163,35 @@ def test_a_users_own_folder_of_settings_is_searched_and_checked(tmp_path):
         compose([search, "optim=wrong"])
     with pytest.raises(ConfigError, match="optim/nothing"):
         compose([search, "optim=nothing"])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: [", "while parsing"),
+        (b"\xff\xfe", "decode"),
+        (b"# @package _global_\nseed: 1\nseed: 2\n", "duplicate key"),
+        (b"seed: 1\n", "needs '# @package _global_'"),
+    ],
+)
+def test_a_users_file_with_a_fault_is_said_in_one_line(content, said, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        compose([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_is_no_config_file(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match=r"is not a run's config\.yaml"):
+        compose([f"config={tmp_path / 'list.yaml'}", "run.name=a"])
+
+
+def test_names_that_look_like_numbers_stay_names_and_derived_ones_fit_a_folder():
+    assert compose(["run.name=2024_01"]).config.run.name == "2024_01"
+    assert compose(["run.name=1e5"]).config.run.name == "1e5"
+    assert len(compose([f"data.path={'x' * 300}.jsonl"]).config.run.name) <= 200
 
 
 @pytest.mark.parametrize("field", ["seed", "optim"])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from qwlit.core.errors import ConfigError
 from qwlit.data.step_plan import Limits, StepPlan, lay_out
+from qwlit.training.milestones import Rhythm
 
 
 def make_plan(lengths, *, global_batch_size=4, world_size=1, limits=None, packing=True, seed=0) -> StepPlan:
@@ -33,10 +34,32 @@ def test_fewer_samples_than_the_batch_repeat_within_a_step():
     assert {int(s) for s in samples} == {0, 1, 2}
 
 
-@pytest.mark.parametrize(("samples", "batch", "ends"), [(10, 4, [3, 5]), (3, 8, [1, 2, 3, 4, 5]), (8, 4, [2, 4])])
+@pytest.mark.parametrize(
+    ("samples", "batch", "ends"), [(10, 4, [3, 5, 8, 10]), (3, 8, [1, 2, 3, 4]), (8, 4, [2, 4, 6, 8])]
+)
 def test_epoch_e_ends_at_step_ceil_of_e_n_over_g(samples, batch, ends):
     plan = make_plan([5] * samples, global_batch_size=batch)
-    assert plan.epoch_ends(5) == [e for e in ends if e <= 5]
+    found = [plan.next_epoch_end(0)]
+    while len(found) < 4:
+        found.append(plan.next_epoch_end(found[-1]))
+    assert found == ends
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "each_epoch", "due"),
+    [(4, False, [4, 8, 10]), (None, True, [3, 5, 8, 10]), (4, True, [3, 4, 5, 8, 10]), (50, False, [10])],
+)
+def test_a_rhythm_names_its_steps_and_the_last_one(every_steps, each_epoch, due):
+    plan = make_plan([5] * 10, global_batch_size=4)
+    rhythm = Rhythm(10, every_steps, plan.next_epoch_end if each_epoch else None)
+    assert [step for step in range(1, 11) if step in rhythm] == due
+    assert rhythm.next(10) is None
+
+
+def test_a_run_of_a_billion_steps_is_planned_at_once():
+    plan = make_plan([5] * 10, global_batch_size=4)
+    late = 10**9
+    assert Rhythm(2**40, None, plan.next_epoch_end).next(late) == late + 3
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,10 +1,9 @@
 """`train`: trains a model, or goes on with an unfinished run."""
 
-from pathlib import Path
-
 from qwlit.commands.help import train_help
 from qwlit.config.compose import Composed, compose, dump
 from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.files import resolve_path
 from qwlit.core.ranks import is_rank_zero
 
 
@@ -42,16 +41,17 @@ def train(composed: Composed) -> None:
     from qwlit.job.begin import begin, recorded
     from qwlit.job.finish import finish
     from qwlit.job.fit import fit
-    from qwlit.training.continuing import refuse_finished
+    from qwlit.training.continuing import refuse_taken
     from qwlit.training.determinism import prepare_determinism
+    from qwlit.training.preemption import answering_signals
     from qwlit.training.run_folder import RunFolder, RunLock
 
     config = composed.config
     prepare_determinism(config.determinism)
-    folder = RunFolder(Path(config.run.root) / str(config.run.name))
-    with RunLock(folder) as lock:
+    folder = RunFolder(resolve_path(config.run.root) / str(config.run.name))
+    with answering_signals(), RunLock(folder) as lock:
         if is_rank_zero():
-            refuse_finished(folder, overwrite=config.run.overwrite)
+            refuse_taken(folder, overwrite=config.run.overwrite)
         job = assemble(composed)
         loss_model = load_model(job)
         start = begin(job, loss_model, folder)

@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
@@ -84,14 +84,21 @@ def _parse(overrides: list[str]) -> list[Override]:
     return parsed
 
 
+TEXTS = {"run.name", "run.root", "model.path", "model.tokenizer", "model.hub_id", "data.path", "data.val_path"}
+
+
 def _read(text: str) -> Override:
     """Read one override; a value that Hydra's grammar has no letters for (data.path=数据.jsonl) is text."""
     parser = OverridesParser.create()
+    key, _, value = text.partition("=")
     try:
-        return parser.parse_override(text)
+        override = parser.parse_override(text)
+        # 2024_01 is a name here, though it is a number in YAML.
+        if override.key_or_group not in TEXTS or isinstance(override.value(), str | None):
+            return override
     except HydraException:
-        key, _, value = text.partition("=")
-        quoted = value.replace("'", "\\'")
+        pass
+    quoted = value.replace("'", "\\'")
     try:
         return parser.parse_override(f"{key}='{quoted}'")
     except HydraException:
@@ -103,6 +110,9 @@ def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, 
     if "data.path" in typed and "data" not in typed:
         # One's own data also replaces the demo's validation set and its exact-match check.
         typed = {"data": _parse(["data=files"])[0], **typed}
+    for folder in typed["hydra.searchpath"].value() if "hydra.searchpath" in typed else []:
+        if str(folder).startswith("file://") and not Path(str(folder).removeprefix("file://")).is_dir():
+            raise ConfigError(f"hydra.searchpath: {folder} is no folder")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
@@ -112,7 +122,7 @@ def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, 
             tree: Any = OmegaConf.to_container(
                 OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]), resolve=True
             )
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
     return tree, choices
 
@@ -126,6 +136,8 @@ def _as_hydra(override: Override, *, user_files: bool) -> str:
     if options is None:
         return f"++{line}"
     choice = override.value()
+    if choice is None and key != "experiment":
+        raise ConfigError(f"{key}=null: choose one of {', '.join(options)}")
     # With files of the user's own, only Hydra knows all choices.
     if choice is not None and choice not in options and not user_files:
         hint = nearest(str(choice), options) or f" Choose one of {', '.join(options)}."
@@ -140,6 +152,8 @@ def _from_run(path: Any, typed: dict[str, Override]) -> tuple[dict[str, Any], di
         raise ConfigError(f"config={path}: no such file; give a run's config.yaml")
     try:
         tree = OmegaConf.load(file)
+        if not isinstance(tree, DictConfig):
+            raise ConfigError(f"config={path} is not a run's config.yaml")
         for key, override in typed.items():
             if key in group_options() and "." not in key:
                 raise ConfigError(f"{key}={override.value()}: config={path} has made every choice; set single values")
@@ -147,8 +161,6 @@ def _from_run(path: Any, typed: dict[str, Override]) -> tuple[dict[str, Any], di
         container: Any = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
-    if not isinstance(container, dict):
-        raise ConfigError(f"config={path} is not a run's config.yaml")
     return container, {}
 
 
@@ -163,8 +175,10 @@ def _settle_pairs(tree: dict[str, Any], typed: dict[str, Override]) -> None:
         for key, other in (pair, pair[::-1]):
             if key in typed and typed[key].value() is not None and other not in typed:
                 section, name = other.split(".")
-                tree[section][name] = None
-    if any(key in typed for key in PAIRS[0]) and "scheduler.max_warmup_ratio" not in typed:
+                if isinstance(tree.get(section), dict):
+                    tree[section][name] = None
+    lifted = any(key in typed for key in PAIRS[0]) and "scheduler.max_warmup_ratio" not in typed
+    if lifted and isinstance(tree.get("scheduler"), dict):
         tree["scheduler"]["max_warmup_ratio"] = 1.0
 
 
@@ -203,6 +217,10 @@ def _check_relations(config: RunConfig) -> None:
     for key, value in named.items():
         if value == "":
             raise ConfigError(f"{key} is empty; is a shell variable unset? Leave it out for its default")
+    if config.data.exact_match and config.data.val_path is None and config.data.val_fraction == 0:
+        raise ConfigError(
+            f"data.exact_match={config.data.exact_match} answers validation rows; set data.val_path or val_fraction"
+        )
     if config.data.path is None:
         raise ConfigError("data.path is not set; give a .jsonl or .json file, or data=demo")
     if config.data.val_path is not None and config.data.val_fraction > 0:
@@ -215,15 +233,13 @@ def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:
     """Name the run after its experiment, or model-recipe-data; the same command then finds the same run."""
     if config.run.name is not None:
         return config
-    name = choices.get("experiment") or None
-    if name is None:
-        data = choices.get("data", "data")
-        if data == "files" and config.data.path is not None:
-            data = resolve_path(config.data.path).stem
-        model = choices.get("model", "model")
-        if config.model.path is not None:
-            model = resolve_path(config.model.path).name
-        name = re.sub(r"[^\w.-]+", "_", f"{model}-{choices.get('recipe', 'recipe')}-{data}").lstrip("._-")
+    data, model = choices.get("data", "data"), choices.get("model", "model")
+    if data == "files" and config.data.path is not None:
+        data = resolve_path(config.data.path).stem
+    if config.model.path is not None:
+        model = resolve_path(config.model.path).name
+    name = choices.get("experiment") or f"{model}-{choices.get('recipe', 'recipe')}-{data}"
+    name = re.sub(r"[^\w.-]+", "_", name).lstrip("._-")[:200]
     return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from qwlit.config.run import RunConfig
 from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.optim.schedules import Schedule, build_schedule
-from qwlit.training.milestones import Milestones
+from qwlit.training.config import CheckpointConfig, ValidationConfig
+from qwlit.training.milestones import Milestones, Rhythm
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,15 @@ def _total_steps(config: RunConfig, plan: StepPlan) -> int:
 
 
 def _milestones(config: RunConfig, plan: StepPlan, total_steps: int, *, has_validation: bool) -> Milestones:
-    epoch_ends = frozenset(plan.epoch_ends(total_steps))
+    def rhythm(settings: ValidationConfig | CheckpointConfig) -> Rhythm:
+        return Rhythm(total_steps, settings.every_steps, plan.next_epoch_end if settings.each_epoch else None)
 
-    def due(step: int, every_steps: int | None, each_epoch: bool) -> bool:
-        by_rhythm = every_steps is not None and step % every_steps == 0
-        return by_rhythm or (each_epoch and step in epoch_ends) or step == total_steps
-
-    validation, checkpoint, every = config.validation, config.checkpoint, config.logging.every_steps
-    validates = has_validation and (validation.each_epoch or validation.every_steps is not None)
+    validates = has_validation and (config.validation.each_epoch or config.validation.every_steps is not None)
     return Milestones(
         total_steps=total_steps,
-        validate=lambda step: validates and due(step, validation.every_steps, validation.each_epoch),
-        save=lambda step: due(step, checkpoint.every_steps, checkpoint.each_epoch),
-        log=lambda step: step == 1 or step % every == 0 or step == total_steps,
+        log_every_steps=config.logging.every_steps,
+        saving=rhythm(config.checkpoint),
+        validation=rhythm(config.validation) if validates else None,
     )
 
 
@@ -84,6 +81,12 @@ def _findings(config: RunConfig, schedule: Schedule) -> list[str]:
         findings.append(
             f"warm-up takes all {schedule.total_steps} steps: the rate only rises; lower scheduler.warmup_steps"
         )
+    if config.profile.steps is not None and config.profile.steps[1] > schedule.total_steps:
+        findings.append(
+            f"profile.steps={list(config.profile.steps)} reaches beyond the run's {schedule.total_steps} steps"
+        )
+    if config.adapter.kind != "none" and config.model.init == "random":
+        findings.append("an adapter on random weights: export/ holds the adapter alone, its base is nowhere else")
     if config.train.global_batch_size < 16:
         findings.append(
             f"train.global_batch_size={config.train.global_batch_size}: fewer than 16 samples make noisy steps"

@@ -1,5 +1,6 @@
 """The screen: what a person reads goes to stdout, on rank 0 only."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +13,19 @@ from qwlit.core.ranks import is_rank_zero
 PLAIN_LINE_EVERY = 50_000
 
 
+class Screen(Console):
+    """A console that training survives: a reader that closes the pipe (`| head`) only makes it quiet."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @cache
 def console() -> Console:
     # Without a terminal rich assumes 80 columns and would fold paths and log lines.
     width = None if sys.stdout.isatty() else 200
-    return Console(quiet=not is_rank_zero(), width=width, highlight=False, soft_wrap=True)
+    return Screen(quiet=not is_rank_zero(), width=width, highlight=False, soft_wrap=True)
 
 
 @contextmanager

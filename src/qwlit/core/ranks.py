@@ -4,7 +4,10 @@ torchrun sets RANK, srun SLURM_PROCID. Lightning's own launcher sets LOCAL_RANK 
 NODE_RANK to the user, so on a further node the first process has NODE_RANK alone.
 """
 
+import ctypes
 import os
+import signal
+import sys
 
 
 def is_rank_zero() -> bool:
@@ -43,3 +46,12 @@ def launch_token() -> str:
     names = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"]
     names += ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]
     return " ".join(os.environ.get(name, "-") for name in names)
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it does, however that ends (Linux: prctl(2), PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() == 1:
+            sys.exit(1)

@@ -7,8 +7,10 @@ from pydantic import ConfigDict, Field
 
 T = TypeVar("T")
 
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+# Beyond any run, and within what numpy counts with.
+MOST = 2**40
+PositiveInt = Annotated[int, Field(gt=0, le=MOST, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]

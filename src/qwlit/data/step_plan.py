@@ -159,11 +159,9 @@ class StepPlan:
         """Return the step at which `epochs` epochs have been seen: ceil(epochs * N / G)."""
         return -(-epochs * len(self.lengths) // self.global_batch_size)
 
-    def epoch_ends(self, total_steps: int) -> list[int]:
-        """Return the steps, within the run, at which an epoch ends."""
-        ends = []
-        epoch = 1
-        while (end := self.steps_of_epochs(epoch)) <= total_steps:
-            ends.append(end)
-            epoch += 1
-        return sorted(set(ends))
+    def next_epoch_end(self, step: int) -> int:
+        """Return the first step after `step` at which an epoch ends."""
+        seen = step * self.global_batch_size // len(self.lengths)
+        while (end := self.steps_of_epochs(seen)) <= step:
+            seen += 1
+        return end

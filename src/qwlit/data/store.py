@@ -108,7 +108,12 @@ def build_store(
         with locked(cache_root / f"{folder.name}.lock"):
             if not folder.is_dir():
                 write_store(folder, fingerprint, files, RowEncoder(config, encoder, vocab_size), progress)
-    store = SampleStore(folder, files)
+    try:
+        store = SampleStore(folder, files)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(
+            f"the tokenized data in {folder} is damaged; delete that folder, and it is made again"
+        ) from None
     _check(store.account, store.quarantine, config)
     return store
 

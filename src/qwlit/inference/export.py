@@ -45,6 +45,7 @@ def _export_adapter(model: PreTrainedModel, folder: Path, base: str | None) -> N
 
     config = model.peft_config["default"]
     config.base_model_name_or_path = base
+    config.inference_mode = True
     config.save_pretrained(folder)
     # peft reads the names its wrapper gives; here the layers stand in the model itself.
     state = {f"base_model.model.{name}": t.detach().cpu() for name, t in get_peft_model_state_dict(model).items()}

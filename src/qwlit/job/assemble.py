@@ -1,7 +1,6 @@
 """From a checked configuration to everything a training needs but the weights: machine, tokenizer, data, steps."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
@@ -10,6 +9,7 @@ from qwlit.config.derive import Derived, derive, limits
 from qwlit.config.run import RunConfig
 from qwlit.core.console import counting
 from qwlit.core.errors import ConfigError, DataError
+from qwlit.core.files import resolve_path
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.splits import DataSplit, load_data
@@ -91,7 +91,7 @@ def _data(config: RunConfig) -> tuple[PreTrainedTokenizerFast | None, ChatEncode
                 config.data,
                 encoder=encoder,
                 vocab_size=vocabulary_size(config.model),
-                cache_root=Path(config.run.root) / STORE_FOLDER,
+                cache_root=resolve_path(config.run.root) / STORE_FOLDER,
                 progress=progress,
             )
     except NeedsTokenizer:

@@ -14,6 +14,7 @@ from qwlit.core.errors import GuardStop, Interrupted, Preempted
 from qwlit.core.ranks import is_rank_zero
 from qwlit.job.assemble import Job
 from qwlit.model.loss_model import LossModel
+from qwlit.training.checkpoint import list_checkpoints
 from qwlit.training.continuing import Start, claim, newest, refuse_other_data, refuse_other_mathematics
 from qwlit.training.manifest import build_manifest
 from qwlit.training.run_folder import FINISHED, RunFolder
@@ -28,7 +29,7 @@ def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
     if not is_rank_zero():
         return Start(newest(folder))
     config = job.config
-    if config.resume == "auto" and not config.run.overwrite and folder.config_file.exists():
+    if config.resume == "auto" and not config.run.overwrite and list_checkpoints(folder):
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_other_mathematics(mathematics(earlier), mathematics(config))
         refuse_other_data(folder, job.data.fingerprint)

@@ -13,9 +13,9 @@ from qwlit.inference.export import export_model
 from qwlit.inference.generate import Answered, answer_greedily, questions
 from qwlit.job.assemble import Job
 from qwlit.model.loss_model import LossModel
-from qwlit.training.checkpoint import pointed, read_weights, step_of
+from qwlit.training.checkpoint import read_weights, step_of
 from qwlit.training.loop import Loop
-from qwlit.training.run_folder import RunFolder
+from qwlit.training.run_folder import FINISHED, RunFolder
 
 PLACES = {
     "export": "the trained model for from_pretrained, the best by val/loss (LoRA: the adapter, for peft)",
@@ -32,7 +32,7 @@ PLACES = {
 
 def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> None:
     numbers: dict[str, Any] = loop.figures()
-    _take_best_weights(loss_model, folder, loop.trainer.global_step)
+    _take_best_weights(loss_model, loop)
     export_model(loss_model.causal_lm, job.tokenizer, folder.path / "export", base=_base(job))
     answers: list[Answered] = []
     if job.config.data.exact_match and job.data.validation is not None:
@@ -42,6 +42,8 @@ def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> No
             answers = _answer(job, loss_model, folder)
         numbers["exact_match"] = sum(a.exact for a in answers) / len(answers)
         folder.write_summary(exact_match=numbers["exact_match"])
+    # The screen may be gone by now; the run is not less done for it.
+    folder.write_summary(status=FINISHED)
     _show(job, numbers, answers, folder)
 
 
@@ -51,9 +53,9 @@ def _base(job: Job) -> str | None:
     return str(resolve_path(model.path).resolve()) if model.path else model.hub_id
 
 
-def _take_best_weights(loss_model: LossModel, folder: RunFolder, last_step: int) -> None:
-    best = pointed(folder, "best")
-    if best is not None and step_of(best) != last_step:
+def _take_best_weights(loss_model: LossModel, loop: Loop) -> None:
+    best = loop.checkpointing.best_checkpoint
+    if best is not None and step_of(best) != loop.trainer.global_step:
         loss_model.causal_lm.load_state_dict(read_weights(best), strict=False)
 
 

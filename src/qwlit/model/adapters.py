@@ -32,6 +32,7 @@ def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: 
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
+        task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=dropout,

@@ -9,13 +9,16 @@ import math
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qwlit.core.errors import ConfigError
 from qwlit.core.files import fsync_folder, write_json_atomic
 from qwlit.core.ranks import is_rank_zero
 from qwlit.training.boundary import BoundaryCallback
@@ -38,7 +41,8 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: RunFolder) -> list[Path]:
     """Return the whole checkpoints, oldest first."""
-    return sorted((p.parent for p in folder.checkpoints.glob(f"step-*/{MANIFEST}")), key=step_of)
+    whole = (p.parent for p in folder.checkpoints.glob(f"step-*/{MANIFEST}"))
+    return sorted((p for p in whole if p.name.removeprefix("step-").isdigit()), key=step_of)
 
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -65,8 +69,12 @@ class StepFolderIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         folder = Path(path)
-        checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        checkpoint["state_dict"] = {PREFIX + name: tensor for name, tensor in read_weights(folder).items()}
+        try:
+            checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+            checkpoint["state_dict"] = {PREFIX + name: tensor for name, tensor in read_weights(folder).items()}
+        except (OSError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{folder} is damaged ({reason}); remove it to go on from the one before") from None
         return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -129,13 +137,15 @@ class Checkpointing(BoundaryCallback):
         self.best_val_loss = state_dict["best_val_loss"]
         self.best_step = state_dict["best_step"]
         self._stopped_early = state_dict["stopped_early"]
+        if is_rank_zero():
+            # A kill between a save and its pointers leaves them behind.
+            point(self._folder, "last", list_checkpoints(self._folder)[-1])
+            if self.best_step is not None:
+                point(self._folder, "best", self._path(self.best_step))
 
     def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         # A run killed between early stopping and its end has nothing left to train.
         trainer.should_stop = trainer.should_stop or self._stopped_early
-        # And one killed between a save and its pointer points elsewhere.
-        if is_rank_zero() and self.best_step is not None:
-            point(self._folder, "best", self._path(self.best_step))
 
     def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
         self._stopped_early = trainer.should_stop
@@ -163,6 +173,11 @@ class Checkpointing(BoundaryCallback):
                 point(self._folder, "best", self._path(step))
             self._folder.append_event(step, "checkpoint", path=str(self._path(step).relative_to(self._folder.path)))
             self._prune(trainer)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the lowest val/loss, None before the first validation."""
+        return None if self.best_step is None else self._path(self.best_step)
 
     def _path(self, step: int) -> Path:
         return self._folder.checkpoints / f"step-{step:06d}"

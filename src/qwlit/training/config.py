@@ -34,7 +34,7 @@ class TrainConfig:
     """Optimizer steps. Typing it clears the recipe's max_epochs; with both typed the run ends at the first reached."""
     max_epochs: PositiveInt | None = None
     """Passes over the data."""
-    global_batch_size: PositiveInt = 16
+    global_batch_size: Annotated[int, Field(gt=0, le=1_000_000, strict=True)] = 16
     """Samples per optimizer step, all devices together. Accumulation follows from it."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this total norm; null: never."""

@@ -22,23 +22,33 @@ class Start:
         return step_of(self.checkpoint) if self.checkpoint else 0
 
 
-def refuse_finished(folder: RunFolder, *, overwrite: bool) -> None:
-    """Raise ConfigError when the run is finished, and nothing said to overwrite it."""
+def refuse_taken(folder: RunFolder, *, overwrite: bool) -> None:
+    """Raise ConfigError when the place holds something else, or a finished run that nothing said to overwrite."""
+    path = folder.path
+    if path.exists() and not folder.holds_run and not (path.is_dir() and _is_bare(folder)):
+        raise ConfigError(f"{path} exists and is no run; move it away, or set another run.name")
     if folder.status == FINISHED and not overwrite:
         raise ConfigError(
             f"{folder.path} is finished; train under another name with run.name=…, or again with run.overwrite=true"
         )
 
 
+def _is_bare(folder: RunFolder) -> bool:
+    """Whether the folder is empty, or as a kill -9 leaves it at the very beginning."""
+    inside = [*folder.path.iterdir(), *(folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else [])]
+    return inside in ([], [folder.checkpoints])
+
+
 def claim(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: bool) -> Start:
     """Make the folder ready: anew, or at the newest checkpoint of an unfinished run. For rank 0."""
     aside = None
-    if folder.status is not None or folder.checkpoints.exists():
+    if folder.holds_run:
         if overwrite:
             folder.delete()
         elif resume == "never":
             aside = folder.set_aside()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    folder.write_summary(status="running")
     clear_leftovers(folder)
     return Start(checkpoint=newest(folder), set_aside=aside)
 
@@ -68,11 +78,9 @@ def refuse_other_mathematics(before: dict[str, Any], after: dict[str, Any]) -> N
 def refuse_other_data(folder: RunFolder, fingerprint: str) -> None:
     """Raise ConfigError when the run began with data or a tokenizer of other content."""
     manifest = folder.path / "manifest.json"
-    if not manifest.exists():
-        return
     try:
         earlier = json.loads(manifest.read_text(encoding="utf-8"))["data"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{manifest} cannot be read; start anew with run.name=… or run.overwrite=true") from None
     if earlier != fingerprint:
         raise ConfigError(

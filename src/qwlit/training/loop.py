@@ -73,11 +73,11 @@ def build_loop(
     telemetry = Telemetry(milestones, folder, display.show)
     watching = Guard(guard, folder, samples)
     checkpointing = Checkpointing(checkpoint, milestones, folder)
-    callbacks: list[Callback] = [watching, telemetry, ScheduleValidation(milestones)]
+    # Early stopping first: the others must know that a step is the last. The checkpoint after all that it holds.
+    callbacks: list[Callback] = []
     if validation.early_stopping_patience is not None and milestones.next_validation(0) is not None:
         callbacks.append(Patience(validation.early_stopping_patience))
-    # Early stopping decides before the boundary's checkpoint is written, and signals are answered after it.
-    callbacks += [checkpointing, display]
+    callbacks += [watching, telemetry, ScheduleValidation(milestones), checkpointing, display]
     if profile.steps is not None:
         callbacks.append(ProfileSteps(profile.steps, folder.path / "profile"))
     callbacks.append(StopOnSignal(milestones, checkpointing, folder))

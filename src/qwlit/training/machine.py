@@ -79,6 +79,8 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
             f"{launched} processes were launched, but hardware.devices={devices} x hardware.num_nodes={num_nodes}"
             f" is {world_size}; make them agree"
         )
+    if launched is None and num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"hardware.num_nodes={num_nodes}: start one process a device with torchrun or srun")
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     if launched is None and tasks > 1:
         raise ConfigError(f"this Slurm job has {tasks} tasks, but only one process was started; start it with srun")

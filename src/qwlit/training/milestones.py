@@ -1,19 +1,50 @@
-"""When something is due in a run."""
+"""When something is due in a run. Steps are counted from 1, and nothing is listed: a run may be of any length."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Milestones:
-    """The steps, counted from 1, at which something is due."""
+class Rhythm:
+    """Every so many steps, at the end of each epoch, and after the last step."""
 
     total_steps: int
-    validate: Callable[[int], bool]
-    """Whether a validation is due after this step."""
-    save: Callable[[int], bool]
-    log: Callable[[int], bool]
+    every_steps: int | None
+    next_epoch_end: Callable[[int], int] | None
+
+    def next(self, step: int) -> int | None:
+        """Return the first due step after `step`, None past the end."""
+        candidates = [self.total_steps]
+        if self.every_steps is not None:
+            candidates.append((step // self.every_steps + 1) * self.every_steps)
+        if self.next_epoch_end is not None:
+            candidates.append(self.next_epoch_end(step))
+        first = min(candidates)
+        return first if step < first <= self.total_steps else None
+
+    def __contains__(self, step: int) -> bool:
+        return self.next(step - 1) == step
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """What is due after a step."""
+
+    total_steps: int
+    log_every_steps: int
+    saving: Rhythm
+    validation: Rhythm | None
+    """None: never."""
+
+    def validate(self, step: int) -> bool:
+        return self.validation is not None and step in self.validation
+
+    def save(self, step: int) -> bool:
+        return step in self.saving
+
+    def log(self, step: int) -> bool:
+        return step == 1 or step % self.log_every_steps == 0 or step == self.total_steps
 
     def next_validation(self, step: int) -> int | None:
         """Return the first step after `step` with a validation due."""
-        return next((s for s in range(step + 1, self.total_steps + 1) if self.validate(s)), None)
+        return None if self.validation is None else self.validation.next(step)

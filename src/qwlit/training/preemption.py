@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM: the handler only notes the signal; at the next step boundary all ranks save and leave."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -9,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import tensor
 
 from qwlit.core.errors import Interrupted, Preempted
+from qwlit.core.ranks import is_rank_zero
 from qwlit.training.boundary import BoundaryCallback
 from qwlit.training.checkpoint import Checkpointing
 from qwlit.training.milestones import Milestones
@@ -16,6 +19,26 @@ from qwlit.training.module import CausalLMModule
 from qwlit.training.run_folder import RunFolder
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def answering_signals() -> Iterator[None]:
+    """Outside the step loop there is nothing to save: SIGTERM ends the process as preempted.
+
+    Ctrl-C goes to every process of a terminal; only rank 0 answers it there, and takes the others with it.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise Preempted("preempted outside the training steps; the same command goes on from the newest checkpoint")
+
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, leave)}
+    if not is_rank_zero():
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StopOnSignal(BoundaryCallback):

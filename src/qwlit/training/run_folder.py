@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import append_json_line, locked, read_json_lines, write_json_atomic, write_text_atomic
-from qwlit.core.ranks import is_rank_zero, launch_token
+from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token
 
 FINISHED = "done"
 STREAMS = ("metrics.jsonl", "events.jsonl")
@@ -40,12 +40,16 @@ class RunFolder:
         """Status in summary.json; None where there is no run yet."""
         return self.read_summary().get("status")
 
+    @property
+    def holds_run(self) -> bool:
+        return self.status is not None or self.config_file.exists()
+
     def read_summary(self) -> dict[str, Any]:
         try:
-            summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return {}
-        return summary
+        return summary if isinstance(summary, dict) else {}
 
     def write_summary(self, **entries: Any) -> None:
         """Merge `entries` into summary.json."""
@@ -79,7 +83,8 @@ class RunFolder:
         """Drop what was recorded after `step`, because the run goes on from there."""
         if is_rank_zero():
             for name in STREAMS:
-                self.write_rows(name, [row for row in read_json_lines(self.path / name) if row["step"] <= step])
+                rows = [row for row in read_json_lines(self.path / name) if isinstance(row.get("step"), int)]
+                self.write_rows(name, [row for row in rows if row["step"] <= step])
 
     def set_aside(self) -> Path:
         """Rename this folder to the next free `<name>.before-N` and return that."""
@@ -91,6 +96,9 @@ class RunFolder:
 
     def delete(self) -> None:
         """Remove the run. Renamed first, so that a half-deleted folder is never taken for a run."""
+        if self.path.is_symlink():
+            self.path.unlink()
+            return
         doomed = self.path.with_name(f".{self.path.name}.deleted-{os.getpid()}")
         self.path.rename(doomed)
         shutil.rmtree(doomed)
@@ -127,7 +135,9 @@ class RunLock:
     def __enter__(self) -> Self:
         if is_rank_zero():
             self._acquire()
-        elif os.environ.get(READY_VARIABLE) != str(self._folder.path):
+        elif os.environ.get(READY_VARIABLE) == str(self._folder.path):
+            die_with_parent()
+        else:
             self._wait()
         return self
 

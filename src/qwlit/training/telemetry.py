@@ -114,6 +114,9 @@ class Telemetry(Callback):
         self._clock.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        if trainer.should_stop and self._supervised:
+            # Early stopping has made this the last step.
+            self._measure(trainer, pl_module, trainer.global_step)
         self._write(wait=True)
         row: Row = {"val/loss": pl_module.validation.loss, "val/accuracy": pl_module.validation.accuracy}
         self._folder.append_metrics(trainer.global_step, **row)

@@ -55,13 +55,15 @@ def _strategy(machine: Machine) -> Any:
 
 def _quieten_lightning() -> None:
     """Keep Lightning's banners and the advice that does not hold for this loop off the screen."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    # bitsandbytes misses an optional CPU kernel that nothing here uses.
+    for name in ("lightning.pytorch", "lightning.fabric", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         # Its successor is not in torch 2.11; the module has reduced val/loss over the ranks when it logs it.
         ".*`broadcast_buffers` is deprecated.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*does not have many workers.*",
+        ".*You defined a `validation_step` but have no `val_dataloader`.*",
         ".*dataloader is not resumable.*",
         ".*The `srun` command is available.*",
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
