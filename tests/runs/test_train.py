@@ -188,10 +188,12 @@ def test_losses_that_stop_being_finite_stop_the_run_with_code_3_and_name_the_sam
 def test_early_stopping_ends_the_run_and_keeps_the_best(chat, tmp_path):
     # A learning rate this high makes the validation loss rise again.
     more = ["optim.lr=0.05", "train.max_steps=200", "validation.every_steps=2", "validation.early_stopping_patience=2"]
+    more += ["logging.every_steps=50"]
     run = train(words(chat, "a", *more), tmp_path)
     assert summary(run)["steps"] < 200
     validations = [row["val/loss"] for row in rows(run) if "val/loss" in row]
     assert min(validations) not in validations[-2:]
+    assert losses(run)[-1][0] == summary(run)["steps"], "the last step is always logged"
     assert (run / "checkpoints/best").exists()
 
 
@@ -243,6 +245,71 @@ def test_an_exported_adapter_gives_pefts_model_the_trained_logits(chat, tmp_path
     injected.load_state_dict(weights(run), strict=False)
     torch.testing.assert_close(adapted(ids).logits, injected.eval()(ids).logits)
     assert not torch.allclose(adapted(ids).logits, before)
+
+
+def test_a_run_killed_between_a_save_and_its_pointers_finishes_with_the_right_weights(chat, tmp_path):
+    run = train(words(chat, "a", "checkpoint.keep_last=5"), tmp_path)
+    best = (run / "checkpoints/best").resolve().name
+    older = "step-000003" if best != "step-000003" else "step-000004"
+    for pointer in ("best", "last"):
+        (run / "checkpoints" / pointer).unlink()
+        (run / "checkpoints" / pointer).symlink_to(older)
+    exported = (run / "export/model.safetensors").read_bytes()
+    shutil.rmtree(run / "export")
+    (run / "summary.json").write_text(json.dumps(summary(run) | {"status": "running"}))
+    train(words(chat, "a", "checkpoint.keep_last=5"), tmp_path)
+    assert (run / "checkpoints/best").resolve().name == best
+    assert (run / "checkpoints/last").resolve().name == "step-000010"
+    assert (run / "export/model.safetensors").read_bytes() == exported
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "manifest.json"])
+def test_an_unfinished_run_without_its_records_is_not_continued_blindly(missing, unfinished, chat, tmp_path):
+    (unfinished / missing).unlink()
+    again = qwlit(["train", *TINY, *words(chat, "a")], tmp_path)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1, again.stderr
+
+
+def test_a_damaged_checkpoint_is_named(unfinished, chat, tmp_path):
+    newest = sorted((unfinished / "checkpoints").glob("step-*"))[-1]
+    (newest / "training_state.pt").write_bytes(b"nothing")
+    again = qwlit(["train", *TINY, *words(chat, "a")], tmp_path)
+    assert again.returncode == 2 and f"{newest.name} is damaged" in again.stderr, again.stderr
+
+
+def test_a_folder_that_is_no_run_is_left_alone(chat, tmp_path):
+    (tmp_path / "runs/a/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/a/checkpoints/mine.txt").write_text("mine")
+    for more in ([], ["run.overwrite=true"]):
+        done = qwlit(["train", *TINY, *words(chat, "a", *more)], tmp_path)
+        assert done.returncode == 2 and "is no run" in done.stderr
+    assert (tmp_path / "runs/a/checkpoints/mine.txt").exists()
+
+
+def test_sigterm_while_starting_ends_as_preempted(chat, tmp_path):
+    process = subprocess.Popen(
+        command(["train", *TINY, *words(chat, "a")]),
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert "the same command goes on" in said and "Traceback" not in said
+    train(words(chat, "a"), tmp_path)
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(chat, tmp_path):
+    arguments = " ".join(f"'{word}'" for word in command(["train", *TINY, *words(chat, "a")]))
+    subprocess.run(["bash", "-c", f"{arguments} | head -1"], cwd=tmp_path, env=ENVIRONMENT, check=True)
+    deadline = time.monotonic() + 60
+    while summary(tmp_path / "runs/a")["status"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert summary(tmp_path / "runs/a")["status"] == "done"
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["stopped early", "at the last step"])
