@@ -61,10 +61,10 @@ def find_files(path: str) -> list[Path]:
         if not root.is_file():
             names = [child.name for child in root.parent.iterdir()] if root.parent.is_dir() else []
             raise DataError(
-                f"data file or folder '{path}' (data.path, data.val_path) does not exist.{nearest(root.name, names)}"
+                f"data.path or data.val_path: '{path}' does not exist.{nearest(root.name, names)}"
             )
     except OSError as error:
-        raise DataError(f"data file or folder '{path}' cannot be read: {error.strerror}") from error
+        raise DataError(f"data.path or data.val_path: '{path}' cannot be read: {error.strerror}") from error
     if root.suffix not in SUFFIXES:
         raise DataError(f"data file '{path}' must end in {' or '.join(SUFFIXES)}")
     return [root]
