@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,22 @@ def train(words: list[str], folder: Path, run: Callable[..., subprocess.Complete
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = (p for p in (folder / "runs").iterdir() if f"run.name={p.name}" in words)
     return made
+
+
+def started(words: list[str], run: Path, *, logged: int) -> subprocess.Popen[str]:
+    """Start a training in a process of its own and return it once `run` has so many logged losses."""
+    process = subprocess.Popen(
+        command(["train", *TINY, *words]),
+        cwd=run.parents[1],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / "metrics.jsonl").exists() or len(losses(run)) < logged:
+        assert process.poll() is None and process.stderr, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+    return process
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -28,6 +28,7 @@ from tests.runs.runs import (
     qwlit,
     qwlit_process,
     rows,
+    started,
     summary,
     train,
     weights,
@@ -96,18 +97,8 @@ def test_a_run_cut_off_goes_on_to_the_same_bits_with_dropout_on(number, chat, tm
     # A rhythm of logging that no checkpoint falls on: the sums since the last line must survive, too.
     long = ["train.max_steps=40", "logging.every_steps=7", "checkpoint.every_steps=3"]
     whole = train(words(chat, "whole", *long), tmp_path)
-    process = subprocess.Popen(
-        command(["train", *TINY, *words(chat, "cut", *long)]),
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     cut = tmp_path / "runs" / "cut"
-    while not (cut / "metrics.jsonl").exists() or len(losses(cut)) < 3:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+    process = started(words(chat, "cut", *long), cut, logged=3)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     codes = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGKILL: -signal.SIGKILL}
@@ -360,18 +351,8 @@ def test_a_profile_of_chosen_steps_is_written(chat, tmp_path):
 def test_a_signal_to_one_rank_ends_both_cleanly_and_the_run_goes_on_to_the_same_bits(target, chat, tmp_path):
     two = ["hardware.devices=2", "train.max_steps=60", "checkpoint.every_steps=20"]
     whole = train(words(chat, "whole", *two), tmp_path, qwlit_process)
-    process = subprocess.Popen(
-        command(["train", *TINY, *words(chat, "cut", *two)]),
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     cut = tmp_path / "runs" / "cut"
-    while not (cut / "metrics.jsonl").exists() or len(losses(cut)) < 8:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+    process = started(words(chat, "cut", *two), cut, logged=8)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid if target == "rank 0" else int(children[0]), signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
@@ -406,6 +387,13 @@ def test_determinism_modes_train(mode, chat, tmp_path):
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["determinism"] == mode
     assert manifest["attention"] == ("eager" if mode == "strict" else "sdpa")
+    trace = rows(run, "trace.jsonl")
+    assert [row["step"] for row in trace] == list(range(1, 11)) and "parameters" in trace[-1]
+    assert len({row["samples"] for row in trace}) == 10
+    again = train(words(chat, "b", f"determinism={mode}"), tmp_path, qwlit_process)
+    assert rows(again, "trace.jsonl") == trace
+    other = train(words(chat, "c", f"determinism={mode}", "seed=1"), tmp_path, qwlit_process)
+    assert rows(other, "trace.jsonl")[0] != trace[0]
 
 
 def test_tokenized_rows_need_no_tokenizer(tmp_path):

@@ -60,9 +60,7 @@ def find_files(path: str) -> list[Path]:
             return files
         if not root.is_file():
             names = [child.name for child in root.parent.iterdir()] if root.parent.is_dir() else []
-            raise DataError(
-                f"data.path or data.val_path: '{path}' does not exist.{nearest(root.name, names)}"
-            )
+            raise DataError(f"data.path or data.val_path: '{path}' does not exist.{nearest(root.name, names)}")
     except OSError as error:
         raise DataError(f"data.path or data.val_path: '{path}' cannot be read: {error.strerror}") from error
     if root.suffix not in SUFFIXES:

@@ -23,6 +23,7 @@ PLACES = {
     "checkpoints/last": "the newest ones",
     "samples.jsonl": "prompts, answers and what was expected",
     "metrics.jsonl": "loss, learning rate, gradient norm, tokens per second, by step",
+    "trace.jsonl": "every step to the bit: samples, loss, gradient norm, weights",
     "events.jsonl": "checkpoints, skipped steps, notes",
     "summary.json": "the figures above",
     "manifest.json": "versions, device, seed, fingerprints",

@@ -33,6 +33,7 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
         validation=config.validation,
         checkpoint=config.checkpoint,
         profile=config.profile,
+        traced=config.determinism != "fast",
     )
     rank = loop.trainer.global_rank
     steps = train_loader(

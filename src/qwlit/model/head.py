@@ -70,7 +70,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # d loss / d logits = softmax - onehot; at the target taken from the loss, because half precision rounds the
             # probability of a sure model to 1 and the difference to 0.
             gradient = torch.exp(log_probs, out=logits)
-            gradient.scatter_(1, target, torch.expm1(-losses).to(gradient.dtype))
+            # Indexing has a deterministic CUDA kernel when one is asked for.
+            gradient[torch.arange(end - start, device=hidden.device), target[:, 0]] = torch.expm1(-losses[:, 0]).to(
+                gradient.dtype
+            )
             if grad_hidden is not None:
                 torch.mm(gradient, head, out=grad_hidden[start:end])
             if grad_weight is not None:

@@ -19,6 +19,7 @@ from qwlit.training.profiler import ProfileSteps
 from qwlit.training.progress import ProgressDisplay
 from qwlit.training.run_folder import RunFolder
 from qwlit.training.telemetry import Telemetry, peak_memory_gib
+from qwlit.training.trace import Trace
 from qwlit.training.trainer import build_trainer
 
 
@@ -68,7 +69,9 @@ def build_loop(
     validation: ValidationConfig,
     checkpoint: CheckpointConfig,
     profile: ProfileConfig,
+    traced: bool,
 ) -> Loop:
+    """Put trainer and callbacks together; `traced` adds trace.jsonl."""
     display = ProgressDisplay(console(), milestones.total_steps)
     telemetry = Telemetry(milestones, folder, display.show)
     watching = Guard(guard, folder, samples)
@@ -78,6 +81,8 @@ def build_loop(
     if validation.early_stopping_patience is not None and milestones.next_validation(0) is not None:
         callbacks.append(Patience(validation.early_stopping_patience))
     callbacks += [watching, telemetry, ScheduleValidation(milestones), checkpointing, display]
+    if traced:
+        callbacks.append(Trace(milestones, folder))
     if profile.steps is not None:
         callbacks.append(ProfileSteps(profile.steps, folder.path / "profile"))
     callbacks.append(StopOnSignal(milestones, checkpointing, folder))

@@ -18,7 +18,7 @@ from qwlit.core.files import append_json_line, locked, read_json_lines, write_js
 from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token
 
 FINISHED = "done"
-STREAMS = ("metrics.jsonl", "events.jsonl")
+STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class RunFolder:
         """Record what happened beside the training: skips, checkpoints, preemptions, warnings."""
         self._append("events.jsonl", {"step": step, "event": event, "time": round(time.time(), 3), **details})
 
+    def append_trace(self, step: int, row: dict[str, str]) -> None:
+        self._append("trace.jsonl", {"step": step, **row})
+
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if is_rank_zero():
             append_json_line(self.path / name, _jsonable(row))
@@ -83,6 +86,8 @@ class RunFolder:
         """Drop what was recorded after `step`, because the run goes on from there."""
         if is_rank_zero():
             for name in STREAMS:
+                if not (self.path / name).exists():
+                    continue
                 rows = [row for row in read_json_lines(self.path / name) if isinstance(row.get("step"), int)]
                 self.write_rows(name, [row for row in rows if row["step"] <= step])
 
