@@ -17,8 +17,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_the_notebook_runs(tmp_path):
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
-    assert notebook.cells[1].source.startswith("STEPS = 700")
-    notebook.cells[1].source = notebook.cells[1].source.replace("700", "12")
+    assert notebook.cells[1].source.startswith("STEPS = 1000")
+    notebook.cells[1].source = notebook.cells[1].source.replace("1000", "12")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     assert "exact_match" in str(notebook.cells[5].outputs)
     assert notebook.cells[7].outputs

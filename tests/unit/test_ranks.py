@@ -5,6 +5,7 @@ import time
 
 import pytest
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from qwlit.core import ranks
 from qwlit.core.devices import Devices
@@ -107,5 +108,6 @@ def test_other_ranks_give_up_when_rank_zero_ends_before_its_word(environment, tm
     assert failed and "rank 0 ended" in failed[0]
 
 
-def test_lightning_still_has_the_signal_broadcast_that_is_replaced():
+def test_lightning_still_has_the_signal_handling_that_is_replaced():
     assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+    assert callable(_SignalConnector.register_signal_handlers)

@@ -61,10 +61,15 @@ class StopOnSignal(BoundaryCallback):
             self._group = dist.new_group(backend="gloo")
             # Lightning broadcasts and reads a SIGTERM flag on the device each step; the word below does its work.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        # Here and not earlier: Lightning installs handlers of its own, one of which enters a collective.
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
 
-    def teardown(self, trainer: Trainer, pl_module: CausalLMModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: CausalLMModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

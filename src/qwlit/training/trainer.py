@@ -21,7 +21,7 @@ def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callbac
     if SLURMEnvironment.detect() and not launched_by_torchrun():
         # Lightning would save inside the signal handler; `preemption` saves at a step boundary.
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    return Trainer(
+    trainer = Trainer(
         accelerator="gpu" if machine.accelerator == "cuda" else "cpu",
         devices=machine.devices,
         num_nodes=machine.num_nodes,
@@ -41,6 +41,9 @@ def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callbac
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Lightning's SIGTERM handler enters a collective from wherever it was; ours are in `preemption`.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def _strategy(machine: Machine) -> Any:
