@@ -294,6 +294,24 @@ def test_sigterm_while_starting_ends_as_preempted(chat, tmp_path):
     train(words(chat, "a"), tmp_path)
 
 
+def test_ctrl_c_while_two_ranks_start_ends_as_interrupted(chat, tmp_path):
+    process = subprocess.Popen(
+        command(["train", *TINY, *words(chat, "a", "hardware.devices=2")]),
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    process.stdout.readline()
+    time.sleep(1)
+    # A terminal's Ctrl-C goes to every process, also to the rank that is still importing.
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said.count("\n")) == (130, 1), said
+
+
 def test_a_reader_that_leaves_does_not_end_the_run(chat, tmp_path):
     arguments = " ".join(f"'{word}'" for word in command(["train", *TINY, *words(chat, "a")]))
     subprocess.run(["bash", "-c", f"{arguments} | head -1"], cwd=tmp_path, env=ENVIRONMENT, check=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.job.assemble import Job
 from qwlit.model.loss_model import LossModel
@@ -12,6 +12,7 @@ from qwlit.training.continuing import Start
 from qwlit.training.loop import Loop, build_loop
 from qwlit.training.module import CausalLMModule
 from qwlit.training.run_folder import RunFolder
+from qwlit.training.trainer import dismiss_other_ranks
 
 
 def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loop:
@@ -73,6 +74,9 @@ def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start:
         # Lightning turns a Ctrl-C outside the step loop (while starting, or the second one) into an exit code of 1.
         if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
+        raise
+    except QwlitError:
+        dismiss_other_ranks(loop.trainer)
         raise
     if dist.is_initialized():
         # Left to the interpreter's end, gloo's threads can abort the process.

@@ -25,13 +25,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def answering_signals() -> Iterator[None]:
     """Outside the step loop there is nothing to save: SIGTERM ends the process as preempted.
 
-    Ctrl-C goes to every process of a terminal; only rank 0 answers it there, and takes the others with it.
+    Ctrl-C goes to every process of a terminal; only rank 0 answers it there, and takes the others with it. Ranks that
+    rank 0 has started leave SIGTERM to it as well.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise Preempted("preempted outside the training steps; the same command goes on from the newest checkpoint")
 
-    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, leave)}
+    previous = {}
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, leave)
     if not is_rank_zero():
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

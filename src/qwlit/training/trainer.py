@@ -1,6 +1,7 @@
 """The Lightning Trainer as qwlit uses it: one epoch is the whole run, one batch is one step."""
 
 import logging
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from qwlit.core.ranks import launched_by_torchrun
 from qwlit.training.checkpoint import StepFolderIO
@@ -46,10 +48,38 @@ def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callbac
     return trainer
 
 
+class _Launcher(_SubprocessScriptLauncher):
+    """Starts the other ranks deaf to Ctrl-C and SIGTERM (an ignored signal stays ignored over exec).
+
+    Until they train, rank 0 answers for them: one that died while importing would have Lightning kill rank 0.
+    """
+
+    def _call_children_scripts(self) -> None:
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            super()._call_children_scripts()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class _Strategy(DDPStrategy):
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+def dismiss_other_ranks(trainer: Trainer) -> None:
+    """End the ranks that this process has started: what they would still say is of no use."""
+    if isinstance(trainer.strategy.launcher, _Launcher):
+        trainer.strategy.launcher.kill(signal.SIGKILL)
+
+
 def _strategy(machine: Machine) -> Any:
     if machine.strategy == "single":
         return "auto"
-    return DDPStrategy(
+    return _Strategy(
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         process_group_backend="nccl" if machine.accelerator == "cuda" else "gloo",
