@@ -11,10 +11,15 @@ ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 
 
-def test_imports_point_downwards():
-    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+CHECKS = ["lint-imports --no-cache", "ruff check --no-cache .", "ruff format --no-cache --check .", "mypy"]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_floors_style_and_types_are_kept(check):
+    tool, *words = check.split()
+    command = [str(Path(sys.executable).parent / tool), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def keys(tree: dict, prefix: str = "") -> set[str]:
