@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.step_plan import Limits, StepPlan
+from qwlit.model.attention import register_attention
 from qwlit.model.loss_model import LossModel
 from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.optim.schedules import build_schedule
@@ -62,7 +63,7 @@ def by_definition(model, samples, plan):
 def test_five_steps_equal_plain_torch_in_loss_norm_rate_and_weights(family):
     reference = tiny_causal_lm(family)
     ours, samples, seen = copy.deepcopy(reference), Ragged(), Seen()
-    ours.set_attn_implementation("qwlit")
+    ours.set_attn_implementation(register_attention())
     module = CausalLMModule(
         LossModel(ours, "sdpa"),
         optim=OptimConfig(lr=LR, weight_decay=DECAY, no_decay=("bias", "norm")),
