@@ -10,6 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qwlit.training.telemetry import Row
 
+SHOWN = {
+    "train/loss": ("loss", ".4f"),
+    "val/loss": ("val", ".4f"),
+    "optim/lr": ("lr", ".2e"),
+    "optim/grad_norm": ("norm", ".2f"),
+    "throughput/tokens_per_second": ("tok/s", ",.0f"),
+}
+# What fits beside a bar in 80 columns.
+BAR = ("train/loss", "val/loss", "throughput/tokens_per_second")
+
 
 class ProgressDisplay(Callback):
     """Steps, loss, validation loss, tokens per second and time left, on rank 0."""
@@ -28,7 +38,7 @@ class ProgressDisplay(Callback):
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(),
+                BarColumn(bar_width=12),
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(),
                 console=self._console,
@@ -38,7 +48,7 @@ class ProgressDisplay(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, description=self._text())
+            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, description=self._text(BAR))
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._stop()
@@ -57,16 +67,9 @@ class ProgressDisplay(Callback):
         if self._bar is None:
             self._console.print(f"step {step:>6}/{self._total}  {self._text()}  eta {self._eta(step)}", highlight=False)
 
-    def _text(self) -> str:
-        shown = {
-            "loss": ("train/loss", ".4f"),
-            "val": ("val/loss", ".4f"),
-            "lr": ("optim/lr", ".2e"),
-            "norm": ("optim/grad_norm", ".2f"),
-            "tok/s": ("throughput/tokens_per_second", ",.0f"),
-        }
-        known = ((label, self._numbers.get(name), form) for label, (name, form) in shown.items())
-        return "  ".join(f"{label} {value:{form}}" for label, value, form in known if value is not None)
+    def _text(self, names: tuple[str, ...] = tuple(SHOWN)) -> str:
+        known = ((*SHOWN[name], self._numbers[name]) for name in names if name in self._numbers)
+        return "  ".join(f"{label} {value:{form}}" for label, form, value in known)
 
     def _eta(self, step: int) -> str:
         done = step - self._first_step
