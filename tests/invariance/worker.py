@@ -13,13 +13,14 @@ import torch
 
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.step_plan import Limits, StepPlan
-from qwlit.model.config import AdapterConfig, Architecture, DropoutConfig, ModelConfig
+from qwlit.model.config import AdapterConfig, DropoutConfig, ModelConfig
 from qwlit.model.loss_model import build_loss_model
 from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.optim.schedules import build_schedule
 from qwlit.training.machine import Machine
 from qwlit.training.module import CausalLMModule
 from qwlit.training.trainer import build_trainer
+from tests.tiny import tiny_architecture
 
 STEPS, BATCH, VOCABULARY, LR = 10, 16, 97, 1e-3
 LIMITS = [Limits(rows=n) for n in (1, 3, 16)] + [Limits(tokens=n) for n in (64, 200, None)]
@@ -65,20 +66,7 @@ class Recorder(lightning.Callback):
 
 
 def tiny(model_type: str, adapter: str) -> Any:
-    architecture = Architecture(
-        model_type=model_type,
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=model_type == "qwen3",
-        rope_theta=1e4,
-        rms_norm_eps=1e-6,
-    )
+    architecture = tiny_architecture(model_type, tied=model_type == "qwen3")
     return build_loss_model(
         ModelConfig(init="random", architecture=architecture),
         AdapterConfig(kind=adapter),

@@ -39,7 +39,7 @@ def train(composed: Composed) -> None:
     """Run the training that `composed` describes, from its start or from where it stopped."""
     from qwlit.job.assemble import assemble, load_model
     from qwlit.job.begin import begin, recorded
-    from qwlit.job.finish import finish
+    from qwlit.job.finish import finish, show
     from qwlit.job.fit import fit
     from qwlit.training.continuing import refuse_taken
     from qwlit.training.determinism import prepare_determinism
@@ -58,5 +58,6 @@ def train(composed: Composed) -> None:
         lock.announce()
         with recorded(folder):
             loop = fit(job, loss_model, folder, start)
-            if is_rank_zero():
-                finish(job, loss_model, loop, folder)
+            records = finish(job, loss_model, loop, folder) if is_rank_zero() else []
+        # Only now: the screen may be gone, and the run is not less done for it.
+        show(loop, records, folder)

@@ -208,13 +208,9 @@ def _check_relations(config: RunConfig) -> None:
         raise ConfigError("scheduler.warmup_steps and scheduler.warmup_ratio are both set; give one of them")
     if config.scheduler.name == "exponential" and config.scheduler.min_lr_ratio == 0:
         raise ConfigError("scheduler.min_lr_ratio=0: exponential decay never reaches 0; set e.g. 0.01")
-    named = {
-        "model.path": config.model.path,
-        "model.tokenizer": config.model.tokenizer,
-        "model.hub_id": config.model.hub_id,
-    }
-    named |= {"data.path": config.data.path, "data.val_path": config.data.val_path, "run.root": config.run.root}
-    for key, value in named.items():
+    for key in sorted(TEXTS):
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
         if value == "":
             raise ConfigError(f"{key} is empty; is a shell variable unset? Leave it out for its default")
     if config.data.exact_match and config.data.val_path is None and config.data.val_fraction == 0:

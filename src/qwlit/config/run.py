@@ -10,6 +10,7 @@ from qwlit.model.config import AdapterConfig, DropoutConfig, ModelConfig
 from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.training.config import (
     CheckpointConfig,
+    Determinism,
     GuardConfig,
     HardwareConfig,
     LoggingConfig,
@@ -29,7 +30,7 @@ class RunConfig:
     """Seeds the weights, the order of samples and dropout."""
     resume: Literal["auto", "never"]
     """auto: go on with an unfinished run of this name. never: set it aside and start anew."""
-    determinism: Literal["fast", "reproducible", "strict"]
+    determinism: Determinism
     """fast: nothing forced. reproducible: same machine, same numbers. strict: also float32 and eager attention."""
     model: ModelConfig
     data: DataConfig

@@ -14,9 +14,10 @@ from qwlit.data.chat import ChatEncoder
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.splits import DataSplit, load_data
 from qwlit.data.step_plan import StepPlan
+from qwlit.model.config import AttentionKernel
 from qwlit.model.load import check_vocabulary, load_tokenizer, vocabulary_size
 from qwlit.model.loss_model import LossModel, build_loss_model
-from qwlit.training.machine import Attention, Machine, resolve_attention, resolve_machine
+from qwlit.training.machine import Machine, resolve_attention, resolve_machine
 
 # Beside the runs, so that the ranks of every node see it; hidden, so that runs/* are runs.
 STORE_FOLDER = ".store"
@@ -29,7 +30,7 @@ class Job:
     config: RunConfig
     choices: dict[str, str]
     machine: Machine
-    attention: Attention
+    attention: AttentionKernel
     tokenizer: PreTrainedTokenizerFast | None
     """None when the rows are tokens already and the model has no tokenizer."""
     encoder: ChatEncoder | None

@@ -39,7 +39,7 @@ def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
     folder.write_rows("quarantine.jsonl", job.data.quarantine)
-    folder.write_summary(status="running", resumed_from=start.step if start.checkpoint else None, rows=job.data.totals)
+    folder.write_summary(resumed_from=start.step if start.checkpoint else None, rows=job.data.totals)
     _introduce(job, manifest["parameters"], folder, start)
     return start
 

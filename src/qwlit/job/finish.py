@@ -10,13 +10,15 @@ from rich.text import Text
 from qwlit.core.console import console
 from qwlit.core.files import resolve_path
 from qwlit.inference.export import export_model
-from qwlit.inference.generate import Answered, answer_greedily, questions
+from qwlit.inference.generate import answer_greedily, questions
 from qwlit.job.assemble import Job
 from qwlit.model.loss_model import LossModel
 from qwlit.training.checkpoint import read_weights, step_of
 from qwlit.training.loop import Loop
-from qwlit.training.run_folder import FINISHED, RunFolder
+from qwlit.training.run_folder import RunFolder
 
+Record = dict[str, Any]
+"""A row of samples.jsonl: prompt, answer, expected, exact."""
 PLACES = {
     "export": "the trained model for from_pretrained, the best by val/loss (LoRA: the adapter, for peft)",
     "checkpoints/best": "its float32 weights and the optimizer's state",
@@ -31,21 +33,19 @@ PLACES = {
 }
 
 
-def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> None:
-    numbers: dict[str, Any] = loop.figures()
+def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> list[Record]:
+    """Export the best weights and let them answer validation prompts; return what they said."""
     _take_best_weights(loss_model, loop)
     export_model(loss_model.causal_lm, job.tokenizer, folder.path / "export", base=_base(job))
-    answers: list[Answered] = []
-    if job.config.data.exact_match and job.data.validation is not None:
-        # The trainer has moved the model to the CPU when it ended.
-        loss_model.to(loop.trainer.strategy.root_device)
-        with loop.trainer.precision_plugin.forward_context():
-            answers = _answer(job, loss_model, folder)
-        numbers["exact_match"] = sum(a.exact for a in answers) / len(answers)
-        folder.write_summary(exact_match=numbers["exact_match"])
-    # The screen may be gone by now; the run is not less done for it.
-    folder.write_summary(status=FINISHED)
-    _show(job, numbers, answers, folder)
+    if not job.config.data.exact_match or job.data.validation is None:
+        return []
+    # The trainer has moved the model to the CPU when it ended.
+    loss_model.to(loop.trainer.strategy.root_device)
+    with loop.trainer.precision_plugin.forward_context():
+        records = _answer(job, loss_model)
+    folder.write_rows("samples.jsonl", records)
+    folder.write_summary(exact_match=sum(record["exact"] for record in records) / len(records))
+    return records
 
 
 def _base(job: Job) -> str | None:
@@ -60,8 +60,8 @@ def _take_best_weights(loss_model: LossModel, loop: Loop) -> None:
         loss_model.causal_lm.load_state_dict(read_weights(best), strict=False)
 
 
-def _answer(job: Job, loss_model: LossModel, folder: RunFolder) -> list[Answered]:
-    """Answer the first validation prompts; every answer goes to samples.jsonl, in the validation set's order."""
+def _answer(job: Job, loss_model: LossModel) -> list[Record]:
+    """Answer the first validation prompts, in the validation set's order."""
     assert job.data.validation is not None
     assert job.encoder is not None and job.tokenizer is not None
     asked = questions(job.data.validation, job.config.data.exact_match)
@@ -70,25 +70,27 @@ def _answer(job: Job, loss_model: LossModel, folder: RunFolder) -> list[Answered
             answer_greedily(loss_model.causal_lm, asked, end_of_turn_id=job.encoder.end_of_turn_id, pad_id=job.pad_id)
         )
     answers.sort(key=lambda a: a.question.sample)
-    folder.write_rows("samples.jsonl", [_record(job, answer) for answer in answers])
-    return answers
-
-
-def _record(job: Job, answer: Answered) -> dict[str, Any]:
-    decode = job.tokenizer.decode  # type: ignore[union-attr]
-    return {
-        "prompt": decode(answer.question.prompt),
-        "answer": decode(answer.tokens),
-        "expected": decode(answer.question.answer),
-        "exact": answer.exact,
-    }
+    decode = job.tokenizer.decode
+    return [
+        {
+            "prompt": decode(answer.question.prompt),
+            "answer": decode(answer.tokens),
+            "expected": decode(answer.question.answer),
+            "exact": answer.exact,
+        }
+        for answer in answers
+    ]
 
 
 # Told by the answer: a Chinese character, or an English word and no such character.
 LANGUAGES = {"English": r"^[^\u4e00-\u9fff]*[A-Za-z]{3,}[^\u4e00-\u9fff]*<", "Chinese": r"[\u4e00-\u9fff]"}
 
 
-def _show(job: Job, numbers: dict[str, Any], answers: list[Answered], folder: RunFolder) -> None:
+def show(loop: Loop, records: list[Record], folder: RunFolder) -> None:
+    """Print the figures, an answer in each language, and where everything lies."""
+    numbers: dict[str, Any] = loop.figures()
+    if records:
+        numbers["exact_match"] = folder.read_summary()["exact_match"]
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in numbers.items():
         if value is not None:
@@ -96,7 +98,6 @@ def _show(job: Job, numbers: dict[str, Any], answers: list[Answered], folder: Ru
     screen = console()
     screen.print("\n[bold]done[/]")
     screen.print(table)
-    records = [_record(job, a) for a in answers]
     for language, pattern in LANGUAGES.items():
         example = next((r for r in records if re.search(pattern, r["expected"])), None)
         if example:

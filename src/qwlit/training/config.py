@@ -7,6 +7,8 @@ from pydantic import AfterValidator, Field
 
 from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
 
+Determinism = Literal["fast", "reproducible", "strict"]
+
 
 def _folder_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.=,+-]{0,199}", name):

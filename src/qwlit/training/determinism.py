@@ -9,7 +9,7 @@ import os
 import numpy as np
 import torch
 
-from qwlit.training.machine import Determinism
+from qwlit.training.config import Determinism
 
 
 def prepare_determinism(mode: Determinism) -> None:

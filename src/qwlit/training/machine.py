@@ -9,10 +9,8 @@ import torch
 from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
 from qwlit.core.ranks import launched_world_size
-from qwlit.training.config import HardwareConfig
-
-Attention = Literal["varlen", "sdpa", "eager"]
-Determinism = Literal["fast", "reproducible", "strict"]
+from qwlit.model.config import AttentionKernel
+from qwlit.training.config import Determinism, HardwareConfig
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,9 @@ def _precision(
     return "bf16-mixed" if accelerator == "cuda" and here.has_bf16 else "32-true"
 
 
-def resolve_attention(asked: str, *, machine: Machine, determinism: Determinism, attention_dropout: float) -> Attention:
+def resolve_attention(
+    asked: str, *, machine: Machine, determinism: Determinism, attention_dropout: float
+) -> AttentionKernel:
     """Choose the attention implementation. varlen is CUDA only, wants bf16, and has no dropout.
 
     Raises:
