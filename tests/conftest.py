@@ -11,7 +11,7 @@ from tests.real_tokenizer import build_real_tokenizer
 
 @pytest.fixture(scope="session")
 def real_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function from family (qwen2, qwen2_5, qwen3) to a folder with its tokenizer, each built once a session."""
+    """A function from family to a folder with its tokenizer, each built once a session."""
 
     @lru_cache
     def build(family: str) -> Path:

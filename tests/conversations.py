@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from itertools import pairwise
 from typing import Any
 
 FRAGMENTS = [
@@ -19,7 +21,8 @@ TOOLS = [
     {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["a", "b"]}}},
 ]
 
-Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
+Messages = list[dict[str, Any]]
+Conversation = tuple[Messages, list[dict[str, Any]] | None]
 
 
 def text(rng: random.Random) -> str:
@@ -29,13 +32,11 @@ def text(rng: random.Random) -> str:
 def answer(rng: random.Random, *, thinking: bool) -> dict[str, Any]:
     """An assistant message that says something; with `thinking` sometimes reasons, apart from the content or in it."""
     message: dict[str, Any] = {"role": "assistant", "content": rng.choice(["", "\n"]) + text(rng) + "."}
-    style = rng.randrange(4) if thinking else 0
+    style = rng.randrange(3) if thinking else 0
     if style == 1:
         message["reasoning_content"] = rng.choice(["", "\n", text(rng)])
     elif style == 2:
         message["content"] = f"<think>\n{rng.choice(['', text(rng)])}\n</think>\n\n{message['content']}"
-    elif style == 3:
-        message["content"] = f"{text(rng)}</think>{message['content']}"
     return message
 
 
@@ -50,10 +51,12 @@ def tool_call(rng: random.Random) -> dict[str, Any]:
 def conversation(seed: int, *, tools: bool = True, thinking: bool = True) -> Conversation:
     """Return messages and tools, decided by `seed`; tags stand only where a template reads them."""
     rng = random.Random(seed)
-    messages: list[dict[str, Any]] = []
+    messages: Messages = []
     if rng.random() < 0.5:
         messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
-    for _ in range(rng.randint(1, 3)):
+    for turn in range(rng.randint(1, 3)):
+        if turn and rng.random() < 0.2:
+            messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
         messages.append({"role": "user", "content": text(rng)})
         while tools and rng.random() < 0.4:
             calls = [tool_call(rng) for _ in range(rng.randint(1, 3))]
@@ -64,3 +67,29 @@ def conversation(seed: int, *, tools: bool = True, thinking: bool = True) -> Con
             messages += [{"role": "tool", "content": text(rng)} for _ in calls]
         messages.append(answer(rng, thinking=thinking))
     return messages, (TOOLS[: rng.randint(1, 2)] if tools and rng.random() < 0.6 else None)
+
+
+def without_reasoning(messages: Messages) -> Messages:
+    """What data.thinking=drop leaves of a generated conversation."""
+    kept = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "assistant" and content and "</think>" in content:
+            content = content.partition("</think>")[2].lstrip("\n")
+        kept.append({key: value for key, value in message.items() if key != "reasoning_content"} | {"content": content})
+    return kept
+
+
+EMPTY_BLOCK = "<think>\n\n</think>\n\n"
+ANSWER = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
+
+
+def learnt_spans(rendered: str, loss_on: str, thinking: str) -> list[tuple[int, int]]:
+    """Return the stretches that are learnt of what a Jinja template rendered, found in the text alone."""
+    if loss_on == "all":
+        return [(0, len(rendered))]
+    spans = [match.span(1) for match in ANSWER.finditer(rendered)]
+    if thinking != "keep":
+        spans = [(s + len(EMPTY_BLOCK) * rendered.startswith(EMPTY_BLOCK, s), end) for s, end in spans]
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    return spans[-1:] if loss_on == "last_assistant" else spans

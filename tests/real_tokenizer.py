@@ -46,7 +46,10 @@ TOOL_TURN = (
     "{%- if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\\n' }}{%- endif %}"
     "{%- endif %}{%- endfor %}"
 )
-USER_TURN = "{%- if m.role == 'user' %}{{ '<|im_start|>user\\n' ~ m.content ~ '<|im_end|>\\n' }}"
+USER_TURN = (
+    "{%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}"
+    "{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}"
+)
 CALL_HEAD = '{%- set f = call.function or call %}{{ \'<tool_call>\\n{"name": "\' ~ f.name ~ \'", "arguments": \' }}'
 JINJA_QWEN2_5 = (
     "{%- set given = messages[0].role == 'system' %}"
@@ -60,11 +63,19 @@ JINJA_QWEN2_5 = (
     + TOOL_TURN
     + "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-JINJA_QWEN3 = (
+SYSTEM_TURN_QWEN3 = (
     "{%- set given = messages[0].role == 'system' %}"
     "{%- if given or tools %}{{ '<|im_start|>system\\n' ~ (messages[0].content if given else '') }}"
     "{%- if tools %}{{ '\\n\\n' if given else '' }}" + TOOL_BLOCK + "{%- endif %}{{ '<|im_end|>\\n' }}{%- endif %}"
-    "{%- set ns = namespace(query=messages | length - 1, found=false) %}"
+)
+CALLS_QWEN3 = (
+    "{%- for call in m.tool_calls or [] %}{%- if content or not loop.first %}{{ '\\n' }}{%- endif %}"
+    + CALL_HEAD
+    + "{{ f.arguments if f.arguments is string else f.arguments | tojson }}"
+    "{{ '}\\n</tool_call>' }}{%- endfor %}{{ '<|im_end|>\\n' }}"
+)
+JINJA_QWEN3 = (
+    SYSTEM_TURN_QWEN3 + "{%- set ns = namespace(query=messages | length - 1, found=false) %}"
     "{%- for m in messages | reverse %}"
     "{%- set wrapped = (m.content or '').startswith('<tool_response>') and m.content.endswith('</tool_response>') %}"
     "{%- if not ns.found and m.role == 'user' and not wrapped %}"
@@ -79,15 +90,20 @@ JINJA_QWEN3 = (
     "{%- if loop.index0 > ns.query and (loop.last or thought) %}"
     "{{ '<think>\\n' ~ thought.strip('\\n') ~ '\\n</think>\\n\\n' ~ content.lstrip('\\n') }}"
     "{%- else %}{{ content }}{%- endif %}"
-    "{%- for call in m.tool_calls or [] %}{%- if content or not loop.first %}{{ '\\n' }}{%- endif %}"
-    + CALL_HEAD
-    + "{{ f.arguments if f.arguments is string else f.arguments | tojson }}"
-    "{{ '}\\n</tool_call>' }}{%- endfor %}{{ '<|im_end|>\\n' }}"
+    + CALLS_QWEN3
     + TOOL_TURN
     + "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{%- if enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
 )
-JINJA = {"qwen2": JINJA_QWEN2, "qwen2_5": JINJA_QWEN2_5, "qwen3": JINJA_QWEN3}
+# Of 2025-07, the models that never think.
+JINJA_QWEN3_2507 = (
+    SYSTEM_TURN_QWEN3 + "{%- for m in messages %}" + USER_TURN + "{%- elif m.role == 'assistant' %}"
+    "{%- set content = m.content or '' %}{{ '<|im_start|>assistant\\n' ~ content }}"
+    + CALLS_QWEN3
+    + TOOL_TURN
+    + "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+JINJA = {"qwen2": JINJA_QWEN2, "qwen2_5": JINJA_QWEN2_5, "qwen3": JINJA_QWEN3, "qwen3_2507": JINJA_QWEN3_2507}
 
 
 def added_tokens(family: str) -> list[AddedToken]:
@@ -97,7 +113,7 @@ def added_tokens(family: str) -> list[AddedToken]:
     if family != "qwen2":
         special += [f"<|{name}|>" for name in VISION]
         plain = ["<tool_call>", "</tool_call>", *(f"<|{name}|>" for name in CODE)]
-    if family == "qwen3":
+    if family.startswith("qwen3"):
         plain += ["<tool_response>", "</tool_response>", "<think>", "</think>"]
     return [AddedToken(token, special=True, normalized=False) for token in special] + [
         AddedToken(token, special=False, normalized=False) for token in plain
@@ -134,24 +150,26 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {spelled(token): rank for token, rank in ranks.items()}, merges
 
 
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)]
+    )
+
+
 @lru_cache(maxsize=1)
 def _backend() -> str:
     vocab, merges = vocabulary()
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer.to_str()
 
 
 def build_real_tokenizer(family: str, folder: Path) -> Path:
-    """Save the tokenizer of `family` (qwen2, qwen2_5 or qwen3) as a Hugging Face folder and return the folder."""
+    """Save the tokenizer of `family` (a key of JINJA) as a Hugging Face folder and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     backend = Tokenizer.from_str(_backend())
     backend.add_tokens(added_tokens(family))
@@ -168,11 +186,14 @@ def build_real_tokenizer(family: str, folder: Path) -> Path:
     return folder
 
 
-def small_tokenizer(family: str, *, extra: list[str] | None = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 700 tokens, its special ones among them: ChatML's own and `extra`."""
+def small_tokenizer(family: str, *, extra: list[str] | None = None, as_qwen: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 700 tokens, its special ones among them: ChatML's own and `extra`.
+
+    With `as_qwen` it parts words where Qwen's does, otherwise where GPT-2's does.
+    """
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = _pre_tokenizer() if as_qwen else pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(extra or [])]
     trainer = trainers.BpeTrainer(

@@ -1,12 +1,18 @@
-"""Rows on disk and the stores built of them."""
+"""Rows on disk, what encodes them, and the stores built of them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import DataConfig
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.samples import Samples
 from qwlit.data.store import SampleStore, build_store
+from qwlit.data.templates import Supervision
+from qwlit.data.tokenizer import TextTokenizer
 
 VOCAB = 700
 
@@ -26,12 +32,35 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def build(path: Path, encoder: ChatEncoder | None = None, progress: Any = None, **config: Any) -> SampleStore:
-    return build_store(
-        str(path),
-        DataConfig(**config),
-        encoder=encoder,
-        vocab_size=VOCAB,
-        cache_root=path.parent / "cache",
-        progress=progress,
-    )
+def row_encoder(tokenizer: TextTokenizer | None = None, **config: Any) -> RowEncoder:
+    """Without a tokenizer it reads tokenized rows alone."""
+    data = DataConfig(**config)
+    if tokenizer is None:
+        return RowEncoder(data, VOCAB, None, None, None)
+    template = "qwen3" if data.template == "auto" else data.template
+    chat = ChatEncoder(tokenizer, template, Supervision(data.loss_on, data.thinking))
+    return RowEncoder(data, VOCAB, tokenizer, chat, None)
+
+
+def build(
+    path: Path,
+    tokenizer: TextTokenizer | None = None,
+    *,
+    cache_root: Path | None = None,
+    progress: Any = None,
+    **config: Any,
+) -> SampleStore:
+    encoder = row_encoder(tokenizer, **config)
+    return build_store(str(path), encoder, cache_root=cache_root or path.parent / "cache", progress=progress)
+
+
+def lengths(samples: Samples) -> list[int]:
+    return samples.lengths(np.arange(len(samples))).tolist()
+
+
+def num_supervised(samples: Samples) -> list[int]:
+    return samples.num_supervised(np.arange(len(samples))).tolist()
+
+
+def first_tokens(samples: Samples) -> list[int]:
+    return [int(samples.sample(index)[0][0]) for index in range(len(samples))]

@@ -8,7 +8,10 @@ import sys
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, QwlitError, nearest
 from qwlit.core.ranks import is_rank_zero, rank_label
 
-VERBS = {"train": "train a model, or go on with an unfinished run"}
+VERBS = {
+    "train": "train a model, or go on with an unfinished run",
+    "inspect": "show the data as the model will see it: tokens, what is learnt, packing, what was put aside",
+}
 
 AGREED_ENDS = (GuardStop, Interrupted, Preempted)
 
@@ -23,6 +26,7 @@ Verbs
 First steps
   python -m qwlit train experiment=demo        a tiny Qwen3 learns a rule in two languages: no network, no GPU
   python -m qwlit train model.path=FOLDER data.path=FILE.jsonl recipe=lora
+  python -m qwlit inspect data.path=FILE.jsonl  what of it is learnt, and what cannot be used
   python -m qwlit train --help                 every setting, with its default and unit
 
 Exit codes

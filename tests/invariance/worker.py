@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from qwlit.data.batches import StepDataset, train_loader
+from qwlit.data.order import Order
 from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.model.config import AdapterConfig, DropoutConfig, ModelConfig
 from qwlit.model.loss_model import build_loss_model
@@ -32,21 +33,31 @@ class Ragged:
 
     def __init__(self) -> None:
         random = np.random.default_rng(1)
-        self.lengths = random.integers(2, 60, size=70).astype(np.int32)
-        self._ids = [random.integers(0, VOCABULARY, size=n).astype(np.int32) for n in self.lengths]
-        self._masks = [(random.random(n) < random.random()).astype(np.uint8) for n in self.lengths]
+        self._lengths = random.integers(2, 60, size=70).astype(np.int32)
+        self._ids = [random.integers(0, VOCABULARY, size=n).astype(np.int32) for n in self._lengths]
+        self._masks = [(random.random(n) < random.random()).astype(np.uint8) for n in self._lengths]
         for mask in self._masks:
             mask[0], mask[-1] = 0, 1
-        self.num_supervised = np.array([m.sum() for m in self._masks], dtype=np.int32)
+        self._num_supervised = np.array([m.sum() for m in self._masks], dtype=np.int32)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._lengths)
+
+    def lengths(self, ids: Any) -> Any:
+        return self._lengths[ids]
+
+    def num_supervised(self, ids: Any) -> Any:
+        return self._num_supervised[ids]
 
     def sample(self, index: int) -> tuple[Any, Any]:
         return self._ids[index], self._masks[index]
 
     def origin(self, index: int) -> str:
         return f"ragged:{index}"
+
+
+def plan_of(samples: Ragged, world_size: int, limits: Limits, *, packing: bool, batch: int = BATCH) -> StepPlan:
+    return StepPlan(samples, Order.plain(5, len(samples)), batch, world_size, limits, packing)
 
 
 class Recorder(lightning.Callback):
@@ -92,7 +103,7 @@ def run(model_type: str, adapter: str, packing: bool, limits: Limits, world_size
         seed=0,
     )
     trainer = build_trainer(machine(world_size), total_steps=STEPS, callbacks=[recorder], folder=Path())
-    plan = StepPlan(samples.lengths, samples.num_supervised, 5, BATCH, world_size, limits, packing)
+    plan = plan_of(samples, world_size, limits, packing=packing)
     steps = StepDataset(samples, plan, trainer.global_rank, pad_id=0)
     trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))
     weights = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -136,7 +147,7 @@ def run_poisoned(model_type: str, world_size: int) -> dict[str, Any]:
         seed=0,
     )
     trainer = build_trainer(machine(world_size), total_steps=STEPS, callbacks=[weights], folder=Path())
-    plan = StepPlan(samples.lengths, samples.num_supervised, 5, BATCH, world_size, Limits(), True)
+    plan = plan_of(samples, world_size, Limits(), packing=True)
     steps = StepDataset(samples, plan, trainer.global_rank, pad_id=0)
     trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))
     return {"skipped": weights.skipped, "after": weights.after}

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from qwlit.data.batches import StepDataset, train_loader
-from qwlit.data.step_plan import Limits, StepPlan
+from qwlit.data.step_plan import Limits
 from qwlit.model.attention import register_attention
 from qwlit.model.loss_model import LossModel
 from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.optim.schedules import build_schedule
 from qwlit.training.module import CausalLMModule
 from qwlit.training.trainer import build_trainer
-from tests.invariance.worker import Ragged, machine
+from tests.invariance.worker import Ragged, machine, plan_of
 from tests.tiny import tiny_causal_lm
 
 STEPS, BATCH, LR, DECAY, CLIP = 5, 8, 1e-2, 0.1, 0.5
@@ -71,7 +71,7 @@ def test_five_steps_equal_plain_torch_in_loss_norm_rate_and_weights(family):
         max_grad_norm=CLIP,
         seed=0,
     )
-    plan = StepPlan(samples.lengths, samples.num_supervised, 5, BATCH, 1, Limits(rows=3), True)
+    plan = plan_of(samples, 1, Limits(rows=3), packing=True, batch=BATCH)
     trainer = build_trainer(machine(1), total_steps=STEPS, callbacks=[seen], folder=Path())
     steps = StepDataset(samples, plan, 0, pad_id=0)
     trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))

@@ -31,6 +31,14 @@ def test_train_help_lists_every_group_and_setting(tmp_path):
         assert word in done.stdout
 
 
+def test_inspect_help_shows_its_own_words_and_the_settings_of_data(tmp_path):
+    done = qwlit(["inspect", "--help"], tmp_path)
+    assert done.returncode == 0
+    for word in ("output=json", "sample=N", "data.loss_on=assistant", "data.too_long=auto", "num_supervised_tokens"):
+        assert word in done.stdout
+    assert "optim.lr" not in done.stdout
+
+
 def test_cfg_job_prints_the_settings_and_trains_nothing(tmp_path):
     done = qwlit(["train", "experiment=demo", "--cfg", "job"], tmp_path)
     assert done.returncode == 0
@@ -41,6 +49,15 @@ def test_cfg_job_prints_the_settings_and_trains_nothing(tmp_path):
     ("words", "said"),
     [
         (["trian"], "no such verb. Did you mean 'train'"),
+        (["inspect", *TINY, "output=jsn"], "output=jsn: choose one of text, json.*'json'"),
+        (["inspect", *TINY, "sample=first"], "sample=first: give a sample's number"),
+        (["inspect", *TINY, "sample=8000"], "sample=8000: there are 8000 samples, 0 to 7999"),
+        (["inspect", *TINY, "data.loss_on=assistent"], "data.loss_on=assistent: .*Did you mean 'assistant'"),
+        (["inspect", *TINY, "data.path=[]"], "data.path=.*the list is empty"),
+        (["inspect", *TINY, "data.path=[{path:a,weigth:2}]"], "'weigth' is no setting of a part"),
+        (["inspect", *TINY, "data.path=[{path:a,weight:0}]"], "weight 0 of a must be a number above 0"),
+        (["inspect", *TINY, "data.path=[{path:a,weight:1},b]"], "give every part a weight, or none"),
+        (["inspect", *TINY, "data.val_path=[{path:a,weight:1}]"], "data.val_path takes no weights"),
         (["train", "--hlep"], "no such option. Did you mean '--help'"),
         (["train", "experiment=demo", "optim.lr=abc"], "optim.lr=abc"),
         (["train", "hardware=a100x4", "recipe=full_sft"], "hardware=a100x4 needs 4 CUDA devices.*experiment=demo"),

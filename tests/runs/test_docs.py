@@ -10,6 +10,8 @@ import pytest
 from nbclient import NotebookClient
 
 from qwlit.config.compose import compose
+from qwlit.data.formats import KEYS, RowParser, recognise_format
+from qwlit.data.rows import parse_json_object
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,7 +27,11 @@ def test_the_notebook_runs(tmp_path):
 
 
 def shown_commands() -> list[str]:
-    found = [c for page in PAGES for c in re.findall(r"python -m qwlit train ([^\n&`]+)", page.read_text("utf-8"))]
+    found = [
+        c
+        for page in PAGES
+        for c in re.findall(r"python -m qwlit (?:train|inspect) ([^\n&`]+)", page.read_text("utf-8"))
+    ]
     sbatch = (ROOT / "slurm" / "train.sbatch").read_text()
     return found + re.findall(r"sbatch slurm/train.sbatch (.+)", sbatch)
 
@@ -37,6 +43,15 @@ def test_a_command_shown_in_the_documents_composes(words):
 
 def test_documents_show_commands():
     assert len(shown_commands()) >= 4
+
+
+def test_the_rows_shown_are_read_and_every_format_is_described():
+    page = (ROOT / "docs" / "data.md").read_text("utf-8")
+    shown = [parse_json_object(line.encode()) for line in re.search(r"```json\n(.*?)```", page, re.S)[1].splitlines()]
+    for row in shown:
+        RowParser("auto", 100, "assistant")(row)
+    assert {recognise_format(row) for row in shown} == set(KEYS) - {"tokenized"}
+    assert re.findall(r"^\| `(\w+)` \| `(?:messages|conv|input_ids|instr|prompt|text)", page, re.M) == list(KEYS)
 
 
 def test_the_sbatch_file_is_sound_shell_and_its_tasks_match_the_profile_it_names():

@@ -66,7 +66,10 @@ def test_a_run_leaves_the_folder_that_scripts_rely_on(chat, tmp_path):
         assert (run / name).is_file()
     done = summary(run)
     assert (done["status"], done["steps"], done["resumed_from"], done["skipped_steps"]) == ("done", 10, None, 0)
-    assert done["rows"] == {"read": 61, "accepted": 60, "too_long": 0, "quarantined": 1}
+    assert done["rows"] == {
+        **{"read": 61, "accepted": 60, "too_long": 0, "quarantined": 1},
+        **{"truncated": 0, "split": 0, "duplicates": 0},
+    }
     assert done["train_loss_first"] == losses(run)[0][1] and done["train_loss_last"] == losses(run)[-1][1]
     assert [step for step, _ in losses(run)] == list(range(1, 11))
     validations = {row["step"]: row["val/loss"] for row in rows(run) if "val/loss" in row}

@@ -1,19 +1,27 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwlit.data.chat import ChatEncoder
+from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import small_tokenizer
-from tests.stores import VOCAB, build, messages, tokens, write
+from tests.stores import VOCAB, build, messages, num_supervised, tokens, write
 
-GOOD_ROWS = [
+CALL = {"name": "add", "arguments": '{"a": 1}'}
+GOOD_ROWS: list[Any] = [
     messages("Yes."),
-    tokens(3),
     messages("<think>\nhm\n</think>\n\n好。"),
+    {"messages": [*messages("x")["messages"], {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+    tokens(3),
     {"input_ids": [1, 2], "labels": [1, 2]},
+    {"input_ids": "[1, 2, 3]", "loss_mask": "[0, 1, 1]"},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}], "system": "Be brief."},
+    {"instruction": "Hi", "input": "", "output": "Yes.", "history": [["One?", "Eins."]]},
+    {"prompt": "Hi", "completion": [{"role": "assistant", "content": "Yes."}]},
+    {"text": "It was the best of times, it was the worst of times; so much like the present period. " * 2},
 ]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -46,26 +54,40 @@ def mutated_row(draw: st.DrawFn) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> ChatEncoder:
-    return ChatEncoder(small_tokenizer("qwen3"))
+def tokenizer() -> TextTokenizer:
+    return TextTokenizer(small_tokenizer("qwen3"))
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(mutated_row(), min_size=1, max_size=12))
+@given(
+    rows=st.lists(mutated_row(), min_size=1, max_size=12),
+    too_long=st.sampled_from(["auto", "drop", "truncate", "split"]),
+    loss_on=st.sampled_from(["assistant", "last_assistant", "all"]),
+    thinking=st.sampled_from(["mask_empty", "keep", "drop"]),
+)
 def test_the_account_stays_exact_under_any_mutation(
-    tmp_path_factory: Any, encoder: ChatEncoder, rows: list[bytes]
+    tmp_path_factory: Any, tokenizer: TextTokenizer, rows: list[bytes], too_long: str, loss_on: str, thinking: str
 ) -> None:
     path = write(tmp_path_factory.mktemp("fuzz") / "rows.jsonl", [json.dumps(tokens(9)).encode(), *rows])
     num_rows = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
-    store = build(path, encoder, max_bad_ratio=1.0, max_seq_len=40)
+    store = build(path, tokenizer, max_seq_len=40, too_long=too_long, loss_on=loss_on, thinking=thinking)
     account = store.account
     assert account.read == num_rows == account.accepted + account.too_long + account.quarantined
-    assert len(store) == account.accepted >= 1
-    assert len(store.quarantine) == account.quarantined
-    assert all(row["reason"] for row in store.quarantine)
-    for index in range(len(store)):
+    assert account.truncated + account.split <= account.accepted <= len(store)
+    assert len({store.origin(index) for index in range(len(store))}) == account.accepted >= 1
+    assert len(store) == account.accepted or account.split
+    if too_long in ("truncate", "split"):
+        assert account.too_long == 0
+    quarantine = list(store.quarantine())
+    assert len(quarantine) == account.quarantined
+    assert all(row["reason"] for row in quarantine)
+    distinct = set()
+    for index, supervised in enumerate(num_supervised(store)):
         input_ids, mask = store.sample(index)
-        assert 2 <= len(input_ids) <= 40
+        assert 2 <= len(input_ids) == len(mask) <= 40
         assert 0 <= input_ids.min() <= input_ids.max() < VOCAB
         assert mask[0] == 0
-        assert mask.sum() == store.num_supervised[index] > 0
+        assert mask.sum() == supervised > 0
+        distinct.add(input_ids.tobytes())
+    assert account.duplicates == len(store) - len(distinct)
+    assert len(np.unique(store.digests(np.arange(len(store))))) == len(distinct)

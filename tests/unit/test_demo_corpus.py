@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 
+from qwlit.data.chat import ChatEncoder, resolve_template
+from qwlit.data.conversation import parse_conversation
+from qwlit.data.templates import Supervision
+from qwlit.data.tokenizer import TextTokenizer
+
 pytest.importorskip("babel")
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +130,19 @@ def test_rows_are_short(tokenizer: Any, rows: dict[str, list[dict[str, Any]]]) -
     assert max(length for plain, length in lengths if plain) <= 120
     assert max(length for _, length in lengths) < 400
     assert (DEMO / "train.jsonl").stat().st_size < 2.5e6
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_row_is_encoded_as_the_tokenizers_own_template_writes_it(
+    tokenizer: Any, rows: dict[str, list[dict[str, Any]]], split: str
+) -> None:
+    text_tokenizer = TextTokenizer(tokenizer)
+    encoder = ChatEncoder(text_tokenizer, resolve_template(tokenizer, "auto"), Supervision())
+    some = rows[split][::10]
+    conversations = [parse_conversation(row["messages"], row.get("tools")) for row in some]
+    for row, sample in zip(some, encoder.encode_batch(map(encoder.render, conversations)), strict=True):
+        assert sample.input_ids == tokenizer(render(tokenizer, row)).input_ids
+        assert 1 in sample.loss_mask
 
 
 def test_the_tokenizer_loads_offline_and_round_trips(tokenizer: Any, rows: dict[str, list[dict[str, Any]]]) -> None:

@@ -1,113 +1,79 @@
+import json
+from hashlib import sha256
 from typing import Any
 
 import pytest
 
-from qwlit.data.rows import Conversation, EncodedSample, Message, RowError, ToolCall, parse_row
+from qwlit.data.rows import Document, Reject, Row, RowError, parse_json_object
 
-
-def chat(*messages: Any, **row: Any) -> dict[str, Any]:
-    return {"messages": list(messages), **row}
-
-
-USER = {"role": "user", "content": "Hi"}
-ANSWER = {"role": "assistant", "content": "Hello"}
-CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
-
-
-def test_a_conversation_is_parsed_with_all_its_parts() -> None:
-    parts = [{"type": "text", "text": "Wie "}, {"type": "text", "text": "geht's?"}]
-    row = chat(
-        {"role": "system", "content": ""},
-        {"role": "user", "content": parts, "name": "ignored"},
-        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [CALL]},
-        {"role": "tool", "content": "2"},
-        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": '{"a": 2}'}]},
-        ANSWER | {"tool_calls": None, "reasoning_content": None},
-        tools=[{"name": "add"}],
-        id=7,
-    )
-    assert parse_row(row, "auto", 10) == Conversation(
-        messages=(
-            Message("system", ""),
-            Message("user", "Wie geht's?"),
-            Message("assistant", "", "hm", (ToolCall("add", {"a": 1}),)),
-            Message("tool", "2"),
-            Message("assistant", "", None, (ToolCall("add", '{"a": 2}'),)),
-            Message("assistant", "Hello"),
-        ),
-        tools=({"name": "add"},),
-    )
+LINE = b'{"a": 1, "b": [{"c": null}]}'
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    "raw",
     [
-        ({}, "unknown shape: keys none"),
-        ({"prompt": "a", "completion": "b"}, "'prompt', 'completion'; expected 'messages'"),
-        ({"input_ids": [1, 2]}, "unknown shape"),
-        ({"messages": []}, "at least one message"),
-        ({"messages": "Hi"}, "must be a list"),
-        (chat([USER, ANSWER]), "message 1 must be an object, not a list"),
-        (chat(USER), "no assistant message"),
-        (chat({"role": "system", "content": "x"}), "no assistant message"),
-        (chat(USER, ANSWER, {"role": "system", "content": "x"}), "only stand first"),
-        (chat({"role": "human", "content": "x"}, ANSWER), "role 'human' is none of system, user"),
-        (chat({"content": "x"}, ANSWER), "role 'None'"),
-        (chat({"role": ["user"], "content": "x"}, ANSWER), "message 1: role"),
-        (chat({"role": "user"}, ANSWER), "message 1: 'content' must be a string or a list of text parts, not null"),
-        (chat({"role": "user", "content": {"text": "x"}}, ANSWER), "not an object"),
-        (chat({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER), "not a list"),
-        (chat({"role": "user", "content": [{"type": "audio", "text": "x"}]}, ANSWER), "type 'text'"),
-        (chat(USER, {"role": "assistant", "content": None}), "message 2: 'content'"),
-        (chat(USER, {"role": "assistant", "content": " \n"}), "message 2: the assistant says nothing"),
-        (chat(USER, ANSWER | {"reasoning_content": 3}), "'reasoning_content' must be a string, not a number"),
-        (chat(USER | {"tool_calls": [CALL]}, ANSWER), "only an assistant"),
-        (chat(USER, ANSWER | {"tool_calls": "add"}), "'tool_calls' must be a list"),
-        (chat(USER, ANSWER | {"tool_calls": ["add"]}), "'name' and 'arguments'"),
-        (chat(USER, ANSWER | {"tool_calls": [{"function": {"name": 1}}]}), "'name' and 'arguments'"),
-        (chat(USER, ANSWER | {"tool_calls": [{"name": "a"}]}), "'arguments' must be an object"),
-        (chat(USER, ANSWER | {"tool_calls": [{"name": "a", "arguments": "{"}]}), "'arguments' must be an object"),
-        (chat(USER, ANSWER | {"tool_calls": [{"name": "a", "arguments": "[1]"}]}), "'arguments' must be an object"),
-        (chat(USER, ANSWER, tools={"name": "add"}), "'tools' must be a list"),
-        (chat(USER, ANSWER, tools=["add"]), "'tools' must be a list"),
-        ({"input_ids": "12", "labels": [1, 2]}, "list of whole numbers"),
-        ({"input_ids": [1, 2.0], "labels": [1, 2]}, "list of whole numbers"),
-        ({"input_ids": [1, True], "labels": [1, 1]}, "list of whole numbers"),
-        ({"input_ids": [1], "labels": [1]}, "2 are the least"),
-        ({"input_ids": [], "labels": []}, "2 are the least"),
-        ({"input_ids": [1, -2], "labels": [1, -2]}, "token id -2 is not within"),
-        ({"input_ids": [1, 10], "labels": [1, 10]}, "token id 10 is not within the vocabulary of 10"),
-        ({"input_ids": [1, 2], "labels": [1, 2], "loss_mask": [0, 1]}, "keep one"),
-        ({"input_ids": [1, 2], "labels": [1]}, "as long as 'input_ids'"),
-        ({"input_ids": [1, 2], "labels": None}, "as long as 'input_ids'"),
-        ({"input_ids": [1, 2], "labels": [1, 3]}, "label 3 at position 1 is neither the token 2 nor -100"),
-        ({"input_ids": [1, 2], "labels": [1, "2"]}, "label 2 at position 1"),
-        ({"input_ids": [1, 2], "loss_mask": [0, 1, 1]}, "as long as 'input_ids'"),
-        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "only 0 and 1"),
-        ({"input_ids": [1, 2], "loss_mask": [0, 1.0]}, "only 0 and 1"),
-        ({"input_ids": [1, 2], "loss_mask": 1}, "as long as 'input_ids'"),
+        LINE,
+        b"\xef\xbb\xbf" + LINE,
+        b"  " + LINE + b"\r\n",
+        b'{"a":"\\ud83c\\udf89"}',
+        b'{"a": 1e308, "b": -0.0}',
+        b"{}",
     ],
 )
-def test_a_wrong_row_is_refused_with_its_reason(row: dict[str, Any], reason: str) -> None:
+def test_one_json_object_is_read_as_json_reads_it(raw: bytes) -> None:
+    assert parse_json_object(raw) == json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (LINE[:-5], "not valid JSON"),
+        (LINE + LINE, "not valid JSON: Extra data at column 29"),
+        (b'{"messages": "\xff"}', "not valid UTF-8 at byte 15"),
+        (LINE.decode().encode("utf-16-le"), "not valid JSON"),
+        (b"[1, 2]", "must be a JSON object, not a list"),
+        (b'"text"', "not a string"),
+        (b"3.5", "not a number"),
+        (b"null", "not null"),
+        (b"true", "not true or false"),
+        (b'{"x": NaN}', "NaN is no JSON value"),
+        (b'{"x": -Infinity}', "-Infinity is no JSON value"),
+        (b'{"x": [1e999]}', "the number 1e999 is too large"),
+        (b'{"x": -1e999}', "the number -1e999 is too large"),
+        (b'{"x": 1, "y": 2, "x": 1}', "the key 'x' stands twice"),
+        (b'{"y": [{"x": 1, "\\u0078": 2}]}', "the key 'x' stands twice"),
+        (b'{"x": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"\\udfff": 1}', "half of a surrogate pair"),
+        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not readable as JSON"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+        (b'{"x": "a\x00b"}', "not valid JSON"),
+        (b"Es war einmal.", "not valid JSON"),
+        (b'{"' + b"k" * 900 + b'": 1, "' + b"k" * 900 + b'": 2}', "stands twice"),
+    ],
+)
+def test_anything_else_is_refused_with_a_short_reason(raw: bytes, reason: str) -> None:
     with pytest.raises(RowError) as raised:
-        parse_row(row, "auto", 10)
+        parse_json_object(raw)
     assert reason in str(raised.value)
+    assert len(str(raised.value)) < 200
 
 
-def test_tokenized_rows_by_labels_and_by_mask_are_the_same_sample() -> None:
-    expected = EncodedSample([4, 5, 6], [0, 0, 1])
-    assert parse_row({"input_ids": [4, 5, 6], "labels": [-100, -100, 6]}, "auto", 10) == expected
-    assert parse_row({"input_ids": [4, 5, 6], "loss_mask": [0, 0, 1]}, "tokenized", 10) == expected
+@pytest.mark.parametrize(
+    ("content", "raw"),
+    [
+        (LINE, LINE),
+        (Document("二\n"), "二\n".encode()),
+        ({"text": "二", "n": 1}, '{"text": "二", "n": 1}'.encode()),
+        ({"text": "\ud800"}, b'{"text": "\xed\xa0\x80"}'),
+    ],
+)
+def test_a_row_put_aside_is_known_by_the_hash_of_what_it_was(content: Any, raw: bytes) -> None:
+    assert Row(2, 7, content).reject("why") == Reject(2, 7, "why", sha256(raw).hexdigest())
 
 
-def test_the_first_token_is_never_learnt() -> None:
-    for key, value in {"labels": [4, 5], "loss_mask": [1, 1]}.items():
-        sample = parse_row({"input_ids": [4, 5], key: value}, "auto", 10)
-        assert sample == EncodedSample([4, 5], [0, 1])
-
-
-def test_a_set_format_refuses_rows_of_the_other() -> None:
-    with pytest.raises(RowError, match=r"a messages row where data\.format=tokenized"):
-        parse_row(chat(USER, ANSWER), "tokenized", 10)
-    with pytest.raises(RowError, match=r"a tokenized row where data\.format=messages"):
-        parse_row({"input_ids": [1, 2], "labels": [1, 2]}, "messages", 10)
+def test_a_tables_row_and_a_text_have_their_value_at_once() -> None:
+    document = Document("x", is_last=False)
+    assert Row(0, 1, {"a": 1}).value() == {"a": 1}
+    assert Row(0, 1, document).value() is document
+    assert not document.is_whole
+    assert Document("x").is_whole

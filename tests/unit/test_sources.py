@@ -1,144 +1,308 @@
-import codecs
-import json
+import os
+import time
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 
 from qwlit.core.errors import DataError
-from qwlit.data.sources import MAX_ROW_BYTES, Reject, Row, find_files, read_rows
-
-GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-LINE = json.dumps(GOOD).encode()
-
-
-def read(path: Path) -> list[Row | Reject]:
-    return list(read_rows(find_files(str(path))))
+from qwlit.data.config import DataConfig, DataPart, parts_of
+from qwlit.data.sources import File, HubData, find_sources
+from tests.stores import write
 
 
-def written(folder: Path, content: bytes, name: str = "rows.jsonl") -> Path:
-    path = folder / name
-    path.write_bytes(content)
-    return path
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"{}\n")
 
 
-BROKEN_LINES = {
-    "truncated": (LINE[:-9], "not valid JSON"),
-    "two objects": (LINE + LINE, "not valid JSON: Extra data"),
-    "invalid UTF-8": (b'{"messages": "\xff"}', "not valid UTF-8 at byte 15"),
-    "UTF-16": (LINE.decode().encode("utf-16-le"), "not valid JSON"),
-    "a list": (b"[1, 2]", "must be a JSON object, not a list"),
-    "a string": (b'"text"', "not a string"),
-    "a number": (b"3.5", "not a number"),
-    "null": (b"null", "not null"),
-    "NaN": (b'{"x": NaN}', "NaN"),
-    "minus infinity": (b'{"x": -Infinity}', "-Infinity"),
-    "lone surrogate": (b'{"x": "\\ud800"}', "surrogate"),
-    "surrogate in a key": (b'{"\\udfff": 1}', "surrogate"),
-    "deep nesting": (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not readable as JSON"),
-    "endless number": (b'{"x": ' + b"9" * 5000 + b"}", "not readable as JSON"),
-    "control characters": (b'{"x": "a\x00b"}', "not valid JSON"),
-    "10 MB": (b'{"x": "' + b"y" * 10_000_000 + b'"}', "10,000,010 bytes long"),
-    "plain prose": (b"Es war einmal.", "not valid JSON"),
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN_LINES)
-def test_a_broken_line_is_one_reject_and_its_neighbours_are_read(kind: str, tmp_path: Path) -> None:
-    broken, reason = BROKEN_LINES[kind]
-    before, reject, after = read(written(tmp_path, LINE + b"\n" + broken + b"\n" + LINE))
-    assert isinstance(before, Row)
-    assert isinstance(reject, Reject)
-    assert isinstance(after, Row)
-    assert (before.value, after.value, after.line) == (GOOD, GOOD, 3)
-    assert reason in reject.reason
-    assert reject.line == 2
-    assert len(reject.reason) < 200
-
-
-def test_the_hash_of_a_reject_is_of_its_raw_line(tmp_path: Path) -> None:
-    for broken in (b"{\n", b"x" * (2 * MAX_ROW_BYTES + 5) + b"\n"):
-        reject, row = read(written(tmp_path, broken + LINE))
-        assert isinstance(reject, Reject)
-        assert reject.sha256 == sha256(broken).hexdigest()
-        assert isinstance(row, Row)
-
-
-def test_empty_lines_are_no_rows_and_do_not_move_line_numbers(tmp_path: Path) -> None:
-    rows = read(written(tmp_path, b"\n  \n" + LINE + b"\r\n\n" + LINE + b"\n\n"))
-    assert [row.line for row in rows] == [3, 5]
-    assert all(isinstance(row, Row) for row in rows)
-
-
-def test_byte_order_marks_are_ignored_even_where_files_were_joined(tmp_path: Path) -> None:
-    content = codecs.BOM_UTF8 + LINE + b"\n" + codecs.BOM_UTF8 + LINE
-    assert [row.value for row in read(written(tmp_path, content)) if isinstance(row, Row)] == [GOOD, GOOD]
-    array = codecs.BOM_UTF8 + b"[" + LINE + b"]"
-    assert [row.value for row in read(written(tmp_path, array, "a.json")) if isinstance(row, Row)] == [GOOD]
-
-
-def test_json_may_be_an_array_or_an_object_per_line(tmp_path: Path) -> None:
-    array = written(tmp_path, b" [\n" + LINE + b",\n" + LINE + b"\n]\n", "array.json")
-    lines = written(tmp_path, LINE + b"\n" + LINE, "lines.json")
-    for path in (array, lines):
-        rows = read(path)
-        assert [(row.line, row.value) for row in rows if isinstance(row, Row)] == [(1, GOOD), (2, GOOD)]
+def found(path: Path | str, below: Path) -> list[str]:
+    return [str(file.path.relative_to(below)) for file in find_sources(str(path)) if isinstance(file, File)]
 
 
 @pytest.mark.parametrize(
-    ("array", "good", "reasons"),
+    ("name", "suffix"),
     [
-        (b"[%s, %s", 2, ["breaks off"]),
-        (b'[%s, %s, {"messages": [', 2, ["breaks off"]),
-        (b"[%s %s]", 1, ["breaks off"]),
-        (b"[%s, %s] trailing", 2, ["text after"]),
-        (b'[%s, NaN, {"x": NaN}, 3, %s]', 2, ["NaN", "NaN", "not a number"]),
-        (b'[%s, {"x": "\xff"}, {"x": "\\ud800"}, %s]', 2, ["UTF-8", "surrogate"]),
-        (b"[%s, %s,]", 2, []),
+        *((f"rows{suffix}", suffix) for suffix in (".jsonl", ".json", ".parquet", ".csv", ".txt")),
+        *((f"rows{suffix}.gz", suffix) for suffix in (".jsonl", ".json", ".csv", ".txt")),
+        ("ROWS.JSONL", ".jsonl"),
+        ("rows.v2.Json.GZ", ".json"),
     ],
 )
-def test_a_damaged_array_loses_only_the_damaged_part(
-    array: bytes, good: int, reasons: list[str], tmp_path: Path
-) -> None:
-    rows = read(written(tmp_path, array % (LINE, LINE), "array.json"))
-    assert sum(isinstance(row, Row) for row in rows) == good
-    rejects = [row.reason for row in rows if isinstance(row, Reject)]
-    assert len(rejects) == len(reasons)
-    assert all(part in reason for part, reason in zip(reasons, rejects, strict=True))
+def test_a_file_is_one_source_and_its_ending_tells_what_it_is(name: str, suffix: str, tmp_path: Path) -> None:
+    touch(tmp_path, name)
+    (file,) = find_sources(str(tmp_path / name))
+    assert isinstance(file, File)
+    assert (file.path, file.suffix, file.name) == (tmp_path / name, suffix, name)
+    assert file.is_compressed == name.lower().endswith(".gz")
+    assert file.num_bytes() == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n \n", codecs.BOM_UTF8])
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
-def test_a_file_without_rows_is_an_error(content: bytes, name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{name}' has no rows"):
-        read(written(tmp_path, content, name))
-    with pytest.raises(DataError, match=r"empty\.json' has no rows"):
-        read(written(tmp_path, b"[ ]", "empty.json"))
+def test_a_file_of_the_package_is_found() -> None:
+    (file,) = find_sources("qwlit:demo/val.jsonl")
+    assert file.name == "val.jsonl"
 
 
 def test_a_folder_is_its_data_files_in_sorted_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.json", "c.txt"):
-        written(tmp_path, LINE, name)
-    (tmp_path / "d.jsonl").mkdir()
-    assert [file.name for file in find_files(str(tmp_path))] == ["a.json", "b.jsonl"]
+    touch(tmp_path, "b.jsonl", "a.json", "c.jsonl.gz", "README.md", ".hidden.jsonl", "_half.jsonl", "d.jsonl/e.jsonl")
+    assert found(tmp_path, tmp_path) == ["a.json", "b.jsonl", "c.jsonl.gz"]
+    assert found(f"{tmp_path}/", tmp_path) == ["a.json", "b.jsonl", "c.jsonl.gz"]
 
 
-def test_paths_that_lead_nowhere_are_errors_that_name_them(tmp_path: Path) -> None:
-    written(tmp_path, LINE, "train.jsonl")
-    written(tmp_path, LINE, "rows.parquet")
-    (tmp_path / "folder").mkdir()
+def test_a_glob_is_the_files_that_match_in_sorted_order(tmp_path: Path) -> None:
+    touch(tmp_path, "b.jsonl", "a.jsonl", "x.txt", "deep/c.jsonl", "deep/er/d.jsonl", "deep/er/d.csv")
+    (tmp_path / "e.jsonl").mkdir()
+    assert found(tmp_path / "*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl"]
+    assert found(tmp_path / "**/*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl", "deep/c.jsonl", "deep/er/d.jsonl"]
+    assert found(tmp_path / "deep/er/[a-d].csv", tmp_path) == ["deep/er/d.csv"]
+
+
+def test_a_glob_in_the_working_folder_is_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.jsonl", "deep/b.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert [str(file) for file in find_sources("**/*.jsonl")] == ["a.jsonl", "deep/b.jsonl"]
+
+
+def test_a_glob_meets_a_file_once_whatever_links_lead_to_it(tmp_path: Path) -> None:
+    touch(tmp_path, "deep/a.jsonl")
+    (tmp_path / "deep/up").symlink_to(tmp_path)
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "deep/a.jsonl")
+    assert len(find_sources(str(tmp_path / "**/*.jsonl"))) == 1
+
+
+def test_an_empty_path_is_not_the_working_folder() -> None:
+    with pytest.raises(DataError, match="a path is empty"):
+        find_sources("")
+
+
+def test_links_that_lead_in_circles_do_not_multiply_files_or_hang(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "a.jsonl")
+    for name in ("up", "again"):
+        (tmp_path / "d" / name).symlink_to(tmp_path / "d")
+    assert [str(source) for source in find_sources(str(tmp_path / "**" / "*.jsonl"))] == [f"{tmp_path}/d/a.jsonl"]
+    with pytest.raises(DataError, match="is no pattern"):
+        find_sources(str(tmp_path / "a**b" / "*.jsonl"))
+
+
+def test_a_link_to_nowhere_in_a_folder_is_not_left_out_silently(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl is a link that leads nowhere"):
+        find_sources(str(tmp_path))
+
+
+def test_a_name_that_looks_like_a_glob_is_first_of_all_a_name(tmp_path: Path) -> None:
+    touch(tmp_path, "rows[1].jsonl", "rows1.jsonl", "all[x]/a.jsonl")
+    assert found(tmp_path / "rows[1].jsonl", tmp_path) == ["rows[1].jsonl"]
+    assert found(tmp_path / "all[x]", tmp_path) == ["all[x]/a.jsonl"]
+
+
+def test_files_of_several_kinds_are_asked_about(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl", "README.txt", "b.json")
+    for path in (tmp_path, tmp_path / "*"):
+        with pytest.raises(DataError, match=r"holds \.json and \.jsonl and \.txt files; name one kind, e\.g\. '\*"):
+            find_sources(str(path))
+    touch(tmp_path / "tables", "a.csv", "b.parquet")
+    assert len(find_sources(str(tmp_path / "tables"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("trian.jsonl", r"trian.jsonl' does not exist\. Did you mean 'train.jsonl'\?"),
+        ("no/such/folder", "no/such/folder' does not exist"),
+        ("rows.xlsx", r"must end in \.jsonl, \.json, \.parquet, \.csv, \.txt \(text ones also \.gz\)"),
+        ("rows.parquet.gz", r"must end in \.jsonl"),
+        ("rows.gz", r"must end in \.jsonl"),
+        ("empty", r"holds no \.jsonl, \.json, \.parquet, \.csv, \.txt file$"),
+        ("nested", r"holds no .* file; for folders in it write '.*nested/\*\*/\*\.jsonl'"),
+        ("loop.jsonl", "loop.jsonl'"),
+        ("*.csv", r"no file matches '.*\*\.csv'"),
+        ("rows.*", r"matches .*rows\.(gz|xlsx|parquet\.gz), which does not end in \.jsonl"),
+        ("train.jsonl/x", "cannot be read|does not exist"),
+        ("x" * 5000, "cannot be read: File name too long"),
+    ],
+)
+def test_paths_that_lead_nowhere_are_errors_that_name_them(path: str, message: str, tmp_path: Path) -> None:
+    touch(tmp_path, "train.jsonl", "rows.xlsx", "rows.parquet.gz", "rows.gz", "nested/deep/a.jsonl")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
-    for name, message in {
-        "trian.jsonl": r"trian.jsonl' does not exist\. Did you mean 'train.jsonl'\?",
-        "no/such/folder": "no/such/folder' does not exist",
-        "rows.parquet": r"must end in \.jsonl or \.json",
-        "folder": r"holds no \.jsonl or \.json file",
-        "loop.jsonl": "loop.jsonl'",
-    }.items():
-        with pytest.raises(DataError, match=message):
-            find_files(str(tmp_path / name))
+    with pytest.raises(DataError, match=message):
+        find_sources(str(tmp_path / path))
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("hf:org/name", HubData("org/name", None, "train")),
+        ("hf:org/name:test", HubData("org/name", None, "test")),
+        ("hf:name", HubData("name", None, "train")),
+        ("hf:org/name/config", HubData("org/name", "config", "train")),
+        ("hf:org/name/config:test", HubData("org/name", "config", "test")),
+        ("hf:/data/rows:val", HubData("/data/rows", None, "val")),
+        ("hf:./rows", HubData("./rows", None, "train")),
+    ],
+)
+def test_hf_names_a_data_set_of_the_hub_its_configuration_and_its_split(path: str, expected: HubData) -> None:
+    (source,) = find_sources(path)
+    assert source == expected
+    assert find_sources(str(source)) == [source]
+
+
+@pytest.mark.parametrize("path", ["hf:", "hf:org/name:", "hf::test", "hf:org/name:a:b"])
+def test_a_hub_name_that_cannot_be_read_is_an_error_that_shows_how(path: str) -> None:
+    with pytest.raises(DataError, match=r"write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT"):
+        find_sources(path)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The library `datasets` and a function that sets how the hub, and then the library, answer."""
+    datasets = pytest.importorskip("datasets")
+
+    def answers(of_hub: Exception | None, of_library: Any) -> None:
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: _answer(of_hub))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: _answer(of_library))
+
+    return answers
+
+
+def _answer(value: Any) -> Any:
+    if isinstance(value, Exception):
+        raise value
+    return value() if callable(value) else value
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_with_the_remedy(hub: Any) -> None:
+    hub(ConnectionError("no route to host\nwith a second line"), OSError("nothing in the cache"))
+    with pytest.raises(DataError) as raised:
+        HubData("org/name", None, "train").load()
+    assert str(raised.value).startswith(
+        "hf:org/name:train cannot be loaded (the hub cannot be reached: no route to host); where the hub cannot"
+    )
+    assert "\n" not in str(raised.value)
+
+
+def test_data_that_the_library_cannot_load_is_one_line_with_its_reason(hub: Any) -> None:
+    hub(None, ValueError("Unknown split 'trian'\nand more"))
+    with pytest.raises(DataError, match=r"^hf:org/name:trian cannot be loaded \(Unknown split 'trian'\);[^\n]*$"):
+        HubData("org/name", None, "trian").load()
+
+
+def test_without_the_hub_the_library_is_asked_for_what_its_cache_holds(hub: Any) -> None:
+    import datasets.config
+
+    usual = datasets.config.HF_HUB_OFFLINE
+    hub(ConnectionError("no route to host"), lambda: [datasets.config.HF_HUB_OFFLINE])
+    assert HubData("org/name", None, "train").load() == [True]
+    assert usual == datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_folder_read_by_datasets_has_a_digest_that_follows_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    digests = []
+    for content in (b'{"text": "a"}\n{"text": "b"}\n', b'{"text": "c"}\n'):
+        write(tmp_path / "rows/train.jsonl", [content])
+        (source,) = find_sources(f"hf:{tmp_path}/rows")
+        assert isinstance(source, HubData)
+        digests += [source.digest(tmp_path), source.digest(tmp_path)]
+    assert list(source.load()) == [{"text": "c"}]
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+
+
+def test_the_digest_is_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl", "deep/b.jsonl")
+    digests = [File(tmp_path / name).digest(tmp_path / "cache") for name in ("a.jsonl", "deep/b.jsonl")]
+    assert digests == [sha256(b"{}\n").hexdigest()] * 2
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file counts as long unchanged, however new it is."""
+    monkeypatch.setattr("qwlit.data.sources.RACY_SECONDS", -3600.0)
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_unchanged_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    path.write_bytes(b"{}\n")
+    first = File(path).digest(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+        assert File(path).digest(cache) == first
+    (known,) = cache.glob("*.digest")
+    for damage in (b"", b"[]", b'{"stamp": 1}', b"\xff"):
+        known.write_bytes(damage)
+        assert File(path).digest(cache) == first
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("content", [b"[2]\n", b"[1]\n\n"])
+def test_a_file_changed_or_replaced_is_read_again_even_where_its_time_is_set_back(
+    content: bytes, tmp_path: Path
+) -> None:
+    path, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    path.write_bytes(b"[1]\n")
+    stat = path.stat()
+    before = File(path).digest(cache)
+    time.sleep(0.02)
+    replacement = tmp_path / "new"
+    replacement.write_bytes(content)
+    os.utime(replacement, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    replacement.replace(path)
+    assert File(path).digest(cache) == sha256(content).hexdigest() != before
+    time.sleep(0.02)
+    path.write_bytes(content[::-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert File(path).digest(cache) == sha256(content[::-1]).hexdigest()
+
+
+def test_a_file_changed_within_the_same_second_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # However slow the machine is, these changes count as close to one another.
+    monkeypatch.setattr("qwlit.data.sources.RACY_SECONDS", 3600.0)
+    path, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    for number in range(20):
+        path.write_bytes(b"[%02d]\n" % number)
+        assert File(path).digest(cache) == sha256(b"[%02d]\n" % number).hexdigest()
+    assert not list(cache.glob("*"))
 
 
 def test_a_file_that_vanished_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
-        list(read_rows([tmp_path / "vanished.jsonl"]))
+    with pytest.raises(DataError, match=r"vanished\.jsonl' cannot be read: No such file"):
+        File(tmp_path / "vanished.jsonl").digest(tmp_path / "cache")
+
+
+def test_a_path_is_one_part_and_a_list_several() -> None:
+    assert parts_of(None) == ()
+    assert parts_of(DataConfig(path="a.jsonl").path) == (DataPart(path="a.jsonl"),)
+    listed = DataConfig(path=["a.jsonl", {"path": "b.csv", "weight": 3}])  # type: ignore[arg-type]
+    assert parts_of(listed.path) == (DataPart(path="a.jsonl"), DataPart(path="b.csv", weight=3.0))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ([], "the list is empty"),
+        ([3], r"3 is neither a path nor \{path:…,weight:…\}"),
+        (["a.jsonl", None], "None is neither a path nor"),
+        ([["a.jsonl"]], r"\[a.jsonl\] is neither a path nor"),
+        ([{"weight": 2}], r"\{weight:2\} is neither a path nor"),
+        ([{"path": 3}], r"\{path:3\} is neither a path nor"),
+        ([{"path": "a.jsonl", "weight": 0}], "weight 0 of a.jsonl must be a number above 0"),
+        ([{"path": "a.jsonl", "weight": -1}], "must be a number above 0"),
+        ([{"path": "a.jsonl", "weight": float("inf")}], "must be a number above 0"),
+        ([{"path": "a.jsonl", "weight": float("nan")}], "must be a number above 0"),
+        ([{"path": "a.jsonl", "weight": "3"}], "must be a number above 0"),
+        ([{"path": "a.jsonl", "wieght": 3}], "'wieght' is no setting of a part"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_an_error(path: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(path=path)

@@ -6,13 +6,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwlit.core.errors import ConfigError
+from qwlit.data.order import Order
+from qwlit.data.samples import Indices
 from qwlit.data.step_plan import Limits, StepPlan, lay_out
 from qwlit.training.milestones import Rhythm
 
 
-def make_plan(lengths, *, global_batch_size=4, world_size=1, limits=None, packing=True, seed=0) -> StepPlan:
-    lengths = np.asarray(lengths, dtype=np.int32)
-    return StepPlan(lengths, np.ones_like(lengths), seed, global_batch_size, world_size, limits or Limits(), packing)
+class Sized:
+    """Samples that have a length and nothing else."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self._lengths = np.array(lengths, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def lengths(self, ids: Indices) -> np.ndarray:
+        return self._lengths[ids]
+
+
+def make_plan(lengths, *, global_batch_size=4, world_size=1, limits=None, packing=True, seed=0, order=None) -> StepPlan:
+    order = order or Order.plain(seed, len(lengths))
+    return StepPlan(Sized(lengths), order, global_batch_size, world_size, limits or Limits(), packing)
 
 
 def test_every_epoch_sees_every_sample_once_also_where_a_step_straddles_two_epochs():
@@ -26,6 +41,28 @@ def test_every_epoch_sees_every_sample_once_also_where_a_step_straddles_two_epoc
 def test_a_step_is_a_pure_function_of_seed_and_number():
     assert make_plan([5] * 50).samples(7).tolist() == make_plan([5] * 50).samples(7).tolist()
     assert make_plan([5] * 50).samples(7).tolist() != make_plan([5] * 50, seed=1).samples(7).tolist()
+
+
+def test_a_step_is_the_orders_samples_at_its_positions():
+    order = Order.weighted(3, (4, 6), (3, 1))
+    plan = make_plan([5] * 10, global_batch_size=4, order=order)
+    steps = [plan.samples(step).tolist() for step in range(7)]
+    assert np.concatenate(steps).tolist() == order.at(np.arange(28)).tolist()
+    assert plan.samples(3).tolist() == steps[3]
+
+
+def test_a_layout_is_of_the_lengths_of_the_steps_samples():
+    lengths = list(range(2, 42))
+    plan = make_plan(lengths, global_batch_size=8, world_size=2, limits=Limits(tokens=60))
+    for step in range(3):
+        samples = plan.samples(step)
+        expected = lay_out([lengths[i] for i in samples], 2, Limits(tokens=60), packing=True)
+        assert plan.layout(samples) == expected
+
+
+def test_an_epoch_of_a_weighted_order_has_as_many_steps_as_its_samples_fill():
+    plan = make_plan([5] * 10, global_batch_size=4, order=Order.weighted(0, (2, 8), (1, 1)))
+    assert [plan.steps_of_epochs(epochs) for epochs in range(4)] == [0, 3, 5, 8]
 
 
 def test_fewer_samples_than_the_batch_repeat_within_a_step():
@@ -100,4 +137,6 @@ def test_packed_ranks_are_balanced_by_tokens():
 
 def test_a_sample_that_fits_no_micro_batch_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match="longest sample has 70 tokens; raise it to 70"):
-        Limits(tokens=64).check(np.array([10, 70], dtype=np.int32))
+        Limits(tokens=64).check(Sized([10, 70]))
+    Limits(tokens=70).check(Sized([10, 70]))
+    Limits(rows=1).check(Sized([10, 70]))

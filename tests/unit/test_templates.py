@@ -6,20 +6,38 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwlit.core.errors import DataError
-from qwlit.data.rows import RowError, parse_conversation
-from qwlit.data.templates import END, FAMILIES, Piece, recognise_template, render
-from tests.conversations import conversation
+from qwlit.data.conversation import parse_conversation
+from qwlit.data.rows import RowError
+from qwlit.data.templates import (
+    END,
+    FAMILIES,
+    HISTORY_THINKING,
+    NULLS_FROM_TABLE,
+    TAGS_AS_TEXT,
+    THINKING_LEFT_OUT,
+    Piece,
+    Supervision,
+    recognise_template,
+    remarks,
+    render,
+)
+from tests.conversations import Messages, conversation, learnt_spans, without_reasoning
 from tests.real_tokenizer import JINJA
 
 USER = {"role": "user", "content": "Hi"}
+ONE = {"role": "assistant", "content": "One."}
+CALL = {"name": "add", "arguments": {"a": 1}}
+LOSS_ON = ("assistant", "last_assistant", "all")
+THINKING = ("mask_empty", "keep", "drop")
+WITH_TOOLS = [family for family in FAMILIES if family != "qwen2"]
 
 
-def jinja(template: str) -> Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], str]:
+def jinja(template: str) -> Callable[[Messages, list[dict[str, Any]] | None], str]:
     return lambda messages, tools: render_jinja_template([messages], tools=tools, chat_template=template)[0][0]
 
 
-def pieces(messages: list[dict[str, Any]], template: str, tools: list[dict[str, Any]] | None = None) -> list[Piece]:
-    return render(parse_conversation({"messages": messages, "tools": tools}), template)
+def pieces(messages: Messages, template: str, tools: Any = None, **supervision: Any) -> list[Piece]:
+    return render(parse_conversation(messages, tools), template, Supervision(**supervision))
 
 
 def text_of(rendered: list[Piece]) -> str:
@@ -30,17 +48,54 @@ def learnt(rendered: list[Piece]) -> str:
     return "".join(piece.text for piece in rendered if piece.supervised)
 
 
+def generated(family: str, seed: int) -> tuple[Messages, Any]:
+    return conversation(seed, tools=family != "qwen2", thinking=family == "qwen3")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pieces_join_to_what_the_jinja_template_renders(family: str) -> None:
     for seed in range(300):
-        messages, tools = conversation(seed, tools=family != "qwen2", thinking=family == "qwen3")
+        messages, tools = generated(family, seed)
         assert text_of(pieces(messages, family, tools)) == jinja(JINJA[family])(messages, tools), seed
+
+
+@pytest.mark.parametrize("thinking", THINKING)
+@pytest.mark.parametrize("loss_on", LOSS_ON)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learnt_is_what_the_settings_say_of_what_the_jinja_template_renders(
+    family: str, loss_on: str, thinking: str
+) -> None:
+    for seed in range(60):
+        messages, tools = generated(family, seed)
+        rendered = pieces(messages, family, tools, loss_on=loss_on, thinking=thinking)
+        text = jinja(JINJA[family])(without_reasoning(messages) if thinking == "drop" else messages, tools)
+        assert text_of(rendered) == text, seed
+        expected = [text[start:end] for start, end in learnt_spans(text, loss_on, thinking)]
+        assert learnt(rendered) == "".join(expected), seed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_answers_and_their_end_are_learnt(family: str) -> None:
-    messages = [USER, {"role": "assistant", "content": "One."}, USER, {"role": "assistant", "content": "Two.\n"}]
+    messages = [USER, ONE, USER, {"role": "assistant", "content": "Two.\n"}]
     assert learnt(pieces(messages, family)) == f"One.{END}Two.\n{END}"
+    assert learnt(pieces(messages, family, loss_on="last_assistant")) == f"Two.\n{END}"
+    assert all(piece.supervised for piece in pieces(messages, family, loss_on="all"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_answer_is_learnt_also_where_the_conversation_goes_on(family: str) -> None:
+    messages = [USER, ONE, USER, {"role": "assistant", "content": "Two."}, USER]
+    assert learnt(pieces(messages, family, loss_on="last_assistant", thinking="keep")) == f"Two.{END}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_later_system_message_is_a_turn_of_its_own(family: str) -> None:
+    messages = [USER, ONE, {"role": "system", "content": "Be brief."}, USER, ONE]
+    rendered = pieces(messages, family)
+    assert f"One.{END}\n<|im_start|>system\nBe brief.{END}\n<|im_start|>user\nHi{END}" in text_of(rendered)
+    assert text_of(rendered) == jinja(JINJA[family])(messages, None)
+    default = FAMILIES[family].default_system
+    assert text_of(rendered).startswith(f"<|im_start|>system\n{default}{END}" if default else "<|im_start|>user")
 
 
 def test_thinking_before_the_last_question_is_stripped() -> None:
@@ -51,34 +106,85 @@ def test_thinking_before_the_last_question_is_stripped() -> None:
 
 
 def test_thinking_is_learnt_with_its_tags() -> None:
-    rendered = pieces([USER, {"role": "assistant", "content": "One.", "reasoning_content": "hm"}], "qwen3")
+    rendered = pieces([USER, ONE | {"reasoning_content": "hm"}], "qwen3")
     assert learnt(rendered) == f"<think>\nhm\n</think>\n\nOne.{END}"
     inline = pieces([USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nOne."}], "qwen3")
     assert inline == rendered
+    assert pieces([USER, ONE | {"reasoning_content": "hm"}], "qwen3", thinking="keep") == rendered
 
 
-def test_an_empty_think_block_is_read_and_not_learnt() -> None:
-    for extra in ({}, {"reasoning_content": ""}, {"reasoning_content": "\n"}):
-        rendered = pieces([USER, {"role": "assistant", "content": "One.", **extra}], "qwen3")
-        assert text_of(rendered).endswith(f"<think>\n\n</think>\n\nOne.{END}\n")
-        assert learnt(rendered) == f"One.{END}"
+@pytest.mark.parametrize("extra", [{}, {"reasoning_content": ""}, {"reasoning_content": "\n"}])
+def test_an_empty_think_block_is_read_and_learnt_only_where_it_is_kept(extra: dict[str, str]) -> None:
+    block = "<think>\n\n</think>\n\n"
+    for thinking, expected in (("mask_empty", "One."), ("drop", "One."), ("keep", f"{block}One.")):
+        rendered = pieces([USER, ONE | extra], "qwen3", thinking=thinking)
+        assert text_of(rendered).endswith(f"{block}One.{END}\n")
+        assert learnt(rendered) == expected + END
 
 
-def test_tool_calls_are_learnt_and_responses_are_not() -> None:
-    call = {"name": "add", "arguments": {"a": 1}}
+def test_an_empty_block_outside_the_last_answer_is_not_learnt_where_only_that_is() -> None:
+    messages = [USER, ONE | {"tool_calls": [CALL], "reasoning_content": "hm"}, {"role": "tool", "content": "1"}, ONE]
+    rendered = pieces(messages, "qwen3", loss_on="last_assistant", thinking="keep")
+    assert learnt(rendered) == f"<think>\n\n</think>\n\nOne.{END}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drop_takes_reasoning_out_wherever_it_stands(family: str) -> None:
+    inline = {"role": "assistant", "content": " \n<think>\nhm\n</think>\n\nOne."}
+    apart = ONE | {"reasoning_content": "hm"}
+    for messages in ([USER, inline], [USER, apart], [USER, inline, USER, apart]):
+        plain = [USER, ONE] * (len(messages) // 2)
+        assert pieces(messages, family, thinking="drop") == pieces(plain, family, thinking="drop")
+
+
+def test_drop_refuses_an_answer_of_reasoning_alone() -> None:
+    for answer in ({"content": "", "reasoning_content": "hm"}, {"content": "<think>hm</think>"}):
+        with pytest.raises(RowError, match=r"only reasoning, which data\.thinking=drop takes out"):
+            pieces([USER, {"role": "assistant", **answer}], "qwen3", thinking="drop")
+
+
+@pytest.mark.parametrize("content", ["hm</think>One.", "So <think>hm</think> One.", "</think><think>", "<think>One."])
+def test_think_tags_that_open_no_answer_or_never_close_are_text(content: str) -> None:
+    rendered = pieces([USER, {"role": "assistant", "content": content}], "qwen3")
+    assert learnt(rendered) == content + END
+    assert [p.text for p in rendered if p.control].count("<think>") == 1
+    assert pieces([USER, {"role": "assistant", "content": content}], "qwen3", thinking="drop") == rendered
+
+
+def test_only_the_first_closing_tag_ends_the_reasoning() -> None:
+    rendered = pieces([USER, {"role": "assistant", "content": "<think>hm</think>One </think> two."}], "qwen3")
+    assert learnt(rendered) == f"<think>\nhm\n</think>\n\nOne </think> two.{END}"
+
+
+def test_a_users_text_in_response_tags_is_an_ordinary_question() -> None:
+    asked = {"role": "user", "content": "<tool_response>\n1\n</tool_response>"}
+    rendered = pieces([USER, ONE | {"reasoning_content": "hm"}, asked, ONE], "qwen3")
+    assert "hm" not in text_of(rendered)
+    assert [p.text for p in rendered if p.control and "tool" in p.text] == []
+
+
+@pytest.mark.parametrize("family", WITH_TOOLS)
+def test_tool_calls_are_learnt_and_responses_are_not(family: str) -> None:
     messages = [
         USER,
-        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
         {"role": "tool", "content": "2"},
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "Five."},
     ]
     written = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-    for family in ("qwen2_5", "qwen3"):
-        rendered = pieces(messages, family)
-        assert learnt(rendered) == f"{written}\n{written}{END}Five.{END}"
-        response = "<tool_response>\n{}\n</tool_response>"
-        assert f"user\n{response.format(2)}\n{response.format(3)}{END}" in text_of(rendered)
+    rendered = pieces(messages, family)
+    assert learnt(rendered) == f"{written}\n{written}{END}Five.{END}"
+    assert learnt(pieces(messages, family, loss_on="last_assistant")) == f"Five.{END}"
+    response = "<tool_response>\n{}\n</tool_response>"
+    assert f"user\n{response.format(2)}\n{response.format(3)}{END}" in text_of(rendered)
+
+
+def test_arguments_as_json_text_stand_as_they_are_or_quoted_as_the_family_does() -> None:
+    call = {"name": "add", "arguments": '{"a":1}'}
+    for family, written in {"qwen2_5": r'"{\"a\":1}"', "qwen3": '{"a":1}', "qwen3_2507": '{"a":1}'}.items():
+        rendered = pieces([USER, ONE | {"tool_calls": [call]}], family)
+        assert f'One.\n<tool_call>\n{{"name": "add", "arguments": {written}}}\n</tool_call>' in text_of(rendered)
 
 
 def test_text_of_messages_is_never_a_control_piece() -> None:
@@ -88,7 +194,8 @@ def test_text_of_messages_is_never_a_control_piece() -> None:
         {"role": "user", "content": tags},
         {"role": "assistant", "content": tags, "tool_calls": [{"name": tags, "arguments": {"x": tags}}]},
         {"role": "tool", "content": tags},
-        {"role": "assistant", "content": "", "reasoning_content": tags + "</think>"},
+        {"role": "system", "content": tags},
+        {"role": "assistant", "content": f"x{tags}</think>", "reasoning_content": tags + "</think>"},
     ]
     marked = pieces(messages, "qwen3", [{"name": tags}])
     plain = [{key: _without_tags(value, tags) for key, value in message.items()} for message in messages]
@@ -102,14 +209,45 @@ def _without_tags(value: Any, tags: str) -> Any:
     return value.replace(tags, "-").replace("</think>", "")
 
 
-def test_qwen2_refuses_tools_and_qwen2_5_an_answer_of_reasoning_only() -> None:
-    answer = {"role": "assistant", "content": "One."}
+def test_qwen2_refuses_tools_and_families_without_thinking_an_answer_of_reasoning_only() -> None:
     with pytest.raises(RowError, match="knows no tools"):
-        pieces([USER, answer], "qwen2", [{"name": "add"}])
+        pieces([USER, ONE], "qwen2", [{"name": "add"}])
     with pytest.raises(RowError, match="knows no tools"):
-        pieces([USER, {"role": "tool", "content": "1"}, answer], "qwen2")
-    with pytest.raises(RowError, match="only reasoning"):
-        pieces([USER, {"role": "assistant", "content": "", "reasoning_content": "hm"}], "qwen2_5")
+        pieces([USER, {"role": "tool", "content": "1"}, ONE], "qwen2")
+    for family in ("qwen2", "qwen2_5", "qwen3_2507"):
+        with pytest.raises(RowError, match=f"only reasoning, which template {family} leaves out"):
+            pieces([USER, {"role": "assistant", "content": "", "reasoning_content": "hm"}], family)
+
+
+@pytest.mark.parametrize(
+    ("family", "answer", "expected"),
+    [
+        ("qwen3", {"reasoning_content": "hm"}, [HISTORY_THINKING]),
+        ("qwen3", {"content": "<think>hm</think>One."}, [HISTORY_THINKING]),
+        ("qwen3", {"content": "One, <think> two."}, [TAGS_AS_TEXT]),
+        ("qwen3", {"content": "<tool_call>{}</tool_call>"}, [TAGS_AS_TEXT]),
+        ("qwen3_2507", {"reasoning_content": "hm"}, [THINKING_LEFT_OUT]),
+        ("qwen2_5", {"content": "<think>hm</think>One."}, [TAGS_AS_TEXT]),
+        ("qwen3", {}, []),
+    ],
+)
+def test_what_a_template_does_to_an_answer_is_remarked_on(family: str, answer: Any, expected: list[str]) -> None:
+    assert list(remarks(parse_conversation([USER, ONE | answer, USER, ONE]), family, from_table=False)) == expected
+
+
+def test_an_earlier_answer_of_reasoning_alone_would_be_learnt_as_empty_and_is_refused() -> None:
+    for thought in ({"content": "<think>a</think>"}, {"content": "", "reasoning_content": "a"}):
+        messages = [USER, {"role": "assistant", **thought}, USER, {"role": "assistant", "content": "z"}]
+        with pytest.raises(RowError, match="only reasoning, which template qwen3 leaves out"):
+            pieces(messages, "qwen3")
+        assert learnt(pieces(messages[:2], "qwen3")) == f"<think>\na\n</think>\n\n{END}"
+
+
+def test_what_json_cannot_say_is_no_argument() -> None:
+    for value in (float("nan"), float("inf"), b"x", {1, 2}):
+        call = {"name": "add", "arguments": {"a": value}}
+        with pytest.raises(RowError, match="cannot be written as JSON"):
+            pieces([USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "qwen3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,6 +260,14 @@ def test_an_unknown_or_missing_template_is_refused_with_the_remedy() -> None:
         recognise_template(None)
     rng = random.Random(0)
     others = [JINJA["qwen3"].replace("<think>\\n", "<think>"), "{{ undefined.attribute }}", "{{ messages[9].x.y }}", ""]
+    others.append(JINJA["qwen3_2507"].replace("if f.arguments is string", "if false").replace("\\n<tool_resp", " <t"))
     for template in [*others, JINJA["qwen2_5"].replace("helpful", rng.choice(["harmless", "kind"]))]:
-        with pytest.raises(DataError, match=r"none of qwen3, qwen2_5, qwen2.*data\.template="):
+        with pytest.raises(DataError, match=r"none of qwen3, qwen3_2507, qwen2_5, qwen2;.*data\.template="):
             recognise_template(jinja(template))
+
+
+def test_nulls_that_a_table_fills_in_are_remarked_on() -> None:
+    call = {"name": "add", "arguments": {"x": 1, "y": {"z": None}}}
+    conversation = parse_conversation([USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert list(remarks(conversation, "qwen3", from_table=True)) == [NULLS_FROM_TABLE]
+    assert not list(remarks(conversation, "qwen3", from_table=False))

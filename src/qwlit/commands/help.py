@@ -1,4 +1,4 @@
-"""`train --help`, made from the dataclasses, so that it cannot be out of date."""
+"""`--help` of the verbs, made from the dataclasses, so that it cannot be out of date."""
 
 import dataclasses
 import textwrap
@@ -11,7 +11,22 @@ from qwlit.config.run import RunConfig
 WIDTH = 110
 NAME_WIDTH = 38
 
-INTRO = """\
+INSPECT_INTRO = """\
+python -m qwlit inspect [output=text|json] [sample=N] [group=choice ...] [key=value ...]
+
+Shows what `train` with the same words would train on: which tokens are learnt (green, or in [[ ]] without colours),
+lengths, packing of the first steps, and the rows that cannot be used with their reasons. Trains nothing, needs no GPU
+and no weights, only the tokenizer.
+
+  inspect experiment=demo
+  inspect data.path=chat.jsonl model.path=FOLDER sample=3        one sample, token by token
+  inspect data.path=chat.jsonl output=json                       one line a sample: sample, input_ids, loss_mask,
+                                                                 num_supervised_tokens; all else goes to stderr
+
+Groups: group=choice takes a file of settings
+"""
+
+TRAIN_INTRO = """\
 python -m qwlit train [group=choice ...] [key=value ...]
 
 Trains a model. The same command goes on with an unfinished run of the same name.
@@ -27,10 +42,25 @@ Groups: group=choice takes a file of settings
 
 
 def train_help() -> str:
+    return TRAIN_INTRO + _groups_and_settings(("",))
+
+
+def inspect_help() -> str:
+    return INSPECT_INTRO + _groups_and_settings(
+        ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro")
+    )
+
+
+def _groups_and_settings(prefixes: tuple[str, ...]) -> str:
+    """Describe all groups, and the settings whose names begin with one of `prefixes`."""
     groups = "".join(_entry(name, ", ".join(options)) for name, options in group_options().items())
     defaults = compose([]).config
-    settings = "".join(_entry(f"{key}={_show(value)}", doc) for key, value, doc in _fields(RunConfig, defaults, ""))
-    return f"{INTRO}{groups}\nSettings: key=value, with the value they have when nothing is typed\n{settings}"
+    settings = "".join(
+        _entry(f"{key}={_show(value)}", doc)
+        for key, value, doc in _fields(RunConfig, defaults, "")
+        if key.startswith(prefixes)
+    )
+    return f"{groups}\nSettings: key=value, with the value they have when nothing is typed\n{settings}"
 
 
 def _fields(owner: Any, values: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:

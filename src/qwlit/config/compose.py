@@ -25,6 +25,7 @@ from qwlit.config.explain import explain
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
+from qwlit.data.config import parts_of
 
 MAIN = "train"
 
@@ -84,6 +85,10 @@ def _parse(overrides: list[str]) -> list[Override]:
     return parsed
 
 
+LISTS = {"data.path", "data.val_path"}
+"""Texts that may also be lists."""
+# Hydra's grammar has ASCII letters only: in a list, what it cannot read is quoted for it.
+FOREIGN = re.compile(r"""[^\[\]{},:'"\s]*[^\x00-\x7f][^\[\]{},:'"]*""")
 TEXTS = {"run.name", "run.root", "model.path", "model.tokenizer", "model.hub_id", "data.path", "data.val_path"}
 
 
@@ -91,10 +96,13 @@ def _read(text: str) -> Override:
     """Read one override; a value that Hydra's grammar has no letters for (data.path=数据.jsonl) is text."""
     parser = OverridesParser.create()
     key, _, value = text.partition("=")
+    if key.lstrip("+") in LISTS and value.startswith("["):
+        text = f"{key}={FOREIGN.sub(lambda match: repr(match.group()), value)}"
     try:
         override = parser.parse_override(text)
         # 2024_01 is a name here, though it is a number in YAML.
-        if override.key_or_group not in TEXTS or isinstance(override.value(), str | None):
+        is_list = override.key_or_group in LISTS and isinstance(override.value(), list)
+        if override.key_or_group not in TEXTS or is_list or isinstance(override.value(), str | None):
             return override
     except HydraException:
         pass
@@ -218,7 +226,7 @@ def _check_relations(config: RunConfig) -> None:
             f"data.exact_match={config.data.exact_match} answers validation rows; set data.val_path or val_fraction"
         )
     if config.data.path is None:
-        raise ConfigError("data.path is not set; give a .jsonl or .json file, or data=demo")
+        raise ConfigError("data.path is not set; give a file, a folder or hf:ORG/NAME, or data=demo")
     if config.data.val_path is not None and config.data.val_fraction > 0:
         raise ConfigError("data.val_path and data.val_fraction are both set; give one of them")
     if config.profile.steps is not None and not 0 < config.profile.steps[0] <= config.profile.steps[1]:
@@ -230,8 +238,8 @@ def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:
     if config.run.name is not None:
         return config
     data, model = choices.get("data", "data"), choices.get("model", "model")
-    if data == "files" and config.data.path is not None:
-        data = resolve_path(config.data.path).stem
+    if data == "files":
+        data = "-".join(resolve_path(part.path).stem for part in parts_of(config.data.path)[:3])
     if config.model.path is not None:
         model = resolve_path(config.model.path).name
     name = choices.get("experiment") or f"{model}-{choices.get('recipe', 'recipe')}-{data}"

@@ -2,15 +2,17 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from qwlit.core.ranks import is_rank_zero
 
-PLAIN_LINE_EVERY = 50_000
+PLAIN_LINE_SECONDS = 5.0
 
 
 class Screen(Console):
@@ -22,22 +24,42 @@ class Screen(Console):
 
 
 @cache
-def console() -> Console:
+def console(*, stderr: bool = False) -> Console:
+    """Return the screen; `stderr` where stdout carries what a machine reads."""
     # Without a terminal rich assumes 80 columns and would fold paths and log lines.
-    width = None if sys.stdout.isatty() else 200
-    return Screen(quiet=not is_rank_zero(), width=width, highlight=False, soft_wrap=True)
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
+    return Screen(stderr=stderr, quiet=not is_rank_zero(), width=width, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int], None]]:
-    """Show a growing count while the block runs: a live line on a terminal, a line now and then elsewhere."""
-    screen = console()
-    with screen.status(what) as status:
+def measuring(what: str, screen: Console) -> Iterator[Callable[..., None]]:
+    """Show how far a long work is while the block runs: a bar on a terminal, a line now and then elsewhere.
 
-        def show(count: int) -> None:
-            if screen.is_terminal:
-                status.update(f"{what} {count:,}")
-            elif count % PLAIN_LINE_EVERY == 0:
-                screen.print(f"{what} {count:,}")
+    Yields:
+        show(done, in_all, text, *, finished): `in_all` 0 where nobody knows; the finished text stays on the screen.
+    """
+    bar = Progress(
+        TextColumn(what),
+        BarColumn(bar_width=12),
+        TaskProgressColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    )
+    last_line = time.monotonic()
 
+    def show(done: int, in_all: int, text: str, *, finished: bool = False) -> None:
+        nonlocal last_line
+        if finished:
+            screen.print(f"{what} done: {text}")
+        elif screen.is_terminal:
+            task = bar.task_ids[0] if bar.task_ids else bar.add_task("")
+            bar.update(task, completed=done, total=in_all or None, description=text)
+        elif time.monotonic() - last_line > PLAIN_LINE_SECONDS:
+            last_line = time.monotonic()
+            screen.print(f"{what}: {done / in_all:.0%}, {text}" if in_all else f"{what}: {text}")
+
+    with bar:
         yield show

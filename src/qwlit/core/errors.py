@@ -5,9 +5,12 @@ from difflib import get_close_matches
 
 
 class QwlitError(Exception):
-    """Root of qwlit's errors. `exit_code` is what the process ends with."""
+    """Root of qwlit's errors, each one line long. `exit_code` is what the process ends with."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(QwlitError, ValueError):
@@ -38,6 +41,12 @@ class Interrupted(QwlitError):
     """The user pressed Ctrl-C; all is saved."""
 
     exit_code = 130
+
+
+def one_line(text: str, longest: int | None = None) -> str:
+    """Return the text without line breaks, and where it is longer than `longest` with its end cut off."""
+    line = " ".join(text.splitlines())
+    return line if longest is None or len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

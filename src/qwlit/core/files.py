@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
 
+from qwlit.core.errors import ConfigError
+
 PACKAGED = "qwlit:"
 
 
@@ -16,7 +18,10 @@ def resolve_path(path: str) -> Path:
     """Turn a setting into a path: `qwlit:demo/train.jsonl` is a file of the package, `~` the home folder."""
     if path.startswith(PACKAGED):
         return Path(str(resources.files("qwlit") / "resources" / path.removeprefix(PACKAGED)))
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"'{path}': there is no such user, or no home folder") from None
 
 
 def fsync_folder(folder: Path) -> None:
@@ -31,11 +36,14 @@ def fsync_folder(folder: Path) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write beside `path` and rename, so that a reader or a kill -9 never meets half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
 
 

@@ -5,7 +5,6 @@ Shapes: B rows of T positions (packed: B = 1), N supervised targets.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,23 +12,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.data.samples import Samples
 from qwlit.data.step_plan import Limits, MicroLayout, StepPlan, lay_out
-
-
-class Samples(Protocol):
-    """Tokenized samples as the store gives them."""
-
-    @property
-    def lengths(self) -> NDArray[np.int32]: ...
-
-    @property
-    def num_supervised(self) -> NDArray[np.int32]: ...
-
-    def __len__(self) -> int: ...
-
-    def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]: ...
-
-    def origin(self, index: int) -> str: ...
 
 
 def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: int, filler: bool) -> MicroBatch:
@@ -78,8 +62,8 @@ class StepDataset(Dataset[StepBatch]):
         return StepBatch(
             step=step,
             micro_batches=tuple(self._collate(ids, micro) for micro in self.plan.layout(ids)[self.rank]),
-            num_supervised_tokens=int(self.plan.num_supervised[ids].sum()),
-            num_tokens=int(self.plan.lengths[ids].sum()),
+            num_supervised_tokens=int(self.samples.num_supervised(ids).sum()),
+            num_tokens=int(self.samples.lengths(ids).sum()),
             sample_ids=tuple(ids.tolist()),
         )
 
@@ -141,5 +125,5 @@ def validation_loader(
 ) -> DataLoader[MicroBatch]:
     # Without a row limit the whole set would be one micro-batch; 64 rows keep a laptop busy and fit it.
     limits = Limits(rows=limits.rows or 64, tokens=limits.tokens)
-    layout = lay_out(samples.lengths.tolist(), world_size, limits, packing=packing)[rank]
+    layout = lay_out(samples.lengths(np.arange(len(samples))).tolist(), world_size, limits, packing=packing)[rank]
     return DataLoader(ValidationDataset(samples, layout, packing, pad_id), batch_size=None, shuffle=False)

@@ -5,17 +5,15 @@ newlines merge across the role header as they do when the rendered conversation 
 become a control token.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwlit.core.errors import DataError
-from qwlit.data.rows import Conversation, EncodedSample
-from qwlit.data.templates import CONTROL_TOKENS, END, START, Piece, check, recognise_template, render
+from qwlit.data.conversation import Conversation
+from qwlit.data.formats import EncodedSample
+from qwlit.data.templates import END, START, Piece, Supervision, recognise_template, render
+from qwlit.data.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -36,83 +34,59 @@ def resolve_template(tokenizer: Any, template: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Segment:
+class _Segment(NamedTuple):
     """A control token, or a stretch of text between two."""
 
     token_id: int | None
+    text: str
     pieces: tuple[Piece, ...]
-
-    @cached_property
-    def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
 
 
 class ChatEncoder:
-    """Encodes conversations with one tokenizer (a Hugging Face fast one) and one template family."""
+    """Encodes conversations with one tokenizer and one template family."""
 
-    def __init__(self, tokenizer: Any, template: str = "auto") -> None:
-        """Take the tokenizer's parts without its added tokens, so that text is only text.
-
-        The post-processor stays behind too: it may trim spaces off the offsets, from which the loss mask is read.
+    def __init__(self, tokenizer: TextTokenizer, template: str, supervision: Supervision) -> None:
+        """Take a resolved template.
 
         Raises:
-            DataError: the template is unknown, or the vocabulary lacks the tokens that open and close a turn.
+            DataError: the vocabulary lacks the tokens that open and close a turn.
         """
-        from tokenizers import Tokenizer
-
-        self.template = resolve_template(tokenizer, template)
-        backend = tokenizer.backend_tokenizer
-        self._added: dict[str, int] = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
-        if missing := [token for token in (START, END) if token not in self._added]:
+        if missing := [token for token in (START, END) if token not in tokenizer.control_ids]:
             raise DataError(f"the tokenizer has no {' and no '.join(missing)} token, which every Qwen template needs")
-        self._plain = Tokenizer(backend.model)
-        if backend.normalizer is not None:
-            self._plain.normalizer = backend.normalizer
-        if backend.pre_tokenizer is not None:
-            self._plain.pre_tokenizer = backend.pre_tokenizer
-        self.fingerprint = _sha256(self.template, json.dumps(self._added, sort_keys=True), self._plain.to_str())
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self._refuse_text_that_controls()
-
-    def _refuse_text_that_controls(self) -> None:
-        """A vocabulary trained on text full of control tokens may build one out of plain letters."""
-        for content in CONTROL_TOKENS & self._added.keys():
-            if self._added[content] in self._plain.encode(content, add_special_tokens=False).ids:
-                raise DataError(f"the tokenizer turns the plain text {content!r} into the control token itself")
+        self.template = template
+        self.supervision = supervision
+        self._tokenizer = tokenizer
 
     @property
     def end_of_turn_id(self) -> int:
         """The token that ends an answer."""
-        return self._added[END]
+        return self._tokenizer.control_ids[END]
 
-    def check(self, conversation: Conversation) -> None:
-        """Raise RowError where the template cannot express the conversation."""
-        check(conversation, self.template)
+    def render(self, conversation: Conversation) -> list[Piece]:
+        """Write the conversation down, or raise RowError where the template cannot express it."""
+        return render(conversation, self.template, self.supervision)
 
     def encode(self, conversation: Conversation) -> EncodedSample:
         """Encode one conversation; see `encode_batch`."""
-        return self.encode_batch([conversation])[0]
+        return self.encode_batch([self.render(conversation)])[0]
 
-    def encode_batch(self, conversations: Iterable[Conversation]) -> list[EncodedSample]:
-        """Encode conversations on all cores.
-
-        Raises:
-            RowError: the template cannot express one of them.
-        """
-        segmented = [list(self._segments(render(conversation, self.template))) for conversation in conversations]
+    def encode_batch(self, rendered: Iterable[list[Piece]]) -> list[EncodedSample]:
+        """Encode rendered conversations on all cores."""
+        segmented = [list(self._segments(pieces)) for pieces in rendered]
         # Headers repeat in every turn: each text is tokenized once.
         texts = list(dict.fromkeys(s.text for segments in segmented for s in segments if s.token_id is None))
-        encodings = dict(zip(texts, self._plain.encode_batch(texts, add_special_tokens=False), strict=True))
+        encodings = dict(zip(texts, self._tokenizer.encode_with_offsets(texts), strict=True))
         return [_join(segments, encodings) for segments in segmented]
 
     def _segments(self, pieces: Sequence[Piece]) -> Iterator[_Segment]:
         # A control token that the vocabulary lacks is text to its tokenizer, and so it is here.
-        for token_id, group in groupby(pieces, key=lambda p: self._added.get(p.text) if p.control else None):
+        ids = self._tokenizer.control_ids
+        for token_id, group in groupby(pieces, key=lambda p: ids.get(p.text) if p.control else None):
             if token_id is None:
-                yield _Segment(None, tuple(group))
+                stretch = tuple(group)
+                yield _Segment(None, "".join([piece.text for piece in stretch]), stretch)
             else:
-                yield from (_Segment(token_id, (piece,)) for piece in group)
+                yield from (_Segment(token_id, piece.text, (piece,)) for piece in group)
 
 
 def _join(segments: list[_Segment], encodings: dict[str, "Encoding"]) -> EncodedSample:
@@ -136,7 +110,3 @@ def _token_mask(encoding: "Encoding", pieces: tuple[Piece, ...]) -> list[int]:
         return [int(pieces[0].supervised)] * len(encoding.ids)
     supervised = b"".join(bytes([piece.supervised]) * len(piece.text) for piece in pieces)
     return [int(start < end and 0 not in supervised[start:end]) for start, end in encoding.offsets]
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()

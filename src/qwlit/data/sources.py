@@ -1,174 +1,231 @@
-"""Training rows from files: every line becomes either a parsed JSON object or a reason why not, never a traceback."""
+"""What `data.path` names: files, folders, globs, and data sets of the Hugging Face hub."""
 
 import hashlib
 import json
+import logging
+import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 from qwlit.core.errors import DataError, nearest
-from qwlit.core.files import resolve_path
-from qwlit.data.rows import RowError, kind_of
+from qwlit.core.files import resolve_path, write_json_atomic
+from qwlit.core.waiting import PROBE_SECONDS, answer_within
 
-SUFFIXES = (".jsonl", ".json")
-# A longer line is a broken file far more often than a conversation, and would be too long to train on in any case.
-MAX_ROW_BYTES = 8 * 2**20
-BOM = b"\xef\xbb\xbf"
-SPACE = re.compile(r"\s*")
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A row put aside."""
-
-    file: Path
-    line: int
-    reason: str
-    sha256: str
-    """Of the row's raw bytes, to find it again after lines have moved."""
+JSON, TABLE, TEXT = "JSON", "table", "text"
+KINDS = {".jsonl": JSON, ".json": JSON, ".parquet": TABLE, ".csv": TABLE, ".txt": TEXT}
+COMPRESSED = ".gz"
+HUB = "hf:"
+# A file changed within so short a time of being hashed might change again without its time stamp telling.
+RACY_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row that is a JSON object, its meaning not yet looked at."""
+class File:
+    """One data file."""
 
-    file: Path
-    line: int
-    """Counted from 1; in a JSON array the element's number."""
-    raw: bytes
-    value: dict[str, Any]
+    path: Path
 
-    def reject(self, reason: str) -> Reject:
-        return Reject(self.file, self.line, reason, hashlib.sha256(self.raw).hexdigest())
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def suffix(self) -> str:
+        """The ending that tells what is in it, without `.gz`."""
+        name = self.path.name.lower().removesuffix(COMPRESSED)
+        return Path(name).suffix
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.path.name.lower().endswith(COMPRESSED)
+
+    @property
+    def is_readable_kind(self) -> bool:
+        return self.suffix in KINDS and not (self.is_compressed and self.suffix == ".parquet")
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def digest(self, cache_root: Path) -> str:
+        """Return the SHA-256 of the content; kept in `cache_root`, so that an unchanged file is not read again."""
+        try:
+            stat = self.path.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+            known = cache_root / f"{hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]}.digest"
+            if (found := _read_digest(known, stamp)) is not None:
+                return found
+            with self.path.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"data file '{self}' cannot be read: {error.strerror}") from error
+        if time.time() - stat.st_ctime > RACY_SECONDS:
+            cache_root.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(known, {"stamp": stamp, "sha256": digest})
+        return digest
 
 
-def find_files(path: str) -> list[Path]:
-    """Return the data files that `path` names: itself, or a folder's .jsonl and .json files in sorted order.
+def _read_digest(known: Path, stamp: list[int]) -> str | None:
+    try:
+        entry = json.loads(known.read_text(encoding="utf-8"))
+        return str(entry["sha256"]) if entry["stamp"] == stamp else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A split of a data set on the hub, read through the library `datasets`."""
+
+    name: str
+    """ORG/NAME, or a folder that `datasets` can load."""
+    config: str | None
+    split: str
+
+    def __str__(self) -> str:
+        return f"{HUB}{'/'.join(filter(None, (self.name, self.config)))}:{self.split}"
+
+    def digest(self, cache_root: Path) -> str:
+        """Return the library's fingerprint of the data."""
+        return f"{self.split} {self.load()._fingerprint}"
+
+    def load(self) -> Any:
+        """Return the split as a sequence of rows: from the hub, or where it cannot be reached from the cache.
+
+        Raises:
+            DataError: neither has such data.
+        """
+        import datasets
+
+        datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        logging.getLogger("datasets").setLevel(logging.ERROR)
+        unreachable = None if Path(self.name).is_dir() else self._probe()
+        try:
+            with _offline() if unreachable else nullcontext():
+                return datasets.load_dataset(self.name, self.config, split=self.split)
+        except Exception as error:  # of the network, of the hub, of the data set's own files
+            reason = (unreachable or str(error) or type(error).__name__).splitlines()[0][:200]
+            raise DataError(
+                f"{self} cannot be loaded ({reason}); where the hub cannot be reached, set data.path to files,"
+                " or HF_HOME to a cache that holds it"
+            ) from None
+
+    def _probe(self) -> str | None:
+        """Return why the hub cannot be asked for the data: left alone, the library retries for half a minute."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            answer_within(PROBE_SECONDS, lambda: HfApi().dataset_info(self.name, timeout=PROBE_SECONDS))
+        except HfHubHTTPError:
+            return None  # it was reached; the library knows best what its answer means
+        except Exception as error:  # whatever HTTP library the hub client uses has its own family of errors
+            return f"the hub cannot be reached: {(str(error) or type(error).__name__).splitlines()[0]}"
+        return None
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let the libraries look into their caches only."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    settings: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    try:
+        for module in settings:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+Source = File | HubData
+
+
+def find_sources(path: str) -> list[Source]:
+    """Return what `path` names: a file, a folder's data files in sorted order, a glob's, or a data set of the hub.
 
     Raises:
-        DataError: nothing is there, or nothing of a known kind.
+        DataError: nothing is there, or nothing of a known kind, or files of several kinds.
     """
+    if not path:
+        raise DataError("data.path or data.val_path: a path is empty")
+    if path.startswith(HUB):
+        return [_hub_data(path)]
     root = resolve_path(path)
     try:
         if root.is_dir():
-            files = sorted(child for child in root.iterdir() if child.suffix in SUFFIXES and child.is_file())
-            if not files:
-                raise DataError(f"data folder '{path}' holds no {' or '.join(SUFFIXES)} file")
-            return files
-        if not root.is_file():
-            names = [child.name for child in root.parent.iterdir()] if root.parent.is_dir() else []
-            raise DataError(f"data.path or data.val_path: '{path}' does not exist.{nearest(root.name, names)}")
+            return _folder(path, root)
+        if root.is_file():
+            file = File(root)
+            if not file.is_readable_kind:
+                raise DataError(f"data file '{path}' must end in {', '.join(KINDS)} (text ones also {COMPRESSED})")
+            return [file]
+        if re.search(r"[*?\[]", path):
+            return _glob(path, root)
+        if root.is_symlink() or root.exists():
+            what = "a link that leads nowhere" if root.is_symlink() else "neither a file nor a folder"
+            raise DataError(f"data.path or data.val_path: '{path}' is {what}")
+        names = [child.name for child in root.parent.iterdir()] if root.parent.is_dir() else []
     except OSError as error:
         raise DataError(f"data.path or data.val_path: '{path}' cannot be read: {error.strerror}") from error
-    if root.suffix not in SUFFIXES:
-        raise DataError(f"data file '{path}' must end in {' or '.join(SUFFIXES)}")
-    return [root]
+    raise DataError(f"data.path or data.val_path: '{path}' does not exist.{nearest(root.name, names)}")
 
 
-def read_rows(files: Sequence[Path]) -> Iterator[Row | Reject]:
-    """Yield every row of every file in order; empty lines are no rows.
-
-    Raises:
-        DataError: a file cannot be read, or has no rows at all.
-    """
-    for file in files:
-        empty = True
-        try:
-            with file.open("rb") as handle:
-                is_array = file.suffix == ".json" and handle.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
-                handle.seek(0)
-                for row in (_read_array if is_array else _read_lines)(file, handle):
-                    empty = False
-                    yield row
-        except OSError as error:
-            raise DataError(f"data file '{file}' cannot be read: {error.strerror}") from error
-        if empty:
-            raise DataError(f"data file '{file}' has no rows; one JSON object a line is expected")
+def _hub_data(path: str) -> HubData:
+    match = re.fullmatch(r"([^:]+?)(?::([^:]+))?", path.removeprefix(HUB))
+    if match is None:
+        raise DataError(f"data.path={path}: write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT")
+    name, split = match.group(1), match.group(2) or "train"
+    if name.startswith((os.sep, ".")):
+        return HubData(name, None, split)
+    organisation, *rest = name.split("/")
+    config = "/".join(rest[1:]) or None
+    return HubData("/".join((organisation, *rest[:1])), config, split)
 
 
-def _read_lines(file: Path, handle: BinaryIO) -> Iterator[Row | Reject]:
-    for line in count(1):
-        raw = handle.readline(MAX_ROW_BYTES + 1)
-        if not raw:
-            return
-        if len(raw) > MAX_ROW_BYTES:
-            yield _skip_long_line(file, line, raw, handle)
-        elif raw.removeprefix(BOM).strip():
-            yield _parse(file, line, raw)
+def _folder(path: str, root: Path) -> list[Source]:
+    children = [File(child) for child in sorted(root.iterdir()) if child.name[0] not in "._"]
+    named = [file for file in children if file.is_readable_kind]
+    if lost := [file for file in named if not file.path.exists()]:
+        raise DataError(f"data folder '{path}': {lost[0]} is a link that leads nowhere")
+    files = [file for file in named if file.path.is_file()]
+    if not files:
+        deeper = any(child.is_dir() and child.name[0] not in "._" for child in root.iterdir())
+        hint = f"; for folders in it write '{path.rstrip('/')}/**/*.jsonl'" if deeper else ""
+        raise DataError(f"data folder '{path}' holds no {', '.join(KINDS)} file{hint}")
+    return _of_one_kind(path, files)
 
 
-def _skip_long_line(file: Path, line: int, head: bytes, handle: BinaryIO) -> Reject:
-    """Read to the line's end in pieces, so that no line can fill the memory."""
-    digest, size, piece = hashlib.sha256(head), len(head), head
-    while piece and not piece.endswith(b"\n"):
-        piece = handle.readline(MAX_ROW_BYTES)
-        digest.update(piece)
-        size += len(piece)
-    return Reject(file, line, _too_long(size), digest.hexdigest())
-
-
-def _too_long(size: int) -> str:
-    return f"{size:,} bytes long; a row may have {MAX_ROW_BYTES:,}"
-
-
-def _read_array(file: Path, handle: BinaryIO) -> Iterator[Row | Reject]:
-    # Bytes that are not UTF-8 survive the round trip, so that only the element that holds them is rejected.
-    text = handle.read().removeprefix(BOM).decode("utf-8", "surrogateescape")
-    for index, (element, broken) in enumerate(_array_elements(text), start=1):
-        raw = element.encode("utf-8", "surrogateescape")
-        reason = broken or (_too_long(len(raw)) if len(raw) > MAX_ROW_BYTES else None)
-        yield Row(file, index, raw, {}).reject(reason) if reason else _parse(file, index, raw)
-
-
-def _array_elements(text: str) -> Iterator[tuple[str, str | None]]:
-    """Yield the raw text of each element, and where the array breaks off its rest with the reason."""
-    decoder = json.JSONDecoder()
-    position = _after_space(text, _after_space(text, 0) + 1)
-    while text[position : position + 1] != "]":
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield text[position:], f"the JSON array breaks off here: {getattr(error, 'msg', 'not readable')}"
-            return
-        yield text[position:end], None
-        position = _after_space(text, end)
-        if text[position : position + 1] not in {",", "]"}:
-            yield text[position:], "the JSON array breaks off here: ',' or ']' expected"
-            return
-        if text[position] == ",":
-            position = _after_space(text, position + 1)
-    if rest := text[position + 1 :].strip():
-        yield rest, "text after the JSON array"
-
-
-def _after_space(text: str, position: int) -> int:
-    match = SPACE.match(text, position)
-    return match.end() if match else position
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise RowError(f"not valid JSON: {name} is no JSON value")
-
-
-def _parse(file: Path, line: int, raw: bytes) -> Row | Reject:
+def _glob(path: str, root: Path) -> list[Source]:
+    # pathlib's ** does not follow links to folders, which may lead in circles.
+    start = Path(root.anchor)
     try:
-        value = json.loads(raw.removeprefix(BOM).decode("utf-8"), parse_constant=_refuse_constant)
-        if not isinstance(value, dict):
-            raise RowError(f"a row must be a JSON object, not {kind_of(value)}")
-        if b"\\u" in raw:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return Row(file, line, raw, value)
-    except RowError as error:
-        reason = str(error)
-    except UnicodeDecodeError as error:
-        reason = f"not valid UTF-8 at byte {error.start + 1}"
-    except UnicodeEncodeError:
-        reason = "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
-    except json.JSONDecodeError as error:
-        reason = f"not valid JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:
-        reason = f"not readable as JSON: {str(error)[:100]}"
-    return Row(file, line, raw, {}).reject(reason)
+        found = sorted(start.glob(str(root.relative_to(start))))
+    except (ValueError, NotImplementedError) as error:
+        raise DataError(f"data.path or data.val_path: '{path}' is no pattern: {error}") from None
+    files = [File(child) for child in {child.resolve(): child for child in found if child.is_file()}.values()]
+    if not files:
+        raise DataError(f"data.path or data.val_path: no file matches '{path}'")
+    if unknown := [file for file in files if not file.is_readable_kind]:
+        raise DataError(f"'{path}' matches {unknown[0]}, which does not end in {', '.join(KINDS)}")
+    return _of_one_kind(path, files)
+
+
+def _of_one_kind(path: str, files: list[File]) -> list[Source]:
+    """A README.txt beside the rows is not data; rather ask than train on it."""
+    kinds = {KINDS[file.suffix] for file in files}
+    if len(kinds) > 1:
+        suffixes = sorted({file.suffix for file in files})
+        raise DataError(f"'{path}' holds {' and '.join(suffixes)} files; name one kind, e.g. '*{suffixes[0]}'")
+    return list(files)

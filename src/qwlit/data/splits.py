@@ -1,15 +1,21 @@
-"""The training and the validation samples that the settings name."""
+"""The training and the validation samples that the settings name, and in which shares training draws them."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwlit.core.errors import ConfigError
-from qwlit.data.batches import Samples
-from qwlit.data.chat import ChatEncoder
-from qwlit.data.config import DataConfig
-from qwlit.data.store import SampleStore, build_store, split_store
+import numpy as np
+from numpy.typing import NDArray
+
+from qwlit.core.errors import ConfigError, DataError
+from qwlit.data.config import DataConfig, DataPart, parts_of
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.order import Order
+from qwlit.data.samples import CHUNK, Chosen, Samples, count_tokens, join
+from qwlit.data.store import SampleStore, build_store, check_account
+from qwlit.data.store_writer import Progress
 
 
 @dataclass(frozen=True)
@@ -18,8 +24,22 @@ class DataSplit:
 
     train: Samples
     validation: Samples | None
+    parts: tuple[tuple[DataPart, int], ...]
+    """The training data as set, each with its number of training samples."""
     stores: tuple[SampleStore, ...]
-    """The stores behind them: one a data file set."""
+    """The stores behind them: one a part."""
+    val_fraction: float
+
+    def order(self, seed: int) -> Order:
+        """Return the order in which training meets the samples.
+
+        Raises:
+            ConfigError: a part's weight is too small.
+        """
+        weights = [part.weight for part, _ in self.parts if part.weight is not None]
+        if not weights:
+            return Order.plain(seed, len(self.train))
+        return Order.weighted(seed, [size for _, size in self.parts], weights)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -29,52 +49,115 @@ class DataSplit:
 
     def describe(self) -> str:
         """Say in a line what there is."""
-        tokens, supervised = int(self.train.lengths.sum()), int(self.train.num_supervised.sum())
+        tokens, supervised = count_tokens(self.train)
         validation = f"{len(self.validation):,} to validate" if self.validation is not None else "no validation set"
         totals = self.totals
-        rejected = [
-            f"{totals[name]:,} {name.replace('_', ' ')}" for name in ("too_long", "quarantined") if totals[name]
+        named = ("too_long", "quarantined", "truncated", "split", "duplicates")
+        special = [f"{totals[name]:,} {name.replace('_', ' ')}" for name in named if totals[name]]
+        share = f"{len(self.train):,} samples, {tokens:,} tokens, {supervised / tokens:.0%} supervised"
+        return "; ".join((share, validation, *special))
+
+    def describe_shares(self, seed: int) -> list[str]:
+        """Say for each weighted part how many of its samples an epoch has."""
+        if self.parts[0][0].weight is None:
+            return []
+        return [
+            f"{part.path}: {quota:,} of {size:,} samples an epoch ({quota / size:.2g} times)"
+            for (part, size), quota in zip(self.parts, self.order(seed).quotas, strict=True)
         ]
-        return (
-            f"{len(self.train):,} samples, {tokens:,} tokens, {supervised / tokens:.0%} supervised; {validation}"
-            + "".join(f"; {text}" for text in rejected)
-        )
 
     @property
-    def quarantine(self) -> list[dict[str, Any]]:
-        return [row for store in self.stores for row in store.quarantine]
+    def remarks(self) -> list[str]:
+        """What a careful reader of the data would remark on."""
+        counts: Counter[str] = sum((store.remarks for store in self.stores), Counter())
+        return [f"{number:,} rows have {text}" for text, number in counts.items()]
+
+    def quarantine(self) -> Iterator[dict[str, Any]]:
+        for store in self.stores:
+            yield from store.quarantine()
 
     @property
     def fingerprint(self) -> str:
-        return "+".join(store.fingerprint[:16] for store in self.stores)
+        """Name all that decides which samples there are and how often each is met."""
+        parts = [f"{store.fingerprint[:16]}" for store in self.stores]
+        weights = [f"{part.weight:g}" for part, _ in self.parts if part.weight is not None]
+        held_out = [f"/{self.val_fraction:g}"] if self.val_fraction else []
+        return "+".join(parts) + ("*" + ",".join(weights) if weights else "") + "".join(held_out)
+
+
+def open_stores(
+    config: DataConfig, encoder: RowEncoder, *, cache_root: Path, progress: Progress | None = None
+) -> tuple[list[SampleStore], list[SampleStore]]:
+    """Return the stores of `data.path` and of `data.val_path`, one a part, tokenizing what is not yet tokenized.
+
+    Raises:
+        ConfigError: only some parts have weights, or parts to validate on do.
+        DataError: see `build_store`.
+    """
+    parts = parts_of(config.path)
+    if not parts:
+        raise ConfigError("data.path is not set; give a file, a folder or hf:ORG/NAME, or choose data=demo")
+    if len({part.weight is None for part in parts}) > 1:
+        raise ConfigError("data.path: give every part a weight, or none")
+    if any(part.weight is not None for part in parts_of(config.val_path)):
+        raise ConfigError("data.val_path takes no weights: every row is validated once")
+
+    def build(part: DataPart) -> SampleStore:
+        return build_store(part.path, encoder, cache_root=cache_root, progress=progress)
+
+    return [build(part) for part in parts], [build(part) for part in parts_of(config.val_path)]
+
+
+def split_data(config: DataConfig, training: list[SampleStore], validation: list[SampleStore]) -> DataSplit:
+    """Judge the stores, and hold out what is not for training.
+
+    Raises:
+        DataError: too many bad rows, or a side without samples.
+    """
+    for store in (*training, *validation):
+        check_account(store, config)
+    kept: list[Samples] = [*training]
+    held_out: list[Samples] = [*validation]
+    if config.val_fraction > 0:
+        sides = [split_store(store, config.val_fraction) for store in training]
+        kept, held_out = [train for train, _ in sides], [val for _, val in sides]
+        for side, parts in (("training", kept), ("validation", held_out)):
+            if not any(len(part) for part in parts):
+                raise DataError(
+                    f"data.val_fraction={config.val_fraction} of {sum(map(len, training))} samples leaves none for"
+                    f" {side}; choose another fraction, or set data.val_path"
+                )
+    return DataSplit(
+        train=join(kept),
+        validation=join(held_out) if held_out else None,
+        parts=tuple((part, len(samples)) for part, samples in zip(parts_of(config.path), kept, strict=True)),
+        stores=(*training, *validation),
+        val_fraction=config.val_fraction,
+    )
 
 
 def load_data(
-    config: DataConfig,
-    *,
-    encoder: ChatEncoder | None,
-    vocab_size: int,
-    cache_root: Path,
-    progress: Callable[[int], None] | None = None,
+    config: DataConfig, encoder: RowEncoder, *, cache_root: Path, progress: Progress | None = None
 ) -> DataSplit:
-    """Tokenize what is not yet tokenized, and split.
+    """Tokenize what is not yet tokenized, and split; see `open_stores` and `split_data`."""
+    return split_data(config, *open_stores(config, encoder, cache_root=cache_root, progress=progress))
 
-    Raises:
-        ConfigError, DataError: see `build_store` and `split_store`.
-    """
-    if config.path is None:
-        raise ConfigError("data.path is not set; give a .jsonl or .json file, or data=demo")
 
-    def build(path: str) -> SampleStore:
-        return build_store(
-            path, config, encoder=encoder, vocab_size=vocab_size, cache_root=cache_root, progress=progress
-        )
+def split_store(store: SampleStore, val_fraction: float) -> tuple[Chosen, Chosen]:
+    """Split into training and validation samples by a hash of each sample's tokens."""
+    sides: tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]] = ([], [])
+    for start in range(0, len(store), CHUNK):
+        ids = np.arange(start, min(start + CHUNK, len(store)), dtype=np.int32)
+        held_out = _mix(store.digests(ids)) < np.uint64(val_fraction * 2.0**64)
+        sides[0].append(ids[~held_out])
+        sides[1].append(ids[held_out])
+    train, val = (Chosen(store, np.concatenate(side)) for side in sides)
+    return train, val
 
-    store = build(config.path)
-    if config.val_path is not None:
-        validation = build(config.val_path)
-        return DataSplit(store, validation, (store, validation))
-    if config.val_fraction > 0:
-        train, held_out = split_store(store, config.val_fraction)
-        return DataSplit(train, held_out, (store,))
-    return DataSplit(store, None, (store,))
+
+def _mix(digests: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64: any flip of the input flips half of the output bits."""
+    mixed = digests
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))

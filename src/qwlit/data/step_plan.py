@@ -1,31 +1,19 @@
 """Which samples each optimizer step trains on, and how they are laid into micro-batches: pure functions, no state.
 
-Step t trains on the samples `permutations[t * G : (t + 1) * G]`, where `permutations` is one seeded shuffle of the data
-set per epoch, laid end to end, and G is `global_batch_size`. Every rank computes the whole layout from the stored
-lengths alone, so nothing is communicated, and resuming needs nothing but the step number.
+Step t trains on the samples at positions t * G to (t + 1) * G of the order, where G is `global_batch_size`. Every rank
+computes the whole layout from the stored lengths alone, so nothing is communicated, and resuming needs nothing but the
+step number.
 """
 
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qwlit.core.errors import ConfigError
-
-Indices = NDArray[np.int64]
-
-
-@lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, num_samples: int) -> Indices:
-    """Return epoch `epoch`'s order, (num_samples,) int64. Philox is keyed, so epochs need no predecessor.
-
-    Two are kept because a step may straddle two epochs.
-    """
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
-    return generator.permutation(num_samples)
+from qwlit.data.order import Order
+from qwlit.data.samples import Indices, Samples, longest
 
 
 @dataclass(frozen=True)
@@ -37,13 +25,12 @@ class Limits:
     tokens: int | None = None
     """`micro_batch_tokens`: tokens, padding included where there is any."""
 
-    def check(self, lengths: NDArray[np.int32]) -> None:
+    def check(self, samples: Samples) -> None:
         """Raise ConfigError when a sample does not fit `tokens` even alone."""
-        longest = int(lengths.max())
-        if self.tokens is not None and longest > self.tokens:
+        if self.tokens is not None and (most := longest(samples)) > self.tokens:
             raise ConfigError(
-                f"hardware.micro_batch_tokens={self.tokens}: the longest sample has {longest} tokens;"
-                f" raise it to {longest}, or lower data.max_seq_len"
+                f"hardware.micro_batch_tokens={self.tokens}: the longest sample has {most} tokens;"
+                f" raise it to {most}, or lower data.max_seq_len"
             )
 
 
@@ -131,11 +118,8 @@ def _fill_padded(lengths: Sequence[int], world_size: int, limits: Limits) -> lis
 class StepPlan:
     """The run's steps over one data set."""
 
-    lengths: NDArray[np.int32]
-    """(N,) tokens of each sample."""
-    num_supervised: NDArray[np.int32]
-    """(N,) supervised tokens of each sample."""
-    seed: int
+    train: Samples
+    order: Order
     global_batch_size: int
     world_size: int
     limits: Limits
@@ -143,25 +127,20 @@ class StepPlan:
 
     def samples(self, step: int) -> Indices:
         """Return step `step`'s sample ids, (G,), in the plan's order."""
-        num_samples = len(self.lengths)
         first = step * self.global_batch_size
-        positions = np.arange(first, first + self.global_batch_size)
-        epochs, within = np.divmod(positions, num_samples)
-        return np.concatenate(
-            [permutation(self.seed, int(e), num_samples)[within[epochs == e]] for e in np.unique(epochs)]
-        )
+        return self.order.at(np.arange(first, first + self.global_batch_size))
 
     def layout(self, samples: Indices) -> list[list[MicroLayout]]:
         """Return every rank's micro-batches for these samples."""
-        return lay_out(self.lengths[samples].tolist(), self.world_size, self.limits, packing=self.packing)
+        return lay_out(self.train.lengths(samples).tolist(), self.world_size, self.limits, packing=self.packing)
 
     def steps_of_epochs(self, epochs: int) -> int:
         """Return the step at which `epochs` epochs have been seen: ceil(epochs * N / G)."""
-        return -(-epochs * len(self.lengths) // self.global_batch_size)
+        return -(-epochs * self.order.epoch_length // self.global_batch_size)
 
     def next_epoch_end(self, step: int) -> int:
         """Return the first step after `step` at which an epoch ends."""
-        seen = step * self.global_batch_size // len(self.lengths)
+        seen = step * self.global_batch_size // self.order.epoch_length
         while (end := self.steps_of_epochs(seen)) <= step:
             seen += 1
         return end

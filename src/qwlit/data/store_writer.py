@@ -1,14 +1,15 @@
 """Writes a store: rows in, growing arrays out, and a finished folder only when the last row is in it."""
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.lib import format as npy
@@ -16,103 +17,109 @@ from numpy.typing import NDArray
 
 from qwlit.core.errors import DataError
 from qwlit.core.files import fsync_folder, write_json_atomic
-from qwlit.data.chat import ChatEncoder
-from qwlit.data.config import DataConfig
-from qwlit.data.rows import Conversation, EncodedSample, NeedsTokenizer, RowError, parse_row
-from qwlit.data.sources import Reject, Row, read_rows
+from qwlit.data.encoding import DTYPES, Account, Batch, RowEncoder
+from qwlit.data.readers import RowReader
+from qwlit.data.rows import Reject, Row
+from qwlit.data.sources import Source
+from qwlit.data.workers import map_in_order, num_cores
 
 # Part of the fingerprint: raise it whenever the same rows would be stored differently.
-STORE_VERSION = 1
-# Enough rows to keep all cores busy, and few enough bytes for their tokens to fit in memory.
-BATCH_ROWS, BATCH_BYTES = 1000, 16 * 2**20
-ARRAYS = {
-    "tokens": "<i4",
-    "mask": "|u1",
-    "lengths": "<i4",
-    "num_supervised": "<i4",
-    "ends": "<i8",
-    "digests": "<u8",
-    "files": "<i4",
-    "lines": "<i4",
-}
-Progress = Callable[[int], None]
+STORE_VERSION = 2
+# Enough rows to be worth sending to another process, and few enough bytes for their tokens to fit in memory.
+BATCH_ROWS, BATCH_BYTES = 2000, 2 * 2**20
+# Below, the processes take longer to start than the work; measured: one starts in about a second with Qwen's
+# vocabulary and tokenizes 2 MiB of conversations in another.
+BYTES_WORTH_WORKERS = 8 * 2**20
+ENDS = "ends"
+QUARANTINE = "quarantine.jsonl"
+ARRAYS = {**DTYPES, ENDS: "<i8"}
+PER_SAMPLE = [name for name in ARRAYS if name not in ("tokens", "mask")]
 
 
 @dataclass(frozen=True)
-class Account:
-    """What became of every row: accepted + too_long + quarantined = read."""
+class Reading:
+    """How far a build is."""
 
-    read: int
-    accepted: int
-    too_long: int
-    quarantined: int
+    rows: int
+    tokens: int
+    bytes_read: int
+    bytes_in_all: int
+    """0 where nobody knows."""
+    tokens_per_second: float
+    finished: bool = False
+    cores: int = 1
 
 
-@dataclass(frozen=True)
-class RowEncoder:
-    """From rows to samples, each with its own outcome."""
+Progress = Callable[[Reading], None]
 
-    config: DataConfig
-    encoder: ChatEncoder | None
-    vocab_size: int
 
-    def __call__(self, rows: Iterable[Row | Reject]) -> Iterator[tuple[Row | Reject, EncodedSample | Reject]]:
-        """Yield each row with its sample, or with the reason that it has none."""
-        parsed = [(row, self._parse(row)) for row in rows]
-        conversations = [value for _, value in parsed if isinstance(value, Conversation)]
-        encoded = iter(self.encoder.encode_batch(conversations) if self.encoder else ())
-        for row, value in parsed:
-            sample = next(encoded) if isinstance(value, Conversation) else value
-            if isinstance(row, Row) and isinstance(sample, EncodedSample) and 1 not in sample.loss_mask:
-                sample = row.reject("nothing in it is supervised")
-            yield row, sample
+class Clock:
+    """Tells `progress` how a build goes."""
 
-    def _parse(self, row: Row | Reject) -> Conversation | EncodedSample | Reject:
-        if isinstance(row, Reject):
-            return row
-        try:
-            value = parse_row(row.value, self.config.format, self.vocab_size)
-            if isinstance(value, Conversation):
-                if self.encoder is None:
-                    where = f"{row.file}:{row.line}"
-                    raise NeedsTokenizer(f"{where}: messages need a tokenizer, and the model comes with none")
-                self.encoder.check(value)
-        except RowError as error:
-            return row.reject(str(error))
-        return value
+    def __init__(self, reader: RowReader, cores: int, progress: Progress | None) -> None:
+        self._reader, self._cores, self._progress = reader, cores, progress
+        self._started = time.perf_counter()
+
+    def tell(self, rows: int, tokens: int, *, finished: bool = False) -> Reading:
+        rate = tokens / max(1e-9, time.perf_counter() - self._started)
+        reader = self._reader
+        reading = Reading(rows, tokens, reader.num_bytes_read, reader.num_bytes, rate, finished, self._cores)
+        if self._progress:
+            self._progress(reading)
+        return reading
 
 
 def write_store(
-    folder: Path, fingerprint: str, files: list[Path], encode_rows: RowEncoder, progress: Progress | None
+    folder: Path,
+    fingerprint: str,
+    sources: Sequence[Source],
+    encode: RowEncoder,
+    progress: Progress | None,
+    still_the_same: Callable[[], bool],
 ) -> None:
-    """Read, encode and store every row of `files`. The caller holds the lock on `folder`.
+    """Read, encode and store every row of `sources`. The caller holds the lock on `folder`.
+
+    Args:
+        still_the_same: asked at the end whether the sources are what the fingerprint was taken of.
 
     Raises:
-        DataError: a file cannot be read; a conversation without a tokenizer (NeedsTokenizer); with `strict`, a bad row.
+        DataError: a file cannot be read or changed meanwhile, a row ends the reading (data.strict,
+            data.too_long=error), or (NeedsTokenizer) there is text and no tokenizer.
     """
     for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(abandoned, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
-    config = encode_rows.config
+    reader = RowReader(sources)
+    cores = num_cores()
+    workers = cores if reader.num_bytes >= BYTES_WORTH_WORKERS else 1
+    clock = Clock(reader, cores, progress)
+    batches = map_in_order(encode, _batches(reader), workers)
     try:
-        with _StoreWriter(temporary, files, config.max_seq_len) as writer:
-            for batch in _batches(read_rows(files)):
-                for row, outcome in encode_rows(batch):
-                    if config.strict and isinstance(outcome, Reject):
-                        raise strict_stop(outcome.file, outcome.line, outcome.reason)
-                    writer.add(row, outcome)
-                if progress:
-                    progress(writer.account.read)
-        write_json_atomic(temporary / "meta.json", {"fingerprint": fingerprint, "account": asdict(writer.account)})
+        with _StoreWriter(temporary) as writer:
+            for batch in batches:
+                if batch.stop:
+                    raise DataError(f"{sources[batch.stop.source]}:{batch.stop.line}: {batch.stop.reason}")
+                writer.add(batch)
+                clock.tell(writer.account.read, writer.num_tokens)
+            reading = clock.tell(writer.account.read, writer.num_tokens, finished=True)
+        account = writer.account
+        account.duplicates = _mark_duplicates(temporary, drop=encode.config.drop_duplicates)
+        meta = {
+            "fingerprint": fingerprint,
+            "account": asdict(account),
+            "remarks": dict(writer.remarks),
+            "tokens_per_second": round(reading.tokens_per_second),
+            "cores": cores,
+        }
+        write_json_atomic(temporary / "meta.json", meta)
+        if not still_the_same():
+            raise DataError(f"'{sources[0]}' or a file beside it changed while it was read; start again")
         temporary.rename(folder)
         fsync_folder(folder.parent)
     finally:
+        batches.close()
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def strict_stop(file: Path | str, line: int, reason: str) -> DataError:
-    return DataError(f"{file}:{line}: {reason} (data.strict=true stops at the first bad row)")
 
 
 def _batches(rows: Iterable[Row | Reject]) -> Iterator[list[Row | Reject]]:
@@ -120,7 +127,7 @@ def _batches(rows: Iterable[Row | Reject]) -> Iterator[list[Row | Reject]]:
     size = 0
     for row in rows:
         batch.append(row)
-        size += len(row.raw) if isinstance(row, Row) else 0
+        size += row.num_bytes() if isinstance(row, Row) else 0
         if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -143,10 +150,9 @@ class _GrowingArray:
         self._handle.seek(0)
         npy.write_array_header_1_0(self._handle, header)  # type: ignore[no-untyped-call]
 
-    def extend(self, values: Any) -> None:
-        array: NDArray[Any] = np.asarray(values, dtype=self._dtype)
-        self._handle.write(array.tobytes())
-        self._length += array.size
+    def extend(self, values: NDArray[Any]) -> None:
+        self._handle.write(values.astype(self._dtype, copy=False).tobytes())
+        self._length += values.size
 
     def close(self) -> None:
         self._write_header()
@@ -158,51 +164,40 @@ class _GrowingArray:
 class _StoreWriter:
     """Keeps the arrays, the quarantine and the account in step."""
 
-    def __init__(self, folder: Path, files: list[Path], max_seq_len: int) -> None:
-        self._max_seq_len = max_seq_len
-        self._number_of = {file: number for number, file in enumerate(files)}
-        self._end = self._accepted = self._too_long = self._quarantined = 0
+    def __init__(self, folder: Path) -> None:
+        self.num_tokens = 0
+        self.account = Account()
+        self.remarks: Counter[str] = Counter()
         self._open = ExitStack()
         self._arrays = {name: _GrowingArray(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
         for array in self._arrays.values():
             self._open.callback(array.close)
-        self._quarantine = self._open.enter_context((folder / "quarantine.jsonl").open("w", encoding="utf-8"))
+        self._quarantine = self._open.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
 
-    def __enter__(self) -> "_StoreWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
-    @property
-    def account(self) -> Account:
-        read = self._accepted + self._too_long + self._quarantined
-        return Account(read, self._accepted, self._too_long, self._quarantined)
+    def add(self, batch: Batch) -> None:
+        self.account.add(batch.account)
+        self.remarks.update(batch.remarks)
+        for name, values in batch.arrays.items():
+            self._arrays[name].extend(values)
+        self._arrays[ENDS].extend(self.num_tokens + np.cumsum(batch.arrays["lengths"], dtype=np.int64))
+        self.num_tokens += len(batch.arrays["tokens"])
+        for reject in batch.rejects:
+            self._quarantine.write(json.dumps(asdict(reject)) + "\n")
 
-    def add(self, row: Row | Reject, outcome: EncodedSample | Reject) -> None:
-        file = self._number_of[row.file]
-        if isinstance(outcome, Reject):
-            self._quarantined += 1
-            entry = {"file": file, "line": outcome.line, "reason": outcome.reason, "sha256": outcome.sha256}
-            self._quarantine.write(json.dumps(entry) + "\n")
-        elif len(outcome.input_ids) > self._max_seq_len:
-            self._too_long += 1
-        else:
-            self._accepted += 1
-            self._append(outcome, file, row.line)
 
-    def _append(self, sample: EncodedSample, file: int, line: int) -> None:
-        tokens = np.asarray(sample.input_ids, dtype=np.int32)
-        self._end += len(tokens)
-        values = {
-            "tokens": tokens,
-            "mask": sample.loss_mask,
-            "lengths": len(tokens),
-            "num_supervised": sum(sample.loss_mask),
-            "ends": self._end,
-            "digests": int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little"),
-            "files": file,
-            "lines": line,
-        }
-        for name, value in values.items():
-            self._arrays[name].extend(value)
+def _mark_duplicates(folder: Path, *, drop: bool) -> int:
+    """Count samples with the tokens of an earlier one, and with `drop` take them out; their tokens stay unused."""
+    digests = np.load(folder / "digests.npy")
+    _, first = np.unique(digests, return_index=True)
+    duplicates = len(digests) - len(first)
+    if drop and duplicates:
+        kept = np.sort(first)
+        for name in PER_SAMPLE:
+            np.save(folder / f"{name}.npy", np.load(folder / f"{name}.npy")[kept])
+    return duplicates

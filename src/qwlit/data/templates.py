@@ -1,4 +1,4 @@
-"""How Qwen2, Qwen2.5 and Qwen3 write a conversation down, piece by piece.
+"""How the Qwen families write a conversation down, piece by piece.
 
 A piece is either text or a control token, and either learnt or only read. The pieces' texts, joined, equal what the
 official chat template of the family renders. Only a template makes control pieces: what stands in a message is always
@@ -8,28 +8,35 @@ text, whatever it looks like.
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from qwlit.core.errors import DataError
-from qwlit.data.rows import Conversation, Message, RowError, ToolCall, parse_conversation
+from qwlit.data.config import LossOn, Thinking
+from qwlit.data.conversation import END_THINK, THINK, Conversation, Message, ToolCall, parse_conversation
+from qwlit.data.rows import RowError
 
 START, END = "<|im_start|>", "<|im_end|>"
-THINK, END_THINK = "<think>", "</think>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"
-CONTROL_TOKENS = {START, END, THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, RESPONSE, END_RESPONSE}
-REMEDY = "set data.template=qwen2, qwen2_5 or qwen3"
+REMEDY = "set data.template=qwen2, qwen2_5, qwen3 or qwen3_2507"
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of the rendered conversation."""
 
     text: str
     control: bool
     """The text is one control token, where the vocabulary has it."""
     supervised: bool
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What of a conversation is learnt; see the settings of the same names."""
+
+    loss_on: LossOn = "assistant"
+    thinking: Thinking = "mask_empty"
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Family:
 
 FAMILIES = {
     "qwen3": Family(None, tools=True, thinking=True, json_text_arguments=True),
+    # Qwen3-…-Instruct-2507: the non-thinking models. The thinking ones of that date write as qwen3 does.
+    "qwen3_2507": Family(None, tools=True, json_text_arguments=True),
     "qwen2_5": Family("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", tools=True),
     "qwen2": Family("You are a helpful assistant."),
 }
@@ -62,25 +71,63 @@ TOOLS_TAIL = (
 )
 
 
-def check(conversation: Conversation, template: str) -> None:
-    """Raise RowError where the family's template would leave out what the conversation is about."""
+def render(conversation: Conversation, template: str, supervision: Supervision) -> list[Piece]:
+    """Write the conversation down in the template's family.
+
+    Raises:
+        RowError: the family would leave out what the conversation is about.
+    """
+    if supervision.thinking == "drop":
+        conversation = replace(conversation, messages=tuple(m.without_thinking() for m in conversation.messages))
+    _check(conversation, template)
+    pieces = (piece for piece in _pieces(conversation, FAMILIES[template], supervision) if piece.text)
+    if supervision.loss_on == "all":
+        return [piece._replace(supervised=True) for piece in pieces]
+    return list(pieces)
+
+
+def _check(conversation: Conversation, template: str) -> None:
     family = FAMILIES[template]
     messages = conversation.messages
     if not family.tools and (conversation.tools or any(m.role == "tool" or m.tool_calls for m in messages)):
         raise RowError(f"template {template} knows no tools")
     answers = [m for m in messages if m.role == "assistant"]
-    if not family.thinking and not all(m.content.strip() or m.tool_calls for m in answers):
-        raise RowError(f"an assistant message holds only reasoning, which template {template} leaves out")
+    if not all(m.says_something for m in answers):
+        raise RowError("an assistant message holds only reasoning, which data.thinking=drop takes out")
+    # Reasoning stands in the answers to the last query only, and in some families nowhere.
+    shown_after = _last_query(messages) if family.thinking else len(messages)
+    for message in messages[: shown_after + 1]:
+        if message.role == "assistant" and not (message.split_thinking()[1].strip() or message.tool_calls):
+            raise RowError(f"an assistant message holds only reasoning, which template {template} leaves out")
 
 
-def render(conversation: Conversation, template: str) -> list[Piece]:
-    """Write the conversation down in the template's family.
+HISTORY_THINKING = "reasoning in earlier turns, which the template takes out: those answers are learnt without it"
+THINKING_LEFT_OUT = "reasoning_content, which the template has no place for"
+TAGS_AS_TEXT = "<think> or <tool_call> tags inside a text, where they are letters and no structure"
+NULLS_FROM_TABLE = "null in tool arguments or tools from a table, where missing and null are one: use JSON text there"
+_TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)))
 
-    Raises:
-        RowError: the family cannot express it.
-    """
-    check(conversation, template)
-    return [piece for piece in _pieces(conversation, FAMILIES[template]) if piece.text]
+
+def remarks(conversation: Conversation, template: str, *, from_table: bool) -> Iterator[str]:
+    """Yield what a careful reader would want to know of how the template takes this conversation."""
+    if from_table and (conversation.tools or any(m.tool_calls for m in conversation.messages)):
+        arguments = [call.arguments for message in conversation.messages for call in message.tool_calls]
+        if _holds_null([*arguments, *conversation.tools]):
+            yield NULLS_FROM_TABLE
+    family = FAMILIES[template]
+    answers = [(i, m, *m.split_thinking()) for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+    last_query = _last_query(conversation.messages)
+    if family.thinking and any(reasoning and index <= last_query for index, _, reasoning, _ in answers):
+        yield HISTORY_THINKING
+    if not family.thinking and any(message.reasoning for _, message, _, _ in answers):
+        yield THINKING_LEFT_OUT
+    if any(_TAGS.search(answer if family.thinking else message.content) for _, message, _, answer in answers):
+        yield TAGS_AS_TEXT
+
+
+def _holds_null(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(item is None or _holds_null(item) for item in items)
 
 
 def _text(text: str, supervised: bool = False) -> Piece:
@@ -92,22 +139,36 @@ def _control(text: str, supervised: bool = False) -> Piece:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f"a tool or its arguments cannot be written as JSON: {error}") from None
 
 
-def _pieces(conversation: Conversation, family: Family) -> Iterator[Piece]:
+@dataclass(frozen=True)
+class _Mark:
+    """Which parts of one answer are learnt."""
+
+    answer: bool
+    empty_block: bool
+
+
+def _pieces(conversation: Conversation, family: Family, supervision: Supervision) -> Iterator[Piece]:
     messages = conversation.messages
     roles = ["", *(message.role for message in messages), ""]
     last_query = _last_query(messages)
+    last_answer = max(index for index, message in enumerate(messages) if message.role == "assistant")
     yield from _system(conversation, family)
     for index, message in enumerate(messages):
-        if message.role == "user":
-            yield from (_control(START), _text(f"user\n{message.content}"), _control(END), _text("\n"))
+        if message.role == "user" or (message.role == "system" and index > 0):
+            yield from (_control(START), _text(f"{message.role}\n{message.content}"), _control(END), _text("\n"))
         elif message.role == "assistant":
+            learnt = supervision.loss_on != "last_assistant" or index == last_answer
+            # An empty block stands in the prompt where thinking is off: the model reads it and need not write it.
+            mark = _Mark(learnt, learnt and supervision.thinking == "keep")
             yield from (_control(START), _text("assistant\n"))
-            is_last = index == len(messages) - 1
-            yield from _answer(message, family, after_query=index > last_query, is_last=is_last)
-            yield from (_control(END, supervised=True), _text("\n"))
+            yield from _answer(message, family, index > last_query, index == len(messages) - 1, mark)
+            yield from (_control(END, learnt), _text("\n"))
         elif message.role == "tool":
             # Responses that follow each other share one turn of the user.
             before, after = roles[index], roles[index + 2]
@@ -117,13 +178,8 @@ def _pieces(conversation: Conversation, family: Family) -> Iterator[Piece]:
 
 
 def _last_query(messages: tuple[Message, ...]) -> int:
-    """Return the index of the last message that a user wrote; the last message's where there is none."""
-
-    def is_query(message: Message) -> bool:
-        wrapped = message.content.startswith(RESPONSE) and message.content.endswith(END_RESPONSE)
-        return message.role == "user" and not wrapped
-
-    return max((i for i, message in enumerate(messages) if is_query(message)), default=len(messages) - 1)
+    """Return the index of the last message of a user; the last message's where there is none."""
+    return max((i for i, message in enumerate(messages) if message.role == "user"), default=len(messages) - 1)
 
 
 def _system(conversation: Conversation, family: Family) -> Iterator[Piece]:
@@ -148,40 +204,20 @@ def _wording(text: str) -> Iterator[Piece]:
         yield Piece(part, control=part in (TOOL_CALL, END_TOOL_CALL), supervised=False)
 
 
-def _answer(message: Message, family: Family, *, after_query: bool, is_last: bool) -> Iterator[Piece]:
-    content = message.content
-    if family.thinking:
-        reasoning, content = _split_thinking(message)
-        shown = content
-        if after_query and (is_last or reasoning):
-            yield from _think_block(reasoning.strip("\n"))
-            shown = content.lstrip("\n")
-        yield _text(shown, supervised=True)
-    else:
-        yield _text(content, supervised=True)
+def _answer(message: Message, family: Family, after_query: bool, is_last: bool, mark: _Mark) -> Iterator[Piece]:
+    reasoning, content = message.split_thinking() if family.thinking else ("", message.content)
+    learnt, shown = mark.answer, content
+    if family.thinking and after_query and (is_last or reasoning):
+        reasoning, shown = reasoning.strip("\n"), content.lstrip("\n")
+        block = learnt if reasoning else mark.empty_block
+        yield from (_control(THINK, block), _text(f"\n{reasoning}\n", block))
+        yield from (_control(END_THINK, block), _text("\n\n", block))
+    yield _text(shown, learnt)
     for number, call in enumerate(message.tool_calls):
-        yield _text("\n" if content or number else "", supervised=True)
-        yield _control(TOOL_CALL, supervised=True)
-        yield _text(f'\n{{"name": "{call.name}", "arguments": {_arguments(call, family)}}}\n', supervised=True)
-        yield _control(END_TOOL_CALL, supervised=True)
-
-
-def _think_block(reasoning: str) -> Iterator[Piece]:
-    # An empty block stands in the prompt where thinking is off: the model reads it and never writes it.
-    learnt = bool(reasoning)
-    yield _control(THINK, supervised=learnt)
-    yield _text(f"\n{reasoning}\n", supervised=learnt)
-    yield _control(END_THINK, supervised=learnt)
-    yield _text("\n\n", supervised=learnt)
-
-
-def _split_thinking(message: Message) -> tuple[str, str]:
-    """Return reasoning and answer; where the row has no reasoning of its own, a <think> block in the content is it."""
-    content = message.content
-    if message.reasoning is not None or END_THINK not in content:
-        return message.reasoning or "", content
-    parts = content.split(END_THINK)
-    return parts[0].rstrip("\n").split(THINK)[-1].lstrip("\n"), parts[-1].lstrip("\n")
+        yield _text("\n" if content or number else "", learnt)
+        yield _control(TOOL_CALL, learnt)
+        yield _text(f'\n{{"name": "{call.name}", "arguments": {_arguments(call, family)}}}\n', learnt)
+        yield _control(END_TOOL_CALL, learnt)
 
 
 def _arguments(call: ToolCall, family: Family) -> str:
@@ -237,11 +273,11 @@ def _agrees(template: str, render_jinja: RenderJinja) -> bool:
     for messages, tools in _PROBES:
         if tools and not FAMILIES[template].tools:
             continue
-        conversation = parse_conversation({"messages": messages, "tools": tools})
+        conversation = parse_conversation(messages, tools)
         try:
             rendered = render_jinja(messages, tools)
         except Exception:  # a template of strangers may fail in any way: then it is not this one
             return False
-        if rendered != "".join(piece.text for piece in render(conversation, template)):
+        if rendered != "".join(piece.text for piece in render(conversation, template, Supervision())):
             return False
     return True

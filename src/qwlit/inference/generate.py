@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from qwlit.data.batches import Samples
+from qwlit.data.samples import Samples
 from qwlit.model.attention import generation_attention
 
 BATCH = 50

@@ -38,7 +38,7 @@ def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
     manifest = build_manifest(job.machine, **_facts(job, loss_model))
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
-    folder.write_rows("quarantine.jsonl", job.data.quarantine)
+    folder.write_rows("quarantine.jsonl", job.data.quarantine())
     folder.write_summary(resumed_from=start.step if start.checkpoint else None, rows=job.data.totals)
     _introduce(job, manifest["parameters"], folder, start)
     return start
@@ -51,8 +51,8 @@ def _facts(job: Job, loss_model: LossModel) -> dict[str, Any]:
         "seed": job.config.seed,
         "determinism": job.config.determinism,
         "attention": job.attention,
-        "template": job.encoder.template if job.encoder else None,
-        "tokenizer": job.encoder.fingerprint if job.encoder else None,
+        "template": job.encoder.chat.template if job.encoder.chat else None,
+        "tokenizer": job.encoder.tokenizer.fingerprint if job.encoder.tokenizer else None,
         "data": job.data.fingerprint,
         "parameters": {
             "total": sum(p.numel() for p in parameters),
@@ -79,7 +79,8 @@ def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: S
     if start.checkpoint:
         lines.append(f"  resuming  from step {start.step}")
         folder.append_event(start.step, "resumed", device=machine.device_name, devices=machine.world_size)
-    for finding in derived.findings:
+    lines += [f"  share     {escape(share)}" for share in job.data.describe_shares(config.seed)]
+    for finding in (*job.data.remarks, *derived.findings):
         lines.append(f"  [yellow]note[/]      {escape(finding)}")
         folder.append_event(start.step, "finding", message=finding)
     console().print("\n".join(lines))

@@ -63,11 +63,13 @@ def _take_best_weights(loss_model: LossModel, loop: Loop) -> None:
 def _answer(job: Job, loss_model: LossModel) -> list[Record]:
     """Answer the first validation prompts, in the validation set's order."""
     assert job.data.validation is not None
-    assert job.encoder is not None and job.tokenizer is not None
+    assert job.encoder.chat is not None and job.tokenizer is not None
     asked = questions(job.data.validation, job.config.data.exact_match)
     with console().status(f"answering {len(asked)} unseen prompts"):
         answers = list(
-            answer_greedily(loss_model.causal_lm, asked, end_of_turn_id=job.encoder.end_of_turn_id, pad_id=job.pad_id)
+            answer_greedily(
+                loss_model.causal_lm, asked, end_of_turn_id=job.encoder.chat.end_of_turn_id, pad_id=job.pad_id
+            )
         )
     answers.sort(key=lambda a: a.question.sample)
     decode = job.tokenizer.decode

@@ -2,18 +2,14 @@
 
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
-from typing import Any
 
 from qwlit.core.errors import ConfigError
+from qwlit.core.waiting import PROBE_SECONDS, answer_within
 
 CONFIG_FILES = ["config.json"]
 TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
-PROBE_SECONDS = 6.0
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -35,7 +31,7 @@ def fetch(hub_id: str, patterns: list[str]) -> Path:
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        _within(PROBE_SECONDS, lambda: HfApi().model_info(hub_id, timeout=PROBE_SECONDS))
+        answer_within(PROBE_SECONDS, lambda: HfApi().model_info(hub_id, timeout=PROBE_SECONDS))
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except GatedRepoError:
         raise ConfigError(f"{hub_id} needs its licence accepted on the hub, and a token (hf auth login)") from None
@@ -52,27 +48,3 @@ def fetch(hub_id: str, patterns: list[str]) -> Path:
             f"{hub_id} could not be fetched ({reason}); "
             "set model.path=FOLDER to a local copy, model.init=random with model.tokenizer=FOLDER, or experiment=demo"
         ) from None
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> None:
-    """Run `call`, whose own time-out holds for each address it tries, and let it take `seconds` at most.
-
-    Raises:
-        TimeoutError: it took longer; or whatever `call` raises.
-    """
-    outcome: SimpleQueue[Exception | None] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            call()
-            outcome.put(None)
-        except Exception as error:
-            outcome.put(error)
-
-    Thread(target=run, daemon=True).start()
-    try:
-        error = outcome.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 
 from qwlit.core.batch import StepBatch
 from qwlit.core.errors import GuardStop
-from qwlit.data.batches import Samples
+from qwlit.data.samples import Samples
 from qwlit.training.config import GuardConfig
 from qwlit.training.late import LateReader
 from qwlit.training.module import CausalLMModule

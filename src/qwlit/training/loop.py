@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from qwlit.core.console import console
-from qwlit.data.batches import Samples
+from qwlit.data.samples import Samples
 from qwlit.training.boundary import ScheduleValidation
 from qwlit.training.checkpoint import Checkpointing
 from qwlit.training.config import CheckpointConfig, GuardConfig, ProfileConfig, ValidationConfig

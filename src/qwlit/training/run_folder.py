@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -78,7 +79,7 @@ class RunFolder:
         if is_rank_zero():
             append_json_line(self.path / name, _jsonable(row))
 
-    def write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Write a whole .jsonl file at once."""
         self.write_text(name, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows))
 

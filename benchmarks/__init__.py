@@ -1,0 +1,1 @@
+"""Measurements, each one documented command; figures with versions and device lie in results/."""

@@ -1,0 +1,22 @@
+"""What a figure was measured on."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+
+def describe(*packages: str) -> dict[str, object]:
+    """Return processor, cores and versions."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,218 @@
+"""`inspect`: shows the data as the model will see it, and trains nothing."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from qwlit.commands.help import inspect_help
+from qwlit.config.compose import compose
+from qwlit.core.console import console
+from qwlit.core.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from qwlit.config.run import RunConfig
+    from qwlit.data.samples import Samples
+    from qwlit.data.splits import DataSplit
+    from qwlit.job.corpus import Corpus
+
+OUTPUTS = ("text", "json")
+SAMPLES_SHOWN, STEPS_SHOWN, REASONS_SHOWN = 3, 3, 10
+BAR_WIDTH = 40
+
+
+def main(arguments: list[str]) -> int:
+    if any(word in ("-h", "--help") for word in arguments):
+        print(inspect_help(), end="")
+        return 0
+    output, sample, overrides = _own_words(arguments)
+    config = compose(overrides).config
+    try:
+        inspect(config, output, sample)
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _own_words(arguments: list[str]) -> tuple[str, int | None, list[str]]:
+    """Take `output=` and `sample=` out of the words; everything else is an override of `train`."""
+    own = {"output": "text", "sample": ""}
+    overrides = []
+    for word in arguments:
+        key, _, value = word.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            overrides.append(word)
+    if own["output"] not in OUTPUTS:
+        hint = nearest(own["output"], OUTPUTS)
+        raise ConfigError(f"output={own['output']}: choose one of {', '.join(OUTPUTS)}.{hint}")
+    if own["sample"] and not own["sample"].isdecimal():
+        raise ConfigError(f"sample={own['sample']}: give a sample's number, counted from 0")
+    return own["output"], int(own["sample"]) if own["sample"] else None, overrides
+
+
+def inspect(config: "RunConfig", output: str, sample: int | None) -> None:
+    """Tokenize what is not yet tokenized and show it: samples as JSON lines, or everything a person wants to see.
+
+    Raises:
+        ConfigError, DataError: what `train` would say of the same data; what was put aside is shown before.
+    """
+    from qwlit.data.splits import split_data
+    from qwlit.job.corpus import open_corpus
+
+    screen = console(stderr=output == "json")
+    corpus = open_corpus(config, screen)
+    if sample is None:
+        _show_account(corpus, screen)
+    data = split_data(config.data, corpus.training, corpus.validation)
+    if sample is not None and sample >= len(data.train):
+        raise ConfigError(f"sample={sample}: there are {len(data.train)} samples, 0 to {len(data.train) - 1}")
+    if output == "json":
+        for line in _json_lines(data.train, range(len(data.train)) if sample is None else [sample]):
+            print(line)
+    elif sample is not None:
+        _show_sample(data.train, sample, corpus, screen)
+        _show_tokens(data.train, sample, corpus, screen)
+    else:
+        _show_data(data, corpus, config, screen)
+        for number in range(min(SAMPLES_SHOWN, len(data.train))):
+            _show_sample(data.train, number, corpus, screen)
+
+
+def _json_lines(samples: "Samples", numbers: Any) -> Iterator[str]:
+    for number in numbers:
+        input_ids, loss_mask = samples.sample(number)
+        yield json.dumps(
+            {
+                "sample": number,
+                "input_ids": input_ids.tolist(),
+                "loss_mask": loss_mask.tolist(),
+                "num_supervised_tokens": int(loss_mask.sum()),
+            }
+        )
+
+
+def _show_account(corpus: "Corpus", screen: Console) -> None:
+    """Print what became of every row, and why rows were put aside."""
+    from qwlit.data.inspect import rejections
+
+    stores = [("data.path", store) for store in corpus.training]
+    stores += [("data.val_path", store) for store in corpus.validation]
+    for setting, store in stores:
+        account = store.account
+        parts = f"{account.accepted:,} accepted + {account.too_long:,} too long + {account.quarantined:,} put aside"
+        more = [f"{getattr(account, name):,} {name}" for name in ("truncated", "split", "duplicates")]
+        screen.print(f"[bold]{setting}[/]  {escape(store.path)}: {account.read:,} rows = {parts}; {', '.join(more)}")
+    found = rejections(store for _, store in stores)
+    if found:
+        screen.print("\n[bold]put aside[/]")
+    for rejection in found[:REASONS_SHOWN]:
+        place = f"{rejection.first['file']}:{rejection.first['line']}"
+        screen.print(f"  {rejection.number:>7,}  {escape(rejection.reason)}  [dim]{escape(place)}[/]")
+    if len(found) > REASONS_SHOWN:
+        rest = sum(rejection.number for rejection in found[REASONS_SHOWN:])
+        screen.print(f"  {rest:>7,}  for {len(found) - REASONS_SHOWN} other reasons")
+
+
+def _show_data(data: "DataSplit", corpus: "Corpus", config: "RunConfig", screen: Console) -> None:
+    """Print what is learnt of the data, how long the samples are, and how the first steps are laid out."""
+    chat = corpus.encoder.chat
+    screen.print(f"\n[bold]to train on[/]  {data.describe()}")
+    if chat is not None:
+        supervision = chat.supervision
+        screen.print(f"  template {chat.template}, loss on {supervision.loss_on}, thinking {supervision.thinking}")
+    for text in (*data.describe_shares(config.seed), *data.remarks):
+        screen.print(f"  {escape(text)}")
+    _show_lengths(data.train, screen)
+    _show_steps(data, config, screen)
+
+
+def _show_lengths(samples: "Samples", screen: Console) -> None:
+    from qwlit.data.inspect import length_histogram
+
+    screen.print("\n[bold]tokens a sample[/]")
+    histogram = length_histogram(samples)
+    most = max(number for _, _, number in histogram)
+    for shortest, longest, number in histogram:
+        bar = "▇" * max(round(BAR_WIDTH * number / most), number > 0)
+        screen.print(f"  {shortest:>7,} – {longest:>7,}  [cyan]{bar:<{BAR_WIDTH}}[/] {number:>9,}")
+
+
+def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None:
+    """Print the first steps' micro-batches, each sample as wide as it is long."""
+    from qwlit.config.derive import limits
+    from qwlit.data.step_plan import StepPlan
+
+    hardware = config.hardware
+    world_size = (1 if hardware.devices == "auto" else hardware.devices) * hardware.num_nodes
+    plan = StepPlan(
+        train=data.train,
+        order=data.order(config.seed),
+        global_batch_size=config.train.global_batch_size,
+        world_size=world_size,
+        limits=limits(config),
+        packing=config.data.packing,
+    )
+    how = "packed end to end" if plan.packing else "padded"
+    screen.print(f"\n[bold]the first steps[/]  {plan.global_batch_size} samples each, on {world_size} devices, {how}")
+    for step in range(STEPS_SHOWN):
+        ids = plan.samples(step)
+        learnt = int(data.train.num_supervised(ids).sum())
+        screen.print(f"  step {step + 1}: {int(data.train.lengths(ids).sum()):,} tokens, {learnt:,} learnt")
+        layout = [(rank, micro) for rank, micros in enumerate(plan.layout(ids)) for micro in micros if not micro.filler]
+        sums = [int(data.train.lengths(ids[list(micro.members)]).sum()) for _, micro in layout]
+        for (rank, micro), tokens in zip(layout, sums, strict=True):
+            members = ids[list(micro.members)]
+            lengths = data.train.lengths(members).tolist()
+            bar = "".join("▇" * max(0, round(BAR_WIDTH * length / max(sums)) - 1) + "▏" for length in lengths)
+            named = " ".join(map(str, members[:8].tolist())) + (" …" if len(members) > 8 else "")
+            screen.print(f"    device {rank}  [cyan]{bar}[/] {tokens:,} tokens  [dim]samples {named}[/]")
+
+
+def _show_sample(samples: "Samples", number: int, corpus: "Corpus", screen: Console) -> None:
+    """Print a sample's text: what is learnt in green, or in double brackets where there are no colours."""
+    from qwlit.data.inspect import stretches
+
+    input_ids, loss_mask = samples.sample(number)
+    counts = f"{len(input_ids):,} tokens, {int(loss_mask.sum()):,} learnt"
+    screen.print(f"\n[bold]sample {number}[/]  {escape(samples.origin(number))}  {counts}")
+    colours = screen.is_terminal and not screen.no_color
+    text = Text()
+    was_learnt = False
+    for stretch in stretches(input_ids, loss_mask, _control_ids(corpus)):
+        if not colours and stretch.learnt != was_learnt:
+            text.append("[[" if stretch.learnt else "]]")
+        was_learnt = stretch.learnt
+        style = "green" if stretch.learnt else "dim"
+        shown = _decode(corpus, stretch.ids)
+        # A line break is a token like others: whether it is learnt should show.
+        shown = shown.replace("\n", "↵\n") if stretch.learnt else shown
+        text.append(shown, f"{style} reverse" if stretch.kind == "control" else style)
+    text.append("]]" if was_learnt and not colours else "")
+    screen.print(text)
+
+
+def _show_tokens(samples: "Samples", number: int, corpus: "Corpus", screen: Console) -> None:
+    screen.print("\n[bold]position      id  learnt  token[/]")
+    input_ids, loss_mask = samples.sample(number)
+    for position, (token, learnt) in enumerate(zip(input_ids.tolist(), loss_mask.tolist(), strict=True)):
+        mark = "[green]yes[/]" if learnt else "   "
+        screen.print(f"{position:>8}  {token:>6}  {mark}     {escape(repr(_decode(corpus, (token,))))}")
+
+
+def _control_ids(corpus: "Corpus") -> set[int]:
+    tokenizer = corpus.encoder.tokenizer
+    return set(tokenizer.control_ids.values()) if tokenizer else set()
+
+
+def _decode(corpus: "Corpus", ids: tuple[int, ...]) -> str:
+    if corpus.tokenizer is None:
+        return " ".join(map(str, ids)) + " "
+    return str(corpus.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

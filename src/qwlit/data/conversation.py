@@ -1,0 +1,136 @@
+"""A conversation and its parts, checked one by one."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwlit.core.errors import nearest
+from qwlit.data.rows import RowError, kind_of, parse_json
+
+ROLES = ("system", "user", "assistant", "tool")
+THINK, END_THINK = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    name: str
+    arguments: dict[str, Any] | str
+    """As the row has them: an object, or JSON text of one. Templates write the two differently."""
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+    reasoning: str | None = None
+    """None where the row has no `reasoning_content`; then a <think> block may open the content."""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def split_thinking(self) -> tuple[str, str]:
+        """Return reasoning and answer. A <think> block that opens the content is reasoning; elsewhere it is text."""
+        if self.reasoning is not None or not self.content.lstrip().startswith(THINK) or END_THINK not in self.content:
+            return self.reasoning or "", self.content
+        thought, _, answer = self.content.lstrip().removeprefix(THINK).partition(END_THINK)
+        return thought.strip("\n"), answer.lstrip("\n")
+
+    def without_thinking(self) -> "Message":
+        return replace(self, reasoning=None, content=self.split_thinking()[1])
+
+    @property
+    def says_something(self) -> bool:
+        return bool(self.content.strip() or self.tool_calls or (self.reasoning or "").strip())
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+def parse_conversation(rows: object, tools: object = None) -> Conversation:
+    """Check a list of messages and the tools they may use.
+
+    Raises:
+        RowError: naming the message and what is wrong with it.
+    """
+    if not isinstance(rows, list) or not rows:
+        raise RowError(f"'messages' must be a list with at least one message, not {_seen(rows)}")
+    return conversation_of([_message(f"message {number}", row) for number, row in enumerate(rows, start=1)], tools)
+
+
+def conversation_of(messages: list[Message], tools: object = None) -> Conversation:
+    """Put messages and tools together, or raise RowError."""
+    if all(message.role != "assistant" for message in messages):
+        raise RowError("no assistant message: there is nothing to learn")
+    for number, message in enumerate(messages, start=1):
+        if message.role == "assistant" and not message.says_something:
+            raise RowError(f"message {number}: the assistant says nothing")
+    return Conversation(tuple(messages), parse_tools(tools))
+
+
+def _seen(value: object) -> str:
+    return "an empty one" if value == [] else kind_of(value)
+
+
+def parse_tools(tools: object) -> tuple[dict[str, Any], ...]:
+    """Read tool definitions: a list of objects, or JSON text of one."""
+    value = from_json_text(tools, "'tools'") or []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError("'tools' must be a list of objects")
+    return tuple(value)
+
+
+def from_json_text(value: object, what: str) -> Any:
+    """Return what a JSON text holds (a CSV has nothing but texts); anything else, and an empty text, as it is."""
+    if not isinstance(value, str) or not value.strip():
+        return None if isinstance(value, str) else value
+    try:
+        return parse_json(value)
+    except RowError as error:
+        reason = str(error).removeprefix("not valid JSON: ")
+        raise RowError(f"{what} is a text, but no JSON: {reason}") from None
+
+
+def _message(where: str, row: object) -> Message:
+    if not isinstance(row, dict):
+        raise RowError(f"{where} must be an object, not {kind_of(row)}")
+    role = row.get("role")
+    if role not in ROLES:
+        raise RowError(f"{where}: role {str(role)[:30]!r} is none of {', '.join(ROLES)}.{nearest(str(role), ROLES)}")
+    reasoning = row.get("reasoning_content")
+    if not isinstance(reasoning, str | None):
+        raise RowError(f"{where}: 'reasoning_content' must be a string, not {kind_of(reasoning)}")
+    if reasoning is not None and role != "assistant":
+        raise RowError(f"{where}: only an assistant has 'reasoning_content'")
+    calls = row.get("tool_calls") or []
+    if not isinstance(calls, list) or (calls and role != "assistant"):
+        raise RowError(f"{where}: 'tool_calls' must be a list, and only an assistant has them")
+    tool_calls = tuple(parse_tool_call(where, call) for call in calls)
+    if row.get("content") is None and (calls or reasoning):
+        return Message(role, "", reasoning, tool_calls)
+    return Message(role, _content(where, row.get("content")), reasoning, tool_calls)
+
+
+def _content(where: str, content: object) -> str:
+    """Return the text of a string or of a list of text parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        if any(part.get("type", "text") != "text" for part in content):
+            raise RowError(f"{where}: only parts of type 'text' can be trained on")
+        return "".join(part["text"] for part in content)
+    raise RowError(f"{where}: 'content' must be a string or a list of text parts, not {kind_of(content)}")
+
+
+def parse_tool_call(where: str, call: object) -> ToolCall:
+    """Read {"name": …, "arguments": …}, alone or under "function", or raise RowError."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(f"{where}: a tool call must have a 'name' and 'arguments'")
+    arguments = function.get("arguments")
+    try:
+        parsed = parse_json(arguments) if isinstance(arguments, str) else arguments
+    except RowError:
+        parsed = None
+    if not isinstance(parsed, dict) or not isinstance(arguments, dict | str):
+        raise RowError(f"{where}: a tool call's 'arguments' must be an object, or JSON text of one")
+    return ToolCall(function["name"], arguments)

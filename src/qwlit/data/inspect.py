@@ -1,0 +1,69 @@
+"""What a person wants to see of tokenized data: what is learnt, how long samples are, what was put aside."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+
+from qwlit.data.samples import Samples, chunks
+from qwlit.data.store import SampleStore
+
+SHORTEST_BIN = 16
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring tokens of one kind."""
+
+    start: int
+    """Position of the first token."""
+    ids: tuple[int, ...]
+    kind: Literal["text", "control"]
+    learnt: bool
+
+
+def stretches(input_ids: Iterable[int], loss_mask: Iterable[int], control_ids: Collection[int]) -> Iterator[Stretch]:
+    """Cut a sample where learnt tokens begin or end, and around control tokens."""
+    tokens = list(enumerate(zip(map(int, input_ids), map(bool, loss_mask), strict=True)))
+    # Control tokens stand alone: each is one to the model.
+    for (learnt, control), group in groupby(tokens, key=lambda t: (t[1][1], t[0] if t[1][0] in control_ids else None)):
+        members = list(group)
+        ids = tuple(token for _, (token, _) in members)
+        yield Stretch(members[0][0], ids, "text" if control is None else "control", learnt)
+
+
+def length_histogram(samples: Samples) -> list[tuple[int, int, int]]:
+    """Return (shortest, longest, number of samples) by doubling lengths, from the first to the last that has any."""
+    counts: Counter[int] = Counter()
+    for ids in chunks(samples):
+        exponents = np.ceil(np.log2(np.maximum(samples.lengths(ids), SHORTEST_BIN))).astype(int)
+        counts.update(dict(zip(*(column.tolist() for column in np.unique(exponents, return_counts=True)), strict=True)))
+    first = int(np.log2(SHORTEST_BIN))
+    return [
+        (1 if exponent == first else 2 ** (exponent - 1) + 1, 2**exponent, counts[exponent])
+        for exponent in range(min(counts), max(counts) + 1)
+    ]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Rows put aside for one reason."""
+
+    reason: str
+    number: int
+    first: dict[str, Any]
+    """The first of them: file, line, reason, sha256."""
+
+
+def rejections(stores: Iterable[SampleStore]) -> list[Rejection]:
+    """Return why rows were put aside, the most frequent reason first."""
+    first: dict[str, dict[str, Any]] = {}
+    numbers: Counter[str] = Counter()
+    for store in stores:
+        for row in store.quarantine():
+            first.setdefault(row["reason"], row)
+            numbers[row["reason"]] += 1
+    return [Rejection(reason, number, first[reason]) for reason, number in numbers.most_common()]

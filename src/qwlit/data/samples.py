@@ -1,0 +1,113 @@
+"""Samples by number: some of a store's, or several stores' laid end to end, nothing copied but the choice."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+CHUNK = 2**20
+
+
+class Samples(Protocol):
+    """Tokenized samples, numbered from 0."""
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """Return each sample's tokens."""
+        ...
+
+    def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """Return each sample's supervised tokens."""
+        ...
+
+    def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Return the sample's tokens and loss mask, (T,) each, read-only views."""
+        ...
+
+    def origin(self, index: int) -> str:
+        """Return "file:line" of the row that the sample was."""
+        ...
+
+
+def chunks(samples: Samples) -> Iterator[Indices]:
+    """Yield all ids in order, few enough at a time to compute with them in memory."""
+    for start in range(0, len(samples), CHUNK):
+        yield np.arange(start, min(start + CHUNK, len(samples)))
+
+
+def longest(samples: Samples) -> int:
+    return max(int(samples.lengths(ids).max()) for ids in chunks(samples))
+
+
+def count_tokens(samples: Samples) -> tuple[int, int]:
+    """Return all tokens and all supervised tokens."""
+    counts = [(samples.lengths(ids).sum(), samples.num_supervised(ids).sum()) for ids in chunks(samples)]
+    return int(sum(tokens for tokens, _ in counts)), int(sum(supervised for _, supervised in counts))
+
+
+class Chosen:
+    """Some of the samples, in the order of `indices`."""
+
+    def __init__(self, samples: Samples, indices: NDArray[np.int32]) -> None:
+        self._samples, self._indices = samples, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        return self._samples.lengths(self._indices[ids])
+
+    def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        return self._samples.num_supervised(self._indices[ids])
+
+    def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        return self._samples.sample(int(self._indices[index]))
+
+    def origin(self, index: int) -> str:
+        return self._samples.origin(int(self._indices[index]))
+
+
+class Joined:
+    """Several parts as one."""
+
+    def __init__(self, parts: Sequence[Samples]) -> None:
+        self._parts = tuple(parts)
+        self._starts = [0, *accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        return self._gather("lengths", ids)
+
+    def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        return self._gather("num_supervised", ids)
+
+    def _gather(self, column: str, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        owner = np.searchsorted(self._starts, ids, side="right") - 1
+        out = np.empty(len(ids), dtype=np.int32)
+        for number in np.unique(owner):
+            here = owner == number
+            out[here] = getattr(self._parts[number], column)(ids[here] - self._starts[number])
+        return out
+
+    def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        part, inner = self._find(index)
+        return part.sample(inner)
+
+    def origin(self, index: int) -> str:
+        part, inner = self._find(index)
+        return part.origin(inner)
+
+    def _find(self, index: int) -> tuple[Samples, int]:
+        number = bisect_right(self._starts, index) - 1
+        return self._parts[number], index - self._starts[number]
+
+
+def join(parts: Sequence[Samples]) -> Samples:
+    return parts[0] if len(parts) == 1 else Joined(parts)

@@ -1,0 +1,69 @@
+"""The tokenizer and the tokenized data that the settings name: what training and inspection both begin with."""
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from qwlit.config.run import RunConfig
+from qwlit.core.console import measuring
+from qwlit.core.errors import ConfigError, DataError
+from qwlit.core.files import resolve_path
+from qwlit.data.chat import ChatEncoder, resolve_template
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.splits import open_stores
+from qwlit.data.store import SampleStore
+from qwlit.data.store_writer import Reading
+from qwlit.data.templates import Supervision
+from qwlit.data.tokenizer import TextTokenizer
+from qwlit.model.load import check_vocabulary, load_tokenizer, vocabulary_size
+
+# Beside the runs, so that the ranks of every node see it; hidden, so that runs/* are runs.
+STORE_FOLDER = ".store"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Data as tokens, nothing held out and nothing judged yet."""
+
+    tokenizer: PreTrainedTokenizerFast | None
+    """None when the rows are tokens already and the model has no tokenizer."""
+    encoder: RowEncoder
+    training: list[SampleStore]
+    validation: list[SampleStore]
+
+
+def open_corpus(config: RunConfig, screen: Console) -> Corpus:
+    """Load the tokenizer, which rows that are tokens already can do without, and tokenize what is not yet tokenized.
+
+    Raises:
+        ConfigError, DataError: data or tokenizer are not here, or wrong.
+    """
+    tokenizer, encoder = _encoder(config)
+    if config.data.exact_match and encoder.chat is None:
+        raise ConfigError(f"data.exact_match={config.data.exact_match} answers conversations, but {encoder.refusal}")
+    with measuring("tokenizing", screen) as show:
+
+        def progress(reading: Reading) -> None:
+            rate = f"{reading.tokens_per_second / reading.cores:,.0f} tokens/s a core, {reading.cores} cores"
+            text = f"{reading.rows:,} rows, {reading.tokens:,} tokens, {rate}"
+            show(reading.bytes_read, reading.bytes_in_all, text, finished=reading.finished)
+
+        stores = open_stores(
+            config.data, encoder, cache_root=resolve_path(config.run.root) / STORE_FOLDER, progress=progress
+        )
+    return Corpus(tokenizer, encoder, *stores)
+
+
+def _encoder(config: RunConfig) -> tuple[PreTrainedTokenizerFast | None, RowEncoder]:
+    data = config.data
+    tokenizer = text = chat = refusal = None
+    try:
+        tokenizer = load_tokenizer(config.model)
+        check_vocabulary(config.model, tokenizer)
+        text = TextTokenizer(tokenizer)
+        template = resolve_template(tokenizer, data.template)
+        chat = ChatEncoder(text, template, Supervision(data.loss_on, data.thinking))
+    except (ConfigError, DataError) as error:
+        refusal = str(error)
+    return tokenizer, RowEncoder(data, vocabulary_size(config.model), text, chat, refusal)

@@ -1,0 +1,177 @@
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwlit.core.errors import ConfigError, DataError
+from qwlit.data.encoding import Account
+from qwlit.data.samples import Samples
+from qwlit.data.splits import DataSplit, load_data, open_stores, split_store
+from qwlit.data.store import SampleStore
+from qwlit.data.tokenizer import TextTokenizer
+from tests.real_tokenizer import small_tokenizer
+from tests.stores import build, first_tokens, lengths, messages, num_supervised, row_encoder, tokens, write
+
+
+def load(tmp_path: Path, tokenizer: TextTokenizer | None = None, **config: Any) -> DataSplit:
+    encoder = row_encoder(tokenizer, **config)
+    return load_data(encoder.config, encoder, cache_root=tmp_path / "cache")
+
+
+def paths(tmp_path: Path, *ranges: range, bad: int = 0) -> list[str]:
+    files = [write(tmp_path / f"{number}.jsonl", [tokens(i) for i in r]) for number, r in enumerate(ranges)]
+    if bad:
+        files[0].write_bytes(files[0].read_bytes() + b"\n{" * bad)
+    return [str(file) for file in files]
+
+
+def origins(samples: Samples) -> list[str]:
+    return [samples.origin(index) for index in range(len(samples))]
+
+
+def test_a_split_holds_every_sample_once_and_about_the_asked_share(tmp_path: Path) -> None:
+    store = build(write(tmp_path / "rows.jsonl", [tokens(i % 700, 4 + i // 700) for i in range(2000)]))
+    train, val = split_store(store, 0.2)
+    assert sorted(origins(train) + origins(val)) == sorted(origins(store))
+    assert 0.17 < len(val) / len(store) < 0.23
+    for view in (train, val):
+        assert [len(view.sample(i)[0]) for i in range(50)] == lengths(view)[:50]
+        assert [view.sample(i)[1].sum() for i in range(50)] == num_supervised(view)[:50]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.999])
+def test_a_row_keeps_its_side_when_others_come_and_its_copies_follow_it(fraction: float, tmp_path: Path) -> None:
+    few = build(write(tmp_path / "few.jsonl", [tokens(i) for i in range(100)]))
+    many = build(write(tmp_path / "many.jsonl", [tokens(i % 150) for i in range(300)]))
+    first, again = (first_tokens(split_store(store, fraction)[1]) for store in (few, many))
+    assert set(first) == {token for token in again if token < 100}
+    assert all(again.count(token) == 2 for token in again)
+
+
+def test_a_larger_fraction_holds_out_what_a_smaller_one_does_and_more(tmp_path: Path) -> None:
+    store = build(write(tmp_path / "rows.jsonl", [tokens(i) for i in range(300)]))
+    held_out = [set(first_tokens(split_store(store, fraction)[1])) for fraction in (0.1, 0.2, 0.5)]
+    assert held_out[0] < held_out[1] < held_out[2]
+
+
+def test_a_split_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    store = build(write(tmp_path / "rows.jsonl", [tokens(i) for i in range(400)]))
+    train, _ = split_store(store, 0.5)
+    loaded, _ = pickle.loads(pickle.dumps(split_store(store, 0.5)))
+    assert origins(loaded) == origins(train)
+
+
+def test_without_a_validation_set_all_is_trained_on(tmp_path: Path) -> None:
+    (path,) = paths(tmp_path, range(9), bad=2)
+    data = load(tmp_path, path=path)
+    assert (len(data.train), data.validation) == (9, None)
+    assert data.describe() == "9 samples, 54 tokens, 83% supervised; no validation set; 2 quarantined"
+    assert data.totals == {**vars(Account()), "read": 11, "accepted": 9, "quarantined": 2}
+    assert [row["line"] for row in data.quarantine()] == [10, 11]
+    assert data.fingerprint == data.stores[0].fingerprint[:16]
+    assert data.describe_shares(0) == []
+
+
+def test_a_validation_path_is_all_validated(tmp_path: Path) -> None:
+    train, *val = paths(tmp_path, range(9), range(3), range(3, 5))
+    data = load(tmp_path, path=train, val_path=val)
+    assert data.validation is not None
+    assert first_tokens(data.validation) == list(range(5))
+    assert len(data.train) == 9
+    assert [len(store) for store in data.stores] == [9, 3, 2]
+    assert data.totals["read"] == 14
+    assert "; 5 to validate" in data.describe()
+
+
+def test_parts_are_joined_and_split_each_for_itself(tmp_path: Path) -> None:
+    listed = paths(tmp_path, range(100), range(100, 150), range(150, 350))
+    data = load(tmp_path, path=listed, val_fraction=0.2)
+    assert data.validation is not None
+    assert sorted(first_tokens(data.train) + first_tokens(data.validation)) == list(range(350))
+    assert 40 < len(data.validation) < 100
+    sides = [split_store(store, 0.2) for store in data.stores]
+    assert origins(data.train) == [origin for train, _ in sides for origin in origins(train)]
+    assert origins(data.validation) == [origin for _, val in sides for origin in origins(val)]
+    assert [(part.path, size) for part, size in data.parts] == [
+        (path, len(train)) for path, (train, _) in zip(listed, sides, strict=True)
+    ]
+    assert data.order(0).quotas == (len(data.train),)
+    assert data.fingerprint == "+".join(store.fingerprint[:16] for store in data.stores) + "/0.2"
+
+
+def test_weighted_parts_are_drawn_by_their_weights_of_what_is_left_to_train_on(tmp_path: Path) -> None:
+    first, second = paths(tmp_path, range(300), range(300, 400))
+    weights = [{"path": first, "weight": 1}, {"path": second, "weight": 3.0}]
+    data = load(tmp_path, path=weights, val_fraction=0.1)
+    sizes = [size for _, size in data.parts]
+    order = data.order(5)
+    assert sum(sizes) == len(data.train) == order.epoch_length
+    assert order.sizes == tuple(sizes)
+    epoch = order.at(np.arange(order.epoch_length))
+    drawn = [sum(int(data.train.sample(int(i))[0][0]) < 300 for i in epoch)]
+    assert drawn[0] == order.quotas[0] == round(len(data.train) / 4)
+    assert data.describe_shares(5)[1] == (
+        f"{second}: {order.quotas[1]} of {sizes[1]} samples an epoch ({order.quotas[1] / sizes[1]:.2g} times)"
+    )
+    assert data.fingerprint.endswith("*1,3/0.1")
+
+
+def test_the_fingerprint_follows_all_that_decides_which_samples_are_met_how_often(tmp_path: Path) -> None:
+    first, second = paths(tmp_path, range(50), range(50, 100))
+    settings: list[dict[str, Any]] = [
+        *({"path": first}, {"path": second}, {"path": [first, second]}, {"path": [second, first]}),
+        *({"path": first, "val_fraction": fraction} for fraction in (0.3, 0.4)),
+        *({"path": [{"path": first, "weight": 1}, {"path": second, "weight": w}]} for w in (1, 2)),
+        {"path": first, "max_seq_len": 99},
+    ]
+    prints = [load(tmp_path, **setting).fingerprint for setting in settings]
+    assert len(set(prints)) == len(prints)
+
+
+def test_what_is_remarkable_is_said_of_all_parts_together(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{number}.jsonl", [messages("a </think> b")] * 2) for number in range(2)]
+    data = load(tmp_path, TextTokenizer(small_tokenizer("qwen3")), path=[str(file) for file in files])
+    (remark,) = data.remarks
+    assert remark.startswith("4 rows have <think> or <tool_call> tags inside a text")
+    assert data.describe().endswith("2 duplicates")
+
+
+@pytest.mark.parametrize("rows", [range(1), range(0, 50, 50)])
+@pytest.mark.parametrize("fraction", [0.001, 0.999])
+def test_a_split_that_leaves_a_side_empty_is_an_error(rows: range, fraction: float, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [tokens(1)] * len(rows))
+    with pytest.raises(DataError, match=r"leaves none for (training|validation); .*data\.val_path"):
+        load(tmp_path, path=str(path), val_fraction=fraction)
+
+
+def test_bad_rows_are_judged_in_every_part_and_in_the_validation_set(tmp_path: Path) -> None:
+    (good,) = paths(tmp_path, range(9))
+    (bad,) = paths(tmp_path / "bad", range(9), bad=4)
+    for setting in ({"path": [good, bad]}, {"path": good, "val_path": bad}):
+        with pytest.raises(DataError, match=r"4 of 13 rows cannot be used: .*bad/0\.jsonl:10"):
+            load(tmp_path, **setting)
+
+
+def test_the_store_of_a_path_is_built_once_for_training_and_validation(tmp_path: Path) -> None:
+    (path,) = paths(tmp_path, range(9))
+    told: list[Any] = []
+    encoder = row_encoder(path=[path, path], val_path=path)
+    training, validation = open_stores(encoder.config, encoder, cache_root=tmp_path / "cache", progress=told.append)
+    assert {store.folder for store in (*training, *validation)} == {training[0].folder}
+    assert sum(reading.finished for reading in told) == 1
+    assert all(isinstance(store, SampleStore) for store in training)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({}, r"data\.path is not set"),
+        ({"path": [{"path": "a.jsonl", "weight": 1}, "b.jsonl"]}, "give every part a weight, or none"),
+        ({"path": "a.jsonl", "val_path": [{"path": "b.jsonl", "weight": 1}]}, r"data\.val_path takes no weights"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_errors(setting: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, **setting)
