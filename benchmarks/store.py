@@ -128,7 +128,7 @@ def main(num_rows: int, folder: Path) -> None:
         "tokens": built["tokens"],
         "build_seconds": round(built["seconds"], 1),
         "tokens_per_second_per_core": round(built["rate"]),
-        "second_start_seconds": round(again["seconds"], 2),
+        "second_start_seconds": round(again["seconds"], 3),
         "private_bytes_per_sample": round(plain["bytes_per_sample"], 1),
         "private_bytes_per_sample_with_val_fraction": round(chosen["bytes_per_sample"], 1),
         "milliseconds_per_step_of_256": round(plain["milliseconds_per_step"], 2),

@@ -7,6 +7,7 @@ import pytest
 
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.encoding import Account
+from qwlit.data.order import Order
 from qwlit.data.samples import Samples
 from qwlit.data.splits import DataSplit, load_data, open_stores, split_store
 from qwlit.data.store import SampleStore
@@ -175,3 +176,14 @@ def test_the_store_of_a_path_is_built_once_for_training_and_validation(tmp_path:
 def test_settings_that_do_not_fit_each_other_are_errors(setting: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, **setting)
+
+
+def test_a_reader_owns_four_bytes_a_sample_and_four_more_where_samples_are_held_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [tokens(i % 700, 4 + i // 700) for i in range(3000)])
+    store = build(path)
+    assert all(isinstance(array.base, np.memmap) for array in store._arrays.values())
+    train, _ = split_store(store, 0.5)
+    assert train._indices.nbytes == 4 * len(train)
+    order = Order.plain(0, len(store))
+    order.at(np.arange(2000, 4000))
+    assert sum(shuffle.nbytes for _, shuffle in order._shuffles.values()) == 4 * len(store)
