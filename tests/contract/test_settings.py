@@ -24,11 +24,36 @@ def test_every_recipe_on_every_hardware_and_model_checks_with_an_effective_batch
         assert config.train.global_batch_size >= 16
 
 
-@pytest.mark.parametrize(("hardware", "expected"), [("rtx4090", 8), ("a100", 4), ("a100x2", 2), ("a100x4", 1)])
-def test_accumulation_on_each_machine_is_the_guides(hardware, expected):
+@pytest.mark.parametrize(
+    ("hardware", "together", "expected", "effective"),
+    # The guide's table: batch of all devices together, accumulation, effective batch.
+    [
+        ("rtx4090", (2, 4), (8, 16), (16, 64)),
+        ("a100", (4, 8), (4, 8), (16, 64)),
+        ("a100x2", (8, 16), (2, 4), (16, 64)),
+        ("a100x4", (16, 32), (1, 2), (16, 64)),
+    ],
+)
+def test_accumulation_on_each_machine_is_the_guides(hardware, together, expected, effective):
     config = compose([f"hardware={hardware}"]).config
-    devices = config.hardware.devices
-    assert accumulation(config.train.global_batch_size, config.hardware.micro_batch_size, devices) == expected
+    devices, micro = config.hardware.devices, config.hardware.micro_batch_size
+    steps = accumulation(config.train.global_batch_size, micro, devices)
+    assert devices * micro == together[0]
+    assert steps == expected[0]
+    assert devices * micro * steps == effective[0] == 16
+
+
+def test_the_machines_promised_are_there_and_say_all_of_themselves():
+    machines = ["a100", "a100_80", "a100_80x4", "a100x2", "a100x4", "a100x4n2", "a100x8", "auto", "cpu", "h100"]
+    assert OPTIONS["hardware"] == [*machines, "h100x8", "rtx4090"]
+    for name in OPTIONS["hardware"]:
+        hardware = compose([f"hardware={name}"]).config.hardware
+        count, _, nodes = name.removeprefix("rtx4090").partition("x")[2].partition("n")
+        if hardware.accelerator == "cuda":
+            assert (hardware.devices, hardware.num_nodes) == (int(count or 1), int(nodes or 1))
+            assert hardware.gpu_memory_gb == (24 if name == "rtx4090" else 80 if "80" in name or "h100" in name else 40)
+            assert (hardware.num_workers, hardware.pin_memory, hardware.precision) == (4, True, "bf16-mixed")
+            assert hardware.host_memory_gb >= hardware.devices * hardware.gpu_memory_gb
 
 
 @pytest.mark.parametrize(

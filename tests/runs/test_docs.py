@@ -62,3 +62,4 @@ def test_the_sbatch_file_is_sound_shell_and_its_tasks_match_the_profile_it_names
     assert int(directives["ntasks-per-node"]) == int(directives["gpus-per-node"]) == hardware.devices
     assert int(directives["cpus-per-task"]) == hardware.num_workers + 1
     assert int(directives["nodes"]) == hardware.num_nodes
+    assert directives["mem"] == f"{hardware.host_memory_gb}G"

@@ -10,6 +10,8 @@ class Devices:
     num_cuda: int
     name: str
     has_bf16: bool
+    memory_gb: float = 0.0
+    """Of the smallest, 10^9 bytes."""
 
 
 def detect_devices() -> Devices:
@@ -23,4 +25,5 @@ def detect_devices() -> Devices:
         num_cuda=count,
         name=torch.cuda.get_device_name(0),
         has_bf16=torch.cuda.get_device_capability(0)[0] >= 8,
+        memory_gb=min(torch.cuda.get_device_properties(number).total_memory for number in range(count)) / 1e9,
     )

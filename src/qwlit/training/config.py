@@ -52,6 +52,10 @@ class HardwareConfig:
     """Devices per node. auto: all CUDA devices, or one CPU process."""
     num_nodes: PositiveInt = 1
     """Machines."""
+    gpu_memory_gb: PositiveInt | None = None
+    """Memory that each device is sold with, GB; a machine with less is refused. null: whatever there is."""
+    host_memory_gb: PositiveInt | None = None
+    """Memory to ask of Slurm, GB a node."""
     strategy: Literal["auto", "single", "ddp"] = "auto"
     """auto: ddp when there is more than one device."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"

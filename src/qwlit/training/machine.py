@@ -48,8 +48,8 @@ def resolve_machine(config: HardwareConfig, determinism: Determinism, *, profile
     here = detect_devices()
     accelerator = _accelerator(config, here, profile)
     devices = config.devices if config.devices != "auto" else (here.num_cuda if accelerator == "cuda" else 1)
-    if accelerator == "cuda" and devices > here.num_cuda:
-        raise ConfigError(f"hardware={profile} needs {devices} CUDA devices a node, here: {_seen(here)}. {_REMEDY}")
+    if accelerator == "cuda" and (devices > here.num_cuda or _too_small(config, here)):
+        raise ConfigError(f"hardware={profile} needs {_needed(config)} a node, here: {_seen(here)}. {_REMEDY}")
     world_size = devices * config.num_nodes
     _check_launcher(devices, config.num_nodes)
     if config.strategy == "single" and world_size > 1:
@@ -84,16 +84,28 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
         raise ConfigError(f"this Slurm job has {tasks} tasks, but only one process was started; start it with srun")
 
 
+# Cards report about 1.06 times the GB they are sold with (an A100 of 40: 42.3e9 bytes), with ECC on up to 6 % less.
+USABLE_SHARE = 0.93
+
+
+def _too_small(config: HardwareConfig, here: Devices) -> bool:
+    return config.gpu_memory_gb is not None and here.memory_gb < USABLE_SHARE * config.gpu_memory_gb
+
+
+def _needed(config: HardwareConfig) -> str:
+    count = "a CUDA device" if config.devices in (1, "auto") else f"{config.devices} CUDA devices"
+    return count if config.gpu_memory_gb is None else f"{count} of {config.gpu_memory_gb} GB"
+
+
 def _seen(here: Devices) -> str:
-    return f"{here.num_cuda} x {here.name}" if here.num_cuda else "none"
+    return f"{here.num_cuda} x {here.name}, {here.memory_gb:.0f} GB" if here.num_cuda else "none"
 
 
 def _accelerator(config: HardwareConfig, here: Devices, profile: str) -> Literal["cpu", "cuda"]:
     if config.accelerator == "auto":
         return "cuda" if here.num_cuda else "cpu"
     if config.accelerator == "cuda" and not here.num_cuda:
-        count = "a CUDA device" if config.devices in (1, "auto") else f"{config.devices} CUDA devices"
-        raise ConfigError(f"hardware={profile} needs {count}, here: none. {_REMEDY}")
+        raise ConfigError(f"hardware={profile} needs {_needed(config)}, here: none. {_REMEDY}")
     return config.accelerator
 
 

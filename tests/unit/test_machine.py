@@ -1,0 +1,43 @@
+import pytest
+
+from qwlit.config.compose import compose
+from qwlit.core.devices import Devices
+from qwlit.core.errors import ConfigError
+from qwlit.training import machine
+
+H100 = Devices(1, "NVIDIA H100", True, 85.0)
+RTX4090 = Devices(2, "NVIDIA GeForce RTX 4090", True, 25.4)
+T4 = Devices(4, "Tesla T4", False, 15.8)
+NONE = Devices(0, "CPU", False)
+
+
+@pytest.mark.parametrize(
+    ("profile", "here", "said"),
+    [
+        ("a100x4", NONE, "hardware=a100x4 needs 4 CUDA devices of 40 GB, here: none"),
+        ("a100", NONE, "hardware=a100 needs a CUDA device of 40 GB, here: none"),
+        ("h100x8", H100, "hardware=h100x8 needs 8 CUDA devices of 80 GB a node, here: 1 x NVIDIA H100, 85 GB"),
+        (
+            "a100",
+            RTX4090,
+            "hardware=a100 needs a CUDA device of 40 GB a node, here: 2 x NVIDIA GeForce RTX 4090, 25 GB",
+        ),
+        ("rtx4090", T4, "hardware=rtx4090 needs a CUDA device of 24 GB a node, here: 4 x Tesla T4, 16 GB"),
+    ],
+)
+def test_a_profile_that_the_machine_does_not_have_says_what_it_needs_and_what_is_here(
+    profile: str, here: Devices, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "detect_devices", lambda: here)
+    hardware = compose([f"hardware={profile}"]).config.hardware
+    with pytest.raises(ConfigError, match=f"^{said}") as raised:
+        machine.resolve_machine(hardware, "fast", profile=profile)
+    assert "experiment=demo" in str(raised.value)
+
+
+@pytest.mark.parametrize(("profile", "here"), [("a100", H100), ("h100", H100), ("rtx4090", RTX4090), ("auto", T4)])
+def test_a_card_as_large_or_larger_will_do(profile: str, here: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "detect_devices", lambda: here)
+    hardware = compose([f"hardware={profile}"]).config.hardware
+    devices = here.num_cuda if profile == "auto" else 1
+    assert machine.resolve_machine(hardware, "fast", profile=profile).devices == devices
