@@ -84,13 +84,14 @@ def tiny(model_type: str, adapter: str) -> Any:
         DropoutConfig(),
         seed=3,
         attention="sdpa",
+        memory="none",
         frozen_dtype=torch.float32,
     )
 
 
 def machine(world_size: int) -> Machine:
     strategy = "ddp" if world_size > 1 else "single"
-    return Machine("cpu", "CPU", world_size, 1, strategy, "32-true", num_workers=0, pin_memory=False)
+    return Machine("cpu", "CPU", world_size, 1, strategy, "32-true", "none", num_workers=0, pin_memory=False)
 
 
 def run(model_type: str, adapter: str, packing: bool, limits: Limits, world_size: int) -> dict[str, Any]:

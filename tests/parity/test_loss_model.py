@@ -170,6 +170,7 @@ def test_it_builds_from_configuration_with_adapter_and_dropout() -> None:
         DropoutConfig(attention=0.1),
         seed=0,
         attention="sdpa",
+        memory="none",
         frozen_dtype=torch.bfloat16,
     )
     assert model.training

@@ -80,5 +80,6 @@ def load_model(job: Job) -> LossModel:
         config.dropout,
         seed=config.seed,
         attention=job.attention,
+        memory=job.machine.memory,
         frozen_dtype=job.machine.frozen_dtype,
     )

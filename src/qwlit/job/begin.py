@@ -65,11 +65,13 @@ def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: S
     """Say in a few lines what runs, on what, and where."""
     config, derived, machine = job.config, job.derived, job.machine
     accumulation = f", accumulation {derived.accumulate_grad_batches}" if derived.accumulate_grad_batches else ""
+    memory = f", memory {machine.memory}" if machine.memory != "none" else ""
     lines = [
         f"[bold]{escape(str(folder.path))}[/]: {derived.total_steps} steps of {config.train.global_batch_size} samples",
         f"  model     {parameters['total']:,} parameters, {parameters['trainable']:,} trained",
         f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention {job.attention}"
-        + accumulation,
+        + accumulation
+        + memory,
         f"  data      {job.data.describe()}",
         f"  schedule  {config.scheduler.name}, peak lr {config.optim.lr:g}"
         f" after {derived.schedule.warmup_steps} steps of warm-up",

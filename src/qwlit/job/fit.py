@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from qwlit.core.errors import ConfigError, QwlitError
@@ -11,6 +12,7 @@ from qwlit.model.loss_model import LossModel
 from qwlit.training.continuing import Start
 from qwlit.training.loop import Loop, build_loop
 from qwlit.training.module import CausalLMModule
+from qwlit.training.out_of_memory import out_of_memory
 from qwlit.training.run_folder import RunFolder
 from qwlit.training.trainer import dismiss_other_ranks
 
@@ -61,6 +63,8 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
         )
     try:
         _run(loop, module, steps, validation, start)
+    except torch.OutOfMemoryError:
+        raise out_of_memory(loop.trainer, module, config.hardware, job.machine) from None
     finally:
         folder.write_summary(**loop.figures())
     return loop

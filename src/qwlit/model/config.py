@@ -6,6 +6,7 @@ from qwlit.core.schema import Flag, PositiveFloat, PositiveInt, Probability, con
 
 AttentionChoice = Literal["auto", "varlen", "sdpa", "eager"]
 AttentionKernel = Literal["varlen", "sdpa", "eager"]
+MemoryPolicy = Literal["none", "selective", "full", "offload"]
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linear layers of a Qwen decoder layer."""

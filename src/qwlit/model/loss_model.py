@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from qwlit.core.batch import MicroBatch
 from qwlit.model.adapters import apply_adapter
-from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, ModelConfig
+from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, MemoryPolicy, ModelConfig
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.head import linear_cross_entropy
 from qwlit.model.load import load_causal_lm
+from qwlit.model.memory import apply_memory_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,6 +72,7 @@ def build_loss_model(
     *,
     seed: int,
     attention: AttentionKernel,
+    memory: MemoryPolicy,
     frozen_dtype: torch.dtype,
 ) -> LossModel:
     """Load or make the weights and put adapter and dropout in place; in training mode, on the CPU.
@@ -78,6 +80,7 @@ def build_loss_model(
     Args:
         seed: of random weights and of adapters.
         attention: the resolved kernel (`model.attention` may say auto).
+        memory: what is kept for the backward pass.
         frozen_dtype: of weights that are not trained, when there is an adapter.
 
     Raises:
@@ -86,4 +89,5 @@ def build_loss_model(
     causal_lm = load_causal_lm(model, seed=seed, train_all=adapter.kind == "none", frozen_dtype=frozen_dtype)
     apply_adapter(causal_lm, adapter, dropout=dropout.lora, seed=seed)
     apply_dropout(causal_lm, dropout)
+    apply_memory_policy(causal_lm, memory)
     return LossModel(causal_lm, attention).train()

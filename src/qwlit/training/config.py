@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
+from qwlit.model.config import MemoryPolicy
 
 Determinism = Literal["fast", "reproducible", "strict"]
 
@@ -60,6 +61,9 @@ class HardwareConfig:
     """auto: ddp when there is more than one device."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """auto: bf16 with float32 weights where the GPU has it, float32 on CPU."""
+    memory: Literal["auto"] | MemoryPolicy = "auto"
+    """What each layer keeps for the backward pass: everything (none), what is dear to compute (selective), one hidden
+    state (full), or that in the host's memory (offload). Same gradients, more time. auto: everything."""
     micro_batch_size: PositiveInt | None = None
     """Most samples per device and forward pass; null: no limit but micro_batch_tokens."""
     micro_batch_tokens: PositiveInt | None = None

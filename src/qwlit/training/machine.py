@@ -9,7 +9,7 @@ import torch
 from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
 from qwlit.core.ranks import launched_world_size
-from qwlit.model.config import AttentionKernel
+from qwlit.model.config import AttentionKernel, MemoryPolicy
 from qwlit.training.config import Determinism, HardwareConfig
 
 
@@ -23,6 +23,7 @@ class Machine:
     num_nodes: int
     strategy: Literal["single", "ddp"]
     precision: Literal["32-true", "bf16-mixed"]
+    memory: MemoryPolicy
     num_workers: int
     pin_memory: bool
 
@@ -61,6 +62,7 @@ def resolve_machine(config: HardwareConfig, determinism: Determinism, *, profile
         num_nodes=config.num_nodes,
         strategy="ddp" if world_size > 1 or config.strategy == "ddp" else "single",
         precision=_precision(config, accelerator, here, determinism),
+        memory="none" if config.memory == "auto" else config.memory,
         num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,
         pin_memory=accelerator == "cuda" if config.pin_memory == "auto" else config.pin_memory,
     )

@@ -1,0 +1,63 @@
+"""What of a forward pass is kept for the backward pass: a ladder from everything to next to nothing.
+
+`none` keeps all. `selective` keeps what matrix products and attention made and computes the rest (norms, activations,
+rotations) again. `full` keeps one hidden state a layer and computes the layer again. `offload` keeps that one in the
+host's memory. The gradients are the same on every rung.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from qwlit.model.config import MemoryPolicy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+aten = torch.ops.aten
+# Dear to compute and small to keep. Not the batched products of eager attention, whose results grow with T squared.
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def apply_memory_policy(model: "PreTrainedModel", policy: MemoryPolicy) -> None:
+    """Set what every decoder layer keeps in training mode. Before compiling and sharding."""
+    if policy == "none":
+        return
+    rungs = {"selective": _selective, "full": _full, "offload": _offload}
+    for layer in model.model.layers:
+        # transformers' own switch: it checkpoints `forward`, so that hooks such as FSDP2's stay outside.
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = rungs[policy]
+
+
+_full = partial(checkpoint, use_reentrant=False)
+
+
+def _selective(layer: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(layer, *inputs, use_reentrant=False, context_fn=_contexts)
+
+
+def _contexts() -> Any:
+    return create_selective_checkpoint_contexts(_keep)
+
+
+def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operation in KEPT or operation.name().startswith("torch_attn::_varlen_attn")
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _offload(layer: Callable[..., Any], *inputs: Any) -> Any:
+    on_cuda = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
+    with save_on_cpu(pin_memory=on_cuda):
+        return _full(layer, *inputs)

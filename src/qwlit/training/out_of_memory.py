@@ -1,0 +1,67 @@
+"""What to say and to leave behind when a device's memory does not suffice."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from qwlit.core.errors import ConfigError
+from qwlit.training.config import HardwareConfig
+from qwlit.training.machine import Machine
+
+SNAPSHOT = "memory_snapshot.pickle"
+LADDER = ("none", "selective", "full", "offload")
+
+
+def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig, machine: Machine) -> ConfigError:
+    """Return the error that says what holds the memory and what to change, in the order in which to try.
+
+    On CUDA what the allocator holds is written beside the checkpoints, for pytorch.org/memory_viz.
+    """
+    held = _holders(module, trainer.optimizers)
+    total = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else sum(held.values())
+    held["activations and buffers"] = max(0, total - sum(held.values()))
+    largest = sorted(held.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in largest)
+    tries = " · ".join(remedies(hardware, machine)) or "recipe=lora, or a larger device"
+    snapshot = f" The allocator's state is in {SNAPSHOT}." if _write_snapshot(Path(trainer.default_root_dir)) else ""
+    return ConfigError(
+        f"out of memory in step {trainer.global_step + 1} on {machine.device_name}: {named}."
+        f" Try in this order: {tries}.{snapshot} The last checkpoint stays; the same command goes on from it"
+    )
+
+
+def remedies(hardware: HardwareConfig, machine: Machine) -> list[str]:
+    """Return overrides, the order being the tuning guide's: checkpointing, smaller micro-batches, bf16."""
+    found = [f"hardware.memory={rung}" for rung in LADDER[LADDER.index(machine.memory) + 1 :]]
+    for name in ("micro_batch_size", "micro_batch_tokens"):
+        limit = getattr(hardware, name)
+        if limit is not None and limit > 1:
+            found.append(f"hardware.{name}={limit // 2}")
+    if hardware.micro_batch_size is None and hardware.micro_batch_tokens is None:
+        found.append("hardware.micro_batch_size=1")
+    if machine.precision == "32-true" and machine.accelerator == "cuda":
+        found.append("hardware.precision=bf16-mixed")
+    return found
+
+
+def _holders(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, int]:
+    parameters = list(module.parameters())
+    states = [v for o in optimizers for state in o.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return {
+        "weights": _bytes(parameters),
+        "gradients": _bytes(p.grad for p in parameters if p.grad is not None),
+        "optimizer": _bytes(states),
+    }
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _write_snapshot(folder: Path) -> bool:
+    if torch.cuda.is_available():
+        torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
+    return torch.cuda.is_available()
