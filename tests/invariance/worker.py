@@ -101,6 +101,7 @@ def run(model_type: str, adapter: str, packing: bool, limits: Limits, world_size
         optim=OptimConfig(lr=LR, weight_decay=0.1, no_decay=("bias", "norm")),
         schedule=build_schedule(SchedulerConfig(name="constant"), STEPS),
         max_grad_norm=1.0,
+        loss_scale=None,
         seed=0,
     )
     trainer = build_trainer(machine(world_size), total_steps=STEPS, callbacks=[recorder], folder=Path())
@@ -145,6 +146,7 @@ def run_poisoned(model_type: str, world_size: int) -> dict[str, Any]:
         optim=OptimConfig(lr=LR),
         schedule=build_schedule(SchedulerConfig(name="constant"), STEPS),
         max_grad_norm=1.0,
+        loss_scale=None,
         seed=0,
     )
     trainer = build_trainer(machine(world_size), total_steps=STEPS, callbacks=[weights], folder=Path())

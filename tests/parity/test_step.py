@@ -69,6 +69,7 @@ def test_five_steps_equal_plain_torch_in_loss_norm_rate_and_weights(family):
         optim=OptimConfig(lr=LR, weight_decay=DECAY, no_decay=("bias", "norm")),
         schedule=build_schedule(SchedulerConfig(name="linear", warmup_steps=2), STEPS),
         max_grad_norm=CLIP,
+        loss_scale=None,
         seed=0,
     )
     plan = plan_of(samples, 1, Limits(rows=3), packing=True, batch=BATCH)

@@ -11,6 +11,7 @@ from qwlit.job.assemble import Job
 from qwlit.model.loss_model import LossModel
 from qwlit.training.continuing import Start
 from qwlit.training.loop import Loop, build_loop
+from qwlit.training.loss_scale import LossScale
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
 from qwlit.training.run_folder import RunFolder
@@ -25,6 +26,7 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
         optim=config.optim,
         schedule=derived.schedule,
         max_grad_norm=config.train.max_grad_norm,
+        loss_scale=LossScale() if job.machine.precision == "16-mixed" else None,
         seed=config.seed,
     )
     loop = build_loop(

@@ -25,7 +25,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def arm_clip_and_skip(optimizer: torch.optim.Optimizer, grad_norm: Tensor, max_grad_norm: float | None) -> Tensor:
+def arm_clip_and_skip(
+    optimizer: torch.optim.Optimizer, grad_norm: Tensor, max_grad_norm: float | None, loss_scale: float = 1.0
+) -> Tensor:
     """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip where `grad_norm` is not finite.
 
     All on the device, nothing waits.
@@ -33,11 +35,18 @@ def arm_clip_and_skip(optimizer: torch.optim.Optimizer, grad_norm: Tensor, max_g
     The fused kernel divides gradients by `grad_scale`, and where `found_inf` is 1 leaves weights, moments and step
     count untouched (multiplying by 0 would not: 0 * NaN is NaN).
 
+    Args:
+        grad_norm: total norm of the true gradients.
+        loss_scale: the factor that the gradients at hand still carry.
+
     Returns:
         `found_inf`, a float32 scalar: 1.0 where the step will be skipped.
     """
     found_inf = (~torch.isfinite(grad_norm)).float()
-    grad_scale = None if max_grad_norm is None else (grad_norm.float() / max_grad_norm).clamp(min=1.0)
+    grad_scale = None
+    if max_grad_norm is not None or loss_scale != 1.0:
+        excess = (grad_norm.float() / (max_grad_norm or float("inf"))).clamp(min=1.0)
+        grad_scale = excess * loss_scale
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
     optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
     return found_inf

@@ -59,8 +59,8 @@ class HardwareConfig:
     """Memory to ask of Slurm, GB a node."""
     strategy: Literal["auto", "single", "ddp"] = "auto"
     """auto: ddp when there is more than one device."""
-    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """auto: bf16 with float32 weights where the GPU has it, float32 on CPU."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16 with float32 weights where the GPU has it, float16 with loss scaling on older GPUs, float32 on CPU."""
     memory: Literal["auto"] | MemoryPolicy = "auto"
     """What each layer keeps for the backward pass: everything (none), what is dear to compute (selective), one hidden
     state (full), or that in the host's memory (offload). Same gradients, more time. auto: everything."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -38,18 +39,20 @@ class Guard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: CausalLMModule, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
-        self._reader.push((batch.step + 1, batch.sample_ids), pl_module.outcome.skipped.reshape(1))
+        outcome = pl_module.outcome
+        self._reader.push((batch.step + 1, batch.sample_ids), torch.stack([outcome.skipped, outcome.at_fault]))
         self._judge(wait=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._judge(wait=True)
 
     def _judge(self, *, wait: bool) -> None:
-        for (step, sample_ids), (skipped,) in self._reader.pop(wait=wait):
-            self.in_a_row = self.in_a_row + 1 if skipped else 0
+        for (step, sample_ids), (skipped, at_fault) in self._reader.pop(wait=wait):
+            self.in_a_row = self.in_a_row + 1 if at_fault else 0
             if skipped:
                 self.skipped_steps += 1
-                self._folder.append_event(step, "skip", reason="loss or gradient not finite", samples=sample_ids)
+                reason = "loss or gradient not finite" if at_fault else "float16 overflow; the loss scale is halved"
+                self._folder.append_event(step, "skip", reason=reason, samples=sample_ids)
             if self.in_a_row >= self._config.max_nonfinite_steps:
                 raise GuardStop(self._diagnosis(step, sample_ids))
 

@@ -22,7 +22,7 @@ class Machine:
     devices: int
     num_nodes: int
     strategy: Literal["single", "ddp"]
-    precision: Literal["32-true", "bf16-mixed"]
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     memory: MemoryPolicy
     num_workers: int
     pin_memory: bool
@@ -113,17 +113,19 @@ def _accelerator(config: HardwareConfig, here: Devices, profile: str) -> Literal
 
 def _precision(
     config: HardwareConfig, accelerator: str, here: Devices, determinism: Determinism
-) -> Literal["32-true", "bf16-mixed"]:
+) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
     if determinism == "strict":
-        if config.precision == "bf16-mixed":
+        if config.precision not in ("auto", "32-true"):
             raise ConfigError(
-                "determinism=strict trains in float32, but hardware.precision=bf16-mixed;"
+                f"determinism=strict trains in float32, but hardware.precision={config.precision};"
                 " set hardware.precision=32-true, or use determinism=reproducible"
             )
         return "32-true"
     if config.precision != "auto":
         return config.precision
-    return "bf16-mixed" if accelerator == "cuda" and here.has_bf16 else "32-true"
+    if accelerator == "cpu":
+        return "32-true"
+    return "bf16-mixed" if here.has_bf16 else "16-mixed"
 
 
 def resolve_attention(

@@ -5,7 +5,7 @@ supervised tokens: any layout over micro-batches and ranks gives the same gradie
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -19,6 +19,7 @@ from qwlit.optim.config import OptimConfig
 from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer, set_learning_rate
 from qwlit.optim.schedules import Schedule
 from qwlit.training.determinism import seed_micro_batch
+from qwlit.training.loss_scale import LossScale
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class StepOutcome:
     """float32 scalar: total norm over all ranks, before clipping."""
     skipped: Tensor
     """float32 scalar: 1.0 where the optimizer skipped the step."""
+    at_fault: Tensor
+    """float32 scalar: 1.0 where it did so for a loss or gradient that no loss scale explains."""
     lr: float
 
 
@@ -59,6 +62,7 @@ class CausalLMModule(lightning.LightningModule):
         optim: OptimConfig,
         schedule: Schedule,
         max_grad_norm: float | None,
+        loss_scale: LossScale | None,
         seed: int,
     ) -> None:
         super().__init__()
@@ -69,6 +73,7 @@ class CausalLMModule(lightning.LightningModule):
         self._optim = optim
         self._schedule = schedule
         self._max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale
         self._seed = seed
         self.outcome: StepOutcome
         self.validation: ValidationSums
@@ -87,18 +92,33 @@ class CausalLMModule(lightning.LightningModule):
             with self._gradient_sync(number == last):
                 loss_sum += self._backward(micro, batch.num_supervised_tokens)
         gradients = [p.grad for p in self.loss_model.parameters() if p.grad is not None]
-        grad_norm = nn.utils.get_total_norm(gradients, foreach=True)
-        skipped = arm_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm)
+        scale = self.loss_scale.factor if self.loss_scale else 1.0
+        grad_norm = nn.utils.get_total_norm(gradients, foreach=True) / scale
+        skipped = arm_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm, scale)
         optimizer.step()
         optimizer.zero_grad()
-        self.outcome = StepOutcome(loss_sum=loss_sum, grad_norm=grad_norm, skipped=skipped, lr=lr)
+        at_fault = skipped if self.loss_scale is None else self._rescale(skipped, loss_sum)
+        self.outcome = StepOutcome(loss_sum, grad_norm, skipped, at_fault, lr)
+
+    def _rescale(self, skipped: Tensor, loss_sum: Tensor) -> Tensor:
+        """Let the loss scale follow what came of the step; return whether anything else than it is at fault."""
+        assert self.loss_scale is not None
+        explained = self.loss_scale.explains_overflow
+        self.loss_scale.update(overflow=bool(skipped))
+        if not explained:
+            return skipped
+        nonfinite = (~torch.isfinite(loss_sum)).float()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(nonfinite, torch.distributed.ReduceOp.MAX)
+        return nonfinite
 
     def _backward(self, micro: MicroBatch, num_supervised_tokens: int) -> Tensor:
         """Accumulate this micro-batch's share of the step's gradient; return its loss sum."""
         loss_sum: Tensor = self.loss_model(micro).loss_sum
         # DDP averages over ranks, hence the world size. A loss that is not finite makes the factor NaN, and with it
         # every gradient on every rank, so that all of them see the same norm and skip together.
-        factor = self.trainer.world_size / num_supervised_tokens + 0.0 * loss_sum.detach()
+        scale = self.loss_scale.factor if self.loss_scale else 1.0
+        factor = scale * self.trainer.world_size / num_supervised_tokens + 0.0 * loss_sum.detach()
         self.manual_backward(loss_sum * factor)
         return loss_sum.detach()
 
@@ -125,6 +145,8 @@ class CausalLMModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.trained_parameters()
+        if self.loss_scale:
+            checkpoint["loss_scale"] = asdict(self.loss_scale)
 
     def trained_parameters(self) -> dict[str, Tensor]:
         """Return what training changes, under the module's own names; tied weights stand once."""
@@ -134,3 +156,5 @@ class CausalLMModule(lightning.LightningModule):
         expected, found = set(self.trained_parameters()), set(checkpoint["state_dict"])
         if expected != found:
             raise RuntimeError(f"checkpoint and model differ in {sorted(expected ^ found)[:3]}")
+        if self.loss_scale and "loss_scale" in checkpoint:
+            self.loss_scale = LossScale(**checkpoint["loss_scale"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -20,6 +21,8 @@ from qwlit.training.machine import Machine
 def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callback], folder: Path) -> Trainer:
     _quieten_lightning()
     plugins: list[Any] = [StepFolderIO()]
+    if machine.precision == "16-mixed":
+        plugins.append(_autocast_to_float16(machine.accelerator))
     if SLURMEnvironment.detect() and not launched_by_torchrun():
         # Lightning would save inside the signal handler; `preemption` saves at a step boundary.
         plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -28,7 +31,7 @@ def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callbac
         devices=machine.devices,
         num_nodes=machine.num_nodes,
         strategy=_strategy(machine),
-        precision=machine.precision,
+        precision=None if machine.precision == "16-mixed" else machine.precision,
         max_steps=total_steps,
         callbacks=callbacks,
         plugins=plugins,
@@ -68,6 +71,13 @@ class _Strategy(DDPStrategy):
         assert self.cluster_environment is not None
         if not self.cluster_environment.creates_processes_externally:
             self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+def _autocast_to_float16(device: str) -> MixedPrecision:
+    """Lightning's float16 without its gradient scaler, which would hide from the step what the norm is."""
+    precision = MixedPrecision("16-mixed", device)
+    precision.scaler = None
+    return precision
 
 
 def dismiss_other_ranks(trainer: Trainer) -> None:
