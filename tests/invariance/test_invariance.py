@@ -14,10 +14,13 @@ from tests.invariance.worker import LR, STEPS
 
 ROOT = Path(__file__).parents[2]
 KINDS = [("qwen3", "none"), ("qwen2", "none"), ("qwen3", "lora")]
-WORLDS = {"none": [1, 2, 3], "lora": [1, 2]}
+WORLDS = {
+    "none": [("single", 1), ("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)],
+    "lora": [("single", 1), ("ddp", 2), ("fsdp", 2)],
+}
 
 
-def launch(out: Path, model_type: str, adapter: str, world_size: int) -> None:
+def launch(out: Path, model_type: str, adapter: str, strategy: str, world_size: int) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -25,7 +28,7 @@ def launch(out: Path, model_type: str, adapter: str, world_size: int) -> None:
     for rank in range(world_size):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
         place |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-m", "tests.invariance.worker", str(out), model_type, adapter]
+        words = [sys.executable, "-m", "tests.invariance.worker", str(out), model_type, adapter, strategy]
         ranks.append(
             subprocess.Popen(
                 [*words, str(world_size), str(rank)],
@@ -42,13 +45,14 @@ def launch(out: Path, model_type: str, adapter: str, world_size: int) -> None:
 
 @pytest.fixture(scope="module", params=KINDS, ids=["-".join(k) for k in KINDS])
 def seen(request, tmp_path_factory):
-    """(world size, packing, rows, tokens) → what that run saw."""
+    """(strategy, world size, packing, rows, tokens) → what that run saw."""
     folder = tmp_path_factory.mktemp("invariance")
     found = {}
-    for world in WORLDS[request.param[1]]:
-        launch(folder / f"{world}.pt", *request.param, world)
-        for layout, record in torch.load(folder / f"{world}.pt", weights_only=True).items():
-            found[world, *layout] = record
+    for strategy, world in WORLDS[request.param[1]]:
+        out = folder / f"{strategy}{world}.pt"
+        launch(out, *request.param, strategy, world)
+        for layout, record in torch.load(out, weights_only=True).items():
+            found[strategy, world, *layout] = record
     return found
 
 
@@ -57,12 +61,12 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_all_layouts_and_world_sizes_ran(seen):
-    assert len(seen) in {2 * 12, 3 * 12}
+    assert len(seen) in {3 * 12, 5 * 12}
     assert all(len(record["losses"]) == STEPS for record in seen.values())
 
 
 def test_first_gradients_agree_to_1e_6_relative_in_every_tensor(seen):
-    reference = seen[1, True, 1, None]["gradients"]
+    reference = seen["single", 1, True, 1, None]["gradients"]
     assert reference
     for layout, record in seen.items():
         assert record["gradients"].keys() == reference.keys()
@@ -71,7 +75,7 @@ def test_first_gradients_agree_to_1e_6_relative_in_every_tensor(seen):
 
 
 def test_losses_over_ten_steps_agree_to_2e_5_relative(seen):
-    reference = seen[1, True, 1, None]["losses"]
+    reference = seen["single", 1, True, 1, None]["losses"]
     assert reference[-1] < reference[0]
     for layout, record in seen.items():
         for step, (ours, theirs) in enumerate(zip(record["losses"], reference, strict=True)):
@@ -79,14 +83,15 @@ def test_losses_over_ten_steps_agree_to_2e_5_relative(seen):
 
 
 def test_weights_after_ten_steps_agree_within_a_tenth_of_the_learning_rate(seen):
-    reference = seen[1, True, 1, None]["weights"]
+    reference = seen["single", 1, True, 1, None]["weights"]
     for layout, record in seen.items():
         for name, weight in record["weights"].items():
             assert float((weight - reference[name]).abs().max()) < 0.1 * LR, (layout, name)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path):
-    launch(tmp_path / "poison", "qwen3", "poison", 2)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(strategy, tmp_path):
+    launch(tmp_path / "poison", "qwen3", "poison", strategy, 2)
     first, second = (torch.load(tmp_path / f"poison.{rank}", weights_only=True) for rank in range(2))
     for seen in (first, second):
         assert seen["skipped"] == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]

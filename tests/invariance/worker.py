@@ -1,6 +1,6 @@
 """One rank of an invariance run: trains the same tiny model under every layout; rank 0 saves what it saw.
 
-Started by test_invariance.py as `python -m tests.invariance.worker OUT MODEL_TYPE` with the ranks' environment set.
+Started by test_invariance.py as `python -m tests.invariance.worker OUT MODEL_TYPE …` with the ranks' environment set.
 """
 
 import sys
@@ -11,11 +11,13 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 
+from qwlit.core.sharding import whole
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.order import Order
 from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.model.config import AdapterConfig, DropoutConfig, ModelConfig
 from qwlit.model.loss_model import build_loss_model
+from qwlit.model.shard import shard_model
 from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.optim.schedules import build_schedule
 from qwlit.training.machine import Machine
@@ -69,7 +71,7 @@ class Recorder(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         if not self.gradients:
-            self.gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+            self.gradients = {n: whole(p.grad).clone() for n, p in module.named_parameters() if p.grad is not None}
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = trainer.strategy.reduce(module.outcome.loss_sum, reduce_op="sum")
@@ -89,26 +91,30 @@ def tiny(model_type: str, adapter: str) -> Any:
     )
 
 
-def machine(world_size: int) -> Machine:
-    strategy = "ddp" if world_size > 1 else "single"
+def machine(strategy: Any, world_size: int) -> Machine:
     return Machine("cpu", "CPU", world_size, 1, strategy, "32-true", "none", num_workers=0, pin_memory=False)
 
 
-def run(model_type: str, adapter: str, packing: bool, limits: Limits, world_size: int) -> dict[str, Any]:
-    samples, recorder = Ragged(), Recorder()
+def shard(strategy: str, model: Any) -> Any:
+    return (lambda mesh: shard_model(model, mesh, bf16=False)) if strategy == "fsdp" else None
+
+
+def run(model_type: str, adapter: str, packing: bool, limits: Limits, strategy: str, world_size: int) -> dict[str, Any]:
+    samples, recorder, model = Ragged(), Recorder(), tiny(model_type, adapter)
     module = CausalLMModule(
-        tiny(model_type, adapter),
+        model,
         optim=OptimConfig(lr=LR, weight_decay=0.1, no_decay=("bias", "norm")),
         schedule=build_schedule(SchedulerConfig(name="constant"), STEPS),
         max_grad_norm=1.0,
         loss_scale=None,
+        shard=shard(strategy, model),
         seed=0,
     )
-    trainer = build_trainer(machine(world_size), total_steps=STEPS, callbacks=[recorder], folder=Path())
+    trainer = build_trainer(machine(strategy, world_size), total_steps=STEPS, callbacks=[recorder], folder=Path())
     plan = plan_of(samples, world_size, limits, packing=packing)
     steps = StepDataset(samples, plan, trainer.global_rank, pad_id=0)
     trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))
-    weights = {n: p.detach().clone() for n, p in module.named_parameters()}
+    weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
     return {"gradients": recorder.gradients, "losses": recorder.losses, "weights": weights}
 
 
@@ -135,36 +141,37 @@ class Weights(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.skipped.append(float(module.outcome.skipped))
-        self.after.append(torch.cat([p.detach().flatten().clone() for p in module.parameters()]))
+        self.after.append(torch.cat([whole(p.detach()).flatten().clone() for p in module.parameters()]))
 
 
-def run_poisoned(model_type: str, world_size: int) -> dict[str, Any]:
+def run_poisoned(model_type: str, strategy: str, world_size: int) -> dict[str, Any]:
     """Train with one micro-batch a step, the fourth poisoned on the last rank."""
-    samples, weights = Ragged(), Weights()
+    samples, weights, model = Ragged(), Weights(), tiny(model_type, "none")
     module = CausalLMModule(
-        Poison(tiny(model_type, "none"), world_size - 1, step=4),
+        Poison(model, world_size - 1, step=4),
         optim=OptimConfig(lr=LR),
         schedule=build_schedule(SchedulerConfig(name="constant"), STEPS),
         max_grad_norm=1.0,
         loss_scale=None,
+        shard=shard(strategy, model),
         seed=0,
     )
-    trainer = build_trainer(machine(world_size), total_steps=STEPS, callbacks=[weights], folder=Path())
+    trainer = build_trainer(machine(strategy, world_size), total_steps=STEPS, callbacks=[weights], folder=Path())
     plan = plan_of(samples, world_size, Limits(), packing=True)
     steps = StepDataset(samples, plan, trainer.global_rank, pad_id=0)
     trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))
     return {"skipped": weights.skipped, "after": weights.after}
 
 
-def main(out: str, model_type: str, adapter: str, world_size: int, rank: int) -> None:
+def main(out: str, model_type: str, adapter: str, strategy: str, world_size: int, rank: int) -> None:
     torch.set_num_threads(1)
     if adapter == "poison":
         # Every rank saves what it saw.
-        torch.save(run_poisoned(model_type, world_size), Path(f"{out}.{rank}"))
+        torch.save(run_poisoned(model_type, strategy, world_size), Path(f"{out}.{rank}"))
         torch.distributed.destroy_process_group()
         return
     seen = {
-        (packing, limits.rows, limits.tokens): run(model_type, adapter, packing, limits, world_size)
+        (packing, limits.rows, limits.tokens): run(model_type, adapter, packing, limits, strategy, world_size)
         for packing, limits in LAYOUTS
     }
     if rank == 0:
@@ -174,4 +181,4 @@ def main(out: str, model_type: str, adapter: str, world_size: int, rank: int) ->
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(*sys.argv[1:5], int(sys.argv[5]), int(sys.argv[6]))

@@ -70,6 +70,7 @@ def test_five_steps_equal_plain_torch_in_loss_norm_rate_and_weights(family):
         schedule=build_schedule(SchedulerConfig(name="linear", warmup_steps=2), STEPS),
         max_grad_norm=CLIP,
         loss_scale=None,
+        shard=None,
         seed=0,
     )
     plan = plan_of(samples, 1, Limits(rows=3), packing=True, batch=BATCH)

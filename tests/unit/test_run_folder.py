@@ -25,9 +25,17 @@ def folder(tmp_path):
 
 
 def save(folder, step):
-    state = {"loss_model.causal_lm.model.norm.weight": torch.full((3,), float(step))}
+    name = "loss_model.causal_lm.model.norm.weight"
     path = folder.checkpoints / f"step-{step:06d}"
-    StepFolderIO().save_checkpoint({"state_dict": state, "global_step": step, "loops": {"a": [1, None]}}, path)
+    moments = {"step": torch.tensor(float(step)), "exp_avg": torch.full((3,), 0.5)}
+    checkpoint = {
+        "state_dict": {name: torch.full((3,), float(step))},
+        "optimizer_states": [{"state": {0: moments}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
+        "optimizer_parameters": [name],
+        "global_step": step,
+        "loops": {"a": [1, None]},
+    }
+    StepFolderIO().save_checkpoint(checkpoint, path)
     return path
 
 
@@ -42,6 +50,9 @@ def test_a_checkpoint_reads_back_and_lists_its_files_with_their_hashes(folder):
     assert read_weights(path)["model.norm.weight"].tolist() == [7, 7, 7]
     loaded = StepFolderIO().load_checkpoint(path)
     assert loaded["loops"] == {"a": [1, None]} and "loss_model.causal_lm.model.norm.weight" in loaded["state_dict"]
+    (optimizer,) = loaded["optimizer_states"]
+    assert optimizer["param_groups"] == [{"lr": 0.1, "params": [0]}]
+    assert {key: value.tolist() for key, value in optimizer["state"][0].items()} == {"step": 7, "exp_avg": [0.5] * 3}
 
 
 def test_a_checkpoint_cut_off_while_written_is_not_taken_for_one(folder):

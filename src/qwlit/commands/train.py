@@ -53,7 +53,7 @@ def train(composed: Composed) -> None:
         if is_rank_zero():
             refuse_taken(folder, overwrite=config.run.overwrite)
         job = assemble(composed)
-        loss_model = load_model(job)
+        loss_model = load_model(job, leave_empty=job.machine.strategy == "fsdp")
         start = begin(job, loss_model, folder)
         lock.announce()
         with recorded(folder):

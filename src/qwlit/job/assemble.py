@@ -71,8 +71,8 @@ def assemble(composed: Composed) -> Job:
     return Job(config, composed.choices, machine, attention, corpus.tokenizer, corpus.encoder, data, plan, derived)
 
 
-def load_model(job: Job) -> LossModel:
-    """Load or make the weights, with adapter, dropout and attention as set."""
+def load_model(job: Job, *, leave_empty: bool = False) -> LossModel:
+    """Load or make the weights, with adapter, dropout and attention as set; `leave_empty` to fill them when sharded."""
     config = job.config
     return build_loss_model(
         config.model,
@@ -82,4 +82,5 @@ def load_model(job: Job) -> LossModel:
         attention=job.attention,
         memory=job.machine.memory,
         frozen_dtype=job.machine.frozen_dtype,
+        leave_empty=leave_empty,
     )

@@ -11,7 +11,7 @@ from qwlit.core.console import console
 from qwlit.core.files import resolve_path
 from qwlit.inference.export import export_model
 from qwlit.inference.generate import answer_greedily, questions
-from qwlit.job.assemble import Job
+from qwlit.job.assemble import Job, load_model
 from qwlit.model.loss_model import LossModel
 from qwlit.training.checkpoint import read_weights, step_of
 from qwlit.training.loop import Loop
@@ -35,7 +35,11 @@ PLACES = {
 
 def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> list[Record]:
     """Export the best weights and let them answer validation prompts; return what they said."""
-    _take_best_weights(loss_model, loop)
+    sharded = job.machine.strategy == "fsdp"
+    if sharded:
+        # The other ranks have left with their rows: the whole model is made anew, from the files.
+        loss_model = load_model(job)
+    _take_best_weights(loss_model, loop, always=sharded)
     export_model(loss_model.causal_lm, job.tokenizer, folder.path / "export", base=_base(job))
     if not job.config.data.exact_match or job.data.validation is None:
         return []
@@ -54,9 +58,9 @@ def _base(job: Job) -> str | None:
     return str(resolve_path(model.path).resolve()) if model.path else model.hub_id
 
 
-def _take_best_weights(loss_model: LossModel, loop: Loop) -> None:
-    best = loop.checkpointing.best_checkpoint
-    if best is not None and step_of(best) != loop.trainer.global_step:
+def _take_best_weights(loss_model: LossModel, loop: Loop, *, always: bool) -> None:
+    best = loop.checkpointing.best_checkpoint or (loop.checkpointing.newest_checkpoint if always else None)
+    if best is not None and (always or step_of(best) != loop.trainer.global_step):
         loss_model.causal_lm.load_state_dict(read_weights(best), strict=False)
 
 

@@ -1,14 +1,18 @@
 """Putting module, loop and loaders together, and training."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.job.assemble import Job
+from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import LossModel
+from qwlit.model.shard import shard_model
 from qwlit.training.continuing import Start
 from qwlit.training.loop import Loop, build_loop
 from qwlit.training.loss_scale import LossScale
@@ -26,6 +30,7 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
         optim=config.optim,
         schedule=derived.schedule,
         max_grad_norm=config.train.max_grad_norm,
+        shard=partial(_shard, job, loss_model) if job.machine.strategy == "fsdp" else None,
         loss_scale=LossScale() if job.machine.precision == "16-mixed" else None,
         seed=config.seed,
     )
@@ -70,6 +75,12 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
     finally:
         folder.write_summary(**loop.figures())
     return loop
+
+
+def _shard(job: Job, loss_model: LossModel, mesh: DeviceMesh) -> None:
+    """Shard the model, and only then read the weights: no rank ever holds more of them than its own rows."""
+    shard_model(loss_model, mesh, bf16=job.machine.precision == "bf16-mixed")
+    fill_causal_lm(loss_model.causal_lm, job.config.model)
 
 
 def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:

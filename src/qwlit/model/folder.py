@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qwlit.core.errors import ConfigError, nearest
 
 SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -106,8 +104,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield names and tensors one by one; a tensor may be a view of the file, so copy what you keep.
+def read_shapes(files: list[Path]) -> Iterator[tuple[str, list[int]]]:
+    """Yield names and shapes from the files' headers; see `read_tensors`."""
+    for name, tensor in read_tensors(files):
+        yield name, list(tensor.get_shape())
+
+
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, Any]]:
+    """Yield names and what gives the tensor's rows when sliced; nothing is read before.
 
     Raises:
         ConfigError: a file is cut off or damaged.
@@ -118,7 +122,7 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
         try:
             with safe_open(str(file), framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                    yield name, opened.get_tensor(name)
+                    yield name, opened.get_slice(name)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{file} is cut off or damaged ({error}); copy or download it again") from None
 

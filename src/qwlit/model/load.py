@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.model import hub
 from qwlit.model.config import ModelConfig
-from qwlit.model.folder import check_tokenizer_files, first_few, read_model_config, read_tensors, weight_files
+from qwlit.model.folder import check_tokenizer_files, read_model_config
 from qwlit.model.presets import meta_causal_lm, model_classes, to_hf_config
+from qwlit.model.weights import fill_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
@@ -72,12 +70,15 @@ def check_vocabulary(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast") 
         )
 
 
-def load_causal_lm(config: ModelConfig, *, seed: int, train_all: bool, frozen_dtype: torch.dtype) -> "PreTrainedModel":
+def load_causal_lm(
+    config: ModelConfig, *, seed: int, train_all: bool, frozen_dtype: torch.dtype, leave_empty: bool = False
+) -> "PreTrainedModel":
     """Load or make the model, on the CPU, in training mode, with qwlit's attention and without a cache.
 
     Args:
         seed: of random weights; the caller's generator is left alone.
         train_all: True: all weights float32, whatever the file has. False: frozen, in `frozen_dtype`.
+        leave_empty: leave pretrained weights to `fill_causal_lm`, after sharding; random ones are made here.
 
     Raises:
         ConfigError: whatever is wrong with the folder, its weights, or the way to the hub.
@@ -89,7 +90,9 @@ def load_causal_lm(config: ModelConfig, *, seed: int, train_all: bool, frozen_dt
         folder = _folder(config, hub.MODEL_FILES)
         if folder is None:
             raise ConfigError("model.init=pretrained needs model.path or model.hub_id; or set model.init=random")
-        model = _pretrained(folder, dtype)
+        model = _empty(folder, dtype)
+        if not leave_empty:
+            fill_causal_lm(model, config)
     model.config.use_cache = False
     # Made from the configuration, which in many fine-tuned folders has the cache off; generating without is quadratic.
     model.generation_config.use_cache = True
@@ -138,13 +141,13 @@ def _random(hf_config: "PretrainedConfig", seed: int, dtype: torch.dtype) -> "Pr
     return model
 
 
-def _pretrained(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+def _empty(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """Make the folder's model with weights that nobody has written yet: until then they take no memory."""
     hf_config = _with_attention(_read_hf_config(folder))
     model: Any = meta_causal_lm(hf_config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    model.load_state_dict(_read_weights(folder, shapes, hf_config, dtype), strict=False, assign=True)
+    model.to(dtype).to_empty(device="cpu")
     model.tie_weights()
-    # Buffers are in no file, and on the meta device they have no values.
+    # Buffers are in no file.
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
@@ -153,31 +156,12 @@ def _pretrained(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     return model
 
 
-def _read_weights(
-    folder: Path, shapes: dict[str, torch.Size], hf_config: "PretrainedConfig", dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Read every tensor of the model in `dtype`, checked for its name, shape and finiteness."""
-    weights: dict[str, Tensor] = {}
-    unexpected, mismatched = [], []
-    for name, tensor in read_tensors(weight_files(folder)):
-        if name not in shapes:
-            unexpected.append(name)
-        elif tensor.shape != shapes[name]:
-            mismatched.append(f"{name} {list(tensor.shape)} instead of {list(shapes[name])}")
-        else:
-            weights[name] = tensor.to(dtype, copy=True)
-            # The sum shows any inf or NaN, in one pass without a mask; it could also overflow, hence the second look.
-            if not weights[name].sum(dtype=torch.float32).isfinite() and not weights[name].isfinite().all():
-                raise ConfigError(f"{folder}: {name} holds inf or NaN; the checkpoint is spoiled, take another one")
-    missing = [name for name in shapes if name not in weights and not (name == HEAD and hf_config.tie_word_embeddings)]
-    missing = [name for name in missing if not any(entry.startswith(f"{name} ") for entry in mismatched)]
-    findings = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
-    said = [f"{what}: {first_few(names)}" for what, names in findings.items() if names]
-    if said:
-        raise ConfigError(f"{folder}: config.json and weights disagree. Tensors {'; '.join(said)}")
-    head = weights.pop(HEAD, None) if hf_config.tie_word_embeddings else None
-    if head is not None and not torch.equal(head, weights[EMBEDDING]):
-        raise ConfigError(
-            f"{folder / 'config.json'}: tie_word_embeddings=true, but the weights have their own head; set it false"
-        )
-    return weights
+def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig) -> None:
+    """Write the pretrained weights into a model that `load_causal_lm` has left empty.
+
+    Raises:
+        ConfigError: see `fill_weights`.
+    """
+    folder = _folder(config, hub.MODEL_FILES)
+    if config.init == "pretrained" and folder is not None:
+        fill_weights(model, folder, tied=model.config.tie_word_embeddings)

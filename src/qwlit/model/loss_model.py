@@ -74,6 +74,7 @@ def build_loss_model(
     attention: AttentionKernel,
     memory: MemoryPolicy,
     frozen_dtype: torch.dtype,
+    leave_empty: bool = False,
 ) -> LossModel:
     """Load or make the weights and put adapter and dropout in place; in training mode, on the CPU.
 
@@ -82,11 +83,14 @@ def build_loss_model(
         attention: the resolved kernel (`model.attention` may say auto).
         memory: what is kept for the backward pass.
         frozen_dtype: of weights that are not trained, when there is an adapter.
+        leave_empty: leave pretrained weights to `fill_causal_lm`.
 
     Raises:
         ConfigError: see `load_causal_lm` and `apply_adapter`.
     """
-    causal_lm = load_causal_lm(model, seed=seed, train_all=adapter.kind == "none", frozen_dtype=frozen_dtype)
+    causal_lm = load_causal_lm(
+        model, seed=seed, train_all=adapter.kind == "none", frozen_dtype=frozen_dtype, leave_empty=leave_empty
+    )
     apply_adapter(causal_lm, adapter, dropout=dropout.lora, seed=seed)
     apply_dropout(causal_lm, dropout)
     apply_memory_policy(causal_lm, memory)

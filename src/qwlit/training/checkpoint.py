@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import fsync_folder, write_json_atomic
@@ -26,9 +25,11 @@ from qwlit.training.config import CheckpointConfig
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 from qwlit.training.run_folder import RunFolder
+from qwlit.training.shards import ShardReader, write_shard
 
 MANIFEST = "MANIFEST.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS, MOMENTS = "model", "optimizer"
+"""File names before `.safetensors`, or before `-00001-of-00002.safetensors` where ranks wrote what each held."""
 STATE = "training_state.pt"
 # The module's names are this prefix and the Hugging Face name; files carry the latter.
 PREFIX = "loss_model.causal_lm."
@@ -47,35 +48,95 @@ def list_checkpoints(folder: RunFolder) -> list[Path]:
 
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Return the trained weights by their Hugging Face names."""
-    return load_file(checkpoint / WEIGHTS)
+    with ShardReader(checkpoint, WEIGHTS) as weights:
+        return {name: weights.read(name) for name in weights.names()}
 
 
-class StepFolderIO(CheckpointIO):
-    """Lightning's checkpoint dictionary as a folder: weights as safetensors, the rest as a pickle-free torch file."""
+def write_checkpoint(checkpoint: dict[str, Any], final: Path, *, rank: int = 0, count: int = 1) -> None:
+    """Write Lightning's checkpoint dictionary as a folder: tensors as safetensors, the rest as a torch file.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        final = Path(path)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    Args:
+        rank, count: which of how many ranks this is that write together, each what it holds.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        weights = {name.removeprefix(PREFIX): t.contiguous() for name, t in checkpoint.pop("state_dict").items()}
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        torch.save(checkpoint, temporary / STATE)
-        files = {name: _seal(temporary / name) for name in (WEIGHTS, STATE)}
-        write_json_atomic(temporary / MANIFEST, {"step": checkpoint["global_step"], "files": files})
+    _wait_for_all(count)
+    weights = {name.removeprefix(PREFIX): t for name, t in checkpoint.pop("state_dict").items()}
+    (optimizer,) = checkpoint.pop("optimizer_states")
+    names = [name.removeprefix(PREFIX) for name in checkpoint["optimizer_parameters"]]
+    moments = {f"{key}.{names[i]}": t for i, state in optimizer["state"].items() for key, t in state.items()}
+    written = [
+        write_shard(temporary, stem, tensors, rank=rank, count=count)
+        for stem, tensors in ((WEIGHTS, weights), (MOMENTS, moments))
+    ]
+    files = _gather([{file.name: _seal(file) for file in written}], count)
+    if rank == 0:
+        torch.save(checkpoint | {"optimizer_groups": optimizer["param_groups"]}, temporary / STATE)
+        sealed = {name: seal for shard in files for name, seal in shard.items()} | {STATE: _seal(temporary / STATE)}
+        write_json_atomic(temporary / MANIFEST, {"step": checkpoint["global_step"], "files": sealed})
         fsync_folder(temporary)
         temporary.rename(final)
         fsync_folder(final.parent)
+    _wait_for_all(count)
+
+
+def _wait_for_all(count: int) -> None:
+    if count > 1:
+        torch.distributed.barrier()
+
+
+def _gather(mine: list[Any], count: int) -> list[Any]:
+    """Return what every rank has, on all of them."""
+    if count == 1:
+        return mine
+    gathered: list[Any] = [None] * count
+    torch.distributed.all_gather_object(gathered, mine[0])
+    return gathered
+
+
+def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """Read what any number of ranks has written.
+
+    Args:
+        like: the parameters by name; tensors come sharded as they are. None: whole.
+
+    Raises:
+        ConfigError: the checkpoint is damaged.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        names = checkpoint["optimizer_parameters"]
+        with ShardReader(folder, WEIGHTS) as weights, ShardReader(folder, MOMENTS) as moments:
+
+            def read(reader: ShardReader, key: str, name: str) -> torch.Tensor:
+                # A count of steps is no row of anything.
+                if like is None or key.startswith("step."):
+                    return reader.read(key)
+                return reader.read_like(key, like[name])
+
+            checkpoint["state_dict"] = {PREFIX + name: read(weights, name, PREFIX + name) for name in weights.names()}
+            numbers = {name.removeprefix(PREFIX): number for number, name in enumerate(names)}
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for key in moments.names():
+                kind, _, name = key.partition(".")
+                state.setdefault(numbers[name], {})[kind] = read(moments, key, PREFIX + name)
+    except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{folder} is damaged ({reason}); remove it to go on from the one before") from None
+    checkpoint["optimizer_states"] = [{"state": state, "param_groups": checkpoint.pop("optimizer_groups")}]
+    return checkpoint
+
+
+class StepFolderIO(CheckpointIO):
+    """Checkpoints of strategies in which rank 0 holds everything."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        folder = Path(path)
-        try:
-            checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-            checkpoint["state_dict"] = {PREFIX + name: tensor for name, tensor in read_weights(folder).items()}
-        except (OSError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{folder} is damaged ({reason}); remove it to go on from the one before") from None
-        return checkpoint
+        return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         # Renamed first: a folder half deleted must not be taken for a checkpoint.
@@ -178,6 +239,11 @@ class Checkpointing(BoundaryCallback):
     def best_checkpoint(self) -> Path | None:
         """The checkpoint with the lowest val/loss, None before the first validation."""
         return None if self.best_step is None else self._path(self.best_step)
+
+    @property
+    def newest_checkpoint(self) -> Path:
+        """The checkpoint of the last step saved."""
+        return list_checkpoints(self._folder)[-1]
 
     def _path(self, step: int) -> Path:
         return self._folder.checkpoints / f"step-{step:06d}"

@@ -57,8 +57,9 @@ class HardwareConfig:
     """Memory that each device is sold with, GB; a machine with less is refused. null: whatever there is."""
     host_memory_gb: PositiveInt | None = None
     """Memory to ask of Slurm, GB a node."""
-    strategy: Literal["auto", "single", "ddp"] = "auto"
-    """auto: ddp when there is more than one device."""
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    """ddp keeps all weights on every device, fsdp shards weights, gradients and moments over them. auto: ddp where
+    there is more than one device."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """auto: bf16 with float32 weights where the GPU has it, float16 with loss scaling on older GPUs, float32 on CPU."""
     memory: Literal["auto"] | MemoryPolicy = "auto"

@@ -21,7 +21,7 @@ class Machine:
     device_name: str
     devices: int
     num_nodes: int
-    strategy: Literal["single", "ddp"]
+    strategy: Literal["single", "ddp", "fsdp"]
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     memory: MemoryPolicy
     num_workers: int
@@ -53,15 +53,23 @@ def resolve_machine(config: HardwareConfig, determinism: Determinism, *, profile
         raise ConfigError(f"hardware={profile} needs {_needed(config)} a node, here: {_seen(here)}. {_REMEDY}")
     world_size = devices * config.num_nodes
     _check_launcher(devices, config.num_nodes)
+    precision = _precision(config, accelerator, here, determinism)
     if config.strategy == "single" and world_size > 1:
         raise ConfigError(f"hardware.strategy=single is one process, but {world_size} devices are set; use ddp or auto")
+    if config.strategy == "fsdp" and world_size == 1:
+        raise ConfigError("hardware.strategy=fsdp shards over several devices, but one is set; use auto")
+    if config.strategy == "fsdp" and precision == "16-mixed":
+        raise ConfigError(
+            "hardware.strategy=fsdp has no loss scale for 16-mixed; set hardware.precision=bf16-mixed or 32-true"
+        )
+    strategy: Literal["single", "ddp", "fsdp"] = "ddp" if world_size > 1 else "single"
     return Machine(
         accelerator=accelerator,
         device_name=here.name,
         devices=devices,
         num_nodes=config.num_nodes,
-        strategy="ddp" if world_size > 1 or config.strategy == "ddp" else "single",
-        precision=_precision(config, accelerator, here, determinism),
+        strategy=strategy if config.strategy == "auto" else config.strategy,
+        precision=precision,
         memory="none" if config.memory == "auto" else config.memory,
         num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,
         pin_memory=accelerator == "cuda" if config.pin_memory == "auto" else config.pin_memory,

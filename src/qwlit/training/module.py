@@ -4,6 +4,7 @@ Manual optimization, so that a step is a sum over its micro-batches divided once
 supervised tokens: any layout over micro-batches and ranks gives the same gradient to rounding.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.core.sharding import whole
 from qwlit.model.loss_model import LossModel
 from qwlit.optim.config import OptimConfig
 from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer, set_learning_rate
@@ -63,6 +67,7 @@ class CausalLMModule(lightning.LightningModule):
         schedule: Schedule,
         max_grad_norm: float | None,
         loss_scale: LossScale | None,
+        shard: Callable[[DeviceMesh], None] | None,
         seed: int,
     ) -> None:
         super().__init__()
@@ -74,9 +79,16 @@ class CausalLMModule(lightning.LightningModule):
         self._schedule = schedule
         self._max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale
+        self._shard = shard
         self._seed = seed
         self.outcome: StepOutcome
         self.validation: ValidationSums
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy is to; called once, when all ranks have met."""
+        if self._shard is not None:
+            self._shard(self.device_mesh["data_parallel"])
+            self._shard = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.loss_model.named_parameters(), self._optim)
@@ -93,7 +105,7 @@ class CausalLMModule(lightning.LightningModule):
                 loss_sum += self._backward(micro, batch.num_supervised_tokens)
         gradients = [p.grad for p in self.loss_model.parameters() if p.grad is not None]
         scale = self.loss_scale.factor if self.loss_scale else 1.0
-        grad_norm = nn.utils.get_total_norm(gradients, foreach=True) / scale
+        grad_norm = whole(nn.utils.get_total_norm(gradients, foreach=True)) / scale
         skipped = arm_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm, scale)
         optimizer.step()
         optimizer.zero_grad()
@@ -139,12 +151,19 @@ class CausalLMModule(lightning.LightningModule):
         self.validation.sums[2] += out.num_correct
 
     def on_validation_epoch_end(self) -> None:
+        if isinstance(self.loss_model, FSDPModule):
+            # No backward pass follows that would do it, and what is saved next are the rows of each rank.
+            self.loss_model.reshard()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(self.validation.sums)
         self.log("val/loss", self.validation.loss)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.trained_parameters()
+        # Torch numbers the optimizer's states in the order of its groups.
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        groups = self.optimizers(use_pl_optimizer=False).param_groups  # type: ignore[union-attr]
+        checkpoint["optimizer_parameters"] = [names[id(p)] for group in groups for p in group["params"]]
         if self.loss_scale:
             checkpoint["loss_scale"] = asdict(self.loss_scale)
 

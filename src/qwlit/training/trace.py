@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from qwlit.core.batch import StepBatch
+from qwlit.core.sharding import whole
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 from qwlit.training.run_folder import RunFolder
@@ -30,7 +31,7 @@ def parameters_hash(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

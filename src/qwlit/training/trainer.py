@@ -10,17 +10,17 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from qwlit.core.ranks import launched_by_torchrun
-from qwlit.training.checkpoint import StepFolderIO
+from qwlit.training.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
 
 
 def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callback], folder: Path) -> Trainer:
     _quieten_lightning()
-    plugins: list[Any] = [StepFolderIO()]
+    plugins: list[Any] = [] if machine.strategy == "fsdp" else [StepFolderIO()]
     if machine.precision == "16-mixed":
         plugins.append(_autocast_to_float16(machine.accelerator))
     if SLURMEnvironment.detect() and not launched_by_torchrun():
@@ -31,7 +31,7 @@ def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callbac
         devices=machine.devices,
         num_nodes=machine.num_nodes,
         strategy=_strategy(machine),
-        precision=None if machine.precision == "16-mixed" else machine.precision,
+        precision=_lightning_precision(machine),
         max_steps=total_steps,
         callbacks=callbacks,
         plugins=plugins,
@@ -66,11 +66,50 @@ class _Launcher(_SubprocessScriptLauncher):
                 signal.signal(number, handler)
 
 
-class _Strategy(DDPStrategy):
+class _OwnLauncher(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)  # type: ignore[attr-defined]
+
+
+class _Replicated(_OwnLauncher, DDPStrategy):
+    """Every rank holds everything."""
+
+
+class _Sharded(_OwnLauncher, ModelParallelStrategy):
+    """FSDP2: every rank holds some rows of everything, and writes and reads them itself."""
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # the module puts in what is trained
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        state: dict[str, Any] = optimizer.state_dict()
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, Path(filepath), rank=self.global_rank, count=self.world_size)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return read_checkpoint(Path(checkpoint_path), dict(self.lightning_module.named_parameters()))
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        (optimizer,), (state,) = self.optimizers, checkpoint["optimizer_states"]
+        optimizer.load_state_dict(state)
+
+
+def _lightning_precision(machine: Machine) -> Any:
+    """FSDP2 casts by itself, and the plugin for float16 stands in for the word."""
+    return "32-true" if machine.strategy == "fsdp" else None if machine.precision == "16-mixed" else machine.precision
 
 
 def _autocast_to_float16(device: str) -> MixedPrecision:
@@ -89,11 +128,10 @@ def dismiss_other_ranks(trainer: Trainer) -> None:
 def _strategy(machine: Machine) -> Any:
     if machine.strategy == "single":
         return "auto"
-    return _Strategy(
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        process_group_backend="nccl" if machine.accelerator == "cuda" else "gloo",
-    )
+    backend = "nccl" if machine.accelerator == "cuda" else "gloo"
+    if machine.strategy == "fsdp":
+        return _Sharded(data_parallel_size=machine.world_size, tensor_parallel_size=1, process_group_backend=backend)
+    return _Replicated(broadcast_buffers=False, gradient_as_bucket_view=True, process_group_backend=backend)
 
 
 def _quieten_lightning() -> None:

@@ -1,0 +1,26 @@
+"""FSDP2: every layer's weights, gradients and moments cut along their first dimension over the devices."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from qwlit.model.loss_model import LossModel
+
+
+def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
+    """Shard each decoder layer by itself, and embedding, head and final norm together: a tied weight is one.
+
+    Gradients are summed in float32 and after every micro-batch, so that no device ever holds a whole one longer.
+
+    Args:
+        bf16: compute in bfloat16 from float32 weights.
+    """
+    compute = torch.bfloat16 if bf16 else None
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for layer in model.causal_lm.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -1,0 +1,73 @@
+"""Pretrained weights from safetensors into a model that waits for them, on one rank or on each the rows it holds."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwlit.core.errors import ConfigError
+from qwlit.core.sharding import local, own_rows
+from qwlit.model.folder import first_few, read_shapes, read_tensors, weight_files
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def fill_weights(model: nn.Module, folder: Path, *, tied: bool) -> None:
+    """Stream the folder's tensors into the model's own, in their dtype; there is never a second copy.
+
+    Args:
+        model: whole or sharded, adapters in place or not.
+        tied: head and embedding are one.
+
+    Raises:
+        ConfigError: tensors are missing, unexpected, of another shape, or hold inf or NaN.
+    """
+    files = weight_files(folder)
+    # Adapters come from no file, and put the layer that they stand beside one name deeper.
+    targets = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
+    if tied:
+        targets[HEAD] = targets[EMBEDDING]
+    _check_shapes(folder, dict(read_shapes(files)), {name: list(p.shape) for name, p in targets.items()}, tied=tied)
+    with torch.no_grad():
+        for name, tensor in read_tensors(files):
+            first, end = own_rows(targets[name])
+            rows = tensor[first:end]
+            _check_finite(folder, name, rows)
+            if not (tied and name == HEAD):
+                local(targets[name]).copy_(rows)
+        if tied:
+            _check_tied(folder, files, targets[EMBEDDING])
+
+
+def _check_shapes(folder: Path, found: dict[str, list[int]], expected: dict[str, list[int]], *, tied: bool) -> None:
+    missing = [name for name in expected if name not in found and not (tied and name == HEAD)]
+    unexpected = [name for name in found if name not in expected]
+    other = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    findings = {"missing": missing, "unexpected": unexpected, "of another shape": other}
+    said = [f"{what}: {first_few(names)}" for what, names in findings.items() if names]
+    if said:
+        raise ConfigError(f"{folder}: config.json and weights disagree. Tensors {'; '.join(said)}")
+
+
+def _check_finite(folder: Path, name: str, rows: Tensor) -> None:
+    # The sum shows any inf or NaN, in one pass without a mask; it could also overflow, hence the second look.
+    if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
+        raise ConfigError(f"{folder}: {name} holds inf or NaN; the checkpoint is spoiled, take another one")
+
+
+def _check_tied(folder: Path, files: list[Path], embedding: Tensor) -> None:
+    """Refuse a folder that says its head is the embedding and brings another head."""
+    head: Any = next((tensor for name, tensor in read_tensors(files) if name == HEAD), None)
+    if head is None:
+        return
+    first, end = own_rows(embedding)
+    rows = local(embedding)
+    if not torch.equal(head[first:end].to(rows.dtype).to(rows.device), rows):
+        raise ConfigError(
+            f"{folder / 'config.json'}: tie_word_embeddings=true, but the weights have their own head; set it false"
+        )

@@ -1,0 +1,116 @@
+"""hardware.strategy=fsdp: the same training with weights, gradients and moments cut over the ranks."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwlit.training.checkpoint import read_weights
+from tests.runs.runs import DEMO, TINY, losses, qwlit, qwlit_process, rows, started, summary, train
+from tests.tiny import TINY as SHAPE
+from tests.tiny import save_folder, tiny_causal_lm
+
+RUN = [
+    *("data.exact_match=0", "dropout=none", "train.max_steps=6", "checkpoint.every_steps=2"),
+    *("validation.every_steps=3", "hardware.micro_batch_size=3"),
+]
+
+
+def sharded(devices: int = 2) -> list[str]:
+    return [f"hardware.devices={devices}", "hardware.strategy=fsdp"]
+
+
+def validations(run: Path) -> list[float]:
+    return [row["val/loss"] for row in rows(run) if "val/loss" in row]
+
+
+def assert_same_training(one: Path, two: Path) -> None:
+    assert losses(two) == [(step, pytest.approx(loss, rel=2e-5)) for step, loss in losses(one)]
+    assert validations(two) == pytest.approx(validations(one), rel=2e-5)
+    left, right = (read_weights(run / "checkpoints" / "last") for run in (one, two))
+    assert left.keys() == right.keys()
+    assert all((left[name] - right[name]).abs().max() < 1e-4 for name in left)
+
+
+@pytest.mark.parametrize("recipe", ["full_sft", "lora"])
+def test_two_shards_train_the_model_of_one_process_and_export_it(recipe, tmp_path):
+    words = [*RUN, f"recipe={recipe}", "dropout=none", "data.exact_match=4"]
+    one = train([*words, "run.name=one"], tmp_path)
+    two = train([*words, "run.name=two", *sharded()], tmp_path, qwlit_process)
+    assert_same_training(one, two)
+    files = {f"{stem}-0000{rank}-of-00002.safetensors" for stem in ("model", "optimizer") for rank in (1, 2)}
+    manifest = json.loads((two / "checkpoints" / "last" / "MANIFEST.json").read_text())["files"]
+    assert manifest.keys() == files | {"training_state.pt"}
+    (name,) = {file.name for file in (one / "export").glob("*.safetensors")}
+    exported = [load_file(run / "export" / name) for run in (one, two)]
+    assert exported[0].keys() == exported[1].keys()
+    assert all((exported[0][key] - exported[1][key]).abs().max() < 1e-4 for key in exported[0])
+    assert len(rows(two, "samples.jsonl")) == 4
+
+
+def test_a_run_goes_on_from_two_shards_to_four_to_two_replicas_to_one_process(tmp_path):
+    long = [*RUN, "train.max_steps=400", "validation.every_steps=null", "checkpoint.every_steps=null"]
+    whole = train([*long, "run.name=whole"], tmp_path)
+    run = tmp_path / "runs" / "cut"
+    words = [*long, "run.name=cut"]
+    for machine, logged in ((sharded(2), 4), (sharded(4), 8), (["hardware.devices=2"], 12)):
+        process = started([*words, *machine], run, logged=logged)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 75, said
+    train(words, tmp_path)
+    resumed = [row["step"] for row in rows(run, "events.jsonl") if row["event"] == "resumed"]
+    assert len(resumed) == 3 and resumed == sorted(set(resumed))
+    assert_same_training(whole, run)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen2", False)])
+@pytest.mark.parametrize("recipe", ["full_sft", "lora"])
+def test_a_folder_is_read_row_by_row_into_memory_that_was_full_of_nan(family, tied, recipe, tmp_path):
+    folder = save_folder(tiny_causal_lm(family, tied=tied, spread=1.0), tmp_path / "base")
+    data = tmp_path / "tokens.jsonl"
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, SHAPE.vocab_size, (12,), generator=generator).tolist() for _ in range(48)]
+    data.write_text("\n".join(json.dumps({"input_ids": row, "labels": row}) for row in ids))
+    words = [f"model.path={folder}", f"data.path={data}", "hardware=cpu", f"recipe={recipe}", *RUN]
+    # Deterministic mode has torch fill all memory that nobody has written with NaN.
+    words += [
+        "logging.every_steps=1",
+        "data.val_path=null",
+        "optim.lr=1e-3",
+        "dropout=none",
+        "determinism=reproducible",
+    ]
+    runs = [tmp_path / "runs" / name for name in ("one", "two")]
+    for run, machine in zip(runs, ([], sharded()), strict=True):
+        done = qwlit_process(["train", *words, f"run.name={run.name}", *machine], tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert_same_training(*runs)
+    assert summary(runs[1])["skipped_steps"] == 0
+    traces = [rows(run, "trace.jsonl") for run in runs]
+    assert [row["samples"] for row in traces[0]] == [row["samples"] for row in traces[1]]
+
+
+def test_a_damaged_folder_ends_all_ranks_in_one_line_each(tmp_path):
+    folder = save_folder(tiny_causal_lm("qwen3"), tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
+    words = ["train", f"model.path={folder}", f"data.path={DEMO / 'val.jsonl'}", "hardware=cpu", *sharded()]
+    done = qwlit_process([*words, "model.tokenizer=qwlit:demo/tokenizer", "run.name=a"], tmp_path)
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hardware.strategy=fsdp"], "hardware.strategy=fsdp shards over several devices, but one is set"),
+        ([*sharded(), "hardware.precision=16-mixed"], "hardware.strategy=fsdp has no loss scale for 16-mixed"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(words, said, tmp_path):
+    done = qwlit(["train", *TINY, *words], tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1
