@@ -28,6 +28,8 @@ TEN_MB = 10_000_000
 Rejected = dict[int, str]
 """Line of each row put aside and a part of the reason."""
 
+NOT_ALL_UTF8 = pyarrow.Array.from_buffers(pyarrow.utf8(), 3, pyarrow.array([b"ab", b"a\xff", b"cd"]).buffers())
+
 
 @dataclass(frozen=True)
 class Counted:
@@ -196,9 +198,9 @@ CONVERSATIONS: dict[str, Case] = {
     "content true": row(chat(USER | {"content": True}, ANSWER), "not true or false"),
     "content null": row(chat(USER | {"content": None}, ANSWER), "message 1: 'content' must be a string"),
     "content missing": row(chat({"role": "user"}, ANSWER), "message 1: 'content' must be a string"),
-    "an image part": row(chat(USER | {"content": [{"type": "image_url", "image_url": "x"}]}, ANSWER), "not a list"),
+    "an image part": row(chat(USER | {"content": [{"type": "image_url", "image_url": "x"}]}, ANSWER), "not image_url"),
     "an audio part with text": row(chat(USER | {"content": [{"type": "audio", "text": "x"}]}, ANSWER), "type 'text'"),
-    "a text part that is a number": row(chat(USER | {"content": [{"type": "text", "text": 3}]}, ANSWER), "not a list"),
+    "a text part that is a number": row(chat(USER | {"content": [{"type": "text", "text": 3}]}, ANSWER), "type 'text'"),
     "an answer of null": row(chat(USER, {"role": "assistant", "content": None}), "message 2: 'content'"),
     "an empty answer": row(chat(USER, {"role": "assistant", "content": ""}), "message 2: the assistant says nothing"),
     "a blank answer": row(
@@ -322,7 +324,8 @@ TABLES: dict[str, Case] = {
     "csv: only a first row": file("rows.csv", b"prompt,completion\n", "has no rows"),
     "csv: no first row": file("rows.csv", b"Hi,there\n" * 2, "rows.csv:2", "unknown shape: keys 'Hi', 'there'"),
     "csv: a column twice": file("rows.csv", b"prompt,prompt\na,b\n", "must name the columns, each once"),
-    "csv: a column without a name": file("rows.csv", b"prompt,completion,\na,b,\n", "must name the columns"),
+    "csv: a column without a name": file_rows("rows.csv", b",prompt,completion\n0,a,b\n", [2], {}),
+    "csv: two columns of one name": file("rows.csv", b"prompt,prompt,\na,b,\n", "must name the columns"),
     "csv: the wrong columns": file("rows.csv", b"a,b\n1,2\n", "rows.csv:2", "unknown shape: keys 'a', 'b'"),
     "csv: semicolons": file("rows.csv", b"prompt;completion\na;b\n", "rows.csv:2", "'prompt;completion'"),
     "csv: UTF-16": file("rows.csv", "prompt,completion\na,b\n".encode("utf-16"), "must name the columns"),
@@ -364,16 +367,14 @@ TABLES: dict[str, Case] = {
     "parquet: the end cut off": file("a.parquet", parquet_bytes([GOOD])[:-20], "no whole Parquet file"),
     "parquet: garbage": file("a.parquet", random.Random(0).randbytes(999), "no whole Parquet file"),
     "parquet: garbage between the marks": file("a.parquet", b"PAR1" + b"\x9c" * 99 + b"PAR1", "no whole Parquet file"),
-    "parquet: not UTF-8": file(
-        "a.parquet",
-        parquet_bytes(
-            pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.utf8(), 1, pyarrow.array([b"a\xff"]).buffers())})
-        ),
-        "no whole Parquet file, broken after row 0",
+    "parquet: a cell that is not UTF-8": file_rows(
+        "a.parquet", parquet_bytes(pyarrow.table({"text": NOT_ALL_UTF8})), [1, 3], {2: "a cell cannot be read"}
     ),
-    "parquet: a date that Python has not": file(
+    "parquet: a date that Python has not, in a column nobody reads": file_rows(
         "a.parquet",
-        parquet_bytes(pyarrow.table({"text": ["a"], "date": pyarrow.array([2**31 - 1], pyarrow.date32())})),
+        parquet_bytes(pyarrow.table({"text": ["ab"], "date": pyarrow.array([2**31 - 1], pyarrow.date32())})),
+        [1],
+        {},
     ),
     "parquet: another kind of file": file("a.parquet", GOOD_LINE, "no whole Parquet file"),
 }

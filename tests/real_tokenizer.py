@@ -103,7 +103,13 @@ JINJA_QWEN3_2507 = (
     + TOOL_TURN
     + "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-JINJA = {"qwen2": JINJA_QWEN2, "qwen2_5": JINJA_QWEN2_5, "qwen3": JINJA_QWEN3, "qwen3_2507": JINJA_QWEN3_2507}
+JINJA = {
+    "qwen2": JINJA_QWEN2,
+    "qwen2_5": JINJA_QWEN2_5,
+    "qwen2_5_base": JINJA_QWEN2_5.replace(SYSTEM_QWEN2_5, SYSTEM_QWEN2),
+    "qwen3": JINJA_QWEN3,
+    "qwen3_2507": JINJA_QWEN3_2507,
+}
 
 
 def added_tokens(family: str) -> list[AddedToken]:

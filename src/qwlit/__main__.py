@@ -62,9 +62,7 @@ def main() -> int:
         return _report(words[0], error)
     except KeyboardInterrupt:
         if is_rank_zero():
-            print(
-                f"qwlit {words[0]}: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr
-            )
+            print(f"qwlit {words[0]}: interrupted; run the same command to go on", file=sys.stderr)
         return 130
 
 

@@ -61,7 +61,7 @@ def test_tools_may_be_a_json_text() -> None:
         ([{"role": ["user"], "content": "x"}, ANSWER], None, "message 1: role"),
         ([{"role": "user"}, ANSWER], None, "'content' must be a string or a list of text parts, not null"),
         ([USER | {"content": {"text": "x"}}, ANSWER], None, "not an object"),
-        ([USER | {"content": [{"type": "image_url", "image_url": "x"}]}, ANSWER], None, "not a list"),
+        ([USER | {"content": [{"type": "image_url", "image_url": "x"}]}, ANSWER], None, "not image_url"),
         ([USER | {"content": [{"type": "audio", "text": "x"}]}, ANSWER], None, "type 'text'"),
         ([USER | {"content": ["x"]}, ANSWER], None, "not a list"),
         ([USER, {"role": "assistant", "content": None}], None, "message 2: 'content'"),

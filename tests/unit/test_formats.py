@@ -249,3 +249,43 @@ def test_pieces_of_a_sample_overlap_by_one_token_and_lose_no_target(length: int,
     assert {part.loss_mask[0] for part in parts} == {0}
     assert [part.input_ids[0] for part in parts] == [0, *(part.input_ids[-1] for part in parts[:-1])]
     assert len(parts) == -(-(length - 1) // (limit - 1))
+
+
+def test_older_and_newer_names_of_openai_and_others_are_read() -> None:
+    function = {"name": "add", "parameters": {}}
+    conversation = parse(
+        {
+            "system": "Be brief.",
+            "messages": [
+                {"role": "user", "content": "1 + 1?"},
+                {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+                {"role": "function", "name": "add", "content": "2"},
+                {"role": "assistant", "content": "Two.", "reasoning": "It says so."},
+            ],
+            "functions": [function],
+        }
+    )
+    assert conversation == Conversation(
+        (
+            Message("system", "Be brief."),
+            Message("user", "1 + 1?"),
+            Message("assistant", "", None, (ToolCall("add", '{"a": 1}'),)),
+            Message("tool", "2"),
+            Message("assistant", "Two.", "It says so."),
+        ),
+        ({"type": "function", "function": function},),
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"reasoning": "a", "thinking": "b"}, "has reasoning and thinking; keep one"),
+        ({"thinking": 3}, "'thinking' must be a string, not a number"),
+        ({"weight": 0.5}, "'weight' must be 0 (read) or 1 (learnt), not 0.5"),
+    ],
+)
+def test_what_an_answer_says_of_itself_must_make_sense(answer: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError) as raised:
+        parse({"messages": [{"role": "assistant", "content": "x"} | answer]})
+    assert reason in str(raised.value)

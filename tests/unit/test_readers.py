@@ -8,6 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qwlit.core.errors import DataError
@@ -219,7 +221,7 @@ def test_the_hash_of_a_broken_row_is_of_its_raw_line(tmp_path: Path) -> None:
     assert bad.sha256 == sha256(b'1,"x\n').hexdigest()
 
 
-@pytest.mark.parametrize("header", [b"a,a", b"a,", b'a,"b', b"a,\xff", b"a,b\r1,2"])
+@pytest.mark.parametrize("header", [b"a,a", b'a,"b', b"a,\xff", b"a,b\r1,2"])
 def test_a_first_row_that_names_no_columns_is_an_error(header: bytes, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.csv': the first row must name the columns, each once; it reads b'a,"):
         read(written(tmp_path, header + b"\n1,2\n", "rows.csv"))
@@ -328,12 +330,27 @@ def test_parquet_gives_nested_messages_row_by_row(table: Path) -> None:
     user, answer = seen(rows[1233])["messages"]
     assert user == {"role": "user", "content": "Hi", "tool_calls": None}
     assert answer["tool_calls"] == [{"name": "add", "arguments": '{"a": 1}'}]
-    assert seen(rows[1233])["id"] == 1233
+    # Of columns that no format knows nothing is read.
+    assert set(seen(rows[1233])) == {"messages"}
+
+
+def test_a_table_without_a_known_column_names_those_it_has(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"], "answer": ["b"]}), tmp_path / "rows.parquet")
+    (row,) = read(tmp_path / "rows.parquet")
+    assert seen(row) == {"question": None, "answer": None}
+
+
+def test_a_wide_row_of_a_table_counts_as_long_as_it_is(tmp_path: Path) -> None:
+    messages = [[{"role": "user", "content": "x" * size}] for size in (10, MAX_ROW_BYTES + 1)]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "rows.parquet")
+    short, long = read(tmp_path / "rows.parquet")
+    assert isinstance(short, Row) and 10 < short.num_bytes() < 100
+    assert isinstance(long, Reject) and "a row may have" in long.reason
 
 
 def test_a_damaged_table_is_an_error(table: Path) -> None:
     whole = table.read_bytes()
-    for damaged in (b"", whole[:-20], b"PAR1 no more", whole[:2000] + bytes(900) + whole[2900:]):
+    for damaged in (b"", whole[:-20], b"PAR1 no more", whole[:300] + bytes(900) + whole[1200:]):
         table.write_bytes(damaged)
         with pytest.raises(DataError, match=r"rows\.parquet' is no whole Parquet file, broken after row \d+: [^\n]+$"):
             read(table)

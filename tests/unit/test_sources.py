@@ -140,6 +140,8 @@ def test_paths_that_lead_nowhere_are_errors_that_name_them(path: str, message: s
     [
         ("hf:org/name", HubData("org/name", None, "train")),
         ("hf:org/name:test", HubData("org/name", None, "test")),
+        ("hf:org/name:train[:1000]", HubData("org/name", None, "train[:1000]")),
+        ("hf:org/name/config:train[10%:20%]", HubData("org/name", "config", "train[10%:20%]")),
         ("hf:name", HubData("name", None, "train")),
         ("hf:org/name/config", HubData("org/name", "config", "train")),
         ("hf:org/name/config:test", HubData("org/name", "config", "test")),
@@ -153,7 +155,7 @@ def test_hf_names_a_data_set_of_the_hub_its_configuration_and_its_split(path: st
     assert find_sources(str(source)) == [source]
 
 
-@pytest.mark.parametrize("path", ["hf:", "hf:org/name:", "hf::test", "hf:org/name:a:b"])
+@pytest.mark.parametrize("path", ["hf:", "hf:org/name:", "hf::test"])
 def test_a_hub_name_that_cannot_be_read_is_an_error_that_shows_how(path: str) -> None:
     with pytest.raises(DataError, match=r"write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT"):
         find_sources(path)
@@ -306,3 +308,10 @@ def test_a_path_is_one_part_and_a_list_several() -> None:
 def test_a_list_that_cannot_be_read_is_an_error(path: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(path=path)
+
+
+def test_a_glob_leaves_out_what_is_hidden_as_a_folder_does(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jsonl", ".cache/b.jsonl", "sub/._c.jsonl", "sub/d.jsonl", ".hidden/e.jsonl")
+    found = [source.name for source in find_sources(str(tmp_path / "**" / "*.jsonl"))]
+    assert found == ["a.jsonl", "d.jsonl"]
+    assert [source.name for source in find_sources(str(tmp_path / ".hidden" / "*.jsonl"))] == ["e.jsonl"]

@@ -136,7 +136,7 @@ def test_what_is_remarkable_is_said_of_all_parts_together(tmp_path: Path) -> Non
     data = load(tmp_path, TextTokenizer(small_tokenizer("qwen3")), path=[str(file) for file in files])
     (remark,) = data.remarks
     assert remark.startswith("4 rows have <think> or <tool_call> tags inside a text")
-    assert data.describe().endswith("2 duplicates")
+    assert data.describe().endswith("3 duplicates")
 
 
 @pytest.mark.parametrize("rows", [range(1), range(0, 50, 50)])
@@ -187,3 +187,25 @@ def test_a_reader_owns_four_bytes_a_sample_and_four_more_where_samples_are_held_
     order = Order.plain(0, len(store))
     order.at(np.arange(2000, 4000))
     assert sum(shuffle.nbytes for _, shuffle in order._shuffles.values()) == 4 * len(store)
+
+
+def test_the_samples_that_a_row_was_cut_into_stay_on_one_side(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [tokens(i, 90) for i in range(60)])
+    data = load(tmp_path, path=str(path), max_seq_len=16, too_long="split", val_fraction=0.3)
+    assert data.validation is not None
+    sides = [{side.origin(i) for i in range(len(side))} for side in (data.train, data.validation)]
+    assert all(sides) and not sides[0] & sides[1]
+    assert len(data.train) > 2 * len(sides[0])
+
+
+def test_copies_in_other_parts_are_counted_and_dropped_and_leaks_are_said(tmp_path: Path) -> None:
+    rows = [tokens(i) for i in range(10)]
+    files = [str(write(tmp_path / name, part)) for name, part in (("a.jsonl", rows), ("b.jsonl", rows[5:] + rows[:1]))]
+    data = load(tmp_path, path=files, val_path=files[1])
+    assert (data.totals["duplicates"], len(data.train)) == (6, 16)
+    assert data.remarks == ["6 validation samples are also trained on: val/loss will flatter"]
+    dropped = load(tmp_path, path=[*files, str(write(tmp_path / "c.jsonl", [tokens(99)]))], drop_duplicates=True)
+    assert len(dropped.train) == 11
+    with pytest.raises(DataError, match=r"gone\.jsonl' does not exist"):
+        load(tmp_path / "fresh", path=[files[0], str(tmp_path / "gone.jsonl")])
+    assert not (tmp_path / "fresh").exists()

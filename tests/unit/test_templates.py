@@ -13,6 +13,7 @@ from qwlit.data.templates import (
     FAMILIES,
     HISTORY_THINKING,
     NULLS_FROM_TABLE,
+    QUOTED_ARGUMENTS,
     TAGS_AS_TEXT,
     THINKING_LEFT_OUT,
     Piece,
@@ -232,7 +233,10 @@ def test_qwen2_refuses_tools_and_families_without_thinking_an_answer_of_reasonin
     ],
 )
 def test_what_a_template_does_to_an_answer_is_remarked_on(family: str, answer: Any, expected: list[str]) -> None:
-    assert list(remarks(parse_conversation([USER, ONE | answer, USER, ONE]), family, from_table=False)) == expected
+    assert (
+        list(remarks(parse_conversation([USER, ONE | answer, USER, ONE]), family, Supervision(), from_table=False))
+        == expected
+    )
 
 
 def test_an_earlier_answer_of_reasoning_alone_would_be_learnt_as_empty_and_is_refused() -> None:
@@ -262,12 +266,36 @@ def test_an_unknown_or_missing_template_is_refused_with_the_remedy() -> None:
     others = [JINJA["qwen3"].replace("<think>\\n", "<think>"), "{{ undefined.attribute }}", "{{ messages[9].x.y }}", ""]
     others.append(JINJA["qwen3_2507"].replace("if f.arguments is string", "if false").replace("\\n<tool_resp", " <t"))
     for template in [*others, JINJA["qwen2_5"].replace("helpful", rng.choice(["harmless", "kind"]))]:
-        with pytest.raises(DataError, match=r"none of qwen3, qwen3_2507, qwen2_5, qwen2;.*data\.template="):
+        with pytest.raises(
+            DataError, match=r"none of qwen3, qwen3_2507, qwen2_5, qwen2_5_base, qwen2;.*data\.template="
+        ):
             recognise_template(jinja(template))
+
+
+def test_what_the_settings_leave_unlearnt_anyway_is_not_remarked_on() -> None:
+    conversation = parse_conversation([USER, ONE | {"reasoning_content": "hm"}, USER, ONE])
+    for supervision in (Supervision(loss_on="last_assistant"), Supervision(thinking="drop")):
+        assert not list(remarks(conversation, "qwen3", supervision, from_table=False))
+
+
+def test_keys_that_nobody_reads_and_arguments_that_get_quoted_are_remarked_on() -> None:
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    conversation = parse_conversation([USER | {"name": "Li", "mood": "glad"}, ONE | {"tool_calls": [call]}])
+    assert list(remarks(conversation, "qwen2_5", Supervision(), from_table=False)) == [
+        "a message key that is not read: 'mood'",
+        QUOTED_ARGUMENTS,
+    ]
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learnt() -> None:
+    bad = {"role": "assistant", "content": "Bad.", "weight": 0}
+    rendered = pieces([USER, bad, USER, ONE | {"weight": 1}], "qwen3")
+    assert "Bad." in text_of(rendered)
+    assert learnt(rendered) == f"One.{END}"
 
 
 def test_nulls_that_a_table_fills_in_are_remarked_on() -> None:
     call = {"name": "add", "arguments": {"x": 1, "y": {"z": None}}}
     conversation = parse_conversation([USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
-    assert list(remarks(conversation, "qwen3", from_table=True)) == [NULLS_FROM_TABLE]
-    assert not list(remarks(conversation, "qwen3", from_table=False))
+    assert list(remarks(conversation, "qwen3", Supervision(), from_table=True)) == [NULLS_FROM_TABLE]
+    assert not list(remarks(conversation, "qwen3", Supervision(), from_table=False))

@@ -161,7 +161,8 @@ def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None
         packing=config.data.packing,
     )
     how = "packed end to end" if plan.packing else "padded"
-    screen.print(f"\n[bold]the first steps[/]  {plan.global_batch_size} samples each, on {world_size} devices, {how}")
+    on = f"{world_size} devices" if world_size > 1 else "one device"
+    screen.print(f"\n[bold]the first steps[/]  {plan.global_batch_size} samples each, on {on}, {how}")
     for step in range(STEPS_SHOWN):
         ids = plan.samples(step)
         learnt = int(data.train.num_supervised(ids).sum())

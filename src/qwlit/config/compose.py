@@ -96,6 +96,8 @@ def _read(text: str) -> Override:
     """Read one override; a value that Hydra's grammar has no letters for (data.path=数据.jsonl) is text."""
     parser = OverridesParser.create()
     key, _, value = text.partition("=")
+    if key.lstrip("+") in LISTS and value.startswith("{"):
+        raise ConfigError(f"'{text}': parts are a list, [{{path:…,weight:…}},…]")
     if key.lstrip("+") in LISTS and value.startswith("["):
         text = f"{key}={FOREIGN.sub(lambda match: repr(match.group()), value)}"
     try:

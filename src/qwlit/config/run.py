@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwlit.core.schema import NonNegativeInt, config_dataclass
-from qwlit.data.config import DataConfig
+from qwlit.data.config import DataConfig, parts_of
 from qwlit.model.config import AdapterConfig, DropoutConfig, ModelConfig
 from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.training.config import (
@@ -68,6 +68,7 @@ def mathematics(config: RunConfig) -> dict[str, Any]:
     tree = asdict(config)
     values = _flatten({section: tree[section] for section in MATHEMATICS})
     kept = {key: value for key, value in values.items() if key not in NO_MATHEMATICS}
+    kept["data.path's weights"] = [part.weight for part in parts_of(config.data.path)]
     return {key: Path(value).name if key in FOLDERS and value else value for key, value in kept.items()}
 
 

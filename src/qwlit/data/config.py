@@ -7,7 +7,7 @@ from pydantic import BeforeValidator
 from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, Probability, Ratio, TwoOrMore, config_dataclass
 
 RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"]
-TemplateName = Literal["auto", "qwen2", "qwen2_5", "qwen3", "qwen3_2507"]
+TemplateName = Literal["auto", "qwen2", "qwen2_5", "qwen2_5_base", "qwen3", "qwen3_2507"]
 LossOn = Literal["assistant", "last_assistant", "all"]
 Thinking = Literal["keep", "drop", "mask_empty"]
 TooLong = Literal["auto", "drop", "truncate", "split", "error"]
@@ -40,7 +40,8 @@ def _as_part(item: Any) -> DataPart:
     if unknown := item.keys() - {"path", "weight"}:
         raise ValueError(f"'{min(unknown)}' is no setting of a part; write {{path:…,weight:…}}")
     weight = item.get("weight")
-    if weight is not None and not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and 0 < weight < float("inf")):
         raise ValueError(f"weight {weight} of {item['path']} must be a number above 0")
     return DataPart(path=item["path"], weight=weight)
 
@@ -67,7 +68,8 @@ class DataConfig:
     """Rows to validate on, read like `path`. null: see `val_fraction`."""
     val_fraction: Probability = 0.0
     """Share of rows (0 to 1) held out where there is no `val_path`. A hash of the row's tokens chooses, so that a row
-    stays on its side when others come or go, and copies of it never stand on both sides."""
+    stays on its side when others come or go, and copies of it never stand on both sides. Of .txt files samples are
+    held out, not files."""
     format: RowFormat = "auto"
     """What a row is. `auto` tells by its keys; a set format reads only its own keys."""
     template: TemplateName = "auto"

@@ -7,6 +7,12 @@ from qwlit.core.errors import nearest
 from qwlit.data.rows import RowError, kind_of, parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
+# OpenAI's older and newer names for the same.
+ROLE_NAMES = {"function": "tool", "developer": "system"}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+MESSAGE_KEYS = {"role", "content", "tool_calls", "function_call", "weight", *REASONING_KEYS}
+# Names of speakers and calls, which no Qwen template writes down.
+MESSAGE_KEYS |= {"name", "tool_call_id", "id"}
 THINK, END_THINK = "<think>", "</think>"
 
 
@@ -24,6 +30,10 @@ class Message:
     reasoning: str | None = None
     """None where the row has no `reasoning_content`; then a <think> block may open the content."""
     tool_calls: tuple[ToolCall, ...] = ()
+    learnt: bool = True
+    """False for an answer that the row marks with weight 0: it is read, not learnt."""
+    not_read: tuple[str, ...] = ()
+    """Keys of the row's message that nobody knows."""
 
     def split_thinking(self) -> tuple[str, str]:
         """Return reasoning and answer. A <think> block that opens the content is reasoning; elsewhere it is text."""
@@ -93,30 +103,45 @@ def from_json_text(value: object, what: str) -> Any:
 def _message(where: str, row: object) -> Message:
     if not isinstance(row, dict):
         raise RowError(f"{where} must be an object, not {kind_of(row)}")
-    role = row.get("role")
+    role = ROLE_NAMES.get(str(row.get("role")), row.get("role"))
     if role not in ROLES:
         raise RowError(f"{where}: role {str(role)[:30]!r} is none of {', '.join(ROLES)}.{nearest(str(role), ROLES)}")
-    reasoning = row.get("reasoning_content")
-    if not isinstance(reasoning, str | None):
-        raise RowError(f"{where}: 'reasoning_content' must be a string, not {kind_of(reasoning)}")
-    if reasoning is not None and role != "assistant":
-        raise RowError(f"{where}: only an assistant has 'reasoning_content'")
-    calls = row.get("tool_calls") or []
+    reasoning = _reasoning(where, role, row)
+    calls = row.get("tool_calls") or ([row["function_call"]] if row.get("function_call") else [])
     if not isinstance(calls, list) or (calls and role != "assistant"):
         raise RowError(f"{where}: 'tool_calls' must be a list, and only an assistant has them")
     tool_calls = tuple(parse_tool_call(where, call) for call in calls)
-    if row.get("content") is None and (calls or reasoning):
-        return Message(role, "", reasoning, tool_calls)
-    return Message(role, _content(where, row.get("content")), reasoning, tool_calls)
+    weight = row.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise RowError(f"{where}: 'weight' must be 0 (read) or 1 (learnt), not {str(weight)[:30]}")
+    silent = row.get("content") is None and (calls or reasoning)
+    content = "" if silent else _content(where, row.get("content"))
+    not_read = tuple(
+        sorted(str(key)[:30] for key, value in row.items() if value is not None and key not in MESSAGE_KEYS)
+    )
+    return Message(role, content, reasoning, tool_calls, learnt=weight != 0, not_read=not_read)
+
+
+def _reasoning(where: str, role: str, row: dict[str, Any]) -> str | None:
+    found = {key: row[key] for key in REASONING_KEYS if row.get(key) is not None}
+    for key, reasoning in found.items():
+        if not isinstance(reasoning, str):
+            raise RowError(f"{where}: '{key}' must be a string, not {kind_of(reasoning)}")
+        if role != "assistant":
+            raise RowError(f"{where}: only an assistant has '{key}'")
+    if len(found) > 1:
+        raise RowError(f"{where}: has {' and '.join(found)}; keep one")
+    return next(iter(found.values()), None)
 
 
 def _content(where: str, content: object) -> str:
     """Return the text of a string or of a list of text parts."""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        if any(part.get("type", "text") != "text" for part in content):
-            raise RowError(f"{where}: only parts of type 'text' can be trained on")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        other = [str(part.get("type"))[:30] for part in content if part.get("type", "text") != "text"]
+        if other or not all(isinstance(part.get("text"), str) for part in content):
+            raise RowError(f"{where}: only parts of type 'text' can be trained on, not {', '.join(other) or 'others'}")
         return "".join(part["text"] for part in content)
     raise RowError(f"{where}: 'content' must be a string or a list of text parts, not {kind_of(content)}")
 

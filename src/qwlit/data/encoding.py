@@ -23,10 +23,12 @@ DTYPES = {
     "lengths": "<i4",
     "num_supervised": "<i4",
     "digests": "<u8",
+    "row_digests": "<u8",
     "sources": "<i4",
     "lines": "<i4",
 }
-"""The arrays of a batch: tokens and mask of all samples end to end, the others one number a sample."""
+"""The arrays of a batch: tokens and mask of all samples end to end, the others one number a sample. A row's digest is
+of its first sample's tokens, so that the samples a row was cut into share it; a text file's each have their own."""
 
 
 @dataclass
@@ -78,14 +80,14 @@ class _Filling:
     rejects: list[Reject] = field(default_factory=list)
     remarks: Counter[str] = field(default_factory=Counter)
     _samples: list[EncodedSample] = field(default_factory=list)
-    _origins: list[tuple[int, int]] = field(default_factory=list)
+    _origins: list[Row | Reject] = field(default_factory=list)
 
     def add(self, row: Row | Reject, result: list[EncodedSample] | Reject) -> None:
         if isinstance(result, Reject):
             self.rejects.append(result)
             return
         self._samples += result
-        self._origins += [(row.source, row.line)] * len(result)
+        self._origins += [row] * len(result)
 
     def finish(self, stop: Stop | None = None) -> Batch:
         account = self.account
@@ -95,17 +97,27 @@ class _Filling:
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         tokens = [np.array(sample.input_ids, dtype=np.int32) for sample in self._samples]
-        digests = (hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in tokens)
+        digests = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in tokens]
+        firsts: dict[int, bytes] = {}
+        row_digests = [
+            digest if _is_text_file(row) else firsts.setdefault(id(row), digest)
+            for row, digest in zip(self._origins, digests, strict=True)
+        ]
         columns: dict[str, Any] = {
             "tokens": np.concatenate(tokens) if tokens else [],
             "mask": np.frombuffer(b"".join(bytes(sample.loss_mask) for sample in self._samples), np.uint8),
             "lengths": [len(ids) for ids in tokens],
             "num_supervised": [sum(sample.loss_mask) for sample in self._samples],
             "digests": np.frombuffer(b"".join(digests), "<u8"),
-            "sources": [source for source, _ in self._origins],
-            "lines": [line for _, line in self._origins],
+            "row_digests": np.frombuffer(b"".join(row_digests), "<u8"),
+            "sources": [row.source for row in self._origins],
+            "lines": [row.line for row in self._origins],
         }
         return {name: np.asarray(column, dtype=DTYPES[name]) for name, column in columns.items()}
+
+
+def _is_text_file(row: Row | Reject) -> bool:
+    return isinstance(row, Row) and isinstance(row.content, Document)
 
 
 @dataclass(frozen=True)
@@ -176,7 +188,8 @@ class RowEncoder:
                 raise NeedsTokenizer(self.refusal or "conversations need a tokenizer with a chat template")
             pieces = self.chat.render(value)
             refuse_half_characters("".join([piece.text for piece in pieces]))
-            remarked.update(remarks(value, self.chat.template, from_table=isinstance(row.content, dict)))
+            from_table = isinstance(row.content, dict)
+            remarked.update(remarks(value, self.chat.template, self.chat.supervision, from_table=from_table))
             return pieces
         except RowError as error:
             return row.reject(str(error))

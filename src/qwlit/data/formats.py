@@ -12,6 +12,7 @@ from qwlit.data.conversation import (
     from_json_text,
     parse_conversation,
     parse_tool_call,
+    parse_tools,
 )
 from qwlit.data.rows import Document, RowError, kind_of
 
@@ -68,8 +69,19 @@ class RowParser:
 
 
 def parse_messages(row: Columns) -> Conversation:
-    """`messages`: role, content, reasoning_content, tool_calls; `tools`."""
-    return parse_conversation(from_json_text(row["messages"], "'messages'"), row.get("tools"))
+    """`messages`: role, content, reasoning_content, tool_calls, weight; `system`, `tools`."""
+    return _conversation(row, from_json_text(row["messages"], "'messages'"))
+
+
+def _conversation(row: Columns, messages: Any) -> Conversation:
+    """Read messages with the row's own system text before them, and its tools."""
+    tools = row.get("tools")
+    if tools is None and (functions := parse_tools(row.get("functions"))):
+        tools = [{"type": "function", "function": function} for function in functions]
+    system = _system(row)
+    if system and isinstance(messages, list):
+        messages = system + messages
+    return parse_conversation(messages, tools)
 
 
 SHAREGPT_ROLES = {
@@ -87,7 +99,7 @@ def parse_sharegpt(row: Columns) -> Conversation:
     if not isinstance(turns, list) or not turns:
         raise RowError(f"'conversations' must be a list with at least one turn, not {kind_of(turns)}")
     if all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns):
-        return parse_conversation(_system(row) + turns, row.get("tools"))
+        return _conversation(row, turns)
     messages = [_turn(f"turn {number}", turn) for number, turn in enumerate(turns, start=1)]
     system = [Message("system", part["content"]) for part in _system(row)]
     return conversation_of(system + messages, row.get("tools"))
@@ -146,8 +158,7 @@ def _text(row: Columns, key: str) -> str:
 def parse_prompt_completion(row: Columns) -> Conversation:
     """`prompt` with `completion` or `response`: two texts, or two lists of messages; `system`, `tools`."""
     answer_key = "completion" if row.get("completion") is not None else "response"
-    prompt = _messages(row, "prompt", "user")
-    return parse_conversation(_system(row) + prompt + _messages(row, answer_key, "assistant"), row.get("tools"))
+    return _conversation(row, _messages(row, "prompt", "user") + _messages(row, answer_key, "assistant"))
 
 
 def _messages(row: Columns, key: str, role: str) -> list[Any]:
@@ -215,6 +226,9 @@ KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
 }
 """What a row of each format has: of every group at least one key. A row with the keys of several is the first."""
+
+OTHER_KEYS = {"labels", "loss_mask", "input", "history", "system", "tools", "functions"}
+"""What rows may have besides."""
 
 PARSERS: dict[str, Callable[[Columns], Conversation | Document]] = {
     "messages": parse_messages,

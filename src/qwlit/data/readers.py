@@ -9,9 +9,10 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from qwlit.core.errors import DataError
+from qwlit.data.formats import KEYS, OTHER_KEYS
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, Document, Reject, Row
 from qwlit.data.sources import File, HubData, Source
 
@@ -20,7 +21,8 @@ SPACES = b" \t\r\n" + BOM
 # A quoted cell may hold line breaks; one that goes on for longer was never closed.
 MAX_CSV_ROW_BYTES = 2**20
 TEXT_BLOCK_BYTES = 2**20
-PARQUET_ROWS = 1000
+PARQUET_ROWS, PARQUET_BYTES = 1000, 16 * 2**20
+KNOWN_COLUMNS = {key for groups in KEYS.values() for group in groups for key in group} | OTHER_KEYS
 
 
 class RowReader:
@@ -29,6 +31,8 @@ class RowReader:
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
         self.num_bytes = sum(source.num_bytes() for source in sources if isinstance(source, File))
+        self.estimated_bytes = sum(source.estimated_bytes() for source in sources)
+        """Of the rows, where they are compressed on disk."""
         self._finished_bytes = 0
         self._handle: BinaryIO | None = None
 
@@ -51,9 +55,10 @@ class RowReader:
             if empty:
                 raise DataError(f"data file '{source}' has no rows")
 
-    def _read_hub(self, number: int, source: HubData) -> Iterator[Row]:
+    def _read_hub(self, number: int, source: HubData) -> Iterator[Row | Reject]:
         for line, columns in enumerate(source.load(), start=1):
-            yield Row(number, line, columns)
+            row = Row(number, line, columns)
+            yield row.reject(_too_long(row.num_bytes())) if row.num_bytes() > MAX_ROW_BYTES else row
 
     def _read(self, number: int, file: File) -> Iterator[Row | Reject]:
         line = 0
@@ -169,8 +174,9 @@ def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject
     first = next(rows, None)
     if first is None:
         return
-    header = [name.strip() for name in first[1]]
-    if first[3] or len(set(header)) < len(header) or "" in header:
+    # An index that pandas has written has no name.
+    header = [name.strip() or f"column {number}" for number, name in enumerate(first[1], start=1)]
+    if first[3] or len(set(header)) < len(header):
         raise DataError(
             f"data file '{file}': the first row must name the columns, each once; it reads {first[2][:80]!r}"
         )
@@ -270,8 +276,8 @@ def _text_row(number: int, line: int, block: bytes, *, is_first: bool, is_last: 
     return Row(number, line, Document(text, is_first, is_last))
 
 
-def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row]:
-    """Read a Parquet table row by row.
+def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+    """Read a Parquet table row by row, and of its columns only those that formats know.
 
     Raises:
         DataError: the file is damaged.
@@ -281,13 +287,44 @@ def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row]:
 
     line = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(handle).iter_batches(PARQUET_ROWS):
-            for columns in batch.to_pylist():
-                line += 1
-                yield Row(number, line, columns)
+        table = pyarrow.parquet.ParquetFile(handle)
+        names = table.schema_arrow.names
+        known = [name for name in names if name in KNOWN_COLUMNS]
+        if not known:
+            # Every row will be refused for its columns' names: there is nothing to read.
+            yield from (Row(number, row, dict.fromkeys(names)) for row in range(1, table.metadata.num_rows + 1))
+            return
+        sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
+        rows_at_once = max(1, min(PARQUET_ROWS, PARQUET_BYTES * table.metadata.num_rows // max(1, sum(sizes))))
+        for batch in table.iter_batches(rows_at_once, columns=known):
+            for row in _parquet_rows(number, line, batch):
+                line = row.line
+                yield row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0][:150]
         raise DataError(f"data file '{file}' is no whole Parquet file, broken after row {line}: {reason}") from None
+
+
+def _parquet_rows(number: int, line: int, batch: Any) -> Iterator[Row | Reject]:
+    """Yield the batch's rows, the first being `line` + 1; where one cell cannot be read, its row alone is refused."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows = [_parquet_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+    for index, columns in enumerate(rows, start=line + 1):
+        row = Row(number, index, columns if isinstance(columns, dict) else {})
+        if isinstance(columns, str):
+            yield row.reject(columns)
+        else:
+            yield row.reject(_too_long(row.num_bytes())) if row.num_bytes() > MAX_ROW_BYTES else row
+
+
+def _parquet_row(one: Any) -> dict[str, Any] | str:
+    try:
+        (columns,) = one.to_pylist()
+    except (ValueError, OverflowError) as error:
+        return f"a cell cannot be read: {error}"
+    return dict(columns)
 
 
 READERS = {

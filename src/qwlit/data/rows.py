@@ -71,7 +71,7 @@ class Row:
     def num_bytes(self) -> int:
         """Return about how large the row is."""
         if isinstance(self.content, dict):
-            return sum(len(value) if isinstance(value, str) else 64 for value in self.content.values())
+            return _size(self.content)
         return len(self.content if isinstance(self.content, bytes) else self.content.text)
 
     def _raw(self) -> bytes:
@@ -80,6 +80,14 @@ class Row:
         if isinstance(self.content, Document):
             return self.content.text.encode("utf-8", "surrogatepass")
         return json.dumps(self.content, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+
+
+def _size(value: object) -> int:
+    """Return about how many bytes the value would have as JSON."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 8 + sum(map(_size, items))
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -144,5 +152,12 @@ def parse_json_object(raw: bytes) -> dict[str, Any]:
 
 def kind_of(value: object) -> str:
     """Name a JSON value's kind for a message."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+        bytes: "bytes",
+    }
     return names.get(type(value), "a number")

@@ -20,6 +20,8 @@ JSON, TABLE, TEXT = "JSON", "table", "text"
 KINDS = {".jsonl": JSON, ".json": JSON, ".parquet": TABLE, ".csv": TABLE, ".txt": TEXT}
 COMPRESSED = ".gz"
 HUB = "hf:"
+# Assumption: text in gzip or Parquet takes about a fifth of its size.
+TYPICAL_COMPRESSION = 5
 # A file changed within so short a time of being hashed might change again without its time stamp telling.
 RACY_SECONDS = 2.0
 
@@ -53,6 +55,9 @@ class File:
 
     def num_bytes(self) -> int:
         return self.path.stat().st_size
+
+    def estimated_bytes(self) -> float:
+        return self.num_bytes() * (TYPICAL_COMPRESSION if self.is_compressed or self.suffix == ".parquet" else 1)
 
     def digest(self, cache_root: Path) -> str:
         """Return the SHA-256 of the content; kept in `cache_root`, so that an unchanged file is not read again."""
@@ -91,6 +96,9 @@ class HubData:
 
     def __str__(self) -> str:
         return f"{HUB}{'/'.join(filter(None, (self.name, self.config)))}:{self.split}"
+
+    def estimated_bytes(self) -> float:
+        return float("inf")  # known only once it is here, and seldom small
 
     def digest(self, cache_root: Path) -> str:
         """Return the library's fingerprint of the data."""
@@ -183,7 +191,7 @@ def find_sources(path: str) -> list[Source]:
 
 
 def _hub_data(path: str) -> HubData:
-    match = re.fullmatch(r"([^:]+?)(?::([^:]+))?", path.removeprefix(HUB))
+    match = re.fullmatch(r"([^:]+)(?::(.+))?", path.removeprefix(HUB))
     if match is None:
         raise DataError(f"data.path={path}: write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT")
     name, split = match.group(1), match.group(2) or "train"
@@ -214,6 +222,8 @@ def _glob(path: str, root: Path) -> list[Source]:
         found = sorted(start.glob(str(root.relative_to(start))))
     except (ValueError, NotImplementedError) as error:
         raise DataError(f"data.path or data.val_path: '{path}' is no pattern: {error}") from None
+    # Like folders, and like a shell, a pattern takes hidden files and folders only where it names them.
+    found = [child for child in found if not any(p[0] in "._" for p in child.parts if p not in root.parts)]
     files = [File(child) for child in {child.resolve(): child for child in found if child.is_file()}.values()]
     if not files:
         raise DataError(f"data.path or data.val_path: no file matches '{path}'")

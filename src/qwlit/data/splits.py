@@ -1,7 +1,7 @@
 """The training and the validation samples that the settings name, and in which shares training draws them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from qwlit.data.config import DataConfig, DataPart, parts_of
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.order import Order
 from qwlit.data.samples import CHUNK, Chosen, Samples, count_tokens, join
+from qwlit.data.sources import find_sources
 from qwlit.data.store import SampleStore, build_store, check_account
 from qwlit.data.store_writer import Progress
 
@@ -29,6 +30,10 @@ class DataSplit:
     stores: tuple[SampleStore, ...]
     """The stores behind them: one a part."""
     val_fraction: float
+    num_copies_across: int
+    """Training samples with the tokens of one in an earlier part."""
+    num_leaked: int
+    """Validation samples that are also there to train on."""
 
     def order(self, seed: int) -> Order:
         """Return the order in which training meets the samples.
@@ -45,7 +50,8 @@ class DataSplit:
     def totals(self) -> dict[str, int]:
         """Rows read and what became of them: read = accepted + too_long + quarantined."""
         accounts = [asdict(store.account) for store in self.stores]
-        return {name: sum(account[name] for account in accounts) for name in accounts[0]}
+        totals = {name: sum(account[name] for account in accounts) for name in accounts[0]}
+        return totals | {"duplicates": totals["duplicates"] + self.num_copies_across}
 
     def describe(self) -> str:
         """Say in a line what there is."""
@@ -70,7 +76,10 @@ class DataSplit:
     def remarks(self) -> list[str]:
         """What a careful reader of the data would remark on."""
         counts: Counter[str] = sum((store.remarks for store in self.stores), Counter())
-        return [f"{number:,} rows have {text}" for text, number in counts.items()]
+        found = [f"{number:,} rows have {text}" for text, number in counts.items()]
+        if self.num_leaked:
+            found.append(f"{self.num_leaked:,} validation samples are also trained on: val/loss will flatter")
+        return found
 
     def quarantine(self) -> Iterator[dict[str, Any]]:
         for store in self.stores:
@@ -79,14 +88,19 @@ class DataSplit:
     @property
     def fingerprint(self) -> str:
         """Name all that decides which samples there are and how often each is met."""
-        parts = [f"{store.fingerprint[:16]}" for store in self.stores]
+        parts = [store.fingerprint[:16] for store in self.stores]
         weights = [f"{part.weight:g}" for part, _ in self.parts if part.weight is not None]
         held_out = [f"/{self.val_fraction:g}"] if self.val_fraction else []
         return "+".join(parts) + ("*" + ",".join(weights) if weights else "") + "".join(held_out)
 
 
 def open_stores(
-    config: DataConfig, encoder: RowEncoder, *, cache_root: Path, progress: Progress | None = None
+    config: DataConfig,
+    encoder: RowEncoder,
+    *,
+    cache_root: Path,
+    progress: Progress | None = None,
+    waiting: Callable[[], None] | None = None,
 ) -> tuple[list[SampleStore], list[SampleStore]]:
     """Return the stores of `data.path` and of `data.val_path`, one a part, tokenizing what is not yet tokenized.
 
@@ -102,8 +116,11 @@ def open_stores(
     if any(part.weight is not None for part in parts_of(config.val_path)):
         raise ConfigError("data.val_path takes no weights: every row is validated once")
 
+    for part in (*parts, *parts_of(config.val_path)):
+        find_sources(part.path)  # a wrong name should not be found out after hours of tokenizing another part
+
     def build(part: DataPart) -> SampleStore:
-        return build_store(part.path, encoder, cache_root=cache_root, progress=progress)
+        return build_store(part.path, encoder, cache_root=cache_root, progress=progress, waiting=waiting)
 
     return [build(part) for part in parts], [build(part) for part in parts_of(config.val_path)]
 
@@ -116,10 +133,15 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
     """
     for store in (*training, *validation):
         check_account(store, config)
+    first = [_without_copies(store, training[:number]) for number, store in enumerate(training)]
+    num_copies = sum(_num_copies(store, ids) for store, ids in zip(training, first, strict=True))
     kept: list[Samples] = [*training]
+    if config.drop_duplicates and num_copies:
+        kept = [Chosen(store, ids) for store, ids in zip(training, first, strict=True)]
     held_out: list[Samples] = [*validation]
     if config.val_fraction > 0:
-        sides = [split_store(store, config.val_fraction) for store in training]
+        dropped = first if config.drop_duplicates else [None] * len(training)
+        sides = [split_store(s, config.val_fraction, ids) for s, ids in zip(training, dropped, strict=True)]
         kept, held_out = [train for train, _ in sides], [val for _, val in sides]
         for side, parts in (("training", kept), ("validation", held_out)):
             if not any(len(part) for part in parts):
@@ -133,6 +155,8 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
         parts=tuple((part, len(samples)) for part, samples in zip(parts_of(config.path), kept, strict=True)),
         stores=(*training, *validation),
         val_fraction=config.val_fraction,
+        num_copies_across=num_copies,
+        num_leaked=_num_leaked(training, validation),
     )
 
 
@@ -143,12 +167,40 @@ def load_data(
     return split_data(config, *open_stores(config, encoder, cache_root=cache_root, progress=progress))
 
 
-def split_store(store: SampleStore, val_fraction: float) -> tuple[Chosen, Chosen]:
-    """Split into training and validation samples by a hash of each sample's tokens."""
+def _without_copies(store: SampleStore, earlier: list[SampleStore]) -> NDArray[np.int32]:
+    """Return the samples whose tokens no earlier part has."""
+    ids = np.arange(len(store), dtype=np.int32)
+    for other in earlier:
+        ids = ids[~np.isin(store.digests(ids), other.digests(slice(None)))]
+    return ids
+
+
+def _num_copies(store: SampleStore, without: NDArray[np.int32]) -> int:
+    """Return how many different samples are missing from `without`: a part's own copies are in its account."""
+    missing = np.setdiff1d(np.arange(len(store), dtype=np.int32), without, assume_unique=True)
+    return len(np.unique(store.digests(missing)))
+
+
+def _num_leaked(training: list[SampleStore], validation: list[SampleStore]) -> int:
+    leaked = 0
+    for store in validation:
+        found = np.zeros(len(store), dtype=bool)
+        for other in training:
+            found |= np.isin(store.digests(slice(None)), other.digests(slice(None)))
+        leaked += int(found.sum())
+    return leaked
+
+
+def split_store(
+    store: SampleStore, val_fraction: float, among: NDArray[np.int32] | None = None
+) -> tuple[Chosen, Chosen]:
+    """Split the samples (or those `among` them) into training and validation by a hash of each row's tokens."""
     sides: tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]] = ([], [])
     for start in range(0, len(store), CHUNK):
         ids = np.arange(start, min(start + CHUNK, len(store)), dtype=np.int32)
-        held_out = _mix(store.digests(ids)) < np.uint64(val_fraction * 2.0**64)
+        if among is not None:
+            ids = among[(among >= start) & (among < start + CHUNK)]
+        held_out = _mix(store.digests(ids, of_rows=True)) < np.uint64(val_fraction * 2.0**64)
         sides[0].append(ids[~held_out])
         sides[1].append(ids[held_out])
     train, val = (Chosen(store, np.concatenate(side)) for side in sides)

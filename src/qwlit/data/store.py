@@ -6,7 +6,8 @@ Every row read is accepted, too long or quarantined; nothing else can happen to 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,9 @@ class SampleStore:
         chosen: NDArray[np.int32] = self._arrays["num_supervised"][ids]
         return chosen
 
-    def digests(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
-        """Return a hash of each sample's tokens."""
-        chosen: NDArray[np.uint64] = self._arrays["digests"][ids]
+    def digests(self, ids: NDArray[np.integer[Any]] | slice, *, of_rows: bool = False) -> NDArray[np.uint64]:
+        """Return a hash of each sample's tokens, or one that all samples of a row share."""
+        chosen: NDArray[np.uint64] = self._arrays["row_digests" if of_rows else "digests"][ids]
         return chosen
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
@@ -82,7 +83,14 @@ class SampleStore:
                 yield {"file": str(self._sources[reject.pop("source")]), **reject}
 
 
-def build_store(path: str, encoder: RowEncoder, *, cache_root: Path, progress: Progress | None = None) -> SampleStore:
+def build_store(
+    path: str,
+    encoder: RowEncoder,
+    *,
+    cache_root: Path,
+    progress: Progress | None = None,
+    waiting: Callable[[], None] | None = None,
+) -> SampleStore:
     """Return the store of the rows under `path`, built now unless it has been before.
 
     Processes that start together build it once; one that is killed leaves nothing that looks finished.
@@ -90,6 +98,7 @@ def build_store(path: str, encoder: RowEncoder, *, cache_root: Path, progress: P
     Args:
         encoder: turns rows into samples.
         progress: called now and then while it is built.
+        waiting: called when another process is building it.
 
     Raises:
         DataError: a file cannot be read, a row ends the reading (data.strict, data.too_long=error), the cache cannot
@@ -100,7 +109,7 @@ def build_store(path: str, encoder: RowEncoder, *, cache_root: Path, progress: P
         fingerprint = _fingerprint(sources, encoder, cache_root)
         folder = cache_root / fingerprint[:32]
         if not folder.is_dir():
-            with locked(cache_root / f"{folder.name}.lock"):
+            with _locked(cache_root / f"{folder.name}.lock", waiting):
                 if not folder.is_dir():
                     write_store(
                         folder,
@@ -120,6 +129,19 @@ def build_store(path: str, encoder: RowEncoder, *, cache_root: Path, progress: P
         raise DataError(
             f"the tokenized data in {folder} is damaged; delete that folder, and it is made again"
         ) from None
+
+
+@contextmanager
+def _locked(path: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
+    try:
+        with locked(path, blocking=False):
+            yield
+            return
+    except BlockingIOError:
+        if waiting:
+            waiting()
+    with locked(path):
+        yield
 
 
 def _fingerprint(sources: list[Source], encoder: RowEncoder, cache_root: Path) -> str:
@@ -150,7 +172,7 @@ def check_account(store: SampleStore, config: DataConfig) -> None:
     if account.quarantined > max(config.max_bad_ratio * account.read, BAD_ROWS_ALLOWED):
         raise DataError(
             f"{account.quarantined} of {account.read} rows cannot be used: {'; '.join(reasons)}."
-            f" Fix them, or raise data.max_bad_ratio={config.max_bad_ratio}"
+            f" All are in {store.folder / QUARANTINE}. Fix them, or raise data.max_bad_ratio={config.max_bad_ratio}"
         )
     if not account.accepted:
         if account.too_long:

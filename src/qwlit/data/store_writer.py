@@ -92,7 +92,7 @@ def write_store(
     temporary.mkdir()
     reader = RowReader(sources)
     cores = num_cores()
-    workers = cores if reader.num_bytes >= BYTES_WORTH_WORKERS else 1
+    workers = cores if reader.estimated_bytes >= BYTES_WORTH_WORKERS else 1
     clock = Clock(reader, cores, progress)
     batches = map_in_order(encode, _batches(reader), workers)
     try:

@@ -19,7 +19,7 @@ from qwlit.data.rows import RowError
 START, END = "<|im_start|>", "<|im_end|>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"
-REMEDY = "set data.template=qwen2, qwen2_5, qwen3 or qwen3_2507"
+REMEDY = "set data.template=qwen2, qwen2_5, qwen2_5_base, qwen3 or qwen3_2507"
 
 
 class Piece(NamedTuple):
@@ -57,6 +57,9 @@ FAMILIES = {
     # Qwen3-…-Instruct-2507: the non-thinking models. The thinking ones of that date write as qwen3 does.
     "qwen3_2507": Family(None, tools=True, json_text_arguments=True),
     "qwen2_5": Family("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", tools=True),
+    # The base models of Qwen2.5.
+    "qwen2_5_base": Family("You are a helpful assistant.", tools=True),
+    # Last: it is told by what it does with conversations alone.
     "qwen2": Family("You are a helpful assistant."),
 }
 
@@ -104,20 +107,28 @@ def _check(conversation: Conversation, template: str) -> None:
 HISTORY_THINKING = "reasoning in earlier turns, which the template takes out: those answers are learnt without it"
 THINKING_LEFT_OUT = "reasoning_content, which the template has no place for"
 TAGS_AS_TEXT = "<think> or <tool_call> tags inside a text, where they are letters and no structure"
+QUOTED_ARGUMENTS = "tool arguments as JSON text, which this template writes in quotes, as the official one does"
 NULLS_FROM_TABLE = "null in tool arguments or tools from a table, where missing and null are one: use JSON text there"
 _TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)))
 
 
-def remarks(conversation: Conversation, template: str, *, from_table: bool) -> Iterator[str]:
+def remarks(conversation: Conversation, template: str, supervision: Supervision, *, from_table: bool) -> Iterator[str]:
     """Yield what a careful reader would want to know of how the template takes this conversation."""
     if from_table and (conversation.tools or any(m.tool_calls for m in conversation.messages)):
         arguments = [call.arguments for message in conversation.messages for call in message.tool_calls]
         if _holds_null([*arguments, *conversation.tools]):
             yield NULLS_FROM_TABLE
     family = FAMILIES[template]
+    for key in sorted({key for message in conversation.messages for key in message.not_read}):
+        yield f"a message key that is not read: '{key}'"
+    if not family.json_text_arguments and any(
+        isinstance(call.arguments, str) for message in conversation.messages for call in message.tool_calls
+    ):
+        yield QUOTED_ARGUMENTS
     answers = [(i, m, *m.split_thinking()) for i, m in enumerate(conversation.messages) if m.role == "assistant"]
     last_query = _last_query(conversation.messages)
-    if family.thinking and any(reasoning and index <= last_query for index, _, reasoning, _ in answers):
+    learns_history = supervision.loss_on != "last_assistant" and supervision.thinking != "drop"
+    if learns_history and family.thinking and any(r and index <= last_query for index, _, r, _ in answers):
         yield HISTORY_THINKING
     if not family.thinking and any(message.reasoning for _, message, _, _ in answers):
         yield THINKING_LEFT_OUT
@@ -163,7 +174,7 @@ def _pieces(conversation: Conversation, family: Family, supervision: Supervision
         if message.role == "user" or (message.role == "system" and index > 0):
             yield from (_control(START), _text(f"{message.role}\n{message.content}"), _control(END), _text("\n"))
         elif message.role == "assistant":
-            learnt = supervision.loss_on != "last_assistant" or index == last_answer
+            learnt = message.learnt and (supervision.loss_on != "last_assistant" or index == last_answer)
             # An empty block stands in the prompt where thinking is off: the model reads it and need not write it.
             mark = _Mark(learnt, learnt and supervision.thinking == "keep")
             yield from (_control(START), _text("assistant\n"))

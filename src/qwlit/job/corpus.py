@@ -50,7 +50,11 @@ def open_corpus(config: RunConfig, screen: Console) -> Corpus:
             show(reading.bytes_read, reading.bytes_in_all, text, finished=reading.finished)
 
         stores = open_stores(
-            config.data, encoder, cache_root=resolve_path(config.run.root) / STORE_FOLDER, progress=progress
+            config.data,
+            encoder,
+            cache_root=resolve_path(config.run.root) / STORE_FOLDER,
+            progress=progress,
+            waiting=lambda: screen.print("waiting for another process that tokenizes the same data"),
         )
     return Corpus(tokenizer, encoder, *stores)
 
