@@ -13,9 +13,11 @@ import pyarrow.parquet
 import pytest
 
 from qwlit.core.errors import DataError
-from qwlit.data.readers import MAX_CSV_ROW_BYTES, TEXT_BLOCK_BYTES, RowReader
+from qwlit.data.readers import RowReader
 from qwlit.data.rows import MAX_ROW_BYTES, Document, Reject, Row, RowError
 from qwlit.data.sources import File, find_sources
+from qwlit.data.tables import MAX_CSV_ROW_BYTES
+from qwlit.data.text_files import TEXT_BLOCK_BYTES
 from qwlit.data.tokenizer import TextTokenizer
 from tests.conversations import FRAGMENTS
 from tests.real_tokenizer import small_tokenizer
@@ -265,7 +267,7 @@ def test_blocks_of_a_long_text_have_exactly_the_tokens_of_the_whole(
 
 
 def test_blocks_part_where_words_part_whatever_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlit.data.readers.TEXT_BLOCK_BYTES", 64)
+    monkeypatch.setattr("qwlit.data.text_files.TEXT_BLOCK_BYTES", 64)
     qwen = small_tokenizer("qwen3", as_qwen=True).backend_tokenizer
 
     def words(text: str) -> list[str]:

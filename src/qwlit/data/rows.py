@@ -150,6 +150,10 @@ def parse_json_object(raw: bytes) -> dict[str, Any]:
     return value
 
 
+def too_long(size: int) -> str:
+    return f"{size:,} bytes long; a row may have {MAX_ROW_BYTES:,}"
+
+
 def kind_of(value: object) -> str:
     """Name a JSON value's kind for a message."""
     names = {

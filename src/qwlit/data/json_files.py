@@ -1,0 +1,102 @@
+"""The rows of JSON files: an object a line, an array, or one object over many lines."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from itertools import count
+from typing import BinaryIO
+
+from qwlit.core.errors import DataError
+from qwlit.data.rows import BOM, MAX_ROW_BYTES, Reject, Row, too_long
+from qwlit.data.sources import File
+
+SPACE = re.compile(r"\s*")
+SPACES = b" \t\r\n" + BOM
+
+
+def read_json_lines(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+    for line in count(1):
+        raw = handle.readline(MAX_ROW_BYTES + 1)
+        if not raw:
+            return
+        if len(raw) > MAX_ROW_BYTES:
+            yield _skip_long_line(number, line, raw, handle)
+        elif raw.removeprefix(BOM).strip():
+            yield Row(number, line, raw)
+
+
+def _skip_long_line(number: int, line: int, head: bytes, handle: BinaryIO) -> Reject:
+    """Read to the line's end in pieces, so that no line can fill the memory."""
+    digest, size, piece = hashlib.sha256(head), len(head), head
+    while piece and not piece.endswith(b"\n"):
+        piece = handle.readline(MAX_ROW_BYTES)
+        digest.update(piece)
+        size += len(piece)
+    return Reject(number, line, too_long(size), digest.hexdigest())
+
+
+def read_json(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+    """Read an array, an object a line, or one object over many lines."""
+    first_line = next((line for line in iter(lambda: handle.readline(MAX_ROW_BYTES), b"") if line.strip(SPACES)), b"")
+    first_line = first_line.strip(SPACES)
+    handle.seek(0)
+    if first_line.startswith(b"["):
+        yield from _read_array(number, handle)
+    elif len(first_line) < MAX_ROW_BYTES // 2 and _opens_an_object(first_line):
+        content = handle.read(MAX_ROW_BYTES + 1)
+        if len(content) > MAX_ROW_BYTES:
+            raise DataError(f"data file '{file}' is one JSON object of over {MAX_ROW_BYTES:,} bytes; write one a line")
+        yield Row(number, 1, content)
+    else:
+        yield from read_json_lines(number, file, handle)
+
+
+def _opens_an_object(first_line: bytes) -> bool:
+    """Whether the line begins an object that goes on in the next: `{`, or `{"messages": [`."""
+    text = first_line.decode("utf-8", "replace")
+    if not text.startswith("{"):
+        return False
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _read_array(number: int, handle: BinaryIO) -> Iterator[Row | Reject]:
+    # Bytes that are not UTF-8 survive the round trip, so that only the element that holds them is rejected.
+    text = handle.read().removeprefix(BOM).decode("utf-8", "surrogateescape")
+    for index, (element, broken) in enumerate(_array_elements(text), start=1):
+        row = Row(number, index, element.encode("utf-8", "surrogateescape"))
+        reason = broken or (too_long(row.num_bytes()) if row.num_bytes() > MAX_ROW_BYTES else None)
+        yield row.reject(reason) if reason else row
+
+
+def _array_elements(text: str) -> Iterator[tuple[str, str | None]]:
+    """Yield the raw text of each element, and where the array breaks off its rest with the reason."""
+    # Only where an element ends matters here, not what its numbers are: Python refuses to read very long ones.
+    decoder = json.JSONDecoder(parse_int=len, parse_float=len)
+    position = _after_space(text, _after_space(text, 0) + 1)
+    while text[position : position + 1] != "]":
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            yield text[position:], f"the JSON array breaks off here: {getattr(error, 'msg', 'not readable')}"
+            return
+        yield text[position:end], None
+        position = _after_space(text, end)
+        if text[position : position + 1] not in {",", "]"}:
+            yield text[position:], "the JSON array breaks off here: ',' or ']' expected"
+            return
+        if text[position] == ",":
+            position = _after_space(text, position + 1)
+    if rest := text[position + 1 :].strip():
+        yield rest, "text after the JSON array"
+
+
+def _after_space(text: str, position: int) -> int:
+    match = SPACE.match(text, position)
+    return match.end() if match else position

@@ -1,0 +1,134 @@
+"""The rows of tables, CSV and Parquet, by the names of their columns."""
+
+import csv
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+from typing import Any, BinaryIO
+
+from qwlit.core.errors import DataError
+from qwlit.data.formats import KEYS, OTHER_KEYS
+from qwlit.data.rows import BOM, MAX_ROW_BYTES, Reject, Row, too_long
+from qwlit.data.sources import File
+
+# A quoted cell may hold line breaks; one that goes on for longer was never closed.
+MAX_CSV_ROW_BYTES = 2**20
+PARQUET_ROWS, PARQUET_BYTES = 1000, 16 * 2**20
+KNOWN_COLUMNS = {key for groups in KEYS.values() for group in groups for key in group} | OTHER_KEYS
+
+
+def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+    """Read a table of texts whose first row names the columns. A row that cannot be read costs no other one."""
+    rows = _csv_rows(handle)
+    first = next(rows, None)
+    if first is None:
+        return
+    # An index that pandas has written has no name.
+    header = [name.strip() or f"column {number}" for number, name in enumerate(first[1], start=1)]
+    if first[3] or len(set(header)) < len(header):
+        raise DataError(
+            f"data file '{file}': the first row must name the columns, each once; it reads {first[2][:80]!r}"
+        )
+    for line, cells, raw, broken in rows:
+        if broken:
+            yield Row(number, line, raw).reject(broken)
+        elif len(cells) != len(header):
+            counts = f"{len(cells)} cells, but the first row names {len(header)} columns"
+            yield Row(number, line, raw).reject(counts)
+        else:
+            yield Row(number, line, dict(zip(header, cells, strict=True)))
+
+
+def _csv_rows(handle: BinaryIO) -> Iterator[tuple[int, list[str], bytes, str | None]]:
+    """Yield (line, cells, raw bytes, what is wrong). After a broken row reading goes on with the very next line."""
+    ahead: deque[bytes] = deque()
+    line = 1
+    while ahead or (more := handle.readline()):
+        if not ahead:
+            ahead.append(more)
+        if line == 1:
+            ahead[0] = ahead[0].removeprefix(BOM)
+        if not ahead[0].strip():
+            ahead.popleft()
+            line += 1
+            continue
+        cells, num_lines, reason = _csv_row(ahead, handle)
+        raw = b"".join(ahead.popleft() for _ in range(num_lines))
+        yield line, cells, raw, reason
+        line += num_lines
+
+
+def _csv_row(ahead: deque[bytes], handle: BinaryIO) -> tuple[list[str], int, str | None]:
+    """Parse the row that begins with the first line of `ahead`, reading on into `ahead` as far as its quotes go."""
+    if len(ahead[0]) > MAX_ROW_BYTES:
+        return [], 1, too_long(len(ahead[0]))
+    csv.field_size_limit(MAX_ROW_BYTES)
+    reader = csv.reader(_lines(ahead, handle), strict=True)
+    try:
+        return next(reader), reader.line_num, None
+    except UnicodeDecodeError as error:
+        return [], 1, f"not valid UTF-8 at byte {error.start + 1}"
+    except (csv.Error, StopIteration) as error:
+        return [], 1, f"not valid CSV: {str(error) or 'a quote is never closed'}"
+
+
+def _lines(ahead: deque[bytes], handle: BinaryIO) -> Iterator[str]:
+    size = 0
+    for position in count():
+        if position == len(ahead):
+            if size > MAX_CSV_ROW_BYTES or not (more := handle.readline()):
+                return
+            ahead.append(more)
+        size += len(ahead[position])
+        yield ahead[position].decode("utf-8")
+
+
+def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+    """Read a Parquet table row by row, and of its columns only those that formats know.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    line = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(handle)
+        names = table.schema_arrow.names
+        known = [name for name in names if name in KNOWN_COLUMNS]
+        if not known:
+            # Every row will be refused for its columns' names: there is nothing to read.
+            yield from (Row(number, row, dict.fromkeys(names)) for row in range(1, table.metadata.num_rows + 1))
+            return
+        sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
+        rows_at_once = max(1, min(PARQUET_ROWS, PARQUET_BYTES * table.metadata.num_rows // max(1, sum(sizes))))
+        for batch in table.iter_batches(rows_at_once, columns=known):
+            for row in _parquet_rows(number, line, batch):
+                line = row.line
+                yield row
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0][:150]
+        raise DataError(f"data file '{file}' is no whole Parquet file, broken after row {line}: {reason}") from None
+
+
+def _parquet_rows(number: int, line: int, batch: Any) -> Iterator[Row | Reject]:
+    """Yield the batch's rows, the first being `line` + 1; where one cell cannot be read, its row alone is refused."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows = [_parquet_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+    for index, columns in enumerate(rows, start=line + 1):
+        row = Row(number, index, columns if isinstance(columns, dict) else {})
+        if isinstance(columns, str):
+            yield row.reject(columns)
+        else:
+            yield row.reject(too_long(row.num_bytes())) if row.num_bytes() > MAX_ROW_BYTES else row
+
+
+def _parquet_row(one: Any) -> dict[str, Any] | str:
+    try:
+        (columns,) = one.to_pylist()
+    except (ValueError, OverflowError) as error:
+        return f"a cell cannot be read: {error}"
+    return dict(columns)
