@@ -2,6 +2,9 @@
 
 import json
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwlit.training.checkpoint import read_weights
-from tests.runs.runs import DEMO, TINY, losses, qwlit, qwlit_process, rows, started, summary, train
+from tests.runs.runs import DEMO, ENVIRONMENT, TINY, losses, qwlit, qwlit_process, rows, started, summary, train
 from tests.tiny import TINY as SHAPE
 from tests.tiny import save_folder, tiny_causal_lm
 
@@ -114,3 +117,30 @@ def test_what_cannot_be_sharded_is_refused(words, said, tmp_path):
     done = qwlit(["train", *TINY, *words], tmp_path)
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_nodes_of_two_under_torchrun_train_what_one_process_trains(strategy, tmp_path):
+    one = train([*RUN, "run.name=one"], tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["train", *TINY, *RUN, "run.name=nodes", "hardware.devices=2", "hardware.num_nodes=2"]
+    nodes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
+                *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "qwlit"),
+                *(*words, f"hardware.strategy={strategy}"),
+            ],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)[-3000:]
+    assert_same_training(one, tmp_path / "runs" / "nodes")

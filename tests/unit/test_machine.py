@@ -1,8 +1,11 @@
+from functools import partial
+
 import pytest
 
 from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
 from qwlit.core.errors import ConfigError
+from qwlit.model.cost import training_state_bytes
 from qwlit.training import machine
 
 H100 = Devices(1, "NVIDIA H100", True, 85.0)
@@ -41,3 +44,24 @@ def test_a_card_as_large_or_larger_will_do(profile: str, here: Devices, monkeypa
     hardware = compose([f"hardware={profile}"]).config.hardware
     devices = here.num_cuda if profile == "auto" else 1
     assert machine.resolve_machine(hardware, "fast", profile=profile).devices == devices
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy"),
+    [
+        (["model=qwen3_0_6b"], "ddp"),  # 9.5 GB
+        (["model=qwen3_1_7b"], "ddp"),  # 27.5 GB
+        (["model=qwen3_4b"], "fsdp"),  # 64 GB
+        (["model=qwen3_8b", "recipe=lora"], "ddp"),  # 16 GB, frozen in bf16
+        (["model=qwen3_32b", "recipe=lora"], "fsdp"),  # 66 GB
+        (["model=qwen3_8b", "hardware.strategy=ddp"], "ddp"),
+        (["model=qwen3_0_6b", "hardware.strategy=fsdp"], "fsdp"),
+    ],
+)
+def test_the_strategy_follows_from_what_the_model_needs_and_the_device_has(
+    words: list[str], strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
+    config = compose(["hardware=a100x4", *words]).config
+    needs = partial(training_state_bytes, config.model, config.adapter, bytes_a_frozen_parameter=2)
+    assert machine.resolve_machine(config.hardware, "fast", profile="a100x4", state_bytes=needs).strategy == strategy

@@ -1,6 +1,7 @@
 """From a checked configuration to everything a training needs but the weights: machine, tokenizer, data, steps."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerFast
 
@@ -13,6 +14,7 @@ from qwlit.data.splits import DataSplit, split_data
 from qwlit.data.step_plan import StepPlan
 from qwlit.job.corpus import open_corpus
 from qwlit.model.config import AttentionKernel
+from qwlit.model.cost import training_state_bytes
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.training.machine import Machine, resolve_attention, resolve_machine
 
@@ -46,7 +48,10 @@ def assemble(composed: Composed) -> Job:
     """
     config = composed.config
     machine = resolve_machine(
-        config.hardware, config.determinism, profile=composed.choices.get("hardware") or "of this config.yaml"
+        config.hardware,
+        config.determinism,
+        profile=composed.choices.get("hardware") or "of this config.yaml",
+        state_bytes=partial(training_state_bytes, config.model, config.adapter, bytes_a_frozen_parameter=2),
     )
     attention = resolve_attention(
         config.model.attention,

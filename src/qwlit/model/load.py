@@ -53,7 +53,7 @@ def _tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
 
 def vocabulary_size(config: ModelConfig) -> int:
     """Return the number of rows of the embedding."""
-    return int(_hf_config(config).vocab_size)
+    return int(model_shape(config).vocab_size)
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -85,7 +85,7 @@ def load_causal_lm(
     """
     dtype = torch.float32 if train_all else frozen_dtype
     if config.init == "random":
-        model = _random(_hf_config(config), seed, dtype)
+        model = _random(model_shape(config), seed, dtype)
     else:
         folder = _folder(config, hub.MODEL_FILES)
         if folder is None:
@@ -105,7 +105,7 @@ def _folder(config: ModelConfig, patterns: list[str]) -> Path | None:
     return hub.fetch(config.hub_id, patterns) if config.hub_id else None
 
 
-def _hf_config(config: ModelConfig) -> "PretrainedConfig":
+def model_shape(config: ModelConfig) -> "PretrainedConfig":
     """Take the path's config.json, else the preset's architecture, else the hub's config.json."""
     if config.architecture and not config.path:
         return to_hf_config(config.architecture)

@@ -59,7 +59,7 @@ class HardwareConfig:
     """Memory to ask of Slurm, GB a node."""
     strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
     """ddp keeps all weights on every device, fsdp shards weights, gradients and moments over them. auto: ddp where
-    there is more than one device."""
+    there is more than one device, fsdp where weights, gradients and moments would not fit on one."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """auto: bf16 with float32 weights where the GPU has it, float16 with loss scaling on older GPUs, float32 on CPU."""
     memory: Literal["auto"] | MemoryPolicy = "auto"

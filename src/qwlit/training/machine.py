@@ -1,6 +1,7 @@
 """From a hardware profile to what this machine will really use; what it lacks is said in one line."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,11 +38,14 @@ class Machine:
         return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
 
 
-def resolve_machine(config: HardwareConfig, determinism: Determinism, *, profile: str) -> Machine:
+def resolve_machine(
+    config: HardwareConfig, determinism: Determinism, *, profile: str, state_bytes: Callable[[], int] = lambda: 0
+) -> Machine:
     """Answer every "auto" from what is here.
 
     Args:
         profile: the hardware profile's name, for the message.
+        state_bytes: what weights, gradients and moments take where one device holds all; asked only when it matters.
 
     Raises:
         ConfigError: the machine lacks what the profile asks for, or settings exclude each other.
@@ -63,6 +67,9 @@ def resolve_machine(config: HardwareConfig, determinism: Determinism, *, profile
             "hardware.strategy=fsdp has no loss scale for 16-mixed; set hardware.precision=bf16-mixed or 32-true"
         )
     strategy: Literal["single", "ddp", "fsdp"] = "ddp" if world_size > 1 else "single"
+    may_shard = config.strategy == "auto" and world_size > 1 and accelerator == "cuda" and precision != "16-mixed"
+    if may_shard and state_bytes() > ROOM_FOR_STATE * here.memory_gb * 1e9:
+        strategy = "fsdp"
     return Machine(
         accelerator=accelerator,
         device_name=here.name,
@@ -94,6 +101,8 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
         raise ConfigError(f"this Slurm job has {tasks} tasks, but only one process was started; start it with srun")
 
 
+# Assumption: the rest is for activations, the head's buffers and fragments.
+ROOM_FOR_STATE = 0.7
 # Cards report about 1.06 times the GB they are sold with (an A100 of 40: 42.3e9 bytes), with ECC on up to 6 % less.
 USABLE_SHARE = 0.93
 
