@@ -1,6 +1,7 @@
 """hardware.strategy=fsdp: the same training with weights, gradients and moments cut over the ranks."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -144,3 +145,15 @@ def test_two_nodes_of_two_under_torchrun_train_what_one_process_trains(strategy,
     said = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)[-3000:]
     assert_same_training(one, tmp_path / "runs" / "nodes")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_is_killed_ends_the_job_soon_in_one_line_that_names_it(strategy, tmp_path):
+    words = [*RUN, "train.max_steps=2000", "run.name=killed", "hardware.devices=2", f"hardware.strategy={strategy}"]
+    process = started(words, tmp_path / "runs" / "killed", logged=5)
+    (child, *_) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 1, said
+    assert "lost another rank: rank 1 ended with signal 9 (out of memory?)" in said and "Traceback" not in said
+    assert summary(tmp_path / "runs" / "killed")["status"] == "failed"

@@ -19,7 +19,7 @@ from qwlit.training.loss_scale import LossScale
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
 from qwlit.training.run_folder import RunFolder
-from qwlit.training.trainer import dismiss_other_ranks
+from qwlit.training.trainer import dismiss_other_ranks, lost_rank
 
 
 def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loop:
@@ -95,6 +95,12 @@ def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start:
     except QwlitError:
         dismiss_other_ranks(loop.trainer)
         raise
+    except RuntimeError as error:
+        lost = lost_rank(loop.trainer, error)
+        if lost is None:
+            raise
+        dismiss_other_ranks(loop.trainer)
+        raise lost from None
     if dist.is_initialized():
         # Left to the interpreter's end, gloo's threads can abort the process.
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from qwlit.core.errors import QwlitError
 from qwlit.core.ranks import launched_by_torchrun
 from qwlit.training.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
@@ -117,6 +119,34 @@ def _autocast_to_float16(device: str) -> MixedPrecision:
     precision = MixedPrecision("16-mixed", device)
     precision.scaler = None
     return precision
+
+
+# What gloo and NCCL say when the process at the other end is gone.
+LOST_PEER = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Timed out waiting",
+    "timed out",
+)
+LAUNCHER_SECONDS = 1.0
+
+
+def lost_rank(trainer: Trainer, error: RuntimeError) -> QwlitError | None:
+    """Return what to say when a collective failed because another rank has ended, None for any other failure."""
+    if trainer.world_size == 1 or not any(words in str(error) for words in LOST_PEER):
+        return None
+    time.sleep(LAUNCHER_SECONDS)  # until the system knows how the process ended
+    processes = getattr(trainer.strategy.launcher, "procs", [])
+    codes = {rank: process.poll() for rank, process in enumerate(processes, start=1)}
+    ended = [f"rank {rank} ended with {_end(code)}" for rank, code in codes.items() if code]
+    named = ", ".join(ended) or "see what the others say"
+    return QwlitError(f"lost another rank: {named}; the same command goes on from the newest checkpoint")
+
+
+def _end(code: int) -> str:
+    return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "") if code < 0 else f"code {code}"
 
 
 def dismiss_other_ranks(trainer: Trainer) -> None:
