@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,22 @@ def test_a_rank_that_is_killed_ends_the_job_soon_in_one_line_that_names_it(strat
     assert process.returncode == 1, said
     assert "lost another rank: rank 1 ended with signal 9 (out of memory?)" in said and "Traceback" not in said
     assert summary(tmp_path / "runs" / "killed")["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "allowed"),
+    [
+        ("ddp", {"allreduce_"}),
+        ("fsdp", {"allreduce_", "_allgather_base_", "_reduce_scatter_base_"}),
+    ],
+)
+def test_between_log_points_ranks_exchange_gradients_the_norm_and_one_word(strategy, allowed, tmp_path):
+    words = [*RUN, "train.max_steps=8", "logging.every_steps=100", "checkpoint.every_steps=100", "profile.steps=[3,6]"]
+    words += ["validation.every_steps=null", "run.name=a", "hardware.devices=2", f"hardware.strategy={strategy}"]
+    run = train(words, tmp_path, qwlit_process)
+    events = json.loads((run / "profile" / "steps-3-6.json").read_text())["traceEvents"]
+    seen = Counter(e["name"].removeprefix("c10d::") for e in events if str(e.get("name")).startswith("c10d::"))
+    assert set(seen) == allowed, seen
+    if strategy == "ddp":
+        # Four times one bucket of gradients, and after all but the last the word that a signal would set.
+        assert seen["allreduce_"] == 4 + 3, seen

@@ -19,7 +19,7 @@ from qwlit.training.loss_scale import LossScale
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
 from qwlit.training.run_folder import RunFolder
-from qwlit.training.trainer import dismiss_other_ranks, lost_rank
+from qwlit.training.trainer import dismiss_other_ranks, forget_other_ranks, lost_rank
 
 
 def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loop:
@@ -101,6 +101,7 @@ def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start:
             raise
         dismiss_other_ranks(loop.trainer)
         raise lost from None
+    forget_other_ranks(loop.trainer)
     if dist.is_initialized():
         # Left to the interpreter's end, gloo's threads can abort the process.
         dist.destroy_process_group()

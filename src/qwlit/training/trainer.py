@@ -1,10 +1,14 @@
 """The Lightning Trainer as qwlit uses it: one epoch is the whole run, one batch is one step."""
 
 import logging
+import os
 import signal
+import sys
 import time
 import warnings
 from pathlib import Path
+from subprocess import Popen
+from threading import Thread
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -56,8 +60,15 @@ def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callbac
 class _Launcher(_SubprocessScriptLauncher):
     """Starts the other ranks deaf to Ctrl-C and SIGTERM (an ignored signal stays ignored over exec).
 
-    Until they train, rank 0 answers for them: one that died while importing would have Lightning kill rank 0.
+    Until they train, rank 0 answers for them. Lightning's observer, which kills all when one has died, is given nothing
+    to watch: mostly a collective fails first, and says so in `lost_rank`. Where it hangs, `_watch` ends the job.
     """
+
+    procs: list[Popen[bytes]]
+
+    def __init__(self, cluster_environment: Any, num_processes: int, num_nodes: int) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self.children: list[Popen[bytes]] = []
 
     def _call_children_scripts(self) -> None:
         previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -66,6 +77,27 @@ class _Launcher(_SubprocessScriptLauncher):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        self.children, self.procs = self.procs, []
+        Thread(target=self._watch, daemon=True).start()
+
+    def kill(self, signum: int) -> None:
+        for child in self.children:
+            child.send_signal(signum)
+
+    def ends(self) -> str:
+        """Say how the ranks started here that did not end well have ended."""
+        codes = {rank: child.poll() for rank, child in enumerate(self.children, start=1)}
+        return ", ".join(f"rank {rank} ended with {_end(code)}" for rank, code in codes.items() if code)
+
+    def _watch(self) -> None:
+        while not self.ends():
+            time.sleep(1.0)
+        time.sleep(GRACE_SECONDS)
+        if not self.ends():
+            return  # training is over, and nobody waits for anybody
+        print(f"qwlit: lost another rank: {self.ends()}; this one was waiting for it", file=sys.stderr)
+        self.kill(signal.SIGKILL)
+        os._exit(1)
 
 
 class _OwnLauncher(ParallelStrategy):
@@ -131,6 +163,8 @@ LOST_PEER = (
     "timed out",
 )
 LAUNCHER_SECONDS = 1.0
+# A collective whose peer is gone mostly fails at once; NCCL's may wait for its own time-out of many minutes.
+GRACE_SECONDS = 20.0
 
 
 def lost_rank(trainer: Trainer, error: RuntimeError) -> QwlitError | None:
@@ -138,15 +172,19 @@ def lost_rank(trainer: Trainer, error: RuntimeError) -> QwlitError | None:
     if trainer.world_size == 1 or not any(words in str(error) for words in LOST_PEER):
         return None
     time.sleep(LAUNCHER_SECONDS)  # until the system knows how the process ended
-    processes = getattr(trainer.strategy.launcher, "procs", [])
-    codes = {rank: process.poll() for rank, process in enumerate(processes, start=1)}
-    ended = [f"rank {rank} ended with {_end(code)}" for rank, code in codes.items() if code]
-    named = ", ".join(ended) or "see what the others say"
+    launcher = trainer.strategy.launcher
+    named = (launcher.ends() if isinstance(launcher, _Launcher) else "") or "see what the others say"
     return QwlitError(f"lost another rank: {named}; the same command goes on from the newest checkpoint")
 
 
 def _end(code: int) -> str:
     return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "") if code < 0 else f"code {code}"
+
+
+def forget_other_ranks(trainer: Trainer) -> None:
+    """Let the ranks that this process has started end as they like: training is over."""
+    if isinstance(trainer.strategy.launcher, _Launcher):
+        trainer.strategy.launcher.children = []
 
 
 def dismiss_other_ranks(trainer: Trainer) -> None:
