@@ -6,7 +6,7 @@ import os
 import sys
 
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, QwlitError, nearest
-from qwlit.core.ranks import is_rank_zero, rank_label
+from qwlit.core.ranks import is_rank_zero, leave, rank_label
 
 VERBS = {
     "train": "train a model, or go on with an unfinished run",
@@ -57,13 +57,13 @@ def main() -> int:
         print(f"qwlit {__version__}")
         return 0
     try:
-        return _run(words[0], words[1:])
+        return leave(_run(words[0], words[1:]))
     except QwlitError as error:
-        return _report(words[0], error)
+        return leave(_report(words[0], error))
     except KeyboardInterrupt:
         if is_rank_zero():
             print(f"qwlit {words[0]}: interrupted; run the same command to go on", file=sys.stderr)
-        return 130
+        return leave(130)
 
 
 def _report(verb: str, error: QwlitError) -> int:

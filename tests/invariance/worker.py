@@ -11,6 +11,7 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 
+from qwlit.core.ranks import leave, meet_others
 from qwlit.core.sharding import whole
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.order import Order
@@ -168,8 +169,7 @@ def main(out: str, model_type: str, adapter: str, strategy: str, world_size: int
     if adapter == "poison":
         # Every rank saves what it saw.
         torch.save(run_poisoned(model_type, strategy, world_size), Path(f"{out}.{rank}"))
-        torch.distributed.destroy_process_group()
-        return
+        leave_now()
     seen = {
         (packing, limits.rows, limits.tokens): run(model_type, adapter, packing, limits, strategy, world_size)
         for packing, limits in LAYOUTS
@@ -177,7 +177,15 @@ def main(out: str, model_type: str, adapter: str, strategy: str, world_size: int
     if rank == 0:
         torch.save(seen, Path(out))
     if world_size > 1:
-        torch.distributed.destroy_process_group()
+        leave_now()
+
+
+def leave_now() -> None:
+    """End as the command line does: gloo's threads can abort a process while the interpreter takes itself apart."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    meet_others()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from qwlit.core.errors import ConfigError, QwlitError
+from qwlit.core.ranks import meet_others
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.job.assemble import Job
 from qwlit.model.load import fill_causal_lm
@@ -85,6 +86,8 @@ def _shard(job: Job, loss_model: LossModel, mesh: DeviceMesh) -> None:
 
 def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:
     """Run the trainer, and leave the process group once all ranks have ended."""
+    if loop.trainer.world_size > 1:
+        meet_others()
     try:
         loop.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
     except SystemExit as end:
