@@ -71,8 +71,7 @@ def _read_array(number: int, handle: BinaryIO) -> Iterator[Row | Reject]:
     text = handle.read().removeprefix(BOM).decode("utf-8", "surrogateescape")
     for index, (element, broken) in enumerate(_array_elements(text), start=1):
         row = Row(number, index, element.encode("utf-8", "surrogateescape"))
-        reason = broken or (too_long(row.num_bytes()) if row.num_bytes() > MAX_ROW_BYTES else None)
-        yield row.reject(reason) if reason else row
+        yield row.reject(broken) if broken else row.within_limit()
 
 
 def _array_elements(text: str) -> Iterator[tuple[str, str | None]]:

@@ -7,7 +7,7 @@ from typing import BinaryIO, cast
 
 from qwlit.core.errors import DataError
 from qwlit.data.json_files import read_json, read_json_lines
-from qwlit.data.rows import MAX_ROW_BYTES, Reject, Row, too_long
+from qwlit.data.rows import Reject, Row
 from qwlit.data.sources import File, HubData, Source
 from qwlit.data.tables import read_csv, read_parquet
 from qwlit.data.text_files import read_text
@@ -53,8 +53,7 @@ class RowReader:
 
     def _read_hub(self, number: int, source: HubData) -> Iterator[Row | Reject]:
         for line, columns in enumerate(source.load(), start=1):
-            row = Row(number, line, columns)
-            yield row.reject(too_long(row.num_bytes())) if row.num_bytes() > MAX_ROW_BYTES else row
+            yield Row(number, line, columns).within_limit()
 
     def _read(self, number: int, file: File) -> Iterator[Row | Reject]:
         line = 0

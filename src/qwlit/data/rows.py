@@ -68,6 +68,11 @@ class Row:
         """
         return parse_json_object(self.content) if isinstance(self.content, bytes) else self.content
 
+    def within_limit(self) -> "Row | Reject":
+        """Return the row, or where it is longer than a row may be its rejection."""
+        size = self.num_bytes()
+        return self.reject(too_long(size)) if size > MAX_ROW_BYTES else self
+
     def num_bytes(self) -> int:
         """Return about how large the row is."""
         if isinstance(self.content, dict):

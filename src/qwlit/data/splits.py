@@ -156,7 +156,7 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
         stores=(*training, *validation),
         val_fraction=config.val_fraction,
         num_copies_across=num_copies,
-        num_leaked=_num_leaked(training, validation),
+        num_leaked=sum(len(store) - len(_without_copies(store, training)) for store in validation),
     )
 
 
@@ -179,16 +179,6 @@ def _num_copies(store: SampleStore, without: NDArray[np.int32]) -> int:
     """Return how many different samples are missing from `without`: a part's own copies are in its account."""
     missing = np.setdiff1d(np.arange(len(store), dtype=np.int32), without, assume_unique=True)
     return len(np.unique(store.digests(missing)))
-
-
-def _num_leaked(training: list[SampleStore], validation: list[SampleStore]) -> int:
-    leaked = 0
-    for store in validation:
-        found = np.zeros(len(store), dtype=bool)
-        for other in training:
-            found |= np.isin(store.digests(slice(None)), other.digests(slice(None)))
-        leaked += int(found.sum())
-    return leaked
 
 
 def split_store(

@@ -119,11 +119,8 @@ def _parquet_rows(number: int, line: int, batch: Any) -> Iterator[Row | Reject]:
     except (ValueError, OverflowError):
         rows = [_parquet_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
     for index, columns in enumerate(rows, start=line + 1):
-        row = Row(number, index, columns if isinstance(columns, dict) else {})
-        if isinstance(columns, str):
-            yield row.reject(columns)
-        else:
-            yield row.reject(too_long(row.num_bytes())) if row.num_bytes() > MAX_ROW_BYTES else row
+        is_broken = isinstance(columns, str)
+        yield Row(number, index, {}).reject(columns) if is_broken else Row(number, index, columns).within_limit()
 
 
 def _parquet_row(one: Any) -> dict[str, Any] | str:
