@@ -147,19 +147,11 @@ def _show_lengths(samples: "Samples", screen: Console) -> None:
 
 def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None:
     """Print the first steps' micro-batches, each sample as wide as it is long."""
-    from qwlit.config.derive import limits
-    from qwlit.data.step_plan import StepPlan
+    from qwlit.config.derive import plan_steps
 
     hardware = config.hardware
     world_size = (1 if hardware.devices == "auto" else hardware.devices) * hardware.num_nodes
-    plan = StepPlan(
-        train=data.train,
-        order=data.order(config.seed),
-        global_batch_size=config.train.global_batch_size,
-        world_size=world_size,
-        limits=limits(config),
-        packing=config.data.packing,
-    )
+    plan = plan_steps(config, data, world_size)
     how = "packed end to end" if plan.packing else "padded"
     on = f"{world_size} devices" if world_size > 1 else "one device"
     screen.print(f"\n[bold]the first steps[/]  {plan.global_batch_size} samples each, on {on}, {how}")

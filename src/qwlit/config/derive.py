@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qwlit.config.run import RunConfig
+from qwlit.data.splits import DataSplit
 from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.optim.schedules import Schedule, build_schedule
 from qwlit.training.config import CheckpointConfig, ValidationConfig
@@ -23,6 +24,18 @@ class Derived:
 
 def limits(config: RunConfig) -> Limits:
     return Limits(rows=config.hardware.micro_batch_size, tokens=config.hardware.micro_batch_tokens)
+
+
+def plan_steps(config: RunConfig, data: DataSplit, world_size: int) -> StepPlan:
+    """Lay out the run's steps for so many ranks."""
+    return StepPlan(
+        train=data.train,
+        order=data.order(config.seed),
+        global_batch_size=config.train.global_batch_size,
+        world_size=world_size,
+        limits=limits(config),
+        packing=config.data.packing,
+    )
 
 
 def accumulation(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int | None:

@@ -6,7 +6,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerFast
 
 from qwlit.config.compose import Composed
-from qwlit.config.derive import Derived, derive, limits
+from qwlit.config.derive import Derived, derive, plan_steps
 from qwlit.config.run import RunConfig
 from qwlit.core.console import console
 from qwlit.data.encoding import RowEncoder
@@ -61,14 +61,7 @@ def assemble(composed: Composed) -> Job:
     )
     corpus = open_corpus(config, console())
     data = split_data(config.data, corpus.training, corpus.validation)
-    plan = StepPlan(
-        train=data.train,
-        order=data.order(config.seed),
-        global_batch_size=config.train.global_batch_size,
-        world_size=machine.world_size,
-        limits=limits(config),
-        packing=config.data.packing,
-    )
+    plan = plan_steps(config, data, machine.world_size)
     for samples in (data.train, data.validation):
         if samples is not None:
             plan.limits.check(samples)
