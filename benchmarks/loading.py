@@ -68,7 +68,7 @@ def load(rank: int, folder: Path, queue: Any) -> None:
         leave_empty=True,
     )
     shard_model(model, mesh, bf16=False)
-    fill_causal_lm(model.causal_lm, config)
+    fill_causal_lm(model.causal_lm, config, seed=0)
     torch.distributed.barrier()
     stop.set()
     watcher.join()

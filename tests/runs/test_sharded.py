@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -158,6 +160,48 @@ def test_a_rank_that_is_killed_ends_the_job_soon_in_one_line_that_names_it(strat
     assert process.returncode == 1, said
     assert "lost another rank: rank 1 ended with signal 9 (out of memory?)" in said and "Traceback" not in said
     assert summary(tmp_path / "runs" / "killed")["status"] == "failed"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_is_stopped_is_named_by_the_one_that_waits_for_it(strategy, tmp_path):
+    words = [*RUN, "train.max_steps=2000", "run.name=a", "hardware.devices=2", f"hardware.strategy={strategy}"]
+    process = started([*words, "hardware.timeout_seconds=8"], tmp_path / "runs" / "a", logged=5)
+    (child, *_) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGSTOP)
+    said = process.communicate(timeout=90)[1]
+    assert process.returncode == 1, said
+    assert re.search(r"no progress for 8 s .*: rank 1 \(.*\) is not heard of since at step \d+, .*\.py:\d+", said), said
+    assert said.count("\n") == 1 and summary(tmp_path / "runs" / "a")["status"] == "failed"
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the stopped rank outlived the job")
+
+
+HANGS = """
+import os, threading, time
+def hang():
+    time.sleep(1)
+    from qwlit.data.batches import StepDataset
+    plain, began = StepDataset.__getitem__, time.monotonic()
+    def slow(self, step):
+        while step > 20:
+            time.sleep(1)
+        return plain(self, step)
+    StepDataset.__getitem__ = slow
+if os.environ.get("LOCAL_RANK") == "1":
+    threading.Thread(target=hang, daemon=True).start()
+"""
+
+
+def test_a_rank_that_hangs_is_named_with_the_line_in_which_it_stands(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(HANGS)
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    words = [*RUN, "train.max_steps=2000", "run.name=a", "hardware.devices=2", "hardware.timeout_seconds=8"]
+    done = qwlit_process(["train", *TINY, *words], tmp_path, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r": rank 1 \(.*\) is at step 2\d, .*sitecustomize.py:9 \(slow\)", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Loading: what comes back from a folder, from random init, and for a tokenizer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from qwlit.model.load import (
     load_tokenizer,
     vocabulary_size,
 )
-from tests.tiny import TINY, save_folder, tiny_causal_lm
+from qwlit.model.presets import model_classes, to_hf_config
+from tests.tiny import TINY, save_folder, tiny_architecture, tiny_causal_lm
 
 DEMO_TOKENIZER = "qwlit:demo/tokenizer"
 
@@ -119,6 +121,21 @@ def test_random_init_depends_on_the_seed_alone_and_leaves_the_generator_alone() 
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one.lm_head.weight, two.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("qwen2", False)])
+def test_random_weights_are_distributed_as_the_familys_own(family: str, tied: bool) -> None:
+    architecture = replace(tiny_architecture(family, tied=tied), hidden_size=128, initializer_range=0.03)
+    config = ModelConfig(init="random", architecture=architecture)
+    ours = dict(load_causal_lm(config, seed=0, train_all=True, frozen_dtype=torch.float32).named_parameters())
+    _, model_class = model_classes(family)
+    theirs = dict(model_class(to_hf_config(architecture)).named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert float(ours[name].std()) == pytest.approx(float(weight.std()), rel=0.05), name
+        assert float(ours[name].mean()) == pytest.approx(float(weight.mean()), abs=0.002), name
+    drawn = [weight for weight in ours.values() if weight.ndim == 2]
+    assert len({float(weight[0, 0]) for weight in drawn}) == len(drawn), "no two tensors share their numbers"
 
 
 def test_random_init_with_a_path_takes_its_config_and_not_its_weights(folder: Path) -> None:

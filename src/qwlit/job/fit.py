@@ -79,9 +79,9 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
 
 
 def _shard(job: Job, loss_model: LossModel, mesh: DeviceMesh) -> None:
-    """Shard the model, and only then read the weights: no rank ever holds more of them than its own rows."""
+    """Shard the model, and only then read or draw the weights: no rank ever holds more of them than its own rows."""
     shard_model(loss_model, mesh, bf16=job.machine.precision == "bf16-mixed")
-    fill_causal_lm(loss_model.causal_lm, job.config.model)
+    fill_causal_lm(loss_model.causal_lm, job.config.model, seed=job.config.seed)
 
 
 def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:

@@ -15,7 +15,7 @@ from qwlit.model import hub
 from qwlit.model.config import ModelConfig
 from qwlit.model.folder import check_tokenizer_files, read_model_config
 from qwlit.model.presets import meta_causal_lm, model_classes, to_hf_config
-from qwlit.model.weights import fill_weights
+from qwlit.model.weights import draw_weights, fill_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -78,21 +78,23 @@ def load_causal_lm(
     Args:
         seed: of random weights; the caller's generator is left alone.
         train_all: True: all weights float32, whatever the file has. False: frozen, in `frozen_dtype`.
-        leave_empty: leave pretrained weights to `fill_causal_lm`, after sharding; random ones are made here.
+        leave_empty: leave the weights to `fill_causal_lm`, after sharding.
 
     Raises:
         ConfigError: whatever is wrong with the folder, its weights, or the way to the hub.
     """
-    dtype = torch.float32 if train_all else frozen_dtype
-    if config.init == "random":
-        model = _random(model_shape(config), seed, dtype)
-    else:
-        folder = _folder(config, hub.MODEL_FILES)
-        if folder is None:
-            raise ConfigError("model.init=pretrained needs model.path or model.hub_id; or set model.init=random")
-        model = _empty(folder, dtype)
-        if not leave_empty:
-            fill_causal_lm(model, config)
+    folder = _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
+    if config.init == "pretrained" and folder is None:
+        raise ConfigError("model.init=pretrained needs model.path or model.hub_id; or set model.init=random")
+    model = _empty(
+        model_shape(config) if folder is None else _read_hf_config(folder), torch.float32 if train_all else frozen_dtype
+    )
+    if folder is not None and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if not leave_empty:
+        fill_causal_lm(model, config, seed=seed)
     model.config.use_cache = False
     # Made from the configuration, which in many fine-tuned folders has the cache off; generating without is quadratic.
     model.generation_config.use_cache = True
@@ -124,44 +126,30 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
         raise ConfigError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
 
 
-def _with_attention(hf_config: "PretrainedConfig") -> "PretrainedConfig":
+def _empty(hf_config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+    """Make the model with weights that nobody has written yet: until then they take no memory."""
     from qwlit.model.attention import register_attention
 
     hf_config._attn_implementation = register_attention()
-    return hf_config
-
-
-def _random(hf_config: "PretrainedConfig", seed: int, dtype: torch.dtype) -> "PreTrainedModel":
-    _, model_class = model_classes(hf_config.model_type)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(_with_attention(hf_config))
-    for parameter in model.parameters():  # not model.to: the rotary buffers must stay float32
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def _empty(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """Make the folder's model with weights that nobody has written yet: until then they take no memory."""
-    hf_config = _with_attention(_read_hf_config(folder))
     model: Any = meta_causal_lm(hf_config)
     model.to(dtype).to_empty(device="cpu")
     model.tie_weights()
     # Buffers are in no file.
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
-    if (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
-def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig) -> None:
-    """Write the pretrained weights into a model that `load_causal_lm` has left empty.
+def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int) -> None:
+    """Write the weights into a model that `load_causal_lm` has left empty, sharded or not.
+
+    Args:
+        seed: of random weights.
 
     Raises:
         ConfigError: see `fill_weights`.
     """
-    folder = _folder(config, hub.MODEL_FILES)
-    if config.init == "pretrained" and folder is not None:
+    folder = _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
+    if folder is None:
+        draw_weights(model, seed=seed, std=model.config.initializer_range)
+    else:
         fill_weights(model, folder, tied=model.config.tie_word_embeddings)

@@ -83,7 +83,7 @@ def build_loss_model(
         attention: the resolved kernel (`model.attention` may say auto).
         memory: what is kept for the backward pass.
         frozen_dtype: of weights that are not trained, when there is an adapter.
-        leave_empty: leave pretrained weights to `fill_causal_lm`.
+        leave_empty: leave the weights to `fill_causal_lm`.
 
     Raises:
         ConfigError: see `load_causal_lm` and `apply_adapter`.

@@ -1,5 +1,6 @@
-"""Pretrained weights from safetensors into a model that waits for them, on one rank or on each the rows it holds."""
+"""Weights, from safetensors or drawn, into a model that waits for them: on one rank, or on each the rows it holds."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool) -> None:
         ConfigError: tensors are missing, unexpected, of another shape, or hold inf or NaN.
     """
     files = weight_files(folder)
-    # Adapters come from no file, and put the layer that they stand beside one name deeper.
-    targets = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
+    targets = _targets(model)
     if tied:
         targets[HEAD] = targets[EMBEDDING]
     _check_shapes(folder, dict(read_shapes(files)), {name: list(p.shape) for name, p in targets.items()}, tied=tied)
@@ -38,6 +38,30 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool) -> None:
                 local(targets[name]).copy_(rows)
         if tied:
             _check_tied(folder, files, targets[EMBEDDING])
+
+
+def draw_weights(model: nn.Module, *, seed: int, std: float) -> None:
+    """Fill the model with random weights: matrices normal with `std`, biases 0, norms 1, as the families' own.
+
+    Each tensor has a generator of its own, from `seed` and its name, so that a rank that holds some rows of it needs
+    no other tensor, and all machines start from the same weights. One whole tensor at a time is in memory.
+    """
+    with torch.no_grad():
+        for name, parameter in _targets(model).items():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            word = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(word[:8], "little"))
+            drawn = torch.empty(parameter.shape).normal_(std=std, generator=generator)
+            first, end = own_rows(parameter)
+            local(parameter).copy_(drawn[first:end])
+
+
+def _targets(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the model's own parameters by the names they have in files, a tied one once."""
+    # Adapters come from no file, and put the layer that they stand beside one name deeper.
+    return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
 
 
 def _check_shapes(folder: Path, found: dict[str, list[int]], expected: dict[str, list[int]], *, tied: bool) -> None:

@@ -69,6 +69,8 @@ class HardwareConfig:
     """Most samples per device and forward pass; null: no limit but micro_batch_tokens."""
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens per device and forward pass; null: no limit but micro_batch_size."""
+    timeout_seconds: PositiveFloat = 1800.0
+    """With several devices: no batch done for so long ends the run and names the rank that the others wait for."""
     num_workers: NonNegativeInt | Literal["auto"] = "auto"
     """Processes per device that lay out batches ahead of the step. auto: 4 with CUDA, none on CPU."""
     pin_memory: Flag | Literal["auto"] = "auto"

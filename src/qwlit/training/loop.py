@@ -18,6 +18,7 @@ from qwlit.training.preemption import StopOnSignal
 from qwlit.training.profiler import ProfileSteps
 from qwlit.training.progress import ProgressDisplay
 from qwlit.training.run_folder import RunFolder
+from qwlit.training.stalls import StallWatch
 from qwlit.training.telemetry import Telemetry, peak_memory_gib
 from qwlit.training.trace import Trace
 from qwlit.training.trainer import build_trainer
@@ -85,6 +86,8 @@ def build_loop(
         callbacks.append(Trace(milestones, folder))
     if profile.steps is not None:
         callbacks.append(ProfileSteps(profile.steps, folder.path / "profile"))
+    if machine.world_size > 1:
+        callbacks.append(StallWatch(machine.timeout_seconds, lambda: folder.write_summary(status="failed")))
     callbacks.append(StopOnSignal(milestones, checkpointing, folder))
     trainer = build_trainer(machine, total_steps=milestones.total_steps, callbacks=callbacks, folder=folder.path)
     return Loop(trainer, telemetry, watching, checkpointing)

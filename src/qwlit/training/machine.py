@@ -25,6 +25,7 @@ class Machine:
     strategy: Literal["single", "ddp", "fsdp"]
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     memory: MemoryPolicy
+    timeout_seconds: float
     num_workers: int
     pin_memory: bool
 
@@ -78,6 +79,7 @@ def resolve_machine(
         strategy=strategy if config.strategy == "auto" else config.strategy,
         precision=precision,
         memory="none" if config.memory == "auto" else config.memory,
+        timeout_seconds=config.timeout_seconds,
         num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,
         pin_memory=accelerator == "cuda" if config.pin_memory == "auto" else config.pin_memory,
     )

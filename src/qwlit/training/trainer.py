@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
 from threading import Thread
@@ -22,6 +23,7 @@ from qwlit.core.errors import QwlitError
 from qwlit.core.ranks import launched_by_torchrun
 from qwlit.training.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
+from qwlit.training.stalls import VERDICT_SECONDS
 
 
 def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callback], folder: Path) -> Trainer:
@@ -196,10 +198,14 @@ def dismiss_other_ranks(trainer: Trainer) -> None:
 def _strategy(machine: Machine) -> Any:
     if machine.strategy == "single":
         return "auto"
-    backend = "nccl" if machine.accelerator == "cuda" else "gloo"
+    group: dict[str, Any] = {
+        "process_group_backend": "nccl" if machine.accelerator == "cuda" else "gloo",
+        # Who is missing, `stalls` knows and says before the group gives up.
+        "timeout": timedelta(seconds=machine.timeout_seconds + VERDICT_SECONDS),
+    }
     if machine.strategy == "fsdp":
-        return _Sharded(data_parallel_size=machine.world_size, tensor_parallel_size=1, process_group_backend=backend)
-    return _Replicated(broadcast_buffers=False, gradient_as_bucket_view=True, process_group_backend=backend)
+        return _Sharded(data_parallel_size=machine.world_size, tensor_parallel_size=1, **group)
+    return _Replicated(broadcast_buffers=False, gradient_as_bucket_view=True, **group)
 
 
 def _quieten_lightning() -> None:
