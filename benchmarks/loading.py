@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.machine import describe
 from benchmarks.store import RESULTS, private_bytes
 from qwlit.config.compose import compose
-from qwlit.model.config import AdapterConfig, DropoutConfig, ModelConfig
+from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import build_loss_model
 from qwlit.model.presets import model_classes, to_hf_config
@@ -61,10 +61,9 @@ def load(rank: int, folder: Path, queue: Any) -> None:
         config,
         AdapterConfig(kind="none"),
         DropoutConfig(),
+        FreezeConfig(),
+        Execution("sdpa", "none", torch.float32, torch.float32),
         seed=0,
-        attention="sdpa",
-        memory="none",
-        frozen_dtype=torch.float32,
         leave_empty=True,
     )
     shard_model(model, mesh, bf16=False)

@@ -38,11 +38,13 @@ def tiny_architecture(family: str = "qwen3", *, tied: bool = True) -> Architectu
     return replace(TINY, model_type=family, tie_word_embeddings=tied, head_dim=head_dim)
 
 
-def tiny_causal_lm(family: str = "qwen3", *, tied: bool = True, seed: int = 0, spread: float = 5.0) -> PreTrainedModel:
+def tiny_causal_lm(
+    family: str = "qwen3", *, tied: bool = True, seed: int = 0, spread: float = 5.0, **shape: int
+) -> PreTrainedModel:
     """Make a random model with plain transformers attention; `spread` scales the initial weights, so that attention,
     biases and norms matter and a mistake shows."""
     _, model_class = model_classes(family)
-    config = to_hf_config(tiny_architecture(family, tied=tied))
+    config = to_hf_config(replace(tiny_architecture(family, tied=tied), **shape))
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -16,7 +16,7 @@ from qwlit.core.sharding import whole
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.order import Order
 from qwlit.data.step_plan import Limits, StepPlan
-from qwlit.model.config import AdapterConfig, DropoutConfig, ModelConfig
+from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.loss_model import build_loss_model
 from qwlit.model.shard import shard_model
 from qwlit.optim.config import OptimConfig, SchedulerConfig
@@ -85,10 +85,9 @@ def tiny(model_type: str, adapter: str) -> Any:
         ModelConfig(init="random", architecture=architecture),
         AdapterConfig(kind=adapter),
         DropoutConfig(),
+        FreezeConfig(),
+        Execution("sdpa", "none", torch.float32, torch.float32),
         seed=3,
-        attention="sdpa",
-        memory="none",
-        frozen_dtype=torch.float32,
     )
 
 

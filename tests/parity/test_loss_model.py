@@ -10,7 +10,7 @@ from torch import nn
 
 from qwlit.model.adapters import apply_adapter
 from qwlit.model.attention import generation_attention, register_attention
-from qwlit.model.config import AdapterConfig, DropoutConfig, ModelConfig
+from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.loss_model import LossModel, build_loss_model
 from tests.tiny import TINY, Sample, packed, padded, random_samples, tiny_causal_lm
 
@@ -168,10 +168,9 @@ def test_it_builds_from_configuration_with_adapter_and_dropout() -> None:
         ModelConfig(init="random", architecture=TINY),
         AdapterConfig(kind="lora", rank=2),
         DropoutConfig(attention=0.1),
+        FreezeConfig(),
+        Execution("sdpa", "none", torch.bfloat16, torch.bfloat16),
         seed=0,
-        attention="sdpa",
-        memory="none",
-        frozen_dtype=torch.bfloat16,
     )
     assert model.training
     assert {str(p.dtype) for p in model.parameters() if not p.requires_grad} == {"torch.bfloat16"}

@@ -1,18 +1,22 @@
 """Dropout: on in training, off in evaluation, reproducible, and absent at 0."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from qwlit.core.errors import ConfigError
 from qwlit.model.attention import register_attention
-from qwlit.model.config import DropoutConfig
+from qwlit.model.config import DropoutConfig, MemoryPolicy
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.loss_model import LossModel
+from qwlit.model.memory import apply_memory_policy
 from tests.tiny import packed, padded, random_samples, tiny_causal_lm
 
 SAMPLES = random_samples([9, 14, 5])
 
 
-def model_with(kernel: str = "sdpa", **dropout: float) -> LossModel:
+def model_with(kernel: str = "sdpa", **dropout: Any) -> LossModel:
     causal_lm = tiny_causal_lm()
     causal_lm.set_attn_implementation(register_attention())
     apply_dropout(causal_lm, DropoutConfig(**dropout))
@@ -27,7 +31,7 @@ def loss(model: LossModel, seed: int, layout: object = packed) -> float:
 
 @pytest.mark.parametrize("layout", [packed, padded])
 @pytest.mark.parametrize("kernel", ["sdpa", "eager", "varlen"])
-@pytest.mark.parametrize("place", ["attention", "feed_forward"])
+@pytest.mark.parametrize("place", ["attention", "feed_forward", "residual", "embedding"])
 def test_each_dropout_acts_in_training_only_and_repeats_with_the_seed(place: str, kernel: str, layout: object) -> None:
     model = model_with(kernel, **{place: 0.2})
     plain = loss(model_with(kernel).eval(), 0, layout)
@@ -47,11 +51,47 @@ def test_at_zero_nothing_is_drawn_and_no_hook_is_there() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_right_share_of_feed_forward_outputs_is_dropped_and_the_rest_scaled_up() -> None:
-    model = model_with(feed_forward=0.25).train()
-    mlp = model.causal_lm.model.layers[0].mlp
-    x = torch.randn(200, 32)
-    out, kept = mlp(x), mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) / 0.75
+def dropped_share(out: torch.Tensor, kept: torch.Tensor) -> float:
+    """Check that what is left is scaled up, and return the share that is not."""
     dropped = out == 0
-    assert abs(dropped.float().mean().item() - 0.25) < 0.02
-    assert torch.allclose(out[~dropped], kept[~dropped])
+    assert torch.allclose(out[~dropped], kept[~dropped] / 0.75, rtol=1e-4)
+    return dropped.float().mean().item()
+
+
+def test_the_right_share_is_dropped_where_each_setting_says_and_the_rest_scaled_up() -> None:
+    x = torch.randn(1, 300, 32)
+    plain = model_with().causal_lm.model
+    mlp = plain.layers[0].mlp
+    inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+    seen: list[torch.Tensor] = []
+    block = model_with(feed_forward=0.25).train().causal_lm.model.layers[0].mlp
+    block.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    block(x)
+    assert abs(dropped_share(seen[0], inner) - 0.25) < 0.02
+    block = model_with(residual=0.25).train().causal_lm.model.layers[0].mlp
+    assert abs(dropped_share(block(x), mlp(x)) - 0.25) < 0.02
+    ids = torch.randint(0, 97, (1, 300))
+    embedding = model_with(embedding=0.25).train().causal_lm.model.embed_tokens
+    assert abs(dropped_share(embedding(ids), plain.embed_tokens(ids)) - 0.25) < 0.02
+
+
+def test_only_the_layers_in_the_range_drop() -> None:
+    dropout = DropoutConfig(attention=0.1, feed_forward=0.1, residual=0.1, layers=(1, 1))
+    layers = model_with(**vars(dropout)).causal_lm.model.layers
+    assert [layer.self_attn.attention_dropout for layer in layers] == [0.0, 0.1]
+    assert [len(layer.mlp._forward_hooks) + len(layer.self_attn._forward_hooks) for layer in layers] == [0, 2]
+    assert [len(layer.mlp.down_proj._forward_pre_hooks) for layer in layers] == [0, 1]
+    with pytest.raises(ConfigError, match=r"dropout.layers: layers \[1,2\] are not \[first,last\]"):
+        model_with(attention=0.1, layers=(1, 2))
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_dropout_under_checkpointing_is_dropout_without(policy: MemoryPolicy) -> None:
+    gradients = []
+    for memory in ("none", policy):
+        model = model_with(attention=0.1, feed_forward=0.1, residual=0.1, embedding=0.1).train()
+        apply_memory_policy(model.causal_lm, memory)
+        torch.manual_seed(5)
+        model(packed(SAMPLES)).loss_sum.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwlit.core.errors import ConfigError
-from qwlit.model.config import ModelConfig
+from qwlit.model.config import FreezeConfig, ModelConfig
 from qwlit.model.load import load_causal_lm
 from tests.tiny import save_folder, tiny_causal_lm
 
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(path: Path) -> None:
-    load_causal_lm(ModelConfig(path=str(path)), seed=0, train_all=True, frozen_dtype=torch.float32)
+    load_causal_lm(ModelConfig(path=str(path)), seed=0, freeze=FreezeConfig(), frozen_dtype=torch.float32)
 
 
 def change_config(folder: Path, **values: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from qwlit.core.errors import ConfigError
 from qwlit.core.waiting import answer_within
 from qwlit.model import hub
-from qwlit.model.config import ModelConfig
+from qwlit.model.config import FreezeConfig, ModelConfig
 from qwlit.model.load import load_causal_lm, load_tokenizer
 from tests.tiny import save_folder, tiny_causal_lm
 
@@ -28,7 +28,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_without_a_network_the_hub_fails_in_one_line_and_silently(part: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=f"{HUB} could not be fetched.*model.path=FOLDER") as raised:
         if part == "model":
-            load_causal_lm(ModelConfig(hub_id=HUB), seed=0, train_all=True, frozen_dtype=torch.float32)
+            load_causal_lm(ModelConfig(hub_id=HUB), seed=0, freeze=FreezeConfig(), frozen_dtype=torch.float32)
         else:
             load_tokenizer(ModelConfig(hub_id=HUB))
     assert "\n" not in str(raised.value)
@@ -56,5 +56,5 @@ def test_without_a_network_a_cached_copy_is_taken(cache: Path) -> None:
     save_folder(saved, repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    loaded = load_causal_lm(ModelConfig(hub_id=HUB), seed=0, train_all=True, frozen_dtype=torch.float32)
+    loaded = load_causal_lm(ModelConfig(hub_id=HUB), seed=0, freeze=FreezeConfig(), frozen_dtype=torch.float32)
     assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight)

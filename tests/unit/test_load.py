@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qwlit.core.errors import ConfigError
 from qwlit.model.attention import ATTENTION_NAME, generation_attention
-from qwlit.model.config import ModelConfig
+from qwlit.model.config import FreezeConfig, ModelConfig
 from qwlit.model.load import (
     check_vocabulary,
     load_causal_lm,
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(path: Path, **kwargs: Any) -> PreTrainedModel:
-    options: dict[str, Any] = {"seed": 0, "train_all": True, "frozen_dtype": torch.float32}
+    options: dict[str, Any] = {"seed": 0, "freeze": FreezeConfig(), "frozen_dtype": torch.float32}
     return load_causal_lm(ModelConfig(path=str(path)), **(options | kwargs))
 
 
@@ -88,7 +88,7 @@ def test_weights_are_float32_to_train_and_of_the_frozen_dtype_otherwise(folder: 
     trained = load(folder)
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in trained.parameters())
-    frozen = load(folder, train_all=False, frozen_dtype=torch.bfloat16)
+    frozen = load(folder, freeze=None, frozen_dtype=torch.bfloat16)
     assert {p.dtype for p in frozen.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in frozen.parameters())
     assert {b.dtype for b in frozen.buffers()} == {torch.float32}
@@ -114,7 +114,7 @@ def test_sharded_weights_load(folder: Path) -> None:
 
 def test_random_init_depends_on_the_seed_alone_and_leaves_the_generator_alone() -> None:
     config = ModelConfig(init="random", architecture=TINY)
-    options: dict[str, Any] = {"train_all": True, "frozen_dtype": torch.float32}
+    options: dict[str, Any] = {"freeze": FreezeConfig(), "frozen_dtype": torch.float32}
     torch.manual_seed(1)
     before = torch.get_rng_state()
     one, two, other = (load_causal_lm(config, seed=seed, **options) for seed in (7, 7, 8))
@@ -127,7 +127,7 @@ def test_random_init_depends_on_the_seed_alone_and_leaves_the_generator_alone() 
 def test_random_weights_are_distributed_as_the_familys_own(family: str, tied: bool) -> None:
     architecture = replace(tiny_architecture(family, tied=tied), hidden_size=128, initializer_range=0.03)
     config = ModelConfig(init="random", architecture=architecture)
-    ours = dict(load_causal_lm(config, seed=0, train_all=True, frozen_dtype=torch.float32).named_parameters())
+    ours = dict(load_causal_lm(config, seed=0, freeze=FreezeConfig(), frozen_dtype=torch.float32).named_parameters())
     _, model_class = model_classes(family)
     theirs = dict(model_class(to_hf_config(architecture)).named_parameters())
     assert ours.keys() == theirs.keys()
@@ -141,7 +141,7 @@ def test_random_weights_are_distributed_as_the_familys_own(family: str, tied: bo
 def test_random_init_with_a_path_takes_its_config_and_not_its_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     config = ModelConfig(init="random", path=str(folder))
-    model = load_causal_lm(config, seed=0, train_all=True, frozen_dtype=torch.float32)
+    model = load_causal_lm(config, seed=0, freeze=FreezeConfig(), frozen_dtype=torch.float32)
     assert model.config.hidden_size == TINY.hidden_size
     assert not model.config.tie_word_embeddings
 

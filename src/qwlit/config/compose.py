@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from qwlit.config.explain import explain
+from qwlit.config.relations import TEXTS, check_relations
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
@@ -66,7 +67,7 @@ def compose(overrides: list[str]) -> Composed:
     tree, choices = _from_run(base.value(), typed) if base else _from_groups(typed)
     _settle_pairs(tree, typed)
     config = check(tree)
-    _check_relations(config)
+    check_relations(config)
     return Composed(config=_with_default_name(config, choices), choices=choices)
 
 
@@ -89,7 +90,6 @@ LISTS = {"data.path", "data.val_path"}
 """Texts that may also be lists."""
 # Hydra's grammar has ASCII letters only: in a list, what it cannot read is quoted for it.
 FOREIGN = re.compile(r"""[^\[\]{},:'"\s]*[^\x00-\x7f][^\[\]{},:'"]*""")
-TEXTS = {"run.name", "run.root", "model.path", "model.tokenizer", "model.hub_id", "data.path", "data.val_path"}
 
 
 def _read(text: str) -> Override:
@@ -208,31 +208,6 @@ def dump(config: RunConfig) -> str:
     """Return the configuration as YAML that `config=` reads back to the same."""
     tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _check_relations(config: RunConfig) -> None:
-    """Check what no single field can know."""
-    if config.train.max_steps is None and config.train.max_epochs is None:
-        raise ConfigError("train.max_steps and train.max_epochs are both null; set one, or the run has no end")
-    if config.scheduler.warmup_steps is not None and config.scheduler.warmup_ratio is not None:
-        raise ConfigError("scheduler.warmup_steps and scheduler.warmup_ratio are both set; give one of them")
-    if config.scheduler.name == "exponential" and config.scheduler.min_lr_ratio == 0:
-        raise ConfigError("scheduler.min_lr_ratio=0: exponential decay never reaches 0; set e.g. 0.01")
-    for key in sorted(TEXTS):
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value == "":
-            raise ConfigError(f"{key} is empty; is a shell variable unset? Leave it out for its default")
-    if config.data.exact_match and config.data.val_path is None and config.data.val_fraction == 0:
-        raise ConfigError(
-            f"data.exact_match={config.data.exact_match} answers validation rows; set data.val_path or val_fraction"
-        )
-    if config.data.path is None:
-        raise ConfigError("data.path is not set; give a file, a folder or hf:ORG/NAME, or data=demo")
-    if config.data.val_path is not None and config.data.val_fraction > 0:
-        raise ConfigError("data.val_path and data.val_fraction are both set; give one of them")
-    if config.profile.steps is not None and not 0 < config.profile.steps[0] <= config.profile.steps[1]:
-        raise ConfigError(f"profile.steps={list(config.profile.steps)}: give [first,last] with 1 <= first <= last")
 
 
 def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from qwlit.core.schema import NonNegativeInt, config_dataclass
 from qwlit.data.config import DataConfig, parts_of
-from qwlit.model.config import AdapterConfig, DropoutConfig, ModelConfig
+from qwlit.model.config import AdapterConfig, DropoutConfig, FreezeConfig, ModelConfig
 from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.training.config import (
     CheckpointConfig,
@@ -38,6 +38,7 @@ class RunConfig:
     optim: OptimConfig
     scheduler: SchedulerConfig
     dropout: DropoutConfig
+    freeze: FreezeConfig
     adapter: AdapterConfig
     guard: GuardConfig
     hardware: HardwareConfig
@@ -47,7 +48,7 @@ class RunConfig:
     profile: ProfileConfig
 
 
-MATHEMATICS = ("seed", "model", "data", "train", "optim", "scheduler", "dropout", "adapter")
+MATHEMATICS = ("seed", "model", "data", "train", "optim", "scheduler", "dropout", "freeze", "adapter")
 """Sections that shape what is computed: a run goes on only with the same ones."""
 NO_MATHEMATICS = {
     # The data is known by its content, wherever it lies.

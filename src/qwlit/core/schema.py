@@ -16,6 +16,7 @@ PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Ratio = Annotated[float, Field(ge=0, le=1, strict=True)]
+LayerRange = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
 Flag = Annotated[bool, Field(strict=True)]
 
 

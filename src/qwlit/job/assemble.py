@@ -9,13 +9,15 @@ from qwlit.config.compose import Composed
 from qwlit.config.derive import Derived, derive, plan_steps
 from qwlit.config.run import RunConfig
 from qwlit.core.console import console
+from qwlit.core.errors import ConfigError
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.splits import DataSplit, split_data
 from qwlit.data.step_plan import StepPlan
 from qwlit.job.corpus import open_corpus
-from qwlit.model.config import AttentionKernel
+from qwlit.model.config import AttentionKernel, Execution
 from qwlit.model.cost import training_state_bytes
 from qwlit.model.loss_model import LossModel, build_loss_model
+from qwlit.optim.config import BITSANDBYTES
 from qwlit.training.machine import Machine, resolve_attention, resolve_machine
 
 
@@ -53,6 +55,7 @@ def assemble(composed: Composed) -> Job:
         profile=composed.choices.get("hardware") or "of this config.yaml",
         state_bytes=partial(training_state_bytes, config.model, config.adapter, bytes_a_frozen_parameter=2),
     )
+    _check_sharding(config, machine)
     attention = resolve_attention(
         config.model.attention,
         machine=machine,
@@ -69,6 +72,18 @@ def assemble(composed: Composed) -> Job:
     return Job(config, composed.choices, machine, attention, corpus.tokenizer, corpus.encoder, data, plan, derived)
 
 
+def _check_sharding(config: RunConfig, machine: Machine) -> None:
+    """Refuse what only works on whole tensors."""
+    if machine.strategy != "fsdp":
+        return
+    if config.adapter.quantization != "none":
+        raise ConfigError("adapter.quantization=nf4 cannot be sharded; set hardware.strategy=ddp, or recipe=lora")
+    if config.optim.name in BITSANDBYTES:
+        raise ConfigError(
+            f"optim.name={config.optim.name} cannot be sharded; set hardware.strategy=ddp, or optim=adamw"
+        )
+
+
 def load_model(job: Job, *, leave_empty: bool = False) -> LossModel:
     """Load or make the weights, with adapter, dropout and attention as set; `leave_empty` to fill them when sharded."""
     config = job.config
@@ -76,9 +91,8 @@ def load_model(job: Job, *, leave_empty: bool = False) -> LossModel:
         config.model,
         config.adapter,
         config.dropout,
+        config.freeze,
+        Execution(job.attention, job.machine.memory, job.machine.frozen_dtype, job.machine.compute_dtype),
         seed=config.seed,
-        attention=job.attention,
-        memory=job.machine.memory,
-        frozen_dtype=job.machine.frozen_dtype,
         leave_empty=leave_empty,
     )

@@ -14,6 +14,8 @@ from qwlit.core.errors import GuardStop, Interrupted, Preempted
 from qwlit.core.ranks import is_rank_zero
 from qwlit.job.assemble import Job
 from qwlit.model.loss_model import LossModel
+from qwlit.model.quantize import num_elements
+from qwlit.optim.groups import ParameterGroup, plan_groups
 from qwlit.training.checkpoint import list_checkpoints
 from qwlit.training.continuing import Start, claim, newest, refuse_other_data, refuse_other_mathematics
 from qwlit.training.manifest import build_manifest
@@ -24,27 +26,29 @@ def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
     """Make the run folder ready and record config, manifest and quarantine; other ranks only look where to start.
 
     Raises:
-        ConfigError: an unfinished run of this name began with other mathematics or other data.
+        ConfigError: an unfinished run of this name began with other mathematics or other data, or a rule about
+            parameters matches none.
     """
+    config = job.config
+    groups = plan_groups(loss_model.causal_lm.named_parameters(), config.optim)
     if not is_rank_zero():
         return Start(newest(folder))
-    config = job.config
     if config.resume == "auto" and not config.run.overwrite and list_checkpoints(folder):
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_other_mathematics(mathematics(earlier), mathematics(config))
         refuse_other_data(folder, job.data.fingerprint)
     start = claim(folder, resume=config.resume, overwrite=config.run.overwrite)
     folder.cut_back(start.step)
-    manifest = build_manifest(job.machine, **_facts(job, loss_model))
+    manifest = build_manifest(job.machine, **_facts(job, loss_model, groups))
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
     folder.write_rows("quarantine.jsonl", job.data.quarantine())
     folder.write_summary(resumed_from=start.step if start.checkpoint else None, rows=job.data.totals)
-    _introduce(job, manifest["parameters"], folder, start)
+    _introduce(job, manifest, folder, start)
     return start
 
 
-def _facts(job: Job, loss_model: LossModel) -> dict[str, Any]:
+def _facts(job: Job, loss_model: LossModel, groups: list[ParameterGroup]) -> dict[str, Any]:
     parameters = list(loss_model.parameters())
     return {
         "choices": job.choices,
@@ -55,17 +59,29 @@ def _facts(job: Job, loss_model: LossModel) -> dict[str, Any]:
         "tokenizer": job.encoder.tokenizer.fingerprint if job.encoder.tokenizer else None,
         "data": job.data.fingerprint,
         "parameters": {
-            "total": sum(p.numel() for p in parameters),
-            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "total": sum(num_elements(p) for p in parameters),
+            "trainable": sum(group.size for group in groups),
         },
+        "groups": [
+            {
+                "name": group.name,
+                "algorithm": group.algorithm,
+                "parameters": group.size,
+                "tensors": len(group.parameters),
+                "lr": group.lr,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
     }
 
 
-def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: Start) -> None:
+def _introduce(job: Job, manifest: dict[str, Any], folder: RunFolder, start: Start) -> None:
     """Say in a few lines what runs, on what, and where."""
     config, derived, machine = job.config, job.derived, job.machine
     accumulation = f", accumulation {derived.accumulate_grad_batches}" if derived.accumulate_grad_batches else ""
     memory = f", memory {machine.memory}" if machine.memory != "none" else ""
+    parameters = manifest["parameters"]
     lines = [
         f"[bold]{escape(str(folder.path))}[/]: {derived.total_steps} steps of {config.train.global_batch_size} samples",
         f"  model     {parameters['total']:,} parameters, {parameters['trainable']:,} trained",
@@ -75,6 +91,7 @@ def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: S
         f"  data      {job.data.describe()}",
         f"  schedule  {config.scheduler.name}, peak lr {config.optim.lr:g}"
         f" after {derived.schedule.warmup_steps} steps of warm-up",
+        *_group_lines(manifest["groups"]),
     ]
     if start.set_aside:
         lines.append(f"  kept      the unfinished run of this name is now {escape(str(start.set_aside))}")
@@ -86,6 +103,22 @@ def _introduce(job: Job, parameters: dict[str, int], folder: RunFolder, start: S
         lines.append(f"  [yellow]note[/]      {escape(finding)}")
         folder.append_event(start.step, "finding", message=finding)
     console().print("\n".join(lines))
+
+
+# More are listed in manifest.json.
+SHOWN_GROUPS = 8
+
+
+def _group_lines(groups: list[dict[str, Any]]) -> list[str]:
+    """Say which parameters train with which peak rate and decay."""
+    lines = [
+        f"  group     {group['name']:<20} {group['parameters']:>14,} parameters  {group['algorithm']:<5}"
+        f"  lr {group['lr']:<8.3g}  decay {group['weight_decay']:g}"
+        for group in groups[:SHOWN_GROUPS]
+    ]
+    if len(groups) > SHOWN_GROUPS:
+        lines.append(f"            … and {len(groups) - SHOWN_GROUPS} groups more, in manifest.json")
+    return lines
 
 
 ENDS: dict[type[BaseException], str] = {

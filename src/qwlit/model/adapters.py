@@ -1,4 +1,4 @@
-"""LoRA: small trainable matrices inside a frozen model (peft's layers, put in place without a wrapper)."""
+"""LoRA and its kin: small trainable matrices inside a frozen model (peft's layers, put in place without a wrapper)."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.errors import ConfigError
+from qwlit.core.patterns import is_a, select
+from qwlit.core.sharding import local
 from qwlit.model.config import AdapterConfig
 
 if TYPE_CHECKING:
@@ -22,11 +24,11 @@ def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: 
     Adapters are float32 whatever the frozen dtype, and start as no change at all: B is zero, A is drawn from `seed`.
 
     Raises:
-        ConfigError: a target matches no linear layer, or is the embedding or the head.
+        ConfigError: a target matches no linear layer, or is the embedding or the head; there are no such layers.
     """
     if adapter.kind == "none":
         return
-    _check_targets(model, adapter.target_modules)
+    targets = _targets(model, adapter)
     # bitsandbytes, which peft imports, complains about an optional CPU kernel that nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import LoraConfig, inject_adapter_in_model
@@ -36,7 +38,9 @@ def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: 
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=dropout,
-        target_modules=list(adapter.target_modules),
+        target_modules=targets,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,18 +51,31 @@ def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: 
             parameter.data = parameter.data.float()
 
 
-def _check_targets(model: "PreTrainedModel", targets: tuple[str, ...]) -> None:
-    if not targets:
+def start_dora(model: "PreTrainedModel") -> None:
+    """Set DoRA's lengths to those of the weights' rows, where these were filled in after `apply_adapter`."""
+    with torch.no_grad():
+        for module in model.modules():
+            for lengths in getattr(module, "lora_magnitude_vector", {}).values():
+                rows = local(module.base_layer.weight).float()
+                local(lengths.weight).copy_(rows.norm(dim=1))
+
+
+def _targets(model: "PreTrainedModel", adapter: AdapterConfig) -> list[str]:
+    """Return what peft is to look for: plain names as they are, anything else as the full names of what it matches."""
+    if not adapter.target_modules:
         raise ConfigError("adapter.target_modules is empty; name the layers that get an adapter")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     leaves = sorted({name.rpartition(".")[2] for name in linears}.difference(EMBEDDINGS))
-    for target in targets:
-        matched = [name for name in linears if name == target or name.endswith(f".{target}")]
-        if not matched:
-            hint = nearest(target, leaves) or f" Choose among {', '.join(leaves)}."
-            raise ConfigError(f"adapter.target_modules: '{target}' matches no linear layer.{hint}")
-        if any(name.rpartition(".")[2] in EMBEDDINGS for name in matched):
+    field, chosen = "adapter.target_modules", set()
+    for pattern in adapter.target_modules:
+        # Patterns speak of parameters.
+        names = [f"{name}.weight" for name in linears]
+        found = select(names, pattern, field=field, layers=adapter.layers, things="linear layer")
+        if any(is_a("embedding", name) or is_a("head", name) for name in found):
             raise ConfigError(
-                f"adapter.target_modules: '{target}' cannot have an adapter, the loss reads its weight directly; "
+                f"{field}: '{pattern}' cannot have an adapter, the loss reads its weight directly; "
                 f"choose among {', '.join(leaves)}"
             )
+        chosen |= {name.removesuffix(".weight") for name in found}
+    plain = adapter.layers is None and all(pattern in leaves for pattern in adapter.target_modules)
+    return list(adapter.target_modules) if plain else sorted(chosen)

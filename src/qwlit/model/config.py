@@ -1,12 +1,30 @@
 """What a user can say about the model: which one, from where, with which attention, dropout and adapter."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from qwlit.core.schema import Flag, PositiveFloat, PositiveInt, Probability, config_dataclass
+from qwlit.core.schema import Flag, LayerRange, PositiveFloat, PositiveInt, Probability, Ratio, config_dataclass
+
+if TYPE_CHECKING:
+    import torch
 
 AttentionChoice = Literal["auto", "varlen", "sdpa", "eager"]
 AttentionKernel = Literal["varlen", "sdpa", "eager"]
 MemoryPolicy = Literal["none", "selective", "full", "offload"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the model is computed on this machine."""
+
+    attention: AttentionKernel
+    memory: MemoryPolicy
+    """What is kept for the backward pass."""
+    frozen_dtype: "torch.dtype"
+    """What weights that are not trained are kept in."""
+    compute_dtype: "torch.dtype"
+    """What products with quantized weights are computed in."""
+
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linear layers of a Qwen decoder layer."""
@@ -69,9 +87,28 @@ class DropoutConfig:
     attention: Probability = 0.0
     """On the attention weights."""
     feed_forward: Probability = 0.0
-    """On the output of each feed-forward block."""
+    """On the activations inside each feed-forward block, before its output projection."""
+    residual: Probability = 0.0
+    """On what each attention and feed-forward block adds to the residual stream."""
+    embedding: Probability = 0.0
+    """On the embedded tokens."""
     lora: Probability = 0.0
     """On the input of each LoRA adapter."""
+    layers: LayerRange | None = None
+    """First and last decoder layer, from 0, with attention, feed_forward and residual dropout; null: all."""
+
+
+@config_dataclass
+class FreezeConfig:
+    """What of the model is not trained. Frozen parameters cost no gradient and no optimizer state."""
+
+    parameters: tuple[str, ...] = ()
+    """bias, norm, embedding, head, attention, mlp, parts of names (q_proj) or globs (model.layers.*.mlp.*). A head
+    that is the embedding freezes with it."""
+    layers: LayerRange | None = None
+    """First and last decoder layer, from 0, that are frozen whole."""
+    lower_layers_ratio: Ratio = 0.0
+    """Share of the decoder layers that are frozen whole, from the lowest up; rounded down."""
 
 
 @config_dataclass
@@ -79,10 +116,20 @@ class AdapterConfig:
     """Small trainable matrices beside the frozen model, or none."""
 
     kind: Literal["none", "lora"] = "none"
-    """none trains the model itself; lora freezes it and trains low-rank adapters."""
+    """none trains the model itself; lora freezes it and trains low-rank adapters (Hu et al. 2021)."""
     rank: PositiveInt = 16
     """Inner width of the adapters."""
     alpha: PositiveFloat = 32.0
     """The adapters' output is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = DECODER_LINEARS
-    """Names (or dotted endings) of the linear layers that get an adapter; each must match something."""
+    """Patterns of the linear layers that get an adapter: attention, mlp, parts of names or globs."""
+    layers: LayerRange | None = None
+    """First and last decoder layer, from 0, with adapters; null: all."""
+    use_rslora: Flag = False
+    """Scale by alpha / sqrt(rank), so that high ranks learn as fast (rsLoRA, Kalajdzievski 2023)."""
+    use_dora: Flag = False
+    """Also train the length of each row of the weights (DoRA, Liu et al. 2024); slower."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 keeps the frozen linear layers in 4 bits (QLoRA, Dettmers et al. 2023); lora only."""
+    double_quantization: Flag = True
+    """nf4: also quantize its scales, to 0.127 instead of 0.5 bits a parameter."""

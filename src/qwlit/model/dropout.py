@@ -1,11 +1,12 @@
-"""Dropout for models that have none of their own: on attention weights and on feed-forward outputs."""
+"""Dropout for models that have none of their own: hooks on their blocks, and none at all where a probability is 0."""
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwlit.core.patterns import within
 from qwlit.model.config import DropoutConfig
 
 if TYPE_CHECKING:
@@ -13,15 +14,40 @@ if TYPE_CHECKING:
 
 
 def apply_dropout(model: "PreTrainedModel", dropout: DropoutConfig) -> None:
-    """Set both probabilities in every decoder layer. They act in training mode only, from torch's default generator.
+    """Set all probabilities. They act in training mode only, from torch's default generator.
 
-    At 0 the layers stay exactly as they were, without a hook. LoRA's dropout belongs to its adapters.
+    LoRA's dropout belongs to its adapters.
+
+    Raises:
+        ConfigError: the model has no such layers.
     """
-    for layer in model.model.layers:
+    names = [f"layers.{number}." for number in range(len(model.model.layers))]
+    chosen = names if dropout.layers is None else within(names, dropout.layers, field="dropout.layers")
+    for name in chosen:
+        layer = model.model.get_submodule(name.rstrip("."))
         layer.self_attn.attention_dropout = dropout.attention
-        if dropout.feed_forward:
-            layer.mlp.register_forward_hook(partial(_drop, probability=dropout.feed_forward))
+        _drop_before(layer.mlp.down_proj, dropout.feed_forward)
+        for block in (layer.self_attn, layer.mlp):
+            _drop_after(block, dropout.residual)
+    _drop_after(model.model.embed_tokens, dropout.embedding)
 
 
-def _drop(module: nn.Module, args: object, output: Tensor, *, probability: float) -> Tensor:
+def _drop_before(module: nn.Module, probability: float) -> None:
+    if probability:
+        module.register_forward_pre_hook(partial(_drop_input, probability=probability))
+
+
+def _drop_after(module: nn.Module, probability: float) -> None:
+    if probability:
+        module.register_forward_hook(partial(_drop_output, probability=probability))
+
+
+def _drop_input(module: nn.Module, inputs: tuple[Tensor], *, probability: float) -> tuple[Tensor]:
+    return (F.dropout(inputs[0], probability, training=module.training),)
+
+
+def _drop_output(module: nn.Module, inputs: object, output: Any, *, probability: float) -> Any:
+    """Drop of the hidden states; attention also returns its weights."""
+    if isinstance(output, tuple):
+        return (F.dropout(output[0], probability, training=module.training), *output[1:])
     return F.dropout(output, probability, training=module.training)

@@ -4,6 +4,7 @@ Weights come from safetensors only and are streamed tensor by tensor into a mode
 is never a second copy, and every missing, unexpected or damaged tensor has a name.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,12 @@ import torch
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.model import hub
-from qwlit.model.config import ModelConfig
+from qwlit.model.config import FreezeConfig, ModelConfig
 from qwlit.model.folder import check_tokenizer_files, read_model_config
+from qwlit.model.freeze import apply_freeze
 from qwlit.model.presets import meta_causal_lm, model_classes, to_hf_config
-from qwlit.model.weights import draw_weights, fill_weights
+from qwlit.model.quantize import Quantizer
+from qwlit.model.weights import Filled, draw_weights, fill_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -71,14 +74,22 @@ def check_vocabulary(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast") 
 
 
 def load_causal_lm(
-    config: ModelConfig, *, seed: int, train_all: bool, frozen_dtype: torch.dtype, leave_empty: bool = False
+    config: ModelConfig,
+    *,
+    seed: int,
+    freeze: FreezeConfig | None,
+    frozen_dtype: torch.dtype,
+    leave_empty: bool = False,
+    quantizer: Callable[["PreTrainedModel"], Quantizer] | None = None,
 ) -> "PreTrainedModel":
     """Load or make the model, on the CPU, in training mode, with qwlit's attention and without a cache.
 
     Args:
         seed: of random weights; the caller's generator is left alone.
-        train_all: True: all weights float32, whatever the file has. False: frozen, in `frozen_dtype`.
+        freeze: what is not trained; None: nothing is. Trained weights are float32, whatever the file has.
+        frozen_dtype: what frozen weights are kept in.
         leave_empty: leave the weights to `fill_causal_lm`, after sharding.
+        quantizer: makes what quantizes the model while it is filled.
 
     Raises:
         ConfigError: whatever is wrong with the folder, its weights, or the way to the hub.
@@ -86,19 +97,17 @@ def load_causal_lm(
     folder = _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
     if config.init == "pretrained" and folder is None:
         raise ConfigError("model.init=pretrained needs model.path or model.hub_id; or set model.init=random")
-    model = _empty(
-        model_shape(config) if folder is None else _read_hf_config(folder), torch.float32 if train_all else frozen_dtype
-    )
+    model = _empty(model_shape(config) if folder is None else _read_hf_config(folder), freeze, frozen_dtype)
     if folder is not None and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if not leave_empty:
-        fill_causal_lm(model, config, seed=seed)
+        fill_causal_lm(model, config, seed=seed, filled=quantizer(model) if quantizer else None)
     model.config.use_cache = False
     # Made from the configuration, which in many fine-tuned folders has the cache off; generating without is quadratic.
     model.generation_config.use_cache = True
-    return model.requires_grad_(train_all)
+    return model
 
 
 def _folder(config: ModelConfig, patterns: list[str]) -> Path | None:
@@ -126,30 +135,37 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
         raise ConfigError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
 
 
-def _empty(hf_config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dtype: torch.dtype) -> "PreTrainedModel":
     """Make the model with weights that nobody has written yet: until then they take no memory."""
     from qwlit.model.attention import register_attention
 
     hf_config._attn_implementation = register_attention()
     model: Any = meta_causal_lm(hf_config)
-    model.to(dtype).to_empty(device="cpu")
+    if freeze is None:
+        model.requires_grad_(False)
+    else:
+        apply_freeze(model, freeze)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
+    model.to_empty(device="cpu")
     model.tie_weights()
     # Buffers are in no file.
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
     return model
 
 
-def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int) -> None:
+def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int, filled: Filled | None = None) -> None:
     """Write the weights into a model that `load_causal_lm` has left empty, sharded or not.
 
     Args:
         seed: of random weights.
+        filled: told the name of each weight that is written.
 
     Raises:
         ConfigError: see `fill_weights`.
     """
     folder = _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
     if folder is None:
-        draw_weights(model, seed=seed, std=model.config.initializer_range)
+        draw_weights(model, seed=seed, std=model.config.initializer_range, filled=filled)
     else:
-        fill_weights(model, folder, tied=model.config.tie_word_embeddings)
+        fill_weights(model, folder, tied=model.config.tie_word_embeddings, filled=filled)

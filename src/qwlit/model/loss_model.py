@@ -3,18 +3,19 @@
 Shapes: B micro-batch rows, T positions, N supervised rows, D hidden.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from qwlit.core.batch import MicroBatch
 from qwlit.model.adapters import apply_adapter
-from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, MemoryPolicy, ModelConfig
+from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.head import linear_cross_entropy
 from qwlit.model.load import load_causal_lm
 from qwlit.model.memory import apply_memory_policy
+from qwlit.model.quantize import Quantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +60,7 @@ class LossModel(nn.Module):
 
     def _kernel(self, micro: MicroBatch) -> AttentionKernel:
         """Fall back to sdpa, which computes the same, where varlen cannot: off CUDA and with dropout."""
-        drops = self.training and self.causal_lm.model.layers[0].self_attn.attention_dropout > 0
+        drops = self.training and any(layer.self_attn.attention_dropout for layer in self.causal_lm.model.layers)
         if self.attention == "varlen" and (drops or not micro.input_ids.is_cuda):
             return "sdpa"
         return self.attention
@@ -69,29 +70,31 @@ def build_loss_model(
     model: ModelConfig,
     adapter: AdapterConfig,
     dropout: DropoutConfig,
+    freeze: FreezeConfig,
+    execution: Execution,
     *,
     seed: int,
-    attention: AttentionKernel,
-    memory: MemoryPolicy,
-    frozen_dtype: torch.dtype,
     leave_empty: bool = False,
 ) -> LossModel:
     """Load or make the weights and put adapter and dropout in place; in training mode, on the CPU.
 
     Args:
         seed: of random weights and of adapters.
-        attention: the resolved kernel (`model.attention` may say auto).
-        memory: what is kept for the backward pass.
-        frozen_dtype: of weights that are not trained, when there is an adapter.
         leave_empty: leave the weights to `fill_causal_lm`.
 
     Raises:
-        ConfigError: see `load_causal_lm` and `apply_adapter`.
+        ConfigError: see `load_causal_lm`, `apply_adapter` and `apply_dropout`.
     """
+    quantizer = partial(Quantizer, adapter=adapter, compute_dtype=execution.compute_dtype)
     causal_lm = load_causal_lm(
-        model, seed=seed, train_all=adapter.kind == "none", frozen_dtype=frozen_dtype, leave_empty=leave_empty
+        model,
+        seed=seed,
+        freeze=freeze if adapter.kind == "none" else None,
+        frozen_dtype=execution.frozen_dtype,
+        leave_empty=leave_empty,
+        quantizer=quantizer if adapter.quantization == "nf4" else None,
     )
     apply_adapter(causal_lm, adapter, dropout=dropout.lora, seed=seed)
     apply_dropout(causal_lm, dropout)
-    apply_memory_policy(causal_lm, memory)
-    return LossModel(causal_lm, attention).train()
+    apply_memory_policy(causal_lm, execution.memory)
+    return LossModel(causal_lm, execution.attention).train()

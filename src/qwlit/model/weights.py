@@ -1,6 +1,7 @@
 """Weights, from safetensors or drawn, into a model that waits for them: on one rank, or on each the rows it holds."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from qwlit.model.folder import first_few, read_shapes, read_tensors, weight_file
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def fill_weights(model: nn.Module, folder: Path, *, tied: bool) -> None:
+Filled = Callable[[str], None]
+
+
+def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled | None = None) -> None:
     """Stream the folder's tensors into the model's own, in their dtype; there is never a second copy.
 
     Args:
         model: whole or sharded, adapters in place or not.
         tied: head and embedding are one.
+        filled: told the name of each weight that is written.
 
     Raises:
         ConfigError: tensors are missing, unexpected, of another shape, or hold inf or NaN.
@@ -29,33 +34,45 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool) -> None:
     if tied:
         targets[HEAD] = targets[EMBEDDING]
     _check_shapes(folder, dict(read_shapes(files)), {name: list(p.shape) for name, p in targets.items()}, tied=tied)
+    embedding = targets[EMBEDDING]
     with torch.no_grad():
         for name, tensor in read_tensors(files):
-            first, end = own_rows(targets[name])
+            # Let go of, so that what takes its place when it is filled does not stand beside it.
+            target = targets.pop(name)
+            first, end = own_rows(target)
             rows = tensor[first:end]
             _check_finite(folder, name, rows)
-            if not (tied and name == HEAD):
-                local(targets[name]).copy_(rows)
+            if tied and name == HEAD:
+                continue
+            local(target).copy_(rows)
+            if filled:
+                filled(name)
         if tied:
-            _check_tied(folder, files, targets[EMBEDDING])
+            _check_tied(folder, files, embedding)
 
 
-def draw_weights(model: nn.Module, *, seed: int, std: float) -> None:
+def draw_weights(model: nn.Module, *, seed: int, std: float, filled: Filled | None = None) -> None:
     """Fill the model with random weights: matrices normal with `std`, biases 0, norms 1, as the families' own.
 
     Each tensor has a generator of its own, from `seed` and its name, so that a rank that holds some rows of it needs
     no other tensor, and all machines start from the same weights. One whole tensor at a time is in memory.
     """
+    targets = _targets(model)
     with torch.no_grad():
-        for name, parameter in _targets(model).items():
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            word = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(word[:8], "little"))
-            drawn = torch.empty(parameter.shape).normal_(std=std, generator=generator)
+        for name in list(targets):
+            parameter = targets.pop(name)
             first, end = own_rows(parameter)
-            local(parameter).copy_(drawn[first:end])
+            local(parameter).copy_(_drawn(name, parameter.shape, seed, std)[first:end])
+            if filled:
+                filled(name)
+
+
+def _drawn(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
+    if len(shape) == 1:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    word = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(word[:8], "little"))
+    return torch.empty(shape).normal_(std=std, generator=generator)
 
 
 def _targets(model: nn.Module) -> dict[str, nn.Parameter]:

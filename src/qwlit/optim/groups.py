@@ -1,28 +1,94 @@
-"""Which parameters share a weight decay. Every trainable parameter is in exactly one group."""
+"""Which parameters train with which rate and decay. Every trainable parameter is in exactly one group."""
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from qwlit.optim.config import OptimConfig
+from qwlit.core.errors import ConfigError
+from qwlit.core.patterns import is_a, layer_of, select
+from qwlit.optim.config import GroupRule, OptimConfig
 
 
-def kind(name: str) -> str:
-    """Return "bias", "norm" or "weight" for a parameter's name, as Qwen2 and Qwen3 name them."""
-    if name.endswith(".bias"):
-        return "bias"
-    owner = name.rpartition(".")[0].rpartition(".")[2]
-    return "norm" if owner.endswith("norm") else "weight"
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with one rate, one decay and one algorithm."""
+
+    name: str
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float
+    algorithm: str
+    """adamw, muon or sgd; bitsandbytes' are adamw."""
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters.values())
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
-    """Split the trainable parameters into decayed and not decayed, each group with its `name`."""
-    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-    free = [p for name, p in trainable if kind(name) in config.no_decay]
-    decayed = [p for name, p in trainable if kind(name) not in config.no_decay]
-    groups = [
-        {"name": "decay", "params": decayed, "weight_decay": config.weight_decay},
-        {"name": "no_decay", "params": free, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def plan_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[ParameterGroup]:
+    """Put each trainable parameter, by its Hugging Face name, into its group.
+
+    Raises:
+        ConfigError: a rule matches nothing, or sets nothing.
+    """
+    trained = {name: p for name, p in named_parameters if p.requires_grad}
+    rules = _rule_of(trained, config)
+    if config.lora_plus_ratio != 1 and not any(map(_is_lora_b, trained)):
+        raise ConfigError("optim.lora_plus_ratio is for LoRA's B matrices, but there are none; use recipe=lora")
+    top = max((layer for name in trained if (layer := layer_of(name)) is not None), default=-1)
+    groups: dict[tuple[str, float, float, str], ParameterGroup] = {}
+    for name, parameter in trained.items():
+        rule = rules.get(name)
+        decays = not any(is_a(kind, name) for kind in config.no_decay)
+        decay = config.weight_decay if decays else 0.0
+        decay = decay if rule is None or rule.weight_decay is None else rule.weight_decay
+        title = _title(rule) if rule else "decay" if decays else "no_decay"
+        key = (title, _peak(name, rule, config, top), decay, _algorithm(name, parameter, config))
+        groups.setdefault(key, ParameterGroup(*key)).parameters[name] = parameter
+    return list(groups.values())
+
+
+def _rule_of(trained: dict[str, nn.Parameter], config: OptimConfig) -> dict[str, GroupRule]:
+    """Return the first rule that matches, by name."""
+    found: dict[str, GroupRule] = {}
+    for number, rule in enumerate(config.groups):
+        setting = f"optim.groups[{number}]"
+        if rule.lr is None and rule.lr_multiplier is None and rule.weight_decay is None:
+            raise ConfigError(f"{setting} sets nothing; give lr, lr_multiplier or weight_decay")
+        if rule.lr is not None and rule.lr_multiplier is not None:
+            raise ConfigError(f"{setting}: lr and lr_multiplier are both set; give one of them")
+        names = select(trained, rule.match, layers=rule.layers, field=setting, things="trained parameter")
+        if names <= found.keys():
+            raise ConfigError(f"{setting}: all that '{rule.match}' matches belongs to rules before it; move it up")
+        found = dict.fromkeys(names, rule) | found
+    return found
+
+
+def _title(rule: GroupRule) -> str:
+    return rule.match if rule.layers is None else f"{rule.match}, layers {rule.layers[0]}-{rule.layers[1]}"
+
+
+def _peak(name: str, rule: GroupRule | None, config: OptimConfig, top_layer: int) -> float:
+    if rule is not None and rule.lr is not None:
+        return rule.lr
+    factor = rule.lr_multiplier if rule is not None and rule.lr_multiplier is not None else 1.0
+    if config.layer_lr_decay != 1:
+        layer = layer_of(name)
+        height = layer if layer is not None else -1 if is_a("embedding", name) else top_layer + 1
+        factor *= config.layer_lr_decay ** (top_layer + 1 - height)
+    if _is_lora_b(name):
+        factor *= config.lora_plus_ratio
+    return config.lr * factor
+
+
+def _is_lora_b(name: str) -> bool:
+    return ".lora_B." in name
+
+
+def _algorithm(name: str, parameter: nn.Parameter, config: OptimConfig) -> str:
+    if config.name == "muon":
+        outside = is_a("embedding", name) or is_a("head", name)
+        return "muon" if parameter.ndim == 2 and not outside else "adamw"
+    return "sgd" if config.name == "sgd" else "adamw"

@@ -1,38 +1,100 @@
-"""The optimizer. Fused, because clipping and skipping then happen inside its one pass over the weights."""
+"""The optimizer. Fused where torch has it, because clipping and skipping then happen inside its one pass."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import SGD, AdamW, Muon, Optimizer
 
-from qwlit.optim.config import OptimConfig
-from qwlit.optim.groups import parameter_groups
+from qwlit.core.patterns import is_a
+from qwlit.optim.composite import Composite
+from qwlit.optim.config import BITSANDBYTES, OptimConfig
+from qwlit.optim.groups import ParameterGroup
+
+TorchGroups = list[dict[str, Any]]
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameter_groups(named_parameters, config),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        amsgrad=config.amsgrad,
-        fused=True,
+def build_optimizer(groups: list[ParameterGroup], config: OptimConfig) -> Optimizer:
+    """Build the optimizer over the groups; each keeps its peak rate as `peak_lr`."""
+    if config.name in BITSANDBYTES:
+        return Composite(_bitsandbytes(groups, config))
+    by_algorithm: dict[str, TorchGroups] = {}
+    for group in groups:
+        by_algorithm.setdefault(group.algorithm, []).append(_as_torch(group))
+    parts = [BUILDERS[algorithm](found, config) for algorithm, found in by_algorithm.items()]
+    return Composite(*parts) if config.name == "muon" else parts[0]
+
+
+def _as_torch(group: ParameterGroup) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "params": list(group.parameters.values()),
+        "lr": group.lr,
+        "peak_lr": group.lr,
+        "weight_decay": group.weight_decay,
+    }
+
+
+def _adamw(groups: TorchGroups, config: OptimConfig) -> Optimizer:
+    return AdamW(groups, betas=config.betas, eps=config.eps, amsgrad=config.amsgrad, fused=True)
+
+
+def _sgd(groups: TorchGroups, config: OptimConfig) -> Optimizer:
+    nesterov = config.nesterov and config.momentum > 0
+    optimizer = SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=True)
+    if config.momentum > 0:
+        for group in groups:
+            for parameter in group["params"]:
+                # Torch makes the buffer inside the first step, unwritten: skip that one, and it stays so.
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _muon(groups: TorchGroups, config: OptimConfig) -> Optimizer:
+    return Muon(groups, momentum=config.momentum, nesterov=config.nesterov, adjust_lr_fn="match_rms_adamw")
+
+
+BUILDERS: dict[str, Callable[[TorchGroups, OptimConfig], Optimizer]] = {"adamw": _adamw, "sgd": _sgd, "muon": _muon}
+
+
+def _bitsandbytes(groups: list[ParameterGroup], config: OptimConfig) -> Optimizer:
+    # It complains about an optional CPU kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes
+
+    classes = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            if is_a("embedding", name) or is_a("head", name):
+                # Rare tokens make their moments uneven: bitsandbytes advises 32 bits (Dettmers et al. 2022).
+                manager.override_config(parameter, "optim_bits", 32)
+    optimizer: Optimizer = classes[config.name](
+        [_as_torch(group) for group in groups], betas=config.betas, eps=config.eps
     )
+    return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    """Set every group to `factor` times its peak rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["peak_lr"] * factor
 
 
 def arm_clip_and_skip(
-    optimizer: torch.optim.Optimizer, grad_norm: Tensor, max_grad_norm: float | None, loss_scale: float = 1.0
+    optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float | None, loss_scale: float = 1.0
 ) -> Tensor:
     """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip where `grad_norm` is not finite.
 
-    All on the device, nothing waits.
+    All on the device, nothing waits (but for a `Composite`).
 
-    The fused kernel divides gradients by `grad_scale`, and where `found_inf` is 1 leaves weights, moments and step
+    The fused kernels divide gradients by `grad_scale`, and where `found_inf` is 1 leave weights, moments and step
     count untouched (multiplying by 0 would not: 0 * NaN is NaN).
 
     Args:

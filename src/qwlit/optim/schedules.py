@@ -2,7 +2,8 @@
 
 With S steps in the run and W of warm-up, step t = 0 … S-1 trains at `peak * factor(t)`: (t + 1) / W while t < W (the
 first step moves already, step W - 1 is at the peak), then the decay at progress p = (t - W) / (S - W), which starts
-at 1 and would reach `min_lr_ratio` at t = S.
+at 1 and would reach `min_lr_ratio` at t = S. `wsd` (warm-up, stable, decay: Hu et al. 2024) stays at 1 until the last
+`decay_ratio` of the S steps and falls linearly over those.
 """
 
 import math
@@ -33,6 +34,7 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
     "linear": linear,
     "exponential": exponential,
     "constant": constant,
+    "wsd": linear,
 }
 
 
@@ -44,12 +46,15 @@ class Schedule:
     warmup_steps: int
     total_steps: int
     min_lr_ratio: float
+    decay_ratio: float = 1.0
 
     def factor(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return DECAYS[self.name](min(progress, 1.0), self.min_lr_ratio)
+        stable = round((1 - self.decay_ratio) * self.total_steps) if self.name == "wsd" else 0
+        start = max(self.warmup_steps, stable)
+        progress = (step - start) / max(1, self.total_steps - start)
+        return DECAYS[self.name](min(max(progress, 0.0), 1.0), self.min_lr_ratio)
 
 
 def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:
@@ -66,4 +71,5 @@ def build_schedule(config: SchedulerConfig, total_steps: int) -> Schedule:
         warmup_steps=warmup_steps(config, total_steps),
         total_steps=total_steps,
         min_lr_ratio=config.min_lr_ratio,
+        decay_ratio=config.decay_ratio,
     )

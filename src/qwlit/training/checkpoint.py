@@ -66,14 +66,18 @@ def write_checkpoint(checkpoint: dict[str, Any], final: Path, *, rank: int = 0, 
     weights = {name.removeprefix(PREFIX): t for name, t in checkpoint.pop("state_dict").items()}
     (optimizer,) = checkpoint.pop("optimizer_states")
     names = [name.removeprefix(PREFIX) for name in checkpoint["optimizer_parameters"]]
-    moments = {f"{key}.{names[i]}": t for i, state in optimizer["state"].items() for key, t in state.items()}
+    state = {f"{key}.{names[i]}": v for i, values in optimizer["state"].items() for key, v in values.items()}
+    moments = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    # bitsandbytes counts its steps in plain numbers.
+    numbers = {key: value for key, value in state.items() if key not in moments}
     written = [
         write_shard(temporary, stem, tensors, rank=rank, count=count)
         for stem, tensors in ((WEIGHTS, weights), (MOMENTS, moments))
     ]
     files = _gather([{file.name: _seal(file) for file in written}], count)
     if rank == 0:
-        torch.save(checkpoint | {"optimizer_groups": optimizer["param_groups"]}, temporary / STATE)
+        kept = {"optimizer_groups": optimizer["param_groups"], "optimizer_numbers": numbers}
+        torch.save(checkpoint | kept, temporary / STATE)
         sealed = {name: seal for shard in files for name, seal in shard.items()} | {STATE: _seal(temporary / STATE)}
         write_json_atomic(temporary / MANIFEST, {"step": checkpoint["global_step"], "files": sealed})
         fsync_folder(temporary)
@@ -122,6 +126,9 @@ def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -
             for key in moments.names():
                 kind, _, name = key.partition(".")
                 state.setdefault(numbers[name], {})[kind] = read(moments, key, PREFIX + name)
+            for key, value in checkpoint.pop("optimizer_numbers", {}).items():
+                kind, _, name = key.partition(".")
+                state.setdefault(numbers[name], {})[kind] = value
     except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder} is damaged ({reason}); remove it to go on from the one before") from None

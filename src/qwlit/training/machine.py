@@ -38,6 +38,11 @@ class Machine:
         """What frozen weights are kept in: they need no float32 copy to be trained."""
         return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        return {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[self.precision]
+
 
 def resolve_machine(
     config: HardwareConfig, determinism: Determinism, *, profile: str, state_bytes: Callable[[], int] = lambda: 0

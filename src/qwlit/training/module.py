@@ -20,6 +20,7 @@ from qwlit.core.batch import MicroBatch, StepBatch
 from qwlit.core.sharding import whole
 from qwlit.model.loss_model import LossModel
 from qwlit.optim.config import OptimConfig
+from qwlit.optim.groups import plan_groups
 from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer, set_learning_rate
 from qwlit.optim.schedules import Schedule
 from qwlit.training.determinism import seed_micro_batch
@@ -39,6 +40,7 @@ class StepOutcome:
     at_fault: Tensor
     """float32 scalar: 1.0 where it did so for a loss or gradient that no loss scale explains."""
     lr: float
+    """Of parameters without a rule of their own."""
 
 
 @dataclass
@@ -91,12 +93,13 @@ class CausalLMModule(lightning.LightningModule):
             self._shard = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.loss_model.named_parameters(), self._optim)
+        names = ((name.rpartition("causal_lm.")[2], p) for name, p in self.loss_model.named_parameters())
+        return build_optimizer(plan_groups(names, self._optim), self._optim)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
-        lr = self._optim.lr * self._schedule.factor(batch.step)
-        set_learning_rate(optimizer.optimizer, lr)
+        factor = self._schedule.factor(batch.step)
+        set_learning_rate(optimizer.optimizer, factor)
         loss_sum = torch.zeros((), device=self.device)
         last = len(batch.micro_batches) - 1
         for number, micro in enumerate(batch.micro_batches):
@@ -110,7 +113,7 @@ class CausalLMModule(lightning.LightningModule):
         optimizer.step()
         optimizer.zero_grad()
         at_fault = skipped if self.loss_scale is None else self._rescale(skipped, loss_sum)
-        self.outcome = StepOutcome(loss_sum, grad_norm, skipped, at_fault, lr)
+        self.outcome = StepOutcome(loss_sum, grad_norm, skipped, at_fault, self._optim.lr * factor)
 
     def _rescale(self, skipped: Tensor, loss_sum: Tensor) -> Tensor:
         """Let the loss scale follow what came of the step; return whether anything else than it is at fault."""

@@ -20,8 +20,19 @@ from qwlit.core.sharding import local, own_rows
 def write_shard(folder: Path, stem: str, tensors: dict[str, Tensor], *, rank: int, count: int) -> Path:
     """Write what this rank holds of the tensors; return the file."""
     file = folder / (f"{stem}.safetensors" if count == 1 else f"{stem}-{rank + 1:05d}-of-{count:05d}.safetensors")
-    save_file({name: local(t).detach().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    save_file(_apart({name: local(t).detach().contiguous() for name, t in tensors.items()}), file, {"format": "pt"})
     return file
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give each tensor memory of its own, as the file wants it: all of bitsandbytes' moments share one table."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in seen and tensor.numel() else tensor
+        seen.add(storage)
+    return apart
 
 
 class ShardReader:

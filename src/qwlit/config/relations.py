@@ -1,0 +1,82 @@
+"""What no single setting can know: settings that exclude, need or contradict each other."""
+
+from qwlit.config.run import RunConfig
+from qwlit.core.errors import ConfigError
+from qwlit.optim.config import BITSANDBYTES
+
+TEXTS = {"run.name", "run.root", "model.path", "model.tokenizer", "model.hub_id", "data.path", "data.val_path"}
+"""Settings that are text even where they look like a number, and are never empty."""
+
+
+def check_relations(config: RunConfig) -> None:
+    """Check settings against each other.
+
+    Raises:
+        ConfigError: naming both, and the remedy.
+    """
+    for check in (_texts, _length, _schedule, _data, _optimizer, _adapter, _profile):
+        check(config)
+
+
+def _texts(config: RunConfig) -> None:
+    for key in sorted(TEXTS):
+        section, name = key.split(".")
+        if getattr(getattr(config, section), name) == "":
+            raise ConfigError(f"{key} is empty; is a shell variable unset? Leave it out for its default")
+
+
+def _length(config: RunConfig) -> None:
+    if config.train.max_steps is None and config.train.max_epochs is None:
+        raise ConfigError("train.max_steps and train.max_epochs are both null; set one, or the run has no end")
+
+
+def _schedule(config: RunConfig) -> None:
+    scheduler = config.scheduler
+    if scheduler.warmup_steps is not None and scheduler.warmup_ratio is not None:
+        raise ConfigError("scheduler.warmup_steps and scheduler.warmup_ratio are both set; give one of them")
+    if scheduler.name == "exponential" and scheduler.min_lr_ratio == 0:
+        raise ConfigError("scheduler.min_lr_ratio=0: exponential decay never reaches 0; set e.g. 0.01")
+
+
+def _data(config: RunConfig) -> None:
+    data = config.data
+    if data.path is None:
+        raise ConfigError("data.path is not set; give a file, a folder or hf:ORG/NAME, or data=demo")
+    if data.val_path is not None and data.val_fraction > 0:
+        raise ConfigError("data.val_path and data.val_fraction are both set; give one of them")
+    if data.exact_match and data.val_path is None and data.val_fraction == 0:
+        raise ConfigError(
+            f"data.exact_match={data.exact_match} answers validation rows; set data.val_path or val_fraction"
+        )
+
+
+def _optimizer(config: RunConfig) -> None:
+    optim = config.optim
+    if optim.amsgrad and optim.name != "adamw":
+        raise ConfigError(f"optim.amsgrad=true is of adamw, but optim.name={optim.name}; set optim=adamw")
+    if optim.nesterov and optim.momentum == 0 and optim.name in ("muon", "sgd"):
+        raise ConfigError("optim.nesterov=true looks ahead along the momentum, but optim.momentum=0; set one of them")
+    if config.determinism == "strict" and optim.name in (*BITSANDBYTES, "muon"):
+        raise ConfigError(
+            f"determinism=strict trains in float32, but optim.name={optim.name} computes in fewer bits; set optim=adamw"
+        )
+
+
+def _adapter(config: RunConfig) -> None:
+    adapter, freeze = config.adapter, config.freeze
+    if adapter.kind == "none":
+        for key, value in (("quantization", adapter.quantization != "none"), ("use_dora", adapter.use_dora)):
+            if value:
+                raise ConfigError(f"adapter.{key} is for a frozen model with adapters; set recipe=qlora or recipe=lora")
+        if config.dropout.lora:
+            raise ConfigError(f"dropout.lora={config.dropout.lora}: there are no adapters; set it 0, or recipe=lora")
+    elif freeze.parameters or freeze.layers is not None or freeze.lower_layers_ratio:
+        raise ConfigError("freeze.* is for training without adapters: with adapter.kind=lora all else is frozen anyway")
+    if adapter.quantization != "none" and config.determinism == "strict":
+        raise ConfigError("determinism=strict trains in float32, but adapter.quantization=nf4 has 4 bits; set it none")
+
+
+def _profile(config: RunConfig) -> None:
+    steps = config.profile.steps
+    if steps is not None and not 0 < steps[0] <= steps[1]:
+        raise ConfigError(f"profile.steps={list(steps)}: give [first,last] with 1 <= first <= last")

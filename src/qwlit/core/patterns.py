@@ -1,0 +1,85 @@
+"""Naming parameters by pattern: what a rule about optimizer groups, freezing or adapters can say.
+
+A pattern is a kind (`bias`, `norm`, `embedding`, `head`, `attention`, `mlp`), a part of the dotted name (`q_proj`,
+`layers.0`, `lora_A`), or a glob over the whole name (`model.layers.*.weight`). Names are Hugging Face's, as in
+`model.layers.0.self_attn.q_proj.weight`.
+"""
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from qwlit.core.errors import ConfigError, nearest
+
+KINDS = ("bias", "norm", "embedding", "head", "attention", "mlp")
+
+
+def is_a(kind: str, name: str) -> bool:
+    """Whether the parameter is of one of `KINDS`; a bias of an attention layer is of two."""
+    owner = name.rpartition(".")[0].rpartition(".")[2]
+    return {
+        "bias": name.endswith(".bias"),
+        "norm": owner.endswith("norm"),
+        "embedding": ".embed_tokens." in f".{name}",
+        "head": name.startswith("lm_head."),
+        "attention": ".self_attn." in name,
+        "mlp": ".mlp." in name,
+    }[kind]
+
+
+def matches(pattern: str, name: str) -> bool:
+    if pattern in KINDS:
+        return is_a(pattern, name)
+    return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the decoder layer that a name lies in, None outside of them."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def select(
+    names: Iterable[str], pattern: str, *, field: str, layers: tuple[int, int] | None = None, things: str = "parameter"
+) -> set[str]:
+    """Return the names that match, within a range of layers where one is given.
+
+    Args:
+        field: the setting that holds the pattern, for the message.
+        layers: first and last decoder layer, counted from 0.
+        things: what the names are names of.
+
+    Raises:
+        ConfigError: nothing matches, or there are no such layers.
+    """
+    names = list(names)
+    inside = names if layers is None else within(names, layers, field=field)
+    found = {name for name in inside if matches(pattern, name)}
+    if not found:
+        raise ConfigError(f"{field}: '{pattern}' matches no {things}{_where(layers)}.{_hint(pattern, names)}")
+    return found
+
+
+def within(names: Iterable[str], layers: tuple[int, int], *, field: str) -> list[str]:
+    """Return the names in a range of decoder layers, both ends included.
+
+    Raises:
+        ConfigError: the model has no such layers.
+    """
+    first, last = layers
+    names = list(names)
+    top = max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+    if not first <= last <= top:
+        raise ConfigError(f"{field}: layers [{first},{last}] are not [first,last] of the model's, 0 to {top}")
+    return [name for name in names if (layer := layer_of(name)) is not None and first <= layer <= last]
+
+
+def _where(layers: tuple[int, int] | None) -> str:
+    return "" if layers is None else f" in layers {layers[0]} to {layers[1]}"
+
+
+def _hint(pattern: str, names: list[str]) -> str:
+    if pattern == "head":
+        return " This head is the embedding; say 'embedding'."
+    parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+    return nearest(pattern, sorted(parts.union(KINDS))) or f" Known: {', '.join(sorted(parts | set(KINDS)))}."

@@ -1,0 +1,31 @@
+"""Freezing: parameters that keep their values and cost neither gradient nor optimizer state."""
+
+from typing import TYPE_CHECKING
+
+from qwlit.core.errors import ConfigError
+from qwlit.core.patterns import select, within
+from qwlit.model.config import FreezeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def apply_freeze(model: "PreTrainedModel", freeze: FreezeConfig) -> None:
+    """Let all parameters be trained but those that `freeze` names.
+
+    Raises:
+        ConfigError: a pattern matches nothing, there are no such layers, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    frozen: set[str] = set()
+    for pattern in freeze.parameters:
+        frozen |= select(names, pattern, field="freeze.parameters")
+    if freeze.layers is not None:
+        frozen.update(within(names, freeze.layers, field="freeze.layers"))
+    lower = int(freeze.lower_layers_ratio * len(model.model.layers))
+    if lower:
+        frozen.update(within(names, (0, lower - 1), field="freeze.lower_layers_ratio"))
+    if len(frozen) == len(names):
+        raise ConfigError("freeze leaves nothing to train; take something out of freeze.parameters or freeze.layers")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)

@@ -1,0 +1,57 @@
+"""Several optimizers as one, for those whose kernels can neither clip nor skip by themselves."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Composite(Optimizer):
+    """Looks and saves like one optimizer: its groups and state are those of its parts.
+
+    Clips in a pass of its own and decides on the host whether to step, so it waits for the device once a step.
+    """
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share({parameter: state for part in parts for parameter, state in part.state.items()})
+
+    def _share(self, state: dict[Any, Any]) -> None:
+        """Let parts and whole hold the same groups and the same state."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.state = defaultdict(dict, state)
+        for part in self.parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if self.found_inf is not None and bool(self.found_inf):
+            return result
+        if self.grad_scale is not None:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(gradients, self.grad_scale)
+        for part in self.parts:
+            part.step()
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give each part its own share: they differ in what they may cast."""
+        groups = state_dict["param_groups"]
+        merged: dict[Any, Any] = {}
+        for part in self.parts:
+            own, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
+            numbers = {number for group in own for number in group["params"]}
+            state = {number: values for number, values in state_dict["state"].items() if number in numbers}
+            part.load_state_dict({"state": state, "param_groups": own})
+            merged |= dict(part.state)
+        self._share(merged)
