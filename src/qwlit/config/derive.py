@@ -43,7 +43,7 @@ def accumulation(global_batch_size: int, micro_batch_size: int | None, world_siz
     return None if micro_batch_size is None else -(-global_batch_size // (micro_batch_size * world_size))
 
 
-def derive(config: RunConfig, plan: StepPlan, *, has_validation: bool) -> Derived:
+def derive(config: RunConfig, plan: StepPlan, *, has_validation: bool, accelerator: str) -> Derived:
     total_steps = _total_steps(config, plan)
     schedule = build_schedule(config.scheduler, total_steps)
     hardware = config.hardware
@@ -54,7 +54,7 @@ def derive(config: RunConfig, plan: StepPlan, *, has_validation: bool) -> Derive
         if hardware.micro_batch_tokens
         else accumulation(plan.global_batch_size, hardware.micro_batch_size, plan.world_size),
         milestones=_milestones(config, plan, total_steps, has_validation=has_validation),
-        findings=_findings(config, schedule),
+        findings=_findings(config, schedule, accelerator),
     )
 
 
@@ -80,7 +80,7 @@ def _milestones(config: RunConfig, plan: StepPlan, total_steps: int, *, has_vali
     )
 
 
-def _findings(config: RunConfig, schedule: Schedule) -> list[str]:
+def _findings(config: RunConfig, schedule: Schedule, accelerator: str) -> list[str]:
     """What a careful reader of the settings would remark on."""
     findings = []
     asked = config.scheduler.warmup_steps
@@ -100,6 +100,8 @@ def _findings(config: RunConfig, schedule: Schedule) -> list[str]:
         )
     if config.adapter.kind != "none" and config.model.init == "random":
         findings.append("an adapter on random weights: export/ holds the adapter alone, its base is nowhere else")
+    if config.optim.name.startswith("paged") and accelerator == "cpu":
+        findings.append(f"optim.name={config.optim.name}: only a GPU's memory can be paged; here nothing is")
     if config.train.global_batch_size < 16:
         findings.append(
             f"train.global_batch_size={config.train.global_batch_size}: fewer than 16 samples make noisy steps"

@@ -11,7 +11,7 @@ from qwlit.core.errors import nearest
 
 # What pydantic says of Python's types, for somebody who types settings.
 PLAIN_WORDS = {
-    "a valid tuple": "a list, [first,second]",
+    r"a valid tuple": "a list, [first,second]",
     "^field required": "give two values, [first,second]",
     r"a dictionary or an instance of \w+": "settings, key by key",
 }
@@ -19,9 +19,11 @@ PLAIN_WORDS = {
 
 def explain(error: ValidationError, groups: list[str]) -> str:
     """Turn pydantic's first finding into one line: field, rule, nearest name among settings and `groups`."""
-    finding = error.errors()[0]
+    # A name written wrong is also a name missing: the former says more.
+    findings = sorted(error.errors(), key=lambda finding: finding["type"] != "unexpected_keyword_argument")
+    finding = findings[0]
     owner, names = _trace([str(part) for part in finding["loc"]])
-    field = ".".join(names)
+    field = re.sub(r"\.(\d+)", r"[\1]", ".".join(names))
     if finding["type"] == "unexpected_keyword_argument":
         known = [f.name for f in dataclasses.fields(owner)] + (groups if owner is RunConfig else [])
         if field in groups:
@@ -57,6 +59,8 @@ def _trace(location: list[str]) -> tuple[Any, list[str]]:
     names: list[str] = []
     for name in location:
         names.append(name)
+        if name.isdigit():
+            continue
         field = next((f for f in dataclasses.fields(owner) if f.name == name), None)
         inner = (
             [t for t in (field.type, *getattr(field.type, "__args__", ())) if dataclasses.is_dataclass(t)]

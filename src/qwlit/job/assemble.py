@@ -16,8 +16,9 @@ from qwlit.data.step_plan import StepPlan
 from qwlit.job.corpus import open_corpus
 from qwlit.model.config import AttentionKernel, Execution
 from qwlit.model.cost import training_state_bytes
-from qwlit.model.loss_model import LossModel, build_loss_model
+from qwlit.model.loss_model import LossModel, build_loss_model, rehearse
 from qwlit.optim.config import BITSANDBYTES
+from qwlit.optim.groups import plan_groups
 from qwlit.training.machine import Machine, resolve_attention, resolve_machine
 
 
@@ -62,13 +63,15 @@ def assemble(composed: Composed) -> Job:
         determinism=config.determinism,
         attention_dropout=config.dropout.attention,
     )
+    # Before hours of tokenizing: a name that matches nothing is known from the shape alone.
+    plan_groups(rehearse(config.model, config.adapter, config.dropout, config.freeze).named_parameters(), config.optim)
     corpus = open_corpus(config, console())
     data = split_data(config.data, corpus.training, corpus.validation)
     plan = plan_steps(config, data, machine.world_size)
     for samples in (data.train, data.validation):
         if samples is not None:
             plan.limits.check(samples)
-    derived = derive(config, plan, has_validation=data.validation is not None)
+    derived = derive(config, plan, has_validation=data.validation is not None, accelerator=machine.accelerator)
     return Job(config, composed.choices, machine, attention, corpus.tokenizer, corpus.encoder, data, plan, derived)
 
 

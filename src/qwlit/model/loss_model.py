@@ -12,9 +12,11 @@ from qwlit.core.batch import MicroBatch
 from qwlit.model.adapters import apply_adapter
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.dropout import apply_dropout
+from qwlit.model.freeze import apply_freeze
 from qwlit.model.head import linear_cross_entropy
-from qwlit.model.load import load_causal_lm
+from qwlit.model.load import load_causal_lm, model_shape
 from qwlit.model.memory import apply_memory_policy
+from qwlit.model.presets import meta_causal_lm
 from qwlit.model.quantize import Quantizer
 
 if TYPE_CHECKING:
@@ -94,7 +96,25 @@ def build_loss_model(
         leave_empty=leave_empty,
         quantizer=quantizer if adapter.quantization == "nf4" else None,
     )
-    apply_adapter(causal_lm, adapter, dropout=dropout.lora, seed=seed)
-    apply_dropout(causal_lm, dropout)
+    _apply(causal_lm, adapter, dropout, seed)
     apply_memory_policy(causal_lm, execution.memory)
     return LossModel(causal_lm, execution.attention).train()
+
+
+def rehearse(
+    model: ModelConfig, adapter: AdapterConfig, dropout: DropoutConfig, freeze: FreezeConfig
+) -> "PreTrainedModel":
+    """Return the model as it will be, without weights: its names, shapes, and what is trained.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or there are no such layers.
+    """
+    causal_lm = meta_causal_lm(model_shape(model))
+    apply_freeze(causal_lm, freeze)
+    _apply(causal_lm, adapter, dropout, seed=0)
+    return causal_lm
+
+
+def _apply(causal_lm: "PreTrainedModel", adapter: AdapterConfig, dropout: DropoutConfig, seed: int) -> None:
+    apply_adapter(causal_lm, adapter, dropout=dropout.lora, seed=seed)
+    apply_dropout(causal_lm, dropout)

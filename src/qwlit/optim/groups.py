@@ -19,7 +19,7 @@ class ParameterGroup:
     """Peak learning rate."""
     weight_decay: float
     algorithm: str
-    """adamw, muon or sgd; bitsandbytes' are adamw."""
+    """As in optim.name; beside muon, adamw."""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
@@ -45,6 +45,8 @@ def plan_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Op
         decay = config.weight_decay if decays else 0.0
         decay = decay if rule is None or rule.weight_decay is None else rule.weight_decay
         title = _title(rule) if rule else "decay" if decays else "no_decay"
+        if config.layer_lr_decay != 1 and (rule is None or rule.lr is None):
+            title += f", layer {layer_of(name)}" if layer_of(name) is not None else ", outside layers"
         key = (title, _peak(name, rule, config, top), decay, _algorithm(name, parameter, config))
         groups.setdefault(key, ParameterGroup(*key)).parameters[name] = parameter
     return list(groups.values())
@@ -91,4 +93,4 @@ def _algorithm(name: str, parameter: nn.Parameter, config: OptimConfig) -> str:
     if config.name == "muon":
         outside = is_a("embedding", name) or is_a("head", name)
         return "muon" if parameter.ndim == 2 and not outside else "adamw"
-    return "sgd" if config.name == "sgd" else "adamw"
+    return config.name

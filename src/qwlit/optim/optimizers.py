@@ -1,6 +1,7 @@
 """The optimizer. Fused where torch has it, because clipping and skipping then happen inside its one pass."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,8 @@ def _bitsandbytes(groups: list[ParameterGroup], config: OptimConfig) -> Optimize
         "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
+    # Said once, and better, when the run begins.
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
     for group in groups:
         for name, parameter in group.parameters.items():
