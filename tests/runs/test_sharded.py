@@ -221,3 +221,37 @@ def test_between_log_points_ranks_exchange_gradients_the_norm_and_one_word(strat
     if strategy == "ddp":
         # Four times one bucket of gradients, and after all but the last the word that a signal would set.
         assert seen["allreduce_"] == 4 + 3, seen
+
+
+@pytest.mark.parametrize(
+    ("words", "tolerance"),
+    [
+        # Muon orthogonalizes in bfloat16, whose rounding depends on where rows are cut.
+        (["recipe=full_sft", "optim=muon"], 2e-4),
+        (["recipe=freeze", "optim=sgd", "optim.lr=0.1"], 2e-5),
+        (["recipe=lora", "adapter.use_dora=true", "optim.lora_plus_ratio=4.0"], 2e-5),
+    ],
+    ids=["muon", "freeze-sgd", "dora"],
+)
+def test_every_optimizer_freezing_and_adapter_that_can_be_sharded_trains_what_one_process_trains(
+    words, tolerance, tmp_path
+):
+    words = [*RUN, *words, "dropout=none"]
+    one = train([*words, "run.name=one"], tmp_path)
+    for name, machine in (("ddp", ["hardware.devices=2"]), ("fsdp", sharded())):
+        two = train([*words, f"run.name={name}", *machine], tmp_path, qwlit_process)
+        assert losses(two) == [(step, pytest.approx(loss, rel=tolerance)) for step, loss in losses(one)]
+        assert validations(two) == pytest.approx(validations(one), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["recipe=qlora"], "adapter.quantization=nf4 cannot be sharded"),
+        (["optim=adamw_8bit"], "optim.name=adamw_8bit cannot be sharded"),
+    ],
+)
+def test_4_and_8_bits_are_not_sharded(words, said, tmp_path):
+    done = qwlit(["train", *TINY, *words, *sharded()], tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1

@@ -25,7 +25,7 @@ def build_optimizer(groups: list[ParameterGroup], config: OptimConfig) -> Optimi
     for group in groups:
         by_algorithm.setdefault(group.algorithm, []).append(_as_torch(group))
     parts = [BUILDERS[algorithm](found, config) for algorithm, found in by_algorithm.items()]
-    return Composite(*parts) if config.name == "muon" else parts[0]
+    return parts[0] if config.name == "adamw" else Composite(*parts)
 
 
 def _as_torch(group: ParameterGroup) -> dict[str, Any]:
@@ -43,14 +43,8 @@ def _adamw(groups: TorchGroups, config: OptimConfig) -> Optimizer:
 
 
 def _sgd(groups: TorchGroups, config: OptimConfig) -> Optimizer:
-    nesterov = config.nesterov and config.momentum > 0
-    optimizer = SGD(groups, momentum=config.momentum, nesterov=nesterov, fused=True)
-    if config.momentum > 0:
-        for group in groups:
-            for parameter in group["params"]:
-                # Torch makes the buffer inside the first step, unwritten: skip that one, and it stays so.
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    # The fused kernel knows no sharded tensors, and leaves a buffer unwritten where its first step is skipped.
+    return SGD(groups, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, foreach=True)
 
 
 def _muon(groups: TorchGroups, config: OptimConfig) -> Optimizer:
