@@ -92,7 +92,9 @@ def tiny(model_type: str, adapter: str) -> Any:
 
 
 def machine(strategy: Any, world_size: int) -> Machine:
-    return Machine("cpu", "CPU", world_size, 1, strategy, "32-true", "none", 1800.0, num_workers=0, pin_memory=False)
+    return Machine(
+        "cpu", "CPU", world_size, 1, strategy, "32-true", False, "none", 1800.0, num_workers=0, pin_memory=False
+    )
 
 
 def shard(strategy: str, model: Any) -> Any:

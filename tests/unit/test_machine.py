@@ -63,5 +63,12 @@ def test_the_strategy_follows_from_what_the_model_needs_and_the_device_has(
 ) -> None:
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
     config = compose(["hardware=a100x4", *words]).config
-    needs = partial(training_state_bytes, config.model, config.adapter, bytes_a_frozen_parameter=2)
+    needs = partial(training_state_bytes, config.model, config.adapter, config.optim.amsgrad)
     assert machine.resolve_machine(config.hardware, "fast", profile="a100x4", state_bytes=needs).strategy == strategy
+
+
+def test_bfloat16_is_refused_where_the_card_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(1, "Quadro RTX 6000", False, 25.4))
+    hardware = compose(["hardware=rtx4090"]).config.hardware
+    with pytest.raises(ConfigError, match=r"Quadro RTX 6000 has no bfloat16; set hardware\.precision=16-mixed"):
+        machine.resolve_machine(hardware, "fast", profile="rtx4090")

@@ -47,7 +47,7 @@ def test_a_checkpoint_reads_back_and_lists_its_files_with_their_hashes(folder):
         content = (path / name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
     assert set(manifest["files"]) | {MANIFEST} == {p.name for p in path.iterdir()}
-    assert read_weights(path)["model.norm.weight"].tolist() == [7, 7, 7]
+    assert dict(read_weights(path))["model.norm.weight"].tolist() == [7, 7, 7]
     loaded = StepFolderIO().load_checkpoint(path)
     assert loaded["loops"] == {"a": [1, None]} and "loss_model.causal_lm.model.norm.weight" in loaded["state_dict"]
     (optimizer,) = loaded["optimizer_states"]

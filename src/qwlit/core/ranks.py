@@ -70,10 +70,14 @@ def launch_token() -> str:
     return " ".join(os.environ.get(name, "-") for name in names)
 
 
-def die_with_parent() -> None:
-    """End this process when the one that started it does, however that ends (Linux: prctl(2), PR_SET_PDEATHSIG)."""
+def die_with_parent(parent: int | None = None) -> None:
+    """End this process when the one that started it does, however that ends (Linux: prctl(2), PR_SET_PDEATHSIG).
+
+    Args:
+        parent: that process's number, where it is known: it may have ended before this was asked for.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() == 1:
+        if parent is not None and os.getppid() != parent:
             sys.exit(1)

@@ -36,7 +36,7 @@ def map_in_order(
         yield from map(function, items)
         return
     # Not fork: the threads of torch and of the tokenizer do not survive it.
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start, (function,))
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start, (function, os.getpid()))
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -53,11 +53,11 @@ def map_in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(function: Callable[[Any], Any]) -> None:
+def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function  # noqa: PLW0603 - sent once to each process instead of with each item
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    die_with_parent()
+    die_with_parent(parent)
     # One core each.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _function = function

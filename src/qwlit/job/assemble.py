@@ -54,7 +54,7 @@ def assemble(composed: Composed) -> Job:
         config.hardware,
         config.determinism,
         profile=composed.choices.get("hardware") or "of this config.yaml",
-        state_bytes=partial(training_state_bytes, config.model, config.adapter, bytes_a_frozen_parameter=2),
+        state_bytes=partial(training_state_bytes, config.model, config.adapter, config.optim.amsgrad),
     )
     _check_sharding(config, machine)
     attention = resolve_attention(

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -38,15 +39,21 @@ def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> li
     sharded = job.machine.strategy == "fsdp"
     if sharded:
         # The other ranks have left with their rows: the whole model is made anew, from the files.
-        loss_model = load_model(job)
+        loss_model = load_model(job, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
     _take_best_weights(loss_model, loop, always=sharded)
     export_model(loss_model.causal_lm, job.tokenizer, folder.path / "export", base=_base(job))
     if not job.config.data.exact_match or job.data.validation is None:
         return []
     # The trainer has moved the model to the CPU when it ended.
-    loss_model.to(loop.trainer.strategy.root_device)
-    with loop.trainer.precision_plugin.forward_context():
-        records = _answer(job, loss_model)
+    try:
+        loss_model.to(loop.trainer.strategy.root_device)
+        with loop.trainer.precision_plugin.forward_context():
+            records = _answer(job, loss_model)
+    except torch.OutOfMemoryError:
+        message = "the device has no room for answering prompts; the run is done, and export/ whole"
+        folder.append_event(loop.trainer.global_step, "finding", message=message)
+        console().print(f"  [yellow]note[/]      {message}")
+        return []
     folder.write_rows("samples.jsonl", records)
     folder.write_summary(exact_match=sum(record["exact"] for record in records) / len(records))
     return records
@@ -61,7 +68,10 @@ def _base(job: Job) -> str | None:
 def _take_best_weights(loss_model: LossModel, loop: Loop, *, always: bool) -> None:
     best = loop.checkpointing.best_checkpoint or (loop.checkpointing.newest_checkpoint if always else None)
     if best is not None and (always or step_of(best) != loop.trainer.global_step):
-        loss_model.causal_lm.load_state_dict(read_weights(best), strict=False)
+        parameters = dict(loss_model.causal_lm.named_parameters())
+        with torch.no_grad():
+            for name, weight in read_weights(best):
+                parameters[name].copy_(weight)
 
 
 def _answer(job: Job, loss_model: LossModel) -> list[Record]:

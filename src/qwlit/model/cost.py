@@ -8,10 +8,13 @@ from qwlit.model.presets import meta_causal_lm
 BYTES_A_TRAINED_PARAMETER = 16
 
 
-def training_state_bytes(model: ModelConfig, adapter: AdapterConfig, *, bytes_a_frozen_parameter: int) -> int:
+def training_state_bytes(
+    model: ModelConfig, adapter: AdapterConfig, amsgrad: bool, bytes_a_frozen_parameter: int
+) -> int:
     """Return what weights, gradients and optimizer take on one device that holds all of them.
 
     An adapter's own parameters are left out: they are a hundredth of what it stands beside.
     """
     count: int = sum(parameter.numel() for parameter in meta_causal_lm(model_shape(model)).parameters())
-    return count * (BYTES_A_TRAINED_PARAMETER if adapter.kind == "none" else bytes_a_frozen_parameter)
+    trained = BYTES_A_TRAINED_PARAMETER + 4 * amsgrad
+    return count * (trained if adapter.kind == "none" else bytes_a_frozen_parameter)

@@ -1,5 +1,6 @@
 """FSDP2: every layer's weights, gradients and moments cut along their first dimension over the devices."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +18,11 @@ def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
     Gradients are summed in float32 and after every micro-batch, so that no device ever holds a whole one longer.
 
     Args:
-        bf16: compute in bfloat16 from float32 weights.
+        bf16: send the layers' weights around in bfloat16. What is computed in it autocast decides, as without
+            sharding: the residual stream, embedding and head stay float32.
     """
-    compute = torch.bfloat16 if bf16 else None
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = replace(whole, param_dtype=torch.bfloat16) if bf16 else whole
     for layer in model.causal_lm.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=whole)

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -46,10 +47,11 @@ def list_checkpoints(folder: RunFolder) -> list[Path]:
     return sorted((p for p in whole if p.name.removeprefix("step-").isdigit()), key=step_of)
 
 
-def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return the trained weights by their Hugging Face names."""
+def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the trained weights by their Hugging Face names, one at a time."""
     with ShardReader(checkpoint, WEIGHTS) as weights:
-        return {name: weights.read(name) for name in weights.names()}
+        for name in weights.names():
+            yield name, weights.read(name)
 
 
 def write_checkpoint(checkpoint: dict[str, Any], final: Path, *, rank: int = 0, count: int = 1) -> None:

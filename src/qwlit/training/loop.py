@@ -86,8 +86,18 @@ def build_loop(
         callbacks.append(Trace(milestones, folder))
     if profile.steps is not None:
         callbacks.append(ProfileSteps(profile.steps, folder.path / "profile"))
+
+    def record_failure() -> None:
+        folder.write_summary(status="failed")
+
     if machine.world_size > 1:
-        callbacks.append(StallWatch(machine.timeout_seconds, lambda: folder.write_summary(status="failed")))
+        callbacks.append(StallWatch(machine.timeout_seconds, record_failure))
     callbacks.append(StopOnSignal(milestones, checkpointing, folder))
-    trainer = build_trainer(machine, total_steps=milestones.total_steps, callbacks=callbacks, folder=folder.path)
+    trainer = build_trainer(
+        machine,
+        total_steps=milestones.total_steps,
+        callbacks=callbacks,
+        folder=folder.path,
+        record_failure=record_failure,
+    )
     return Loop(trainer, telemetry, watching, checkpointing)

@@ -24,6 +24,8 @@ class Machine:
     num_nodes: int
     strategy: Literal["single", "ddp", "fsdp"]
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    has_bf16: bool
+    """Whether its devices compute in bfloat16 by themselves."""
     memory: MemoryPolicy
     timeout_seconds: float
     num_workers: int
@@ -45,13 +47,14 @@ class Machine:
 
 
 def resolve_machine(
-    config: HardwareConfig, determinism: Determinism, *, profile: str, state_bytes: Callable[[], int] = lambda: 0
+    config: HardwareConfig, determinism: Determinism, *, profile: str, state_bytes: Callable[[int], int] = lambda _: 0
 ) -> Machine:
     """Answer every "auto" from what is here.
 
     Args:
         profile: the hardware profile's name, for the message.
-        state_bytes: what weights, gradients and moments take where one device holds all; asked only when it matters.
+        state_bytes: from the bytes of a frozen parameter, what weights, gradients and moments take where one device
+            holds all; asked only when it matters.
 
     Raises:
         ConfigError: the machine lacks what the profile asks for, or settings exclude each other.
@@ -74,7 +77,7 @@ def resolve_machine(
         )
     strategy: Literal["single", "ddp", "fsdp"] = "ddp" if world_size > 1 else "single"
     may_shard = config.strategy == "auto" and world_size > 1 and accelerator == "cuda" and precision != "16-mixed"
-    if may_shard and state_bytes() > ROOM_FOR_STATE * here.memory_gb * 1e9:
+    if may_shard and state_bytes(2 if precision == "bf16-mixed" else 4) > ROOM_FOR_STATE * here.memory_gb * 1e9:
         strategy = "fsdp"
     return Machine(
         accelerator=accelerator,
@@ -83,6 +86,7 @@ def resolve_machine(
         num_nodes=config.num_nodes,
         strategy=strategy if config.strategy == "auto" else config.strategy,
         precision=precision,
+        has_bf16=accelerator == "cuda" and here.has_bf16,
         memory="none" if config.memory == "auto" else config.memory,
         timeout_seconds=config.timeout_seconds,
         num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,
@@ -145,6 +149,10 @@ def _precision(
                 " set hardware.precision=32-true, or use determinism=reproducible"
             )
         return "32-true"
+    if config.precision == "bf16-mixed" and accelerator == "cuda" and not here.has_bf16:
+        raise ConfigError(
+            f"hardware.precision=bf16-mixed: {here.name} has no bfloat16; set hardware.precision=16-mixed or 32-true"
+        )
     if config.precision != "auto":
         return config.precision
     if accelerator == "cpu":

@@ -8,10 +8,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from qwlit.core.errors import ConfigError
+from qwlit.core.sharding import local
 from qwlit.training.config import HardwareConfig
 from qwlit.training.machine import Machine
 
-SNAPSHOT = "memory_snapshot.pickle"
+SNAPSHOT = "memory_snapshot-rank{rank}.pickle"
 LADDER = ("none", "selective", "full", "offload")
 
 
@@ -26,7 +27,8 @@ def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig,
     largest = sorted(held.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in largest)
     tries = " · ".join(remedies(hardware, machine)) or "recipe=lora, or a larger device"
-    snapshot = f" The allocator's state is in {SNAPSHOT}." if _write_snapshot(Path(trainer.default_root_dir)) else ""
+    file = Path(trainer.default_root_dir) / SNAPSHOT.format(rank=trainer.global_rank)
+    snapshot = f" The allocator's state is in {file.name}." if _write_snapshot(file) else ""
     return ConfigError(
         f"out of memory in step {trainer.global_step + 1} on {machine.device_name}: {named}."
         f" Try in this order: {tries}.{snapshot} The last checkpoint stays; the same command goes on from it"
@@ -42,7 +44,7 @@ def remedies(hardware: HardwareConfig, machine: Machine) -> list[str]:
             found.append(f"hardware.{name}={limit // 2}")
     if hardware.micro_batch_size is None and hardware.micro_batch_tokens is None:
         found.append("hardware.micro_batch_size=1")
-    if machine.precision == "32-true" and machine.accelerator == "cuda":
+    if machine.precision == "32-true" and machine.has_bf16:
         found.append("hardware.precision=bf16-mixed")
     return found
 
@@ -58,10 +60,11 @@ def _holders(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> 
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Return what this rank holds of the tensors."""
+    return sum(local(t).numel() * t.element_size() for t in tensors)
 
 
-def _write_snapshot(folder: Path) -> bool:
+def _write_snapshot(file: Path) -> bool:
     if torch.cuda.is_available():
-        torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
+        torch.cuda.memory._dump_snapshot(str(file))
     return torch.cuda.is_available()

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import append_json_line, locked, read_json_lines, write_json_atomic, write_text_atomic
-from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token
+from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token, launched_by_torchrun
 
 FINISHED = "done"
 STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl")
@@ -139,10 +139,13 @@ class RunLock:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        if launched_by_torchrun():
+            die_with_parent()
+        started_by, _, ready = os.environ.get(READY_VARIABLE, "").partition(" ")
         if is_rank_zero():
             self._acquire()
-        elif os.environ.get(READY_VARIABLE) == str(self._folder.path):
-            die_with_parent()
+        elif ready == str(self._folder.path):
+            die_with_parent(int(started_by))
         else:
             self._wait()
         return self
@@ -169,7 +172,7 @@ class RunLock:
         """On rank 0: all files that the other ranks read are there. Processes started from now on need not ask."""
         if is_rank_zero():
             self._path.write_text(launch_token(), encoding="utf-8")
-            os.environ[READY_VARIABLE] = str(self._folder.path)
+            os.environ[READY_VARIABLE] = f"{os.getpid()} {self._folder.path}"
 
     def _wait(self) -> None:
         """Return once rank 0 of this launch holds the lock and has announced.

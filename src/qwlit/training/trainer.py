@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
@@ -15,31 +16,43 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from qwlit.core.errors import QwlitError
-from qwlit.core.ranks import launched_by_torchrun
+from qwlit.core.errors import ConfigError, QwlitError
+from qwlit.core.ranks import launched_by_srun, launched_by_torchrun
 from qwlit.training.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
 from qwlit.training.stalls import VERDICT_SECONDS
 
 
-def build_trainer(machine: Machine, *, total_steps: int, callbacks: list[Callback], folder: Path) -> Trainer:
+def build_trainer(
+    machine: Machine,
+    *,
+    total_steps: int,
+    callbacks: list[Callback],
+    folder: Path,
+    record_failure: Callable[[], None] = lambda: None,
+) -> Trainer:
+    """Build the Trainer; `record_failure` is called when the process must end where nothing can be raised."""
     _quieten_lightning()
     plugins: list[Any] = [] if machine.strategy == "fsdp" else [StepFolderIO()]
     if machine.precision == "16-mixed":
         plugins.append(_autocast_to_float16(machine.accelerator))
-    if SLURMEnvironment.detect() and not launched_by_torchrun():
-        # Lightning would save inside the signal handler; `preemption` saves at a step boundary.
+    if launched_by_srun():
+        # Lightning would save inside the signal handler; `preemption` saves at a step boundary. It would also start
+        # ranks of its own in a job that is named "interactive", as salloc's are.
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    elif SLURMEnvironment.detect() and not launched_by_torchrun():
+        plugins.append(LightningEnvironment())
     trainer = Trainer(
         accelerator="gpu" if machine.accelerator == "cuda" else "cpu",
         devices=machine.devices,
         num_nodes=machine.num_nodes,
-        strategy=_strategy(machine),
-        precision=_lightning_precision(machine),
+        strategy=_strategy(machine, record_failure),
+        # The plugin for float16 stands in for the word.
+        precision=None if machine.precision == "16-mixed" else machine.precision,
         max_steps=total_steps,
         callbacks=callbacks,
         plugins=plugins,
@@ -71,6 +84,7 @@ class _Launcher(_SubprocessScriptLauncher):
     def __init__(self, cluster_environment: Any, num_processes: int, num_nodes: int) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self.children: list[Popen[bytes]] = []
+        self.record_failure: Callable[[], None] = lambda: None
 
     def _call_children_scripts(self) -> None:
         previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -86,27 +100,34 @@ class _Launcher(_SubprocessScriptLauncher):
         for child in self.children:
             child.send_signal(signum)
 
-    def ends(self) -> str:
-        """Say how the ranks started here that did not end well have ended."""
+    def ends(self) -> dict[int, int]:
+        """Return how the ranks started here that did not end well have ended."""
         codes = {rank: child.poll() for rank, child in enumerate(self.children, start=1)}
-        return ", ".join(f"rank {rank} ended with {_end(code)}" for rank, code in codes.items() if code)
+        return {rank: code for rank, code in codes.items() if code}
 
     def _watch(self) -> None:
         while not self.ends():
             time.sleep(1.0)
         time.sleep(GRACE_SECONDS)
-        if not self.ends():
+        ends = self.ends()
+        if not ends:
             return  # training is over, and nobody waits for anybody
-        print(f"qwlit: lost another rank: {self.ends()}; this one was waiting for it", file=sys.stderr)
+        lost = LostRank(ends)
+        self.record_failure()
+        print(f"qwlit: {lost}", file=sys.stderr)
         self.kill(signal.SIGKILL)
-        os._exit(1)
+        os._exit(lost.exit_code)
 
 
 class _OwnLauncher(ParallelStrategy):
+    record_failure: Callable[[], None]
+
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)  # type: ignore[attr-defined]
+            launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)  # type: ignore[attr-defined]
+            launcher.record_failure = self.record_failure
+            self._launcher = launcher
 
 
 class _Replicated(_OwnLauncher, DDPStrategy):
@@ -143,11 +164,6 @@ class _Sharded(_OwnLauncher, ModelParallelStrategy):
         optimizer.load_state_dict(state)
 
 
-def _lightning_precision(machine: Machine) -> Any:
-    """FSDP2 casts by itself, and the plugin for float16 stands in for the word."""
-    return "32-true" if machine.strategy == "fsdp" else None if machine.precision == "16-mixed" else machine.precision
-
-
 def _autocast_to_float16(device: str) -> MixedPrecision:
     """Lightning's float16 without its gradient scaler, which would hide from the step what the norm is."""
     precision = MixedPrecision("16-mixed", device)
@@ -169,14 +185,27 @@ LAUNCHER_SECONDS = 1.0
 GRACE_SECONDS = 20.0
 
 
-def lost_rank(trainer: Trainer, error: RuntimeError) -> QwlitError | None:
+class LostRank(QwlitError):
+    """Another rank has ended, and this one was waiting for it."""
+
+    def __init__(self, ends: dict[int, int]) -> None:
+        named = ", ".join(f"rank {rank} ended with {_end(code)}" for rank, code in ends.items())
+        # A rank that found the settings or the data wrong has said so itself.
+        found_fault = ConfigError.exit_code in ends.values()
+        self.exit_code = ConfigError.exit_code if found_fault else QwlitError.exit_code
+        remedy = "its own line says why" if found_fault else "the same command goes on from the newest checkpoint"
+        super().__init__(f"lost another rank: {named or 'see what the others say'}; {remedy}")
+
+
+def lost_rank(trainer: Trainer, error: RuntimeError) -> LostRank | None:
     """Return what to say when a collective failed because another rank has ended, None for any other failure."""
     if trainer.world_size == 1 or not any(words in str(error) for words in LOST_PEER):
         return None
+    # torchrun asks this one to leave as well, but that is not what happened.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(LAUNCHER_SECONDS)  # until the system knows how the process ended
     launcher = trainer.strategy.launcher
-    named = (launcher.ends() if isinstance(launcher, _Launcher) else "") or "see what the others say"
-    return QwlitError(f"lost another rank: {named}; the same command goes on from the newest checkpoint")
+    return LostRank(launcher.ends() if isinstance(launcher, _Launcher) else {})
 
 
 def _end(code: int) -> str:
@@ -195,7 +224,7 @@ def dismiss_other_ranks(trainer: Trainer) -> None:
         trainer.strategy.launcher.kill(signal.SIGKILL)
 
 
-def _strategy(machine: Machine) -> Any:
+def _strategy(machine: Machine, record_failure: Callable[[], None]) -> Any:
     if machine.strategy == "single":
         return "auto"
     group: dict[str, Any] = {
@@ -203,9 +232,13 @@ def _strategy(machine: Machine) -> Any:
         # Who is missing, `stalls` knows and says before the group gives up.
         "timeout": timedelta(seconds=machine.timeout_seconds + VERDICT_SECONDS),
     }
-    if machine.strategy == "fsdp":
-        return _Sharded(data_parallel_size=machine.world_size, tensor_parallel_size=1, **group)
-    return _Replicated(broadcast_buffers=False, gradient_as_bucket_view=True, **group)
+    strategy = (
+        _Sharded(data_parallel_size=machine.world_size, tensor_parallel_size=1, **group)
+        if machine.strategy == "fsdp"
+        else _Replicated(broadcast_buffers=False, gradient_as_bucket_view=True, **group)
+    )
+    strategy.record_failure = record_failure
+    return strategy
 
 
 def _quieten_lightning() -> None:
