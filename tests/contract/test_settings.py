@@ -57,25 +57,6 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "lr", "warmup", "decay", "weight_decay", "no_decay", "dropout"),
-    [
-        ("pretrain", 3e-4, 2000, "cosine", 0.1, ("bias", "norm"), (0.1, 0.1)),
-        ("full_sft", 1e-5, 0.1, "linear", 0.01, ("bias", "norm"), (0.05, 0.05)),
-        ("lora", 2e-4, 500, "cosine", 0.001, (), (0.0, 0.0)),
-    ],
-)
-def test_recipes_carry_the_guides_values(recipe, lr, warmup, decay, weight_decay, no_decay, dropout):
-    config = compose([f"recipe={recipe}"]).config
-    asked = config.scheduler.warmup_steps or config.scheduler.warmup_ratio
-    assert (config.optim.lr, asked, config.scheduler.name) == (lr, warmup, decay)
-    assert (config.optim.weight_decay, config.optim.no_decay) == (weight_decay, no_decay)
-    assert (config.dropout.attention, config.dropout.feed_forward) == dropout
-    assert (config.optim.betas, config.optim.eps, config.train.max_grad_norm) == ((0.9, 0.999), 1e-8, 1.0)
-    none = compose([f"recipe={recipe}", "dropout=none"]).config.dropout
-    assert (none.attention, none.feed_forward, none.lora) == (0, 0, 0)
-
-
-@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["optim.lr=abc"], "optim.lr=abc: .*number"),
@@ -108,6 +89,18 @@ def test_recipes_carry_the_guides_values(recipe, lr, warmup, decay, weight_decay
         (["optim lr=1"], "cannot be read"),
         (["config=nowhere.yaml"], "no such file"),
         (["profile.steps=[3,1]"], "first <= last"),
+        (["optim.groups=[{mtch:norm,lr:1e-5}]"], r"optim.groups\[0\].mtch: no such setting. Did you mean"),
+        (["optim.groups=[{match:norm,lr:abc}]"], r"optim.groups\[0\].lr=abc: .*number"),
+        (["optim=muon", "optim.amsgrad=true"], "optim.amsgrad=true is of adamw"),
+        (["optim=sgd", "optim.momentum=0"], "optim.nesterov=true looks ahead"),
+        (["optim=muon", "determinism=strict"], "determinism=strict trains in float32"),
+        (["recipe=qlora", "determinism=strict"], "adapter.quantization=nf4 has 4 bits"),
+        (["adapter.quantization=nf4"], "set recipe=qlora or recipe=lora"),
+        (["adapter.use_dora=true"], "adapter.use_dora is for a frozen model"),
+        (["dropout.lora=0.1"], "there are no adapters"),
+        (["recipe=lora", "freeze.layers=[0,1]"], "all else is frozen anyway"),
+        (["optim.layer_lr_decay=0"], "greater than 0"),
+        (["scheduler.name=wds"], "Did you mean 'wsd'"),
         (["hardware.devices=0"], "hardware.devices=0"),
         (["optim=3"], "no such optim"),
         (["optim.betas=[0.9]"], "optim.betas.*two values"),
