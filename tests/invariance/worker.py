@@ -93,7 +93,7 @@ def tiny(model_type: str, adapter: str) -> Any:
 
 def machine(strategy: Any, world_size: int) -> Machine:
     return Machine(
-        "cpu", "CPU", world_size, 1, strategy, "32-true", False, "none", 1800.0, num_workers=0, pin_memory=False
+        "cpu", "CPU", world_size, 1, strategy, "32-true", False, None, "none", 1800.0, num_workers=0, pin_memory=False
     )
 
 

@@ -66,5 +66,7 @@ class StepBatch(_Movable):
     num_supervised_tokens: int
     num_tokens: int
     """Non-padding tokens, all ranks."""
+    num_token_pairs: float
+    """Pairs of a query and a key that causal attention compares: half the square of each sample's length, all ranks."""
     sample_ids: tuple[int, ...]
     """The step's samples on all ranks, in the plan's order."""

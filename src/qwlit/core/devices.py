@@ -13,6 +13,23 @@ class Devices:
     memory_gb: float = 0.0
     """Of the smallest, 10^9 bytes."""
 
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bfloat16 peak of one device, FLOP/s; None where it is not known."""
+        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.name), None)
+
+
+# NVIDIA's data sheets, without sparsity. The SXM form where the name says no other; the RTX 4090 with float32 sums
+# (Ada architecture white paper, 2023).
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "RTX 4090": 165e12,
+}
+
 
 def detect_devices() -> Devices:
     import torch

@@ -59,11 +59,13 @@ class StepDataset(Dataset[StepBatch]):
 
     def __getitem__(self, step: int) -> StepBatch:
         ids = self.plan.samples(step)
+        lengths = self.samples.lengths(ids).astype(np.int64)
         return StepBatch(
             step=step,
             micro_batches=tuple(self._collate(ids, micro) for micro in self.plan.layout(ids)[self.rank]),
             num_supervised_tokens=int(self.samples.num_supervised(ids).sum()),
-            num_tokens=int(self.samples.lengths(ids).sum()),
+            num_tokens=int(lengths.sum()),
+            num_token_pairs=float((lengths**2).sum()) / 2,
             sample_ids=tuple(ids.tolist()),
         )
 

@@ -12,11 +12,12 @@ from qwlit.core.ranks import meet_others
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.job.assemble import Job
 from qwlit.model.adapters import start_dora
+from qwlit.model.cost import count_flops
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import LossModel
 from qwlit.model.shard import shard_model
 from qwlit.training.continuing import Start
-from qwlit.training.loop import Loop, build_loop
+from qwlit.training.loop import Loop, LoopSettings, build_loop
 from qwlit.training.loss_scale import LossScale
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
@@ -41,11 +42,10 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
         derived.milestones,
         folder,
         job.data.train,
-        guard=config.guard,
-        validation=config.validation,
-        checkpoint=config.checkpoint,
-        profile=config.profile,
-        traced=config.determinism != "fast",
+        count_flops(loss_model.causal_lm),
+        LoopSettings(
+            config.guard, config.validation, config.checkpoint, config.profile, traced=config.determinism != "fast"
+        ),
     )
     rank = loop.trainer.global_rank
     steps = train_loader(

@@ -1,8 +1,17 @@
-"""What a model costs in memory, from its shape alone."""
+"""What a model costs in memory and in floating-point operations, from its shape alone."""
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qwlit.core.patterns import is_a, layer_of
 from qwlit.model.config import AdapterConfig, ModelConfig
 from qwlit.model.load import model_shape
 from qwlit.model.presets import meta_causal_lm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Weight, gradient and AdamW's two moments, each float32.
 BYTES_A_TRAINED_PARAMETER = 16
@@ -18,3 +27,44 @@ def training_state_bytes(
     count: int = sum(parameter.numel() for parameter in meta_causal_lm(model_shape(model)).parameters())
     trained = BYTES_A_TRAINED_PARAMETER + 4 * amsgrad
     return count * (trained if adapter.kind == "none" else bytes_a_frozen_parameter)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Model FLOPs of a training step, forward and backward. What is computed again to save memory does not count, nor
+    do rows of the head that are skipped (as in PaLM, Chowdhery et al. 2022, appendix B)."""
+
+    per_token: float
+    """Of the decoder's linear layers."""
+    per_supervised_token: float
+    """Of the head."""
+    per_token_pair: float
+    """Of attention, for each query and key that it compares."""
+
+    def of(self, *, num_tokens: int, num_supervised_tokens: int, num_token_pairs: float) -> float:
+        return (
+            self.per_token * num_tokens
+            + self.per_supervised_token * num_supervised_tokens
+            + self.per_token_pair * num_token_pairs
+        )
+
+
+def count_flops(model: "PreTrainedModel") -> Flops:
+    """Count two FLOPs a multiplication in each of three products: forward, the input's gradient, the weight's.
+
+    The weight's where it is trained; the input's where something in or below the layer is trained.
+    """
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    heights = [-1 if is_a("embedding", name) else layer_of(name) for name in trained]
+    lowest = min((height for height in heights if height is not None), default=len(model.model.layers))
+    per_token = per_token_pair = 0.0
+    for number, layer in enumerate(model.model.layers):
+        passes = 2 if number >= lowest else 1
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                per_token += 2 * module.in_features * module.out_features * (passes + module.weight.requires_grad)
+        # Scores and their weighted sum of values; backward has two products for each.
+        width = layer.self_attn.head_dim * model.config.num_attention_heads
+        per_token_pair += 2 * 2 * width * (2 * passes - 1)
+    rows, columns = model.lm_head.weight.shape
+    return Flops(per_token, 2.0 * rows * columns * (2 + model.lm_head.weight.requires_grad), per_token_pair)

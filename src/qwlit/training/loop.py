@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from qwlit.core.console import console
 from qwlit.data.samples import Samples
+from qwlit.model.cost import Flops
 from qwlit.training.boundary import ScheduleValidation
 from qwlit.training.checkpoint import Checkpointing
 from qwlit.training.config import CheckpointConfig, GuardConfig, ProfileConfig, ValidationConfig
@@ -60,32 +61,42 @@ class Patience(EarlyStopping):
         self.patience = self._configured
 
 
+@dataclass(frozen=True)
+class LoopSettings:
+    """What is set about the loop."""
+
+    guard: GuardConfig
+    validation: ValidationConfig
+    checkpoint: CheckpointConfig
+    profile: ProfileConfig
+    traced: bool
+    """Write trace.jsonl."""
+
+
 def build_loop(
     machine: Machine,
     milestones: Milestones,
     folder: RunFolder,
     samples: Samples,
-    *,
-    guard: GuardConfig,
-    validation: ValidationConfig,
-    checkpoint: CheckpointConfig,
-    profile: ProfileConfig,
-    traced: bool,
+    flops: Flops,
+    settings: LoopSettings,
 ) -> Loop:
-    """Put trainer and callbacks together; `traced` adds trace.jsonl."""
+    """Put trainer and callbacks together."""
     display = ProgressDisplay(console(), milestones.total_steps)
-    telemetry = Telemetry(milestones, folder, display.show)
-    watching = Guard(guard, folder, samples)
-    checkpointing = Checkpointing(checkpoint, milestones, folder)
+    peak_flops = machine.peak_flops and machine.peak_flops * machine.world_size
+    telemetry = Telemetry(milestones, folder, display.show, flops, peak_flops)
+    watching = Guard(settings.guard, folder, samples)
+    checkpointing = Checkpointing(settings.checkpoint, milestones, folder)
     # Early stopping first: the others must know that a step is the last. The checkpoint after all that it holds.
     callbacks: list[Callback] = []
-    if validation.early_stopping_patience is not None and milestones.next_validation(0) is not None:
-        callbacks.append(Patience(validation.early_stopping_patience))
+    patience = settings.validation.early_stopping_patience
+    if patience is not None and milestones.next_validation(0) is not None:
+        callbacks.append(Patience(patience))
     callbacks += [watching, telemetry, ScheduleValidation(milestones), checkpointing, display]
-    if traced:
+    if settings.traced:
         callbacks.append(Trace(milestones, folder))
-    if profile.steps is not None:
-        callbacks.append(ProfileSteps(profile.steps, folder.path / "profile"))
+    if settings.profile.steps is not None:
+        callbacks.append(ProfileSteps(settings.profile.steps, folder.path / "profile"))
 
     def record_failure() -> None:
         folder.write_summary(status="failed")

@@ -26,6 +26,8 @@ class Machine:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     has_bf16: bool
     """Whether its devices compute in bfloat16 by themselves."""
+    peak_flops: float | None
+    """Dense bfloat16 peak of one device, FLOP/s; None where it is not known."""
     memory: MemoryPolicy
     timeout_seconds: float
     num_workers: int
@@ -87,6 +89,7 @@ def resolve_machine(
         strategy=strategy if config.strategy == "auto" else config.strategy,
         precision=precision,
         has_bf16=accelerator == "cuda" and here.has_bf16,
+        peak_flops=here.peak_flops if accelerator == "cuda" else None,
         memory="none" if config.memory == "auto" else config.memory,
         timeout_seconds=config.timeout_seconds,
         num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,

@@ -16,6 +16,7 @@ SHOWN = {
     "optim/lr": ("lr", ".2e"),
     "optim/grad_norm": ("norm", ".2f"),
     "throughput/tokens_per_second": ("tok/s", ",.0f"),
+    "throughput/mfu": ("mfu", ".1%"),
 }
 # What fits beside a bar in 80 columns.
 BAR = ("train/loss", "val/loss", "throughput/tokens_per_second")

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from qwlit.core.batch import StepBatch
+from qwlit.model.cost import Flops
 from qwlit.training.late import LateReader
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
@@ -33,7 +34,15 @@ def peak_memory_gib(device: torch.device) -> float:
 class Telemetry(Callback):
     """Sums losses on the device between log points; one small reduction and copy at each of them."""
 
-    def __init__(self, milestones: Milestones, folder: RunFolder, listener: Listener) -> None:
+    def __init__(
+        self,
+        milestones: Milestones,
+        folder: RunFolder,
+        listener: Listener,
+        flops: Flops,
+        peak_flops: float | None,
+    ) -> None:
+        """`peak_flops` is that of all devices together, FLOP/s; None: no MFU."""
         self._milestones = milestones
         self._folder = folder
         self._listener = listener
@@ -41,6 +50,8 @@ class Telemetry(Callback):
         self._loss_sum: torch.Tensor | None = None
         self._restored_loss_sum = 0.0
         self._supervised = 0
+        self._flops = flops
+        self._peak_flops = peak_flops
         self._clock = _Clock()
         self.first_loss: float | None = None
         self.last_loss: float | None = None
@@ -83,7 +94,12 @@ class Telemetry(Callback):
         step = batch.step + 1
         self._loss_sum += pl_module.outcome.loss_sum
         self._supervised += batch.num_supervised_tokens
-        self._clock.add(batch.num_tokens)
+        flops = self._flops.of(
+            num_tokens=batch.num_tokens,
+            num_supervised_tokens=batch.num_supervised_tokens,
+            num_token_pairs=batch.num_token_pairs,
+        )
+        self._clock.add(batch.num_tokens, flops)
         if self._milestones.log(step):
             self._measure(trainer, pl_module, step)
         self._write(wait=False)
@@ -93,11 +109,14 @@ class Telemetry(Callback):
         loss_sum, self._loss_sum = self._loss_sum, torch.zeros_like(self._loss_sum)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(loss_sum)
+        tokens_per_second, flops_per_second = self._clock.lap()
         row: Row = {
             "optim/lr": module.outcome.lr,
-            "throughput/tokens_per_second": self._clock.lap(),
+            "throughput/tokens_per_second": tokens_per_second,
             "memory/peak_gib": peak_memory_gib(module.device),
         }
+        if self._peak_flops and flops_per_second:
+            row["throughput/mfu"] = flops_per_second / self._peak_flops
         values = torch.stack([loss_sum / self._supervised, module.outcome.grad_norm.double()])
         self._reader.push((step, row), values)
         self._supervised = 0
@@ -132,7 +151,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._tokens = self._seconds = 0.0
-        self._lap_tokens = 0
+        self._lap_tokens, self._lap_flops = 0, 0.0
         self._lap_start = self._paused_at = 0.0
         self._warm = False
 
@@ -145,9 +164,10 @@ class _Clock:
     def start(self) -> None:
         self._lap_start = time.perf_counter()
 
-    def add(self, tokens: int) -> None:
+    def add(self, tokens: int, flops: float) -> None:
         if self._warm:
             self._lap_tokens += tokens
+            self._lap_flops += flops
         else:
             self._warm = True
             self._lap_start = time.perf_counter()
@@ -158,14 +178,14 @@ class _Clock:
     def resume(self) -> None:
         self._lap_start += time.perf_counter() - self._paused_at
 
-    def lap(self) -> float | None:
-        """Return tokens per second since the last lap, all ranks; None where nothing was timed yet."""
+    def lap(self) -> tuple[float | None, float | None]:
+        """Return tokens and FLOPs per second since the last lap, all ranks; None where nothing was timed yet."""
         now = time.perf_counter()
-        seconds, tokens = now - self._lap_start, self._lap_tokens
+        seconds, tokens, flops = now - self._lap_start, self._lap_tokens, self._lap_flops
         self._tokens += tokens
         self._seconds += seconds
-        self._lap_start, self._lap_tokens = now, 0
-        return tokens / seconds if tokens else None
+        self._lap_start, self._lap_tokens, self._lap_flops = now, 0, 0.0
+        return (tokens / seconds, flops / seconds) if tokens else (None, None)
 
     def overall(self) -> float | None:
         return self._tokens / self._seconds if self._tokens else None

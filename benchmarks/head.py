@@ -1,0 +1,96 @@
+"""The head against plain cross-entropy: time and memory of forward and backward at Qwen's vocabulary.
+
+    python -m benchmarks.head [rows=2048] [supervised=0.4] [hidden=256] [rounds=5]
+
+Plain means what transformers does: logits of all rows, then cross_entropy that ignores the masked ones. The two run in
+turns (A B B A) in one process for time, and each in a process of its own for memory.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import describe
+from qwlit.model.head import linear_cross_entropy
+
+RESULTS = Path(__file__).parent / "results"
+VOCABULARY = 151_936
+
+
+def inputs(rows: int, hidden: int, supervised: float) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    states = torch.randn(rows, hidden, requires_grad=True)
+    weight = (torch.randn(VOCABULARY, hidden) * 0.02).requires_grad_()
+    targets = torch.randint(0, VOCABULARY, (rows,))
+    targets[torch.randperm(rows)[: round((1 - supervised) * rows)]] = -100
+    return states, weight, targets
+
+
+def ours(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    kept = (targets >= 0).nonzero()[:, 0]
+    return linear_cross_entropy(states[kept], weight, targets[kept])[0]
+
+
+def plain(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(states @ weight.T, targets, ignore_index=-100, reduction="sum")
+
+
+HEADS = {"ours": ours, "plain": plain}
+
+
+def seconds(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> float:
+    began = time.perf_counter()
+    HEADS[name](*batch).backward()
+    batch[0].grad = batch[1].grad = None
+    return time.perf_counter() - began
+
+
+def peak_gib(name: str, arguments: list[str]) -> float:
+    """Return what forward and backward add to a process that holds inputs and weight."""
+    out = subprocess.run(
+        [sys.executable, "-m", "benchmarks.head", f"only={name}", *arguments], capture_output=True, check=True
+    )
+    return float(out.stdout)
+
+
+def resident_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(arguments: list[str]) -> None:
+    options = dict(word.split("=", 1) for word in arguments)
+    rows, hidden = int(options.get("rows", 2048)), int(options.get("hidden", 256))
+    batch = inputs(rows, hidden, float(options.get("supervised", 0.4)))
+    if "only" in options:
+        before = resident_gib()
+        seconds(options["only"], batch)
+        print(resident_gib() - before)
+        return
+    times: dict[str, list[float]] = {name: [] for name in HEADS}
+    seconds("ours", batch), seconds("plain", batch)
+    for _ in range(int(options.get("rounds", 5))):
+        for name in ("ours", "plain", "plain", "ours"):
+            times[name].append(seconds(name, batch))
+    memory = {name: peak_gib(name, arguments) for name in HEADS}
+    result = {
+        "command": f"python -m benchmarks.head {' '.join(arguments)}".strip(),
+        "machine": describe("torch"),
+        "median_seconds": {name: median(found) for name, found in times.items()},
+        "peak_gib": memory,
+        "time_ratio": median(times["ours"]) / median(times["plain"]),
+        "memory_ratio": memory["ours"] / memory["plain"],
+    }
+    print(json.dumps(result, indent=1))
+    (RESULTS / "head_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

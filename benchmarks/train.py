@@ -1,0 +1,137 @@
+"""Trainers side by side on the same work: tokens a second and peak memory, as ratios of one run.
+
+    pip install -c constraints.txt -e ".[bench]"
+    python -m benchmarks.train [cases=8k,152k] [arms=qwlit,raw,hf,trl,trl_best] [rounds=2]
+
+The arms run one after the other in processes of their own, forwards and backwards (A B C C B A) as often as `rounds`
+says; medians count. An arm whose first ten losses are not the others' does other work, and its row says so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.arms import ARMS
+from benchmarks.machine import describe
+from benchmarks.work import CASES, Case, prepare, tokens_of_steps
+
+RESULTS = Path(__file__).parent / "results"
+REFERENCE = "hf"
+TOLERANCE, COMPARED = 1e-4, 10
+
+
+@dataclass
+class Measured:
+    """One arm on one case."""
+
+    seconds_per_step: list[float]
+    """A number a run: from the end of the first step to the end of the last."""
+    tokens_per_second: list[float]
+    peak_gib: list[float]
+    """The process's largest resident set."""
+    losses: list[float]
+
+    @property
+    def speed(self) -> float:
+        return median(self.tokens_per_second)
+
+    @property
+    def memory(self) -> float:
+        return median(self.peak_gib)
+
+
+def run(arm: str, folder: Path) -> tuple[dict[str, Any], float]:
+    """Run one arm in a process of its own; return what it recorded, and its peak memory, GiB."""
+    out = folder / f"{arm}.json"
+    log = (folder / f"{arm}.log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.arms", arm, str(folder), str(out)], stdout=log, stderr=subprocess.STDOUT
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    log.close()
+    if status:
+        raise RuntimeError(f"{arm} failed:\n{(folder / f'{arm}.log').read_text()[-2000:]}")
+    return json.loads(out.read_text()), usage.ru_maxrss / 2**20
+
+
+def measure(case: Case, arms: list[str], rounds: int) -> dict[str, Measured]:
+    found: dict[str, Measured] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(case, folder)
+        tokens = tokens_of_steps(folder)
+        for arm in (arms + arms[::-1]) * rounds:
+            began = time.perf_counter()
+            record, peak = run(arm, folder)
+            ends = record["ends"]
+            seconds = ends[-1] - ends[0]
+            seen = found.setdefault(arm, Measured([], [], [], record["losses"]))
+            seen.seconds_per_step.append(seconds / (len(ends) - 1))
+            seen.tokens_per_second.append(sum(tokens[1 : len(ends)]) / seconds)
+            seen.peak_gib.append(peak)
+            print(
+                f"{case.name:<22} {arm:<18} {seen.tokens_per_second[-1]:>9,.0f} tokens/s {peak:6.2f} GiB"
+                f"  {time.perf_counter() - began:4.0f} s",
+                flush=True,
+            )
+    return found
+
+
+def disagreement(ours: list[float], theirs: list[float]) -> float:
+    """Return the largest relative difference among the first losses."""
+    pairs = zip(ours[:COMPARED], theirs[:COMPARED], strict=True)
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def table(case: Case, found: dict[str, Measured]) -> list[str]:
+    ours = found["qwlit"]
+    lines = [
+        f"### {case.name}",
+        "",
+        "| arm | tokens/s | qwlit is faster by | peak GiB | qwlit's share | losses |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, seen in found.items():
+        off = disagreement(seen.losses, ours.losses)
+        # An adapter starts from another draw in another library: its losses agree in the first step alone.
+        agrees = off < TOLERANCE or (case.adapter and abs(seen.losses[0] / ours.losses[0] - 1) < TOLERANCE)
+        verdict = f"agree to {off:.0e}" if agrees else f"**invalid**: other work, off by {off:.0e}"
+        speed = f"{ours.speed / seen.speed:.2f} ×"
+        lines.append(
+            f"| {arm} | {seen.speed:,.0f} | {speed} | {seen.memory:.2f} | {ours.memory / seen.memory:.2f} | {verdict} |"
+        )
+    return [*lines, ""]
+
+
+def main(arguments: list[str]) -> None:
+    options = dict(word.split("=", 1) for word in arguments)
+    names = options.get("cases", ",".join(case.name for case in CASES)).split(",")
+    arms = options.get("arms", "qwlit,raw,hf,trl,trl_best").split(",")
+    cases = [case for case in CASES if case.name in names]
+    rounds = int(options.get("rounds", "1"))
+    machine = describe(
+        "torch", "transformers", "lightning", "peft", *(["trl"] if any("trl" in a for a in arms) else [])
+    )
+    command = f"python -m benchmarks.train {' '.join(arguments)}".strip()
+    page = ["# Trainers side by side", "", f"`{command}`", "", ", ".join(f"{k} {v}" for k, v in machine.items()), ""]
+    page += [f"**{arm}**: {' '.join((ARMS[arm].__doc__ or '').split())}" + "  " for arm in arms] + [""]
+    results = []
+    for case in cases:
+        found = measure(case, arms, rounds)
+        page += table(case, found)
+        results.append({"case": asdict(case), "arms": {arm: asdict(seen) for arm, seen in found.items()}})
+        stem = options.get("out", "train_cpu")
+        (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        (RESULTS / f"{stem}.md").write_text("\n".join(page))
+    print("\n".join(page))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,97 @@
+"""The same work for every trainer: one model, one list of samples, one order of them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qwlit.data.order import Order
+from qwlit.model.config import DECODER_LINEARS, Architecture
+from qwlit.model.presets import model_classes, to_hf_config
+
+SEED, MAX_LENGTH = 0, 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. Float32, AdamW, constant rate, clipping at 1, no dropout."""
+
+    name: str
+    vocab_size: int
+    supervised: float
+    """Share of a sample's tokens that are learnt: its end, as an answer is."""
+    adapter: bool = False
+    """LoRA on every linear layer of the decoder instead of full fine-tuning."""
+    steps: int = 12
+    global_batch_size: int = 16
+    micro_batch_size: int = 4
+    mean_length: float = 300.0
+    lr: float = 1e-4
+
+    @property
+    def num_samples(self) -> int:
+        return self.steps * self.global_batch_size
+
+    def architecture(self) -> Architecture:
+        return Architecture(
+            model_type="qwen3",
+            vocab_size=self.vocab_size,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+        )
+
+
+CASES = [
+    Case("152k", 151_936, 0.4),
+    Case("152k, all supervised", 151_936, 1.0),
+    Case("152k, LoRA", 151_936, 0.4, adapter=True),
+    Case("8k", 8_192, 0.4, steps=30),
+    Case("8k, all supervised", 8_192, 1.0, steps=30),
+    Case("8k, LoRA", 8_192, 0.4, adapter=True, steps=30),
+]
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": list(DECODER_LINEARS)}
+
+
+def prepare(case: Case, folder: Path) -> None:
+    """Write model, samples and case into `folder`."""
+    import torch
+
+    torch.manual_seed(SEED)
+    _, model_class = model_classes("qwen3")
+    model_class(to_hf_config(case.architecture())).save_pretrained(folder / "model")
+    random = np.random.default_rng(SEED)
+    # Log-normal: most short, some long; sigma 0.6 as in public chat sets (assumption).
+    sigma = 0.6
+    lengths = random.lognormal(np.log(case.mean_length) - sigma**2 / 2, sigma, case.num_samples)
+    with (folder / "samples.jsonl").open("w") as handle:
+        for length in np.clip(lengths, 16, MAX_LENGTH).astype(int):
+            ids = random.integers(0, case.vocab_size, length).tolist()
+            unlearnt = round((1 - case.supervised) * length)
+            handle.write(json.dumps({"input_ids": ids, "labels": [-100] * unlearnt + ids[unlearnt:]}) + "\n")
+    (folder / "case.json").write_text(json.dumps(asdict(case)))
+
+
+def read_case(folder: Path) -> Case:
+    return Case(**json.loads((folder / "case.json").read_text()))
+
+
+def samples_in_order(folder: Path) -> list[dict[str, list[int]]]:
+    """Return the samples as the steps take them, `global_batch_size` at a time."""
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [rows[index] for index in Order.plain(SEED, len(rows)).at(np.arange(len(rows)))]
+
+
+def tokens_of_steps(folder: Path) -> list[int]:
+    case, samples = read_case(folder), samples_in_order(folder)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    size = case.global_batch_size
+    return [sum(lengths[start : start + size]) for start in range(0, len(lengths), size)]
