@@ -428,3 +428,26 @@ def test_tokenized_rows_need_no_tokenizer(tmp_path):
         [f"data.path={file}", "model.tokenizer=nowhere", "train.max_steps=3", "run.name=a", "dropout=none"], tmp_path
     )
     assert summary(run)["status"] == "done"
+
+
+READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
+
+
+@pytest.mark.parametrize("recipe", ["full_sft", "lora"])
+def test_between_log_points_nothing_is_read_back_from_the_device(recipe, chat, tmp_path):
+    """On CPU a read is only counted; on a GPU each would make the host wait."""
+    quiet = ["logging.every_steps=100", "checkpoint.every_steps=100", "validation.every_steps=null"]
+    quiet += ["validation.each_epoch=false", "checkpoint.each_epoch=false"]
+    asked = [*words(chat, "a", *quiet), f"recipe={recipe}", "train.max_steps=9", "profile.steps=[4,7]"]
+    run = train(asked, tmp_path, qwlit_process)
+    found = json.loads((run / "profile" / "steps-4-7.json").read_text())["traceEvents"]
+    events = [event for event in found if event.get("ph") == "X"]
+    steps = [event for event in events if event["name"] == "aten::_fused_adamw_"]
+    assert len(steps) >= 4, "the profile shows the steps"
+
+    def inside_the_optimizers_kernel(event):
+        # On CPU the kernel looks up its count of steps by itself; on CUDA it does not.
+        return any(s["ts"] <= event["ts"] and event["ts"] + event["dur"] <= s["ts"] + s["dur"] for s in steps)
+
+    reads = [event["name"] for event in events if event["name"] in READS and not inside_the_optimizers_kernel(event)]
+    assert not reads
