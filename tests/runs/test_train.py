@@ -451,3 +451,37 @@ def test_between_log_points_nothing_is_read_back_from_the_device(recipe, chat, t
 
     reads = [event["name"] for event in events if event["name"] in READS and not inside_the_optimizers_kernel(event)]
     assert not reads
+
+
+@pytest.mark.parametrize(
+    "damaged", ["model.safetensors", "optimizer.safetensors", "training_state.pt", "MANIFEST.json"]
+)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_bits(damaged, chat, tmp_path):
+    asked = words(chat, "cut", "train.max_steps=60", "checkpoint.every_steps=5", "logging.every_steps=1")
+    whole = train([*asked, "run.name=whole"], tmp_path)
+    cut = tmp_path / "runs" / "cut"
+    process = started(asked, cut, logged=14)
+    process.kill()
+    process.communicate()
+    newest = sorted((cut / "checkpoints").glob("step-*/MANIFEST.json"))[-1].parent
+    content = bytearray((newest / damaged).read_bytes())
+    content[len(content) // 2] ^= 4
+    (newest / damaged).write_bytes(content)
+    run = train(asked, tmp_path)
+    assert (newest.parent / f"damaged-{newest.name}").is_dir()
+    assert 0 < summary(run)["resumed_from"] < int(newest.name[-6:])
+    assert any(row["event"] == "damaged" and newest.name in row["message"] for row in rows(run, "events.jsonl"))
+    assert_same_run(whole, run)
+
+
+def test_a_run_without_a_good_checkpoint_is_not_begun_anew_without_a_word(chat, tmp_path):
+    asked = words(chat, "cut", "train.max_steps=400", "checkpoint.every_steps=5", "logging.every_steps=1")
+    cut = tmp_path / "runs" / "cut"
+    process = started(asked, cut, logged=12)
+    process.kill()
+    process.communicate()
+    for file in (cut / "checkpoints").glob("step-*/model.safetensors"):
+        file.unlink()
+    done = qwlit(["train", *TINY, *asked], tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "has no good checkpoint left" in done.stderr and "model.safetensors is missing" in done.stderr

@@ -5,6 +5,7 @@ written last inside it and lists every file with its size and sha256.
 """
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -45,6 +46,20 @@ def list_checkpoints(folder: RunFolder) -> list[Path]:
     """Return the whole checkpoints, oldest first."""
     whole = (p.parent for p in folder.checkpoints.glob(f"step-*/{MANIFEST}"))
     return sorted((p for p in whole if p.name.removeprefix("step-").isdigit()), key=step_of)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files by its own manifest, None where they are as they were written."""
+    try:
+        sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, seal in sealed.items():
+            if _described(checkpoint / name) != seal:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None
 
 
 def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -170,6 +185,11 @@ def _seal(path: Path) -> dict[str, Any]:
     """Sync a file to the disk and describe it."""
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
+    return _described(path)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 

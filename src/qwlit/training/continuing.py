@@ -1,12 +1,13 @@
 """Whether a run of this name starts, goes on, or is refused."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from qwlit.core.errors import ConfigError
-from qwlit.training.checkpoint import clear_leftovers, list_checkpoints, step_of
+from qwlit.training.checkpoint import clear_leftovers, damage, list_checkpoints, step_of
 from qwlit.training.run_folder import FINISHED, RunFolder
 
 
@@ -16,6 +17,8 @@ class Start:
 
     checkpoint: Path | None
     set_aside: Path | None = None
+    damaged: tuple[str, ...] = ()
+    """What was wrong with newer checkpoints."""
 
     @property
     def step(self) -> int:
@@ -40,7 +43,11 @@ def _is_bare(folder: RunFolder) -> bool:
 
 
 def claim(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: bool) -> Start:
-    """Make the folder ready: anew, or at the newest checkpoint of an unfinished run. For rank 0."""
+    """Make the folder ready: anew, or at the newest good checkpoint of an unfinished run. For rank 0.
+
+    Raises:
+        ConfigError: there are checkpoints, and none of them is good.
+    """
     aside = None
     if folder.holds_run:
         if overwrite:
@@ -50,7 +57,30 @@ def claim(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: boo
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     folder.write_summary(status="running")
     clear_leftovers(folder)
-    return Start(checkpoint=newest(folder), set_aside=aside)
+    damaged = _walk_back(folder)
+    return Start(checkpoint=newest(folder), set_aside=aside, damaged=damaged)
+
+
+def _walk_back(folder: RunFolder) -> tuple[str, ...]:
+    """Put damaged checkpoints aside, the newest first, until one is good; return what was found.
+
+    A flipped bit loads without a word in every format; only the checksum knows.
+    """
+    found: list[str] = []
+    while checkpoint := newest(folder):
+        reason = damage(checkpoint)
+        if reason is None:
+            return tuple(found)
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+        found.append(f"{checkpoint.name} is damaged ({reason}), now {aside.name}")
+    if found:
+        raise ConfigError(
+            f"{folder.path} has no good checkpoint left: {'; '.join(found)}."
+            " Start anew with resume=never or run.overwrite=true"
+        )
+    return ()
 
 
 def newest(folder: RunFolder) -> Path | None:
