@@ -54,9 +54,9 @@ CASES = [
     Case("152k", 151_936, 0.4),
     Case("152k, all supervised", 151_936, 1.0),
     Case("152k, LoRA", 151_936, 0.4, adapter=True),
-    Case("8k", 8_192, 0.4, steps=30),
-    Case("8k, all supervised", 8_192, 1.0, steps=30),
-    Case("8k, LoRA", 8_192, 0.4, adapter=True, steps=30),
+    Case("8k", 8_192, 0.4, steps=14),
+    Case("8k, all supervised", 8_192, 1.0, steps=14),
+    Case("8k, LoRA", 8_192, 0.4, adapter=True, steps=14),
 ]
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": list(DECODER_LINEARS)}
 

@@ -273,9 +273,10 @@ def test_every_optimizer_freezing_and_adapter_that_can_be_sharded_trains_what_on
     [
         (["recipe=qlora"], "adapter.quantization=nf4 cannot be sharded"),
         (["optim=adamw_8bit"], "optim.name=adamw_8bit cannot be sharded"),
+        (["recipe=lora", "optim=muon", "adapter.rank=1"], "optim.name=muon cannot shard adapters of rank 1 over 2"),
     ],
 )
-def test_4_and_8_bits_are_not_sharded(words, said, tmp_path):
+def test_what_needs_whole_tensors_is_not_sharded(words, said, tmp_path):
     done = qwlit(["train", *TINY, *words, *sharded()], tmp_path)
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwlit.model.adapters import apply_adapter
@@ -485,3 +486,43 @@ def test_a_run_without_a_good_checkpoint_is_not_begun_anew_without_a_word(chat, 
     done = qwlit(["train", *TINY, *asked], tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "has no good checkpoint left" in done.stderr and "model.safetensors is missing" in done.stderr
+
+
+def other_base(folder):
+    """The same shapes, other weights."""
+    file = folder / "model.safetensors"
+    save_file({name: tensor * 1.3 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def test_a_run_does_not_go_on_with_another_base_model(chat, tmp_path):
+    folder = save_folder(tiny_causal_lm(vocab_size=520), tmp_path / "base")
+    asked = [f"model.path={folder}", "model.tokenizer=qwlit:demo/tokenizer", f"data.path={chat}", "hardware=cpu"]
+    asked += ["recipe=lora", "run.name=a", "train.max_steps=4000", "checkpoint.every_steps=5", "logging.every_steps=1"]
+    process = subprocess.Popen(command(["train", *asked]), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*/MANIFEST.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == 75
+    other_base(folder)
+    done = qwlit(["train", *asked], tmp_path)
+    assert done.returncode == 2 and "the base model changed since runs/a began" in done.stderr
+
+
+def test_frozen_weights_are_exported_as_they_were_to_the_bit_also_in_bf16(chat, tmp_path):
+    base = tiny_causal_lm("qwen2", tied=False, vocab_size=520)
+    folder = save_folder(base, tmp_path / "base")
+    asked = [f"model.path={folder}", "model.tokenizer=qwlit:demo/tokenizer", f"data.path={chat}", "hardware=cpu"]
+    asked += ["recipe=freeze", "run.name=a", "train.max_steps=3", "hardware.precision=bf16-mixed", "optim.lr=1e-2"]
+    assert qwlit(["train", *asked, "dropout=none"], tmp_path).returncode == 0
+    exported = load_file(tmp_path / "runs" / "a" / "export" / "model.safetensors")
+    for name, weight in base.state_dict().items():
+        frozen = "embed_tokens" in name or "layers.0." in name
+        if "k_proj.bias" not in name:
+            assert torch.equal(exported[name], weight) == frozen, name
+
+
+def test_an_adapter_beside_random_weights_names_no_base(chat, tmp_path):
+    folder = save_folder(tiny_causal_lm(vocab_size=520), tmp_path / "base")
+    run = train(words(chat, "a", f"model.path={folder}", "recipe=lora", "train.max_steps=2"), tmp_path)
+    assert json.loads((run / "export" / "adapter_config.json").read_text())["base_model_name_or_path"] is None

@@ -27,7 +27,6 @@ def test_patterns_layers_and_the_lower_share_add_up():
     assert names(frozen(parameters=("embedding",))) == {"model.embed_tokens.weight"}
     lower = names(frozen(lower_layers_ratio=0.5))
     assert lower and all(name.startswith("model.layers.0.") for name in lower)
-    assert names(frozen(lower_layers_ratio=0.49)) == set()
     both = names(frozen(layers=(1, 1), parameters=("q_proj",)))
     assert "model.layers.0.self_attn.q_proj.weight" in both
     assert sum(name.startswith("model.layers.0.") for name in both) == 1
@@ -48,6 +47,7 @@ def test_a_tied_head_freezes_with_the_embedding_and_an_untied_one_by_itself():
     [
         ({"parameters": ("q_prj",)}, r"freeze.parameters: 'q_prj' matches no parameter. Did you mean 'q_proj'\?"),
         ({"layers": (1, 2)}, r"freeze.layers: layers \[1,2\] are not"),
+        ({"lower_layers_ratio": 0.49}, "freeze.lower_layers_ratio=0.49 of 2 layers is none"),
         ({"parameters": ("*",)}, "freeze leaves nothing to train"),
     ],
 )

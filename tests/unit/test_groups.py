@@ -5,7 +5,8 @@ import torch
 
 from qwlit.core.errors import ConfigError
 from qwlit.model.adapters import apply_adapter
-from qwlit.model.config import AdapterConfig
+from qwlit.model.config import AdapterConfig, FreezeConfig
+from qwlit.model.freeze import apply_freeze
 from qwlit.optim.config import GroupRule, OptimConfig
 from qwlit.optim.groups import plan_groups
 from tests.tiny import tiny_causal_lm
@@ -72,6 +73,25 @@ def test_the_rate_falls_from_layer_to_layer_down_to_the_embedding():
         "model.layers.0.input_layernorm.weight": 9e-4,
     }.items():
         assert of(groups, name).lr == pytest.approx(lr), name
+
+
+def test_the_rate_of_a_layer_does_not_depend_on_what_else_is_trained():
+    model = tiny_causal_lm()
+    apply_freeze(model, FreezeConfig(parameters=("embedding", "model.norm"), layers=(1, 1)))
+    (group,) = planned(model, layer_lr_decay=0.5)
+    assert (group.name, group.lr) == ("decay, layer 0", pytest.approx(LR / 4))
+    # Layer 1 is one of the model's, though none of it is trained.
+    (rule, rest) = planned(model, groups=(GroupRule(match="mlp", layers=(0, 1), lr=1e-5),))
+    assert all("layers.0.mlp" in name for name in (rest if rule.name == "decay" else rule).parameters)
+
+
+def test_groups_of_different_rates_have_different_names():
+    model = tiny_causal_lm(tied=False)
+    apply_adapter(model, AdapterConfig(kind="lora", rank=2), dropout=0.0, seed=0)
+    names = [group.name for group in planned(model, lora_plus_ratio=16.0, layer_lr_decay=0.9)]
+    assert names == ["decay, layer 0", "decay, layer 0, LoRA B", "decay, layer 1", "decay, layer 1, LoRA B"]
+    names = [group.name for group in planned(tiny_causal_lm(tied=False), layer_lr_decay=0.9)]
+    assert names == ["decay, embedding", "decay, layer 0", "decay, layer 1", "decay"]
 
 
 def test_lora_plus_raises_the_rate_of_b_alone():

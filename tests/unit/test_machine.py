@@ -1,10 +1,12 @@
 from functools import partial
+from typing import Any
 
 import pytest
 
 from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
 from qwlit.core.errors import ConfigError
+from qwlit.job import assemble
 from qwlit.model.cost import training_state_bytes
 from qwlit.training import machine
 
@@ -72,3 +74,19 @@ def test_bfloat16_is_refused_where_the_card_has_none(monkeypatch: pytest.MonkeyP
     hardware = compose(["hardware=rtx4090"]).config.hardware
     with pytest.raises(ConfigError, match=r"Quadro RTX 6000 has no bfloat16; set hardware\.precision=16-mixed"):
         machine.resolve_machine(hardware, "fast", profile="rtx4090")
+
+
+@pytest.mark.parametrize("words", [["recipe=qlora", "model=qwen3_32b"], ["optim=paged_adamw_8bit", "model=qwen3_4b"]])
+def test_what_cannot_be_sharded_is_not_sharded_by_itself(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
+    found = []
+    resolve = machine.resolve_machine
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        found.append(resolve(*args, **kwargs))
+        raise StopIteration
+
+    monkeypatch.setattr(assemble, "resolve_machine", spy)
+    with pytest.raises(StopIteration):
+        assemble.assemble(compose([*words, "hardware=a100x4"]))
+    assert found[0].strategy == "ddp"

@@ -66,6 +66,8 @@ def theirs(name, model):
     """The library's optimizers as their documentation says one uses them."""
     import bitsandbytes
 
+    # What it remembers of other tests' parameters, by their address.
+    bitsandbytes.optim.GlobalOptimManager.get_instance().initialize()
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
     if name == "muon":
         matrices = torch.optim.Muon([model.proj.weight], **options, momentum=0.9, adjust_lr_fn="match_rms_adamw")
@@ -152,3 +154,14 @@ def test_each_group_follows_the_schedule_from_its_own_peak():
     optimizer = built(model, groups=(GroupRule(match="proj.bias", lr_multiplier=3.0),))
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2.5e-3, 7.5e-3])
+
+
+def test_an_earlier_run_in_the_same_process_leaves_no_mark_on_the_next():
+    for _ in range(20):
+        embedding = nn.ModuleDict({"embed_tokens": nn.Embedding(80, 60)})
+        built(embedding, name="adamw_8bit")
+        del embedding
+        model = nn.ModuleDict({"proj": nn.Linear(60, 80, bias=False)})
+        optimizer = built(model, name="adamw_8bit")
+        after(model, optimizer, steps=1)
+        assert optimizer.state_dict()["state"][0]["state1"].dtype == torch.uint8

@@ -57,6 +57,7 @@ def test_a_pattern_means_so_many_of_a_two_layer_qwen2(pattern, layers, count):
         ("embedding", (0, 1), "'embedding' matches no parameter in layers 0 to 1"),
         ("mlp", (1, 2), r"f: layers \[1,2\] are not \[first,last\] of the model's, 0 to 1"),
         ("mlp", (1, 0), r"layers \[1,0\] are not"),
+        ("bias", None, "Known: attention, down_proj, embed_tokens, embedding"),
     ],
 )
 def test_a_pattern_that_matches_nothing_of_a_tied_qwen3_is_an_error(pattern, layers, said):

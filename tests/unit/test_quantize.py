@@ -14,7 +14,7 @@ from qwlit.model.config import (
     FreezeConfig,
     ModelConfig,
 )
-from qwlit.model.loss_model import build_loss_model
+from qwlit.model.loss_model import build_loss_model, rehearse
 from qwlit.model.quantize import num_elements
 from tests.tiny import packed, random_samples, save_folder, tiny_causal_lm
 
@@ -59,9 +59,10 @@ def test_every_linear_of_the_decoder_is_stored_in_4_bits_near_what_it_was(folder
 
 
 def test_rows_of_broken_blocks_are_refused(tmp_path):
-    folder = save_folder(tiny_causal_lm(), tmp_path / "narrow")
-    with pytest.raises(ConfigError, match=r"blocks of 64 weights, but model\.layers\.0\.mlp\.down_proj is 48 wide"):
-        built(folder)
+    model = ModelConfig(path=str(save_folder(tiny_causal_lm(), tmp_path / "narrow")))
+    adapter = AdapterConfig(kind="lora", quantization="nf4")
+    with pytest.raises(ConfigError, match=r"blocks of 64 weights, but model\.layers\.0\.self_attn\.q_proj is 32 wide"):
+        rehearse(model, adapter, DropoutConfig(), FreezeConfig())
 
 
 def test_biases_come_along_and_parameters_are_counted_as_before(folder, plain):
@@ -99,3 +100,13 @@ def test_lengths_of_dora_are_those_of_the_quantized_rows(folder):
     layer = model.model.layers[1].mlp.up_proj
     weight = dequantize_4bit(layer.base_layer.weight, layer.base_layer.weight.quant_state)
     assert torch.allclose(layer.lora_magnitude_vector["default"].weight, weight.norm(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_dora_on_a_bf16_base_starts_as_no_change_at_all(folder, quantization):
+    losses = []
+    for use_dora in (True, False):
+        model = built(folder, torch.bfloat16, quantization=quantization, use_dora=use_dora)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            losses.append(float(model(BATCH).loss_sum))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

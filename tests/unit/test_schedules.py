@@ -42,6 +42,11 @@ def test_warm_up_steps_are_capped_at_the_recipes_share():
     assert schedule("cosine", warmup_steps=100).warmup_steps == 100
 
 
+def test_warm_up_that_one_types_is_not_cut_short_by_a_shorter_run():
+    s = schedule("linear", total=4, warmup_steps=10)
+    assert [s.factor(t) for t in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
 def test_a_run_of_nothing_but_warm_up_is_defined():
     s = schedule("linear", total=5, warmup_steps=5)
     assert [s.factor(t) for t in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

@@ -2,6 +2,7 @@
 
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
+from qwlit.model.config import AdapterConfig
 from qwlit.optim.config import BITSANDBYTES
 
 TEXTS = {"run.name", "run.root", "model.path", "model.tokenizer", "model.hub_id", "data.path", "data.val_path"}
@@ -14,7 +15,7 @@ def check_relations(config: RunConfig) -> None:
     Raises:
         ConfigError: naming both, and the remedy.
     """
-    for check in (_texts, _length, _schedule, _data, _optimizer, _adapter, _profile):
+    for check in (_texts, _length, _schedule, _data, _optimizer, _adapter, _dropout, _profile):
         check(config)
 
 
@@ -65,8 +66,8 @@ def _optimizer(config: RunConfig) -> None:
 def _adapter(config: RunConfig) -> None:
     adapter, freeze = config.adapter, config.freeze
     if adapter.kind == "none":
-        for key, value in (("quantization", adapter.quantization != "none"), ("use_dora", adapter.use_dora)):
-            if value:
+        for key, usual in vars(AdapterConfig()).items():
+            if getattr(adapter, key) != usual:
                 raise ConfigError(f"adapter.{key} is for a frozen model with adapters; set recipe=qlora or recipe=lora")
         if config.dropout.lora:
             raise ConfigError(f"dropout.lora={config.dropout.lora}: there are no adapters; set it 0, or recipe=lora")
@@ -74,6 +75,14 @@ def _adapter(config: RunConfig) -> None:
         raise ConfigError("freeze.* is for training without adapters: with adapter.kind=lora all else is frozen anyway")
     if adapter.quantization != "none" and config.determinism == "strict":
         raise ConfigError("determinism=strict trains in float32, but adapter.quantization=nf4 has 4 bits; set it none")
+
+
+def _dropout(config: RunConfig) -> None:
+    dropout = config.dropout
+    if dropout.layers is not None and not (dropout.attention or dropout.feed_forward or dropout.residual):
+        raise ConfigError(
+            "dropout.layers says where, but attention, feed_forward and residual are all 0; set one of them"
+        )
 
 
 def _profile(config: RunConfig) -> None:

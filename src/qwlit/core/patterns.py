@@ -39,28 +39,40 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def top_layer(names: Iterable[str]) -> int:
+    """Return the number of the highest decoder layer, -1 where there is none."""
+    return max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+
+
 def select(
-    names: Iterable[str], pattern: str, *, field: str, layers: tuple[int, int] | None = None, things: str = "parameter"
+    names: Iterable[str],
+    pattern: str,
+    *,
+    field: str,
+    layers: tuple[int, int] | None = None,
+    top: int | None = None,
+    things: str = "parameter",
 ) -> set[str]:
     """Return the names that match, within a range of layers where one is given.
 
     Args:
         field: the setting that holds the pattern, for the message.
         layers: first and last decoder layer, counted from 0.
+        top: the model's highest layer; None: that of the names.
         things: what the names are names of.
 
     Raises:
         ConfigError: nothing matches, or there are no such layers.
     """
     names = list(names)
-    inside = names if layers is None else within(names, layers, field=field)
+    inside = names if layers is None else within(names, layers, field=field, top=top)
     found = {name for name in inside if matches(pattern, name)}
     if not found:
         raise ConfigError(f"{field}: '{pattern}' matches no {things}{_where(layers)}.{_hint(pattern, names)}")
     return found
 
 
-def within(names: Iterable[str], layers: tuple[int, int], *, field: str) -> list[str]:
+def within(names: Iterable[str], layers: tuple[int, int], *, field: str, top: int | None = None) -> list[str]:
     """Return the names in a range of decoder layers, both ends included.
 
     Raises:
@@ -68,7 +80,7 @@ def within(names: Iterable[str], layers: tuple[int, int], *, field: str) -> list
     """
     first, last = layers
     names = list(names)
-    top = max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+    top = top_layer(names) if top is None else top
     if not first <= last <= top:
         raise ConfigError(f"{field}: layers [{first},{last}] are not [first,last] of the model's, 0 to {top}")
     return [name for name in names if (layer := layer_of(name)) is not None and first <= layer <= last]
@@ -81,5 +93,7 @@ def _where(layers: tuple[int, int] | None) -> str:
 def _hint(pattern: str, names: list[str]) -> str:
     if pattern == "head":
         return " This head is the embedding; say 'embedding'."
-    parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-    return nearest(pattern, sorted(parts.union(KINDS))) or f" Known: {', '.join(sorted(parts | set(KINDS)))}."
+    known = {part for name in names for part in name.split(".") if not part.isdigit()} - {"weight", "model"}
+    known |= {kind for kind in KINDS if any(is_a(kind, name) for name in names)}
+    known -= {pattern}
+    return nearest(pattern, sorted(known)) or f" Known: {', '.join(sorted(known))}."

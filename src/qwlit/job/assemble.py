@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from qwlit.config.compose import Composed
@@ -50,13 +51,16 @@ def assemble(composed: Composed) -> Job:
         ConfigError, DataError: something that is asked for is not here, or wrong.
     """
     config = composed.config
+    refusal = _why_whole(config)
+    state_bytes = partial(training_state_bytes, config.model, config.adapter, config.optim.amsgrad)
     machine = resolve_machine(
         config.hardware,
         config.determinism,
         profile=composed.choices.get("hardware") or "of this config.yaml",
-        state_bytes=partial(training_state_bytes, config.model, config.adapter, config.optim.amsgrad),
+        state_bytes=None if refusal else state_bytes,
     )
-    _check_sharding(config, machine)
+    if machine.strategy == "fsdp":
+        _check_sharding(config, machine, refusal)
     attention = resolve_attention(
         config.model.attention,
         machine=machine,
@@ -75,27 +79,34 @@ def assemble(composed: Composed) -> Job:
     return Job(config, composed.choices, machine, attention, corpus.tokenizer, corpus.encoder, data, plan, derived)
 
 
-def _check_sharding(config: RunConfig, machine: Machine) -> None:
-    """Refuse what only works on whole tensors."""
-    if machine.strategy != "fsdp":
-        return
+def _why_whole(config: RunConfig) -> str | None:
+    """Return the setting that only works on whole tensors, None where all can be sharded."""
     if config.adapter.quantization != "none":
-        raise ConfigError("adapter.quantization=nf4 cannot be sharded; set hardware.strategy=ddp, or recipe=lora")
-    if config.optim.name in BITSANDBYTES:
+        return f"adapter.quantization={config.adapter.quantization}"
+    return f"optim.name={config.optim.name}" if config.optim.name in BITSANDBYTES else None
+
+
+def _check_sharding(config: RunConfig, machine: Machine, refusal: str | None) -> None:
+    if refusal:
+        raise ConfigError(f"{refusal} cannot be sharded; set hardware.strategy=ddp, or another optimizer or recipe")
+    if config.optim.name == "muon" and config.adapter.kind == "lora" and config.adapter.rank < machine.world_size:
         raise ConfigError(
-            f"optim.name={config.optim.name} cannot be sharded; set hardware.strategy=ddp, or optim=adamw"
+            f"optim.name=muon cannot shard adapters of rank {config.adapter.rank} over {machine.world_size} devices;"
+            " raise adapter.rank, or set hardware.strategy=ddp or optim=adamw"
         )
 
 
 def load_model(job: Job, *, leave_empty: bool = False) -> LossModel:
     """Load or make the weights, with adapter, dropout and attention as set; `leave_empty` to fill them when sharded."""
     config = job.config
+    # What freeze.* keeps is exported with the rest, so it stays what it was to the bit.
+    frozen = torch.float32 if config.adapter.kind == "none" else job.machine.frozen_dtype
     return build_loss_model(
         config.model,
         config.adapter,
         config.dropout,
         config.freeze,
-        Execution(job.attention, job.machine.memory, job.machine.frozen_dtype, job.machine.compute_dtype),
+        Execution(job.attention, job.machine.memory, frozen, job.machine.compute_dtype),
         seed=config.seed,
         leave_empty=leave_empty,
     )

@@ -13,11 +13,12 @@ from qwlit.core.console import console
 from qwlit.core.errors import GuardStop, Interrupted, Preempted
 from qwlit.core.ranks import is_rank_zero
 from qwlit.job.assemble import Job
+from qwlit.model.load import fingerprint
 from qwlit.model.loss_model import LossModel
 from qwlit.model.quantize import num_elements
 from qwlit.optim.groups import ParameterGroup, plan_groups
 from qwlit.training.checkpoint import list_checkpoints
-from qwlit.training.continuing import Start, claim, newest, refuse_other_data, refuse_other_mathematics
+from qwlit.training.continuing import Start, claim, newest, refuse_other_content, refuse_other_mathematics
 from qwlit.training.manifest import build_manifest
 from qwlit.training.run_folder import FINISHED, RunFolder
 
@@ -36,7 +37,7 @@ def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
     if config.resume == "auto" and not config.run.overwrite and list_checkpoints(folder):
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_other_mathematics(mathematics(earlier), mathematics(config))
-        refuse_other_data(folder, job.data.fingerprint)
+        refuse_other_content(folder, data=job.data.fingerprint, base=fingerprint(config.model))
     start = claim(folder, resume=config.resume, overwrite=config.run.overwrite)
     folder.cut_back(start.step)
     manifest = build_manifest(job.machine, **_facts(job, loss_model, groups))
@@ -58,6 +59,7 @@ def _facts(job: Job, loss_model: LossModel, groups: list[ParameterGroup]) -> dic
         "template": job.encoder.chat.template if job.encoder.chat else None,
         "tokenizer": job.encoder.tokenizer.fingerprint if job.encoder.tokenizer else None,
         "data": job.data.fingerprint,
+        "base": fingerprint(job.config.model),
         "parameters": {
             "total": sum(num_elements(p) for p in parameters),
             "trainable": sum(group.size for group in groups),

@@ -60,8 +60,10 @@ def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> li
 
 
 def _base(job: Job) -> str | None:
-    """Where an adapter's frozen model is found again, from any folder."""
+    """Where an adapter's frozen model is found again, from any folder; None where its weights were random."""
     model = job.config.model
+    if model.init == "random":
+        return None
     return str(resolve_path(model.path).resolve()) if model.path else model.hub_id
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import is_a, select
+from qwlit.core.patterns import is_a, select, within
 from qwlit.core.sharding import local
 from qwlit.model.config import AdapterConfig
 
@@ -52,11 +52,16 @@ def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: 
 
 
 def start_dora(model: "PreTrainedModel") -> None:
-    """Set DoRA's lengths to those of the weights' rows, where these were filled in after `apply_adapter`."""
+    """Set DoRA's lengths to those of the weights' rows in float32, so that it starts as no change at all.
+
+    peft measures them when it is applied: rounded to the base's dtype, or before the weights were filled in.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
     with torch.no_grad():
         for module in model.modules():
             for lengths in getattr(module, "lora_magnitude_vector", {}).values():
-                rows = local(module.base_layer.weight).float()
+                rows = local(dequantize_module_weight(module.base_layer)).float()
                 local(lengths.weight).copy_(rows.norm(dim=1))
 
 
@@ -67,6 +72,8 @@ def _targets(model: "PreTrainedModel", adapter: AdapterConfig) -> list[str]:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     leaves = sorted({name.rpartition(".")[2] for name in linears}.difference(EMBEDDINGS))
     field, chosen = "adapter.target_modules", set()
+    if adapter.layers is not None:
+        within(linears, adapter.layers, field="adapter.layers")
     for pattern in adapter.target_modules:
         # Patterns speak of parameters.
         names = [f"{name}.weight" for name in linears]

@@ -14,7 +14,7 @@ def apply_freeze(model: "PreTrainedModel", freeze: FreezeConfig) -> None:
     """Let all parameters be trained but those that `freeze` names.
 
     Raises:
-        ConfigError: a pattern matches nothing, there are no such layers, or nothing is left to train.
+        ConfigError: a pattern or a ratio matches nothing, there are no such layers, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()
@@ -23,6 +23,11 @@ def apply_freeze(model: "PreTrainedModel", freeze: FreezeConfig) -> None:
     if freeze.layers is not None:
         frozen.update(within(names, freeze.layers, field="freeze.layers"))
     lower = int(freeze.lower_layers_ratio * len(model.model.layers))
+    if freeze.lower_layers_ratio and not lower:
+        raise ConfigError(
+            f"freeze.lower_layers_ratio={freeze.lower_layers_ratio} of {len(model.model.layers)} layers is none;"
+            " raise it, or set it 0"
+        )
     if lower:
         frozen.update(within(names, (0, lower - 1), field="freeze.lower_layers_ratio"))
     if len(frozen) == len(names):

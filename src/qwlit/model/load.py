@@ -14,7 +14,7 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.model import hub
 from qwlit.model.config import FreezeConfig, ModelConfig
-from qwlit.model.folder import check_tokenizer_files, read_model_config
+from qwlit.model.folder import check_tokenizer_files, fingerprint_weights, read_model_config
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.presets import meta_causal_lm, model_classes, to_hf_config
 from qwlit.model.quantize import Quantizer
@@ -152,6 +152,12 @@ def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dt
     # Buffers are in no file.
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
     return model
+
+
+def fingerprint(config: ModelConfig) -> str | None:
+    """Return what tells the pretrained weights from others, None where they are random."""
+    folder = _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
+    return None if folder is None else fingerprint_weights(folder)
 
 
 def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int, filled: Filled | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 
 from qwlit.core.batch import MicroBatch
-from qwlit.model.adapters import apply_adapter
+from qwlit.model.adapters import apply_adapter, start_dora
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.freeze import apply_freeze
@@ -17,7 +17,7 @@ from qwlit.model.head import linear_cross_entropy
 from qwlit.model.load import load_causal_lm, model_shape
 from qwlit.model.memory import apply_memory_policy
 from qwlit.model.presets import meta_causal_lm
-from qwlit.model.quantize import Quantizer
+from qwlit.model.quantize import Quantizer, check_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,6 +97,7 @@ def build_loss_model(
         quantizer=quantizer if adapter.quantization == "nf4" else None,
     )
     _apply(causal_lm, adapter, dropout, seed)
+    start_dora(causal_lm)
     apply_memory_policy(causal_lm, execution.memory)
     return LossModel(causal_lm, execution.attention).train()
 
@@ -110,6 +111,8 @@ def rehearse(
         ConfigError: a pattern matches nothing, or there are no such layers.
     """
     causal_lm = meta_causal_lm(model_shape(model))
+    if adapter.quantization == "nf4":
+        check_blocks(causal_lm)
     apply_freeze(causal_lm, freeze)
     _apply(causal_lm, adapter, dropout, seed=0)
     return causal_lm

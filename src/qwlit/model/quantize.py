@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 BLOCK = 64
 
 
+def check_blocks(model: "PreTrainedModel") -> None:
+    """Refuse a model whose rows are no whole number of blocks.
+
+    Raises:
+        ConfigError: naming the layer and its width.
+    """
+    for name, module in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(module, nn.Linear) and module.in_features % BLOCK:
+            raise ConfigError(
+                f"adapter.quantization=nf4 stores blocks of {BLOCK} weights, but {name} is {module.in_features} wide;"
+                " use a model whose widths are multiples, or adapter.quantization=none"
+            )
+
+
 class Quantizer:
     """Turns each linear layer of the decoder into its 4-bit form as soon as its weight is there.
 
@@ -29,22 +43,13 @@ class Quantizer:
         self._compute_dtype = compute_dtype
 
     def __call__(self, name: str) -> None:
-        """Quantize the layer whose weight `name` is, where it is one of the decoder's.
-
-        Raises:
-            ConfigError: its rows are no whole number of blocks.
-        """
+        """Quantize the layer whose weight `name` is, where it is one of the decoder's."""
         layer, _, kind = name.rpartition(".")
         parent, _, leaf = layer.rpartition(".")
         if kind != "weight" or leaf not in DECODER_LINEARS:
             return
         linear = self._model.get_submodule(layer)
         assert isinstance(linear, nn.Linear)
-        if linear.in_features % BLOCK:
-            raise ConfigError(
-                f"adapter.quantization=nf4 stores blocks of {BLOCK} weights, but {layer} is {linear.in_features} wide;"
-                " use a model whose widths are multiples, or adapter.quantization=none"
-            )
         setattr(self._model.get_submodule(parent), leaf, self._quantized(linear))
 
     def _quantized(self, linear: nn.Linear) -> nn.Module:

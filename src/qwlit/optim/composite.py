@@ -17,6 +17,7 @@ class Composite(Optimizer):
 
     def __init__(self, *parts: Optimizer) -> None:
         self.parts = parts
+        self._unpaged = False
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
         super().__init__([group for part in parts for group in part.param_groups], {})
@@ -40,9 +41,23 @@ class Composite(Optimizer):
         if self.grad_scale is not None:
             gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(gradients, self.grad_scale)
+        if self._unpaged:
+            self._page()
         for part in self.parts:
             part.step()
         return result
+
+    def _page(self) -> None:
+        """Give paged moments that were loaded their pages back: bitsandbytes makes them only for fresh ones."""
+        self._unpaged = False
+        for part in self.parts:
+            if not getattr(part, "is_paged", False):
+                continue
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                moments = self.state.get(parameter, {})
+                for name in moments.keys() & {"state1", "state2"}:
+                    buffer = part.get_state_buffer(parameter, dtype=moments[name].dtype)  # type: ignore[attr-defined]
+                    moments[name] = buffer.copy_(moments[name])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give each part its own share: they differ in what they may cast."""
@@ -54,4 +69,6 @@ class Composite(Optimizer):
             state = {number: values for number, values in state_dict["state"].items() if number in numbers}
             part.load_state_dict({"state": state, "param_groups": own})
             merged |= dict(part.state)
+        # Not here: Lightning moves the state to the device after this.
+        self._unpaged = True
         self._share(merged)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import is_a, layer_of, select
+from qwlit.core.patterns import is_a, layer_of, select, top_layer
 from qwlit.optim.config import GroupRule, OptimConfig
 
 
@@ -33,11 +33,12 @@ def plan_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Op
     Raises:
         ConfigError: a rule matches nothing, or sets nothing.
     """
-    trained = {name: p for name, p in named_parameters if p.requires_grad}
-    rules = _rule_of(trained, config)
+    everything = dict(named_parameters)
+    trained = {name: p for name, p in everything.items() if p.requires_grad}
+    top = top_layer(everything)
+    rules = _rule_of(trained, config, top)
     if config.lora_plus_ratio != 1 and not any(map(_is_lora_b, trained)):
         raise ConfigError("optim.lora_plus_ratio is for LoRA's B matrices, but there are none; use recipe=lora")
-    top = max((layer for name in trained if (layer := layer_of(name)) is not None), default=-1)
     groups: dict[tuple[str, float, float, str], ParameterGroup] = {}
     for name, parameter in trained.items():
         rule = rules.get(name)
@@ -45,14 +46,14 @@ def plan_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Op
         decay = config.weight_decay if decays else 0.0
         decay = decay if rule is None or rule.weight_decay is None else rule.weight_decay
         title = _title(rule) if rule else "decay" if decays else "no_decay"
-        if config.layer_lr_decay != 1 and (rule is None or rule.lr is None):
-            title += f", layer {layer_of(name)}" if layer_of(name) is not None else ", outside layers"
+        if rule is None or rule.lr is None:
+            title += _place(name, config)
         key = (title, _peak(name, rule, config, top), decay, _algorithm(name, parameter, config))
         groups.setdefault(key, ParameterGroup(*key)).parameters[name] = parameter
     return list(groups.values())
 
 
-def _rule_of(trained: dict[str, nn.Parameter], config: OptimConfig) -> dict[str, GroupRule]:
+def _rule_of(trained: dict[str, nn.Parameter], config: OptimConfig, top: int) -> dict[str, GroupRule]:
     """Return the first rule that matches, by name."""
     found: dict[str, GroupRule] = {}
     for number, rule in enumerate(config.groups):
@@ -61,7 +62,7 @@ def _rule_of(trained: dict[str, nn.Parameter], config: OptimConfig) -> dict[str,
             raise ConfigError(f"{setting} sets nothing; give lr, lr_multiplier or weight_decay")
         if rule.lr is not None and rule.lr_multiplier is not None:
             raise ConfigError(f"{setting}: lr and lr_multiplier are both set; give one of them")
-        names = select(trained, rule.match, layers=rule.layers, field=setting, things="trained parameter")
+        names = select(trained, rule.match, layers=rule.layers, top=top, field=setting, things="trained parameter")
         if names <= found.keys():
             raise ConfigError(f"{setting}: all that '{rule.match}' matches belongs to rules before it; move it up")
         found = dict.fromkeys(names, rule) | found
@@ -70,6 +71,17 @@ def _rule_of(trained: dict[str, nn.Parameter], config: OptimConfig) -> dict[str,
 
 def _title(rule: GroupRule) -> str:
     return rule.match if rule.layers is None else f"{rule.match}, layers {rule.layers[0]}-{rule.layers[1]}"
+
+
+def _place(name: str, config: OptimConfig) -> str:
+    """Say what of a parameter's place its rate depends on."""
+    place = ", LoRA B" if config.lora_plus_ratio != 1 and _is_lora_b(name) else ""
+    if config.layer_lr_decay == 1:
+        return place
+    if is_a("embedding", name):
+        return f", embedding{place}"
+    layer = layer_of(name)
+    return place if layer is None else f", layer {layer}{place}"
 
 
 def _peak(name: str, rule: GroupRule | None, config: OptimConfig, top_layer: int) -> float:

@@ -69,9 +69,10 @@ def _bitsandbytes(groups: list[ParameterGroup], config: OptimConfig) -> Optimize
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
     for group in groups:
         for name, parameter in group.parameters.items():
-            if is_a("embedding", name) or is_a("head", name):
-                # Rare tokens make their moments uneven: bitsandbytes advises 32 bits (Dettmers et al. 2022).
-                manager.override_config(parameter, "optim_bits", 32)
+            # Rare tokens make their moments uneven: bitsandbytes advises 32 bits (Dettmers et al. 2022). Said of every
+            # parameter, because the manager remembers those of the process's earlier runs by their address.
+            whole = config.name == "paged_adamw" or is_a("embedding", name) or is_a("head", name)
+            manager.override_config(parameter, "optim_bits", 32 if whole else 8)
     optimizer: Optimizer = classes[config.name](
         [_as_torch(group) for group in groups], betas=config.betas, eps=config.eps
     )

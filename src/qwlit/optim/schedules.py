@@ -62,7 +62,7 @@ def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:
     asked = config.warmup_steps
     if asked is None:
         asked = round((config.warmup_ratio or 0.0) * total_steps)
-    return min(asked, int(config.max_warmup_ratio * total_steps))
+    return asked if config.max_warmup_ratio == 1 else min(asked, int(config.max_warmup_ratio * total_steps))
 
 
 def build_schedule(config: SchedulerConfig, total_steps: int) -> Schedule:

@@ -105,15 +105,24 @@ def refuse_other_mathematics(before: dict[str, Any], after: dict[str, Any]) -> N
         )
 
 
-def refuse_other_data(folder: RunFolder, fingerprint: str) -> None:
-    """Raise ConfigError when the run began with data or a tokenizer of other content."""
+def refuse_other_content(folder: RunFolder, *, data: str, base: str | None) -> None:
+    """Refuse to go on with data, a tokenizer or a base model of other content.
+
+    Args:
+        data, base: their fingerprints now.
+
+    Raises:
+        ConfigError: naming which of them changed.
+    """
     manifest = folder.path / "manifest.json"
     try:
-        earlier = json.loads(manifest.read_text(encoding="utf-8"))["data"]
+        earlier = json.loads(manifest.read_text(encoding="utf-8"))
+        pairs = (("the data or the tokenizer", earlier["data"], data), ("the base model", earlier["base"], base))
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{manifest} cannot be read; start anew with run.name=… or run.overwrite=true") from None
-    if earlier != fingerprint:
-        raise ConfigError(
-            f"the data or the tokenizer changed since {folder.path} began (fingerprint {earlier}, now {fingerprint});"
-            " bring the old ones back, or start anew with run.name=… or run.overwrite=true"
-        )
+    for what, before, now in pairs:
+        if before != now:
+            raise ConfigError(
+                f"{what} changed since {folder.path} began (fingerprint {before}, now {now});"
+                " bring the old one back, or start anew with run.name=… or run.overwrite=true"
+            )

@@ -49,14 +49,14 @@ class Machine:
 
 
 def resolve_machine(
-    config: HardwareConfig, determinism: Determinism, *, profile: str, state_bytes: Callable[[int], int] = lambda _: 0
+    config: HardwareConfig, determinism: Determinism, *, profile: str, state_bytes: Callable[[int], int] | None = None
 ) -> Machine:
     """Answer every "auto" from what is here.
 
     Args:
         profile: the hardware profile's name, for the message.
         state_bytes: from the bytes of a frozen parameter, what weights, gradients and moments take where one device
-            holds all; asked only when it matters.
+            holds all; asked only when it matters. None: it cannot be sharded.
 
     Raises:
         ConfigError: the machine lacks what the profile asks for, or settings exclude each other.
@@ -79,8 +79,9 @@ def resolve_machine(
         )
     strategy: Literal["single", "ddp", "fsdp"] = "ddp" if world_size > 1 else "single"
     may_shard = config.strategy == "auto" and world_size > 1 and accelerator == "cuda" and precision != "16-mixed"
-    if may_shard and state_bytes(2 if precision == "bf16-mixed" else 4) > ROOM_FOR_STATE * here.memory_gb * 1e9:
-        strategy = "fsdp"
+    if may_shard and state_bytes is not None:
+        needed = state_bytes(2 if precision == "bf16-mixed" else 4)
+        strategy = "fsdp" if needed > ROOM_FOR_STATE * here.memory_gb * 1e9 else "ddp"
     return Machine(
         accelerator=accelerator,
         device_name=here.name,
