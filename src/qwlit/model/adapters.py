@@ -1,6 +1,5 @@
 """LoRA and its kin: small trainable matrices inside a frozen model (peft's layers, put in place without a wrapper)."""
 
-import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.patterns import is_a, select, within
+from qwlit.core.quiet import quieten_bitsandbytes
 from qwlit.core.sharding import local
 from qwlit.model.config import AdapterConfig
 
@@ -29,8 +29,7 @@ def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: 
     if adapter.kind == "none":
         return
     targets = _targets(model, adapter)
-    # bitsandbytes, which peft imports, complains about an optional CPU kernel that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quieten_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -56,12 +55,15 @@ def start_dora(model: "PreTrainedModel") -> None:
 
     peft measures them when it is applied: rounded to the base's dtype, or before the weights were filled in.
     """
+    layers = [module for module in model.modules() if getattr(module, "lora_magnitude_vector", None)]
+    if not layers:
+        return
     from peft.utils.integrations import dequantize_module_weight
 
     with torch.no_grad():
-        for module in model.modules():
-            for lengths in getattr(module, "lora_magnitude_vector", {}).values():
-                rows = local(dequantize_module_weight(module.base_layer)).float()
+        for layer in layers:
+            rows = local(dequantize_module_weight(layer.base_layer)).float()
+            for lengths in layer.lora_magnitude_vector.values():
                 local(lengths.weight).copy_(rows.norm(dim=1))
 
 

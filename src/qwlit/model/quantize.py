@@ -1,12 +1,12 @@
 """4-bit storage of frozen linear layers (NF4 of bitsandbytes), one layer at a time while weights are filled in."""
 
-import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from qwlit.core.errors import ConfigError
+from qwlit.core.quiet import quieten_bitsandbytes
 from qwlit.model.config import DECODER_LINEARS, AdapterConfig
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class Quantizer:
         setattr(self._model.get_submodule(parent), leaf, self._quantized(linear))
 
     def _quantized(self, linear: nn.Linear) -> nn.Module:
-        # It complains about an optional CPU kernel that nothing here uses.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        quieten_bitsandbytes()
         from bitsandbytes.nn import Linear4bit, Params4bit
 
         made: nn.Module = Linear4bit(

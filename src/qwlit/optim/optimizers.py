@@ -1,6 +1,5 @@
 """The optimizer. Fused where torch has it, because clipping and skipping then happen inside its one pass."""
 
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from qwlit.core.patterns import is_a
+from qwlit.core.quiet import quieten_bitsandbytes
 from qwlit.optim.composite import Composite
 from qwlit.optim.config import BITSANDBYTES, OptimConfig
 from qwlit.optim.groups import ParameterGroup
@@ -55,8 +55,7 @@ BUILDERS: dict[str, Callable[[TorchGroups, OptimConfig], Optimizer]] = {"adamw":
 
 
 def _bitsandbytes(groups: list[ParameterGroup], config: OptimConfig) -> Optimizer:
-    # It complains about an optional CPU kernel that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quieten_bitsandbytes()
     import bitsandbytes
 
     classes = {
