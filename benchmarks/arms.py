@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,7 @@ def hf(case: Case, folder: Path, record: Record) -> None:
     trainer.train()
 
 
-def trl(case: Case, folder: Path, record: Record, **settings: Any) -> None:
+def trl(case: Case, folder: Path, record: Record) -> None:
     """TRL's SFTTrainer as a user gets it."""
     _trl(case, folder, record, samples_in_order(folder))
 
@@ -234,7 +233,7 @@ ARMS: dict[str, Callable[[Case, Path, Record], None]] = {
 def main(arm: str, folder: str, out: str) -> None:
     record, place = Record(), Path(folder)
     case = read_case(place)
-    ARMS[arm](replace(case), place, record)
+    ARMS[arm](case, place, record)
     Path(out).write_text(json.dumps({"losses": record.losses, "ends": record.ends}))
 
 

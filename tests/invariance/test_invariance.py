@@ -2,8 +2,6 @@
 
 import math
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 
 from tests.invariance.worker import LR, STEPS
+from tests.runs.runs import free_port, succeed_together
 
 ROOT = Path(__file__).parents[2]
 KINDS = [("qwen3", "none"), ("qwen2", "none"), ("qwen3", "lora")]
@@ -21,26 +20,11 @@ WORLDS = {
 
 
 def launch(out: Path, model_type: str, adapter: str, strategy: str, world_size: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(world_size):
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-        place |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-m", "tests.invariance.worker", str(out), model_type, adapter, strategy]
-        ranks.append(
-            subprocess.Popen(
-                [*words, str(world_size), str(rank)],
-                cwd=ROOT,
-                env=os.environ | place,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    said = [rank.communicate(timeout=280)[0] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)[-3000:]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
+    meeting |= {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "tests.invariance.worker", str(out), model_type, adapter, strategy, str(world_size)]
+    ranks = [([*words, str(rank)], os.environ | meeting | {"LOCAL_RANK": str(rank)}) for rank in range(world_size)]
+    succeed_together(ranks, ROOT, timeout=280)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=["-".join(k) for k in KINDS])

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,24 @@ def started(words: list[str], run: Path, *, logged: int) -> subprocess.Popen[str
         assert process.poll() is None and process.stderr, process.stderr and process.stderr.read()
         time.sleep(0.02)
     return process
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def succeed_together(jobs: list[tuple[list[str], dict[str, str]]], folder: Path, *, timeout: float) -> None:
+    """Start processes, each its words and its environment, that meet one another; expect them all to end well."""
+    processes = [
+        subprocess.Popen(
+            words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for words, environment in jobs
+    ]
+    said = [process.communicate(timeout=timeout)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(said)[-3000:]
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:

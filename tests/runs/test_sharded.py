@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,11 +19,13 @@ from tests.runs.runs import (
     ENVIRONMENT,
     TINY,
     command,
+    free_port,
     losses,
     qwlit,
     qwlit_process,
     rows,
     started,
+    succeed_together,
     summary,
     train,
 )
@@ -150,27 +150,17 @@ def test_what_cannot_be_sharded_is_refused(words, said, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_nodes_of_two_under_torchrun_train_what_one_process_trains(strategy, tmp_path):
     one = train([*RUN, "run.name=one"], tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = ["train", *TINY, *RUN, "run.name=nodes", "hardware.devices=2", "hardware.num_nodes=2"]
     nodes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
-                *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "qwlit"),
-                *(*words, f"hardware.strategy={strategy}"),
-            ],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
+            *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "qwlit"),
+            *(*words, f"hardware.strategy={strategy}"),
+        ]
         for node in range(2)
     ]
-    said = [node.communicate(timeout=200)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)[-3000:]
+    succeed_together([(node, ENVIRONMENT) for node in nodes], tmp_path, timeout=200)
     assert_same_training(one, tmp_path / "runs" / "nodes")
 
 
@@ -299,26 +289,17 @@ def test_in_bf16_shards_compute_what_replicas_do(recipe, tmp_path):
 def test_tasks_of_srun_are_the_ranks_whatever_the_job_is_called(job_name, tmp_path):
     """Lightning takes a job called interactive, as salloc's are, for no Slurm job, and would start ranks of its own."""
     one = train([*RUN, "run.name=one"], tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": job_name}
-    job |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": str(port)}
+    job |= {
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NODEID": "0",
+        "MASTER_PORT": str(free_port()),
+    }
     job |= {"SLURM_NNODES": "1", "MASTER_ADDR": "127.0.0.1"}
     words = command(["train", *TINY, *RUN, "run.name=two", "hardware.devices=2"])
-    tasks = [
-        subprocess.Popen(
-            words,
-            cwd=tmp_path,
-            env=ENVIRONMENT | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [task.communicate(timeout=100)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], "\n".join(said)[-3000:]
+    tasks = [ENVIRONMENT | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    succeed_together([(words, task) for task in tasks], tmp_path, timeout=100)
     assert_same_training(one, tmp_path / "runs" / "two")
 
 

@@ -11,7 +11,7 @@ from qwlit.core.errors import nearest
 
 # What pydantic says of Python's types, for somebody who types settings.
 PLAIN_WORDS = {
-    r"a valid tuple": "a list, [first,second]",
+    "a valid tuple": "a list, [first,second]",
     "^field required": "give two values, [first,second]",
     r"a dictionary or an instance of \w+": "settings, key by key",
 }

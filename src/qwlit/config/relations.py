@@ -2,7 +2,7 @@
 
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
-from qwlit.model.config import AdapterConfig
+from qwlit.model.config import AdapterConfig, FreezeConfig
 from qwlit.optim.config import BITSANDBYTES
 
 TEXTS = {"run.name", "run.root", "model.path", "model.tokenizer", "model.hub_id", "data.path", "data.val_path"}
@@ -71,7 +71,7 @@ def _adapter(config: RunConfig) -> None:
                 raise ConfigError(f"adapter.{key} is for a frozen model with adapters; set recipe=qlora or recipe=lora")
         if config.dropout.lora:
             raise ConfigError(f"dropout.lora={config.dropout.lora}: there are no adapters; set it 0, or recipe=lora")
-    elif freeze.parameters or freeze.layers is not None or freeze.lower_layers_ratio:
+    elif freeze != FreezeConfig():
         raise ConfigError("freeze.* is for training without adapters: with adapter.kind=lora all else is frozen anyway")
     if adapter.quantization != "none" and config.determinism == "strict":
         raise ConfigError("determinism=strict trains in float32, but adapter.quantization=nf4 has 4 bits; set it none")

@@ -34,13 +34,14 @@ def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
     groups = plan_groups(loss_model.causal_lm.named_parameters(), config.optim)
     if not is_rank_zero():
         return Start(newest(folder))
+    base = fingerprint(config.model)
     if config.resume == "auto" and not config.run.overwrite and list_checkpoints(folder):
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_other_mathematics(mathematics(earlier), mathematics(config))
-        refuse_other_content(folder, data=job.data.fingerprint, base=fingerprint(config.model))
+        refuse_other_content(folder, data=job.data.fingerprint, base=base)
     start = claim(folder, resume=config.resume, overwrite=config.run.overwrite)
     folder.cut_back(start.step)
-    manifest = build_manifest(job.machine, **_facts(job, loss_model, groups))
+    manifest = build_manifest(job.machine, **_facts(job, loss_model, groups, base))
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
     folder.write_rows("quarantine.jsonl", job.data.quarantine())
@@ -49,7 +50,7 @@ def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
     return start
 
 
-def _facts(job: Job, loss_model: LossModel, groups: list[ParameterGroup]) -> dict[str, Any]:
+def _facts(job: Job, loss_model: LossModel, groups: list[ParameterGroup], base: str | None) -> dict[str, Any]:
     parameters = list(loss_model.parameters())
     return {
         "choices": job.choices,
@@ -59,7 +60,7 @@ def _facts(job: Job, loss_model: LossModel, groups: list[ParameterGroup]) -> dic
         "template": job.encoder.chat.template if job.encoder.chat else None,
         "tokenizer": job.encoder.tokenizer.fingerprint if job.encoder.tokenizer else None,
         "data": job.data.fingerprint,
-        "base": fingerprint(job.config.model),
+        "base": base,
         "parameters": {
             "total": sum(num_elements(p) for p in parameters),
             "trainable": sum(group.size for group in groups),
