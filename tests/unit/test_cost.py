@@ -1,7 +1,6 @@
 """FLOPs counted from the shape against those that torch counts while it computes, and against the published formula."""
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwlit.config.compose import compose
@@ -22,9 +21,10 @@ def counted_by_torch(model):
     model.set_attn_implementation(register_attention())
     with FlopCounterMode(display=False) as counter:
         LossModel(model, "eager").train()(packed(random_samples(LENGTHS))).loss_sum.backward()
-    # It does not know a product that writes into memory given to it: the head's gradient for its input.
+    # It does not know a product that is added in place: the head's gradient for its weight.
+    head = model.lm_head.weight
     supervised = len(packed(random_samples(LENGTHS)).targets)
-    return counter.get_total_flops() + 2 * supervised * model.lm_head.weight.numel()
+    return counter.get_total_flops() + 2 * supervised * head.numel() * head.requires_grad
 
 
 def counted(model):
@@ -56,13 +56,19 @@ def test_what_torch_counts_in_a_step_is_what_the_shape_says(family, tied, freeze
 def test_lora_costs_four_flops_a_frozen_weight():
     model = tiny_causal_lm()
     apply_adapter(model, AdapterConfig(kind="lora", rank=2), dropout=0.0, seed=0)
-    assert counted(model) == pytest.approx(counted_by_torch(model), rel=0.06)
+    attention = model.model.layers[0].self_attn
+    entering = [attention.q_proj, attention.k_proj, attention.v_proj]
+    # Below the first adapters nothing is trained, so that nobody needs the gradient of what enters them.
+    unneeded = sum(p.numel() for linear in entering for name, p in linear.named_parameters() if "lora_B" not in name)
+    assert counted(model) == pytest.approx(counted_by_torch(model) + 2 * sum(LENGTHS) * unneeded)
 
 
 def test_qwen3_0_6b_costs_2642_mflop_a_token_934_a_supervised_one_and_a_third_of_a_mflop_per_token_before_it():
     flops = count_flops(meta_causal_lm(model_shape(compose([]).config.model)))
-    assert flops.per_token == pytest.approx(2.642e9, rel=1e-3)
-    assert flops.per_supervised_token == pytest.approx(0.934e9, rel=1e-3)
+    # The last feed-forward block, three matrices of 1024 x 3072, is computed in supervised rows alone.
+    last = 6 * 3 * 1024 * 3072
+    assert flops.per_token == pytest.approx(2.642e9 - last, rel=1e-3)
+    assert flops.per_supervised_token == pytest.approx(0.934e9 + last, rel=1e-3)
     # A document of length L has L * L / 2 pairs: 0.000344 GFLOP a token and position.
     assert flops.per_token_pair / 2 == pytest.approx(0.000344e9, rel=1e-3)
 
@@ -73,10 +79,10 @@ def test_frozen_layers_at_the_bottom_are_computed_forward_alone():
         apply_freeze(model, FreezeConfig(**settings))
         return count_flops(model)
 
-    assert freely(parameters=("embedding",), layers=(0, 0)).per_token == pytest.approx(
-        freely().per_token * (2 + 6) / 12
-    )
-    assert torch.isclose(
-        torch.tensor(freely(parameters=("embedding",)).per_supervised_token),
-        torch.tensor(freely().per_supervised_token * 4 / 6),
-    )
+    def whole(flops):
+        return flops.per_token + flops.per_supervised_token
+
+    head = 2.0 * tiny_causal_lm().lm_head.weight.numel()
+    layers = whole(freely()) - 3 * head
+    assert whole(freely(parameters=("embedding",))) == pytest.approx(layers + 2 * head)
+    assert whole(freely(parameters=("embedding",), layers=(0, 0))) == pytest.approx(layers * (2 + 6) / 12 + 2 * head)

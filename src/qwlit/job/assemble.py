@@ -20,7 +20,7 @@ from qwlit.model.cost import training_state_bytes
 from qwlit.model.loss_model import LossModel, build_loss_model, rehearse
 from qwlit.optim.config import BITSANDBYTES
 from qwlit.optim.groups import plan_groups
-from qwlit.training.machine import Machine, resolve_attention, resolve_machine
+from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Job:
     config: RunConfig
     choices: dict[str, str]
     machine: Machine
-    attention: AttentionKernel
+    execution: Execution
     tokenizer: PreTrainedTokenizerFast | None
     """None when the rows are tokens already and the model has no tokenizer."""
     encoder: RowEncoder
@@ -67,6 +67,10 @@ def assemble(composed: Composed) -> Job:
         determinism=config.determinism,
         attention_dropout=config.dropout.attention,
     )
+    compiled, finding = resolve_compile(config.hardware.compile, machine, _why_not_compiled(config, machine, attention))
+    # What freeze.* keeps is exported with the rest, so it stays what it was to the bit.
+    frozen = torch.float32 if config.adapter.kind == "none" else machine.frozen_dtype
+    execution = Execution(attention, machine.memory, frozen, machine.compute_dtype, compiled)
     # Before hours of tokenizing: a name that matches nothing is known from the shape alone.
     plan_groups(rehearse(config.model, config.adapter, config.dropout, config.freeze).named_parameters(), config.optim)
     corpus = open_corpus(config, console())
@@ -76,7 +80,8 @@ def assemble(composed: Composed) -> Job:
         if samples is not None:
             plan.limits.check(samples)
     derived = derive(config, plan, has_validation=data.validation is not None, accelerator=machine.accelerator)
-    return Job(config, composed.choices, machine, attention, corpus.tokenizer, corpus.encoder, data, plan, derived)
+    derived.findings.extend(finding)
+    return Job(config, composed.choices, machine, execution, corpus.tokenizer, corpus.encoder, data, plan, derived)
 
 
 def _why_whole(config: RunConfig) -> str | None:
@@ -96,17 +101,28 @@ def _check_sharding(config: RunConfig, machine: Machine, refusal: str | None) ->
         )
 
 
+def _why_not_compiled(config: RunConfig, machine: Machine, attention: AttentionKernel) -> str | None:
+    """Return the setting under which a layer is not one graph for all batches."""
+    if config.determinism == "strict":
+        return "determinism=strict computes layers as they are written"
+    if machine.memory == "offload":
+        return "hardware.memory=offload moves tensors in the middle of a layer"
+    if config.adapter.use_dora:
+        return "peft's DoRA (adapter.use_dora=true) cannot be traced"
+    if config.data.packing and attention != "varlen":
+        return f"packed samples under {attention} attention would need a graph for each packing (dropout.attention=0?)"
+    return None
+
+
 def load_model(job: Job, *, leave_empty: bool = False) -> LossModel:
     """Load or make the weights, with adapter, dropout and attention as set; `leave_empty` to fill them when sharded."""
     config = job.config
-    # What freeze.* keeps is exported with the rest, so it stays what it was to the bit.
-    frozen = torch.float32 if config.adapter.kind == "none" else job.machine.frozen_dtype
     return build_loss_model(
         config.model,
         config.adapter,
         config.dropout,
         config.freeze,
-        Execution(job.attention, job.machine.memory, frozen, job.machine.compute_dtype),
+        job.execution,
         seed=config.seed,
         leave_empty=leave_empty,
     )

@@ -56,7 +56,8 @@ def _facts(job: Job, loss_model: LossModel, groups: list[ParameterGroup], base: 
         "choices": job.choices,
         "seed": job.config.seed,
         "determinism": job.config.determinism,
-        "attention": job.attention,
+        "attention": job.execution.attention,
+        "compiled": job.execution.compiled,
         "template": job.encoder.chat.template if job.encoder.chat else None,
         "tokenizer": job.encoder.tokenizer.fingerprint if job.encoder.tokenizer else None,
         "data": job.data.fingerprint,
@@ -88,7 +89,9 @@ def _introduce(job: Job, manifest: dict[str, Any], folder: RunFolder, start: Sta
     lines = [
         f"[bold]{escape(str(folder.path))}[/]: {derived.total_steps} steps of {config.train.global_batch_size} samples",
         f"  model     {parameters['total']:,} parameters, {parameters['trainable']:,} trained",
-        f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention {job.attention}"
+        f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention "
+        + job.execution.attention
+        + (", compiled" if job.execution.compiled else "")
         + accumulation
         + memory,
         f"  data      {job.data.describe()}",

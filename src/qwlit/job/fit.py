@@ -12,6 +12,7 @@ from qwlit.core.ranks import meet_others
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.job.assemble import Job
 from qwlit.model.adapters import start_dora
+from qwlit.model.compile import failed_to_compile
 from qwlit.model.cost import count_flops
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import LossModel
@@ -74,6 +75,11 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
         _run(loop, module, steps, validation, start)
     except torch.OutOfMemoryError:
         raise out_of_memory(loop.trainer, module, config.hardware, job.machine) from None
+    except Exception as error:
+        if not failed_to_compile(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise QwlitError(f"a decoder layer cannot be compiled ({reason}); set hardware.compile=false") from error
     finally:
         folder.write_summary(**loop.figures())
     return loop

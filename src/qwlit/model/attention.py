@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from qwlit.model.compile import uncompiled
 from qwlit.model.config import AttentionKernel
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def generation_attention(model: "PreTrainedModel") -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
-        yield
+        with uncompiled(model):
+            yield
     finally:
         model.set_attn_implementation(before)

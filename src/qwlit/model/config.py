@@ -24,6 +24,8 @@ class Execution:
     """What weights that are not trained are kept in."""
     compute_dtype: "torch.dtype"
     """What products with quantized weights are computed in."""
+    compiled: bool = False
+    """Whether each decoder layer is compiled."""
 
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

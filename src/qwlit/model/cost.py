@@ -35,9 +35,9 @@ class Flops:
     do rows of the head that are skipped (as in PaLM, Chowdhery et al. 2022, appendix B)."""
 
     per_token: float
-    """Of the decoder's linear layers."""
+    """Of the decoder's linear layers, but for the last feed-forward block."""
     per_supervised_token: float
-    """Of the head."""
+    """Of that and the head."""
     per_token_pair: float
     """Of attention, for each query and key that it compares."""
 
@@ -57,14 +57,23 @@ def count_flops(model: "PreTrainedModel") -> Flops:
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     heights = [-1 if is_a("embedding", name) else layer_of(name) for name in trained]
     lowest = min((height for height in heights if height is not None), default=len(model.model.layers))
+    head = model.lm_head.weight
+    per_supervised_token = 2.0 * head.numel() * (2 + head.requires_grad)
     per_token = per_token_pair = 0.0
     for number, layer in enumerate(model.model.layers):
         passes = 2 if number >= lowest else 1
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                per_token += 2 * module.in_features * module.out_features * (passes + module.weight.requires_grad)
+        per_token += _linear_flops(layer.self_attn, passes)
+        if layer is model.model.layers[-1]:
+            per_supervised_token += _linear_flops(layer.mlp, passes)
+        else:
+            per_token += _linear_flops(layer.mlp, passes)
         # Scores and their weighted sum of values; backward has two products for each.
         width = layer.self_attn.head_dim * model.config.num_attention_heads
         per_token_pair += 2 * 2 * width * (2 * passes - 1)
-    rows, columns = model.lm_head.weight.shape
-    return Flops(per_token, 2.0 * rows * columns * (2 + model.lm_head.weight.requires_grad), per_token_pair)
+    return Flops(per_token, per_supervised_token, per_token_pair)
+
+
+def _linear_flops(block: nn.Module, passes: int) -> float:
+    """Return what a block's linear layers cost a token, `passes` products and the weights' gradients."""
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    return sum(2.0 * m.in_features * m.out_features * (passes + m.weight.requires_grad) for m in linears)

@@ -1,6 +1,6 @@
 """Backbone, head and loss as one module: the root that DDP or FSDP2 wraps.
 
-Shapes: B micro-batch rows, T positions, N supervised rows, D hidden.
+Shapes: N supervised rows, D hidden.
 """
 
 from functools import partial
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from qwlit.core.batch import MicroBatch
 from qwlit.model.adapters import apply_adapter, start_dora
+from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.head import linear_cross_entropy
+from qwlit.model.last_layer import trim_last_layer
 from qwlit.model.load import load_causal_lm, model_shape
 from qwlit.model.memory import apply_memory_policy
 from qwlit.model.presets import meta_causal_lm
@@ -40,13 +42,14 @@ class LossModel(nn.Module):
 
     def __init__(self, causal_lm: "PreTrainedModel", attention: AttentionKernel) -> None:
         super().__init__()
+        trim_last_layer(causal_lm)
         self.causal_lm = causal_lm
         self.attention = attention
 
     def forward(self, micro: MicroBatch) -> LossOutput:
         """Compute the loss of the supervised rows. Never waits for the device."""
         kernel = self._kernel(micro)
-        hidden = self.causal_lm.model(
+        supervised = self.causal_lm.model(
             input_ids=micro.input_ids,
             position_ids=micro.position_ids,
             use_cache=False,
@@ -55,8 +58,8 @@ class LossModel(nn.Module):
             max_seqlen=micro.max_seqlen,
             # A tuple of numbers is another graph for each packing when compiled, and varlen does not read it.
             document_lengths=None if kernel == "varlen" else micro.document_lengths,
-        ).last_hidden_state  # (B, T, D)
-        supervised = hidden.flatten(0, 1).index_select(0, micro.rows)  # (N, D)
+            supervised_rows=micro.rows,
+        ).last_hidden_state  # (N, D)
         weight = self.causal_lm.lm_head.weight
         return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
 
@@ -99,6 +102,8 @@ def build_loss_model(
     _apply(causal_lm, adapter, dropout, seed)
     start_dora(causal_lm)
     apply_memory_policy(causal_lm, execution.memory)
+    if execution.compiled:
+        compile_layers(causal_lm)
     return LossModel(causal_lm, execution.attention).train()
 
 

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from shutil import which
 from typing import Literal
 
 import torch
@@ -184,3 +186,35 @@ def resolve_attention(
     if asked == "auto":
         return "varlen" if varlen_fits else "sdpa"
     return asked  # type: ignore[return-value]
+
+
+def resolve_compile(asked: bool | Literal["auto"], machine: Machine, obstacle: str | None) -> tuple[bool, list[str]]:
+    """Decide whether decoder layers are compiled, and what is to be said of it.
+
+    Args:
+        obstacle: the setting that stands against it.
+
+    Raises:
+        ConfigError: it is asked for, and something stands against it.
+    """
+    obstacle = obstacle or _missing_compiler(machine)
+    if asked == "auto":
+        wanted = machine.accelerator == "cuda"
+        said = [f"layers are not compiled, which makes steps slower: {obstacle}"] if wanted and obstacle else []
+        return wanted and obstacle is None, said
+    if asked and obstacle:
+        raise ConfigError(f"hardware.compile=true: {obstacle}; set hardware.compile=auto")
+    return asked, []
+
+
+def _missing_compiler(machine: Machine) -> str | None:
+    """Return what torch needs and this machine lacks."""
+    # CUDA's kernels are Triton's, which compiles its launchers in C; the CPU's are C++.
+    language, variable, names = ("C", "CC", ("cc", "gcc", "clang"))
+    if machine.accelerator == "cpu":
+        language, variable, names = ("C++", "CXX", ("c++", "g++", "clang++"))
+    elif find_spec("triton") is None:
+        return "Triton is not installed"
+    if any(which(name) for name in (os.environ.get(variable, ""), *names) if name):
+        return None
+    return f"there is no {language} compiler ({', '.join(names)}, or {variable}=…)"

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from qwlit.core.batch import StepBatch
+from qwlit.model.compile import compile_seconds
 from qwlit.model.cost import Flops
 from qwlit.training.late import LateReader
 from qwlit.training.milestones import Milestones
@@ -147,7 +148,7 @@ class Telemetry(Callback):
 
 
 class _Clock:
-    """Tokens over training time. Validation does not count, and neither does the first step, which warms up."""
+    """Tokens over training time. Validation and compiling do not count, nor does the first step, which warms up."""
 
     def __init__(self) -> None:
         self._tokens = self._seconds = 0.0
@@ -162,7 +163,7 @@ class _Clock:
         self._tokens, self._seconds = state["tokens"], state["seconds"]
 
     def start(self) -> None:
-        self._lap_start = time.perf_counter()
+        self._lap_start = _now()
 
     def add(self, tokens: int, flops: float) -> None:
         if self._warm:
@@ -170,17 +171,17 @@ class _Clock:
             self._lap_flops += flops
         else:
             self._warm = True
-            self._lap_start = time.perf_counter()
+            self._lap_start = _now()
 
     def pause(self) -> None:
-        self._paused_at = time.perf_counter()
+        self._paused_at = _now()
 
     def resume(self) -> None:
-        self._lap_start += time.perf_counter() - self._paused_at
+        self._lap_start += _now() - self._paused_at
 
     def lap(self) -> tuple[float | None, float | None]:
         """Return tokens and FLOPs per second since the last lap, all ranks; None where nothing was timed yet."""
-        now = time.perf_counter()
+        now = _now()
         seconds, tokens, flops = now - self._lap_start, self._lap_tokens, self._lap_flops
         self._tokens += tokens
         self._seconds += seconds
@@ -189,3 +190,8 @@ class _Clock:
 
     def overall(self) -> float | None:
         return self._tokens / self._seconds if self._tokens else None
+
+
+def _now() -> float:
+    """Seconds on a clock that stands still while a layer is compiled."""
+    return time.perf_counter() - compile_seconds()

@@ -1,0 +1,125 @@
+"""Compiled layers against layers as they are written: the same gradients, one graph for all packings, no break.
+
+The graphs are traced and run by torch's own operators (aot_eager); tests/runs/test_compile.py makes machine code of
+them. CUDA's varlen kernel is stood in for by an operator that the compiler cannot look into either.
+"""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from qwlit.core.errors import ConfigError
+from qwlit.model import attention
+from qwlit.model.attention import generation_attention
+from qwlit.model.compile import compile_layers
+from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeConfig, ModelConfig
+from qwlit.model.loss_model import LossModel, build_loss_model
+from qwlit.training.machine import resolve_compile
+from tests.invariance.worker import machine
+from tests.parity.varlen import varlen
+from tests.tiny import packed, random_samples, tiny_architecture
+
+CASES = {
+    "full": {},
+    "qwen2": {"family": "qwen2"},
+    "lora": {"adapter": AdapterConfig(kind="lora", rank=2), "dropout": DropoutConfig(lora=0.1)},
+    "qlora": {"adapter": AdapterConfig(kind="lora", rank=2, quantization="nf4")},
+    "dropout": {"dropout": DropoutConfig(feed_forward=0.1, residual=0.1, embedding=0.1)},
+    "freeze": {"freeze": FreezeConfig(layers=(0, 1))},
+    "selective": {"memory": "selective"},
+    "whole layers again": {"memory": "full"},
+}
+
+
+def model(family="qwen3", adapter=None, dropout=None, freeze=None, memory="none") -> LossModel:
+    wide = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 64}  # nf4 wants rows of 64
+    shape = replace(tiny_architecture(family, tied=True), **wide)
+    return build_loss_model(
+        ModelConfig(init="random", architecture=shape),
+        adapter or AdapterConfig(),
+        dropout or DropoutConfig(),
+        freeze or FreezeConfig(),
+        Execution("varlen", memory, torch.float32, torch.float32),
+        seed=0,
+    )
+
+
+def micro_batches():
+    draw = random.Random(0)
+    sizes = [1, 3, 5, 2, 8, 1, 4]
+    return [packed(random_samples([draw.randint(2, 40) for _ in range(size)], seed=size)) for size in sizes]
+
+
+def losses_and_gradients(loss_model: LossModel):
+    losses = []
+    for number, micro in enumerate(micro_batches()):
+        torch.manual_seed(number)
+        loss_sum = loss_model(micro).loss_sum
+        loss_sum.backward()
+        losses.append(loss_sum.item())
+    loss_model.eval()
+    with torch.no_grad():
+        losses += [loss_model(micro).loss_sum.item() for micro in micro_batches()]
+    return losses, {name: p.grad for name, p in loss_model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "_varlen", varlen)
+    monkeypatch.setattr(LossModel, "_kernel", lambda *_: "varlen")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_compiled_layers_give_the_same_losses_and_gradients_from_few_graphs(case):
+    expected_losses, expected = losses_and_gradients(model(**case))
+    compiled = model(**case)
+    compile_layers(compiled.causal_lm, backend="aot_eager")
+    losses, found = losses_and_gradients(compiled)
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+    # The last layer is another function; each is traced for training and for validation, with sizes fixed, then free,
+    # and once more where nothing below needs a gradient.
+    assert 0 < counters["stats"]["unique_graphs"] <= 12
+
+
+def test_generation_runs_the_layers_as_they_are_written_and_training_goes_on_compiled():
+    loss_model = model()
+    compile_layers(loss_model.causal_lm, backend="aot_eager")
+    micro = micro_batches()[0]
+    before = loss_model(micro).loss_sum
+    graphs = counters["stats"]["unique_graphs"]
+    with generation_attention(loss_model.causal_lm), torch.no_grad():
+        loss_model.causal_lm.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=6, do_sample=False)
+    assert counters["stats"]["unique_graphs"] == graphs > 0
+    assert all(layer._compiled_call_impl for layer in loss_model.causal_lm.model.layers)
+    assert loss_model(micro).loss_sum == before
+
+
+def test_asked_for_where_something_stands_against_it_it_is_refused():
+    with pytest.raises(ConfigError, match=r"hardware.compile=true: because; set hardware.compile=auto"):
+        resolve_compile(True, machine("single", 1), "because")
+
+
+def test_by_itself_it_is_cuda_alone_that_compiles_and_says_why_not():
+    cpu = machine("single", 1)
+    assert resolve_compile("auto", cpu, "because") == (False, [])
+    cuda = type(cpu)(**vars(cpu) | {"accelerator": "cuda"})
+    compiled, (said,) = resolve_compile("auto", cuda, "because")
+    assert not compiled and said.endswith("because")
+    assert resolve_compile(False, cuda, "because") == (False, [])
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
+        resolve_compile(True, machine("single", 1), None)
