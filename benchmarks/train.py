@@ -1,10 +1,10 @@
 """Trainers side by side on the same work: tokens a second and peak memory, as ratios of one run.
 
     pip install -c constraints.txt -e ".[bench]"
-    python -m benchmarks.train [cases=8k,152k] [arms=qwlit,raw,hf,trl,trl_best] [rounds=2]
+    python -m benchmarks.train ["cases=8k;152k, LoRA"] [arms=qwlit,raw,hf,trl] [rounds=2] [out=train_cpu]
 
 The arms run one after the other in processes of their own, forwards and backwards (A B C C B A) as often as `rounds`
-says; medians count. An arm whose first ten losses are not the others' does other work, and its row says so.
+says; medians count. Cases already in the result file stay there. An arm whose first ten losses are not the others' does other work, and its row says so.
 """
 
 import json
@@ -94,8 +94,6 @@ def disagreement(ours: list[float], theirs: list[float]) -> float:
 def table(case: Case, found: dict[str, Measured]) -> list[str]:
     ours = found["qwlit"]
     lines = [
-        f"### {case.name}",
-        "",
         "| arm | tokens/s | qwlit is faster by | peak GiB | qwlit's share | losses |",
         "|---|---|---|---|---|---|",
     ]
@@ -113,25 +111,33 @@ def table(case: Case, found: dict[str, Measured]) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     options = dict(word.split("=", 1) for word in arguments)
-    names = options.get("cases", ",".join(case.name for case in CASES)).split(",")
-    arms = options.get("arms", "qwlit,raw,hf,trl,trl_best").split(",")
-    cases = [case for case in CASES if case.name in names]
-    rounds = int(options.get("rounds", "1"))
-    machine = describe(
-        "torch", "transformers", "lightning", "peft", *(["trl"] if any("trl" in a for a in arms) else [])
-    )
-    command = f"python -m benchmarks.train {' '.join(arguments)}".strip()
-    page = ["# Trainers side by side", "", f"`{command}`", "", ", ".join(f"{k} {v}" for k, v in machine.items()), ""]
-    page += [f"**{arm}**: {' '.join((ARMS[arm].__doc__ or '').split())}" + "  " for arm in arms] + [""]
-    results = []
-    for case in cases:
-        found = measure(case, arms, rounds)
-        page += table(case, found)
-        results.append({"case": asdict(case), "arms": {arm: asdict(seen) for arm, seen in found.items()}})
-        stem = options.get("out", "train_cpu")
-        (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-        (RESULTS / f"{stem}.md").write_text("\n".join(page))
-    print("\n".join(page))
+    names = options.get("cases", ";".join(case.name for case in CASES)).split(";")
+    asked = options.get("arms", ",".join(ARMS)).split(",")
+    place = RESULTS / f"{options.get('out', 'train_cpu')}.json"
+    results = json.loads(place.read_text())["results"] if place.exists() else {}
+    machine = describe("torch", "transformers", "lightning", "peft", "trl", "litgpt")
+    for case in (case for case in CASES if case.name in names):
+        arms = [arm for arm in asked if not (case.adapter and arm == "litgpt")]
+        found = measure(case, arms, int(options.get("rounds", "1")))
+        results[case.name] = {
+            "command": " ".join(["python -m benchmarks.train", *arguments]),
+            "case": asdict(case),
+            "arms": {arm: asdict(seen) for arm, seen in found.items()},
+        }
+        place.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        place.with_suffix(".md").write_text(page(machine, results))
+    print(page(machine, results))
+
+
+def page(machine: dict[str, Any], results: dict[str, Any]) -> str:
+    lines = ["# Trainers side by side", "", ", ".join(f"{k} {v}" for k, v in machine.items()), ""]
+    lines += [f"**{arm}**: {' '.join((run.__doc__ or '').split())}  " for arm, run in ARMS.items()] + [""]
+    for case in CASES:
+        if case.name in results:
+            result = results[case.name]
+            arms = {arm: Measured(**seen) for arm, seen in result["arms"].items()}
+            lines += [f"### {case.name}", "", f"`{result['command']}`", "", *table(case, arms)]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
