@@ -128,7 +128,7 @@ def _trl(case: Case, folder: Path, record: Record, rows: list[dict[str, list[int
 
 
 def litgpt(case: Case, folder: Path, record: Record) -> None:
-    """LitGPT's finetune loop, clipping added; a step is one micro-batch, since it averages micro-batches whatever they hold."""
+    """LitGPT's finetune loop, with clipping; a step is one micro-batch, as it averages micro-batches of any content."""
     from lightning import Fabric
     from litgpt.args import EvalArgs, TrainArgs
     from litgpt.data import Alpaca

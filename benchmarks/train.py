@@ -1,10 +1,12 @@
 """Trainers side by side on the same work: tokens a second and peak memory, as ratios of one run.
 
     pip install -c constraints.txt -e ".[bench]"
+    pip install --no-deps litgpt==0.5.13    # asks for an older huggingface-hub than transformers 5 does
     python -m benchmarks.train ["cases=8k;152k, LoRA"] [arms=qwlit,raw,hf,trl] [rounds=2] [out=train_cpu]
 
 The arms run one after the other in processes of their own, forwards and backwards (A B C C B A) as often as `rounds`
-says; medians count. Cases already in the result file stay there. An arm whose first ten losses are not the others' does other work, and its row says so.
+says; medians count. Cases already in the result file stay there. An arm whose first ten losses are not the others' does
+other work, and its row says so.
 """
 
 import json
