@@ -30,7 +30,8 @@ def qwlit(case: Case, folder: Path, record: Record) -> None:
     build = loop.build_trainer
 
     def with_clock(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
-        return build(*args, callbacks=[*callbacks, Clock()], **kwargs)
+        # First, so that the last step ends before its checkpoint, which the other arms do not write.
+        return build(*args, callbacks=[Clock(), *callbacks], **kwargs)
 
     loop.build_trainer = with_clock
     words = [
