@@ -10,6 +10,7 @@ from qwlit.core.ranks import is_rank_zero, leave, rank_label
 
 VERBS = {
     "train": "train a model, or go on with an unfinished run",
+    "plan": "say what train would do: memory, steps, time, and what is wrong with the settings",
     "inspect": "show the data as the model will see it: tokens, what is learnt, packing, what was put aside",
 }
 
@@ -26,6 +27,7 @@ Verbs
 First steps
   python -m qwlit train experiment=demo        a tiny Qwen3 learns a rule in two languages: no network, no GPU
   python -m qwlit train model.path=FOLDER data.path=FILE.jsonl recipe=lora
+  python -m qwlit plan hardware=a100x4 recipe=full_sft   does it fit, how long will it take, what is wrong with it
   python -m qwlit inspect data.path=FILE.jsonl  what of it is learnt, and what cannot be used
   python -m qwlit train --help                 every setting, with its default and unit
 

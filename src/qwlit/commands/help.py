@@ -26,6 +26,21 @@ and no weights, only the tokenizer.
 Groups: group=choice takes a file of settings
 """
 
+PLAN_INTRO = """\
+python -m qwlit plan [output=text|json] [mfu=0.4] [group=choice ...] [key=value ...]
+
+Says what `train` with the same words would do, without doing it: parameters, memory by what holds it against the
+device's, micro-batches, steps, schedule, time, and what the preflight rules find. The hardware profile is taken at its
+word: needs no GPU, no weights and no network. What needs data or tokenizer is "not checked" where they are not here.
+
+  plan hardware=a100x4 recipe=full_sft
+  plan hardware=rtx4090 recipe=qlora model=qwen2_5_7b data.path=chat.jsonl
+  plan hardware=h100 mfu=0.5                                     the time at half of the devices' peak
+  plan hardware=a100 output=json                                 for machines
+
+Groups: group=choice takes a file of settings
+"""
+
 TRAIN_INTRO = """\
 python -m qwlit train [group=choice ...] [key=value ...]
 
@@ -49,6 +64,10 @@ def inspect_help() -> str:
     return INSPECT_INTRO + _groups_and_settings(
         ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro")
     )
+
+
+def plan_help() -> str:
+    return PLAN_INTRO + _groups_and_settings(("",))
 
 
 def _groups_and_settings(prefixes: tuple[str, ...]) -> str:

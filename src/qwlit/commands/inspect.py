@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.text import Text
 
 from qwlit.commands.help import inspect_help
+from qwlit.commands.words import own_words
 from qwlit.config.compose import compose
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qwlit.config.run import RunConfig
@@ -30,32 +31,21 @@ def main(arguments: list[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print(inspect_help(), end="")
         return 0
-    output, sample, overrides = _own_words(arguments)
+    own, overrides = own_words(arguments, {"output": OUTPUTS, "sample": None})
+    sample = _sample(own["sample"] or None)
     config = compose(overrides).config
     try:
-        inspect(config, output, sample)
+        inspect(config, str(own["output"]), sample)
     except BrokenPipeError:
         # The reader has seen enough (`| head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _own_words(arguments: list[str]) -> tuple[str, int | None, list[str]]:
-    """Take `output=` and `sample=` out of the words; everything else is an override of `train`."""
-    own = {"output": "text", "sample": ""}
-    overrides = []
-    for word in arguments:
-        key, _, value = word.partition("=")
-        if key in own:
-            own[key] = value
-        else:
-            overrides.append(word)
-    if own["output"] not in OUTPUTS:
-        hint = nearest(own["output"], OUTPUTS)
-        raise ConfigError(f"output={own['output']}: choose one of {', '.join(OUTPUTS)}.{hint}")
-    if own["sample"] and not own["sample"].isdecimal():
-        raise ConfigError(f"sample={own['sample']}: give a sample's number, counted from 0")
-    return own["output"], int(own["sample"]) if own["sample"] else None, overrides
+def _sample(text: str | None) -> int | None:
+    if text is not None and not text.isdecimal():
+        raise ConfigError(f"sample={text}: give a sample's number, counted from 0")
+    return None if text is None else int(text)
 
 
 def inspect(config: "RunConfig", output: str, sample: int | None) -> None:

@@ -19,7 +19,6 @@ class Derived:
     accumulate_grad_batches: int | None
     """Micro-batches per rank and step when only rows are limited; None when nothing limits or tokens do."""
     milestones: Milestones
-    findings: list[str]
 
 
 def limits(config: RunConfig) -> Limits:
@@ -43,7 +42,7 @@ def accumulation(global_batch_size: int, micro_batch_size: int | None, world_siz
     return None if micro_batch_size is None else -(-global_batch_size // (micro_batch_size * world_size))
 
 
-def derive(config: RunConfig, plan: StepPlan, *, has_validation: bool, accelerator: str) -> Derived:
+def derive(config: RunConfig, plan: StepPlan, *, has_validation: bool) -> Derived:
     total_steps = _total_steps(config, plan)
     schedule = build_schedule(config.scheduler, total_steps)
     hardware = config.hardware
@@ -54,7 +53,6 @@ def derive(config: RunConfig, plan: StepPlan, *, has_validation: bool, accelerat
         if hardware.micro_batch_tokens
         else accumulation(plan.global_batch_size, hardware.micro_batch_size, plan.world_size),
         milestones=_milestones(config, plan, total_steps, has_validation=has_validation),
-        findings=_findings(config, schedule, accelerator),
     )
 
 
@@ -78,32 +76,3 @@ def _milestones(config: RunConfig, plan: StepPlan, total_steps: int, *, has_vali
         saving=rhythm(config.checkpoint),
         validation=rhythm(config.validation) if validates else None,
     )
-
-
-def _findings(config: RunConfig, schedule: Schedule, accelerator: str) -> list[str]:
-    """What a careful reader of the settings would remark on."""
-    findings = []
-    asked = config.scheduler.warmup_steps
-    if asked is not None and schedule.warmup_steps < asked:
-        findings.append(
-            f"scheduler.warmup_steps={asked} is more than {config.scheduler.max_warmup_ratio:.0%} of the run's"
-            f" {schedule.total_steps} steps; warming up for {schedule.warmup_steps}."
-            " Type scheduler.warmup_steps or scheduler.warmup_ratio to choose yourself"
-        )
-    elif schedule.warmup_steps >= schedule.total_steps:
-        findings.append(
-            f"warm-up takes all {schedule.total_steps} steps: the rate only rises; lower scheduler.warmup_steps"
-        )
-    if config.profile.steps is not None and config.profile.steps[1] > schedule.total_steps:
-        findings.append(
-            f"profile.steps={list(config.profile.steps)} reaches beyond the run's {schedule.total_steps} steps"
-        )
-    if config.adapter.kind != "none" and config.model.init == "random":
-        findings.append("an adapter on random weights: export/ holds the adapter alone, its base is nowhere else")
-    if config.optim.name.startswith("paged") and accelerator == "cpu":
-        findings.append(f"optim.name={config.optim.name}: only a GPU's memory can be paged; here nothing is")
-    if config.train.global_batch_size < 16:
-        findings.append(
-            f"train.global_batch_size={config.train.global_batch_size}: fewer than 16 samples make noisy steps"
-        )
-    return findings

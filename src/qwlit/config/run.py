@@ -14,6 +14,7 @@ from qwlit.training.config import (
     GuardConfig,
     HardwareConfig,
     LoggingConfig,
+    PreflightConfig,
     ProfileConfig,
     RunSettings,
     TrainConfig,
@@ -45,6 +46,7 @@ class RunConfig:
     validation: ValidationConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    preflight: PreflightConfig
     profile: ProfileConfig
 
 

@@ -1,5 +1,6 @@
 """What accelerators this machine has."""
 
+import os
 from dataclasses import dataclass
 
 
@@ -11,7 +12,7 @@ class Devices:
     name: str
     has_bf16: bool
     memory_gb: float = 0.0
-    """Of the smallest, 10^9 bytes."""
+    """Of the smallest, 10^9 bytes; without any, of the host."""
 
     @property
     def peak_flops(self) -> float | None:
@@ -31,12 +32,16 @@ PEAK_FLOPS = {
 }
 
 
+def _host_memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
 def detect_devices() -> Devices:
     import torch
 
     count = torch.cuda.device_count()
     if count == 0:
-        return Devices(num_cuda=0, name="CPU", has_bf16=False)
+        return Devices(num_cuda=0, name="CPU", has_bf16=False, memory_gb=_host_memory_gb())
     # Ampere (compute capability 8) is the first with native bf16: NVIDIA A100 data sheet, 2020.
     return Devices(
         num_cuda=count,

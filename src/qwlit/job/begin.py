@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from rich.markup import escape
@@ -108,9 +109,12 @@ def _introduce(job: Job, manifest: dict[str, Any], folder: RunFolder, start: Sta
         lines.append(f"  resuming  from step {start.step}")
         folder.append_event(start.step, "resumed", device=machine.device_name, devices=machine.world_size)
     lines += [f"  share     {escape(share)}" for share in job.data.describe_shares(config.seed)]
-    for finding in (*job.data.remarks, *derived.findings):
-        lines.append(f"  [yellow]note[/]      {escape(finding)}")
-        folder.append_event(start.step, "finding", message=finding)
+    for remark in job.data.remarks:
+        lines.append(f"  [yellow]note[/]      {escape(remark)}")
+        folder.append_event(start.step, "finding", message=remark)
+    for finding in job.findings:
+        lines.append(f"  [yellow]{finding.name}[/]  {escape(str(finding))}")
+        folder.append_event(start.step, "finding", **asdict(finding))
     console().print("\n".join(lines))
 
 

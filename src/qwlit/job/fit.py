@@ -13,7 +13,7 @@ from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.job.assemble import Job
 from qwlit.model.adapters import start_dora
 from qwlit.model.compile import failed_to_compile
-from qwlit.model.cost import count_flops
+from qwlit.model.flops import count_flops
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import LossModel
 from qwlit.model.shard import shard_model

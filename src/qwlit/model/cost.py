@@ -1,79 +1,307 @@
-"""What a model costs in memory and in floating-point operations, from its shape alone."""
+"""Bytes that a training step holds on one device, counted from the model's shape operator by operator.
 
+Nothing here is fitted: each number is what autograd keeps of an operator (its derivative's inputs), what this code
+allocates, or a data format's size; `python -m benchmarks.memory` compares the sums with what is measured.
+
+Shapes: T tokens of a micro-batch, N supervised ones, D hidden, I intermediate, Q = heads * K, KV = key/value heads * K,
+V vocabulary. A compiled layer keeps less than is counted here.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from qwlit.core.patterns import is_a, layer_of
-from qwlit.model.config import AdapterConfig, ModelConfig
-from qwlit.model.load import model_shape
-from qwlit.model.presets import meta_causal_lm
+from qwlit.model.config import DECODER_LINEARS, AdapterConfig, DropoutConfig, Execution
+from qwlit.model.head import BLOCK_BYTES, CHUNK_BYTES, rows_within
+from qwlit.model.quantize import BLOCK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Weight, gradient and AdamW's two moments, each float32.
-BYTES_A_TRAINED_PARAMETER = 16
-
-
-def training_state_bytes(
-    model: ModelConfig, adapter: AdapterConfig, amsgrad: bool, bytes_a_frozen_parameter: int
-) -> int:
-    """Return what weights, gradients and optimizer take on one device that holds all of them.
-
-    An adapter's own parameters are left out: they are a hundredth of what it stands beside.
-    """
-    count: int = sum(parameter.numel() for parameter in meta_causal_lm(model_shape(model)).parameters())
-    trained = BYTES_A_TRAINED_PARAMETER + 4 * amsgrad
-    return count * (trained if adapter.kind == "none" else bytes_a_frozen_parameter)
+FLOAT32 = 4
+# A block's scale is 8 bits, and 256 scales share a float32 (Dettmers et al. 2023); else it is a float32.
+NF4_BYTES = 0.5 + (1 + FLOAT32 / 256) / BLOCK
+NF4_BYTES_SINGLE = 0.5 + FLOAT32 / BLOCK
 
 
 @dataclass(frozen=True)
-class Flops:
-    """Model FLOPs of a training step, forward and backward. What is computed again to save memory does not count, nor
-    do rows of the head that are skipped (as in PaLM, Chowdhery et al. 2022, appendix B)."""
+class MicroShape:
+    """The micro-batch that takes the most memory."""
 
-    per_token: float
-    """Of the decoder's linear layers, but for the last feed-forward block."""
-    per_supervised_token: float
-    """Of that and the head."""
-    per_token_pair: float
-    """Of attention, for each query and key that it compares."""
-
-    def of(self, *, num_tokens: int, num_supervised_tokens: int, num_token_pairs: float) -> float:
-        return (
-            self.per_token * num_tokens
-            + self.per_supervised_token * num_supervised_tokens
-            + self.per_token_pair * num_token_pairs
-        )
+    tokens: int
+    supervised: int
+    token_pairs: float
+    """Sum over documents of their length squared: eager attention keeps a weight for each."""
 
 
-def count_flops(model: "PreTrainedModel") -> Flops:
-    """Count two FLOPs a multiplication in each of three products: forward, the input's gradient, the weight's.
+@dataclass(frozen=True)
+class Placement:
+    """Where and how the model lies on devices."""
 
-    The weight's where it is trained; the input's where something in or below the layer is trained.
+    device: str
+    """cpu or cuda."""
+    shards: int
+    """Devices that share weights, gradients and moments; 1 without FSDP."""
+    precision_bytes: int
+    """Of a number in a matrix product: 4, or 2 under autocast."""
+
+    @property
+    def mixed(self) -> bool:
+        return self.precision_bytes < FLOAT32
+
+    def share(self, tensor: Tensor) -> int:
+        """Return how many of a tensor's numbers one device holds: FSDP2 cuts rows, and pads the last device's."""
+        return -(-tensor.shape[0] // self.shards) * prod(tensor.shape[1:]) if tensor.ndim else 1
+
+
+def weight_bytes(model: "PreTrainedModel", adapter: AdapterConfig, execution: Execution, place: Placement) -> float:
+    """Return the weights as they are kept: trained ones in float32, frozen ones in their own type or in 4 bits."""
+    nf4 = NF4_BYTES if adapter.double_quantization else NF4_BYTES_SINGLE
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        packed = adapter.quantization == "nf4" and _is_base_linear(name)
+        size = FLOAT32 if parameter.requires_grad else nf4 if packed else execution.frozen_dtype.itemsize
+        total += place.share(parameter) * size
+    return total
+
+
+def _is_base_linear(name: str) -> bool:
+    """Tell the weight of one of the decoder's own linear layers from an adapter's or a norm's."""
+    parts = name.removesuffix(".base_layer.weight").removesuffix(".weight").split(".")
+    return parts[-1] in DECODER_LINEARS
+
+
+def gradient_bytes(model: "PreTrainedModel", place: Placement) -> int:
+    return sum(FLOAT32 * place.share(p) for p in model.parameters() if p.requires_grad)
+
+
+def autocast_bytes(model: "PreTrainedModel", place: Placement) -> int:
+    """Return the half-precision copies of trained weights, which autocast keeps until the step ends.
+
+    FSDP2 sends layers around in half precision instead, so there are none of them.
     """
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    heights = [-1 if is_a("embedding", name) else layer_of(name) for name in trained]
-    lowest = min((height for height in heights if height is not None), default=len(model.model.layers))
-    head = model.lm_head.weight
-    per_supervised_token = 2.0 * head.numel() * (2 + head.requires_grad)
-    per_token = per_token_pair = 0.0
-    for number, layer in enumerate(model.model.layers):
-        passes = 2 if number >= lowest else 1
-        per_token += _linear_flops(layer.self_attn, passes)
-        if layer is model.model.layers[-1]:
-            per_supervised_token += _linear_flops(layer.mlp, passes)
-        else:
-            per_token += _linear_flops(layer.mlp, passes)
-        # Scores and their weighted sum of values; backward has two products for each.
-        width = layer.self_attn.head_dim * model.config.num_attention_heads
-        per_token_pair += 2 * 2 * width * (2 * passes - 1)
-    return Flops(per_token, per_supervised_token, per_token_pair)
+    if not place.mixed or place.shards > 1:
+        return 0
+    linears = (m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+    return sum(place.precision_bytes * weight.numel() for weight in linears if weight.requires_grad)
 
 
-def _linear_flops(block: nn.Module, passes: int) -> float:
-    """Return what a block's linear layers cost a token, `passes` products and the weights' gradients."""
-    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    return sum(2.0 * m.in_features * m.out_features * (passes + m.weight.requires_grad) for m in linears)
+@dataclass(frozen=True)
+class HeadBytes:
+    """What the head holds while a micro-batch's loss is computed."""
+
+    chunk: int
+    """Logits, their logarithms, the head's copy in half precision, the rows' gradient."""
+    weight_gradient: int
+    """float32 (V, D), 0 where the head is frozen."""
+
+
+def head_bytes(model: "PreTrainedModel", micro: MicroShape, place: Placement) -> HeadBytes:
+    """See `model/head.py`, whose chunks these are."""
+    vocab, width = model.lm_head.weight.shape
+    limit = rows_within(CHUNK_BYTES, vocab, place.device)
+    num_chunks = max(1, -(-micro.supervised // limit))
+    rows = -(-micro.supervised // num_chunks)
+    block = min(rows, rows_within(BLOCK_BYTES, vocab, place.device))
+    trained = model.lm_head.weight.requires_grad
+    copy = place.precision_bytes * vocab * width if place.mixed else 0
+    # Half precision on CUDA multiplies into a second float32 matrix before it adds.
+    addend = FLOAT32 * vocab * width if trained and place.mixed else 0
+    hidden = 2 * place.precision_bytes * micro.supervised * width
+    return HeadBytes(
+        chunk=rows * vocab * place.precision_bytes + block * vocab * FLOAT32 + copy + addend + hidden,
+        weight_gradient=FLOAT32 * vocab * width if trained else 0,
+    )
+
+
+def embedding_gradient_bytes(model: "PreTrainedModel") -> int:
+    """Return the embedding's gradient before it is added to what is there: dense, float32."""
+    weight: Tensor = model.model.embed_tokens.weight
+    return FLOAT32 * weight.numel() if weight.requires_grad else 0
+
+
+def unsharded_bytes(model: "PreTrainedModel", place: Placement) -> tuple[int, int]:
+    """Return what FSDP2 holds whole: while the head computes, and while the first layer's gradient is reduced.
+
+    Embedding, head and last norm stay whole from their first use to their last; of layers two stand whole, one in use
+    and the next one under way, and one whole gradient with its float32 copy to be reduced.
+    """
+    if place.shards == 1:
+        return 0, 0
+    root = sum(p.numel() for name, p in model.named_parameters() if layer_of(name) is None)
+    layers = [list(layer.parameters()) for layer in model.model.layers]
+    largest = max(sum(p.numel() for p in layer) for layer in layers)
+    trained = max(sum(p.numel() for p in layer if p.requires_grad) for layer in layers)
+    whole = root * FLOAT32
+    return whole, whole + 2 * largest * place.precision_bytes + trained * (place.precision_bytes + FLOAT32)
+
+
+def activation_bytes(
+    model: "PreTrainedModel",
+    dropout: DropoutConfig,
+    execution: Execution,
+    place: Placement,
+    micro: MicroShape,
+) -> float:
+    """Return what is kept of a forward pass for the backward pass.
+
+    With a memory policy: what stays of every layer, and all of the one that is computed again.
+    """
+    counts = [_Layer(model, number, dropout, execution, place, micro) for number in range(len(model.model.layers))]
+    everything = [layer.everything() for layer in counts]
+    kept = {
+        "none": lambda: sum(everything),
+        "selective": lambda: sum(layer.products() + layer.entering() for layer in counts) + max(everything),
+        "full": lambda: sum(layer.entering() for layer in counts) + max(everything),
+        # What one process of a CPU moves to the host stays where it was.
+        "offload": lambda: (
+            (sum(layer.entering() for layer in counts) if place.device == "cpu" else 0) + max(everything)
+        ),
+    }[execution.memory]()
+    width = model.config.hidden_size
+    # Sine and cosine of every position, and the last norm over the supervised rows.
+    rotary = 2 * FLOAT32 * model.config.head_dim * micro.tokens
+    last_norm = FLOAT32 * width * micro.supervised * (1 + model.model.norm.weight.requires_grad)
+    return kept + rotary + last_norm
+
+
+class _Layer:
+    """One decoder layer's account, bytes."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        number: int,
+        dropout: DropoutConfig,
+        execution: Execution,
+        place: Placement,
+        micro: MicroShape,
+    ) -> None:
+        config = model.config
+        self.layer = model.model.layers[number]
+        self.kernel, self.place, self.micro, self.dropout = execution.attention, place, micro, dropout
+        self.hidden, self.inner = config.hidden_size, config.intermediate_size
+        self.heads = config.num_attention_heads
+        self.queries, self.keys = self.heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.compute = place.precision_bytes
+        lowest = _lowest_trained(model)
+        self.learns = number >= lowest
+        self.input_learns = number > lowest
+        last = number == len(model.model.layers) - 1
+        self.rows = micro.supervised if last else micro.tokens
+        """Tokens that the feed-forward block sees."""
+        first_dropped, last_dropped = dropout.layers or (0, number)
+        self.drops = first_dropped <= number <= last_dropped
+
+    def entering(self) -> float:
+        """The residual stream at the layer's door."""
+        return FLOAT32 * self.hidden * self.micro.tokens if self.learns else 0
+
+    def products(self) -> float:
+        """What `selective` keeps: results of matrix products and of attention."""
+        if not self.learns:
+            return 0
+        total = 0.0
+        for block, tokens in ((self.layer.self_attn, self.micro.tokens), (self.layer.mlp, self.rows)):
+            total += sum(m.out_features * tokens * self.compute for m in block.modules() if isinstance(m, nn.Linear))
+        return total + (self.queries * self.compute + self.heads * FLOAT32) * self.micro.tokens
+
+    def everything(self) -> float:
+        """What autograd keeps when nothing is computed again."""
+        if not self.learns:
+            return 0
+        before = self._norm(self.layer.input_layernorm, self.input_learns) + self._inputs("q_proj", "k_proj", "v_proj")
+        attention = before + self._attention() + self._inputs("o_proj")
+        feed_forward = self._norm(self.layer.post_attention_layernorm, True) + self._inputs("gate_proj", "up_proj")
+        # SiLU keeps its input, the product of gate and up both of its own.
+        feed_forward += 3 * self.inner * self.compute + self._inputs("down_proj")
+        if self.drops:
+            feed_forward += self._mask(self.inner) * (self.dropout.feed_forward > 0)
+            feed_forward += self._mask(self.hidden) * (self.dropout.residual > 0)
+            attention += self._mask(self.hidden) * (self.dropout.residual > 0)
+        return attention * self.micro.tokens + feed_forward * self.rows + self._weights_of_pairs()
+
+    def _norm(self, norm: nn.Module, input_learns: bool) -> float:
+        """Root mean square of a token, float32: its input, the factor, and for the weight's gradient the normed."""
+        return FLOAT32 * ((self.hidden + 1) * input_learns + self.hidden * norm.weight.requires_grad)  # type: ignore[operator]
+
+    def _head_norm(self, name: str, width: int, heads: int) -> float:
+        """Qwen3's norms of queries and keys: a float32 copy of the input, and the normed in the input's type."""
+        norm = getattr(self.layer.self_attn, name, None)
+        if norm is None:
+            return 0
+        return FLOAT32 * (width + heads) + self.compute * width * norm.weight.requires_grad
+
+    def _inputs(self, *names: str) -> float:
+        """What linear layers that share an input keep of it: under autocast each its own copy in half precision."""
+        found = [m for name in names for m in _linears(self.layer) if m[0] == name]
+        kept = 0.0
+        shared = 0.0
+        for name, module in found:
+            base, adapters = _base(module), _adapters(module)
+            trained = base.weight.requires_grad or bool(adapters)
+            width = base.in_features
+            if trained:
+                own = self.place.mixed or (bool(adapters) and self.dropout.lora > 0)
+                # Attention keeps what o_proj reads, unless it joins documents first or an adapter copies it.
+                reads_kept = name == "o_proj" and self.kernel == "varlen" and not adapters
+                if own:
+                    kept += 0 if reads_kept else width * self.compute
+                else:
+                    shared = width * self.compute
+            if adapters:
+                kept += sum(rank for rank in adapters) * self.compute
+                kept += self._mask(width) * (self.dropout.lora > 0)
+        return kept + shared
+
+    def _attention(self) -> float:
+        """Queries, keys, values, result and the logarithm of the sums; the head norms before them."""
+        kept = self._head_norm("q_norm", self.queries, self.heads)
+        kept += self._head_norm("k_norm", self.keys, self.keys * self.heads // self.queries)
+        values = self.keys
+        keys = self.keys
+        if self.kernel == "eager":
+            keys = values = self.queries  # one head each
+            return kept + self.compute * (self.queries + keys + values)
+        return kept + self.compute * (2 * self.queries + keys + values) + FLOAT32 * self.heads
+
+    def _weights_of_pairs(self) -> float:
+        """Attention weights, where they are kept: softmax's result and the mask; with dropout twice more on CPU."""
+        dropped = self.drops and self.dropout.attention > 0
+        if self.kernel == "eager" or (dropped and self.place.device == "cpu"):
+            return self.micro.token_pairs * (self.heads * FLOAT32 * (3 if dropped else 1) + 1)
+        return 0
+
+    def _mask(self, width: int) -> float:
+        """Of dropout: a byte each on CUDA, a factor each on CPU."""
+        return width * (1 if self.place.device == "cuda" else self.compute)
+
+
+def _lowest_trained(model: "PreTrainedModel") -> int:
+    """Return the lowest layer in or below which something is trained; -1 for the embedding."""
+    heights = [
+        -1 if is_a("embedding", name) else layer_of(name) for name, p in model.named_parameters() if p.requires_grad
+    ]
+    return min((height for height in heights if height is not None), default=len(model.model.layers))
+
+
+def _linears(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the seven linear layers, adapters and all, by their short names."""
+    found = (dict(block.named_children()) for block in (layer.self_attn, layer.mlp))
+    return [(name, module) for block in found for name, module in block.items() if name in DECODER_LINEARS]  # type: ignore[attr-defined]
+
+
+def _base(module: nn.Module) -> nn.Linear:
+    base = getattr(module, "base_layer", module)
+    assert isinstance(base, nn.Linear)
+    return base
+
+
+def _adapters(module: nn.Module) -> list[int]:
+    """Return the ranks of the adapters on a linear layer."""
+    down: Iterable[nn.Module] = getattr(module, "lora_A", nn.ModuleDict()).values()
+    return [linear.out_features for linear in down if isinstance(linear, nn.Linear)]

@@ -57,11 +57,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         precise = torch.promote_types(hidden.dtype, torch.float32)
         head = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if hidden_needs else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if weight_needs else None
+        grad_weight = torch.empty_like(weight, dtype=precise) if weight_needs else None
+        if grad_weight is not None and len(hidden) == 0:
+            grad_weight.zero_()
         loss_sum = torch.zeros((), dtype=precise, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         chunks = _chunks(len(hidden), len(weight), hidden.device.type)
-        block_size = _rows_within(BLOCK_BYTES, len(weight), hidden.device.type)
+        block_size = rows_within(BLOCK_BYTES, len(weight), hidden.device.type)
         buffer = hidden.new_empty(max((end - start for start, end in chunks), default=0), len(weight))
         for start, end in chunks:
             rows = hidden[start:end]
@@ -74,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(logits, head, out=grad_hidden[start:end])
             if grad_weight is not None:
-                _add_product(grad_weight, logits.T, rows)
+                _add_product(grad_weight, logits.T, rows, first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(num_correct)
@@ -92,12 +94,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunks(num_rows: int, vocab_size: int, device: str) -> list[tuple[int, int]]:
     """Cut `num_rows` into the fewest chunks within the limit, all of about the same size."""
-    count = -(-num_rows // _rows_within(CHUNK_BYTES, vocab_size, device))
+    count = -(-num_rows // rows_within(CHUNK_BYTES, vocab_size, device))
     edges = [num_rows * chunk // count for chunk in range(count + 1)] if count else []
     return list(pairwise(edges))
 
 
-def _rows_within(limits: dict[str, int], vocab_size: int, device: str) -> int:
+def rows_within(limits: dict[str, int], vocab_size: int, device: str) -> int:
     """Return how many rows of float32 logits `limits` allows on `device`."""
     return max(1, limits[device] // (4 * vocab_size))
 
@@ -114,11 +116,13 @@ def _losses(logits: Tensor, targets: Tensor, precise: torch.dtype, *, to_gradien
     return losses
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right` to `total`, rounding only once: a half-precision product would round at every chunk."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Add `left @ right` to `total`, rounding only once: a half-precision product would round at every chunk.
+
+    The first product is written over whatever memory `total` was given, which saves filling and reading it.
+    """
+    if left.is_cuda and left.dtype != total.dtype:
+        product = torch.mm(left, right, out_dtype=total.dtype)
+        total.copy_(product) if first else total.add_(product)
     else:  # CPU kernels cannot widen
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=0 if first else 1)

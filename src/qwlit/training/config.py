@@ -53,18 +53,20 @@ class HardwareConfig:
     """Devices per node. auto: all CUDA devices, or one CPU process."""
     num_nodes: PositiveInt = 1
     """Machines."""
+    gpu: str | None = None
+    """Name of the devices in NVIDIA's data sheets; `plan` takes their speed from it. null: whatever there is."""
     gpu_memory_gb: PositiveInt | None = None
     """Memory that each device is sold with, GB; a machine with less is refused. null: whatever there is."""
     host_memory_gb: PositiveInt | None = None
     """Memory to ask of Slurm, GB a node."""
     strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
     """ddp keeps all weights on every device, fsdp shards weights, gradients and moments over them. auto: ddp where
-    there is more than one device, fsdp where weights, gradients and moments would not fit on one."""
+    there is more than one device, fsdp where that does not fit."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """auto: bf16 with float32 weights where the GPU has it, float16 with loss scaling on older GPUs, float32 on CPU."""
     memory: Literal["auto"] | MemoryPolicy = "auto"
     """What each layer keeps for the backward pass: everything (none), what is dear to compute (selective), one hidden
-    state (full), or that in the host's memory (offload). Same gradients, more time. auto: everything."""
+    state (full), or that in the host's memory (offload). Same gradients, more time. auto: the first that fits."""
     compile: Flag | Literal["auto"] = "auto"
     """Compile the decoder layers: faster steps after a first one of a minute. auto: with CUDA, where nothing stands
     against it."""
@@ -118,6 +120,14 @@ class GuardConfig:
 
     max_nonfinite_steps: PositiveInt = 3
     """Stop with exit code 3 after so many such steps in a row."""
+
+
+@config_dataclass
+class PreflightConfig:
+    """Rules that are known from how runs die; `plan` lists what they find."""
+
+    allow: tuple[str, ...] = ()
+    """Names of rules that would refuse this run and shall only warn, e.g. [full_lr]."""
 
 
 @config_dataclass

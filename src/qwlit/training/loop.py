@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from qwlit.core.console import console
 from qwlit.data.samples import Samples
-from qwlit.model.cost import Flops
+from qwlit.model.flops import Flops
 from qwlit.training.boundary import ScheduleValidation
 from qwlit.training.checkpoint import Checkpointing
 from qwlit.training.config import CheckpointConfig, GuardConfig, ProfileConfig, ValidationConfig

@@ -1,7 +1,6 @@
 """From a hardware profile to what this machine will really use; what it lacks is said in one line."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from shutil import which
@@ -18,7 +17,7 @@ from qwlit.training.config import Determinism, HardwareConfig
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware settings with every "auto" answered."""
+    """The hardware settings with every "auto" answered; strategy and memory by what fits (`config/memory.py`)."""
 
     accelerator: Literal["cpu", "cuda"]
     device_name: str
@@ -34,6 +33,8 @@ class Machine:
     timeout_seconds: float
     num_workers: int
     pin_memory: bool
+    device_memory: float = 0.0
+    """Bytes of one device; 0 where it is not known."""
 
     @property
     def world_size(self) -> int:
@@ -51,25 +52,25 @@ class Machine:
 
 
 def resolve_machine(
-    config: HardwareConfig, determinism: Determinism, *, profile: str, state_bytes: Callable[[int], int] | None = None
+    config: HardwareConfig, determinism: Determinism, *, profile: str, imagined: bool = False
 ) -> Machine:
-    """Answer every "auto" from what is here.
+    """Answer every "auto" from what is here, but for strategy and memory, which depend on the model.
 
     Args:
         profile: the hardware profile's name, for the message.
-        state_bytes: from the bytes of a frozen parameter, what weights, gradients and moments take where one device
-            holds all; asked only when it matters. None: it cannot be sharded.
+        imagined: take the profile's word for what there is, and for how processes are started.
 
     Raises:
         ConfigError: the machine lacks what the profile asks for, or settings exclude each other.
     """
-    here = detect_devices()
+    here = _imagine(config) if imagined and config.accelerator == "cuda" else detect_devices()
     accelerator = _accelerator(config, here, profile)
     devices = config.devices if config.devices != "auto" else (here.num_cuda if accelerator == "cuda" else 1)
     if accelerator == "cuda" and (devices > here.num_cuda or _too_small(config, here)):
         raise ConfigError(f"hardware={profile} needs {_needed(config)} a node, here: {_seen(here)}. {_REMEDY}")
     world_size = devices * config.num_nodes
-    _check_launcher(devices, config.num_nodes)
+    if not imagined:
+        _check_launcher(devices, config.num_nodes)
     precision = _precision(config, accelerator, here, determinism)
     if config.strategy == "single" and world_size > 1:
         raise ConfigError(f"hardware.strategy=single is one process, but {world_size} devices are set; use ddp or auto")
@@ -80,10 +81,6 @@ def resolve_machine(
             "hardware.strategy=fsdp has no loss scale for 16-mixed; set hardware.precision=bf16-mixed or 32-true"
         )
     strategy: Literal["single", "ddp", "fsdp"] = "ddp" if world_size > 1 else "single"
-    may_shard = config.strategy == "auto" and world_size > 1 and accelerator == "cuda" and precision != "16-mixed"
-    if may_shard and state_bytes is not None:
-        needed = state_bytes(2 if precision == "bf16-mixed" else 4)
-        strategy = "fsdp" if needed > ROOM_FOR_STATE * here.memory_gb * 1e9 else "ddp"
     return Machine(
         accelerator=accelerator,
         device_name=here.name,
@@ -97,7 +94,19 @@ def resolve_machine(
         timeout_seconds=config.timeout_seconds,
         num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,
         pin_memory=accelerator == "cuda" if config.pin_memory == "auto" else config.pin_memory,
+        # Processes on CPU share the host's.
+        device_memory=here.memory_gb * 1e9 / (devices if accelerator == "cpu" else 1),
     )
+
+
+# Cards report about 1.06 times the GB they are sold with (an A100 of 40: 42.3e9 bytes), with ECC on up to 6 % less.
+REPORTED_SHARE, USABLE_SHARE = 1.06, 0.93
+
+
+def _imagine(config: HardwareConfig) -> Devices:
+    """Return the devices that a profile names. Without a name nothing is known of their speed or memory."""
+    count = 1 if config.devices == "auto" else config.devices
+    return Devices(count, config.gpu or "CUDA device", True, (config.gpu_memory_gb or 0) * REPORTED_SHARE)
 
 
 _REMEDY = "Use hardware=auto for what is here, or start with experiment=demo"
@@ -116,12 +125,6 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     if launched is None and tasks > 1:
         raise ConfigError(f"this Slurm job has {tasks} tasks, but only one process was started; start it with srun")
-
-
-# Assumption: the rest is for activations, the head's buffers and fragments.
-ROOM_FOR_STATE = 0.7
-# Cards report about 1.06 times the GB they are sold with (an A100 of 40: 42.3e9 bytes), with ECC on up to 6 % less.
-USABLE_SHARE = 0.93
 
 
 def _too_small(config: HardwareConfig, here: Devices) -> bool:
@@ -188,23 +191,28 @@ def resolve_attention(
     return asked  # type: ignore[return-value]
 
 
-def resolve_compile(asked: bool | Literal["auto"], machine: Machine, obstacle: str | None) -> tuple[bool, list[str]]:
-    """Decide whether decoder layers are compiled, and what is to be said of it.
+def resolve_compile(
+    asked: bool | Literal["auto"], machine: Machine, obstacle: str | None, *, imagined: bool = False
+) -> tuple[bool, str | None]:
+    """Decide whether decoder layers are compiled; "auto" does so on CUDA.
 
     Args:
         obstacle: the setting that stands against it.
+        imagined: ask for no compiler here.
+
+    Returns:
+        The decision, and what has prevented it.
 
     Raises:
         ConfigError: it is asked for, and something stands against it.
     """
-    obstacle = obstacle or _missing_compiler(machine)
-    if asked == "auto":
-        wanted = machine.accelerator == "cuda"
-        said = [f"layers are not compiled, which makes steps slower: {obstacle}"] if wanted and obstacle else []
-        return wanted and obstacle is None, said
-    if asked and obstacle:
+    wanted = machine.accelerator == "cuda" if asked == "auto" else asked
+    if not wanted:
+        return False, None
+    obstacle = obstacle or (None if imagined else _missing_compiler(machine))
+    if obstacle and asked != "auto":
         raise ConfigError(f"hardware.compile=true: {obstacle}; set hardware.compile=auto")
-    return asked, []
+    return obstacle is None, obstacle
 
 
 def _missing_compiler(machine: Machine) -> str | None:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from qwlit.core.batch import StepBatch
 from qwlit.model.compile import compile_seconds
-from qwlit.model.cost import Flops
+from qwlit.model.flops import Flops
 from qwlit.training.late import LateReader
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule

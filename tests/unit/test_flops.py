@@ -7,7 +7,7 @@ from qwlit.config.compose import compose
 from qwlit.model.adapters import apply_adapter
 from qwlit.model.attention import register_attention
 from qwlit.model.config import AdapterConfig, FreezeConfig
-from qwlit.model.cost import count_flops
+from qwlit.model.flops import count_flops
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.load import model_shape
 from qwlit.model.loss_model import LossModel

@@ -1,0 +1,257 @@
+"""Memory as `plan` counts it against memory as it is allocated: predicted, measured, error.
+
+    python -m benchmarks.memory
+
+Small models on CPU take real training steps while torch's profiler notes every allocation; what stood before the step
+(weights, optimizer) is added by its size. At the shapes of Qwen3-0.6B and Qwen2.5-7B one forward pass runs on fake
+tensors under autocast, and what autograd keeps is summed.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import describe
+from qwlit.config.compose import compose
+from qwlit.config.memory import Load, Subject, estimate_memory
+from qwlit.core.batch import MicroBatch
+from qwlit.data.batches import collate
+from qwlit.model.config import Execution
+from qwlit.model.cost import MicroShape, Placement, activation_bytes
+from qwlit.model.loss_model import LossModel, build_loss_model, rehearse
+from qwlit.optim.groups import plan_groups
+from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer
+from qwlit.training.machine import resolve_machine
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+# Shapes chosen after the formulas were written.
+SHAPES = {
+    "qwen3, 6 layers of 320": [
+        *("model.architecture.hidden_size=320", "model.architecture.intermediate_size=896"),
+        *("model.architecture.num_hidden_layers=6", "model.architecture.num_attention_heads=10"),
+        *("model.architecture.num_key_value_heads=2", "model.architecture.vocab_size=6000"),
+    ],
+    "qwen2, 4 layers of 448, untied": [
+        *("model.architecture.model_type=qwen2", "model.architecture.tie_word_embeddings=false"),
+        *("model.architecture.hidden_size=448", "model.architecture.intermediate_size=1152"),
+        *("model.architecture.num_hidden_layers=4", "model.architecture.num_attention_heads=7"),
+        *("model.architecture.num_key_value_heads=1", "model.architecture.head_dim=64"),
+        *("model.architecture.vocab_size=9000",),
+    ],
+}
+WAYS = {
+    "full": ["recipe=full_sft"],
+    "LoRA": ["recipe=lora"],
+    "QLoRA": ["recipe=qlora"],
+    "freeze": ["recipe=freeze"],
+    "full, dropout": ["recipe=full_sft", "dropout.feed_forward=0.1", "dropout.residual=0.1"],
+    "full, sgd": ["recipe=full_sft", "optim=sgd"],
+    "full, muon": ["recipe=full_sft", "optim=muon"],
+    "full, padded": ["recipe=full_sft", "data.packing=false"],
+    "full, strict": ["recipe=full_sft", "determinism=strict"],
+}
+POLICIES = ("none", "selective", "full", "offload")
+LENGTHS, SUPERVISED, MICRO_BATCHES = [311, 97, 640, 205], 0.4, 2
+
+
+@dataclass
+class Row:
+    """One line of the table, bytes."""
+
+    what: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+class _Samples:
+    """Random samples of the given lengths, their ends learnt."""
+
+    def sample(self, index: int) -> tuple[Any, Any]:
+        import numpy as np
+
+        ids = np.random.default_rng(index).integers(0, 500, LENGTHS[index]).astype(np.int32)
+        mask = (np.arange(len(ids)) >= (1 - SUPERVISED) * len(ids)).astype(np.uint8)
+        mask[0] = 0
+        return ids, mask
+
+
+def micro_batch(*, packing: bool) -> tuple[MicroBatch, MicroShape]:
+    micro = collate(_Samples(), list(range(len(LENGTHS))), packing=packing, pad_id=0, filler=False)  # type: ignore[arg-type]
+    widths = LENGTHS if packing else [max(LENGTHS)] * len(LENGTHS)
+    pairs = float(sum(width**2 for width in widths))
+    return micro, MicroShape(micro.input_ids.numel(), len(micro.targets), pairs)
+
+
+def compare(shape: list[str], way: list[str], policy: str) -> tuple[float, float]:
+    """Return predicted and measured bytes of a training step."""
+    words = ["model=demo", "hardware=cpu", "dropout=none", *shape, *way, f"hardware.memory={policy}"]
+    config = compose(words).config
+    machine = replace(
+        resolve_machine(config.hardware, config.determinism, profile="cpu"),
+        memory=policy,  # type: ignore[arg-type]
+    )
+    kernel: Any = "eager" if config.determinism == "strict" else "sdpa"
+    execution = Execution(kernel, machine.memory, torch.float32, torch.float32)
+    rehearsed = rehearse(config.model, config.adapter, config.dropout, config.freeze)
+    subject = Subject(config, rehearsed, plan_groups(rehearsed.named_parameters(), config.optim))
+    micro, size = micro_batch(packing=config.data.packing)
+    predicted = estimate_memory(subject, machine, execution, Load(size, accumulates=True)).total
+    model = build_loss_model(config.model, config.adapter, config.dropout, config.freeze, execution, seed=0)
+    return predicted, _measured(model, config, micro)
+
+
+def _measured(model: LossModel, config: Any, micro: MicroBatch) -> float:
+    groups = plan_groups(model.causal_lm.named_parameters(), config.optim)
+    optimizer = build_optimizer(groups, config.optim)
+
+    def step() -> None:
+        for _ in range(MICRO_BATCHES):
+            (model(micro).loss_sum / 1000).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
+        arm_clip_and_skip(optimizer, norm, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the optimizer's state
+    before = sum(_size(t) for t in _standing(model, optimizer))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = most = 0
+    for event in sorted(_allocations(profile), key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return before + most
+
+
+def _allocations(profile: Any) -> Iterator[Any]:
+    return (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def _standing(model: LossModel, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            yield state.absmax
+            yield from (t for t in (getattr(state.state2, "absmax", None),) if t is not None)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass
+class _Kept:
+    """Storages that autograd keeps, each once."""
+
+    sizes: dict[int, int] = field(default_factory=dict)
+    alive: list[Tensor] = field(default_factory=list)
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.alive.append(tensor)
+        return tensor
+
+
+def compare_fake(words: list[str]) -> tuple[float, float]:
+    """Return predicted and kept bytes of one forward pass of a large model's decoder under autocast."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = compose(["hardware=cpu", "dropout=none", *words]).config
+    execution = Execution("sdpa", "none", torch.bfloat16, torch.bfloat16)
+    place = Placement("cpu", 1, 2)
+    micro, size = micro_batch(packing=True)
+    predicted = activation_bytes(
+        rehearse(config.model, config.adapter, config.dropout, config.freeze), config.dropout, execution, place, size
+    )
+    kept = _Kept()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        from qwlit.model.adapters import apply_adapter
+        from qwlit.model.attention import register_attention
+        from qwlit.model.load import model_shape
+        from qwlit.model.presets import model_classes
+
+        shape = model_shape(config.model)
+        shape._attn_implementation = register_attention()
+        _, model_class = model_classes(shape.model_type)
+        causal_lm = model_class(shape)
+        apply_adapter(causal_lm, config.adapter, dropout=0.0, seed=0)
+        if config.adapter.kind == "lora":
+            for parameter in causal_lm.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        model = LossModel(causal_lm, "sdpa").train()
+        copies = {id(p) for p in model.parameters()}
+        assert copies
+        with (
+            torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            causal_lm.model(
+                input_ids=micro.input_ids,
+                position_ids=micro.position_ids,
+                use_cache=False,
+                attention_kernel="sdpa",
+                document_lengths=micro.document_lengths,
+                supervised_rows=micro.rows,
+            )
+    weights = {tuple(p.shape) for p in causal_lm.parameters()}
+    # Autocast's copies of the weights are a component of their own.
+    ours = {
+        t.untyped_storage()._cdata
+        for t in kept.alive
+        if tuple(t.shape) in weights or tuple(t.t().shape if t.ndim == 2 else ()) in weights
+    }
+    return predicted, float(sum(size for storage, size in kept.sizes.items() if storage not in ours))
+
+
+def rows() -> Iterator[Row]:
+    for name, shape in SHAPES.items():
+        for way, words in WAYS.items():
+            for policy in POLICIES if way in ("full", "LoRA", "QLoRA", "freeze") else ("none",):
+                yield Row(f"{name}; {way}; {policy}", *compare(shape, words, policy))
+    for model in ("qwen3_0_6b", "qwen2_5_7b"):
+        for recipe in ("full_sft", "lora"):
+            yield Row(f"{model}; {recipe}; kept, fake tensors", *compare_fake([f"model={model}", f"recipe={recipe}"]))
+
+
+def main() -> None:
+    found = []
+    for row in rows():
+        found.append(row)
+        print(
+            f"{row.what:<62} {row.predicted / MIB:>10.1f} {row.measured / MIB:>10.1f} MiB {row.error:>+7.1%}",
+            flush=True,
+        )
+    machine = describe("torch", "transformers", "peft", "bitsandbytes")
+    lines = ["# Memory: predicted against measured", "", "`python -m benchmarks.memory`", ""]
+    lines += [
+        ", ".join(f"{k} {v}" for k, v in machine.items()),
+        "",
+        "| what | predicted, MiB | measured, MiB | error |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {r.what} | {r.predicted / MIB:,.1f} | {r.measured / MIB:,.1f} | {r.error:+.1%} |" for r in found]
+    (RESULTS / "memory.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "memory.json").write_text(
+        json.dumps({"machine": machine, "rows": [vars(r) for r in found]}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

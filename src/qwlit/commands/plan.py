@@ -1,0 +1,188 @@
+"""`plan`: says what `train` with the same words would do, without doing it."""
+
+import json
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qwlit.commands.help import plan_help
+from qwlit.commands.words import own_words
+from qwlit.core.console import console
+from qwlit.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qwlit.job.foresee import Foresight
+
+GIB = 2**30
+OUTPUTS = ("text", "json")
+BAR_WIDTH, CURVE_WIDTH = 30, 60
+# What large, well-fed runs reach on such devices (FLOPs counted as here): PaLM 46 %, torchtitan 33-39 %.
+USUAL_MFU = 0.4
+
+
+def main(arguments: list[str]) -> int:
+    if any(word in ("-h", "--help") for word in arguments):
+        print(plan_help(), end="")
+        return 0
+    own, overrides = own_words(arguments, {"output": OUTPUTS, "mfu": None})
+    mfu = _mfu(own["mfu"])
+    from qwlit.job.foresee import foresee
+
+    foresight = foresee(overrides, console(stderr=True))
+    if own["output"] == "json":
+        print(json.dumps(as_json(foresight, mfu), indent=1, ensure_ascii=False))
+    else:
+        show(foresight, mfu, console())
+    return 0
+
+
+def _mfu(text: str | None) -> float:
+    try:
+        mfu = USUAL_MFU if text is None else float(text)
+    except ValueError:
+        mfu = 0.0
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"mfu={text}: give the share of the devices' peak that a run reaches, above 0 to 1")
+    return mfu
+
+
+def as_json(plan: "Foresight", mfu: float) -> dict[str, Any]:
+    """Return the plan as machines read it; null is what is not known."""
+    outline, memory, survey = plan.outline, plan.memory, plan.survey
+    config, machine, schedule = outline.config, outline.machine, plan.schedule
+    groups = outline.subject.groups
+    accumulation = survey.accumulation
+    return {
+        "parameters": {
+            "total": outline.num_parameters,
+            "trainable": sum(group.size for group in groups),
+            "groups": [
+                {"name": g.name, "parameters": g.size, "lr": g.lr, "weight_decay": g.weight_decay} for g in groups
+            ],
+        },
+        "memory": {
+            "components": {name: size / GIB for name, size in memory.components.items()},
+            "total_gib": memory.total / GIB,
+            "device_gib": memory.device / GIB if memory.device else None,
+            "fullest_at": memory.moment,
+            "policy": machine.memory,
+        },
+        "fits": memory.fits,
+        "would_fit": [
+            {"overrides": overrides, "total_gib": smaller.total / GIB} for overrides, smaller in plan.remedies
+        ],
+        "global_batch_size": config.train.global_batch_size,
+        "micro_batch_size": config.hardware.micro_batch_size,
+        "micro_batch_tokens": config.hardware.micro_batch_tokens,
+        "accumulate_grad_batches": plan.accumulate_grad_batches,
+        "accumulation": dict(zip(("min", "median", "max"), accumulation, strict=True)) if accumulation else None,
+        "padding_share": survey.padding_share,
+        "devices": machine.devices,
+        "num_nodes": machine.num_nodes,
+        "strategy": machine.strategy,
+        "precision": machine.precision,
+        "attention": outline.execution.attention,
+        "compiled": outline.execution.compiled,
+        "steps": plan.num_steps,
+        "warmup_steps": schedule.warmup_steps if schedule else None,
+        "tokens": plan.num_tokens,
+        "flops_per_token": plan.flops_per_token,
+        "mfu": mfu,
+        "seconds": plan.seconds(mfu),
+        "not_checked": plan.unchecked,
+        "findings": [
+            {"name": f.name, "severity": f.severity, "message": f.message, "remedy": f.remedy} for f in plan.findings
+        ],
+    }
+
+
+def show(plan: "Foresight", mfu: float, screen: Console) -> None:
+    """Print the plan as a person reads it."""
+    outline, machine = plan.outline, plan.outline.machine
+    compiled = ", layers compiled" if outline.execution.compiled else ""
+    screen.print(f"[bold]{escape(str(outline.config.run.name))}[/]  on {machine.world_size} x {machine.device_name}")
+    screen.print(
+        f"  strategy {machine.strategy}, precision {machine.precision}, attention {outline.execution.attention}"
+        f", memory {machine.memory}{compiled}"
+    )
+    _show_parameters(plan, screen)
+    _show_memory(plan, screen)
+    _show_steps(plan, mfu, screen)
+    _show_findings(plan, screen)
+
+
+def _show_parameters(plan: "Foresight", screen: Console) -> None:
+    trained = sum(group.size for group in plan.outline.subject.groups)
+    total = plan.outline.num_parameters
+    screen.print(f"\n[bold]parameters[/]  {total:,}, of them trained {trained:,} ({trained / total:.2%})")
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for column in ("  group", "parameters", "lr", "decay"):
+        table.add_column(column, justify="left" if column == "  group" else "right")
+    for group in plan.outline.subject.groups:
+        table.add_row(f"  {group.name}", f"{group.size:,}", f"{group.lr:.3g}", f"{group.weight_decay:g}")
+    screen.print(table)
+
+
+def _show_memory(plan: "Foresight", screen: Console) -> None:
+    memory = plan.memory
+    there = f" of {memory.device / GIB:.1f}" if memory.device else ""
+    verdict = {True: "[green]fits[/]", False: "[red]does not fit[/]", None: "device not known"}[memory.fits]
+    screen.print(
+        f"\n[bold]memory[/]  {memory.total / GIB:.2f}{there} GiB a device, {verdict}; fullest at {memory.moment}"
+    )
+    scale = max(memory.device, memory.total)
+    for name, size in memory.components.items():
+        bar = "▇" * round(BAR_WIDTH * size / scale)
+        screen.print(f"  {name:<22}{size / GIB:>8.2f} GiB  [cyan]{bar}[/]")
+    if memory.fits is False:
+        screen.print("  what would fit, cheapest first:" if plan.remedies else "  nothing tried here would fit")
+        for overrides, smaller in plan.remedies:
+            screen.print(f"    {' '.join(overrides):<58} {smaller.total / GIB:.1f} GiB")
+
+
+def _show_steps(plan: "Foresight", mfu: float, screen: Console) -> None:
+    config, survey, schedule = plan.outline.config, plan.survey, plan.schedule
+    hardware, machine = config.hardware, plan.outline.machine
+    limits = [f"{hardware.micro_batch_size} samples"] if hardware.micro_batch_size else []
+    limits += [f"{hardware.micro_batch_tokens:,} tokens"] if hardware.micro_batch_tokens else []
+    seen = f" ({'/'.join(f'{n:g}' for n in survey.accumulation)} min/median/max)" if survey.accumulation else ""
+    screen.print(
+        f"\n[bold]steps[/]  {config.train.global_batch_size} samples each = {machine.world_size} devices x"
+        f" {plan.accumulate_grad_batches} micro-batches{seen} of at most {' or '.join(limits) or 'any size'}"
+    )
+    if schedule is None or plan.num_steps is None:
+        screen.print(f"  number of steps not checked: {escape(plan.unchecked or '')}")
+    else:
+        assumed = "" if plan.data else ", if every row is used"
+        screen.print(f"  {plan.num_steps:,} steps{assumed}; warm-up {schedule.warmup_steps:,}, then {schedule.name}")
+        screen.print(f"  lr  [cyan]{_curve(plan)}[/]  peak {config.optim.lr:g}")
+    if plan.data is not None:
+        padding = f", {survey.padding_share:.1%} padding" if survey.padding_share else ""
+        screen.print(f"  data  {plan.data.describe()}{padding}")
+    elif schedule is not None:
+        screen.print(f"  data not checked: {escape(plan.unchecked or '')}")
+    screen.print(f"  {plan.flops_per_token / 1e9:.3f} GFLOP a token", end="")
+    seconds = plan.seconds(mfu)
+    if plan.num_tokens is not None:
+        screen.print(f", {plan.num_tokens:,.0f} tokens", end="")
+    if seconds is not None:
+        screen.print(f": {timedelta(seconds=round(seconds))} at {mfu:.0%} of the devices' peak", end="")
+    screen.print()
+
+
+def _curve(plan: "Foresight") -> str:
+    """Draw the learning rate over the run."""
+    assert plan.schedule is not None and plan.num_steps is not None
+    width = min(CURVE_WIDTH, plan.num_steps)
+    steps = [number * (plan.num_steps - 1) // max(1, width - 1) for number in range(width)]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * plan.schedule.factor(step)))] for step in steps)
+
+
+def _show_findings(plan: "Foresight", screen: Console) -> None:
+    screen.print(f"\n[bold]preflight[/]  {len(plan.findings) or 'no'} finding{'s' * (len(plan.findings) != 1)}")
+    for finding in plan.findings:
+        colour = "red" if finding.severity == "error" else "yellow"
+        screen.print(f"  [{colour}]{finding.severity}[/] {finding.name}: {escape(str(finding))}")

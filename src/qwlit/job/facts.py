@@ -1,0 +1,51 @@
+"""What the preflight rules may look at, gathered from wherever it is known."""
+
+from transformers import PreTrainedTokenizerFast
+
+from qwlit.config.derive import Derived
+from qwlit.config.memory import MemoryEstimate
+from qwlit.config.preflight import DataFacts, Facts, TokenizerFacts
+from qwlit.data.samples import count_tokens, longest
+from qwlit.data.splits import DataSplit
+from qwlit.job.outline import Outline
+from qwlit.job.survey import assume_steps
+
+
+def facts_of(
+    outline: Outline,
+    memory: MemoryEstimate | None = None,
+    derived: Derived | None = None,
+    data: DataSplit | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Facts:
+    """Gather; what is None was not reachable."""
+    if memory is None:
+        # Whatever the batches are, the state is the same.
+        _, memory = outline.settle(assume_steps(outline.config, outline.machine.world_size).load)
+    return Facts(
+        config=outline.config,
+        machine=outline.machine,
+        execution=outline.execution,
+        compile_obstacle=outline.compile_obstacle,
+        num_parameters=outline.num_parameters,
+        memory=memory,
+        derived=derived,
+        data=None if data is None else _data_facts(data),
+        tokenizer=None if tokenizer is None else _tokenizer_facts(tokenizer),
+        vocab_size=int(outline.subject.model.config.vocab_size),
+    )
+
+
+def _data_facts(data: DataSplit) -> DataFacts:
+    tokens, supervised = count_tokens(data.train)
+    totals = data.totals
+    return DataFacts(
+        supervised_share=supervised / tokens,
+        cut_share=(totals["too_long"] + totals["truncated"]) / max(1, totals["read"]),
+        longest=longest(data.train),
+        has_validation=data.validation is not None,
+    )
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerFast) -> TokenizerFacts:
+    return TokenizerFacts(tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer))

@@ -1,0 +1,69 @@
+"""The run's steps looked through beforehand: how many micro-batches they have, and how large the largest is."""
+
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from qwlit.config.memory import Load
+from qwlit.config.run import RunConfig
+from qwlit.data.step_plan import StepPlan
+from qwlit.model.cost import MicroShape
+
+# Of longer runs so many steps are looked at, spread evenly: half a second.
+MOST_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the steps of a run are like."""
+
+    load: Load
+    accumulation: tuple[int, float, int] | None
+    """Micro-batches of a device and step: fewest, median, most. None: not looked at."""
+    tokens_per_step: float | None
+    padding_share: float | None
+    """Of the positions computed."""
+
+
+def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
+    """Lay out the steps (of long runs a part) and note the largest micro-batch."""
+    counts, tokens, positions = [], [], []
+    largest = MicroShape(0, 0, 0.0)
+    for step in np.unique(np.linspace(0, total_steps - 1, min(total_steps, MOST_STEPS)).astype(int)).tolist():
+        ids = plan.samples(step)
+        lengths, supervised = plan.train.lengths(ids), plan.train.num_supervised(ids)
+        layout = plan.layout(ids)
+        counts.append(len(layout[0]))
+        tokens.append(int(lengths.sum()))
+        computed = 0
+        for micro in (micro for rank in layout for micro in rank if not micro.filler):
+            members = list(micro.members)
+            width = lengths[members].max() * len(members)
+            size = int(lengths[members].sum() if plan.packing else width)
+            computed += size
+            pairs = (lengths[members].astype(float) ** 2).sum() if plan.packing else width * lengths[members].max()
+            largest = MicroShape(
+                max(largest.tokens, size),
+                max(largest.supervised, int(supervised[members].sum())),
+                max(largest.token_pairs, float(pairs)),
+            )
+        positions.append(computed)
+    return Survey(
+        load=Load(largest, accumulates=max(counts) > 1),
+        accumulation=(min(counts), median(counts), max(counts)),
+        tokens_per_step=float(np.mean(tokens)),
+        padding_share=1 - sum(tokens) / sum(positions),
+    )
+
+
+def assume_steps(config: RunConfig, world_size: int) -> Survey:
+    """Assume, where the data are not known, samples as long as `data.max_seq_len` that are learnt whole."""
+    hardware, length = config.hardware, config.data.max_seq_len
+    each = -(-config.train.global_batch_size // world_size)
+    rows = min(each, hardware.micro_batch_size or each)
+    tokens = rows * length
+    if hardware.micro_batch_tokens is not None:
+        tokens = min(tokens, max(hardware.micro_batch_tokens, length))
+    load = Load(MicroShape(tokens, tokens, float(tokens * length)), accumulates=tokens < each * length)
+    return Survey(load, None, None, None)
