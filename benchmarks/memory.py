@@ -10,7 +10,7 @@ tensors under autocast, and what autograd keeps is summed.
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qwlit.config.compose import compose
 from qwlit.config.memory import Load, Subject, estimate_memory
 from qwlit.core.batch import MicroBatch
 from qwlit.data.batches import collate
+from qwlit.model.attention import register_attention
 from qwlit.model.config import Execution
 from qwlit.model.cost import MicroShape, Placement, activation_bytes
 from qwlit.model.loss_model import LossModel, build_loss_model, rehearse
@@ -90,7 +91,7 @@ def micro_batch(*, packing: bool) -> tuple[MicroBatch, MicroShape]:
     micro = collate(_Samples(), list(range(len(LENGTHS))), packing=packing, pad_id=0, filler=False)  # type: ignore[arg-type]
     widths = LENGTHS if packing else [max(LENGTHS)] * len(LENGTHS)
     pairs = float(sum(width**2 for width in widths))
-    return micro, MicroShape(micro.input_ids.numel(), len(micro.targets), pairs)
+    return micro, MicroShape(micro.input_ids.numel(), len(micro.targets), pairs, packing)
 
 
 def compare(shape: list[str], way: list[str], policy: str) -> tuple[float, float]:
@@ -152,18 +153,18 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-@dataclass
 class _Kept:
-    """Storages that autograd keeps, each once."""
+    """What autograd keeps: each storage once, by its shape."""
 
-    sizes: dict[int, int] = field(default_factory=dict)
-    alive: list[Tensor] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.sizes: dict[int, tuple[torch.Size, int]] = {}
+        self._alive: list[Tensor] = []
 
     def pack(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.alive.append(tensor)
+            self.sizes[storage._cdata] = (tensor.shape, storage.nbytes())
+            self._alive.append(tensor)
         return tensor
 
 
@@ -175,33 +176,16 @@ def compare_fake(words: list[str]) -> tuple[float, float]:
     execution = Execution("sdpa", "none", torch.bfloat16, torch.bfloat16)
     place = Placement("cpu", 1, 2)
     micro, size = micro_batch(packing=True)
-    predicted = activation_bytes(
-        rehearse(config.model, config.adapter, config.dropout, config.freeze), config.dropout, execution, place, size
-    )
+    subject_model = rehearse(config.model, config.adapter, config.dropout, config.freeze)
+    predicted = activation_bytes(subject_model, config.adapter, config.dropout, execution, place, size).kept
     kept = _Kept()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        from qwlit.model.adapters import apply_adapter
-        from qwlit.model.attention import register_attention
-        from qwlit.model.load import model_shape
-        from qwlit.model.presets import model_classes
-
-        shape = model_shape(config.model)
-        shape._attn_implementation = register_attention()
-        _, model_class = model_classes(shape.model_type)
-        causal_lm = model_class(shape)
-        apply_adapter(causal_lm, config.adapter, dropout=0.0, seed=0)
-        if config.adapter.kind == "lora":
-            for parameter in causal_lm.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(torch.bfloat16)
-        model = LossModel(causal_lm, "sdpa").train()
-        copies = {id(p) for p in model.parameters()}
-        assert copies
+        model = LossModel(_as_fake(subject_model, execution.frozen_dtype), "sdpa").train()
         with (
             torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16),
         ):
-            causal_lm.model(
+            model.causal_lm.model(
                 input_ids=micro.input_ids,
                 position_ids=micro.position_ids,
                 use_cache=False,
@@ -209,14 +193,23 @@ def compare_fake(words: list[str]) -> tuple[float, float]:
                 document_lengths=micro.document_lengths,
                 supervised_rows=micro.rows,
             )
-    weights = {tuple(p.shape) for p in causal_lm.parameters()}
     # Autocast's copies of the weights are a component of their own.
-    ours = {
-        t.untyped_storage()._cdata
-        for t in kept.alive
-        if tuple(t.shape) in weights or tuple(t.t().shape if t.ndim == 2 else ()) in weights
-    }
-    return predicted, float(sum(size for storage, size in kept.sizes.items() if storage not in ours))
+    shapes = {tuple(sorted(p.shape)) for p in subject_model.parameters()}
+    return predicted, float(sum(size for shape, size in kept.sizes.values() if tuple(sorted(shape)) not in shapes))
+
+
+def _as_fake(model: Any, frozen_dtype: torch.dtype) -> Any:
+    """Give a model on the meta device fake tensors in place of its own."""
+    model.set_attn_implementation(register_attention())
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                dtype = p.dtype if p.requires_grad else frozen_dtype
+                module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape)
+    model.tie_weights()
+    return model
 
 
 def rows() -> Iterator[Row]:

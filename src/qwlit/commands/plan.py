@@ -1,6 +1,7 @@
 """`plan`: says what `train` with the same words would do, without doing it."""
 
 import json
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ def main(arguments: list[str]) -> int:
         return 0
     own, overrides = own_words(arguments, {"output": OUTPUTS, "mfu": None})
     mfu = _mfu(own["mfu"])
+    # bitsandbytes compiles functions when it is imported, which takes a second, and nothing is computed here.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from qwlit.job.foresee import foresee
 
     foresight = foresee(overrides, console(stderr=True))
@@ -150,7 +153,7 @@ def _show_steps(plan: "Foresight", mfu: float, screen: Console) -> None:
     limits += [f"{hardware.micro_batch_tokens:,} tokens"] if hardware.micro_batch_tokens else []
     seen = f" ({'/'.join(f'{n:g}' for n in survey.accumulation)} min/median/max)" if survey.accumulation else ""
     screen.print(
-        f"\n[bold]steps[/]  {config.train.global_batch_size} samples each = {machine.world_size} devices x"
+        f"\n[bold]steps[/]  {config.train.global_batch_size} samples each, over {machine.world_size} x"
         f" {plan.accumulate_grad_batches} micro-batches{seen} of at most {' or '.join(limits) or 'any size'}"
     )
     if schedule is None or plan.num_steps is None:

@@ -89,17 +89,25 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
     root, reducing = unsharded_bytes(model, place)
     # DDP's buckets hold the gradients from the start.
     standing = gradients if load.accumulates or machine.strategy == "ddp" else 0
+    activations = activation_bytes(model, config.adapter, config.dropout, execution, place, load.micro)
+    # Of a tied weight the head's gradient waits for the embedding's.
+    waiting = head.weight_gradient * model.config.tie_word_embeddings
     moments = {
         "the head of a micro-batch": {
             "gradients": standing,
-            "activations": activation_bytes(model, config.dropout, execution, place, load.micro),
+            "activations": activations.kept,
             "head": head.chunk + head.weight_gradient,
             "unsharded": root,
         },
+        "a layer computed again": {
+            "gradients": standing,
+            "activations": activations.again,
+            "head": waiting,
+            "unsharded": reducing,
+        },
         "the end of a backward pass": {
             "gradients": gradients,
-            # Of a tied weight the head's part waits for the embedding's.
-            "head": head.weight_gradient * model.config.tie_word_embeddings + embedding_gradient_bytes(model),
+            "head": waiting + embedding_gradient_bytes(model),
             "unsharded": reducing,
         },
         "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, config.optim, place.share)},
@@ -115,14 +123,16 @@ def settle_memory(
     subject: Subject, machine: Machine, execution: Execution, load: Load
 ) -> tuple[Machine, Execution, MemoryEstimate]:
     """Choose strategy and memory policy where they are "auto": the cheapest pair that fits, else the smallest."""
-    estimates = []
-    for candidate in _candidates(subject.config, machine):
+
+    def attempt(candidate: Machine) -> tuple[Machine, Execution, MemoryEstimate]:
         way = replace(execution, memory=candidate.memory)
-        estimate = estimate_memory(subject, candidate, way, load)
-        estimates.append((candidate, way, estimate))
-        if estimate.fits is not False:
-            return candidate, way, estimate
-    return min(estimates, key=lambda found: found[2].total)
+        return candidate, way, estimate_memory(subject, candidate, way, load)
+
+    *cheaper, smallest = list(_candidates(subject.config, machine))
+    last = attempt(smallest)
+    if last[2].fits is False:
+        return last
+    return next((way for way in map(attempt, cheaper) if way[2].fits is not False), last)
 
 
 def _candidates(config: RunConfig, machine: Machine) -> Iterator[Machine]:

@@ -102,9 +102,9 @@ def _introduce(job: Job, manifest: dict[str, Any], folder: RunFolder, start: Sta
     ]
     if start.set_aside:
         lines.append(f"  kept      the unfinished run of this name is now {escape(str(start.set_aside))}")
-    for finding in start.damaged:
-        lines.append(f"  [yellow]note[/]      {escape(finding)}")
-        folder.append_event(start.step, "damaged", message=finding)
+    for damage in start.damaged:
+        lines.append(f"  [yellow]note[/]      {escape(damage)}")
+        folder.append_event(start.step, "damaged", message=damage)
     if start.checkpoint:
         lines.append(f"  resuming  from step {start.step}")
         folder.append_event(start.step, "resumed", device=machine.device_name, devices=machine.world_size)

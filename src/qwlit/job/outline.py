@@ -1,7 +1,7 @@
 """What follows from settings and machine alone: before tokenizer, data and weights."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -12,8 +12,12 @@ from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import AttentionKernel, Execution
 from qwlit.model.loss_model import rehearse
+from qwlit.model.quantize import check_blocks
 from qwlit.optim.groups import plan_groups
 from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine
+
+# `plan` asks again and again, with other hardware.
+_rehearsed = lru_cache(maxsize=4)(rehearse)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,10 @@ def draw_outline(composed: Composed, *, imagined: bool = False) -> Outline:
     # What freeze.* keeps is exported with the rest, so it stays what it was to the bit.
     frozen = torch.float32 if config.adapter.kind == "none" else machine.frozen_dtype
     # Before hours of tokenizing: a name that matches nothing is known from the shape alone.
-    model = rehearse(config.model, config.adapter, config.dropout, config.freeze)
+    unquantized = replace(config.adapter, quantization="none")
+    model = _rehearsed(config.model, unquantized, config.dropout, config.freeze)
+    if config.adapter.quantization == "nf4":
+        check_blocks(model)
     return Outline(
         composed,
         Subject(config, model, plan_groups(model.named_parameters(), config.optim)),

@@ -29,7 +29,7 @@ class Survey:
 def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
     """Lay out the steps (of long runs a part) and note the largest micro-batch."""
     counts, tokens, positions = [], [], []
-    largest = MicroShape(0, 0, 0.0)
+    largest = MicroShape(0, 0, 0.0, plan.packing)
     for step in np.unique(np.linspace(0, total_steps - 1, min(total_steps, MOST_STEPS)).astype(int)).tolist():
         ids = plan.samples(step)
         lengths, supervised = plan.train.lengths(ids), plan.train.num_supervised(ids)
@@ -47,6 +47,7 @@ def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
                 max(largest.tokens, size),
                 max(largest.supervised, int(supervised[members].sum())),
                 max(largest.token_pairs, float(pairs)),
+                plan.packing,
             )
         positions.append(computed)
     return Survey(
@@ -65,5 +66,7 @@ def assume_steps(config: RunConfig, world_size: int) -> Survey:
     tokens = rows * length
     if hardware.micro_batch_tokens is not None:
         tokens = min(tokens, max(hardware.micro_batch_tokens, length))
-    load = Load(MicroShape(tokens, tokens, float(tokens * length)), accumulates=tokens < each * length)
+    load = Load(
+        MicroShape(tokens, tokens, float(tokens * length), config.data.packing), accumulates=tokens < each * length
+    )
     return Survey(load, None, None, None)

@@ -9,6 +9,7 @@ V vocabulary. A compiled layer keeps less than is counted here.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ class MicroShape:
     supervised: int
     token_pairs: float
     """Sum over documents of their length squared: eager attention keeps a weight for each."""
+    packed: bool = True
+    """Documents end to end: what attention makes of each alone is joined in a copy, except by varlen."""
 
 
 @dataclass(frozen=True)
@@ -140,33 +143,45 @@ def unsharded_bytes(model: "PreTrainedModel", place: Placement) -> tuple[int, in
     return whole, whole + 2 * largest * place.precision_bytes + trained * (place.precision_bytes + FLOAT32)
 
 
+@dataclass(frozen=True)
+class ActivationBytes:
+    """What of a forward pass is kept for the backward pass."""
+
+    kept: float
+    """When the forward pass ends."""
+    again: float
+    """When most is kept while a layer is computed again, with the gradients in it; 0 without a memory policy."""
+
+
 def activation_bytes(
     model: "PreTrainedModel",
+    adapter: AdapterConfig,
     dropout: DropoutConfig,
     execution: Execution,
     place: Placement,
     micro: MicroShape,
-) -> float:
-    """Return what is kept of a forward pass for the backward pass.
-
-    With a memory policy: what stays of every layer, and all of the one that is computed again.
-    """
-    counts = [_Layer(model, number, dropout, execution, place, micro) for number in range(len(model.model.layers))]
-    everything = [layer.everything() for layer in counts]
-    kept = {
-        "none": lambda: sum(everything),
-        "selective": lambda: sum(layer.products() + layer.entering() for layer in counts) + max(everything),
-        "full": lambda: sum(layer.entering() for layer in counts) + max(everything),
-        # What one process of a CPU moves to the host stays where it was.
-        "offload": lambda: (
-            (sum(layer.entering() for layer in counts) if place.device == "cpu" else 0) + max(everything)
-        ),
-    }[execution.memory]()
+) -> ActivationBytes:
+    """Count what autograd keeps of every layer under the memory policy."""
+    lowest = _lowest_trained(model)
+    layers = [
+        _Layer(model, number, number - lowest, adapter, dropout, execution, place, micro)
+        for number in range(len(model.model.layers))
+    ]
     width = model.config.hidden_size
     # Sine and cosine of every position, and the last norm over the supervised rows.
     rotary = 2 * FLOAT32 * model.config.head_dim * micro.tokens
     last_norm = FLOAT32 * width * micro.supervised * (1 + model.model.norm.weight.requires_grad)
-    return kept + rotary + last_norm
+    if execution.memory == "none":
+        return ActivationBytes(rotary + last_norm + sum(layer.everything() for layer in layers), 0)
+    # Offloading on CPU goes from the host to the host.
+    offloads = execution.memory == "offload" and place.device == "cuda"
+    waiting = [
+        (0 if offloads else layer.entering()) + (layer.products() if execution.memory == "selective" else 0)
+        for layer in layers
+    ]
+    below = [0.0, *accumulate(waiting)]
+    again = max(below[number] + layer.everything() + layer.passing() for number, layer in enumerate(layers))
+    return ActivationBytes(rotary + last_norm + below[-1], rotary + again)
 
 
 class _Layer:
@@ -176,6 +191,8 @@ class _Layer:
         self,
         model: "PreTrainedModel",
         number: int,
+        height: int,
+        adapter: AdapterConfig,
         dropout: DropoutConfig,
         execution: Execution,
         place: Placement,
@@ -183,14 +200,17 @@ class _Layer:
     ) -> None:
         config = model.config
         self.layer = model.model.layers[number]
+        # Its product of 4-bit weights is an operator of bitsandbytes's own on CPU, which `selective` does not know.
+        self.hides_products = adapter.quantization == "nf4" and place.device == "cpu"
         self.kernel, self.place, self.micro, self.dropout = execution.attention, place, micro, dropout
-        self.hidden, self.inner = config.hidden_size, config.intermediate_size
-        self.heads = config.num_attention_heads
-        self.queries, self.keys = self.heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.hidden: int = config.hidden_size
+        self.inner: int = config.intermediate_size
+        self.heads: int = config.num_attention_heads
+        self.queries: int = self.heads * config.head_dim
+        self.keys: int = config.num_key_value_heads * config.head_dim
         self.compute = place.precision_bytes
-        lowest = _lowest_trained(model)
-        self.learns = number >= lowest
-        self.input_learns = number > lowest
+        # Counted from the lowest layer in or below which something is trained.
+        self.learns, self.input_learns = height >= 0, height > 0
         last = number == len(model.model.layers) - 1
         self.rows = micro.supervised if last else micro.tokens
         """Tokens that the feed-forward block sees."""
@@ -201,13 +221,22 @@ class _Layer:
         """The residual stream at the layer's door."""
         return FLOAT32 * self.hidden * self.micro.tokens if self.learns else 0
 
+    def passing(self) -> float:
+        """Gradients on their way through the feed-forward block: the output's, and one of its inside more than what
+        they have set free."""
+        return (FLOAT32 * self.hidden + 2 * self.compute * self.inner) * self.rows if self.learns else 0
+
     def products(self) -> float:
         """What `selective` keeps: results of matrix products and of attention."""
         if not self.learns:
             return 0
         total = 0.0
         for block, tokens in ((self.layer.self_attn, self.micro.tokens), (self.layer.mlp, self.rows)):
-            total += sum(m.out_features * tokens * self.compute for m in block.modules() if isinstance(m, nn.Linear))
+            total += sum(
+                m.out_features * tokens * self.compute
+                for name, m in block.named_modules()
+                if isinstance(m, nn.Linear) and not (self.hides_products and name.endswith("base_layer"))
+            )
         return total + (self.queries * self.compute + self.heads * FLOAT32) * self.micro.tokens
 
     def everything(self) -> float:
@@ -227,36 +256,36 @@ class _Layer:
 
     def _norm(self, norm: nn.Module, input_learns: bool) -> float:
         """Root mean square of a token, float32: its input, the factor, and for the weight's gradient the normed."""
-        return FLOAT32 * ((self.hidden + 1) * input_learns + self.hidden * norm.weight.requires_grad)  # type: ignore[operator]
+        return FLOAT32 * ((self.hidden + 1) * input_learns + self.hidden * _is_trained(norm))
 
     def _head_norm(self, name: str, width: int, heads: int) -> float:
         """Qwen3's norms of queries and keys: a float32 copy of the input, and the normed in the input's type."""
         norm = getattr(self.layer.self_attn, name, None)
         if norm is None:
             return 0
-        return FLOAT32 * (width + heads) + self.compute * width * norm.weight.requires_grad
+        return FLOAT32 * (width + heads) + self.compute * width * _is_trained(norm)
 
     def _inputs(self, *names: str) -> float:
         """What linear layers that share an input keep of it: under autocast each its own copy in half precision."""
-        found = [m for name in names for m in _linears(self.layer) if m[0] == name]
-        kept = 0.0
-        shared = 0.0
-        for name, module in found:
-            base, adapters = _base(module), _adapters(module)
-            trained = base.weight.requires_grad or bool(adapters)
-            width = base.in_features
-            if trained:
-                own = self.place.mixed or (bool(adapters) and self.dropout.lora > 0)
-                # Attention keeps what o_proj reads, unless it joins documents first or an adapter copies it.
-                reads_kept = name == "o_proj" and self.kernel == "varlen" and not adapters
-                if own:
-                    kept += 0 if reads_kept else width * self.compute
-                else:
-                    shared = width * self.compute
-            if adapters:
-                kept += sum(rank for rank in adapters) * self.compute
-                kept += self._mask(width) * (self.dropout.lora > 0)
+        kept = shared = 0.0
+        for name in names:
+            module = getattr(self.layer.self_attn, name, None) or getattr(self.layer.mlp, name)
+            base, ranks = _base(module), _ranks(module)
+            if not base.weight.requires_grad and not ranks:
+                continue
+            size = base.in_features * self.compute
+            dropped = bool(ranks) and self.dropout.lora > 0
+            kept += sum(ranks) * self.compute + dropped * self._mask(base.in_features)
+            if dropped or (self.place.mixed and (ranks or not self._kept_by_attention(name))):
+                kept += size
+            elif not self._kept_by_attention(name):
+                shared = size
         return kept + shared
+
+    def _kept_by_attention(self, name: str) -> bool:
+        """Attention keeps its result, which o_proj reads; but not where documents are joined or scores are eager."""
+        joined = self.micro.packed and self.kernel != "varlen"
+        return name == "o_proj" and not joined and self.kernel != "eager"
 
     def _attention(self) -> float:
         """Queries, keys, values, result and the logarithm of the sums; the head norms before them."""
@@ -289,10 +318,8 @@ def _lowest_trained(model: "PreTrainedModel") -> int:
     return min((height for height in heights if height is not None), default=len(model.model.layers))
 
 
-def _linears(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the seven linear layers, adapters and all, by their short names."""
-    found = (dict(block.named_children()) for block in (layer.self_attn, layer.mlp))
-    return [(name, module) for block in found for name, module in block.items() if name in DECODER_LINEARS]  # type: ignore[attr-defined]
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _base(module: nn.Module) -> nn.Linear:
@@ -301,7 +328,7 @@ def _base(module: nn.Module) -> nn.Linear:
     return base
 
 
-def _adapters(module: nn.Module) -> list[int]:
+def _ranks(module: nn.Module) -> list[int]:
     """Return the ranks of the adapters on a linear layer."""
     down: Iterable[nn.Module] = getattr(module, "lora_A", nn.ModuleDict()).values()
     return [linear.out_features for linear in down if isinstance(linear, nn.Linear)]

@@ -19,7 +19,7 @@ from qwlit.model.last_layer import trim_last_layer
 from qwlit.model.load import load_causal_lm, model_shape
 from qwlit.model.memory import apply_memory_policy
 from qwlit.model.presets import meta_causal_lm
-from qwlit.model.quantize import Quantizer, check_blocks
+from qwlit.model.quantize import Quantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,8 +116,6 @@ def rehearse(
         ConfigError: a pattern matches nothing, or there are no such layers.
     """
     causal_lm = meta_causal_lm(model_shape(model))
-    if adapter.quantization == "nf4":
-        check_blocks(causal_lm)
     apply_freeze(causal_lm, freeze)
     _apply(causal_lm, adapter, dropout, seed=0)
     return causal_lm

@@ -24,10 +24,10 @@ def check_blocks(model: "PreTrainedModel") -> None:
         ConfigError: naming the layer and its width.
     """
     for name, module in model.model.layers.named_modules(prefix="model.layers"):
-        if isinstance(module, nn.Linear) and module.in_features % BLOCK:
+        if isinstance(module, nn.Linear) and "lora_" not in name and module.in_features % BLOCK:
             raise ConfigError(
-                f"adapter.quantization=nf4 stores blocks of {BLOCK} weights, but {name} is {module.in_features} wide;"
-                " use a model whose widths are multiples, or adapter.quantization=none"
+                f"adapter.quantization=nf4 stores blocks of {BLOCK} weights, but {name.removesuffix('.base_layer')} is"
+                f" {module.in_features} wide; use a model whose widths are multiples, or adapter.quantization=none"
             )
 
 
