@@ -31,6 +31,7 @@ from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer
 from qwlit.training.machine import resolve_machine
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 MIB = 2**20
 # Shapes chosen after the formulas were written.
 SHAPES = {
@@ -239,7 +240,7 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     lines += [f"| {r.what} | {r.predicted / MIB:,.1f} | {r.measured / MIB:,.1f} | {r.error:+.1%} |" for r in found]
-    (RESULTS / "memory.md").write_text("\n".join(lines) + "\n")
+    PAGE.write_text("\n".join(lines) + "\n")
     (RESULTS / "memory.json").write_text(
         json.dumps({"machine": machine, "rows": [vars(r) for r in found]}, indent=1) + "\n"
     )

@@ -1,13 +1,8 @@
-from functools import partial
-from typing import Any
-
 import pytest
 
 from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
 from qwlit.core.errors import ConfigError
-from qwlit.job import assemble
-from qwlit.model.cost import training_state_bytes
 from qwlit.training import machine
 
 H100 = Devices(1, "NVIDIA H100", True, 85.0)
@@ -48,45 +43,8 @@ def test_a_card_as_large_or_larger_will_do(profile: str, here: Devices, monkeypa
     assert machine.resolve_machine(hardware, "fast", profile=profile).devices == devices
 
 
-@pytest.mark.parametrize(
-    ("words", "strategy"),
-    [
-        (["model=qwen3_0_6b"], "ddp"),  # 9.5 GB
-        (["model=qwen3_1_7b"], "ddp"),  # 27.5 GB
-        (["model=qwen3_4b"], "fsdp"),  # 64 GB
-        (["model=qwen3_8b", "recipe=lora"], "ddp"),  # 16 GB, frozen in bf16
-        (["model=qwen3_32b", "recipe=lora"], "fsdp"),  # 66 GB
-        (["model=qwen3_8b", "hardware.strategy=ddp"], "ddp"),
-        (["model=qwen3_0_6b", "hardware.strategy=fsdp"], "fsdp"),
-    ],
-)
-def test_the_strategy_follows_from_what_the_model_needs_and_the_device_has(
-    words: list[str], strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
-    config = compose(["hardware=a100x4", *words]).config
-    needs = partial(training_state_bytes, config.model, config.adapter, config.optim.amsgrad)
-    assert machine.resolve_machine(config.hardware, "fast", profile="a100x4", state_bytes=needs).strategy == strategy
-
-
 def test_bfloat16_is_refused_where_the_card_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(1, "Quadro RTX 6000", False, 25.4))
     hardware = compose(["hardware=rtx4090"]).config.hardware
     with pytest.raises(ConfigError, match=r"Quadro RTX 6000 has no bfloat16; set hardware\.precision=16-mixed"):
         machine.resolve_machine(hardware, "fast", profile="rtx4090")
-
-
-@pytest.mark.parametrize("words", [["recipe=qlora", "model=qwen3_32b"], ["optim=paged_adamw_8bit", "model=qwen3_4b"]])
-def test_what_cannot_be_sharded_is_not_sharded_by_itself(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
-    found = []
-    resolve = machine.resolve_machine
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        found.append(resolve(*args, **kwargs))
-        raise StopIteration
-
-    monkeypatch.setattr(assemble, "resolve_machine", spy)
-    with pytest.raises(StopIteration):
-        assemble.assemble(compose([*words, "hardware=a100x4"]))
-    assert found[0].strategy == "ddp"

@@ -91,10 +91,10 @@ def as_json(plan: "Foresight", mfu: float) -> dict[str, Any]:
         "compiled": outline.execution.compiled,
         "steps": plan.num_steps,
         "warmup_steps": schedule.warmup_steps if schedule else None,
-        "tokens": plan.num_tokens,
+        "tokens": plan.num_tokens if plan.data else None,
         "flops_per_token": plan.flops_per_token,
         "mfu": mfu,
-        "seconds": plan.seconds(mfu),
+        "seconds": plan.seconds(mfu) if plan.data else None,
         "not_checked": plan.unchecked,
         "findings": [
             {"name": f.name, "severity": f.severity, "message": f.message, "remedy": f.remedy} for f in plan.findings
@@ -170,7 +170,8 @@ def _show_steps(plan: "Foresight", mfu: float, screen: Console) -> None:
     screen.print(f"  {plan.flops_per_token / 1e9:.3f} GFLOP a token", end="")
     seconds = plan.seconds(mfu)
     if plan.num_tokens is not None:
-        screen.print(f", {plan.num_tokens:,.0f} tokens", end="")
+        at_most = "" if plan.data else "at most "
+        screen.print(f", {at_most}{plan.num_tokens:,.0f} tokens", end="")
     if seconds is not None:
         screen.print(f": {timedelta(seconds=round(seconds))} at {mfu:.0%} of the devices' peak", end="")
     screen.print()

@@ -138,7 +138,9 @@ def settle_memory(
 def _candidates(config: RunConfig, machine: Machine) -> Iterator[Machine]:
     """Yield ways to run, cheapest first: sharding sends weights around, a higher rung computes things again."""
     hardware = config.hardware
-    rungs = LADDER if hardware.memory == "auto" and machine.accelerator == "cuda" else (machine.memory,)
+    # Offloading on CPU moves nothing anywhere.
+    ladder = LADDER if machine.accelerator == "cuda" else LADDER[:-1]
+    rungs = ladder if hardware.memory == "auto" else (machine.memory,)
     strategies = [machine.strategy]
     if hardware.strategy == "auto" and machine.strategy == "ddp" and may_shard(config, machine):
         strategies.append("fsdp")

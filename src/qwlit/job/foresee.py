@@ -69,13 +69,11 @@ class Foresight:
 
     @property
     def num_tokens(self) -> float | None:
-        """Of the whole run, repeated ones counted again."""
-        if self.num_steps is None or self.survey.tokens_per_step is None:
-            return None
-        return self.num_steps * self.survey.tokens_per_step
+        """Of the whole run, repeated ones counted again; at most so many where the data are not known."""
+        return None if self.num_steps is None else self.num_steps * self.survey.tokens_per_step
 
     def seconds(self, mfu: float) -> float | None:
-        """Return the training time at that share of the devices' peak; None where tokens or peak are not known."""
+        """Return the training time at that share of the devices' peak; None where steps or peak are not known."""
         machine = self.outline.machine
         if self.num_tokens is None or machine.peak_flops is None:
             return None

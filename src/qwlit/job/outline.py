@@ -104,6 +104,8 @@ def _why_not_compiled(config: RunConfig, machine: Machine, attention: AttentionK
         return "hardware.memory=offload moves tensors in the middle of a layer"
     if config.adapter.use_dora:
         return "peft's DoRA (adapter.use_dora=true) cannot be traced"
+    if config.data.packing and attention != "varlen" and config.dropout.attention:
+        return f"dropout.attention={config.dropout.attention:g} has packed samples attended to one by one"
     if config.data.packing and attention != "varlen":
-        return f"packed samples under {attention} attention would need a graph for each packing (dropout.attention=0?)"
+        return f"packed samples under {attention} attention are attended to one by one"
     return None

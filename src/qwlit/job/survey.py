@@ -21,7 +21,7 @@ class Survey:
     load: Load
     accumulation: tuple[int, float, int] | None
     """Micro-batches of a device and step: fewest, median, most. None: not looked at."""
-    tokens_per_step: float | None
+    tokens_per_step: float
     padding_share: float | None
     """Of the positions computed."""
 
@@ -59,7 +59,7 @@ def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
 
 
 def assume_steps(config: RunConfig, world_size: int) -> Survey:
-    """Assume, where the data are not known, samples as long as `data.max_seq_len` that are learnt whole."""
+    """Assume the most, where the data are not known: samples as long as `data.max_seq_len` that are learnt whole."""
     hardware, length = config.hardware, config.data.max_seq_len
     each = -(-config.train.global_batch_size // world_size)
     rows = min(each, hardware.micro_batch_size or each)
@@ -69,4 +69,4 @@ def assume_steps(config: RunConfig, world_size: int) -> Survey:
     load = Load(
         MicroShape(tokens, tokens, float(tokens * length), config.data.packing), accumulates=tokens < each * length
     )
-    return Survey(load, None, None, None)
+    return Survey(load, None, float(config.train.global_batch_size * length), None)

@@ -1,0 +1,86 @@
+"""Which strategy and memory policy are chosen, and bytes counted by formula against bytes allocated."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.memory import SHAPES, WAYS, compare, compare_fake
+from qwlit.config.compose import compose
+from qwlit.core.devices import Devices
+from qwlit.job.outline import draw_outline
+from qwlit.job.survey import assume_steps
+from qwlit.training import machine
+
+GIB = 2**30
+
+
+def settled(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
+    outline = draw_outline(compose(["hardware=a100x4", *words]))
+    return outline.settle(assume_steps(outline.config, 4).load)
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy", "memory"),
+    [
+        # 16 bytes a trained parameter: 9, 26 and 60 GiB before any activation.
+        (["model=qwen3_0_6b"], "ddp", "none"),
+        (["model=qwen3_1_7b"], "fsdp", "selective"),
+        (["model=qwen3_4b"], "fsdp", "full"),
+        (["model=qwen3_0_6b", "hardware.strategy=fsdp"], "fsdp", "none"),
+        (["model=qwen3_0_6b", "hardware.memory=full"], "ddp", "full"),
+        # Frozen in bfloat16: 15 and 61 GiB; in 4 bits 17.
+        (["model=qwen3_8b", "recipe=lora"], "ddp", "full"),
+        (["model=qwen3_32b", "recipe=lora"], "fsdp", "full"),
+        (["model=qwen3_32b", "recipe=qlora"], "ddp", "full"),
+    ],
+)
+def test_the_cheapest_strategy_and_policy_that_fit_are_taken(words, strategy, memory, monkeypatch):
+    outline, estimate = settled(words, monkeypatch)
+    assert estimate.fits
+    assert (outline.machine.strategy, outline.machine.memory, outline.execution.memory) == (strategy, memory, memory)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["model=qwen3_8b", "hardware.strategy=ddp"], ["model=qwen3_4b", "optim=adamw_8bit"]],
+)
+def test_what_may_not_be_sharded_and_does_not_fit_is_counted_at_its_smallest(words, monkeypatch):
+    outline, estimate = settled(words, monkeypatch)
+    assert estimate.fits is False
+    assert (outline.machine.strategy, outline.machine.memory) == ("ddp", "offload")
+    assert not outline.execution.compiled
+
+
+def test_sharding_over_twice_the_devices_halves_weights_and_moments(monkeypatch):
+    _, four = settled(["model=qwen3_4b"], monkeypatch)
+    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(8, "NVIDIA A100-SXM4-40GB", True, 42.3))
+    outline = draw_outline(compose(["hardware=a100x8", "model=qwen3_4b", "hardware.strategy=fsdp"]))
+    _, eight = outline.settle(assume_steps(outline.config, 8).load)
+    for name in ("weights", "optimizer"):
+        assert four.components[name] == pytest.approx(2 * eight.components[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=["qwen3", "qwen2"])
+@pytest.mark.parametrize(
+    ("way", "policy"),
+    [
+        ("full", "none"),
+        ("full", "selective"),
+        ("LoRA", "none"),
+        ("LoRA", "full"),
+        ("QLoRA", "none"),
+        ("freeze", "offload"),
+        ("full, dropout", "none"),
+        ("full, padded", "none"),
+    ],
+)
+def test_a_training_step_allocates_what_the_formulas_say(shape, way, policy):
+    predicted, measured = compare(shape, WAYS[way], policy)
+    assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("words", [["model=qwen3_0_6b"], ["model=qwen2_5_7b", "recipe=lora"]])
+def test_at_full_size_autograd_keeps_what_the_formulas_say(words):
+    predicted, kept = compare_fake(words)
+    assert predicted == pytest.approx(kept, rel=0.01)

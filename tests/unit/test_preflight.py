@@ -1,0 +1,139 @@
+"""Every rule has settings that trip it and settings that do not; recipes as they are trip none."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwlit.config.compose import compose
+from qwlit.config.derive import Derived
+from qwlit.config.memory import MemoryEstimate
+from qwlit.config.preflight import RULES, DataFacts, Facts, TokenizerFacts, find, refuse
+from qwlit.config.preflight.table import table
+from qwlit.core.devices import Devices
+from qwlit.core.errors import ConfigError
+from qwlit.job.facts import facts_of
+from qwlit.job.outline import draw_outline
+from qwlit.optim.schedules import build_schedule
+from qwlit.training import machine
+
+ROOT = Path(__file__).parents[2]
+GOOD_DATA = DataFacts(supervised_share=0.4, cut_share=0.0, longest=2000, has_validation=True)
+TOKENIZER = TokenizerFacts(pad_id=151_643, eos_id=151_645, num_tokens=151_669)
+
+
+def facts(words: list[str], *, steps: int = 1000, data: DataFacts = GOOD_DATA, **changes: Any) -> Facts:
+    """Return what the rules see of a run of so many steps over good data, unless told otherwise."""
+    outline = draw_outline(compose(words), imagined=True)
+    schedule = build_schedule(outline.config.scheduler, steps)
+    derived = Derived(steps, schedule, 1, milestones=None)  # type: ignore[arg-type]
+    return replace(facts_of(outline), **{"derived": derived, "data": data, "tokenizer": TOKENIZER} | changes)
+
+
+def names(found: Facts) -> set[str]:
+    return {finding.name for finding in find(found)}
+
+
+A100 = "hardware=a100x4"
+FULL = MemoryEstimate("then", {"weights": 30.0, "activations": 20.0}, 40.0)
+# Rule → settings that trip it, settings beside them that do not.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "full_lr": ({"words": ["optim.lr=1.1e-4"]}, {"words": ["optim.lr=1.1e-4", "model.init=random"]}),
+    "full_lr_large": (
+        {"words": ["model=qwen2_7b", "optim.lr=6e-5"]},
+        {"words": ["model=qwen3_4b", "optim.lr=6e-5"]},
+    ),
+    "lr_range": ({"words": ["recipe=lora", "optim.lr=6e-4"]}, {"words": ["recipe=lora", "optim.lr=5e-4"]}),
+    "warmup": ({"words": ["scheduler.warmup_ratio=0.3"]}, {"words": ["scheduler.warmup_ratio=0.05"]}),
+    "warmup_capped": ({"words": ["recipe=lora"]}, {"words": ["recipe=lora"], "steps": 2500}),
+    "small_batch": ({"words": ["train.global_batch_size=15"]}, {"words": ["train.global_batch_size=16"]}),
+    "no_clip": ({"words": ["train.max_grad_norm=null"]}, {"words": ["train.max_grad_norm=0.5"]}),
+    "few_steps": ({"words": [], "steps": 49}, {"words": [], "steps": 50}),
+    "no_validation": ({"words": [], "data": replace(GOOD_DATA, has_validation=False)}, {"words": []}),
+    "no_checkpoints": (
+        {"words": ["checkpoint.each_epoch=false"]},
+        {"words": ["checkpoint.each_epoch=false", "checkpoint.every_steps=100"]},
+    ),
+    "patience": (
+        {"words": ["validation.early_stopping_patience=2"]},
+        {"words": ["validation.early_stopping_patience=5"]},
+    ),
+    "profile_beyond": ({"words": ["profile.steps=[990,1001]"]}, {"words": ["profile.steps=[990,1000]"]}),
+    "greedy_thinking": ({"words": ["data.thinking=keep"]}, {"words": ["data.thinking=drop"]}),
+    "weight_decay": ({"words": ["optim.weight_decay=0.3"]}, {"words": ["recipe=lora", "optim.weight_decay=0"]}),
+    "lora_dropout": ({"words": ["recipe=lora", "dropout.lora=0.1"]}, {"words": ["recipe=lora", "dropout.lora=0.05"]}),
+    "high_dropout": ({"words": ["dropout.feed_forward=0.3"]}, {"words": ["dropout.feed_forward=0.2"]}),
+    "adapter_on_random": ({"words": ["recipe=lora", "model.init=random"]}, {"words": ["recipe=lora"]}),
+    "little_supervised": ({"words": [], "data": replace(GOOD_DATA, supervised_share=0.04)}, {"words": []}),
+    "tokens_cut": ({"words": [], "data": replace(GOOD_DATA, cut_share=0.02)}, {"words": []}),
+    "pad_is_eos": ({"words": [], "tokenizer": replace(TOKENIZER, pad_id=TOKENIZER.eos_id)}, {"words": []}),
+    "vocabulary": ({"words": [], "tokenizer": replace(TOKENIZER, num_tokens=32_000)}, {"words": []}),
+    "fp16": ({"words": [A100, "hardware.precision=16-mixed"]}, {"words": [A100]}),
+    "no_bf16": ({"words": [A100], "has_bf16": False}, {"words": [A100]}),
+    "eager_attention": (
+        {"words": ["model.attention=eager"], "data": replace(GOOD_DATA, longest=5000)},
+        {"words": ["model.attention=eager"]},
+    ),
+    "memory": ({"words": [], "memory": FULL}, {"words": [], "memory": replace(FULL, device=50.0)}),
+    "state_memory": ({"words": [], "memory": replace(FULL, device=29.0)}, {"words": [], "memory": FULL}),
+    "not_compiled": ({"words": [A100]}, {"words": [A100, "dropout=none"]}),
+    "paged_on_cpu": ({"words": ["optim=paged_adamw"]}, {"words": [A100, "optim=paged_adamw"]}),
+}
+
+
+def seen(words: list[str], *, has_bf16: bool = True, **rest: Any) -> Facts:
+    found = facts(words, **rest)
+    return found if has_bf16 else replace(found, machine=replace(found.machine, has_bf16=False))
+
+
+def test_every_rule_has_a_case():
+    assert CASES.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rule_is_tripped_by_what_it_is_about_and_by_nothing_else(name):
+    trips, passes = CASES[name]
+    (finding,) = [finding for finding in find(seen(**trips)) if finding.name == name]
+    assert finding.severity == RULES[name].severity and finding.message and finding.remedy
+    assert name not in names(seen(**passes))
+
+
+@pytest.mark.parametrize("recipe", ["full_sft", "lora", "qlora", "freeze"])
+@pytest.mark.parametrize("model", ["qwen3_0_6b", "qwen2_5_7b"])
+@pytest.mark.parametrize("hardware", ["a100_80x4", "h100"])
+def test_no_rule_finds_fault_with_a_recipe_as_it_is(recipe, model, hardware):
+    # 4000 steps hold the recipes' warm-up whole. On how dropout is computed the README says more.
+    found = names(facts([f"recipe={recipe}", f"model={model}", f"hardware={hardware}"], steps=4000))
+    about_the_machine = {"not_compiled", "memory", "state_memory"} if recipe in ("full_sft", "freeze") else set()
+    assert found <= about_the_machine
+
+
+def test_pretraining_is_of_random_weights_and_refused_of_published_ones():
+    assert names(facts(["recipe=pretrain", "model.init=random", "hardware=h100"], steps=20_000)) <= {"not_compiled"}
+    with pytest.raises(
+        ConfigError, match=r"optim.lr=0.0003 trains all pretrained weights.*preflight.allow=\[full_lr\]"
+    ):
+        refuse(find(facts(["recipe=pretrain"], steps=20_000)))
+
+
+def test_what_is_allowed_only_warns():
+    found = find(facts(["optim.lr=3e-4", "preflight.allow=[full_lr]"]))
+    assert [finding.severity for finding in found if finding.name == "full_lr"] == ["warning"]
+    refuse(found)
+
+
+def test_a_name_that_is_no_rules_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"there is no rule 'full_lrr'\. Did you mean 'full_lr'\?"):
+        draw_outline(compose(["preflight.allow=[full_lrr]"]))
+
+
+def test_what_is_not_known_is_not_judged(monkeypatch):
+    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(0, "CPU", False, 16.0))
+    unknown = facts_of(draw_outline(compose(["scheduler.warmup_ratio=0.5"])))
+    assert (unknown.derived, unknown.data, unknown.tokenizer) == (None, None, None)
+    assert not names(unknown) & {"warmup", "few_steps", "little_supervised", "pad_is_eos"}
+
+
+def test_the_table_in_the_documents_is_the_rules():
+    assert (ROOT / "docs" / "preflight.md").read_text("utf-8") == table()
