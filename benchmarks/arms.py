@@ -47,7 +47,7 @@ def qwlit(case: Case, folder: Path, record: Record) -> None:
         *(f"train.max_steps={case.steps}", f"train.global_batch_size={case.global_batch_size}"),
         *(f"hardware.micro_batch_size={case.micro_batch_size}", f"optim.lr={case.lr}", "optim.weight_decay=0"),
         *("scheduler=constant", "scheduler.warmup_steps=0", f"recipe={'lora' if case.adapter else 'full_sft'}"),
-        *("scheduler=constant", "dropout=none"),
+        *("dropout=none", "preflight.allow=[full_lr]"),
     ]
     main(words)
     rows = (folder / "runs" / "qwlit" / "metrics.jsonl").read_text().splitlines()

@@ -100,6 +100,7 @@ def test_a_folder_is_read_row_by_row_into_memory_that_was_full_of_nan(family, ti
         "logging.every_steps=1",
         "data.val_path=null",
         "optim.lr=1e-3",
+        "preflight.allow=[full_lr]",
         "dropout=none",
         "determinism=reproducible",
     ]

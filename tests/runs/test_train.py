@@ -206,7 +206,8 @@ def test_a_local_folder_with_the_real_vocabulary_is_fine_tuned_and_exported(
     save_folder(model, folder)
     shutil.copytree(real_tokenizer_folder(template), folder, dirs_exist_ok=True)
     more = [f"model.path={folder}", f"data.path={chat}", "data.val_fraction=0.2", "run.name=a", "train.max_steps=4"]
-    done = qwlit(["train", "hardware=cpu", "optim.lr=1e-2", "logging.every_steps=1", *more], tmp_path)
+    fast = ["optim.lr=1e-2", "preflight.allow=[full_lr]"]
+    done = qwlit(["train", "hardware=cpu", *fast, "logging.every_steps=1", *more], tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/a"
     assert losses(run)[-1][1] < losses(run)[0][1]
@@ -514,6 +515,7 @@ def test_frozen_weights_are_exported_as_they_were_to_the_bit_also_in_bf16(chat, 
     folder = save_folder(base, tmp_path / "base")
     asked = [f"model.path={folder}", "model.tokenizer=qwlit:demo/tokenizer", f"data.path={chat}", "hardware=cpu"]
     asked += ["recipe=freeze", "run.name=a", "train.max_steps=3", "hardware.precision=bf16-mixed", "optim.lr=1e-2"]
+    asked += ["preflight.allow=[full_lr]"]
     assert qwlit(["train", *asked, "dropout=none"], tmp_path).returncode == 0
     exported = load_file(tmp_path / "runs" / "a" / "export" / "model.safetensors")
     for name, weight in base.state_dict().items():

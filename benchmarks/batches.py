@@ -1,0 +1,86 @@
+"""How fast batches are planned and laid out, tokens a second: a device that computes slower never waits.
+
+    python -m benchmarks.batches [samples=20000] [steps=300] [workers=2]
+
+Log-normal lengths (mean 512), 64 samples a step in micro-batches of 16, packed. `plan` is the layout alone, `collate`
+the tensors as well, in the training process; `workers` the same through processes that run ahead, as on CUDA.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import describe
+from qwlit.data.batches import StepDataset, train_loader
+from qwlit.data.config import DataConfig
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.order import Order
+from qwlit.data.step_plan import Limits, StepPlan
+from qwlit.data.store import SampleStore, build_store
+
+RESULTS = Path(__file__).parent / "results"
+VOCABULARY, BATCH, ROWS, MEAN, SIGMA = 151_936, 64, 16, 512.0, 0.6
+
+
+def make_store(folder: Path, num_samples: int) -> SampleStore:
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, num_samples), 16, 2048).astype(int)
+    with (folder / "samples.jsonl").open("w") as handle:
+        for length in lengths:
+            ids = random.integers(0, VOCABULARY, length).tolist()
+            mask = [int(position >= 0.6 * length) for position in range(length)]
+            handle.write(json.dumps({"input_ids": ids, "loss_mask": mask}) + "\n")
+    encoder = RowEncoder(DataConfig(), VOCABULARY, None, None, None)
+    return build_store(str(folder / "samples.jsonl"), encoder, cache_root=folder / "cache")
+
+
+def tokens_per_second(batches: Iterable[tuple[int, Any]]) -> float:
+    """Time what comes after the first."""
+    counts, began = [], 0.0
+    for number, (num_tokens, _) in enumerate(batches):
+        if number == 0:
+            began = time.perf_counter()
+        else:
+            counts.append(num_tokens)
+    return sum(counts) / (time.perf_counter() - began)
+
+
+def main(arguments: list[str]) -> None:
+    options = {"samples": "20000", "steps": "300", "workers": "2"} | dict(word.split("=", 1) for word in arguments)
+    steps = int(options["steps"])
+    with tempfile.TemporaryDirectory() as name:
+        store = make_store(Path(name), int(options["samples"]))
+        plan = StepPlan(store, Order.plain(0, len(store)), BATCH, 1, Limits(rows=ROWS), packing=True)
+
+        def planned() -> Iterable[tuple[int, Any]]:
+            for step in range(steps):
+                ids = plan.samples(step)
+                yield int(store.lengths(ids).sum()), plan.layout(ids)
+
+        def loaded(num_workers: int) -> Iterable[tuple[int, Any]]:
+            dataset = StepDataset(store, plan, 0, pad_id=0)
+            loader = train_loader(dataset, start_step=0, total_steps=steps, num_workers=num_workers, pin_memory=False)
+            return ((batch.num_tokens, batch) for batch in loader)
+
+        ways = {"plan": planned, "collate": lambda: loaded(0), "workers": lambda: loaded(int(options["workers"]))}
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        for way in (*ways, *reversed(ways), *ways):
+            found[way].append(tokens_per_second(ways[way]()))
+    result = {
+        "command": " ".join(["python -m benchmarks.batches", *arguments]),
+        "machine": describe("torch", "numpy"),
+        "tokens_per_second": {way: round(median(figures)) for way, figures in found.items()},
+    }
+    print(json.dumps(result, indent=1))
+    (RESULTS / "batches.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
