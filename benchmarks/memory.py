@@ -25,6 +25,7 @@ from qwlit.data.batches import collate
 from qwlit.model.attention import register_attention
 from qwlit.model.config import Execution
 from qwlit.model.cost import MicroShape, Placement, activation_bytes
+from qwlit.model.head import WORKSPACES
 from qwlit.model.loss_model import LossModel, build_loss_model, rehearse
 from qwlit.optim.groups import plan_groups
 from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer
@@ -125,8 +126,9 @@ def _measured(model: LossModel, config: Any, micro: MicroBatch) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
+    WORKSPACES.clear()  # of another model
     step()  # makes the optimizer's state
-    before = sum(_size(t) for t in _standing(model, optimizer))
+    before = sum(_size(t) for t in _standing(model, optimizer)) + sum(map(_size, WORKSPACES.values()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     now = most = 0

@@ -1,7 +1,7 @@
 """Compiled layers against layers as they are written: the same gradients, one graph for all packings, no break.
 
 The graphs are traced and run by torch's own operators (aot_eager); tests/runs/test_compile.py makes machine code of
-them. CUDA's varlen kernel is stood in for by an operator that the compiler cannot look into either.
+them. torch's varlen attention is given kernels for CPU.
 """
 
 import random
@@ -12,14 +12,13 @@ import torch
 from torch._dynamo.utils import counters
 
 from qwlit.core.errors import ConfigError
-from qwlit.model import attention
 from qwlit.model.attention import generation_attention
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.training.machine import resolve_compile
 from tests.invariance.worker import machine
-from tests.parity.varlen import varlen
+from tests.parity.varlen import register
 from tests.tiny import packed, random_samples, tiny_architecture
 
 CASES = {
@@ -68,7 +67,7 @@ def losses_and_gradients(loss_model: LossModel):
 
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention, "_varlen", varlen)
+    register()
     monkeypatch.setattr(LossModel, "_kernel", lambda *_: "varlen")
     torch._dynamo.reset()
     counters.clear()

@@ -79,13 +79,15 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
         precision_bytes=machine.compute_dtype.itemsize,
     )
     gradients = gradient_bytes(model, place)
+    head = head_bytes(model, load.micro, place)
+    stays = machine.accelerator == "cpu"
     always = {
+        "logits": head.logits * stays,
         "weights": weight_bytes(model, config.adapter, execution, place),
         # Paged moments make room for what needs it.
         "optimizer": 0 if config.optim.name.startswith("paged") else state_bytes(groups, config.optim, place.share),
         "half-precision copies": autocast_bytes(model, place),
     }
-    head = head_bytes(model, load.micro, place)
     root, reducing = unsharded_bytes(model, place)
     # DDP's buckets hold the gradients from the start.
     standing = gradients if load.accumulates or machine.strategy == "ddp" else 0
@@ -96,7 +98,7 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
         "the head of a micro-batch": {
             "gradients": standing,
             "activations": activations.kept,
-            "head": head.chunk + head.weight_gradient,
+            "head": head.logits * (not stays) + head.chunk + head.weight_gradient,
             "unsharded": root,
         },
         "a layer computed again": {

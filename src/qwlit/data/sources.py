@@ -62,27 +62,32 @@ class File:
     def digest(self, cache_root: Path) -> str:
         """Return the SHA-256 of the content; kept in `cache_root`, so that an unchanged file is not read again."""
         try:
-            stat = self.path.stat()
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
-            known = cache_root / f"{hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]}.digest"
-            if (found := _read_digest(known, stamp)) is not None:
+            if (found := self.known_digest(cache_root)) is not None:
                 return found
+            stat = self.path.stat()
             with self.path.open("rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"data file '{self}' cannot be read: {error.strerror}") from error
         if time.time() - stat.st_ctime > RACY_SECONDS:
             cache_root.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(known, {"stamp": stamp, "sha256": digest})
+            write_json_atomic(self._note(cache_root), {"stamp": _stamp(stat), "sha256": digest})
         return digest
 
+    def known_digest(self, cache_root: Path) -> str | None:
+        """Return the digest if an unchanged file has been read before."""
+        try:
+            entry = json.loads(self._note(cache_root).read_text(encoding="utf-8"))
+            return str(entry["sha256"]) if entry["stamp"] == _stamp(self.path.stat()) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
-def _read_digest(known: Path, stamp: list[int]) -> str | None:
-    try:
-        entry = json.loads(known.read_text(encoding="utf-8"))
-        return str(entry["sha256"]) if entry["stamp"] == stamp else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    def _note(self, cache_root: Path) -> Path:
+        return cache_root / f"{hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]}.digest"
+
+
+def _stamp(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The tokenizer and the tokenized data that the settings name: what training and inspection both begin with."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
@@ -10,9 +11,11 @@ from qwlit.core.console import measuring
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.core.files import resolve_path
 from qwlit.data.chat import ChatEncoder, resolve_template
+from qwlit.data.config import parts_of
 from qwlit.data.encoding import RowEncoder
+from qwlit.data.sources import find_sources
 from qwlit.data.splits import open_stores
-from qwlit.data.store import SampleStore
+from qwlit.data.store import SampleStore, is_tokenized
 from qwlit.data.store_writer import Reading
 from qwlit.data.templates import Supervision
 from qwlit.data.tokenizer import TextTokenizer
@@ -52,11 +55,29 @@ def open_corpus(config: RunConfig, screen: Console) -> Corpus:
         stores = open_stores(
             config.data,
             encoder,
-            cache_root=resolve_path(config.run.root) / STORE_FOLDER,
+            cache_root=_cache_root(config),
             progress=progress,
             waiting=lambda: screen.print("waiting for another process that tokenizes the same data"),
         )
     return Corpus(tokenizer, encoder, *stores)
+
+
+def is_small_or_tokenized(config: RunConfig, most_bytes: int) -> bool:
+    """Tell whether `open_corpus` takes a moment only: the data are few, or tokenized already.
+
+    Raises:
+        DataError: there are no such data.
+    """
+    paths = [part.path for part in (*parts_of(config.data.path), *parts_of(config.data.val_path))]
+    sources = [source for path in paths for source in find_sources(path)]
+    if sum(source.estimated_bytes() for source in sources) <= most_bytes:
+        return True
+    _, encoder = _encoder(config)
+    return all(is_tokenized(path, encoder, cache_root=_cache_root(config)) for path in paths)
+
+
+def _cache_root(config: RunConfig) -> Path:
+    return resolve_path(config.run.root) / STORE_FOLDER
 
 
 def _encoder(config: RunConfig) -> tuple[PreTrainedTokenizerFast | None, RowEncoder]:

@@ -9,14 +9,13 @@ from qwlit.config.derive import Derived, accumulation, derive, plan_steps
 from qwlit.config.memory import LADDER, MemoryEstimate
 from qwlit.config.preflight import Finding, find
 from qwlit.core.errors import ConfigError, DataError
-from qwlit.core.files import resolve_path
 from qwlit.data.config import parts_of
 from qwlit.data.readers import RowReader
 from qwlit.data.rows import Row
 from qwlit.data.samples import count_tokens
 from qwlit.data.sources import File, find_sources
 from qwlit.data.splits import DataSplit, split_data
-from qwlit.job.corpus import STORE_FOLDER, Corpus, open_corpus
+from qwlit.job.corpus import Corpus, is_small_or_tokenized, open_corpus
 from qwlit.job.facts import facts_of
 from qwlit.job.outline import Outline, draw_outline
 from qwlit.job.survey import Survey, assume_steps, survey_steps
@@ -125,11 +124,8 @@ def _reachable_corpus(outline: Outline, screen: Console) -> tuple[Corpus | None,
     """Return the tokenized data, or why they are not looked at."""
     config = outline.config
     try:
-        sources = [source for part in parts_of(config.data.path) for source in find_sources(part.path)]
-        size = sum(source.num_bytes() for source in sources if isinstance(source, File))
-        known = (resolve_path(config.run.root) / STORE_FOLDER).is_dir()
-        if size > MOST_BYTES and not known:
-            return None, f"{size / 1e6:,.0f} MB of data are not tokenized yet; `inspect` with the same words does it"
+        if not is_small_or_tokenized(config, MOST_BYTES):
+            return None, "the data are not tokenized yet, and many; `inspect` or `train` with the same words does it"
         # Nothing will be answered, so that rows of tokens need no tokenizer.
         return open_corpus(replace(config, data=replace(config.data, exact_match=0)), screen), None
     except (ConfigError, DataError) as error:

@@ -10,8 +10,8 @@ from qwlit.config.run import RunConfig
 from qwlit.data.step_plan import StepPlan
 from qwlit.model.cost import MicroShape
 
-# Of longer runs so many steps are looked at, spread evenly: half a second.
-MOST_STEPS = 2000
+# Of longer runs so many steps and samples are looked at, spread evenly: half a second.
+MOST_STEPS, MOST_SAMPLES = 2000, 200_000
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
     """Lay out the steps (of long runs a part) and note the largest micro-batch."""
     counts, tokens, positions = [], [], []
     largest = MicroShape(0, 0, 0.0, plan.packing)
-    for step in np.unique(np.linspace(0, total_steps - 1, min(total_steps, MOST_STEPS)).astype(int)).tolist():
+    num_looked_at = min(total_steps, MOST_STEPS, max(1, MOST_SAMPLES // plan.global_batch_size))
+    for step in np.unique(np.linspace(0, total_steps - 1, num_looked_at).astype(int)).tolist():
         ids = plan.samples(step)
         lengths, supervised = plan.train.lengths(ids), plan.train.num_supervised(ids)
         layout = plan.layout(ids)

@@ -97,8 +97,10 @@ def autocast_bytes(model: "PreTrainedModel", place: Placement) -> int:
 class HeadBytes:
     """What the head holds while a micro-batch's loss is computed."""
 
+    logits: int
+    """Of a chunk; on CPU this memory is kept from call to call."""
     chunk: int
-    """Logits, their logarithms, the head's copy in half precision, the rows' gradient."""
+    """Their logarithms, the head's copy in half precision, the rows' gradient."""
     weight_gradient: int
     """float32 (V, D), 0 where the head is frozen."""
 
@@ -116,7 +118,8 @@ def head_bytes(model: "PreTrainedModel", micro: MicroShape, place: Placement) ->
     addend = FLOAT32 * vocab * width if trained and place.mixed else 0
     hidden = 2 * place.precision_bytes * micro.supervised * width
     return HeadBytes(
-        chunk=rows * vocab * place.precision_bytes + block * vocab * FLOAT32 + copy + addend + hidden,
+        logits=rows * vocab * place.precision_bytes,
+        chunk=block * vocab * FLOAT32 + copy + addend + hidden,
         weight_gradient=FLOAT32 * vocab * width if trained else 0,
     )
 
@@ -200,8 +203,9 @@ class _Layer:
     ) -> None:
         config = model.config
         self.layer = model.model.layers[number]
-        # Its product of 4-bit weights is an operator of bitsandbytes's own on CPU, which `selective` does not know.
-        self.hides_products = adapter.quantization == "nf4" and place.device == "cpu"
+        # A product of 4-bit weights is an operator of bitsandbytes's own on CPU, which `selective` does not know; on
+        # CUDA the weight is unpacked for it.
+        self.packed = adapter.quantization == "nf4"
         self.kernel, self.place, self.micro, self.dropout = execution.attention, place, micro, dropout
         self.hidden: int = config.hidden_size
         self.inner: int = config.intermediate_size
@@ -222,20 +226,23 @@ class _Layer:
         return FLOAT32 * self.hidden * self.micro.tokens if self.learns else 0
 
     def passing(self) -> float:
-        """Gradients on their way through the feed-forward block: the output's, and one of its inside more than what
-        they have set free."""
-        return (FLOAT32 * self.hidden + 2 * self.compute * self.inner) * self.rows if self.learns else 0
+        """Gradients on their way through the feed-forward block: the output's, and two of its inside beyond what they
+        have set free; and an unpacked 4-bit weight."""
+        unpacked = self.hidden * self.inner * self.compute if self.packed and self.place.device == "cuda" else 0
+        passing = (FLOAT32 * self.hidden + 2 * self.compute * self.inner) * self.rows
+        return passing + unpacked if self.learns else 0
 
     def products(self) -> float:
         """What `selective` keeps: results of matrix products and of attention."""
         if not self.learns:
             return 0
         total = 0.0
+        hidden = self.packed and self.place.device == "cpu"
         for block, tokens in ((self.layer.self_attn, self.micro.tokens), (self.layer.mlp, self.rows)):
             total += sum(
                 m.out_features * tokens * self.compute
                 for name, m in block.named_modules()
-                if isinstance(m, nn.Linear) and not (self.hides_products and name.endswith("base_layer"))
+                if isinstance(m, nn.Linear) and not (hidden and name.endswith("base_layer"))
             )
         return total + (self.queries * self.compute + self.heads * FLOAT32) * self.micro.tokens
 
