@@ -8,11 +8,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.peers import hf, litgpt, trl, trl_best, trl_padding_free
+from benchmarks.peers import hf, litgpt, trl, trl_best, trl_liger, trl_padding_free
 from benchmarks.work import SEED, Case, Record, read_case
 
 
@@ -39,7 +39,7 @@ def qwlit(case: Case, folder: Path, record: Record) -> None:
         *(
             "run.name=qwlit",
             "run.overwrite=true",
-            "hardware=cpu",
+            f"hardware={'auto' if case.on_cuda else 'cpu'}",
             f"seed={SEED}",
             "dropout=none",
             "logging.every_steps=1",
@@ -56,6 +56,8 @@ def qwlit(case: Case, folder: Path, record: Record) -> None:
 
 def raw(case: Case, folder: Path, record: Record) -> None:
     """A plain torch loop over qwlit's own modules: what Lightning and everything around the step cost."""
+    from lightning.fabric.utilities import move_data_to_device
+
     from qwlit.data.batches import StepDataset, train_loader
     from qwlit.data.config import DataConfig
     from qwlit.data.encoding import RowEncoder
@@ -69,41 +71,52 @@ def raw(case: Case, folder: Path, record: Record) -> None:
     store = build_store(str(folder / "samples.jsonl"), encoder, cache_root=folder / "cache")
     order = Order.plain(SEED, len(store))
     plan = StepPlan(store, order, case.global_batch_size, 1, Limits(rows=case.micro_batch_size), packing=True)
+    kernel: Literal["varlen", "sdpa"] = "varlen" if case.on_cuda else "sdpa"
+    frozen = torch.bfloat16 if case.on_cuda else torch.float32
     model = build_loss_model(
         ModelConfig(path=str(folder / "model")),
         AdapterConfig(kind="lora" if case.adapter else "none"),
         DropoutConfig(),
         FreezeConfig(),
-        Execution("sdpa", "none", torch.float32, torch.float32),
+        Execution(kernel, "none", frozen, frozen, compiled=case.on_cuda),
         seed=SEED,
-    )
+    ).to(case.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(parameters, lr=case.lr, weight_decay=0.0, fused=True)
     steps = StepDataset(store, plan, 0, pad_id=0)
-    for batch in train_loader(steps, start_step=0, total_steps=case.steps, num_workers=0, pin_memory=False):
-        loss_sum = torch.zeros(())
-        for micro in batch.micro_batches:
-            loss = model(micro).loss_sum
-            (loss / batch.num_supervised_tokens).backward()
-            loss_sum += loss.detach()
+    workers = 4 if case.on_cuda else 0
+    losses = []
+    for batch in train_loader(
+        steps, start_step=0, total_steps=case.steps, num_workers=workers, pin_memory=case.on_cuda
+    ):
+        loss_sum = torch.zeros((), device=case.device)
+        with torch.autocast(case.device, torch.bfloat16, enabled=case.on_cuda):
+            for micro in batch.micro_batches:
+                loss = model(move_data_to_device(micro, case.device)).loss_sum
+                (loss / batch.num_supervised_tokens).backward()
+                loss_sum += loss.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         optimizer.grad_scale = norm.clamp(min=1.0)
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         optimizer.step()
         optimizer.zero_grad()
-        record.step(float(loss_sum) / batch.num_supervised_tokens)
+        losses.append(loss_sum / batch.num_supervised_tokens)
+        record.step()
+    record.losses = [float(loss) for loss in losses]
 
 
 ARMS: dict[str, Callable[[Case, Path, Record], None]] = {
-    function.__name__: function for function in (qwlit, raw, hf, trl, trl_best, trl_padding_free, litgpt)
+    function.__name__: function for function in (qwlit, raw, hf, trl, trl_best, trl_padding_free, trl_liger, litgpt)
 }
 
 
 def main(arm: str, folder: str, out: str) -> None:
-    record, place = Record(), Path(folder)
+    place = Path(folder)
     case = read_case(place)
+    record = Record(case)
     ARMS[arm](case, place, record)
-    Path(out).write_text(json.dumps({"losses": record.losses, "ends": record.ends}))
+    peak = torch.cuda.max_memory_allocated() if case.on_cuda else None
+    Path(out).write_text(json.dumps({"losses": record.losses, "ends": record.ends, "device_peak": peak}))
 
 
 if __name__ == "__main__":

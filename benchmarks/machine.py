@@ -5,6 +5,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 
 def describe(*packages: str) -> dict[str, object]:
     """Return processor, cores and versions."""
@@ -12,6 +14,7 @@ def describe(*packages: str) -> dict[str, object]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         **{package: _version(package) for package in packages},
     }
 

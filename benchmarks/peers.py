@@ -33,8 +33,8 @@ def _arguments(case: Case, folder: Path) -> dict[str, Any]:
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused",
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": not case.on_cuda,
+        "bf16": case.on_cuda,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -98,6 +98,11 @@ def trl_best(case: Case, folder: Path, record: Record) -> None:
 def trl_padding_free(case: Case, folder: Path, record: Record) -> None:
     """TRL's SFTTrainer with samples laid end to end."""
     _trl(case, folder, record, samples_in_order(folder), padding_free=True)
+
+
+def trl_liger(case: Case, folder: Path, record: Record) -> None:
+    """TRL's SFTTrainer, end to end, with Liger's kernels; CUDA only."""
+    _trl(case, folder, record, samples_in_order(folder), padding_free=True, use_liger_kernel=True)
 
 
 def _trl(case: Case, folder: Path, record: Record, rows: list[dict[str, list[int]]], **settings: Any) -> None:

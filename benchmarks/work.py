@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qwlit.config.compose import compose
 from qwlit.data.order import Order
 from qwlit.model.config import DECODER_LINEARS, Architecture
 from qwlit.model.presets import model_classes, to_hf_config
@@ -16,7 +17,7 @@ SEED, MAX_LENGTH = 0, 2048
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. Float32, AdamW, constant rate, clipping at 1, no dropout."""
+    """One row of the table. AdamW, constant rate, clipping at 1, no dropout; float32 on CPU, bf16 autocast on CUDA."""
 
     name: str
     vocab_size: int
@@ -29,12 +30,22 @@ class Case:
     micro_batch_size: int = 4
     mean_length: float = 300.0
     lr: float = 1e-3
+    device: str = "cpu"
+    """cpu: a small Qwen3. cuda: the shape of Qwen3-0.6B."""
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device == "cuda"
 
     @property
     def num_samples(self) -> int:
         return self.steps * self.global_batch_size
 
     def architecture(self) -> Architecture:
+        if self.on_cuda:
+            published = compose(["model=qwen3_0_6b"]).config.model.architecture
+            assert published is not None
+            return published
         return Architecture(
             model_type="qwen3",
             vocab_size=self.vocab_size,
@@ -59,17 +70,27 @@ CASES = [
     Case("8k, all supervised", 8_192, 1.0),
     Case("8k, LoRA", 8_192, 0.4, adapter=True),
 ]
+ON_CUDA = {"device": "cuda", "steps": 40, "global_batch_size": 64, "micro_batch_size": 16, "mean_length": 512.0}
+CUDA_CASES = [
+    Case("0.6B", 151_936, 0.4, lr=1e-4, **ON_CUDA),  # type: ignore[arg-type]
+    Case("0.6B, LoRA", 151_936, 0.4, adapter=True, lr=1e-4, **ON_CUDA),  # type: ignore[arg-type]
+]
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": list(DECODER_LINEARS)}
 
 
 class Record:
     """Losses and the clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, case: Case) -> None:
+        self._case = case
         self.losses: list[float] = []
         self.ends: list[float] = []
 
     def step(self, loss: float | None = None) -> None:
+        if self._case.on_cuda and len(self.ends) in (0, self._case.steps - 1):
+            import torch
+
+            torch.cuda.synchronize()  # the host runs ahead; only first and last count
         self.ends.append(time.perf_counter())
         if loss is not None:
             self.losses.append(loss)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qwlit.job import foresee
 from tests.runs.runs import TINY, qwlit, rows
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +115,16 @@ def test_wrong_words_end_in_one_line(words, said, tmp_path):
     done = qwlit(["plan", *words], tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and re.search(said, done.stderr), done.stderr
+
+
+def test_much_data_is_left_to_inspect_to_tokenize(tmp_path, monkeypatch):
+    monkeypatch.setattr(foresee, "MOST_BYTES", 10)
+    words = ["experiment=demo", *TINY]
+    before = planned(words, tmp_path)
+    assert "not tokenized yet" in before["not_checked"] and before["steps"] == 1000
+    assert qwlit(["inspect", *words, "output=json"], tmp_path).returncode == 0
+    after = planned(words, tmp_path)
+    assert after["not_checked"] is None and after["steps"] == 1000
 
 
 def test_bad_data_are_said_and_the_rest_is_planned(tmp_path):

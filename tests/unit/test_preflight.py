@@ -112,9 +112,13 @@ def test_no_rule_finds_fault_with_a_recipe_as_it_is(recipe, model, hardware):
 def test_pretraining_is_of_random_weights_and_refused_of_published_ones():
     assert names(facts(["recipe=pretrain", "model.init=random", "hardware=h100"], steps=20_000)) <= {"not_compiled"}
     with pytest.raises(
-        ConfigError, match=r"optim.lr=0.0003 trains all pretrained weights.*preflight.allow=\[full_lr\]"
+        ConfigError, match=r"optim.lr=0.0003 trains pretrained weights themselves.*preflight.allow=\[full_lr\]"
     ):
         refuse(find(facts(["recipe=pretrain"], steps=20_000)))
+
+
+def test_sgds_rates_are_its_own():
+    assert "full_lr" not in names(facts(["optim=sgd", "optim.lr=0.01"]))
 
 
 def test_what_is_allowed_only_warns():

@@ -92,8 +92,8 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
     # DDP's buckets hold the gradients from the start.
     standing = gradients if load.accumulates or machine.strategy == "ddp" else 0
     activations = activation_bytes(model, config.adapter, config.dropout, execution, place, load.micro)
-    # Of a tied weight the head's gradient waits for the embedding's.
-    waiting = head.weight_gradient * model.config.tie_word_embeddings
+    # Of a tied weight the head's gradient waits for the embedding's; FSDP2 reduces both together.
+    waiting = head.weight_gradient * (model.config.tie_word_embeddings or place.shards > 1)
     moments = {
         "the head of a micro-batch": {
             "gradients": standing,

@@ -9,11 +9,14 @@ LORA_RANGE, FULL_RANGE = (1e-5, 5e-4), (1e-6, HIGHEST_FULL)
 
 @rule("error", source=STORY)
 def full_lr(facts: Facts) -> Said:
-    """Training all pretrained weights at LoRA's rate turns a run to NaN after thousands of healthy steps."""
+    """Training pretrained weights themselves at LoRA's rate turns a run to NaN after thousands of healthy steps."""
     lr = facts.config.optim.lr
-    if not facts.trains_all_of_pretrained or lr <= HIGHEST_FULL:
+    if not facts.trains_pretrained or lr <= HIGHEST_FULL:
         return None
-    return f"optim.lr={lr:g} trains all pretrained weights; above {HIGHEST_FULL:g} they diverge", "set optim.lr=1e-5"
+    return (
+        f"optim.lr={lr:g} trains pretrained weights themselves; above {HIGHEST_FULL:g} they diverge",
+        "set optim.lr=1e-5",
+    )
 
 
 @rule("warning", source=STORY)
@@ -21,7 +24,7 @@ def full_lr_large(facts: Facts) -> Said:
     """From 7B on, full fine-tuning bears less: the run that died at step 3600 had 3e-4."""
     lr = facts.config.optim.lr
     # A model that is called 7B may have a little less.
-    if not facts.trains_all_of_pretrained or facts.num_parameters < 0.95 * LARGE:
+    if not facts.trains_pretrained or facts.num_parameters < 0.95 * LARGE:
         return None
     if not HIGHEST_FULL_LARGE < lr <= HIGHEST_FULL:
         return None

@@ -51,8 +51,10 @@ class Facts:
     vocab_size: int
 
     @property
-    def trains_all_of_pretrained(self) -> bool:
-        return self.config.adapter.kind == "none" and self.config.model.init == "pretrained"
+    def trains_pretrained(self) -> bool:
+        """Whether pretrained weights themselves are trained, by a step of AdamW's size (SGD's rates are others)."""
+        config = self.config
+        return config.adapter.kind == "none" and config.model.init == "pretrained" and config.optim.name != "sgd"
 
 
 @dataclass(frozen=True)
