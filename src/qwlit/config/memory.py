@@ -81,7 +81,7 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
     gradients = gradient_bytes(model, place)
     head = head_bytes(model, load.micro, place)
     stays = machine.accelerator == "cpu"
-    always = {
+    always: dict[str, float] = {
         "logits": head.logits * stays,
         "weights": weight_bytes(model, config.adapter, execution, place),
         # Paged moments make room for what needs it.
@@ -93,8 +93,9 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
     standing = gradients if load.accumulates or machine.strategy == "ddp" else 0
     activations = activation_bytes(model, config.adapter, config.dropout, execution, place, load.micro)
     # Of a tied weight the head's gradient waits for the embedding's; FSDP2 reduces both together.
-    waiting = head.weight_gradient * (model.config.tie_word_embeddings or place.shards > 1)
-    moments = {
+    waits = model.config.tie_word_embeddings or place.shards > 1
+    waiting = head.weight_gradient if waits else 0
+    moments: dict[str, dict[str, float]] = {
         "the head of a micro-batch": {
             "gradients": standing,
             "activations": activations.kept,
