@@ -109,7 +109,8 @@ def compare(shape: list[str], way: list[str], policy: str) -> tuple[float, float
     rehearsed = rehearse(config.model, config.adapter, config.dropout, config.freeze)
     subject = Subject(config, rehearsed, plan_groups(rehearsed.named_parameters(), config.optim))
     micro, size = micro_batch(packing=config.data.packing)
-    predicted = estimate_memory(subject, machine, execution, Load(size, accumulates=True)).total
+    estimate = estimate_memory(subject, machine, execution, Load(size, accumulates=True))
+    predicted = estimate.total - estimate.components["reserve"]
     model = build_loss_model(config.model, config.adapter, config.dropout, config.freeze, execution, seed=0)
     return predicted, _measured(model, config, micro)
 

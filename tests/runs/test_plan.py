@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from qwlit.config.compose import compose
 from qwlit.job import foresee
+from qwlit.model.flops import count_flops
+from qwlit.model.load import model_shape
+from qwlit.model.presets import meta_causal_lm
 from tests.runs.runs import TINY, qwlit, rows
 
 ROOT = Path(__file__).parents[2]
@@ -127,18 +131,42 @@ def test_much_data_is_left_to_inspect_to_tokenize(tmp_path, monkeypatch):
     assert after["not_checked"] is None and after["steps"] == 1000
 
 
-def test_bad_data_are_said_and_the_rest_is_planned(tmp_path):
+def test_data_that_are_elsewhere_are_not_checked_and_data_that_are_bad_are_refused_as_by_train(tmp_path):
+    assert "gone.jsonl" in planned(["model=demo", "data.path=gone.jsonl"], tmp_path)["not_checked"]
     (tmp_path / "bad.jsonl").write_text('{"messages": 3}\n' * 5)
-    plan = planned(["model=demo", "data.path=bad.jsonl"], tmp_path)
-    assert "5 of 5 rows cannot be used" in plan["not_checked"]
-    assert plan["memory"]["total_gib"] > 0
+    done = qwlit(["plan", "model=demo", "data.path=bad.jsonl"], tmp_path)
+    assert done.returncode == 2 and "5 of 5 rows cannot be used" in done.stderr
+
+
+def test_remedies_are_planned_on_the_same_data(tmp_path):
+    rows = [{"input_ids": [1] * (1500 if number % 40 == 0 else 20)} for number in range(160)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["model=qwen3_0_6b", "model.init=random", "dropout=none", "hardware.memory=none", "data.path=long.jsonl"]
+    words += ["hardware=rtx4090", "hardware.micro_batch_size=8", "hardware.gpu_memory_gb=14", "data.loss_on=all"]
+    words += ["model.tokenizer=qwlit:demo/tokenizer"]
+    plan = planned(words, tmp_path)
+    assert plan["fits"] is False and plan["would_fit"]
+    for remedy in plan["would_fit"]:
+        smaller = planned([*words, *remedy["overrides"]], tmp_path)
+        assert smaller["fits"] and smaller["memory"]["total_gib"] == pytest.approx(remedy["total_gib"])
+
+
+def test_flops_a_token_are_those_of_the_data(tmp_path):
+    rows = [{"input_ids": list(range(5, 5 + length))} for length in (500, 20, 20, 20)] * 4
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = planned(["model=demo", "data.path=d.jsonl", "data.loss_on=all", "train.max_epochs=1"], tmp_path)
+    flops = count_flops(meta_causal_lm(model_shape(compose(["model=demo"]).config.model)))
+    lengths = [len(row["input_ids"]) for row in rows]
+    num_tokens, num_pairs = sum(lengths), sum(length**2 for length in lengths) / 2
+    exact = flops.of(num_tokens=num_tokens, num_supervised_tokens=num_tokens - len(rows), num_token_pairs=num_pairs)
+    assert plan["flops_per_token"] == pytest.approx(exact / num_tokens)
 
 
 def test_train_refuses_what_a_rule_condemns_before_it_reads_data_and_allows_it_by_name(tmp_path):
     words = ["model=qwen3_0_6b", "hardware=cpu", "optim.lr=3e-4", "data.path=none.jsonl"]
     done = qwlit(["train", *words], tmp_path)
     assert done.returncode == 2
-    assert "above 0.0001 they diverge; set optim.lr=1e-5; or preflight.allow=[full_lr]" in done.stderr
+    assert "above 0.0001 they diverge; set optim.lr=1e-5, or model.init=random" in done.stderr
     done = qwlit(["train", *words, "preflight.allow=[full_lr]"], tmp_path)
     assert done.returncode == 2 and "none.jsonl" in done.stderr
 

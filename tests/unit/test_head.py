@@ -1,5 +1,7 @@
 """The head against F.cross_entropy on full logits."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,3 +135,17 @@ def test_chunks_cover_all_rows_evenly_within_the_limit() -> None:
         sizes = [end - start for start, end in chunks]
         assert sum(sizes) == num_rows
         assert not sizes or (max(sizes) - min(sizes) <= 1 and max(sizes) <= 2208)
+
+
+def test_memory_kept_from_call_to_call_is_not_shared_by_threads_and_survives_inference_mode() -> None:
+    with torch.inference_mode():
+        linear_cross_entropy(*inputs(num_rows=20))
+    batches = [inputs(num_rows=rows) for rows in (3, 11, 7)]
+    expected = [F.cross_entropy(h @ w.T, t, reduction="sum").item() for h, w, t in batches]
+
+    def losses(number: int) -> set[float]:
+        return {linear_cross_entropy(*batches[number])[0].item() for _ in range(100)}
+
+    with ThreadPoolExecutor(3) as pool:
+        for found, value in zip(pool.map(losses, range(3)), expected, strict=True):
+            assert max(abs(loss / value - 1) for loss in found) < 1e-6

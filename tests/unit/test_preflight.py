@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from qwlit.config.compose import compose
-from qwlit.config.derive import Derived
 from qwlit.config.memory import MemoryEstimate
 from qwlit.config.preflight import RULES, DataFacts, Facts, TokenizerFacts, find, refuse
 from qwlit.config.preflight.table import table
@@ -27,8 +26,7 @@ def facts(words: list[str], *, steps: int = 1000, data: DataFacts = GOOD_DATA, *
     """Return what the rules see of a run of so many steps over good data, unless told otherwise."""
     outline = draw_outline(compose(words), imagined=True)
     schedule = build_schedule(outline.config.scheduler, steps)
-    derived = Derived(steps, schedule, 1, milestones=None)  # type: ignore[arg-type]
-    return replace(facts_of(outline), **{"derived": derived, "data": data, "tokenizer": TOKENIZER} | changes)
+    return replace(facts_of(outline), **{"schedule": schedule, "data": data, "tokenizer": TOKENIZER} | changes)
 
 
 def names(found: Facts) -> set[str]:
@@ -117,6 +115,20 @@ def test_pretraining_is_of_random_weights_and_refused_of_published_ones():
         refuse(find(facts(["recipe=pretrain"], steps=20_000)))
 
 
+@pytest.mark.parametrize("rule", ["lr:0.01", "lr_multiplier:100"])
+def test_a_groups_rate_is_judged_as_the_runs_is(rule):
+    (finding, *_) = find(facts([f"optim.groups=[{{match:attention,{rule}}}]"]))
+    assert finding.name == "full_lr" and finding.message.startswith("a group's rate of ")
+
+
+def test_intervals_longer_than_the_run_are_none():
+    never = [f"{section}.{key}" for section in ("validation", "checkpoint") for key in ("each_epoch=false",)]
+    longer = [*never, "validation.every_steps=1000", "checkpoint.every_steps=2000"]
+    assert names(facts(longer)) >= {"no_validation", "no_checkpoints"}
+    within = [*never, "validation.every_steps=999", "checkpoint.every_steps=500"]
+    assert not names(facts(within)) & {"no_validation", "no_checkpoints"}
+
+
 def test_sgds_rates_are_its_own():
     assert "full_lr" not in names(facts(["optim=sgd", "optim.lr=0.01"]))
 
@@ -135,7 +147,7 @@ def test_a_name_that_is_no_rules_is_refused_with_the_nearest():
 def test_what_is_not_known_is_not_judged(monkeypatch):
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(0, "CPU", False, 16.0))
     unknown = facts_of(draw_outline(compose(["scheduler.warmup_ratio=0.5"])))
-    assert (unknown.derived, unknown.data, unknown.tokenizer) == (None, None, None)
+    assert (unknown.schedule, unknown.data, unknown.tokenizer) == (None, None, None)
     assert not names(unknown) & {"warmup", "few_steps", "little_supervised", "pad_is_eos"}
 
 

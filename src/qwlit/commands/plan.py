@@ -1,5 +1,6 @@
 """`plan`: says what `train` with the same words would do, without doing it."""
 
+import gc
 import json
 import os
 from datetime import timedelta
@@ -32,9 +33,14 @@ def main(arguments: list[str]) -> int:
     mfu = _mfu(own["mfu"])
     # bitsandbytes compiles functions when it is imported, which takes a second, and nothing is computed here.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from qwlit.job.foresee import foresee
+    # Nearly all that is made lives to the end.
+    gc.disable()
+    try:
+        from qwlit.job.foresee import foresee
 
-    foresight = foresee(overrides, console(stderr=True))
+        foresight = foresee(overrides, console(stderr=True))
+    finally:
+        gc.enable()
     if own["output"] == "json":
         print(json.dumps(as_json(foresight, mfu), indent=1, ensure_ascii=False))
     else:
@@ -57,7 +63,6 @@ def as_json(plan: "Foresight", mfu: float) -> dict[str, Any]:
     outline, memory, survey = plan.outline, plan.memory, plan.survey
     config, machine, schedule = outline.config, outline.machine, plan.schedule
     groups = outline.subject.groups
-    accumulation = survey.accumulation
     return {
         "parameters": {
             "total": outline.num_parameters,
@@ -81,7 +86,7 @@ def as_json(plan: "Foresight", mfu: float) -> dict[str, Any]:
         "micro_batch_size": config.hardware.micro_batch_size,
         "micro_batch_tokens": config.hardware.micro_batch_tokens,
         "accumulate_grad_batches": plan.accumulate_grad_batches,
-        "accumulation": dict(zip(("min", "median", "max"), accumulation, strict=True)) if accumulation else None,
+        "accumulation": dict(zip(("min", "median", "max"), survey.accumulation, strict=True)) if plan.data else None,
         "padding_share": survey.padding_share,
         "devices": machine.devices,
         "num_nodes": machine.num_nodes,
@@ -151,7 +156,7 @@ def _show_steps(plan: "Foresight", mfu: float, screen: Console) -> None:
     hardware, machine = config.hardware, plan.outline.machine
     limits = [f"{hardware.micro_batch_size} samples"] if hardware.micro_batch_size else []
     limits += [f"{hardware.micro_batch_tokens:,} tokens"] if hardware.micro_batch_tokens else []
-    seen = f" ({'/'.join(f'{n:g}' for n in survey.accumulation)} min/median/max)" if survey.accumulation else ""
+    seen = f" ({'/'.join(f'{n:g}' for n in survey.accumulation)} min/median/max)" if plan.data else ""
     screen.print(
         f"\n[bold]steps[/]  {config.train.global_batch_size} samples each, over {machine.world_size} x"
         f" {plan.accumulate_grad_batches} micro-batches{seen} of at most {' or '.join(limits) or 'any size'}"

@@ -63,7 +63,7 @@ def assemble(composed: Composed) -> Job:
             plan.limits.check(samples)
     derived = derive(config, plan, has_validation=data.validation is not None)
     outline, memory = outline.settle(survey_steps(plan, derived.total_steps).load)
-    findings = find(facts_of(outline, memory, derived, data, corpus.tokenizer))
+    findings = find(facts_of(outline, memory, derived.schedule, data, corpus.tokenizer))
     refuse(findings)
     return Job(
         config=config,

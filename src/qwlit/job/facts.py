@@ -2,19 +2,19 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from qwlit.config.derive import Derived
 from qwlit.config.memory import MemoryEstimate
 from qwlit.config.preflight import DataFacts, Facts, TokenizerFacts
 from qwlit.data.samples import count_tokens, longest
 from qwlit.data.splits import DataSplit
 from qwlit.job.outline import Outline
 from qwlit.job.survey import assume_steps
+from qwlit.optim.schedules import Schedule
 
 
 def facts_of(
     outline: Outline,
     memory: MemoryEstimate | None = None,
-    derived: Derived | None = None,
+    schedule: Schedule | None = None,
     data: DataSplit | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Facts:
@@ -29,7 +29,8 @@ def facts_of(
         compile_obstacle=outline.compile_obstacle,
         num_parameters=outline.num_parameters,
         memory=memory,
-        derived=derived,
+        schedule=schedule,
+        highest_lr=max((group.lr for group in outline.subject.groups), default=0.0),
         data=None if data is None else _data_facts(data),
         tokenizer=None if tokenizer is None else _tokenizer_facts(tokenizer),
         vocab_size=int(outline.subject.model.config.vocab_size),

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 
 from qwlit.config.compose import Composed, compose
-from qwlit.config.derive import Derived, accumulation, derive, plan_steps
+from qwlit.config.derive import accumulation, derive, plan_steps
 from qwlit.config.memory import LADDER, MemoryEstimate
 from qwlit.config.preflight import Finding, find
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.config import parts_of
 from qwlit.data.readers import RowReader
-from qwlit.data.rows import Row
-from qwlit.data.samples import count_tokens
+from qwlit.data.rows import NeedsTokenizer, Row
 from qwlit.data.sources import File, find_sources
 from qwlit.data.splits import DataSplit, split_data
 from qwlit.job.corpus import Corpus, is_small_or_tokenized, open_corpus
@@ -40,7 +39,6 @@ class Foresight:
     """Why data and tokenizer were not looked at."""
     num_steps: int | None
     schedule: Schedule | None
-    derived: Derived | None
     findings: list[Finding]
     remedies: list[tuple[list[str], MemoryEstimate]]
     """Overrides that make it fit, cheapest first; empty where it fits."""
@@ -48,23 +46,18 @@ class Foresight:
     @property
     def accumulate_grad_batches(self) -> int:
         """Micro-batches of a device and step: as set, or of a step in the middle."""
-        config, machine = self.outline.config, self.outline.machine
-        if config.hardware.micro_batch_tokens is None or self.survey.accumulation is None:
+        config = self.outline.config
+        if config.hardware.micro_batch_tokens is None:
             size = config.hardware.micro_batch_size
-            return accumulation(config.train.global_batch_size, size, machine.world_size) or 1
+            return accumulation(config.train.global_batch_size, size, self.outline.machine.world_size) or 1
         return round(self.survey.accumulation[1])
 
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward, over the data where they are known, else over full samples learnt whole."""
-        if self.data is None:
-            length, share = float(self.outline.config.data.max_seq_len), 1.0
-        else:
-            num_tokens, supervised = count_tokens(self.data.train)
-            length, share = num_tokens / len(self.data.train), supervised / num_tokens
-        # A document's token looks back over half of it on average.
-        flops = self.flops
-        return flops.per_token + share * flops.per_supervised_token + flops.per_token_pair * length / 2
+        """Forward and backward, over the steps looked at."""
+        flops, survey = self.flops, self.survey
+        supervised = survey.supervised_share * flops.per_supervised_token
+        return flops.per_token + supervised + survey.pairs_per_token * flops.per_token_pair
 
     @property
     def num_tokens(self) -> float | None:
@@ -83,26 +76,22 @@ def foresee(words: list[str], screen: Console) -> Foresight:
     """Compose the settings and find out what they would do.
 
     Raises:
-        ConfigError: the settings are wrong. What is only not reachable here does not raise.
+        ConfigError, DataError: settings or data are wrong. What is only not reachable here does not raise.
     """
     composed = compose(words)
     config = composed.config
     outline = draw_outline(composed, imagined=True)
     corpus, unchecked = _reachable_corpus(outline, screen)
-    data = derived = None
+    data = None
     survey = assume_steps(config, outline.machine.world_size)
     num_steps, schedule = _steps_without_data(outline)
     if corpus is not None:
-        try:
-            data = split_data(config.data, corpus.training, corpus.validation)
-        except DataError as error:
-            unchecked = str(error)
-    if data is not None:
+        data = split_data(config.data, corpus.training, corpus.validation)
         plan = plan_steps(config, data, outline.machine.world_size)
         plan.limits.check(data.train)
-        derived = derive(config, plan, has_validation=data.validation is not None)
-        num_steps, schedule = derived.total_steps, derived.schedule
-        survey = survey_steps(plan, derived.total_steps)
+        schedule = derive(config, plan, has_validation=data.validation is not None).schedule
+        num_steps = schedule.total_steps
+        survey = survey_steps(plan, num_steps)
     settled, memory = outline.settle(survey.load)
     tokenizer = corpus.tokenizer if corpus else None
     return Foresight(
@@ -114,21 +103,23 @@ def foresee(words: list[str], screen: Console) -> Foresight:
         unchecked=unchecked,
         num_steps=num_steps,
         schedule=schedule,
-        derived=derived,
-        findings=find(facts_of(settled, memory, derived, data, tokenizer)),
-        remedies=_remedies(words, composed, survey) if memory.fits is False else [],
+        findings=find(facts_of(settled, memory, schedule, data, tokenizer)),
+        remedies=_remedies(words, composed, data) if memory.fits is False else [],
     )
 
 
 def _reachable_corpus(outline: Outline, screen: Console) -> tuple[Corpus | None, str | None]:
-    """Return the tokenized data, or why they are not looked at."""
+    """Return the tokenized data, or why they are not looked at; data that are here and unusable are an error."""
     config = outline.config
     try:
         if not is_small_or_tokenized(config, MOST_BYTES):
             return None, "the data are not tokenized yet, and many; `inspect` or `train` with the same words does it"
+    except DataError as error:
+        return None, str(error)  # they may be where it will run
+    try:
         # Nothing will be answered, so that rows of tokens need no tokenizer.
         return open_corpus(replace(config, data=replace(config.data, exact_match=0)), screen), None
-    except (ConfigError, DataError) as error:
+    except (ConfigError, NeedsTokenizer) as error:
         return None, str(error)
 
 
@@ -159,7 +150,7 @@ def _count_rows(outline: Outline) -> int | None:
     return round(rows * (1 - data.val_fraction)) or None
 
 
-def _remedies(words: list[str], composed: Composed, survey: Survey) -> list[tuple[list[str], MemoryEstimate]]:
+def _remedies(words: list[str], composed: Composed, data: DataSplit | None) -> list[tuple[list[str], MemoryEstimate]]:
     """Try what makes a run smaller, cheapest first, and return what fits."""
     found: list[tuple[list[str], MemoryEstimate]] = []
     for overrides in _smaller(composed):
@@ -167,9 +158,9 @@ def _remedies(words: list[str], composed: Composed, survey: Survey) -> list[tupl
             continue  # less would do
         try:
             outline = draw_outline(_changed(words, composed, overrides), imagined=True)
+            _, estimate = outline.settle(_survey(outline, data).load)
         except ConfigError:
             continue
-        _, estimate = outline.settle(_shrunk(survey, composed, outline).load)
         if estimate.fits:
             found.append((overrides, estimate))
         if len(found) == REMEDIES_SHOWN:
@@ -190,31 +181,31 @@ def _changed(words: list[str], composed: Composed, overrides: list[str]) -> Comp
     return replace(composed, config=config)
 
 
-def _shrunk(survey: Survey, composed: Composed, smaller: Outline) -> Survey:
-    """Scale what was seen of the data to another limit of rows or number of devices."""
-    before = composed.config.hardware.micro_batch_size
-    after = smaller.config.hardware.micro_batch_size
-    if survey.accumulation is None or before is None or after is None or before == after:
-        return survey if survey.accumulation is not None else assume_steps(smaller.config, smaller.machine.world_size)
-    micro, share = survey.load.micro, after / before
-    scaled = replace(
-        micro,
-        tokens=round(micro.tokens * share),
-        supervised=round(micro.supervised * share),
-        token_pairs=micro.token_pairs * share,
-    )
-    return replace(survey, load=replace(survey.load, micro=scaled, accumulates=True))
+def _survey(outline: Outline, data: DataSplit | None) -> Survey:
+    if data is None:
+        return assume_steps(outline.config, outline.machine.world_size)
+    plan = plan_steps(outline.config, data, outline.machine.world_size)
+    plan.limits.check(data.train)
+    return survey_steps(plan, derive(outline.config, plan, has_validation=False).total_steps)
 
 
 def _smaller(composed: Composed) -> list[list[str]]:
     """List overrides, from what costs only time to what trains something else, to more machines."""
     config = composed.config
-    rungs = LADDER[LADDER.index(config.hardware.memory) + 1 :] if config.hardware.memory != "auto" else ()
-    one_row = [] if config.hardware.micro_batch_size == 1 else ["hardware.micro_batch_size=1"]
-    ways = [[f"hardware.memory={rung}"] for rung in rungs] + ([one_row] if one_row else [])
+    hardware = config.hardware
+    on_cpu, from_scratch = hardware.accelerator == "cpu", config.model.init == "random"
+    rungs = LADDER[LADDER.index(hardware.memory) + 1 :] if hardware.memory != "auto" else ()
+    one_row = [] if hardware.micro_batch_size == 1 else ["hardware.micro_batch_size=1"]
+    tokens = hardware.micro_batch_tokens
+    ways = [["hardware.strategy=auto"]] if hardware.strategy == "ddp" else []
+    ways += [[f"hardware.memory={rung}"] for rung in rungs]
+    ways += [[f"hardware.micro_batch_tokens={tokens // part}"] for part in (2, 4) if tokens and tokens >= 2 * part]
+    ways += [one_row] if one_row else []
     if composed.choices:
-        ways += [["optim=adamw_8bit"], ["optim=adamw_8bit", *one_row], ["optim=paged_adamw_8bit", *one_row]]
-        ways += [["recipe=lora"], ["recipe=lora", *one_row], ["recipe=qlora"], ["recipe=qlora", *one_row]]
-    devices = config.hardware.devices
+        optimizers = ["adamw_8bit"] if on_cpu else ["adamw_8bit", "paged_adamw_8bit"]
+        recipes = [] if from_scratch else ["recipe=lora", "recipe=qlora"]
+        for way in (*(f"optim={name}" for name in optimizers), *recipes):
+            ways += [[way], [way, *one_row]]
+    devices = hardware.devices
     first = 1 if devices == "auto" else devices
-    return ways + [[f"hardware.devices={count}"] for count in (2, 4, 8) if count > first]
+    return ways + [[f"hardware.devices={count}"] for count in (2, 4, 8) if count > first and not on_cpu]

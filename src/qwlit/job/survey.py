@@ -19,9 +19,13 @@ class Survey:
     """What the steps of a run are like."""
 
     load: Load
-    accumulation: tuple[int, float, int] | None
-    """Micro-batches of a device and step: fewest, median, most. None: not looked at."""
+    accumulation: tuple[int, float, int]
+    """Micro-batches of a device and step: fewest, median, most."""
     tokens_per_step: float
+    supervised_share: float
+    """Of the tokens."""
+    pairs_per_token: float
+    """Tokens that one looks back upon, on average."""
     padding_share: float | None
     """Of the positions computed."""
 
@@ -29,6 +33,7 @@ class Survey:
 def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
     """Lay out the steps (of long runs a part) and note the largest micro-batch."""
     counts, tokens, positions = [], [], []
+    num_supervised, num_pairs = 0, 0.0
     largest = MicroShape(0, 0, 0.0, plan.packing)
     num_looked_at = min(total_steps, MOST_STEPS, max(1, MOST_SAMPLES // plan.global_batch_size))
     for step in np.unique(np.linspace(0, total_steps - 1, num_looked_at).astype(int)).tolist():
@@ -37,6 +42,8 @@ def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
         layout = plan.layout(ids)
         counts.append(len(layout[0]))
         tokens.append(int(lengths.sum()))
+        num_supervised += int(supervised.sum())
+        num_pairs += float((lengths.astype(float) ** 2).sum()) / 2
         computed = 0
         for micro in (micro for rank in layout for micro in rank if not micro.filler):
             members = list(micro.members)
@@ -55,6 +62,8 @@ def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
         load=Load(largest, accumulates=max(counts) > 1),
         accumulation=(min(counts), median(counts), max(counts)),
         tokens_per_step=float(np.mean(tokens)),
+        supervised_share=num_supervised / sum(tokens),
+        pairs_per_token=num_pairs / sum(tokens),
         padding_share=1 - sum(tokens) / sum(positions),
     )
 
@@ -64,10 +73,14 @@ def assume_steps(config: RunConfig, world_size: int) -> Survey:
     hardware, length = config.hardware, config.data.max_seq_len
     each = -(-config.train.global_batch_size // world_size)
     rows = min(each, hardware.micro_batch_size or each)
-    tokens = rows * length
     if hardware.micro_batch_tokens is not None:
-        tokens = min(tokens, max(hardware.micro_batch_tokens, length))
-    load = Load(
-        MicroShape(tokens, tokens, float(tokens * length), config.data.packing), accumulates=tokens < each * length
+        rows = min(rows, max(1, hardware.micro_batch_tokens // length))
+    tokens, count = rows * length, -(-each // rows)
+    return Survey(
+        load=Load(MicroShape(tokens, tokens, float(tokens * length), config.data.packing), accumulates=count > 1),
+        accumulation=(count, count, count),
+        tokens_per_step=float(config.train.global_batch_size * length),
+        supervised_share=1.0,
+        pairs_per_token=length / 2,
+        padding_share=None,
     )
-    return Survey(load, None, float(config.train.global_batch_size * length), None)

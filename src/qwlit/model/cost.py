@@ -140,8 +140,8 @@ def unsharded_bytes(model: "PreTrainedModel", place: Placement) -> tuple[int, in
         return 0, 0
     root = sum(p.numel() for name, p in model.named_parameters() if layer_of(name) is None)
     layers = [list(layer.parameters()) for layer in model.model.layers]
-    largest = max(sum(p.numel() for p in layer) for layer in layers)
-    trained = max(sum(p.numel() for p in layer if p.requires_grad) for layer in layers)
+    largest = max((sum(p.numel() for p in layer) for layer in layers), default=0)
+    trained = max((sum(p.numel() for p in layer if p.requires_grad) for layer in layers), default=0)
     whole = root * FLOAT32
     return whole, whole + 2 * largest * place.precision_bytes + trained * (place.precision_bytes + FLOAT32)
 
@@ -183,7 +183,8 @@ def activation_bytes(
         for layer in layers
     ]
     below = [0.0, *accumulate(waiting)]
-    again = max(below[number] + layer.everything() + layer.passing() for number, layer in enumerate(layers))
+    during = (below[number] + layer.everything() + layer.passing() for number, layer in enumerate(layers))
+    again = max(during, default=0.0)
     return ActivationBytes(rotary + last_norm + below[-1], rotary + again)
 
 

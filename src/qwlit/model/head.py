@@ -77,6 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, head, out=grad_hidden[start:end])
             if grad_weight is not None:
                 _add_product(grad_weight, logits.T, rows, first=start == 0)
+        _keep(buffer)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(num_correct)
@@ -103,12 +104,19 @@ def _workspace(num_rows: int, vocab_size: int, like: Tensor) -> Tensor:
     """
     if like.device.type != "cpu":
         return like.new_empty(num_rows, vocab_size)  # CUDA's allocator keeps it
+    # Taken out while it is in use: another thread's call makes its own.
     kept = WORKSPACES.pop(like.dtype, None)
     if kept is None or kept.numel() < num_rows * vocab_size:
         del kept  # before the larger one is made
         kept = like.new_empty(num_rows * vocab_size)
-    WORKSPACES[like.dtype] = kept
     return kept[: num_rows * vocab_size].view(num_rows, vocab_size)
+
+
+def _keep(buffer: Tensor) -> None:
+    # Inference mode's tensors may not be written to outside of it.
+    if buffer.device.type == "cpu" and not buffer.is_inference():
+        whole = buffer._base if buffer._base is not None else buffer
+        WORKSPACES[buffer.dtype] = whole.view(-1)
 
 
 def _chunks(num_rows: int, vocab_size: int, device: str) -> list[tuple[int, int]]:

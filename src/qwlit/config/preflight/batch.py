@@ -30,6 +30,6 @@ def no_clip(facts: Facts) -> Said:
 @rule("warning", source="assumption")
 def few_steps(facts: Facts) -> Said:
     """A handful of steps says more about the order of samples than about the data."""
-    if facts.derived is None or facts.derived.total_steps >= FEWEST_STEPS:
+    if facts.schedule is None or facts.schedule.total_steps >= FEWEST_STEPS:
         return None
-    return f"the run has {facts.derived.total_steps} steps", "raise train.max_epochs, or get more data"
+    return f"the run has {facts.schedule.total_steps} steps", "raise train.max_epochs, or get more data"

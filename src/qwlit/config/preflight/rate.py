@@ -10,19 +10,20 @@ LORA_RANGE, FULL_RANGE = (1e-5, 5e-4), (1e-6, HIGHEST_FULL)
 @rule("error", source=STORY)
 def full_lr(facts: Facts) -> Said:
     """Training pretrained weights themselves at LoRA's rate turns a run to NaN after thousands of healthy steps."""
-    lr = facts.config.optim.lr
+    lr = facts.highest_lr
     if not facts.trains_pretrained or lr <= HIGHEST_FULL:
         return None
+    said = f"optim.lr={lr:g}" if lr == facts.config.optim.lr else f"a group's rate of {lr:g}"
     return (
-        f"optim.lr={lr:g} trains pretrained weights themselves; above {HIGHEST_FULL:g} they diverge",
-        "set optim.lr=1e-5",
+        f"{said} trains pretrained weights themselves; above {HIGHEST_FULL:g} they diverge",
+        "set optim.lr=1e-5, or model.init=random to train from scratch",
     )
 
 
 @rule("warning", source=STORY)
 def full_lr_large(facts: Facts) -> Said:
     """From 7B on, full fine-tuning bears less: the run that died at step 3600 had 3e-4."""
-    lr = facts.config.optim.lr
+    lr = facts.highest_lr
     # A model that is called 7B may have a little less.
     if not facts.trains_pretrained or facts.num_parameters < 0.95 * LARGE:
         return None
@@ -48,9 +49,9 @@ def lr_range(facts: Facts) -> Said:
 @rule("warning", source=GUIDE)
 def warmup(facts: Facts) -> Said:
     """5 to 20 % of the run: moments need steps to settle before the rate is high, and the peak needs steps too."""
-    if facts.derived is None:
+    schedule = facts.schedule
+    if schedule is None:
         return None
-    schedule = facts.derived.schedule
     share = schedule.warmup_steps / schedule.total_steps
     # Rounded to whole steps, a ratio of 0.05 may be a little off.
     if 0.05 - 1 / schedule.total_steps <= share <= 0.2 + 1 / schedule.total_steps:
@@ -64,9 +65,9 @@ def warmup(facts: Facts) -> Said:
 @rule("warning", source="design: recipes with warm-up in steps")
 def warmup_capped(facts: Facts) -> Said:
     """A recipe's warm-up steps are for long runs; a short one warms up for a fifth of it at most."""
-    if facts.derived is None:
+    scheduler, schedule = facts.config.scheduler, facts.schedule
+    if schedule is None:
         return None
-    scheduler, schedule = facts.config.scheduler, facts.derived.schedule
     asked = scheduler.warmup_steps
     if asked is None or schedule.warmup_steps >= asked:
         return None

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from qwlit.config.derive import Derived
 from qwlit.config.memory import MemoryEstimate
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.model.config import Execution
+from qwlit.optim.schedules import Schedule
 from qwlit.training.machine import Machine
 
 Severity = Literal["error", "warning"]
@@ -45,7 +45,10 @@ class Facts:
     """Why layers are not compiled although they might."""
     num_parameters: int
     memory: MemoryEstimate
-    derived: Derived | None
+    schedule: Schedule | None
+    """With the run's length in steps."""
+    highest_lr: float
+    """Peak of the group that has the highest."""
     data: DataFacts | None
     tokenizer: TokenizerFacts | None
     vocab_size: int

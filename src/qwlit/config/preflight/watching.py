@@ -1,6 +1,7 @@
 """Whether anybody will notice: validation, checkpoints, patience, and what is shown."""
 
 from qwlit.config.preflight.rules import GUIDE, STORY, Facts, Said, rule
+from qwlit.training.config import CheckpointConfig, ValidationConfig
 
 PATIENCE = range(3, 6)
 
@@ -11,18 +12,24 @@ def no_validation(facts: Facts) -> Said:
     validation = facts.config.validation
     if facts.data is not None and not facts.data.has_validation:
         return "there is no validation set", "set data.val_fraction=0.05, or data.val_path"
-    if not validation.each_epoch and validation.every_steps is None:
-        return "validation.each_epoch=false and every_steps=null: only the end is validated", "set one of them"
+    if not _happens(facts, validation):
+        return "validation.each_epoch and every_steps have only the end validated", "set one of them"
     return None
 
 
 @rule("warning", source=STORY)
 def no_checkpoints(facts: Facts) -> Said:
     """A run that dies goes back to its last checkpoint; without one it is lost."""
-    checkpoint = facts.config.checkpoint
-    if checkpoint.each_epoch or checkpoint.every_steps is not None:
+    if _happens(facts, facts.config.checkpoint):
         return None
-    return "checkpoint.each_epoch=false and every_steps=null: only the end is saved", "set one of them"
+    return "checkpoint.each_epoch and every_steps have only the end saved", "set one of them"
+
+
+def _happens(facts: Facts, rhythm: ValidationConfig | CheckpointConfig) -> bool:
+    """Tell whether it is due before the end."""
+    if rhythm.each_epoch or rhythm.every_steps is None:
+        return rhythm.each_epoch
+    return facts.schedule is None or rhythm.every_steps < facts.schedule.total_steps
 
 
 @rule("warning", source=GUIDE)
@@ -39,10 +46,10 @@ def patience(facts: Facts) -> Said:
 @rule("warning", source="qwlit")
 def profile_beyond(facts: Facts) -> Said:
     """Steps that a run does not have cannot be traced."""
-    steps, derived = facts.config.profile.steps, facts.derived
-    if steps is None or derived is None or steps[1] <= derived.total_steps:
+    steps, schedule = facts.config.profile.steps, facts.schedule
+    if steps is None or schedule is None or steps[1] <= schedule.total_steps:
         return None
-    return f"profile.steps={list(steps)} reaches beyond the run's {derived.total_steps} steps", "lower it"
+    return f"profile.steps={list(steps)} reaches beyond the run's {schedule.total_steps} steps", "lower it"
 
 
 @rule("warning", source=GUIDE)
