@@ -22,9 +22,10 @@ from qwlit.config.compose import compose
 from qwlit.config.memory import Load, Subject, estimate_memory
 from qwlit.core.batch import MicroBatch
 from qwlit.data.batches import collate
+from qwlit.model.activations import activation_bytes
 from qwlit.model.attention import register_attention
 from qwlit.model.config import Execution
-from qwlit.model.cost import MicroShape, Placement, activation_bytes
+from qwlit.model.cost import MicroShape, Placement
 from qwlit.model.head import WORKSPACES
 from qwlit.model.loss_model import LossModel, build_loss_model, rehearse
 from qwlit.optim.groups import plan_groups

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from qwlit.config.run import RunConfig
+from qwlit.model.activations import activation_bytes
 from qwlit.model.config import Execution
 from qwlit.model.cost import (
     MicroShape,
     Placement,
-    activation_bytes,
     autocast_bytes,
     embedding_gradient_bytes,
     gradient_bytes,
