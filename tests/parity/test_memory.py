@@ -11,6 +11,7 @@ from qwlit.model.adapters import apply_adapter
 from qwlit.model.attention import register_attention
 from qwlit.model.config import AdapterConfig, DropoutConfig, MemoryPolicy
 from qwlit.model.dropout import apply_dropout
+from qwlit.model.head import WORKSPACES
 from qwlit.model.loss_model import LossModel
 from qwlit.model.memory import apply_memory_policy
 from tests.tiny import packed, padded, random_samples, tiny_causal_lm
@@ -54,10 +55,12 @@ def kept_bytes(policy: MemoryPolicy) -> int:
     causal_lm.set_attn_implementation(register_attention())
     apply_memory_policy(causal_lm, policy)
     model = LossModel(causal_lm, "sdpa").train()
+    WORKSPACES.clear()
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker:
         loss = model(packed(random_samples([100, 90]))).loss_sum
+        WORKSPACES.clear()  # the head's, which is no activation
         (snapshot,) = tracker.get_tracker_snapshot("current").values()
     del loss
     return snapshot[_MemRefType.ACT]

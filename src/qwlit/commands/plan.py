@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,9 @@ def main(arguments: list[str]) -> int:
         return 0
     own, overrides = own_words(arguments, {"output": OUTPUTS, "mfu": None})
     mfu = _mfu(own["mfu"])
-    # bitsandbytes compiles functions when it is imported, which takes a second, and nothing is computed here.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if "torch" not in sys.modules:
+        # bitsandbytes compiles functions when it is imported, which takes a second, and nothing is computed here.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Nearly all that is made lives to the end.
     gc.disable()
     try:
