@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.work import draw_lengths
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.config import DataConfig
 from qwlit.data.encoding import RowEncoder
@@ -26,14 +27,13 @@ from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.data.store import SampleStore, build_store
 
 RESULTS = Path(__file__).parent / "results"
-VOCABULARY, BATCH, ROWS, MEAN, SIGMA = 151_936, 64, 16, 512.0, 0.6
+VOCABULARY, BATCH, ROWS, MEAN = 151_936, 64, 16, 512.0
 
 
 def make_store(folder: Path, num_samples: int) -> SampleStore:
     random = np.random.default_rng(0)
-    lengths = np.clip(random.lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, num_samples), 16, 2048).astype(int)
     with (folder / "samples.jsonl").open("w") as handle:
-        for length in lengths:
+        for length in draw_lengths(random, MEAN, num_samples):
             ids = random.integers(0, VOCABULARY, length).tolist()
             mask = [int(position >= 0.6 * length) for position in range(length)]
             handle.write(json.dumps({"input_ids": ids, "loss_mask": mask}) + "\n")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwlit.config.compose import compose
 from qwlit.data.order import Order
@@ -96,6 +97,12 @@ class Record:
             self.losses.append(loss)
 
 
+def draw_lengths(random: np.random.Generator, mean: float, count: int) -> NDArray[np.int64]:
+    """Log-normal: most short, some long; sigma 0.6 as in public chat sets (assumption)."""
+    sigma = 0.6
+    return np.clip(random.lognormal(np.log(mean) - sigma**2 / 2, sigma, count), 16, MAX_LENGTH).astype(np.int64)
+
+
 def prepare(case: Case, folder: Path) -> None:
     """Write model, samples and case into `folder`."""
     import torch
@@ -104,14 +111,11 @@ def prepare(case: Case, folder: Path) -> None:
     _, model_class = model_classes("qwen3")
     model_class(to_hf_config(case.architecture())).save_pretrained(folder / "model")
     random = np.random.default_rng(SEED)
-    # Log-normal: most short, some long; sigma 0.6 as in public chat sets (assumption).
-    sigma = 0.6
     # Zipf's law, so that there is something to learn and ten losses show whether all learn alike.
     frequencies = 1 / np.arange(10, case.vocab_size + 10)
     frequencies /= frequencies.sum()
-    lengths = random.lognormal(np.log(case.mean_length) - sigma**2 / 2, sigma, case.num_samples)
     with (folder / "samples.jsonl").open("w") as handle:
-        for length in np.clip(lengths, 16, MAX_LENGTH).astype(int):
+        for length in draw_lengths(random, case.mean_length, case.num_samples):
             ids = random.choice(case.vocab_size, length, p=frequencies).tolist()
             unlearnt = round((1 - case.supervised) * length)
             handle.write(json.dumps({"input_ids": ids, "labels": [-100] * unlearnt + ids[unlearnt:]}) + "\n")

@@ -18,6 +18,7 @@ from qwlit.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qwlit.job.foresee import Foresight
+    from qwlit.optim.schedules import Schedule
 
 GIB = 2**30
 OUTPUTS = ("text", "json")
@@ -96,7 +97,7 @@ def as_json(plan: "Foresight", mfu: float) -> dict[str, Any]:
         "precision": machine.precision,
         "attention": outline.execution.attention,
         "compiled": outline.execution.compiled,
-        "steps": plan.num_steps,
+        "steps": schedule.total_steps if schedule else None,
         "warmup_steps": schedule.warmup_steps if schedule else None,
         "tokens": plan.num_tokens if plan.data else None,
         "flops_per_token": plan.flops_per_token,
@@ -163,12 +164,14 @@ def _show_steps(plan: "Foresight", mfu: float, screen: Console) -> None:
         f"\n[bold]steps[/]  {config.train.global_batch_size} samples each, over {machine.world_size} x"
         f" {plan.accumulate_grad_batches} micro-batches{seen} of at most {' or '.join(limits) or 'any size'}"
     )
-    if schedule is None or plan.num_steps is None:
+    if schedule is None:
         screen.print(f"  number of steps not checked: {escape(plan.unchecked or '')}")
     else:
         assumed = "" if plan.data else ", if every row is used"
-        screen.print(f"  {plan.num_steps:,} steps{assumed}; warm-up {schedule.warmup_steps:,}, then {schedule.name}")
-        screen.print(f"  lr  [cyan]{_curve(plan)}[/]  peak {config.optim.lr:g}")
+        screen.print(
+            f"  {schedule.total_steps:,} steps{assumed}; warm-up {schedule.warmup_steps:,}, then {schedule.name}"
+        )
+        screen.print(f"  lr  [cyan]{_curve(schedule)}[/]  peak {config.optim.lr:g}")
     if plan.data is not None:
         padding = f", {survey.padding_share:.1%} padding" if survey.padding_share else ""
         screen.print(f"  data  {plan.data.describe()}{padding}")
@@ -184,12 +187,11 @@ def _show_steps(plan: "Foresight", mfu: float, screen: Console) -> None:
     screen.print()
 
 
-def _curve(plan: "Foresight") -> str:
+def _curve(schedule: "Schedule") -> str:
     """Draw the learning rate over the run."""
-    assert plan.schedule is not None and plan.num_steps is not None
-    width = min(CURVE_WIDTH, plan.num_steps)
-    steps = [number * (plan.num_steps - 1) // max(1, width - 1) for number in range(width)]
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * plan.schedule.factor(step)))] for step in steps)
+    width = min(CURVE_WIDTH, schedule.total_steps)
+    steps = [number * (schedule.total_steps - 1) // max(1, width - 1) for number in range(width)]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * schedule.factor(step)))] for step in steps)
 
 
 def _show_findings(plan: "Foresight", screen: Console) -> None:

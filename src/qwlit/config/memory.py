@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from qwlit.config.run import RunConfig
 from qwlit.model.activations import activation_bytes
-from qwlit.model.config import Execution
+from qwlit.model.config import LADDER, Execution
 from qwlit.model.cost import (
     MicroShape,
     Placement,
@@ -30,7 +30,6 @@ GIB = 2**30
 CONTEXT_BYTES, FRAGMENTED_SHARE = 0.6 * GIB, 0.04
 # On CPU the interpreter and its libraries: measured, the demo's peak is 0.57 GiB resident, 0.1 of it counted here.
 PROCESS_BYTES = 0.5 * GIB
-LADDER: tuple[Literal["none", "selective", "full", "offload"], ...] = ("none", "selective", "full", "offload")
 
 
 @dataclass(frozen=True)

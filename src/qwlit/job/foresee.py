@@ -6,7 +6,7 @@ from rich.console import Console
 
 from qwlit.config.compose import Composed, compose
 from qwlit.config.derive import accumulation, derive, plan_steps
-from qwlit.config.memory import LADDER, MemoryEstimate
+from qwlit.config.memory import MemoryEstimate
 from qwlit.config.preflight import Finding, find
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.config import parts_of
@@ -18,6 +18,7 @@ from qwlit.job.corpus import Corpus, is_small_or_tokenized, open_corpus
 from qwlit.job.facts import facts_of
 from qwlit.job.outline import Outline, draw_outline
 from qwlit.job.survey import Survey, assume_steps, survey_steps
+from qwlit.model.config import LADDER
 from qwlit.model.flops import Flops, count_flops
 from qwlit.optim.schedules import Schedule, build_schedule
 
@@ -37,8 +38,8 @@ class Foresight:
     data: DataSplit | None
     unchecked: str | None
     """Why data and tokenizer were not looked at."""
-    num_steps: int | None
     schedule: Schedule | None
+    """With the number of steps; None where it is not known."""
     findings: list[Finding]
     remedies: list[tuple[list[str], MemoryEstimate]]
     """Overrides that make it fit, cheapest first; empty where it fits."""
@@ -62,7 +63,7 @@ class Foresight:
     @property
     def num_tokens(self) -> float | None:
         """Of the whole run, repeated ones counted again; at most so many where the data are not known."""
-        return None if self.num_steps is None else self.num_steps * self.survey.tokens_per_step
+        return None if self.schedule is None else self.schedule.total_steps * self.survey.tokens_per_step
 
     def seconds(self, mfu: float) -> float | None:
         """Return the training time at that share of the devices' peak; None where steps or peak are not known."""
@@ -82,16 +83,12 @@ def foresee(words: list[str], screen: Console) -> Foresight:
     config = composed.config
     outline = draw_outline(composed, imagined=True)
     corpus, unchecked = _reachable_corpus(outline, screen)
-    data = None
-    survey = assume_steps(config, outline.machine.world_size)
-    num_steps, schedule = _steps_without_data(outline)
-    if corpus is not None:
+    if corpus is None:
+        data = None
+        survey, schedule = assume_steps(config, outline.machine.world_size), _schedule_by_rows(outline)
+    else:
         data = split_data(config.data, corpus.training, corpus.validation)
-        plan = plan_steps(config, data, outline.machine.world_size)
-        plan.limits.check(data.train)
-        schedule = derive(config, plan, has_validation=data.validation is not None).schedule
-        num_steps = schedule.total_steps
-        survey = survey_steps(plan, num_steps)
+        survey, schedule = _look_through(outline, data)
     settled, memory = outline.settle(survey.load)
     tokenizer = corpus.tokenizer if corpus else None
     return Foresight(
@@ -101,7 +98,6 @@ def foresee(words: list[str], screen: Console) -> Foresight:
         flops=count_flops(outline.subject.model),
         data=data,
         unchecked=unchecked,
-        num_steps=num_steps,
         schedule=schedule,
         findings=find(facts_of(settled, memory, schedule, data, tokenizer)),
         remedies=_remedies(words, composed, data) if memory.fits is False else [],
@@ -123,18 +119,24 @@ def _reachable_corpus(outline: Outline, screen: Console) -> tuple[Corpus | None,
         return None, str(error)
 
 
-def _steps_without_data(outline: Outline) -> tuple[int | None, Schedule | None]:
+def _look_through(outline: Outline, data: DataSplit) -> tuple[Survey, Schedule]:
+    plan = plan_steps(outline.config, data, outline.machine.world_size)
+    plan.limits.check(data.train)
+    schedule = derive(outline.config, plan, has_validation=data.validation is not None).schedule
+    return survey_steps(plan, schedule.total_steps), schedule
+
+
+def _schedule_by_rows(outline: Outline) -> Schedule | None:
     """Count rows instead of samples, where they are few enough to count; as if every one of them was used."""
     config = outline.config
     train = config.train
     asked = [train.max_steps] if train.max_steps else []
     rows = _count_rows(outline)
     if train.max_epochs and rows is None:
-        return None, None
+        return None
     if train.max_epochs and rows is not None:
         asked.append(-(-train.max_epochs * rows // train.global_batch_size))
-    steps = min(asked)
-    return steps, build_schedule(config.scheduler, steps)
+    return build_schedule(config.scheduler, min(asked))
 
 
 def _count_rows(outline: Outline) -> int | None:
@@ -158,7 +160,9 @@ def _remedies(words: list[str], composed: Composed, data: DataSplit | None) -> l
             continue  # less would do
         try:
             outline = draw_outline(_changed(words, composed, overrides), imagined=True)
-            _, estimate = outline.settle(_survey(outline, data).load)
+            world_size = outline.machine.world_size
+            survey = assume_steps(outline.config, world_size) if data is None else _look_through(outline, data)[0]
+            _, estimate = outline.settle(survey.load)
         except ConfigError:
             continue
         if estimate.fits:
@@ -179,14 +183,6 @@ def _changed(words: list[str], composed: Composed, overrides: list[str]) -> Comp
         new: object = int(value) if value.isdecimal() else value
         config = replace(config, **{section: replace(getattr(config, section), **{name or "name": new})})
     return replace(composed, config=config)
-
-
-def _survey(outline: Outline, data: DataSplit | None) -> Survey:
-    if data is None:
-        return assume_steps(outline.config, outline.machine.world_size)
-    plan = plan_steps(outline.config, data, outline.machine.world_size)
-    plan.limits.check(data.train)
-    return survey_steps(plan, derive(outline.config, plan, has_validation=False).total_steps)
 
 
 def _smaller(composed: Composed) -> list[list[str]]:

@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from qwlit.config.compose import Composed
-from qwlit.config.memory import Load, MemoryEstimate, Subject, estimate_memory, settle_memory, why_not_sharded
+from qwlit.config.memory import Load, MemoryEstimate, Subject, settle_memory, why_not_sharded
 from qwlit.config.preflight import check_allowed
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
@@ -46,9 +46,6 @@ class Outline:
             # Decided before it was known that only this fits.
             execution = replace(execution, compiled=False)
         return replace(self, machine=machine, execution=execution), estimate
-
-    def estimate(self, load: Load) -> MemoryEstimate:
-        return estimate_memory(self.subject, self.machine, self.execution, load)
 
 
 def draw_outline(composed: Composed, *, imagined: bool = False) -> Outline:

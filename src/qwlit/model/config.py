@@ -1,7 +1,7 @@
 """What a user can say about the model: which one, from where, with which attention, dropout and adapter."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from qwlit.core.schema import Flag, LayerRange, PositiveFloat, PositiveInt, Probability, Ratio, config_dataclass
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 AttentionChoice = Literal["auto", "varlen", "sdpa", "eager"]
 AttentionKernel = Literal["varlen", "sdpa", "eager"]
 MemoryPolicy = Literal["none", "selective", "full", "offload"]
+LADDER: tuple[MemoryPolicy, ...] = get_args(MemoryPolicy)
+"""From what keeps most to what keeps least."""
 
 
 @dataclass(frozen=True)

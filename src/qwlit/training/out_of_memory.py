@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.sharding import local
+from qwlit.model.config import LADDER
 from qwlit.training.config import HardwareConfig
 from qwlit.training.machine import Machine
 
 SNAPSHOT = "memory_snapshot-rank{rank}.pickle"
-LADDER = ("none", "selective", "full", "offload")
 
 
 def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig, machine: Machine) -> ConfigError:
