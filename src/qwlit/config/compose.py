@@ -29,6 +29,8 @@ from qwlit.core.files import resolve_path
 from qwlit.data.config import parts_of
 
 MAIN = "train"
+SWEEPS = "sweep"
+"""Folder of files for the verb of that name; no group of settings."""
 
 
 def conf_dir() -> Path:
@@ -51,7 +53,7 @@ class Composed:
 
 def group_options() -> dict[str, list[str]]:
     """Return every group with its choices, as the packaged folder has them."""
-    groups = sorted(p for p in conf_dir().iterdir() if p.is_dir())
+    groups = sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name != SWEEPS)
     return {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in groups}
 
 

@@ -13,6 +13,7 @@ from qwlit.training.config import (
     Determinism,
     GuardConfig,
     HardwareConfig,
+    LoggerConfig,
     LoggingConfig,
     PreflightConfig,
     ProfileConfig,
@@ -46,6 +47,7 @@ class RunConfig:
     validation: ValidationConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    logger: LoggerConfig
     preflight: PreflightConfig
     profile: ProfileConfig
 

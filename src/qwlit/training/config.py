@@ -115,6 +115,24 @@ class LoggingConfig:
 
 
 @config_dataclass
+class LoggerConfig:
+    """Where metrics go beside metrics.jsonl."""
+
+    wandb: Flag = False
+    """Log to W&B; offline where there is no API key. Trials of a W&B sweep need it."""
+    project: str = "qwlit"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null: the account's own."""
+    group: str | None = None
+    """Runs that W&B shows together."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by."""
+    upload_checkpoints: Flag = False
+    """Upload every saved checkpoint as a W&B artifact."""
+
+
+@config_dataclass
 class GuardConfig:
     """What happens when a step's loss or gradient is not finite: the optimizer skips it, and the run may stop."""
 

@@ -1,0 +1,1 @@
+"""Searching for settings: one sweep file, run by W&B's agents or by Optuna on this machine."""

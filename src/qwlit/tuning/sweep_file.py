@@ -1,0 +1,158 @@
+"""A sweep file: W&B's own format, so that `wandb sweep FILE` takes it as well."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from qwlit.config.compose import SWEEPS, conf_dir
+from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.files import resolve_path
+from qwlit.core.schema import Flag, PositiveInt, config_dataclass
+
+Scalar = str | int | float | bool | None
+
+
+@config_dataclass
+class Parameter:
+    """What a setting may be: one `value`, one of `values`, or a distribution."""
+
+    value: Scalar | list[Scalar] = None
+    values: list[Scalar | list[Scalar]] | None = None
+    distribution: str | None = None
+    min: float | int | None = None
+    max: float | int | None = None
+    q: float | int | None = None
+    mu: float | None = None
+    sigma: float | None = None
+    probabilities: list[float] | None = None
+
+
+@config_dataclass
+class Metric:
+    """What is to be best: a column of metrics.jsonl, or an entry of summary.json."""
+
+    name: str
+    goal: Literal["minimize", "maximize"] = "minimize"
+
+
+@config_dataclass
+class EarlyTerminate:
+    """W&B's hyperband: at `min_iter`, `min_iter` x `eta`, … values of the metric only the best 1/`eta` go on.
+
+    `max_iter` with `s` says the same from the other end: the first look is at `max_iter` / `eta`**`s`.
+    """
+
+    type: Literal["hyperband"]
+    min_iter: PositiveInt | None = None
+    max_iter: PositiveInt | None = None
+    s: PositiveInt | None = None
+    eta: Annotated[int, Field(ge=2)] = 3
+    strict: Flag = False
+
+
+@config_dataclass
+class SweepDocument:
+    """The file. What only W&B reads is passed on to it as it stands."""
+
+    method: Literal["grid", "random", "bayes"]
+    metric: Metric
+    parameters: dict[str, Parameter]
+    command: list[str]
+    early_terminate: EarlyTerminate | None = None
+    name: str | None = None
+    description: str | None = None
+    project: str | None = None
+    entity: str | None = None
+    run_cap: PositiveInt | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep file."""
+
+    name: str
+    path: Path
+    document: SweepDocument
+    raw: Mapping[str, Any]
+    """As W&B takes it."""
+
+    @property
+    def words(self) -> list[str]:
+        """Return the overrides of `train` that every trial has, from the file's command."""
+        command = self.document.command
+        return [word for word in command[command.index("train") + 1 :] if not word.startswith("${")]
+
+
+def sweep_names() -> list[str]:
+    """Return the names of the sweeps that qwlit brings."""
+    return sorted(file.stem for file in (conf_dir() / SWEEPS).glob("*.yaml"))
+
+
+def read_sweep(name: str) -> Sweep:
+    """Read a sweep by its name in conf/sweep, or by its path.
+
+    Raises:
+        ConfigError: there is no such file, or it breaks W&B's format.
+    """
+    known = sweep_names()
+    path = conf_dir() / SWEEPS / f"{name}.yaml" if name in known else resolve_path(name)
+    if not path.is_file():
+        hint = nearest(name, known) or f" Choose one of {', '.join(known)}, or give a file's path."
+        raise ConfigError(f"sweep={name}: no such sweep.{hint}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is no sweep: it has method, metric, parameters and command")
+    try:
+        document = TypeAdapter(SweepDocument).validate_python(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from None
+    _check_command(path, document.command)
+    _check_parameters(path, document.parameters)
+    return Sweep(path.stem, path, document, raw)
+
+
+def _explain(error: ValidationError) -> str:
+    """Say in one line what is wrong first: the field, the rule and the nearest name."""
+    finding = sorted(error.errors(), key=lambda f: f["type"] != "unexpected_keyword_argument")[0]
+    *owner, name = [str(part) for part in finding["loc"]] or [""]
+    field = ".".join([*owner, name])
+    if finding["type"] == "unexpected_keyword_argument":
+        known = (
+            Parameter
+            if "parameters" in owner
+            else {"metric": Metric, "early_terminate": EarlyTerminate}.get(owner[-1] if owner else "", SweepDocument)
+        )
+        names = list(known.__annotations__)
+        return f"{field}: no such entry.{nearest(name, names) or f' Known here: {chr(44).join(names)}.'}"
+    if finding["type"] in ("missing", "missing_argument"):
+        return f"{field} is not set"
+    return f"{field}: {finding['msg'][0].lower()}{finding['msg'][1:]}"
+
+
+def _check_command(path: Path, command: list[str]) -> None:
+    shape = "${env} ${interpreter} -m qwlit train … ${args_no_hyphens}"
+    if "train" not in command or "qwlit" not in command:
+        raise ConfigError(f"{path}: command runs no `qwlit train`; write it as {shape}")
+    if command[-1] != "${args_no_hyphens}":
+        raise ConfigError(f"{path}: command ends in {command[-1]}; settings are key=value: {shape}")
+
+
+def _check_parameters(path: Path, parameters: dict[str, Parameter]) -> None:
+    if not parameters:
+        raise ConfigError(f"{path}: parameters is empty; name a setting, e.g. optim.lr")
+    for name, parameter in parameters.items():
+        if not re.fullmatch(r"[\w.]+", name):
+            raise ConfigError(f"{path}: parameters.{name}: settings are named as train names them, e.g. optim.lr")
+        if parameter.values == []:
+            raise ConfigError(f"{path}: parameters.{name}.values is empty")
+        low, high = parameter.min, parameter.max
+        if low is not None and high is not None and low > high:
+            raise ConfigError(f"{path}: parameters.{name}: min {low:g} is above max {high:g}")
