@@ -3,18 +3,25 @@
 import importlib
 import io
 import os
+import signal
 import sys
 
-from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, QwlitError, nearest
+from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pruned, QwlitError, nearest
 from qwlit.core.ranks import is_rank_zero, leave, rank_label
+from qwlit.core.signals import note
+from qwlit.core.slurm import in_job, requeue_job
 
 VERBS = {
     "train": "train a model, or go on with an unfinished run",
     "plan": "say what train would do: memory, steps, time, and what is wrong with the settings",
+    "sweep": "search for settings: W&B's agents, or Optuna on this machine",
+    "submit": "write and submit the Slurm job of a run, its seeds or a sweep; requeued, it goes on",
     "inspect": "show the data as the model will see it: tokens, what is learnt, packing, what was put aside",
+    "report": "compare runs: settings, losses, speed, stability; which settings mattered; a page with curves",
 }
 
-AGREED_ENDS = (GuardStop, Interrupted, Preempted)
+PREEMPTED_VERBS = ("train", "sweep")
+AGREED_ENDS = (GuardStop, Interrupted, Preempted, Pruned)
 
 HELP = """\
 qwlit: fine-tune Qwen2 and Qwen3 models.
@@ -29,6 +36,8 @@ First steps
   python -m qwlit train model.path=FOLDER data.path=FILE.jsonl recipe=lora
   python -m qwlit plan hardware=a100x4 recipe=full_sft   does it fit, how long will it take, what is wrong with it
   python -m qwlit inspect data.path=FILE.jsonl  what of it is learnt, and what cannot be used
+  python -m qwlit sweep sweep=lora backend=optuna trials=20 data.path=FILE.jsonl data.val_fraction=0.05
+  python -m qwlit report runs=[runs/a,runs/b]  what differed between runs, and what came of it
   python -m qwlit train --help                 every setting, with its default and unit
 
 Exit codes
@@ -76,12 +85,19 @@ def _report(verb: str, error: QwlitError) -> int:
         return 0
     process = "" if is_rank_zero() else f", {rank_label()}"
     print(f"qwlit {verb}{process}: {error}", file=sys.stderr)
+    if isinstance(error, Preempted) and error.requeue and in_job():
+        # The very last: Slurm ends the job for it.
+        refusal = requeue_job()
+        print(f"qwlit {verb}: " + (f"not requeued: {refusal}" if refusal else "the job is requeued"), file=sys.stderr)
     return error.exit_code
 
 
 def _run(verb: str, arguments: list[str]) -> int:
     if verb not in VERBS:
         raise ConfigError(f"no such verb.{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}; see python -m qwlit --help")
+    if verb in PREEMPTED_VERBS and signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL:
+        # It may come while the verb is still being imported.
+        signal.signal(signal.SIGUSR2, note)
     module = importlib.import_module(f"qwlit.commands.{verb}")
     return int(module.main(arguments))
 

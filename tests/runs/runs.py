@@ -34,10 +34,12 @@ def command(words: list[str]) -> list[str]:
     return [sys.executable, "-m", "qwlit", *words]
 
 
-def qwlit_process(words: list[str], folder: Path, *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def qwlit_process(
+    words: list[str], folder: Path, *, timeout: float = 240, environment: dict[str, str] = ENVIRONMENT
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own: for several ranks, and for settings that outlive a run."""
     return subprocess.run(
-        command(words), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+        command(words), cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -62,12 +64,14 @@ def train(words: list[str], folder: Path, run: Callable[..., subprocess.Complete
     return made
 
 
-def started(words: list[str], run: Path, *, logged: int) -> subprocess.Popen[str]:
+def started(
+    words: list[str], run: Path, *, logged: int, environment: dict[str, str] = ENVIRONMENT
+) -> subprocess.Popen[str]:
     """Start a training in a process of its own and return it once `run` has so many logged losses."""
     process = subprocess.Popen(
         command(["train", *TINY, *words]),
         cwd=run.parents[1],
-        env=ENVIRONMENT,
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

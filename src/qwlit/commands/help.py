@@ -41,6 +41,48 @@ word: needs no GPU, no weights and no network. What needs data or tokenizer is "
 Groups: group=choice takes a file of settings
 """
 
+SUBMIT_INTRO = """\
+python -m qwlit submit [dry_run=true] [seeds=[0,1,2]] [slurm.key=value ...] [group=choice ...] [key=value ...]
+python -m qwlit submit sweep=NAME|FILE trials=N tasks=N [dry_run=true] [key=value ...]
+
+Writes the Slurm job that trains what `train` with the same words would train, and hands it to sbatch. Nodes, tasks,
+GPUs, cores and memory follow from the hardware profile. Before its time limit, or when its nodes are wanted by others,
+the job saves, is requeued, and goes on as the same run until it is done.
+
+  submit hardware=a100x4 recipe=full_sft slurm.partition=gpu slurm.time=12:00:00
+  submit hardware=a100x4 recipe=full_sft dry_run=true                    print the file, submit nothing
+  submit hardware=a100 recipe=lora seeds=[0,1,2]                         an array: one run a seed
+  submit sweep=lora trials=20 tasks=4 hardware=a100 data.path=…          a sweep whose trials four tasks share
+
+Where partition, account and set-up lines are always the same, keep them in a file: slurm=NAME (see docs/slurm.md).
+
+Groups: group=choice takes a file of settings
+"""
+
+SWEEP_INTRO = """\
+python -m qwlit sweep sweep=NAME|FILE [backend=wandb|optuna] [trials=N] [agents=N|jobs=N] [key=value ...]
+python -m qwlit sweep sweep=NAME|FILE action=best [run.name=… run.root=…]
+python -m qwlit sweep action=find_lr [key=value ...]
+
+Searches for settings. Every trial is an ordinary run of `train` with the sweep's own words, then these, then what is
+tried. One file, in W&B's format, for both backends; the same command goes on with a sweep that was interrupted.
+
+  sweep sweep=lora data.path=chat.jsonl data.val_fraction=0.05                   W&B: makes the sweep, starts agents
+  sweep sweep=lora backend=optuna trials=20 jobs=2 data.path=… data.val_fraction=0.05    no account, no server
+  sweep sweep=presets backend=optuna                                             the guide's four settings, once each
+  sweep sweep=lora action=best                                                   the best trial as an experiment file
+  sweep action=find_lr recipe=lora data.path=chat.jsonl                          which rates does the run bear
+
+  sweep=    {sweeps}; or the path of a file
+  trials=   how many in all; a grid has an end of its own
+  agents=   wandb: agents started here, one per GPU; 0 prints how to start them
+  jobs=     optuna: trials side by side, one per GPU. Several machines that share the folder may run the same command
+
+The sweep lies in run.root/NAME (or run.root/run.name): sweep.json, and a run a trial.
+
+Groups: group=choice takes a file of settings
+"""
+
 TRAIN_INTRO = """\
 python -m qwlit train [group=choice ...] [key=value ...]
 
@@ -58,6 +100,16 @@ Groups: group=choice takes a file of settings
 
 def train_help() -> str:
     return TRAIN_INTRO + _groups_and_settings(("",))
+
+
+def submit_help() -> str:
+    return SUBMIT_INTRO + _groups_and_settings(("slurm.", "hardware.", "run.", "seed"))
+
+
+def sweep_help() -> str:
+    from qwlit.tuning.sweep_file import sweep_names
+
+    return SWEEP_INTRO.format(sweeps=", ".join(sweep_names())) + _groups_and_settings(("",))
 
 
 def inspect_help() -> str:

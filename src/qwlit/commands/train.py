@@ -1,10 +1,14 @@
 """`train`: trains a model, or goes on with an unfinished run."""
 
+import signal
+from dataclasses import replace
+
 from qwlit.commands.help import train_help
 from qwlit.config.compose import Composed, compose, dump
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
-from qwlit.core.ranks import is_rank_zero
+from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
+from qwlit.core.slurm import was_requeued
 
 
 def main(arguments: list[str]) -> int:
@@ -35,29 +39,54 @@ def _split_options(arguments: list[str]) -> tuple[list[str], bool]:
     return words, show_config
 
 
+def as_requeued(composed: Composed) -> Composed:
+    """In a job that has run before, what lies there is this job's own: it is gone on with, whatever was typed."""
+    if not was_requeued():
+        return composed
+    run = replace(composed.config.run, overwrite=False)
+    return replace(composed, config=replace(composed.config, run=run, resume="auto"))
+
+
 def train(composed: Composed) -> None:
     """Run the training that `composed` describes, from its start or from where it stopped."""
     from qwlit.job.assemble import assemble, load_model
     from qwlit.job.begin import begin, recorded
     from qwlit.job.finish import finish, show
     from qwlit.job.fit import fit
-    from qwlit.training.continuing import refuse_taken
+    from qwlit.job.logged import logged_to_wandb, send_rest
+    from qwlit.training.continuing import Start, newest, refuse_taken
     from qwlit.training.determinism import prepare_determinism
     from qwlit.training.preemption import answering_signals
-    from qwlit.training.run_folder import RunFolder, RunLock
+    from qwlit.training.requeues import counting_requeues
+    from qwlit.training.run_folder import FINISHED, RunFolder, RunLock
+    from qwlit.training.wandb_access import check_logger
 
+    composed = as_requeued(composed)
     config = composed.config
+    if under_agent() and is_rank_zero():
+        # Left alone it would train for nobody, on a GPU that the next agent counts on.
+        die_with_parent(number=signal.SIGINT)
     prepare_determinism(config.determinism)
     folder = RunFolder(resolve_path(config.run.root) / str(config.run.name))
-    with answering_signals(), RunLock(folder) as lock:
+    is_over = was_requeued() and folder.status == FINISHED
+    if is_over and not is_rank_zero():
+        return
+    counting = counting_requeues(folder, lambda: Start(newest(folder)).step, config.slurm.max_requeues_in_place)
+    with counting, answering_signals(), RunLock(folder) as lock:
         if is_rank_zero():
+            if send_rest(config, folder) or is_over:
+                return
             refuse_taken(folder, overwrite=config.run.overwrite)
+            check_logger(config.logger)
         job = assemble(composed)
         loss_model = load_model(job, leave_empty=job.machine.strategy == "fsdp")
         start = begin(job, loss_model, folder)
         lock.announce()
-        with recorded(folder):
-            loop = fit(job, loss_model, folder, start)
+        # Around `recorded`: W&B gets the summary that says how the run ended.
+        with logged_to_wandb(config, folder) as wandb_run, recorded(folder):
+            if wandb_run:
+                wandb_run.open(continues=start.checkpoint is not None)
+            loop = fit(job, loss_model, folder, start, wandb_run)
             records = finish(job, loss_model, loop, folder) if is_rank_zero() else []
         # Only now: the screen may be gone, and the run is not less done for it.
         show(loop, records, folder)

@@ -28,3 +28,17 @@ def own_words(
             raise ConfigError(f"{key}={value}: choose one of {', '.join(choices)}.{nearest(value, choices)}")
         own[key] = value
     return own, overrides
+
+
+def whole_number(own: Mapping[str, str | None], key: str, least: int = 1) -> int | None:
+    """Return the number that `key` was given, None where it was not typed.
+
+    Raises:
+        ConfigError: it is no whole number from `least` up.
+    """
+    text = own[key]
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{key}={text}: give a whole number from {least} up")
+    return int(text)

@@ -24,8 +24,10 @@ from pydantic import TypeAdapter, ValidationError
 from qwlit.config.explain import explain
 from qwlit.config.relations import TEXTS, check_relations
 from qwlit.config.run import RunConfig
+from qwlit.config.trial import settings_among, trial_name
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
+from qwlit.core.ranks import under_agent
 from qwlit.data.config import parts_of
 
 MAIN = "train"
@@ -63,14 +65,17 @@ def compose(overrides: list[str]) -> Composed:
     Raises:
         ConfigError: naming the field, the rule and the nearest valid name.
     """
-    parsed = _parse(overrides)
+    parsed = _parse(settings_among(overrides) if under_agent() else overrides)
     typed = {o.key_or_group: o for o in parsed}
     base = typed.pop("config", None)
     tree, choices = _from_run(base.value(), typed) if base else _from_groups(typed)
     _settle_pairs(tree, typed)
     config = check(tree)
     check_relations(config)
-    return Composed(config=_with_default_name(config, choices), choices=choices)
+    config = _with_default_name(config, choices)
+    if under_agent() and "run.name" not in typed:
+        config = _named(config, trial_name(str(config.run.name)))
+    return Composed(config=config, choices=choices)
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -208,8 +213,13 @@ def check(tree: dict[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """Return the configuration as YAML that `config=` reads back to the same."""
-    tree = TypeAdapter(RunConfig).dump_python(config, mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
+
+
+def as_tree(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as JSON has it."""
+    tree: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return tree
 
 
 def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:
@@ -223,6 +233,10 @@ def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:
         model = resolve_path(config.model.path).name
     name = choices.get("experiment") or f"{model}-{choices.get('recipe', 'recipe')}-{data}"
     name = re.sub(r"[^\w.-]+", "_", name).lstrip("._-")[:200]
+    return _named(config, name)
+
+
+def _named(config: RunConfig, name: str) -> RunConfig:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
 
 

@@ -15,7 +15,7 @@ def check_relations(config: RunConfig) -> None:
     Raises:
         ConfigError: naming both, and the remedy.
     """
-    for check in (_texts, _length, _schedule, _data, _optimizer, _adapter, _dropout, _profile):
+    for check in (_texts, _length, _schedule, _data, _optimizer, _adapter, _dropout, _profile, _logger):
         check(config)
 
 
@@ -35,8 +35,8 @@ def _schedule(config: RunConfig) -> None:
     scheduler = config.scheduler
     if scheduler.warmup_steps is not None and scheduler.warmup_ratio is not None:
         raise ConfigError("scheduler.warmup_steps and scheduler.warmup_ratio are both set; give one of them")
-    if scheduler.name == "exponential" and scheduler.min_lr_ratio == 0:
-        raise ConfigError("scheduler.min_lr_ratio=0: exponential decay never reaches 0; set e.g. 0.01")
+    if scheduler.name in ("exponential", "range_test") and scheduler.min_lr_ratio == 0:
+        raise ConfigError(f"scheduler.min_lr_ratio=0: {scheduler.name} never reaches 0; set e.g. 0.01")
 
 
 def _data(config: RunConfig) -> None:
@@ -89,3 +89,8 @@ def _profile(config: RunConfig) -> None:
     steps = config.profile.steps
     if steps is not None and not 0 < steps[0] <= steps[1]:
         raise ConfigError(f"profile.steps={list(steps)}: give [first,last] with 1 <= first <= last")
+
+
+def _logger(config: RunConfig) -> None:
+    if config.logger.upload_checkpoints and not config.logger.wandb:
+        raise ConfigError("logger.upload_checkpoints=true uploads to W&B, but logger=none; set logger=wandb")

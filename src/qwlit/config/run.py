@@ -18,6 +18,7 @@ from qwlit.training.config import (
     PreflightConfig,
     ProfileConfig,
     RunSettings,
+    SlurmConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -50,6 +51,7 @@ class RunConfig:
     logger: LoggerConfig
     preflight: PreflightConfig
     profile: ProfileConfig
+    slurm: SlurmConfig
 
 
 MATHEMATICS = ("seed", "model", "data", "train", "optim", "scheduler", "dropout", "freeze", "adapter")
@@ -71,13 +73,14 @@ FOLDERS = {"model.path", "model.tokenizer"}
 def mathematics(config: RunConfig) -> dict[str, Any]:
     """Return what shapes the computation, as dotted key → value."""
     tree = asdict(config)
-    values = _flatten({section: tree[section] for section in MATHEMATICS})
+    values = flatten({section: tree[section] for section in MATHEMATICS})
     kept = {key: value for key, value in values.items() if key not in NO_MATHEMATICS}
     kept["data.path's weights"] = [part.weight for part in parts_of(config.data.path)]
     return {key: Path(value).name if key in FOLDERS and value else value for key, value in kept.items()}
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a tree's leaves as dotted key → value."""
     if not isinstance(tree, dict):
         return {prefix.rstrip("."): tree}
-    return {key: value for name, item in tree.items() for key, value in _flatten(item, f"{prefix}{name}.").items()}
+    return {key: value for name, item in tree.items() for key, value in flatten(item, f"{prefix}{name}.").items()}

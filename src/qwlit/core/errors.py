@@ -32,15 +32,36 @@ class GuardStop(QwlitError, RuntimeError):
 
 
 class Preempted(QwlitError):
-    """The machine was asked for back; all is saved and the run goes on when requeued."""
+    """The machine was asked for back; all is saved and the run goes on when requeued.
+
+    `requeue` says that the job is to ask for that itself: it was told in time, and not because somebody cancelled it.
+    """
 
     exit_code = 75
+
+    def __init__(self, message: str, *, requeue: bool = False) -> None:
+        super().__init__(message)
+        self.requeue = requeue
+
+
+class Pruned(QwlitError):
+    """The sweep ended this trial early; all is saved. No failure: after a few of those an agent gives up."""
+
+    exit_code = 0
 
 
 class Interrupted(QwlitError):
     """The user pressed Ctrl-C; all is saved."""
 
     exit_code = 130
+
+
+class Leave(BaseException):
+    """Raised by a signal handler, wherever the program is: no library's `except Exception` may take it for its own."""
+
+    def __init__(self, error: QwlitError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def one_line(text: str, longest: int | None = None) -> str:

@@ -63,6 +63,11 @@ def launched_world_size() -> int | None:
     return int(os.environ["SLURM_NTASKS"]) if launched_by_srun() else None
 
 
+def under_agent() -> bool:
+    """Whether this is a trial that a W&B agent has started: the agent starts it again, and ends it, by itself."""
+    return {"WANDB_SWEEP_ID", "WANDB_RUN_ID"} <= os.environ.keys()
+
+
 def launch_token() -> str:
     """Return a word that all processes of one launch share."""
     names = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT"]
@@ -70,14 +75,15 @@ def launch_token() -> str:
     return " ".join(os.environ.get(name, "-") for name in names)
 
 
-def die_with_parent(parent: int | None = None) -> None:
+def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
     """End this process when the one that started it does, however that ends (Linux: prctl(2), PR_SET_PDEATHSIG).
 
     Args:
         parent: that process's number, where it is known: it may have ended before this was asked for.
+        number: the signal to end by.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
         if parent is not None and os.getppid() != parent:
             sys.exit(1)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from qwlit.config.compose import compose, dump
 from qwlit.config.run import mathematics
 from qwlit.core.console import console
-from qwlit.core.errors import GuardStop, Interrupted, Preempted
+from qwlit.core.errors import GuardStop, Interrupted, Leave, Preempted, Pruned
 from qwlit.core.ranks import is_rank_zero
 from qwlit.job.assemble import Job
 from qwlit.model.load import fingerprint
@@ -138,6 +138,7 @@ ENDS: dict[type[BaseException], str] = {
     Interrupted: "interrupted",
     KeyboardInterrupt: "interrupted",
     Preempted: "preempted",
+    Pruned: "pruned",
     GuardStop: "stopped",
 }
 
@@ -152,7 +153,7 @@ def recorded(folder: RunFolder) -> Iterator[None]:
         yield
         status = FINISHED
     except BaseException as error:
-        status = ENDS.get(type(error), "failed")
+        status = ENDS.get(type(error.error if isinstance(error, Leave) else error), "failed")
         raise
     finally:
         folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

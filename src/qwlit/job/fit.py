@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import meet_others
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
@@ -17,6 +18,7 @@ from qwlit.model.flops import count_flops
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import LossModel
 from qwlit.model.shard import shard_model
+from qwlit.training.agreement import gather_facts
 from qwlit.training.continuing import Start
 from qwlit.training.loop import Loop, LoopSettings, build_loop
 from qwlit.training.loss_scale import LossScale
@@ -24,9 +26,10 @@ from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
 from qwlit.training.run_folder import RunFolder
 from qwlit.training.trainer import dismiss_other_ranks, forget_other_ranks, lost_rank
+from qwlit.training.wandb_run import WandbRun
 
 
-def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loop:
+def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start, wandb_run: WandbRun | None = None) -> Loop:
     """Train from `start` to the end; return the loop with what its callbacks saw."""
     config, derived = job.config, job.derived
     module = CausalLMModule(
@@ -45,8 +48,14 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start) -> Loo
         job.data.train,
         count_flops(loss_model.causal_lm),
         LoopSettings(
-            config.guard, config.validation, config.checkpoint, config.profile, traced=config.determinism != "fast"
+            config.guard,
+            config.validation,
+            config.checkpoint,
+            config.profile,
+            traced=config.determinism != "fast",
+            facts=gather_facts(str(mathematics(config)), job.data.fingerprint),
         ),
+        wandb_run,
     )
     rank = loop.trainer.global_rank
     steps = train_loader(

@@ -73,9 +73,9 @@ class OptimConfig:
 class SchedulerConfig:
     """The learning rate as a function of the step: linear warm-up, then the named decay to the run's end."""
 
-    name: Literal["cosine", "linear", "exponential", "constant", "wsd"]
+    name: Literal["cosine", "linear", "exponential", "constant", "wsd", "range_test"]
     """cosine: smooth, long runs. linear: short runs. exponential: fast decay, small data. constant: no decay. wsd:
-    constant, then linear over the last decay_ratio of the run."""
+    constant, then linear over the last decay_ratio of the run. range_test: rises exponentially; for the verb sweep."""
     warmup_steps: NonNegativeInt | None = None
     """Warm-up in steps. Typing it clears the recipe's warmup_ratio; typing both is an error."""
     warmup_ratio: Ratio | None = None
@@ -85,4 +85,5 @@ class SchedulerConfig:
     decay_ratio: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.2
     """wsd: share of the run in which the rate falls. With 0.2 it matches cosine (Hägele et al. 2024)."""
     min_lr_ratio: Ratio = 0.0
-    """Learning rate at the end of the run, as a share of the peak. Exponential decay needs it above 0."""
+    """Learning rate at the end of the run (range_test: at its beginning), as a share of the peak. Exponential curves
+    need it above 0."""

@@ -3,7 +3,8 @@
 With S steps in the run and W of warm-up, step t = 0 … S-1 trains at `peak * factor(t)`: (t + 1) / W while t < W (the
 first step moves already, step W - 1 is at the peak), then the decay at progress p = (t - W) / (S - W), which starts
 at 1 and would reach `min_lr_ratio` at t = S. `wsd` (warm-up, stable, decay: Hu et al. 2024) stays at 1 until the last
-`decay_ratio` of the S steps and falls linearly over those.
+`decay_ratio` of the S steps and falls linearly over those. `range_test` is the other way round: it rises from
+`min_lr_ratio` to 1, by the same factor every step (Smith 2017), to find out which rates a run bears.
 """
 
 import math
@@ -25,6 +26,10 @@ def exponential(progress: float, floor: float) -> float:
     return float(floor**progress)
 
 
+def range_test(progress: float, floor: float) -> float:
+    return float(floor ** (1 - progress))
+
+
 def constant(progress: float, floor: float) -> float:
     return 1.0
 
@@ -35,6 +40,7 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
     "exponential": exponential,
     "constant": constant,
     "wsd": linear,
+    "range_test": range_test,
 }
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -211,9 +211,17 @@ def pointed(folder: RunFolder, name: str) -> Path | None:
 class Checkpointing(BoundaryCallback):
     """Saves when due, when val/loss is the best so far, and when asked to; keeps the newest and the best."""
 
-    def __init__(self, config: CheckpointConfig, milestones: Milestones, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        milestones: Milestones,
+        folder: RunFolder,
+        on_saved: Callable[[Path], None] | None = None,
+    ) -> None:
+        """`on_saved` is told of every checkpoint on rank 0, before older ones are let go."""
         super().__init__(milestones)
         self._keep_last = config.keep_last
+        self._on_saved = on_saved
         self._folder = folder
         self._saved_step = 0
         self.best_val_loss: float | None = None
@@ -262,6 +270,8 @@ class Checkpointing(BoundaryCallback):
             if self.best_step == step:
                 point(self._folder, "best", self._path(step))
             self._folder.append_event(step, "checkpoint", path=str(self._path(step).relative_to(self._folder.path)))
+            if self._on_saved is not None:
+                self._on_saved(self._path(step))
             self._prune(trainer)
 
     @property

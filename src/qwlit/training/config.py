@@ -114,22 +114,67 @@ class LoggingConfig:
     """One line every so many steps; the first and last step always."""
 
 
+WANDB_CONFIG_KEY = "qwlit"
+"""All settings are logged under this one: a sweep's values overwrite W&B's config keys of the same name."""
+
+
 @config_dataclass
 class LoggerConfig:
     """Where metrics go beside metrics.jsonl."""
 
     wandb: Flag = False
     """Log to W&B; offline where there is no API key. Trials of a W&B sweep need it."""
-    project: str = "qwlit"
-    """W&B project."""
+    project: str | None = None
+    """W&B project; null: WANDB_PROJECT, else qwlit."""
     entity: str | None = None
-    """W&B user or team; null: the account's own."""
+    """W&B user or team; null: WANDB_ENTITY, else the account's own."""
     group: str | None = None
     """Runs that W&B shows together."""
     tags: tuple[str, ...] = ()
     """Words to find the run by."""
     upload_checkpoints: Flag = False
     """Upload every saved checkpoint as a W&B artifact."""
+
+
+def _slurm_time(text: str) -> str:
+    if not re.fullmatch(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED", text):
+        raise ValueError("a time limit as Slurm writes it: minutes, hours:minutes:seconds or days-hours")
+    return text
+
+
+def _one_line(text: str) -> str:
+    if "\n" in text:
+        raise ValueError("one line each")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+
+
+@config_dataclass
+class SlurmConfig:
+    """The Slurm job that `submit` writes. Nodes, tasks, GPUs, cores and memory follow from the hardware profile."""
+
+    partition: Line | None = None
+    """Partition; null: the cluster's default. So are account, qos and constraint."""
+    account: Line | None = None
+    """Account to charge."""
+    qos: Line | None = None
+    """Quality of service."""
+    constraint: Line | None = None
+    """Features that the nodes must have."""
+    time: Annotated[str, AfterValidator(_slurm_time)] = "24:00:00"
+    """Time limit of one piece of the run; it is requeued and goes on until it is done."""
+    signal_seconds: Annotated[int, Field(ge=10, le=65535, strict=True)] = 120
+    """How long before the time limit the run is told to save: one step, one checkpoint and some."""
+    max_requeues_in_place: PositiveInt = 3
+    """A run that is requeued so often without one step more is left: it would loop for ever."""
+    container: Line | None = None
+    """Image for Pyxis' --container-image; its own python is used. null: no container, this environment."""
+    setup: tuple[Line, ...] = ()
+    """Shell lines before training, e.g. ["module load cuda"]."""
+    options: tuple[Line, ...] = ()
+    """Further options of sbatch, e.g. [--exclusive]."""
 
 
 @config_dataclass

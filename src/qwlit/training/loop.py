@@ -7,8 +7,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from qwlit.core.console import console
+from qwlit.core.errors import QwlitError
 from qwlit.data.samples import Samples
 from qwlit.model.flops import Flops
+from qwlit.training.agreement import Agreement, Facts
 from qwlit.training.boundary import ScheduleValidation
 from qwlit.training.checkpoint import Checkpointing
 from qwlit.training.config import CheckpointConfig, GuardConfig, ProfileConfig, ValidationConfig
@@ -23,6 +25,7 @@ from qwlit.training.stalls import StallWatch
 from qwlit.training.telemetry import Telemetry, peak_memory_gib
 from qwlit.training.trace import Trace
 from qwlit.training.trainer import build_trainer
+from qwlit.training.wandb_run import WandbRun
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class LoopSettings:
     profile: ProfileConfig
     traced: bool
     """Write trace.jsonl."""
+    facts: Facts
+    """What must be the same on all ranks."""
 
 
 def build_loop(
@@ -80,13 +85,15 @@ def build_loop(
     samples: Samples,
     flops: Flops,
     settings: LoopSettings,
+    wandb_run: WandbRun | None,
 ) -> Loop:
     """Put trainer and callbacks together."""
     display = ProgressDisplay(console(), milestones.total_steps)
     peak_flops = machine.peak_flops and machine.peak_flops * machine.world_size
-    telemetry = Telemetry(milestones, folder, display.show, flops, peak_flops)
+    listeners = (display.show, wandb_run.log) if wandb_run else (display.show,)
+    telemetry = Telemetry(milestones, folder, listeners, flops, peak_flops)
     watching = Guard(settings.guard, folder, samples)
-    checkpointing = Checkpointing(settings.checkpoint, milestones, folder)
+    checkpointing = Checkpointing(settings.checkpoint, milestones, folder, wandb_run.upload if wandb_run else None)
     # Early stopping first: the others must know that a step is the last. The checkpoint after all that it holds.
     callbacks: list[Callback] = []
     patience = settings.validation.early_stopping_patience
@@ -100,9 +107,11 @@ def build_loop(
 
     def record_failure() -> None:
         folder.write_summary(status="failed")
+        if wandb_run:
+            wandb_run.finish(QwlitError.exit_code)
 
     if machine.world_size > 1:
-        callbacks.append(StallWatch(machine.timeout_seconds, record_failure))
+        callbacks += [Agreement(settings.facts), StallWatch(machine.timeout_seconds, record_failure)]
     callbacks.append(StopOnSignal(milestones, checkpointing, folder))
     trainer = build_trainer(
         machine,

@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM: the handler only notes the signal; at the next step boundary all ranks save and leave."""
+"""Ctrl-C, SIGTERM and SIGUSR2: the handler only notes the signal; at the next step boundary all ranks save and leave.
+
+SIGTERM says that the machine is asked for back; to a trial of a W&B sweep, that the sweep has seen enough of it.
+SIGUSR2 is Slurm's word that the time is nearly up: the job asks to be requeued. (SIGUSR1 would collide with NCCL.)
+"""
 
 import signal
 from collections.abc import Iterator
@@ -10,35 +14,46 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import tensor
 
-from qwlit.core.errors import Interrupted, Preempted
-from qwlit.core.ranks import is_rank_zero
+from qwlit.core.errors import Interrupted, Leave, Preempted, Pruned
+from qwlit.core.ranks import is_rank_zero, under_agent
+from qwlit.core.signals import note, noted
 from qwlit.training.boundary import BoundaryCallback
 from qwlit.training.checkpoint import Checkpointing
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 from qwlit.training.run_folder import RunFolder
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LEAVE = (signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, *LEAVE)
 
 
 @contextmanager
 def answering_signals() -> Iterator[None]:
-    """Outside the step loop there is nothing to save: SIGTERM ends the process as preempted.
+    """Outside the step loop there is nothing to save: rank 0 leaves at once, as preempted or pruned.
 
     Ctrl-C goes to every process of a terminal; only rank 0 answers it there, and takes the others with it. Ranks that
-    rank 0 has started leave SIGTERM to it as well.
+    rank 0 has started leave all signals to it. Those that srun or torchrun has started note theirs: if rank 0 was
+    signalled too, its end takes them along; if not, all leave together at the first step boundary.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise Preempted("preempted outside the training steps; the same command goes on from the newest checkpoint")
+        if number == signal.SIGTERM and under_agent():
+            raise Leave(Pruned("the sweep has ended this trial, outside the training steps"))
+        said = "preempted outside the training steps; the same command goes on from the newest checkpoint"
+        raise Leave(Preempted(said, requeue=number == signal.SIGUSR2))
 
     previous = {}
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-        previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, leave)
+    for number in LEAVE:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            previous[number] = signal.signal(number, leave if is_rank_zero() else note)
     if not is_rank_zero():
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        if is_rank_zero() and noted:
+            leave(noted[0], None)
         yield
+    except Leave as end:
+        raise end.error from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -65,6 +80,7 @@ class StopOnSignal(BoundaryCallback):
             # Lightning broadcasts and reads a SIGTERM flag on the device each step; the word below does its work.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._signal = max([self._signal, *noted])
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._restore()
@@ -100,7 +116,13 @@ class StopOnSignal(BoundaryCallback):
         if not number or step >= self.milestones.total_steps:
             return
         self._checkpointing.save(trainer, step)
-        preempted = number == signal.SIGTERM
-        self._folder.append_event(step, "preempted" if preempted else "interrupted")
-        error = Preempted if preempted else Interrupted
-        raise error(f"saved {self._folder.path} at step {step}; the same command goes on from there")
+        saved = f"saved {self._folder.path} at step {step}"
+        if number == signal.SIGTERM and under_agent():
+            self._folder.append_event(step, "pruned")
+            raise Pruned(f"{saved}; the sweep has ended this trial")
+        saved += "; the same command goes on from there"
+        if number in LEAVE:
+            self._folder.append_event(step, "preempted")
+            raise Preempted(saved, requeue=number == signal.SIGUSR2)
+        self._folder.append_event(step, "interrupted")
+        raise Interrupted(saved)

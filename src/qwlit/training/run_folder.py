@@ -17,6 +17,7 @@ from typing import Any, Self
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import append_json_line, locked, read_json_lines, write_json_atomic, write_text_atomic
 from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token, launched_by_torchrun
+from qwlit.core.slurm import was_requeued
 
 FINISHED = "done"
 STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl")
@@ -35,6 +36,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def lock_file(self) -> Path:
+        """Beside the folder, so that deleting or renaming it does not free its name under a running job."""
+        return self.path.parent / ".locks" / self.path.name
 
     @property
     def status(self) -> str | None:
@@ -121,22 +127,22 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
+ENDED = " ended"
 READY_VARIABLE = "QWLIT_RUN_READY"
 
 
 class RunLock:
-    """Held by rank 0 as long as it runs; the other ranks enter once it says that the folder is ready.
-
-    The lock stands beside the run folders, so that deleting or renaming one does not free its name under a running job.
-    """
+    """Held by rank 0 as long as it runs; the other ranks enter once it says that the folder is ready."""
 
     POLL_SECONDS = 0.2
     PATIENCE_SECONDS = 600
+    TRIES, REQUEUED_TRIES = 5, 600
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._path = folder.path.parent / ".locks" / folder.path.name
+        self._path = folder.lock_file
         self._held = contextlib.ExitStack()
+        self._announced = False
 
     def __enter__(self) -> Self:
         if launched_by_torchrun():
@@ -151,13 +157,16 @@ class RunLock:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if is_rank_zero() and not self._announced:
+            self._path.write_text(f"{launch_token()}{ENDED}", encoding="utf-8")
         self._held.close()
 
-    def _acquire(self, tries: int = 5) -> None:
+    def _acquire(self, tries: int | None = None) -> None:
+        tries = (self.REQUEUED_TRIES if was_requeued() else self.TRIES) if tries is None else tries
         try:
             handle = self._held.enter_context(locked(self._path, blocking=False))
         except BlockingIOError:
-            if tries:  # perhaps only another rank's look at it
+            if tries:  # perhaps only another rank's look at it, or this job's last life
                 time.sleep(self.POLL_SECONDS / 2)
                 return self._acquire(tries - 1)
             raise ConfigError(
@@ -171,6 +180,7 @@ class RunLock:
     def announce(self) -> None:
         """On rank 0: all files that the other ranks read are there. Processes started from now on need not ask."""
         if is_rank_zero():
+            self._announced = True
             self._path.write_text(launch_token(), encoding="utf-8")
             os.environ[READY_VARIABLE] = f"{os.getpid()} {self._folder.path}"
 
@@ -182,11 +192,15 @@ class RunLock:
         """
         seen = False
         give_up = time.monotonic() + self.PATIENCE_SECONDS
-        while not (taken := self._taken()) or self._path.read_text(encoding="utf-8") != launch_token():
-            if (seen and not taken) or (not seen and time.monotonic() > give_up):
+        while not (taken := self._taken()) or self._read() != launch_token():
+            ended = (seen and not taken) or self._read() == f"{launch_token()}{ENDED}"
+            if ended or (not seen and time.monotonic() > give_up):
                 raise ConfigError("rank 0 ended before the run began; its own message says why")
             seen = seen or taken
             time.sleep(self.POLL_SECONDS)
+
+    def _read(self) -> str:
+        return self._path.read_text(encoding="utf-8") if self._path.exists() else ""
 
     def _taken(self) -> bool:
         try:

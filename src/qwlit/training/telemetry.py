@@ -39,14 +39,14 @@ class Telemetry(Callback):
         self,
         milestones: Milestones,
         folder: RunFolder,
-        listener: Listener,
+        listeners: tuple[Listener, ...],
         flops: Flops,
         peak_flops: float | None,
     ) -> None:
         """`peak_flops` is that of all devices together, FLOP/s; None: no MFU."""
         self._milestones = milestones
         self._folder = folder
-        self._listener = listener
+        self._listeners = listeners
         self._reader: LateReader[tuple[int, Row]] = LateReader()
         self._loss_sum: torch.Tensor | None = None
         self._restored_loss_sum = 0.0
@@ -127,8 +127,12 @@ class Telemetry(Callback):
             complete = {"train/loss": loss, "optim/grad_norm": grad_norm, **row}
             self.first_loss = loss if self.first_loss is None else self.first_loss
             self.last_loss = loss
-            self._folder.append_metrics(step, **complete)
-            self._listener(step, complete)
+            self._record(step, complete)
+
+    def _record(self, step: int, row: Row) -> None:
+        self._folder.append_metrics(step, **row)
+        for listener in self._listeners:
+            listener(step, row)
 
     def on_validation_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._clock.pause()
@@ -139,8 +143,7 @@ class Telemetry(Callback):
             self._measure(trainer, pl_module, trainer.global_step)
         self._write(wait=True)
         row: Row = {"val/loss": pl_module.validation.loss, "val/accuracy": pl_module.validation.accuracy}
-        self._folder.append_metrics(trainer.global_step, **row)
-        self._listener(trainer.global_step, row)
+        self._record(trainer.global_step, row)
         self._clock.resume()
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:

@@ -73,7 +73,7 @@ def build_trainer(
 
 
 class _Launcher(_SubprocessScriptLauncher):
-    """Starts the other ranks deaf to Ctrl-C and SIGTERM (an ignored signal stays ignored over exec).
+    """Starts the other ranks deaf to Ctrl-C, SIGTERM and SIGUSR2 (an ignored signal stays ignored over exec).
 
     Until they train, rank 0 answers for them. Lightning's observer, which kills all when one has died, is given nothing
     to watch: mostly a collective fails first, and says so in `lost_rank`. Where it hangs, `_watch` ends the job.
@@ -87,7 +87,8 @@ class _Launcher(_SubprocessScriptLauncher):
         self.record_failure: Callable[[], None] = lambda: None
 
     def _call_children_scripts(self) -> None:
-        previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        deaf = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in deaf}
         try:
             super()._call_children_scripts()
         finally:

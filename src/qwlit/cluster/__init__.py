@@ -1,0 +1,1 @@
+"""Slurm: the job that trains a run, written from its settings."""

@@ -1,0 +1,127 @@
+"""The batch file of a run: readable, and fit to be kept and edited."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwlit.config.run import RunConfig
+from qwlit.core.errors import ConfigError
+from qwlit.training.config import HardwareConfig, SlurmConfig
+
+# hardware.num_workers=auto with CUDA (training/machine.py).
+AUTO_WORKERS = 4
+# Slurm's own names for a job in a shell; Lightning would take them for a session that is typed into.
+INTERACTIVE = ("bash", "interactive")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the job runs."""
+
+    title: str
+    """Words of `submit`, for the reader of the file."""
+    verb_words: list[str]
+    """Words after `python -m qwlit`; shell variables among them are kept."""
+    ranks_by_srun: bool = True
+    """One task a device, started by srun; False: one task, which starts its own processes."""
+    array: str | None = None
+    """Slurm's --array."""
+    before: tuple[str, ...] = ()
+    """Shell lines that set variables for the words."""
+
+
+def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
+    """Write the batch file.
+
+    Args:
+        python: the interpreter that has qwlit; a container's own is `python`.
+        folder: where the command was typed: relative paths are meant from there.
+
+    Raises:
+        ConfigError: the settings name no number of devices.
+    """
+    slurm = config.slurm
+    interpreter = "python" if slurm.container else shlex.quote(python)
+    container = f" --container-image={shlex.quote(slurm.container)}" if slurm.container else ""
+    command = " ".join([interpreter, "-m", "qwlit", *work.verb_words])
+    lines = [
+        "#!/bin/bash",
+        f"# Written by: qwlit submit {work.title}",
+        "# Preempted, or out of time, the job is requeued and the run goes on from its newest checkpoint.",
+        *(f"#SBATCH {option}" for option in _options(config, work)),
+        "",
+        "set -uo pipefail",
+        "# The shell outlives the signals: it waits for the run, which saves.",
+        "trap : USR2 TERM",
+        f"cd {shlex.quote(str(folder))}",
+        *slurm.setup,
+        *work.before,
+        "",
+        "# srun starts the ranks, one a device; it ends all of them when one has failed."
+        if work.ranks_by_srun
+        else "# One task: it starts its own processes.",
+        f"srun --kill-on-bad-exit=1{container} {command}",
+        "code=$?",
+        "# Told to save before Python could listen: nothing was lost yet.",
+        'if [ "$code" -eq 140 ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'exit "$code"',
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _options(config: RunConfig, work: Work) -> list[str]:
+    slurm, hardware = config.slurm, config.hardware
+    name = str(config.run.name)
+    output = "%x-%A_%a.out" if work.array else "%x-%j.out"
+    chosen = {
+        "job-name": f"{name}-run" if name in INTERACTIVE else name,
+        **_shape(hardware, work),
+        "time": slurm.time,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "array": work.array,
+        "signal": f"USR2@{slurm.signal_seconds}",
+        "output": output,
+        "open-mode": "append",
+    }
+    return [f"--{key}={value}" for key, value in chosen.items() if value is not None] + ["--requeue", *slurm.options]
+
+
+def _shape(hardware: HardwareConfig, work: Work) -> dict[str, object]:
+    """Return nodes, tasks, GPUs, cores and memory."""
+    if hardware.devices == "auto":
+        raise ConfigError(
+            "hardware.devices=auto: a job must say how many it wants; choose a hardware profile, e.g. hardware=a100x4,"
+            " or type hardware.devices"
+        )
+    uses_gpus = hardware.accelerator != "cpu"
+    workers = hardware.num_workers if hardware.num_workers != "auto" else AUTO_WORKERS * uses_gpus
+    tasks = hardware.devices if work.ranks_by_srun else 1
+    return {
+        "nodes": hardware.num_nodes,
+        "ntasks-per-node": tasks,
+        "gpus-per-node": hardware.devices if uses_gpus else None,
+        "cpus-per-task": (workers + 1) * hardware.devices // tasks,
+        "mem": f"{hardware.host_memory_gb}G" if hardware.host_memory_gb else None,
+    }
+
+
+def quoted(words: list[str]) -> list[str]:
+    return [shlex.quote(word) for word in words]
+
+
+def check_slurm(config: SlurmConfig) -> None:
+    """Refuse options that the file sets itself.
+
+    Raises:
+        ConfigError: naming the option and the setting to use.
+    """
+    owned = ("--nodes", "--ntasks", "--gpus", "--array", "--signal", "--open-mode", "--requeue", "--no-requeue")
+    for option in config.options:
+        if not option.startswith("-"):
+            raise ConfigError(f"slurm.options: '{option}' is no option of sbatch; write --name=value")
+        if option.startswith(owned):
+            raise ConfigError(f"slurm.options: {option} is set by `submit` itself; the hardware profile decides")

@@ -1,0 +1,151 @@
+"""The ledger: runs in order of what came of them, what they differ in, and the one they are measured against."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwlit.config.run import MATHEMATICS, NO_MATHEMATICS
+from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.files import resolve_path
+from qwlit.report.find import Found, Metric, Sweep, find_runs
+from qwlit.report.runs import Run, read_runs
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Runs, the best first."""
+
+    runs: tuple[Run, ...]
+    baseline: Run
+    metric: Metric
+    sweep: Sweep | None
+    """Where all runs are trials of one."""
+    differing: tuple[str, ...]
+    """Settings of which there are several values among the runs."""
+
+    def value(self, run: Run) -> float | None:
+        return run.value(self.metric)
+
+    def delta(self, run: Run) -> float | None:
+        """Return by how much the run's value is above the baseline's."""
+        value, reference = self.value(run), self.value(self.baseline)
+        return None if value is None or reference is None else value - reference
+
+    @property
+    def best(self) -> Run | None:
+        return self.runs[0] if self.value(self.runs[0]) is not None else None
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """Return the settings that the sweep varied; without a sweep, those of the mathematics that differ."""
+        if self.sweep is None:
+            return tuple(key for key in self.differing if _shapes(key) and key != "seed")
+        drawn = {key for run in self.runs if run.trial for key in run.trial.params}
+        return tuple(key for key in self.differing if key in drawn)
+
+    def same(self, run: Run, key: str) -> bool:
+        """Whether a setting is what it is in the baseline; what an older run does not know counts as the same."""
+        settings, reference = run.settings, self.baseline.settings
+        return key not in settings or key not in reference or canonical(settings[key]) == canonical(reference[key])
+
+    @property
+    def home(self) -> Path:
+        """Return the folder that belongs to what was asked for: the run's, the sweep's, or the runs' common parent."""
+        if self.sweep is not None:
+            return self.sweep.path
+        if len(self.runs) == 1 and self.runs[0].path is not None:
+            return self.runs[0].path
+        parents = [set(_place(run).absolute().parents) for run in self.runs]
+        return max(set.intersection(*parents), key=lambda path: len(path.parts))
+
+
+def _place(run: Run) -> Path:
+    if run.path is not None:
+        return run.path
+    assert run.trial is not None
+    return run.trial.sweep.path / run.name
+
+
+def build_ledger(words: list[str], baseline: str | None) -> Ledger:
+    """Read the runs that `words` name and put them in order.
+
+    Args:
+        baseline: a listed run's name, or the folder of one; None: the first run named, of a sweep its best trial.
+
+    Raises:
+        ConfigError: a word names no run, or `baseline` none or several.
+    """
+    found = find_runs(words)
+    runs = read_runs(found)
+    chosen = next((run for run in runs if run.name == baseline), None)
+    if baseline is not None and chosen is None:
+        (reference,) = _folder_of(baseline, runs)
+        places = [run.place.resolve() for run in found]
+        if reference.place.resolve() not in places:
+            found, places = [*found, reference], [*places, reference.place.resolve()]
+            runs = read_runs(found)
+        chosen = runs[places.index(reference.place.resolve())]
+    metric = _metric(runs)
+    ordered = sorted(runs, key=lambda run: _rank(run, metric))
+    if chosen is None:
+        chosen = _default_baseline(runs[0], ordered)
+    sweeps = {run.trial.sweep if run.trial else None for run in runs}
+    return Ledger(tuple(ordered), chosen, metric, next(iter(sweeps)) if len(sweeps) == 1 else None, _differing(runs))
+
+
+def _folder_of(baseline: str, runs: list[Run]) -> list[Found]:
+    if not resolve_path(baseline).is_dir():
+        names = [run.name for run in runs]
+        listed = nearest(baseline, names) or f" Listed are {', '.join(names[:5])}{' …' * (len(names) > 5)}."
+        raise ConfigError(f"baseline={baseline}: no run of that name is listed.{listed}")
+    found = find_runs([baseline])
+    if len(found) > 1:
+        raise ConfigError(f"baseline={baseline} stands for {len(found)} runs; name one of them")
+    return found
+
+
+def _metric(runs: Iterable[Run]) -> Metric:
+    """Return what the runs were searched by, where that is one thing, else the validation loss."""
+    metrics = {run.trial.sweep.metric if run.trial else Metric() for run in runs}
+    return metrics.pop() if len(metrics) == 1 else Metric()
+
+
+def _rank(run: Run, metric: Metric) -> tuple[bool, bool, float, str]:
+    """Order by the metric; a trial that was cut short after those that were not, its value being of another step."""
+    value = run.value(metric)
+    signed = 0.0 if value is None else value if metric.minimize else -value
+    return run.trial is not None and not run.settled, value is None, signed, run.name
+
+
+def _default_baseline(first: Run, ordered: list[Run]) -> Run:
+    if first.trial is None:
+        return first
+    return next(run for run in ordered if run.trial and run.trial.sweep == first.trial.sweep)
+
+
+def _differing(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Return the settings with several values; a key that a run lacks says nothing.
+
+    Those that a sweep drew come first, then those that shape what is computed.
+    """
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in run.settings.items():
+            values.setdefault(key, set()).add(canonical(value))
+    differing = [key for key, seen in values.items() if len(seen) > 1]
+    drawn = {key for run in runs if run.trial for key in run.trial.params}
+    return tuple(sorted(differing, key=lambda key: (key not in drawn, not _shapes(key))))
+
+
+def _shapes(key: str) -> bool:
+    """Whether a setting shapes what is computed; of the data it is the path that says what they are."""
+    return key.partition(".")[0] in MATHEMATICS and key not in NO_MATHEMATICS - {"data.path"}
+
+
+def canonical(value: Any) -> str:
+    """Return a text that is the same for the same setting: 1 and 1.0 are."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

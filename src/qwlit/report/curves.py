@@ -1,0 +1,120 @@
+"""Curves of runs over their steps. Names are kept out of the pictures: the page has the legend."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import median
+from typing import TYPE_CHECKING, Literal
+
+from qwlit.report.drawing import ALARM, BLACK, GREY, LOG_SPREAD, PALETTE, figure, plain_number, set_log, spreads, to_svg
+from qwlit.report.runs import Run, Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_POINTS = 300
+"""A curve of more is thinned: a screen has no more columns."""
+FEW_POINTS = 12
+"""A curve of fewer shows each."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity, one line a run."""
+
+    key: str
+    title: str
+    unit: str
+    peaks: bool = False
+    """Thinning keeps the highest value of each stretch, not its mean: a single spike is what one looks for."""
+    judged_by: Literal["values", "spikes", "peaks", "nothing"] = "values"
+    """What decides whether the axis is logarithmic: a gradient near 0 is no reason, nor is a schedule's end."""
+    with_events: bool = False
+
+
+PANELS = (
+    Panel("val/loss", "Validation loss", "nats per supervised token"),
+    Panel("train/loss", "Training loss", "nats per supervised token", with_events=True),
+    Panel(
+        "optim/grad_norm", "Gradient norm, before clipping", "norm", peaks=True, judged_by="spikes", with_events=True
+    ),
+    Panel("optim/lr", "Learning rate", "rate", peaks=True, judged_by="peaks"),
+    Panel("throughput/tokens_per_second", "Throughput", "tokens per second", judged_by="nothing"),
+)
+MARKS = {"skip": ("skipped step", ALARM), "rollback": ("rollback", BLACK), "resumed": ("resumed", PALETTE[2])}
+
+
+def draw_curves(panel: Panel, runs: Sequence[Run], colours: Mapping[str, str]) -> str | None:
+    """Draw a panel as SVG; None where no run has that quantity.
+
+    Args:
+        runs: the best first, which is drawn on top.
+        colours: of runs by name; the others are grey.
+    """
+    drawn = [run for run in runs if run.series.get(panel.key)]
+    if not drawn:
+        return None
+    with figure(panel.key, 6.4, 3.4) as picture:
+        axes = picture.add_subplot(xlabel="step", ylabel=panel.unit)
+        for run in reversed(drawn):
+            _draw(axes, thin(run.series[panel.key], peaks=panel.peaks), colours.get(run.name))
+        _settle_axes(axes, panel, [[value for _, value in run.series[panel.key]] for run in drawn])
+        if panel.with_events and len(runs) == 1:
+            _mark_events(axes, runs[0])
+        return to_svg(picture)
+
+
+def thin(series: Series, *, peaks: bool = False) -> Series:
+    """Return at most `MOST_POINTS` points: the mean of each stretch of steps, or its highest value."""
+    if len(series) <= MOST_POINTS:
+        return series
+    first = series[0][0]
+    width = (series[-1][0] - first + 1) / MOST_POINTS
+    thinned = []
+    for _, stretch in groupby(series, lambda point: int((point[0] - first) / width)):
+        steps, values = zip(*stretch, strict=True)
+        thinned.append((steps[-1], max(values) if peaks else sum(values) / len(values)))
+    return thinned
+
+
+def _draw(axes: "Axes", points: Series, colour: str | None) -> None:
+    steps, values = zip(*points, strict=True)
+    axes.plot(
+        steps,
+        values,
+        color=colour or GREY,
+        linewidth=1.5 if colour else 0.7,
+        marker="o" if len(points) <= FEW_POINTS else "",
+        markersize=3.5 if colour else 2.0,
+        zorder=3 if colour else 2,
+    )
+
+
+def _settle_axes(axes: "Axes", panel: Panel, values: list[list[float]]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=(1, 2, 2.5, 5, 10)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    peaks, together = [max(each) for each in values], [value for each in values for value in each]
+    if panel.judged_by == "peaks" and spreads(peaks):
+        axes.set_ylim(bottom=min(peaks) / LOG_SPREAD)
+        set_log(axes, "y")
+    elif panel.judged_by == "spikes" and spreads(together, above=median(together)):
+        axes.set_ylim(bottom=median(together) / LOG_SPREAD)
+        set_log(axes, "y")
+    elif panel.judged_by == "values" and spreads(together):
+        set_log(axes, "y")
+    else:
+        if panel.judged_by != "values":
+            axes.set_ylim(0, 1.05 * max(together) or 1)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+
+
+def _mark_events(axes: "Axes", run: Run) -> None:
+    """Draw a line where a step was skipped, rolled back or gone on from."""
+    for event, (label, colour) in MARKS.items():
+        steps = [row["step"] for row in run.events if row.get("event") == event and isinstance(row.get("step"), int)]
+        for number, step in enumerate(steps):
+            axes.axvline(step, color=colour, linewidth=0.8, linestyle=":", label=label if number == 0 else None)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right")

@@ -1,0 +1,128 @@
+"""Which settings mattered: Optuna's PED-ANOVA over the runs, with what it can and cannot say."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwlit.report.compare import Ledger, canonical
+from qwlit.report.find import number_or_none
+from qwlit.report.remarks import comparable
+from qwlit.report.runs import Run
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+FEWEST_RUNS = 4
+FEW_RUNS = 10
+"""Below this the shares are a hint at most."""
+ENDED_EARLY = ("pruned", "diverged")
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Shares of the settings in whether a run is among the best; they sum to 1, the largest first."""
+
+    shares: dict[str, float]
+    num_runs: int
+    num_best: int
+    num_ended_early: int
+    num_left_out: int
+    together: tuple[tuple[str, ...], ...]
+    """Settings that always changed with one another: the first of each stands for all."""
+
+    @property
+    def caveats(self) -> list[str]:
+        """Say what was computed, of what, and how far to trust it."""
+        texts = [
+            f"Optuna's PED-ANOVA: in which settings the best {self.num_best} of {self.num_runs} runs"
+            " are unlike the others. Shares of 1; not by how much the metric moves."
+        ]
+        if self.num_runs < FEW_RUNS:
+            texts.append(f"{self.num_runs} runs are few: take it as a hint, not as a finding.")
+        if self.num_ended_early:
+            texts.append(f"Pruned and diverged ones ({self.num_ended_early}) count as not among the best.")
+        if self.num_left_out:
+            texts.append(f"Left out are those that failed or have not finished ({self.num_left_out}).")
+        texts += [f"{', '.join(keys)} always changed together and cannot be told apart." for keys in self.together]
+        return texts
+
+
+def importance(ledger: Ledger) -> Importance | None:
+    """Judge the settings; None with fewer than four runs to judge by, or where nothing differs or can be compared."""
+    ended = [run for run in ledger.runs if run.settled and ledger.value(run) is not None]
+    early = [run for run in ledger.runs if not run.settled and run.status in ENDED_EARLY]
+    runs = [*ended, *early]
+    keys, together = _tellable(ledger.searched, runs)
+    if len(runs) < FEWEST_RUNS or len(ended) < 2 or not keys or not comparable(runs):
+        return None
+    # A tenth of many runs, five of some (as the evaluator's authors advise), half of few; never one that ended early.
+    num_best = min(max(len(runs) // 10, min(5, len(runs) // 2)), len(ended))
+    shares = _evaluate(ledger, ended, early, keys, num_best)
+    return Importance(shares, len(runs), num_best, len(early), len(ledger.runs) - len(runs), together)
+
+
+def _tellable(keys: Iterable[str], runs: list[Run]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
+    """Return the settings that differ among `runs`, and those groups whose members changed only together."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for key in keys:
+        values = [canonical(run.settings.get(key)) for run in runs]
+        pattern = tuple(values.index(value) for value in values)
+        if 1 < len(set(values)) < len(runs):
+            groups.setdefault(pattern, []).append(key)
+        elif len(set(values)) > 1:
+            # Different in each run, as a draw from a range is: that says nothing about two of them.
+            groups[(-1, len(groups))] = [key]
+    return [group[0] for group in groups.values()], tuple(tuple(g) for g in groups.values() if len(g) > 1)
+
+
+def _evaluate(ledger: Ledger, ended: list[Run], early: list[Run], keys: list[str], num_best: int) -> dict[str, float]:
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    values = [float(ledger.value(run) or 0.0) for run in ended]
+    # The evaluator only asks who is among the best, so any value behind all the others will do.
+    behind = max(values) + 1 if ledger.metric.minimize else min(values) - 1
+    runs = [*ended, *early]
+    scales = {key: distribution([run.settings[key] for run in runs if key in run.settings], key) for key in keys}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="minimize" if ledger.metric.minimize else "maximize")
+    for run, value in zip(runs, [*values, *[behind] * len(early)], strict=True):
+        there = [key for key in keys if key in run.settings]
+        study.add_trial(
+            optuna.create_trial(
+                params={key: plain(run.settings[key], scales[key]) for key in there},
+                distributions={key: scales[key] for key in there},
+                value=value,
+            )
+        )
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=num_best / len(runs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {key: float(share) for key, share in get_param_importances(study, evaluator=evaluator).items()}
+
+
+def is_scale(values: list[Any]) -> bool:
+    """Whether a setting is a quantity, and not one of a few choices."""
+    return all(number_or_none(value) is not None for value in values) and len(set(values)) > 2
+
+
+def is_log(values: list[float], key: str) -> bool:
+    """Whether a setting is thought of in factors: a learning rate, and whatever spans more than a decade."""
+    return min(values) > 0 and (key.endswith("lr") or max(values) / min(values) > 10)
+
+
+def distribution(values: list[Any], key: str) -> "BaseDistribution":
+    """Return the range or the choices that the runs show."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if is_scale(values):
+        return FloatDistribution(float(min(values)), float(max(values)), log=is_log(values, key))
+    return CategoricalDistribution(sorted({canonical(value) for value in values}))
+
+
+def plain(value: Any, scale: "BaseDistribution") -> Any:
+    """Return a setting as its distribution takes it."""
+    from optuna.distributions import FloatDistribution
+
+    return float(value) if isinstance(scale, FloatDistribution) else canonical(value)

@@ -1,0 +1,143 @@
+"""What a careful reader would say before comparing the runs: that they are not of a kind, or within noise."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qwlit.report.compare import Ledger, canonical
+from qwlit.report.runs import Run
+
+NAMED = 4
+"""More runs than these are counted, not named."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something about a run that is no setting, or only half of one, yet decides what its figures mean."""
+
+    title: str
+    read: Callable[[Run], str | None]
+    remark: str
+    """Said where the runs differ in it."""
+    shown: bool = True
+    """Its values are words that a reader knows."""
+
+
+def _recorded(*keys: str) -> Callable[[Run], str | None]:
+    def read(run: Run) -> str | None:
+        values = [run.manifest.get(key) for key in keys]
+        return None if None in values else " ".join(map(str, values))
+
+    return read
+
+
+def _device(run: Run) -> str | None:
+    device = run.manifest.get("device")
+    number = (run.manifest.get("devices") or 1) * (run.manifest.get("num_nodes") or 1)
+    return None if device is None else f"{number} x {device}"
+
+
+def _code(run: Run) -> str | None:
+    version, git = run.manifest.get("qwlit"), run.manifest.get("git")
+    if not isinstance(git, dict):
+        return None if version is None else str(version)
+    return f"{version} at {str(git.get('commit'))[:7]}{' with changes' if git.get('dirty') else ''}"
+
+
+def _torch(run: Run) -> str | None:
+    packages = run.manifest.get("packages")
+    return packages.get("torch") if isinstance(packages, dict) else None
+
+
+def data_prints(run: Run) -> tuple[str | None, str | None]:
+    """Return fingerprints of what was trained on and of what was validated on.
+
+    The manifest has one for both (`DataSplit.fingerprint`): a+b*weights/fraction, a store a part, `data.path`'s first.
+    """
+    text = run.manifest.get("data")
+    if not isinstance(text, str):
+        return None, None
+    text, _, fraction = text.partition("/")
+    text, _, weights = text.partition("*")
+    stores = text.split("+")
+    path = run.settings.get("data.path")
+    number = len(path) if isinstance(path, list) else 1
+    training, validation = stores[:number], stores[number:]
+    if fraction:
+        held_out = [fraction, str(run.settings.get("data.drop_duplicates"))]
+        return "+".join([*training, weights, *held_out]), "+".join([*training, *held_out])
+    return "+".join([*training, weights]), "+".join(validation) or None
+
+
+CONDITIONS = (
+    Condition(
+        "validation data",
+        lambda run: data_prints(run)[1],
+        "Their validation sets differ, or how they are tokenized and masked: val/loss cannot be compared",
+        shown=False,
+    ),
+    Condition("training data", lambda run: data_prints(run)[0], "They were trained on different data", shown=False),
+    Condition("device", _device, "They ran on different devices: time, speed and memory cannot be compared"),
+    Condition("precision", _recorded("precision"), "Precision differs, and with it the rounding of every step"),
+    Condition("attention", _recorded("attention"), "Attention differs, and with it the rounding of every step"),
+    Condition("determinism", _recorded("determinism"), "Determinism differs"),
+    Condition("code", _code, "They were made by different versions of qwlit"),
+    Condition("torch", _torch, "They were made by different versions of torch"),
+)
+
+
+def comparable(runs: Iterable[Run]) -> bool:
+    """Whether the runs' losses are of the same validation data, as far as that is known."""
+    return len({data_prints(run)[1] for run in runs} - {None}) < 2
+
+
+def remarks(ledger: Ledger) -> list[str]:
+    """Return what stands between the runs and a fair comparison."""
+    runs = [run for run in ledger.runs if run.path is not None]
+    if len(runs) < 2:
+        return []
+    found = [text for condition in CONDITIONS if (text := _difference(condition, runs))]
+    unknown = [run.name for run in runs if not run.manifest]
+    if unknown:
+        found.append(f"Not known, for want of manifest.json, is what these ran on: {_list(unknown)}")
+    return found + _noise(ledger)
+
+
+def _difference(condition: Condition, runs: Iterable[Run]) -> str | None:
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        value = condition.read(run)
+        if value is not None:
+            groups.setdefault(value, []).append(run.name)
+    if len(groups) < 2:
+        return None
+    parts = [(f"{value}: " if condition.shown else "") + _list(names) for value, names in groups.items()]
+    return f"{condition.remark}. {' | '.join(parts)}"
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _noise(ledger: Ledger) -> list[str]:
+    """Say how far runs lie apart that differ in nothing, or in nothing but the seed: less than that means nothing."""
+    found = []
+    for kind, ignored in (("the same settings and seed", ()), ("the same settings and other seeds", ("seed",))):
+        groups: dict[tuple[str, ...], list[Run]] = {}
+        for run in ledger.runs:
+            if run.settled and run.settings and ledger.value(run) is not None:
+                groups.setdefault(_settings_of(run, ledger, ignored), []).append(run)
+        for group in groups.values():
+            seeds = {canonical(run.settings.get("seed")) for run in group}
+            if len(group) > 1 and (len(seeds) > 1 or not ignored):
+                values: list[Any] = [ledger.value(run) for run in group]
+                names = _list([run.name for run in group])
+                spread = max(values) - min(values)
+                found.append(f"With {kind}, {names} lie {spread:.2g} apart in {ledger.metric.name}")
+    return found
+
+
+def _settings_of(run: Run, ledger: Ledger, ignored: tuple[str, ...]) -> tuple[str, ...]:
+    settings = (canonical(run.settings.get(key)) for key in ledger.differing if key not in ignored)
+    return tuple(settings) + tuple(map(str, data_prints(run)))

@@ -1,0 +1,189 @@
+"""One run as the ledger sees it, read from its folder, whatever state that is in."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwlit.config.run import flatten
+from qwlit.core.files import locked, read_json_lines
+from qwlit.report.find import Found, Metric, Trial, number_or_none
+from qwlit.training.run_folder import FINISHED, RunFolder
+
+Series = list[tuple[int, float]]
+"""Step and value, where the value was a finite number."""
+
+PATHS = ("path", "val_path", "tokenizer")
+"""Last parts of the settings that name files, which lie elsewhere on another disk."""
+UNFINISHED = ("running", "killed")
+"""Statuses under which summary.json still says what an earlier attempt left there."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What came of a run; None where it is not known."""
+
+    val_loss: float | None
+    """The lowest."""
+    train_loss: float | None
+    """The last."""
+    exact_match: float | None
+    steps: int | None
+    wall_seconds: float | None
+    tokens_per_second: float | None
+    peak_memory_gib: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, or a trial that ended before it had a folder."""
+
+    name: str
+    path: Path | None
+    trial: Trial | None
+    status: str
+    settings: Mapping[str, Any]
+    """Dotted key → value, without run.*; paths by their last part."""
+    manifest: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    series: Mapping[str, Series]
+    events: tuple[Mapping[str, Any], ...]
+    figures: Figures
+
+    @property
+    def settled(self) -> bool:
+        """Whether it came to the end it was meant for."""
+        return (self.trial.state if self.trial else self.status) == FINISHED
+
+    def value(self, metric: Metric) -> float | None:
+        """Return the best value of the metric, from the sweep, metrics.jsonl or else summary.json."""
+        if self.trial is not None and self.trial.value is not None and self.trial.sweep.metric == metric:
+            return self.trial.value
+        if metric == Metric():
+            return self.figures.val_loss
+        values = [value for _, value in self.series.get(metric.name, ())]
+        return metric.best(values) if values else number_or_none(self.summary.get(metric.name))
+
+    def count(self, event: str) -> int:
+        return sum(row.get("event") == event for row in self.events)
+
+    def last_step(self, event: str) -> int | None:
+        steps = [row.get("step") for row in self.events if row.get("event") == event]
+        return steps[-1] if steps and isinstance(steps[-1], int) else None
+
+
+def read_runs(found: Iterable[Found]) -> list[Run]:
+    found = list(found)
+    return [_read(run, name) for run, name in zip(found, _names(found), strict=True)]
+
+
+def _names(found: list[Found]) -> list[str]:
+    """Name each run by its folder; where two have the same one, by as much of the path as tells them apart."""
+    parts = [run.place.absolute().parts for run in found]
+    depth = 1
+    while len({path[-depth:] for path in parts}) < len(parts):
+        depth += 1
+    return ["/".join(path[-depth:]) for path in parts]
+
+
+def _read(found: Found, name: str) -> Run:
+    path, trial = found.place, found.trial
+    params = dict(trial.params) if trial else {}
+    summary = RunFolder(path).read_summary()
+    status = _status(path, summary)
+    series = _series(read_json_lines(path / "metrics.jsonl"))
+    return Run(
+        name=name,
+        path=path if found.exists else None,
+        trial=trial,
+        status=trial.state if trial and (trial.state != "running" or not found.exists) else status,
+        settings=_settings(params) | _settings(_tree(path / "config.yaml")),
+        manifest=_json(path / "manifest.json"),
+        summary=summary,
+        series=series,
+        events=tuple(read_json_lines(path / "events.jsonl")),
+        figures=_figures({} if status in UNFINISHED else summary, series),
+    )
+
+
+def _status(path: Path, summary: Mapping[str, Any]) -> str:
+    """Return how it ended; a run that says it is running and is held by nobody was killed."""
+    status = summary.get("status")
+    if status != "running":
+        return str(status or "unknown")
+    lock = RunFolder(path.absolute()).lock_file
+    if not lock.exists():
+        return "killed"
+    try:
+        with locked(lock, blocking=False, shared=True):
+            return "killed"
+    except OSError:
+        # Held, or on a disk where nothing can be locked.
+        return "running"
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    """Read config.yaml as it stands: an older version's settings are as good as ours."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    settings = flatten({key: value for key, value in tree.items() if key != "run"})
+    return {key: _last_part(value) if key.split(".")[-1] in PATHS else value for key, value in settings.items()}
+
+
+def _last_part(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_last_part(item) for item in value]
+    if isinstance(value, dict):
+        return value | {"path": _last_part(value.get("path"))}
+    return Path(value).name if isinstance(value, str) else value
+
+
+def _series(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
+    series: dict[str, Series] = {}
+    for row in rows:
+        step = row.get("step")
+        if isinstance(step, int):
+            for key, value in row.items():
+                if key != "step" and (number := number_or_none(value)) is not None:
+                    series.setdefault(key, []).append((step, number))
+    return series
+
+
+def _figures(summary: Mapping[str, Any], series: Mapping[str, Series]) -> Figures:
+    """Take each figure from the summary; where it is not there, from the metrics."""
+
+    def values(key: str) -> list[float]:
+        return [value for _, value in series.get(key, ())]
+
+    def known(entry: str, seen: float | None) -> float | None:
+        said = number_or_none(summary.get(entry))
+        return seen if said is None else said
+
+    speeds = values("throughput/tokens_per_second")
+    steps = known("steps", max((points[-1][0] for points in series.values()), default=None))
+    return Figures(
+        val_loss=known("val_loss_best", min(values("val/loss"), default=None)),
+        train_loss=known("train_loss_last", next(reversed(values("train/loss")), None)),
+        exact_match=known("exact_match", None),
+        steps=None if steps is None else int(steps),
+        wall_seconds=known("wall_seconds", None),
+        tokens_per_second=known("tokens_per_second", sum(speeds) / len(speeds) if speeds else None),
+        peak_memory_gib=known("peak_memory_gib", max(values("memory/peak_gib"), default=None)),
+    )

@@ -1,0 +1,115 @@
+"""The metric against each setting that was searched: where the good runs lie, and where the edge of the range is."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwlit.report.compare import Ledger
+from qwlit.report.drawing import ALARM, figure, plain_number, set_log, spreads, to_svg
+from qwlit.report.find import number_or_none
+from qwlit.report.importance import is_log, is_scale
+from qwlit.report.runs import Run
+from qwlit.report.table import show_setting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS, MOST_PANELS = 3, 9
+LONGEST_LABEL = 16
+
+
+def draw_slices(ledger: Ledger, keys: Sequence[str]) -> str | None:
+    """Draw one panel a setting as SVG; None where no run has a value."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    keys = keys[:MOST_PANELS]
+    order = _order(ledger)
+    values = [value for run in order if (value := ledger.value(run)) is not None]
+    if not values or not keys:
+        return None
+    columns = 2 if len(keys) == 4 else min(COLUMNS, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    with figure("slices", 3.6 * columns + 0.8, 3.0 * rows) as picture:
+        panels = picture.subplots(rows, columns, sharey=True, squeeze=False)
+        colours = ScalarMappable(Normalize(1, max(len(order), 2)), "viridis_r")
+        for axes, key in zip(panels.flat, keys, strict=False):
+            _draw(axes, key, ledger, order, colours)
+        for axes in list(panels.flat)[len(keys) :]:
+            axes.set_visible(False)
+        if spreads(values):
+            set_log(panels[0, 0], "y")
+        for row in panels:
+            row[0].set_ylabel(ledger.metric.name)
+        _explain(picture, panels, colours, order)
+        return to_svg(picture)
+
+
+def _order(ledger: Ledger) -> list[Run]:
+    """Return the runs as they were made, as far as that is known."""
+
+    def when(run: Run) -> tuple[float, str]:
+        began = run.events[0].get("time") if run.events else None
+        return float(run.trial.number) if run.trial else number_or_none(began) or 0.0, run.name
+
+    return sorted(ledger.runs, key=when)
+
+
+def _draw(axes: "Axes", key: str, ledger: Ledger, order: list[Run], colours: Any) -> None:
+    there = [(number, run) for number, run in enumerate(order, 1) if key in run.settings]
+    settings = [run.settings[key] for _, run in there]
+    places = _places(axes, key, settings)
+    best = ledger.best
+    for (number, run), place in zip(there, places, strict=True):
+        value, colour = ledger.value(run), colours.to_rgba(number)
+        if value is None:
+            # On the upper or lower edge, whichever is the bad one.
+            edge = 1.0 if ledger.metric.minimize else 0.0
+            axes.plot(place, edge, "x", color=ALARM, transform=axes.get_xaxis_transform(), clip_on=False, markersize=5)
+        elif run.settled:
+            axes.plot(place, value, "o", color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.4)
+        else:
+            axes.plot(place, value, "v", color=colour, markerfacecolor="none", markersize=5)
+        if run is best and value is not None:
+            axes.plot(place, value, "o", color="#000000", markerfacecolor="none", markersize=10)
+    axes.set_xlabel(key)
+
+
+def _places(axes: "Axes", key: str, settings: list[Any]) -> list[float]:
+    """Make the axis that suits the setting, and return where on it each value is."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    if is_scale(settings):
+        numbers = [float(value) for value in settings]
+        if is_log(numbers, key):
+            axes.set_xlim(min(numbers) / 1.15, max(numbers) * 1.15)
+            set_log(axes, "x")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+        return numbers
+    labels = [show_setting(value) for value in settings]
+    names = sorted(set(labels))
+    shown = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…" for name in names]
+    axes.set_xticks(range(len(names)), shown, rotation=20 * (len(names) > 3))
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    return [float(names.index(label)) for label in labels]
+
+
+def _explain(picture: "Figure", panels: Any, colours: Any, order: list[Run]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    bar = picture.colorbar(
+        colours, ax=panels, label="order in which they were made", pad=0.01, fraction=0.03, aspect=40
+    )
+    bar.locator = MaxNLocator(integer=True, nbins=6)
+    bar.outline.set_visible(False)
+    style: dict[str, Any] = {"linestyle": "", "color": "#555555", "markersize": 5}
+    kinds = [Line2D([], [], marker="o", label="finished", **style)]
+    if any(not run.settled for run in order):
+        kinds.append(Line2D([], [], marker="v", markerfacecolor="none", label="cut short (pruned, killed …)", **style))
+        kinds.append(Line2D([], [], marker="x", label="no value (failed, diverged …)", **style | {"color": ALARM}))
+    kinds.append(Line2D([], [], marker="o", markerfacecolor="none", label="best", **style | {"markersize": 9}))
+    picture.legend(handles=kinds, loc="outside upper left", ncols=len(kinds))

@@ -1,0 +1,63 @@
+"""All ranks must train the same thing: other code, packages or data on one node would go unnoticed for days."""
+
+import hashlib
+import socket
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+import qwlit
+from qwlit.core.errors import ConfigError
+
+PACKAGES = ("torch", "lightning", "transformers", "peft")
+Facts = dict[str, str]
+
+
+def code_fingerprint() -> str:
+    """Hash qwlit's own source files."""
+    root = Path(qwlit.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def gather_facts(settings: str, data: str) -> Facts:
+    """Return what must be the same everywhere.
+
+    Args:
+        settings: what shapes the mathematics.
+        data: the fingerprint of the tokenized data.
+    """
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {
+        "qwlit's code": code_fingerprint(),
+        "settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        "data": data,
+        **versions,
+    }
+
+
+class Agreement(Callback):
+    """Compares the facts of all ranks once, before anything is trained."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        group = dist.new_group(backend="gloo")
+        everywhere: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(everywhere, (socket.gethostname(), self._facts), group=group)
+        (_, first), *others = everywhere
+        for rank, (host, facts) in enumerate(others, start=1):
+            for name, value in facts.items():
+                if value != first[name]:
+                    raise ConfigError(
+                        f"rank {rank} ({host}) differs from rank 0 in {name}: {value}, there {first[name]};"
+                        " every node needs the same installation and the same files"
+                    )

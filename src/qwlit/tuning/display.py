@@ -1,0 +1,69 @@
+"""What a person sees of a sweep: a bar and the running trials on a terminal, one line an event elsewhere."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qwlit.tuning.sweep_file import Metric
+
+if TYPE_CHECKING:
+    from qwlit.tuning.study import Outcome, Ticket
+    from qwlit.tuning.trial import TrialRun
+
+COLOURS = {"done": "green", "pruned": "yellow", "diverged": "red", "failed": "red"}
+
+
+class SweepDisplay:
+    """Lines as trials begin and end; on a terminal a bar below them."""
+
+    def __init__(self, screen: Console, metric: Metric, limit: int) -> None:
+        self._screen = screen
+        self._metric = metric
+        # Refreshed by hand: trials are forked, and that wants no threads beside it.
+        self._bar = Progress(
+            TextColumn("trials"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=12),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=screen,
+            auto_refresh=False,
+            transient=True,
+            disable=not screen.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=limit)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def began(self, ticket: "Ticket") -> None:
+        self._screen.print(f"trial {ticket.number:>3}  begins    {escape(describe(ticket.parameters))}")
+
+    def ended(self, ticket: "Ticket", outcome: "Outcome", value: float | None, reason: str | None) -> None:
+        measured = "" if value is None else f"{self._metric.name} {value:.4f}  "
+        self._screen.print(
+            f"trial {ticket.number:>3}  [{COLOURS[outcome]}]{outcome:<8}[/]  {measured}{escape(reason or '')}"
+        )
+
+    def show(self, trials: Sequence[dict[str, Any]] | None, running: "Sequence[TrialRun | None]") -> None:
+        """Refresh the bar; with the record's `trials` where one has begun or ended."""
+        if trials is not None:
+            ended = sum(trial["state"] != "running" for trial in trials)
+            self._bar.update(self._task, completed=ended)
+        steps = "  ".join(f"{trial.ticket.number}: step {trial.step}" for trial in running if trial is not None)
+        self._bar.update(self._task, description=steps)
+        self._bar.refresh()
+
+
+def describe(parameters: dict[str, Any]) -> str:
+    """Return a trial's parameters in a line."""
+    return "  ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in parameters.items()
+    )

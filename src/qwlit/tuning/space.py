@@ -1,0 +1,128 @@
+"""What a sweep may try: its parameters as Optuna's distributions, and what it tried as words of `train`."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qwlit.config.compose import Composed, compose
+from qwlit.core.errors import ConfigError
+from qwlit.tuning.sweep_file import Parameter, Sweep
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+RANGES = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values")
+Space = dict[str, "BaseDistribution"]
+
+
+def as_words(parameters: Mapping[str, Any]) -> list[str]:
+    """Return a trial's parameters as overrides of `train`."""
+    return [f"{name}={_written(value)}" for name, value in parameters.items()]
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ",".join(_written(item) for item in value) + "]"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def build_space(sweep: Sweep) -> Space:
+    """Translate the parameters.
+
+    Raises:
+        ConfigError: a distribution that only W&B draws from, or bounds that do not make one.
+    """
+    return {name: _distribution(sweep, name, p) for name, p in sorted(sweep.document.parameters.items())}
+
+
+def _distribution(sweep: Sweep, name: str, parameter: Parameter) -> "BaseDistribution":
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    where = f"{sweep.path}: parameters.{name}"
+    kind = parameter.distribution or _implied(parameter)
+    if kind in ("constant", "categorical"):
+        choices = parameter.values if kind == "categorical" else [parameter.value]
+        if choices is None:
+            raise ConfigError(f"{where}: {kind} needs values")
+        # Optuna knows no lists.
+        return CategoricalDistribution([_written(c) if isinstance(c, list) else c for c in choices])
+    if kind not in RANGES:
+        known = ", ".join(("constant", "categorical", *RANGES))
+        raise ConfigError(f"{where}.distribution={kind}: only W&B draws from it; here: {known}, or backend=wandb")
+    if sweep.document.method == "grid" and kind not in ("int_uniform", "q_uniform"):
+        raise ConfigError(f"{where}: a grid needs values=[…], a range has no end of points; or set method: random")
+    low, high = parameter.min, parameter.max
+    if low is None or high is None:
+        raise ConfigError(f"{where}: give value, values, or min and max")
+    if kind == "log_uniform":
+        low, high = math.exp(low), math.exp(high)
+    if kind.startswith("log_uniform") and low <= 0:
+        raise ConfigError(f"{where}: min={low:g}, and a log scale begins above 0")
+    if kind == "int_uniform":
+        return IntDistribution(int(low), int(high))
+    if kind == "uniform":
+        return FloatDistribution(low, high)
+    if kind == "q_uniform":
+        return FloatDistribution(low, high, step=float(parameter.q or 1))
+    return FloatDistribution(low, high, log=True)
+
+
+def _implied(parameter: Parameter) -> str:
+    """Return the distribution that W&B takes where none is named."""
+    if parameter.values is not None:
+        return "categorical"
+    if parameter.min is None:
+        return "constant"
+    return "int_uniform" if isinstance(parameter.min, int) and isinstance(parameter.max, int) else "uniform"
+
+
+def grid_points(space: Space) -> dict[str, list[Any]]:
+    """Return the values of each parameter of a grid."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    points: dict[str, list[Any]] = {}
+    for name, distribution in space.items():
+        if isinstance(distribution, CategoricalDistribution):
+            points[name] = list(distribution.choices)
+        elif isinstance(distribution, IntDistribution):
+            points[name] = list(range(distribution.low, distribution.high + 1))
+        else:
+            low, high, step = distribution.low, distribution.high, distribution.step  # type: ignore[attr-defined]
+            points[name] = [low + i * step for i in range(round((high - low) / step) + 1)]
+    return points
+
+
+def check_space(sweep: Sweep, words: list[str]) -> Composed:
+    """Compose `train` with every end and every choice, so that no trial can fail by a name or a value.
+
+    Raises:
+        ConfigError: naming the parameter and what is wrong with it.
+    """
+    composed = compose([*words, *as_words(_first(sweep))])
+    for name, parameter in sweep.document.parameters.items():
+        for value in _ends(parameter):
+            try:
+                compose([*words, *as_words(_first(sweep) | {name: value})])
+            except ConfigError as error:
+                raise ConfigError(f"{sweep.path}: parameters.{name}: {error}") from None
+    return composed
+
+
+def _first(sweep: Sweep) -> dict[str, Any]:
+    ends = {name: list(_ends(parameter)) for name, parameter in sweep.document.parameters.items()}
+    return {name: values[0] for name, values in ends.items() if values}
+
+
+def _ends(parameter: Parameter) -> Iterable[Any]:
+    """Return a parameter's choices, or the ends of its range; of W&B's bell curves the middle, if any."""
+    if parameter.values is not None:
+        return parameter.values
+    if parameter.min is not None and parameter.max is not None:
+        ends = [parameter.min, parameter.max]
+    elif parameter.mu is not None:
+        ends = [parameter.mu]
+    else:
+        return [parameter.value] if parameter.distribution in (None, "constant") else []
+    exponents = parameter.distribution in ("log_uniform", "inv_log_uniform", "q_log_uniform", "log_normal")
+    return [math.exp(end) for end in ends] if exponents else ends

@@ -1,0 +1,209 @@
+"""The trials of a local sweep: asked of Optuna, kept in a journal that survives kill -9, shared by several machines."""
+
+import contextlib
+import fcntl
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import optuna
+from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import locked
+from qwlit.tuning.space import Space, grid_points
+from qwlit.tuning.sweep_file import EarlyTerminate, Sweep
+
+Outcome = Literal["done", "pruned", "diverged", "failed"]
+# A diverged trial is no hole: TPE should keep away from there. It takes pruned trials as worse than any finished one.
+STATES = {
+    "done": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "diverged": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+STUDY = "sweep"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A trial that this process is to run."""
+
+    number: int
+    parameters: dict[str, Any]
+    pruned_at: int | None
+    """Value of the metric at which it was already told to end, when its last parent died meanwhile."""
+    num_reported: int
+    """Values of the metric that are known already."""
+
+
+class _FileLock:
+    """The journal's lock, freed by the system when its holder is killed (Optuna's own would stay for 30 s)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: IO[str] | None = None
+
+    def acquire(self) -> bool:
+        self._handle = self._path.open("a")
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        assert self._handle is not None
+        self._handle.close()
+
+
+class Study:
+    """One sweep's trials. Every change is in the journal before it counts."""
+
+    def __init__(self, folder: Path, sweep: Sweep, space: Space, *, trials: int, seed: int) -> None:
+        """`trials` is the number in all, over every machine and restart."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._folder = folder
+        self._sweep = sweep
+        self._space = space
+        self._limit = trials
+        self._seed = seed
+        journal = folder / "journal.log"
+        lock = _FileLock(folder / ".journal.lock")
+        _mend(journal, lock)
+        self._storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))  # type: ignore[arg-type]
+        goal = sweep.document.metric.goal
+        self._study = optuna.create_study(
+            storage=self._storage,
+            study_name=STUDY,
+            direction=goal,
+            pruner=_pruner(sweep.document.early_terminate),
+            load_if_exists=True,
+        )
+        self._id = self._storage.get_study_id_from_name(STUDY)
+        self._owner = uuid.uuid4().hex
+        self._alive = contextlib.ExitStack()
+        self._alive.enter_context(locked(self._owner_file(self._owner)))
+
+    def close(self) -> None:
+        """Let go of the trials that this process runs: whoever comes next goes on with them."""
+        self._alive.close()
+        self._owner_file(self._owner).unlink(missing_ok=True)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every trial has ended, on whichever machine."""
+        trials = self.trials
+        return len(trials) >= self._limit and all(trial.state.is_finished() for trial in trials)
+
+    def next(self) -> Ticket | None:
+        """Return a trial that nobody runs, else a new one; None when there are enough."""
+        with self._exclusively():
+            trials = self.trials
+            orphan = next((t for t in trials if t.state == TrialState.RUNNING and not self._is_owned(t)), None)
+            if orphan is None and len(trials) >= self._limit:
+                return None
+            number = len(trials) if orphan is None else orphan.number
+            self._study.sampler = self._sampler(number)
+            # An orphan's parent may have died before all parameters were drawn; those drawn come back as they are.
+            trial = Trial(self._study, self._trial_id(number)) if orphan else self._study.ask()
+            parameters = {name: _draw(trial, name, self._space) for name in self._space}
+            trial.set_user_attr("owner", self._owner)
+            kept = trial.user_attrs
+            reported = len(orphan.intermediate_values) if orphan else 0
+            return Ticket(number, parameters, kept.get("pruned_at"), reported)
+
+    def report(self, number: int, count: int, value: float) -> bool:
+        """Note the `count`-th value of the metric; return whether the trial is to end for it."""
+        trial_id = self._trial_id(number)
+        self._storage.set_trial_intermediate_value(trial_id, count, value)
+        with self._exclusively():
+            condemned = self._study.pruner.prune(self._study, self._storage.get_trial(trial_id))
+        if condemned:
+            self._storage.set_trial_user_attr(trial_id, "pruned_at", count)
+        return condemned
+
+    def finish(self, number: int, outcome: Outcome, value: float | None, reason: str | None) -> None:
+        """Close a trial; with a value if it is done."""
+        trial_id = self._trial_id(number)
+        self._storage.set_trial_user_attr(trial_id, "outcome", outcome)
+        if reason:
+            self._storage.set_trial_user_attr(trial_id, "reason", reason)
+        # Not `tell`: at the grid's last point it wants to stop a loop that is not there.
+        values = [value] if outcome == "done" and value is not None else None
+        self._storage.set_trial_state_values(trial_id, STATES[outcome], values)
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
+
+    def _exclusively(self) -> contextlib.AbstractContextManager[Any]:
+        """Ask one at a time, over all machines: no point of a grid is drawn twice, no trial too many."""
+        return locked(self._folder / ".ask.lock")
+
+    def _owner_file(self, owner: str) -> Path:
+        return self._folder / ".owners" / owner
+
+    def _is_owned(self, trial: FrozenTrial) -> bool:
+        """Whether the process that took the trial still lives: it holds a lock as long as it does."""
+        owner = trial.user_attrs.get("owner")
+        if owner is None or not self._owner_file(owner).exists():
+            return False
+        try:
+            with locked(self._owner_file(owner), blocking=False, shared=True):
+                return False
+        except BlockingIOError:
+            return True
+
+    def _sampler(self, number: int) -> BaseSampler:
+        """Draw trial `number` from the seed, its number and what is known: a restart draws the same."""
+        seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
+        if self._sweep.document.method == "grid":
+            return GridSampler(grid_points(self._space), seed=self._seed)
+        return TPESampler(seed=seed) if self._sweep.document.method == "bayes" else RandomSampler(seed=seed)
+
+
+def _draw(trial: Trial, name: str, space: Space) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    match space[name]:
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(name, choices)
+        case IntDistribution(low=low, high=high):
+            return trial.suggest_int(name, low, high)
+        case FloatDistribution(low=low, high=high, log=log, step=step):
+            return trial.suggest_float(name, low, high, log=log, step=step)
+
+
+def _pruner(rule: EarlyTerminate | None) -> BasePruner:
+    """W&B's hyperband looks at min_iter · eta^k values, as successive halving does (Li et al. 2020, ASHA)."""
+    if rule is None:
+        return NopPruner()
+    if rule.strict:
+        raise ConfigError("early_terminate.strict=true is W&B's alone; leave it out, or use backend=wandb")
+    if rule.min_iter is not None:
+        first = rule.min_iter
+    elif rule.max_iter is not None:
+        first = max(1, rule.max_iter // rule.eta ** (rule.s or 2))
+    else:
+        raise ConfigError("early_terminate: give min_iter, or max_iter and s")
+    return SuccessiveHalvingPruner(min_resource=first, reduction_factor=rule.eta)
+
+
+def _mend(journal: Path, lock: _FileLock) -> None:
+    """Cut off a last line that was never finished: the next one would be written onto it."""
+    if not journal.exists():
+        return
+    lock.acquire()
+    try:
+        with journal.open("rb+") as handle:
+            written = handle.read()
+            handle.truncate(written.rfind(b"\n") + 1)
+    finally:
+        lock.release()

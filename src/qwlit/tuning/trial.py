@@ -1,0 +1,172 @@
+"""One trial: a training in a process of its own, whose metrics are read as they are written."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qwlit.core.files import locked
+from qwlit.core.ranks import die_with_parent
+from qwlit.training.run_folder import FINISHED, RunFolder
+from qwlit.tuning.study import Ticket
+from qwlit.tuning.sweep_file import Metric
+
+# Ends that another attempt goes on from: killed, preempted or interrupted by somebody else.
+RESUMABLE = (75, 130)
+ATTEMPTS = 3
+# What makes a process a task of srun's: the sweep is one, its trials start their own ranks.
+TASK = {"SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"}
+
+
+class Tail:
+    """The rows of a .jsonl file that is being written, each parsed once; anew where the file was cut back."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = self._offset = 0
+        self.rows: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all rows so far."""
+        try:
+            with self._path.open("rb") as handle:
+                status = os.fstat(handle.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._inode, self._offset, self.rows = status.st_ino, 0, []
+                handle.seek(self._offset)
+                whole, newline, _ = handle.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return self.rows
+        self._offset += len(whole) + len(newline)
+        for line in whole.splitlines():
+            try:
+                self.rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return self.rows
+
+
+def start_training(words: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start `train` as a process of its own; what it says is added to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", "qwlit", "train", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            env={key: value for key, value in os.environ.items() if key not in TASK} | environment,
+            # A Ctrl-C of the terminal's is the parent's to answer.
+            start_new_session=True,
+            # It saves and leaves when the parent is killed. The parent has no threads that could hold a lock here.
+            preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGTERM),  # noqa: PLW1509
+        )
+
+
+def last_words(log: Path) -> str | None:
+    """Return what a training said of its end."""
+    try:
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    lines = [line for line in said if line.strip()]
+    own = [line for line in lines if line.startswith("qwlit train")]
+    return (own or lines)[-1] if lines else None
+
+
+class TrialRun:
+    """A trial that this process runs."""
+
+    def __init__(self, ticket: Ticket, words: list[str], metric: Metric, folder: Path, environment: dict[str, str]):
+        """`words` are all overrides of `train` but the run's place; `folder` is the sweep's."""
+        self.ticket = ticket
+        self.run = RunFolder(folder / name_of(ticket.number))
+        self._words = [*words, f"run.root={folder}", f"run.name={self.run.path.name}", "run.overwrite=false"]
+        self._metric = metric
+        self._environment = environment
+        self._log = folder / "logs" / f"{self.run.path.name}.log"
+        self._tail = Tail(self.run.path / "metrics.jsonl")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._attempts, self._step = 0, -1
+        self.pruned_at = ticket.pruned_at
+        self.num_reported = ticket.num_reported
+
+    @property
+    def metric(self) -> str:
+        return self._metric.name
+
+    @property
+    def was_never_started(self) -> bool:
+        return self._process is None
+
+    @property
+    def is_done(self) -> bool:
+        return self.run.status == FINISHED
+
+    @property
+    def step(self) -> int:
+        rows = self._tail.rows
+        return int(rows[-1].get("step", 0)) if rows else 0
+
+    def start(self) -> None:
+        """Train, from where an earlier attempt stopped."""
+        self._process = start_training(self._words, self._log, self._environment)
+
+    def values(self) -> list[float]:
+        """Return the metric's values so far; one that is not finite is NaN."""
+        found = [row[self._metric.name] for row in self._tail.read() if self._metric.name in row]
+        return [math.nan if value is None else float(value) for value in found]
+
+    def best(self) -> float | None:
+        """Return the best value, of metrics.jsonl or else of summary.json."""
+        finite = [value for value in self.values() if math.isfinite(value)]
+        pick: Callable[[list[float]], float] = min if self._metric.goal == "minimize" else max
+        if finite:
+            return pick(finite)
+        value = self.run.read_summary().get(self._metric.name)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def poll(self) -> int | None:
+        """Return the exit code once it has ended for good; one that was killed is started again a few times."""
+        assert self._process is not None
+        code = self._process.poll()
+        if code is None or self.pruned_at is not None or not (code < 0 or code in RESUMABLE):
+            return code
+        self.values()
+        self._attempts = 1 if self.step > self._step else self._attempts + 1
+        self._step = self.step
+        if self._attempts >= ATTEMPTS:
+            return code
+        self.start()
+        return None
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Ask it to save and leave."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def wait(self) -> None:
+        if self._process is not None:
+            self._process.wait()
+
+    def last_words(self) -> str | None:
+        return last_words(self._log)
+
+    def is_free(self) -> bool:
+        """Whether no other process trains here: an orphan may still be saving."""
+        try:
+            with locked(self.run.lock_file, blocking=False, shared=True):
+                return True
+        except BlockingIOError:
+            return False
+
+
+def name_of(number: int) -> str:
+    """Return a trial's run.name."""
+    return f"trial-{number:04d}"

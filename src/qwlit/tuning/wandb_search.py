@@ -1,0 +1,145 @@
+"""A sweep by W&B: its server draws, agents here and on other machines train, every trial an ordinary run."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from qwlit.config.run import RunConfig
+from qwlit.core.console import console
+from qwlit.core.errors import ConfigError, Interrupted, Preempted, QwlitError, one_line
+from qwlit.core.ranks import die_with_parent
+from qwlit.training.preemption import answering_signals
+from qwlit.training.wandb_access import find_access, project_of, stop_client
+from qwlit.tuning.optuna_search import sweep_folder
+from qwlit.tuning.slots import share_out
+from qwlit.tuning.space import check_space
+from qwlit.tuning.sweep_file import Sweep
+
+# A signal to the agent reaches its trial, which saves and leaves.
+AGENT = ["-m", "wandb", "agent", "--forward-signals"]
+EXAMPLE_AGENTS = 4
+
+
+def run_wandb(sweep: Sweep, words: list[str], *, trials: int | None, agents: int | None) -> int:
+    """Create the sweep on W&B and run agents until it is over; return the exit code.
+
+    Args:
+        words: overrides that every trial has, after those of the sweep's own command.
+        trials: how many in all; None: the file's run_cap, or as many as one lets it run.
+        agents: how many to start here; None: one per GPU; 0: none.
+
+    Raises:
+        ConfigError: the sweep cannot be run as it is written, or W&B cannot be reached.
+        QwlitError: an agent has failed.
+    """
+    composed = check_space(sweep, [*sweep.words, *words])
+    config = composed.config
+    if not config.logger.wandb:
+        raise ConfigError(f"logger=none: W&B would see nothing of the trials; write logger=wandb into {sweep.path}")
+    slots = [] if agents == 0 else share_out(agents, config.hardware.devices, word="agents")
+    folder = sweep_folder(sweep, composed, words)
+    fixed = [word for word in words if word.partition("=")[0] not in ("run.name", "run.root")]
+    path, url = _create(sweep, [*fixed, f"run.root={folder}"], config, trials)
+    _introduce(path, url, folder, config, len(slots) or trials or EXAMPLE_AGENTS)
+    if slots:
+        _run_agents(path, slots, folder)
+    return 0
+
+
+def _create(sweep: Sweep, words: list[str], config: RunConfig, trials: int | None) -> tuple[str, str]:
+    """Create the sweep; return its path on W&B, entity/project/id, and where to see it."""
+    import wandb
+
+    *command, values = sweep.document.command
+    spec: dict[str, Any] = {"name": sweep.name, **sweep.raw, "command": [*command, *words, values]}
+    if trials is not None:
+        spec["run_cap"] = trials
+    entity, project = spec.pop("entity", config.logger.entity), spec.pop("project", project_of(config.logger))
+    said = io.StringIO()
+    try:
+        access = find_access(verify=True)
+        if access.mode != "online":
+            raise ConfigError(
+                f"W&B draws a sweep's trials, and it is {access.mode} ({access.reason}); or take backend=optuna"
+            )
+        with contextlib.redirect_stdout(said):
+            id = wandb.sweep(spec, entity=entity, project=project)
+    except wandb.Error as error:
+        raise ConfigError(f"W&B did not take {sweep.path}: {one_line(str(error))}") from None
+    finally:
+        stop_client()
+    # The client has noted what the server says that they are called.
+    path = "/".join([*(os.environ[name] for name in ("WANDB_ENTITY", "WANDB_PROJECT") if name in os.environ), id])
+    match = re.search(r"https?://\S+", said.getvalue())
+    return path, match.group() if match else ""
+
+
+def _introduce(path: str, url: str, folder: Path, config: RunConfig, count: int) -> None:
+    gpus = config.hardware.devices if isinstance(config.hardware.devices, int) else 1
+    agent = f"python {' '.join(AGENT)} {path}"
+    lines = [
+        f"[bold]sweep {escape(path)}[/]  {escape(url)}",
+        f"  trials lie in              {escape(str(folder))}",
+        f"  another machine joins by   {escape(agent)}",
+        f'  a cluster by               sbatch --array=1-{count} --gpus={gpus} --wrap="{escape(agent)}"',
+    ]
+    console().print("\n".join(lines))
+
+
+def _run_agents(path: str, slots: list[dict[str, str]], folder: Path) -> None:
+    """Run one agent a slot until all have ended."""
+    logs = [None] if len(slots) == 1 else [folder / "logs" / f"agent-{n}.log" for n in range(1, len(slots) + 1)]
+    agents = [_start_agent(path, slot, log) for slot, log in zip(slots, logs, strict=True)]
+    if logs[0] is not None:
+        console().print(f"  agents say in              {escape(str(logs[0].parent))}")
+    try:
+        with answering_signals():
+            codes = [agent.wait() for agent in agents]
+    except (KeyboardInterrupt, Preempted) as error:
+        _stop(agents)
+        end = Preempted if isinstance(error, Preempted) else Interrupted
+        raise end(f"trials saved; the sweep goes on by: python {' '.join(AGENT)} {path}") from None
+    failed = [f"agent {number} with code {code}" for number, code in enumerate(codes, start=1) if code]
+    if failed:
+        raise QwlitError(f"ended early: {', '.join(failed)}; the sweep goes on by: python {' '.join(AGENT)} {path}")
+
+
+def _start_agent(path: str, slot: dict[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    # The agent starts trials by the name of python.
+    folder = Path(sys.executable).parent
+    environment = os.environ | slot | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") if log else contextlib.nullcontext() as said:
+        return subprocess.Popen(
+            [sys.executable, *AGENT, path],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            # A Ctrl-C of the terminal's is the parent's to pass on.
+            start_new_session=True,
+            # Its trial saves and leaves when the parent is killed. W&B's threads have ended by now.
+            preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGINT),  # noqa: PLW1509
+        )
+
+
+def _stop(agents: list[subprocess.Popen[bytes]]) -> None:
+    """Let the trials save and leave; at another Ctrl-C they stop at once."""
+    while any(agent.poll() is None for agent in agents):
+        try:
+            for agent in agents:
+                agent.send_signal(signal.SIGINT)
+            for agent in agents:
+                agent.wait()
+        except KeyboardInterrupt:
+            continue

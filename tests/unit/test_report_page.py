@@ -1,0 +1,160 @@
+"""The ledger's page and its command: what they show, that the page needs nothing else, and that text stays text."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwlit.commands import report
+from qwlit.commands.report import main
+from qwlit.core.console import Screen
+from qwlit.core.errors import ConfigError
+from qwlit.report.curves import MOST_POINTS, thin
+from qwlit.report.drawing import spreads
+from tests.reports import Page, assert_self_contained, ledger_of, page_of, searched, write_run, write_sweep
+
+
+def command(*words):
+    """Run the verb; return what it printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(list(words)) == 0
+    return out.getvalue()
+
+
+def test_text_of_users_is_text_in_the_page(tmp_path):
+    evil = "<img src='x' onerror=alert(1)>"
+    sample = {"prompt": evil, "answer": "二〇二四年", "expected": "&amp;", "exact": False}
+    event = {"step": 1, "event": "finding", "time": 1.0, "message": evil}
+    path = write_run(tmp_path / "<b>中文名", {"data.path": evil}, samples=[sample], events=[event])
+    page = assert_self_contained(page_of(ledger_of(path)))
+    assert "b" not in page.tags
+    assert page.text.count(evil) == 3 and "&amp;" in page.text and "二〇二四年" in page.text
+    other = write_run(tmp_path / "<style>", {"data.path": "x", "optim.<i>": 2}, 2.0)
+    third = write_run(tmp_path / "c", {"data.path": "x", "optim.<i>": 3}, 3.0)
+    several = assert_self_contained(page_of(ledger_of(path, other, third)))
+    assert "optim.<i>" in several.text and "i" not in several.tags
+    assert "<b>中文名" in several.text and "<style>" in several.text
+
+
+def test_a_sweeps_page_has_curves_bars_and_slices_with_every_choice_as_text(tmp_path):
+    text = page_of(ledger_of(searched(tmp_path)))
+    page = assert_self_contained(text)
+    assert {"svg", "table", "figure"} <= page.tags
+    assert "Which settings mattered" in page.text and "val/loss against each setting" in page.text
+    slices = Page(text[text.index("against each setting") : text.index(">Curves<")]).text
+    assert "中文" in slices and "<i>" in slices and "constant" not in slices
+    # Ticks of a log axis: a rate's.
+    assert "5e-5" in slices and "5e-4" in slices
+
+
+def test_forty_runs_get_seven_colours_and_the_rest_is_grey(tmp_path):
+    for number in range(40):
+        write_run(tmp_path / f"r{number:02d}", val=40.0 - number)
+    page = Page(page_of(ledger_of(tmp_path / "r*")))
+    legend = page.text[page.text.index("Curves") :]
+    assert "33 more" in legend and all(f"r{number}" in legend for number in (39, 38, 37, 36, 35, 34))
+    assert "r00" in legend and "r33" not in legend
+
+
+def test_a_run_without_metrics_has_a_page(tmp_path):
+    path = write_run(tmp_path / "a")
+    (path / "metrics.jsonl").unlink()
+    assert "Curves" not in page_of(ledger_of(path))
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_spikes():
+    series = [(step, 1000.0 if step == 77_777 else 1.0) for step in range(1, 100_001)]
+    spiked = thin(series, peaks=True)
+    assert len(spiked) <= MOST_POINTS + 1 and max(value for _, value in spiked) == 1000
+    assert spiked[-1][0] == 100_000
+    smooth = thin(series)
+    assert max(value for _, value in smooth) == pytest.approx(1 + 999 / (100_000 / MOST_POINTS), rel=0.02)
+    assert thin(series[:MOST_POINTS]) == series[:MOST_POINTS]
+
+
+def test_a_log_axis_is_for_values_far_apart_above_zero():
+    assert spreads([0.006, 6.5]) and not spreads([1.2, 4.0]) and not spreads([0.0, 100.0]) and not spreads([])
+    assert not spreads([0.01, 1.0, 2.0], above=1.0) and spreads([0.01, 1.0, 50.0], above=1.0)
+
+
+def test_the_page_goes_where_it_belongs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/a")
+    write_run(tmp_path / "runs/deep/b", {"optim.lr": 2})
+    sweep = write_sweep(tmp_path / "s", [("done", 1.0, {"optim.lr": 1}, None)])
+    for words, place in (
+        (["runs=runs/a"], "runs/a/report.html"),
+        (["runs=[runs/a,runs/deep/b]"], "runs/report.html"),
+        ([f"runs={sweep}"], "s/report.html"),
+        (["runs=runs/a", "page=mine.html"], "mine.html"),
+    ):
+        assert Path(place).name in command(*words)
+        Path("earlier.html").hardlink_to(place)
+        before = Path(place).read_text(encoding="utf-8")
+        assert before.startswith("<!DOCTYPE html>")
+        write_run(Path("runs/more"), val=7.0)
+        command(*words, "baseline=runs/more", *([] if len(words) > 1 else [f"page={place}"]))
+        # Another file in its place, so that a reader never meets half of one.
+        assert Path("earlier.html").read_text(encoding="utf-8") == before != Path(place).read_text(encoding="utf-8")
+        Path("earlier.html").unlink()
+        shutil.rmtree("runs/more")
+        Path(place).unlink()
+    with pytest.raises(ConfigError, match=r"none/x\.html cannot be written: .*page=FILE"):
+        main(["runs=runs/a", "page=none/x.html"])
+
+
+def test_json_has_what_scripts_read(tmp_path):
+    write_run(tmp_path / "a", {"optim.lr": 1e-4}, 2.0, events=[{"step": 1, "event": "skip"}])
+    write_run(tmp_path / "b", {"optim.lr": 2e-4}, 1.5, summary={"exact_match": 0.5})
+    said = json.loads(command(f"runs=[{tmp_path}/a,{tmp_path}/b]", "output=json"), parse_constant=pytest.fail)
+    assert (said["best"], said["baseline"], said["differing"]) == ("b", "a", ["optim.lr"])
+    assert said["metric"] == {"name": "val/loss", "goal": "minimize"}
+    best, other = said["runs"]
+    assert (best["value"], best["delta"], best["exact_match"], best["settings"]) == (1.5, -0.5, 0.5, {"optim.lr": 2e-4})
+    assert (other["events"]["skip"], other["wall_seconds"], other["status"]) == (1, 61.2, "done")
+    assert said["importance"] is None and said["page"] == f"{tmp_path}/report.html"
+
+
+def test_a_narrow_screen_leaves_figures_out_and_says_so(tmp_path, monkeypatch):
+    write_run(tmp_path / "a", events=[{"step": 1, "event": "skip"}])
+    write_run(tmp_path / "b", {"optim.lr": 2}, 2.0)
+    words, shown = f"runs=[{tmp_path}/a,{tmp_path}/b]", {}
+    for width in (60, 200):
+        file = io.StringIO()
+        monkeypatch.setattr(report, "console", lambda file=file, width=width: Screen(file=file, width=width))
+        command(words)
+        shown[width] = file.getvalue()
+    assert "no room here for train/loss, steps, time:" in shown[60] and "no room" not in shown[200]
+    for text in ("1.0000", "+1.0000", "1 skipped"):
+        assert text in shown[60] and text in shown[200]
+    assert "0:01:01" in shown[200] and "0:01:01" not in shown[60]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], r"runs is not set; name run folders"),
+        (["runs=[]"], r"is empty; name run folders"),
+        (["runs=a", "base=b"], r"'base=b' is no word of report\. Did you mean 'baseline'\?"),
+        (["runs/a"], r"'runs/a' is no word of report\..* runs=\[a,b\]"),
+        (["runs=a", "output=jsn"], r"output=jsn: choose one of text, json"),
+    ],
+)
+def test_wrong_words_are_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        main(words)
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "{'torch', 'matplotlib', 'optuna', 'hydra'}"
+    code = (
+        f"import sys; from qwlit.commands.report import main; main(['--help']); assert not {heavy} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "baseline" in done.stdout, done.stderr

@@ -1,0 +1,284 @@
+"""Sweep files, what they may try, the study's memory, the best trial's file, the range test's judgement."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+
+import optuna
+import pytest
+import yaml
+
+from qwlit.config.compose import compose, conf_dir
+from qwlit.config.run import mathematics
+from qwlit.core.errors import ConfigError
+from qwlit.tuning.best import as_experiment
+from qwlit.tuning.lr_range import judge
+from qwlit.tuning.slots import share_out
+from qwlit.tuning.space import as_words, build_space, check_space, grid_points
+from qwlit.tuning.study import Study
+from qwlit.tuning.sweep_file import read_sweep, sweep_names
+from qwlit.tuning.trial import Tail
+
+COMMAND = ["${env}", "${interpreter}", "-m", "qwlit", "train", "recipe=lora", "${args_no_hyphens}"]
+
+
+def sweep_of(folder, name="search", **entries):
+    document = {
+        "method": "bayes",
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "parameters": {"optim.lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-1}},
+        "command": COMMAND,
+    } | entries
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return read_sweep(str(file))
+
+
+def study_of(folder, sweep, *, trials=20, seed=0):
+    folder.mkdir(exist_ok=True)
+    return Study(folder, sweep, build_space(sweep), trials=trials, seed=seed)
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_every_parameter_of_every_sweep_names_a_setting_that_exists(name):
+    sweep = read_sweep(name)
+    check_space(sweep, [*sweep.words, "data.path=x.jsonl", "data.val_fraction=0.1"])
+    build_space(sweep)
+
+
+def test_the_guides_ranges_and_full_fine_tunings_own_are_searched():
+    def ranges(name):
+        return {key: (p.min, p.max, p.distribution) for key, p in read_sweep(name).document.parameters.items()}
+
+    guide = {"optim.weight_decay": (0.01, 0.1, "uniform"), "scheduler.warmup_ratio": (0.05, 0.2, "uniform")}
+    assert ranges("lora") == guide | {"optim.lr": (1e-5, 5e-4, "log_uniform_values")}
+    assert ranges("full_sft") == guide | {"optim.lr": (1e-6, 1e-4, "log_uniform_values")}
+    assert "train.max_epochs=3" in read_sweep("lora").words
+    assert read_sweep("presets").document.parameters["experiment"].values == [
+        "conservative",
+        "balanced",
+        "aggressive",
+        "recommended",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"parameters": {"optim.lrr": {"values": [1]}}}, "optim.lrr: no such setting. Did you mean 'optim.lr'"),
+        ({"parameters": {"optim.lr": {"values": [1e-4, -1.0]}}}, "optim.lr=-1.0"),
+        ({"parameters": {"optim.lr": {"min": 1, "max": 0.1}}}, "min 1 is above max 0.1"),
+        ({"parameters": {"optim.lr": {"minn": 1}}}, "no such entry. Did you mean 'min'"),
+        ({"parameters": {"optim.lr": {"distribution": "beta"}}}, "only W&B draws from it"),
+        ({"parameters": {"optim.lr": {"distribution": "log_uniform_values", "min": 0, "max": 1}}}, "above 0"),
+        ({"parameters": {}}, "parameters is empty"),
+        ({"method": "grid"}, "a grid needs values"),
+        ({"method": "tpe"}, "method"),
+        ({"metrics": {}}, "no such entry. Did you mean 'metric'"),
+        ({"command": ["python", "train.py"]}, "runs no `qwlit train`"),
+        ({"command": [*COMMAND[:-1], "${args}"]}, "ends in ${args}"),
+        ({"early_terminate": {"type": "hyperband"}}, "give min_iter, or max_iter and s"),
+        ({"early_terminate": {"type": "envelope"}}, "early_terminate.type"),
+    ],
+)
+def test_what_is_wrong_with_a_sweep_is_said_in_one_line(tmp_path, entries, said):
+    with pytest.raises(ConfigError) as caught:
+        sweep = sweep_of(tmp_path, **entries)
+        build_space(sweep)
+        check_space(sweep, [*sweep.words, "data.path=x.jsonl"])
+        study_of(tmp_path / "s", sweep)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_sweep_names_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match="Did you mean 'lora'"):
+        read_sweep("lorra")
+
+
+def test_values_are_written_as_train_reads_them():
+    words = as_words({"optim.amsgrad": True, "train.max_grad_norm": None, "optim.betas": [0.9, 0.95], "optim.lr": 3e-5})
+    assert words == ["optim.amsgrad=true", "train.max_grad_norm=null", "optim.betas=[0.9,0.95]", "optim.lr=3e-05"]
+    config = compose(["recipe=full_sft", *words]).config
+    assert (config.optim.amsgrad, config.train.max_grad_norm, config.optim.betas) == (True, None, (0.9, 0.95))
+
+
+def test_a_grid_visits_every_point_once_whatever_dies_in_between(tmp_path):
+    parameters = {"optim.lr": {"values": [1e-4, 1e-3]}, "train.global_batch_size": {"min": 1, "max": 3}}
+    sweep = sweep_of(tmp_path, method="grid", parameters=parameters)
+    assert math.prod(len(values) for values in grid_points(build_space(sweep)).values()) == 6
+    seen = []
+    for _ in range(3):  # each time the parent dies, with one trial under way that the next one adopts
+        study = study_of(tmp_path / "s", sweep, trials=6)
+        adopted = [study.next() for _ in range(2 if not seen else 3)]
+        for ticket in adopted[:-1]:
+            seen.append(tuple(ticket.parameters.values()))
+            study.finish(ticket.number, "done", 1.0, None)
+        study.close()
+    study = study_of(tmp_path / "s", sweep, trials=6)
+    while (ticket := study.next()) is not None:
+        seen.append(tuple(ticket.parameters.values()))
+        study.finish(ticket.number, "done", 1.0, None)
+    assert len(seen) == 6 == len(set(seen))
+    assert study.is_over
+
+
+@pytest.mark.parametrize("method", ["bayes", "random"])
+def test_the_same_seed_draws_the_same_trials_also_when_the_parent_dies_on_the_way(tmp_path, method):
+    sweep = sweep_of(tmp_path, method=method, parameters={"optim.lr": {"min": 0.0, "max": 1.0}})
+
+    def draw(name, *, seed, dying_at):
+        drawn = []
+        study = study_of(tmp_path / name, sweep, seed=seed)
+        while (ticket := study.next()) is not None:
+            if ticket.number in dying_at and len(drawn) == ticket.number:
+                dying_at = dying_at - {ticket.number}
+                study.close()
+                study = study_of(tmp_path / name, sweep, seed=seed)
+                ticket = study.next()
+            drawn.append(ticket.parameters["optim.lr"])
+            study.finish(ticket.number, "done", (drawn[-1] - 0.3) ** 2, None)
+        return drawn
+
+    one = draw("a", seed=1, dying_at=set())
+    assert one == draw("b", seed=1, dying_at={3, 12, 17})
+    assert one != draw("c", seed=2, dying_at=set())
+    assert len(set(one)) == 20
+    if method == "bayes":
+        assert sum(abs(lr - 0.3) for lr in one[10:]) < sum(abs(lr - 0.3) for lr in one[:10])
+
+
+def test_diverged_trials_keep_the_search_away_and_failed_ones_say_nothing(tmp_path):
+    sweep = sweep_of(tmp_path, parameters={"optim.lr": {"min": 0.0, "max": 1.0}})
+    study = study_of(tmp_path / "s", sweep, trials=40)
+    drawn = []
+    while (ticket := study.next()) is not None:
+        lr = ticket.parameters["optim.lr"]
+        drawn.append(lr)
+        study.finish(ticket.number, *(("diverged", None, "nan") if lr > 0.5 else ("done", 1 - lr, None)))
+    # The finished ones draw it towards 0.5, the diverged ones away from beyond.
+    assert sum(lr > 0.5 for lr in drawn[20:]) < 10
+    states = {trial.user_attrs["outcome"]: trial.state for trial in study.trials}
+    assert states["diverged"] == optuna.trial.TrialState.PRUNED
+
+
+def test_a_trial_is_pruned_by_the_rule_of_the_file_and_this_outlives_the_parent(tmp_path):
+    rule = {"type": "hyperband", "min_iter": 2, "eta": 2}
+    sweep = sweep_of(tmp_path, method="random", early_terminate=rule)
+    study = study_of(tmp_path / "s", sweep)
+    for value in (1.0, 0.9, 0.8, 2.0):
+        ticket = study.next()
+        assert not study.report(ticket.number, 1, value), "nobody is judged before min_iter"
+        condemned = study.report(ticket.number, 2, value)
+        assert condemned == (value == 2.0)
+    study.close()
+    again = study_of(tmp_path / "s", sweep)
+    adopted = [again.next() for _ in range(4)]
+    assert [ticket.pruned_at for ticket in adopted] == [None, None, None, 2]
+    assert [ticket.num_reported for ticket in adopted] == [2, 2, 2, 2]
+
+
+def _die_while_asking(folder, sweep):
+    study = study_of(folder, sweep)
+    while True:
+        study.next()
+
+
+def test_kill_minus_nine_while_asking_leaves_a_study_that_goes_on(tmp_path):
+    sweep = sweep_of(tmp_path, parameters={f"optim.p{i}": {"min": 0.0, "max": 1.0} for i in range(5)})
+    context = multiprocessing.get_context("spawn")
+    journal = tmp_path / "s" / "journal.log"
+    process = context.Process(target=_die_while_asking, args=(tmp_path / "s", sweep))
+    process.start()
+    while not journal.exists() or journal.stat().st_size < 3000:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with journal.open("ab") as handle:  # and half a line, as a full disk leaves it
+        handle.write(b'{"op_code":8,"wor')
+    study = study_of(tmp_path / "s", sweep)
+    numbers = []
+    while (ticket := study.next()) is not None:
+        assert len(ticket.parameters) == 5
+        numbers.append(ticket.number)
+        study.finish(ticket.number, "done", 0.0, None)
+    assert sorted(numbers) == list(range(20))
+
+
+def test_the_best_trials_file_composes_to_the_same_run(tmp_path):
+    cases = [
+        ["recipe=lora", "train.max_epochs=3", "data.path=数据.jsonl", "data.val_fraction=0.1", "optim.lr=1e-4"],
+        ["recipe=lora", "scheduler.warmup_ratio=0.07", "data.path=a.jsonl", "model=qwen2_0_5b"],
+        ["experiment=demo", "optim.lr=0.002", "optim.betas=[0.9, 0.95]", "train.max_steps=5"],
+        ["experiment=balanced", "dropout=none", "scheduler=linear", "data.path=[a.jsonl,b.jsonl]"],
+        ["experiment=balanced", "experiment=aggressive", "data.path=a.jsonl", "hardware=a100x4"],
+        ["recipe=freeze", "optim.lr=3e-6", "freeze.layers=[0,3]", "freeze.lower_layers_ratio=0.0"],
+    ]
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    for number, words in enumerate(cases):
+        (folder / f"best{number}.yaml").write_text(as_experiment(words, "The best."), encoding="utf-8")
+        again = compose([f"experiment=best{number}", f"hydra.searchpath=[file://{tmp_path}]"]).config
+        expected = compose(words).config
+        assert mathematics(again) == mathematics(expected)
+        assert again.data == expected.data
+        assert again.hardware == expected.hardware
+
+
+def test_a_file_is_followed_while_it_is_written_and_cut_back(tmp_path):
+    tail = Tail(tmp_path / "m.jsonl")
+    assert tail.read() == []
+    with (tmp_path / "m.jsonl").open("w") as handle:
+        handle.write('{"step": 1}\n{"st')
+        handle.flush()
+        assert tail.read() == [{"step": 1}]
+        handle.write('ep": 2}\n')
+        handle.flush()
+        assert tail.read() == [{"step": 1}, {"step": 2}]
+    (tmp_path / "new").write_text('{"step": 1}\n')
+    (tmp_path / "new").rename(tmp_path / "m.jsonl")
+    assert tail.read() == [{"step": 1}]
+
+
+def test_places_for_trials_share_gpus_and_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert share_out(None, "auto", word="jobs") == [{}]
+    assert share_out(3, "auto", word="jobs") == [{"OMP_NUM_THREADS": "2"}] * 3
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in share_out(None, "auto", word="jobs")] == ["0", "1", "2", "3"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in share_out(2, "auto", word="jobs")] == ["0,1", "2,3"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in share_out(None, 2, word="jobs")] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert share_out(None, 4, word="jobs") == [{"CUDA_VISIBLE_DEVICES": "4,5,6,7"}]
+    with pytest.raises(ConfigError, match=r"jobs=3 takes 6 GPUs at hardware\.devices=2, and there are 4"):
+        share_out(3, 2, word="jobs")
+    with pytest.raises(ConfigError, match="there are 4"):
+        share_out(None, 8, word="jobs")
+
+
+def test_the_range_test_suggests_where_the_loss_falls_fastest_and_stays_below_where_it_turns():
+    rates = [10 ** (-6 + 5 * i / 99) for i in range(100)]
+    # A loss that falls around 1e-4 and climbs beyond 1e-2.
+    losses = [3 - 2 / (1 + math.exp(-4 * (math.log10(r) + 4))) + 50 * max(0.0, r - 1e-2) for r in rates]
+    test = judge(rates, losses)
+    assert 3e-5 < test.steepest < 4e-4
+    assert 1e-3 < test.lowest < 3e-2
+    assert test.suggestion <= test.lowest / 3
+    flat = judge(rates, [3 + 0.01 * i for i in range(100)])
+    assert flat.suggestion is None
+    assert "fell at no rate" in flat.reason()
+
+
+def test_sweep_files_are_w_and_bs_own_format_with_nothing_of_ours():
+    for name in sweep_names():
+        raw = yaml.safe_load((conf_dir() / "sweep" / f"{name}.yaml").read_text("utf-8"))
+        assert set(raw) <= {"method", "metric", "early_terminate", "parameters", "command"}
+        assert raw["command"][:4] == ["${env}", "${interpreter}", "-m", "qwlit"]
+        assert "logger=wandb" in raw["command"]
+        json.dumps(raw)
