@@ -14,6 +14,7 @@ from qwlit.data.formats import KEYS, RowParser, recognise_format
 from qwlit.data.rows import parse_json_object
 
 ROOT = Path(__file__).parents[2]
+SBATCH = sorted((ROOT / "slurm").glob("*.sbatch"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -32,8 +33,7 @@ def shown_commands() -> list[str]:
         for page in PAGES
         for c in re.findall(r"python -m qwlit (?:train|inspect) ([^\n&`]+)", page.read_text("utf-8"))
     ]
-    sbatch = (ROOT / "slurm" / "train.sbatch").read_text()
-    return found + re.findall(r"sbatch slurm/train.sbatch (.+)", sbatch)
+    return found + [c for file in SBATCH for c in re.findall(r"sbatch slurm/train\S* (.+)", file.read_text())]
 
 
 @pytest.mark.parametrize("words", [w for w in shown_commands() if "[" not in w and "--" not in w])
@@ -54,11 +54,13 @@ def test_the_rows_shown_are_read_and_every_format_is_described():
     assert re.findall(r"^\| `(\w+)` \| `(?:messages|conv|input_ids|instr|prompt|text)", page, re.M) == list(KEYS)
 
 
-def test_the_sbatch_file_is_sound_shell_and_its_tasks_match_the_profile_it_names():
-    file = ROOT / "slurm" / "train.sbatch"
+@pytest.mark.parametrize("file", SBATCH, ids=lambda file: file.name)
+def test_a_batch_file_is_sound_shell_and_asks_for_what_its_profile_needs(file):
+    text = file.read_text()
     subprocess.run(["bash", "-n", str(file)], check=True)
-    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", file.read_text(), flags=re.M))
-    hardware = compose(["hardware=a100x4"]).config.hardware
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, flags=re.M))
+    shown = re.search(rf"sbatch slurm/{file.name} (.+)", text)
+    hardware = compose(shlex.split(shown[1]) if shown else ["hardware=a100"]).config.hardware
     assert int(directives["ntasks-per-node"]) == int(directives["gpus-per-node"]) == hardware.devices
     assert int(directives["cpus-per-task"]) == hardware.num_workers + 1
     assert int(directives["nodes"]) == hardware.num_nodes

@@ -159,6 +159,10 @@ def test_the_best_trial_trains_again_from_its_file(place):
     more = qwlit_process(["sweep", "sweep=search.yaml", "backend=optuna", "trials=3"], place)
     assert more.returncode == 0
     assert len(record_of(place / "runs" / "search")["trials"]) == 3
+    # Trials of W&B's agents are such a folder without a record of ours.
+    now = qwlit(["sweep", "sweep=search.yaml", "action=best"], place).stdout
+    (place / "runs" / "search" / "sweep.json").unlink()
+    assert qwlit(["sweep", "sweep=search.yaml", "action=best"], place).stdout == now
 
 
 def test_two_machines_share_one_sweep(place):

@@ -14,7 +14,7 @@ import yaml
 from qwlit.config.compose import compose, conf_dir
 from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError
-from qwlit.tuning.best import as_experiment
+from qwlit.tuning.best import as_experiment, as_overrides
 from qwlit.tuning.lr_range import judge
 from qwlit.tuning.slots import share_out
 from qwlit.tuning.space import as_words, build_space, check_space, grid_points
@@ -220,9 +220,14 @@ def test_the_best_trials_file_composes_to_the_same_run(tmp_path):
     folder = tmp_path / "experiment"
     folder.mkdir()
     for number, words in enumerate(cases):
-        (folder / f"best{number}.yaml").write_text(as_experiment(words, "The best."), encoding="utf-8")
+        composed = compose(words)
+        groups, settings = as_overrides(composed.choices, composed.config, [])
+        (folder / f"best{number}.yaml").write_text(as_experiment(groups, settings, "The best."), encoding="utf-8")
         again = compose([f"experiment=best{number}", f"hydra.searchpath=[file://{tmp_path}]"]).config
-        expected = compose(words).config
+        expected = composed.config
+        assert mathematics(compose([f"{n}={c}" for n, c in groups.items()] + as_words(settings)).config) == mathematics(
+            expected
+        )
         assert mathematics(again) == mathematics(expected)
         assert again.data == expected.data
         assert again.hardware == expected.hardware

@@ -91,7 +91,7 @@ def _best(name: str, words: list[str]) -> int:
 
     sweep = read_sweep(name)
     folder = sweep_folder(sweep, compose([*sweep.words, *words]), words)
-    file, overrides = write_best(folder)
+    file, overrides = write_best(folder, sweep, words)
     print(" ".join(overrides))
     console(stderr=True).print(
         f"written to {escape(str(file))}; train it again with\n"

@@ -40,7 +40,7 @@ def answering_signals() -> Iterator[None]:
         if number == signal.SIGTERM and under_agent():
             raise Leave(Pruned("the sweep has ended this trial, outside the training steps"))
         said = "preempted outside the training steps; the same command goes on from the newest checkpoint"
-        raise Leave(Preempted(said, requeue=number == signal.SIGUSR2))
+        raise Leave(Preempted(said, requeue=number == signal.SIGUSR2 and not under_agent()))
 
     previous = {}
     for number in LEAVE:
@@ -123,6 +123,7 @@ class StopOnSignal(BoundaryCallback):
         saved += "; the same command goes on from there"
         if number in LEAVE:
             self._folder.append_event(step, "preempted")
-            raise Preempted(saved, requeue=number == signal.SIGUSR2)
+            # An agent hands out its trial again by itself.
+            raise Preempted(saved, requeue=number == signal.SIGUSR2 and not under_agent())
         self._folder.append_event(step, "interrupted")
         raise Interrupted(saved)

@@ -44,7 +44,7 @@ def run_local(sweep: Sweep, words: list[str], *, trials: int | None, jobs: int |
     composed = check_space(sweep, fixed)
     config = composed.config
     folder = sweep_folder(sweep, composed, words)
-    _check_metric(sweep, config)
+    check_metric(sweep, config)
     if config.hardware.num_nodes > 1:
         raise ConfigError("hardware.num_nodes: a trial of a local sweep runs on one machine; use backend=wandb")
     slots = share_out(jobs, config.hardware.devices, word="jobs")
@@ -69,7 +69,12 @@ def sweep_folder(sweep: Sweep, composed: Composed, words: list[str]) -> Path:
     return resolve_path(composed.config.run.root) / (str(composed.config.run.name) if named else sweep.name)
 
 
-def _check_metric(sweep: Sweep, config: RunConfig) -> None:
+def check_metric(sweep: Sweep, config: RunConfig) -> None:
+    """Refuse a search for what no trial will measure.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
     data, name = config.data, sweep.document.metric.name
     if not name.startswith("val/"):
         return

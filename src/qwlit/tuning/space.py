@@ -24,6 +24,8 @@ def as_words(parameters: Mapping[str, Any]) -> list[str]:
 def _written(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_written(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
     return str(value) if isinstance(value, str) else json.dumps(value)
 
 

@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwlit.core.files import locked
+from qwlit.core.files import locked, read_json_lines
 from qwlit.core.ranks import die_with_parent
 from qwlit.training.run_folder import FINISHED, RunFolder
 from qwlit.tuning.study import Ticket
@@ -80,6 +79,22 @@ def last_words(log: Path) -> str | None:
     return (own or lines)[-1] if lines else None
 
 
+def values_in(rows: list[dict[str, Any]], metric: Metric) -> list[float]:
+    """Return the metric's values; one that is not finite is NaN."""
+    found = [row[metric.name] for row in rows if metric.name in row]
+    return [math.nan if value is None else float(value) for value in found]
+
+
+def best_value(run: RunFolder, metric: Metric) -> float | None:
+    """Return the best value, of metrics.jsonl or else of summary.json."""
+    values = values_in(read_json_lines(run.path / "metrics.jsonl"), metric)
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+        return (min if metric.goal == "minimize" else max)(finite)
+    value = run.read_summary().get(metric.name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 class TrialRun:
     """A trial that this process runs."""
 
@@ -119,18 +134,11 @@ class TrialRun:
         self._process = start_training(self._words, self._log, self._environment)
 
     def values(self) -> list[float]:
-        """Return the metric's values so far; one that is not finite is NaN."""
-        found = [row[self._metric.name] for row in self._tail.read() if self._metric.name in row]
-        return [math.nan if value is None else float(value) for value in found]
+        """Return the metric's values so far."""
+        return values_in(self._tail.read(), self._metric)
 
     def best(self) -> float | None:
-        """Return the best value, of metrics.jsonl or else of summary.json."""
-        finite = [value for value in self.values() if math.isfinite(value)]
-        pick: Callable[[list[float]], float] = min if self._metric.goal == "minimize" else max
-        if finite:
-            return pick(finite)
-        value = self.run.read_summary().get(self._metric.name)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return best_value(self.run, self._metric)
 
     def poll(self) -> int | None:
         """Return the exit code once it has ended for good; one that was killed is started again a few times."""

@@ -1,0 +1,122 @@
+"""SIGTERM and SIGUSR2 at any moment, to any process, outside Slurm: one continuous run in the end, to the bit.
+
+QWLIT_LONG=1 sends thirty signals to each launcher instead of a few.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import qwlit
+from tests.runs.runs import ENVIRONMENT, TINY, assert_same_run, command, free_port, losses, qwlit_process, summary
+
+SIGNALS = 30 if os.environ.get("QWLIT_LONG") == "1" else 4
+WORDS = [
+    *TINY,
+    "recipe=pretrain",
+    "data.path=chat.jsonl",
+    "train.global_batch_size=4",
+    "checkpoint.each_epoch=false",
+    f"train.max_steps={60 * SIGNALS}",
+]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "qwlit"]
+
+
+@pytest.fixture
+def place(tmp_path):
+    turns = [
+        {"messages": [{"role": "user", "content": f"{n} plus {n}?"}, {"role": "assistant", "content": f"{2 * n}. 好"}]}
+        for n in range(30)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
+    return tmp_path
+
+
+def logged(run) -> int:
+    return len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+def ranks_below(launcher: int, place) -> list[int]:
+    """Trainings that `launcher` has started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and (entry / "cwd").readlink() == place and int(entry.name) != launcher:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if b"qwlit" in words and b"train" in words and b"torch.distributed.run" not in words:
+                    found.append(int(entry.name))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("launcher", ["python", "python, 2 ranks", "torchrun"])
+def test_signals_at_random_moments_change_nothing(launcher, place):
+    words = ["train", *WORDS, *([] if launcher == "python" else ["hardware.devices=2"])]
+    start = [*TORCHRUN, *words] if launcher == "torchrun" else command(words)
+    run = place / "runs" / "cut"
+    dice = random.Random(launcher)
+    sent = lives = 0
+    while True:
+        lives += 1
+        assert lives < 3 * SIGNALS + 5
+        before = logged(run)
+        with (place / "said.log").open("ab") as log:
+            process = subprocess.Popen([*start, "run.name=cut"], cwd=place, env=ENVIRONMENT, stdout=log, stderr=log)
+        # A signal while it starts, or after a few steps.
+        moment = time.monotonic() + dice.uniform(0.5, 5.0) if dice.random() < 0.3 else None
+        steps = dice.randrange(1, 50)
+        while process.poll() is None and sent < SIGNALS:
+            time.sleep(0.02)
+            if time.monotonic() < moment if moment else logged(run) - before < steps:
+                continue
+            targets = [process.pid, *ranks_below(process.pid, place)]
+            target = dice.choice(targets[1:] or targets) if launcher == "torchrun" else dice.choice(targets)
+            number = dice.choice([signal.SIGTERM, signal.SIGUSR2])
+            if moment and launcher != "python":
+                # Ranks that are still starting are told by their launcher.
+                target = process.pid
+                number = signal.SIGTERM
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(target, number)
+                sent += 1
+            break
+        process.wait(timeout=120)
+        if process.returncode == 0 and summary(run)["status"] == "done":
+            break
+        assert launcher == "torchrun" or process.returncode in (75, -signal.SIGTERM), (place / "said.log").read_text()
+    assert sent == SIGNALS
+    assert [step for step, _ in losses(run)] == list(range(1, 60 * SIGNALS + 1))
+    assert (
+        "Traceback" not in (place / "said.log").read_text().replace("torch.distributed", "") or launcher == "torchrun"
+    )
+    whole = qwlit_process([*words, "run.name=whole"], place)
+    assert whole.returncode == 0, whole.stderr
+    assert_same_run(run, place / "runs" / "whole")
+
+
+def test_a_rank_with_other_code_is_refused_before_anything_is_trained(place):
+    other = place / "other"
+    shutil.copytree(Path(qwlit.__file__).parent, other / "qwlit")
+    shutil.copytree(Path(qwlit.__file__).parents[2] / "conf", other / "qwlit" / "conf")
+    file = other / "qwlit" / "optim" / "schedules.py"
+    file.write_text(file.read_text() + "\n# another commit\n")
+    port = str(free_port())
+    processes = []
+    for rank in range(2):
+        job = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
+        job |= {"PYTHONPATH": str(other)} if rank else {}
+        words = command(["train", *WORDS, "run.name=a", "hardware.devices=2"])
+        processes.append(subprocess.Popen(words, cwd=place, env=ENVIRONMENT | job, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert "differs from rank 0 in qwlit's code" in said[0]
+    assert logged(place / "runs" / "a") == 0
