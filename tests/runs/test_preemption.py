@@ -57,6 +57,29 @@ def ranks_below(launcher: int, place) -> list[int]:
     return sorted(found)
 
 
+def test_a_signal_to_every_process_spares_the_loaders_workers_and_the_run_goes_on(place):
+    """Slurm signals all processes of a task, and so does a terminal."""
+    words = ["train", *WORDS, "hardware.devices=2", "hardware.num_workers=2", "run.name=cut"]
+    run = place / "runs" / "cut"
+    for number, code in ((signal.SIGUSR2, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        before = logged(run)
+        process = subprocess.Popen(
+            command(words), cwd=place, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        while logged(run) < before + 10:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=60)[1]
+        assert (process.returncode, said.count("\n")) == (code, 1), said
+        assert "the same command goes on" in said
+    assert qwlit_process(words, place).returncode == 0
+    whole = ["train", *WORDS, "hardware.devices=2", "run.name=whole"]
+    assert qwlit_process(whole, place).returncode == 0
+    assert_same_run(run, place / "runs" / "whole")
+    assert ranks_below(0, place) == []
+
+
 @pytest.mark.parametrize("launcher", ["python", "python, 2 ranks", "torchrun"])
 def test_signals_at_random_moments_change_nothing(launcher, place):
     words = ["train", *WORDS, *([] if launcher == "python" else ["hardware.devices=2"])]

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.core.ranks import die_with_parent
+from qwlit.core.signals import ignore_signals
 from qwlit.data.samples import Samples
 from qwlit.data.step_plan import Limits, MicroLayout, StepPlan, lay_out
 
@@ -102,7 +104,14 @@ def train_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_serve if num_workers else None,
     )
+
+
+def _serve(worker: int) -> None:
+    """Leave signals to the training: Slurm sends them to every process, and a dead worker would end the run unsaved."""
+    ignore_signals()
+    die_with_parent()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from qwlit.core.errors import DataError
 from qwlit.core.ranks import die_with_parent
+from qwlit.core.signals import ignore_signals
 
 SIGNAL_SECONDS = 0.5
 Item = TypeVar("Item")
@@ -55,7 +56,8 @@ def map_in_order(
 
 def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function  # noqa: PLW0603 - sent once to each process instead of with each item
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_signals()
+    # The pool's own way to end them.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(parent)
     # One core each.

@@ -16,7 +16,7 @@ from torch import tensor
 
 from qwlit.core.errors import Interrupted, Leave, Preempted, Pruned
 from qwlit.core.ranks import is_rank_zero, under_agent
-from qwlit.core.signals import note, noted
+from qwlit.core.signals import ANSWERED, note, noted
 from qwlit.training.boundary import BoundaryCallback
 from qwlit.training.checkpoint import Checkpointing
 from qwlit.training.milestones import Milestones
@@ -24,7 +24,6 @@ from qwlit.training.module import CausalLMModule
 from qwlit.training.run_folder import RunFolder
 
 LEAVE = (signal.SIGTERM, signal.SIGUSR2)
-SIGNALS = (signal.SIGINT, *LEAVE)
 
 
 @contextmanager
@@ -79,7 +78,7 @@ class StopOnSignal(BoundaryCallback):
             self._group = dist.new_group(backend="gloo")
             # Lightning broadcasts and reads a SIGTERM flag on the device each step; the word below does its work.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._note) for number in ANSWERED}
         self._signal = max([self._signal, *noted])
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import launched_by_srun, launched_by_torchrun
+from qwlit.core.signals import ANSWERED
 from qwlit.training.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
 from qwlit.training.stalls import VERDICT_SECONDS
@@ -87,8 +88,7 @@ class _Launcher(_SubprocessScriptLauncher):
         self.record_failure: Callable[[], None] = lambda: None
 
     def _call_children_scripts(self) -> None:
-        deaf = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-        previous = {number: signal.signal(number, signal.SIG_IGN) for number in deaf}
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in ANSWERED}
         try:
             super()._call_children_scripts()
         finally:
