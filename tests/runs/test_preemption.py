@@ -19,7 +19,7 @@ import pytest
 import qwlit
 from tests.runs.runs import ENVIRONMENT, TINY, assert_same_run, command, free_port, losses, qwlit_process, summary
 
-SIGNALS = 30 if os.environ.get("QWLIT_LONG") == "1" else 4
+SIGNALS = 30 if os.environ.get("QWLIT_LONG") == "1" else 3
 WORDS = [
     *TINY,
     "recipe=pretrain",

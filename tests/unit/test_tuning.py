@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import signal
 import time
 
@@ -71,6 +72,12 @@ def test_the_guides_ranges_and_full_fine_tunings_own_are_searched():
         ({"parameters": {"optim.lrr": {"values": [1]}}}, "optim.lrr: no such setting. Did you mean 'optim.lr'"),
         ({"parameters": {"optim.lr": {"values": [1e-4, -1.0]}}}, "optim.lr=-1.0"),
         ({"parameters": {"optim.lr": {"min": 1, "max": 0.1}}}, "min 1 is above max 0.1"),
+        ({"parameters": {"optim.lr": {"max": 3}}}, "a range has min and max"),
+        ({"parameters": {"optim.lr": {}}}, "give one of value, values, or min and max"),
+        ({"parameters": {"optim.lr": {"value": 1, "min": 1, "max": 2}}}, "give one of value"),
+        ({"parameters": {"optim.lr": {"values": [1e-4], "probabilities": [1.0]}}}, "only W&B draws by them"),
+        ({"parameters": {"optim.lr": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 0}}}, "above 0"),
+        ({"parameters": {"run.name": {"values": ["a", "b"]}}}, "where a trial lies is the sweep's"),
         ({"parameters": {"optim.lr": {"minn": 1}}}, "no such entry. Did you mean 'min'"),
         ({"parameters": {"optim.lr": {"distribution": "beta"}}}, "only W&B draws from it"),
         ({"parameters": {"optim.lr": {"distribution": "log_uniform_values", "min": 0, "max": 1}}}, "above 0"),
@@ -92,6 +99,21 @@ def test_what_is_wrong_with_a_sweep_is_said_in_one_line(tmp_path, entries, said)
         study_of(tmp_path / "s", sweep)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_multiples_of_q_are_w_and_bs_and_whole_where_q_is(tmp_path):
+    parameters = {
+        "train.global_batch_size": {"distribution": "q_uniform", "min": 7, "max": 33, "q": 8},
+        "optim.weight_decay": {"distribution": "q_uniform", "min": 0.0, "max": 0.3, "q": 0.1},
+    }
+    sweep = sweep_of(tmp_path, method="grid", parameters=parameters)
+    points = grid_points(build_space(sweep))
+    assert points == {"optim.weight_decay": [0.0, 0.1, 0.2, 0.3], "train.global_batch_size": [8, 16, 24, 32]}
+    check_space(sweep, [*sweep.words, "data.path=x.jsonl"])
+    study = study_of(tmp_path / "s", sweep, trials=16)
+    drawn = [study.next().parameters for _ in range(16)]
+    assert {p["optim.weight_decay"] for p in drawn} == {0.0, 0.1, 0.2, 0.3}
+    assert all(isinstance(p["train.global_batch_size"], int) for p in drawn)
 
 
 def test_an_unknown_sweep_names_the_nearest(tmp_path):
@@ -123,7 +145,7 @@ def test_a_grid_visits_every_point_once_whatever_dies_in_between(tmp_path):
         seen.append(tuple(ticket.parameters.values()))
         study.finish(ticket.number, "done", 1.0, None)
     assert len(seen) == 6 == len(set(seen))
-    assert study.is_over
+    assert len(study.trials) == 6
 
 
 @pytest.mark.parametrize("method", ["bayes", "random"])
@@ -275,6 +297,12 @@ def test_the_range_test_suggests_where_the_loss_falls_fastest_and_stays_below_wh
     assert 3e-5 < test.steepest < 4e-4
     assert 1e-3 < test.lowest < 3e-2
     assert test.suggestion <= test.lowest / 3
+    still = judge(rates, [3 - 0.01 * i for i in range(100)])
+    assert still.lowest is None
+    assert "still fell at the highest" in still.reason()
+    noise = random.Random(0)
+    assert all(judge(rates, [5 + noise.gauss(0, 0.3) for _ in rates]).suggestion is None for _ in range(50))
+    assert judge(rates, [5.0] * 100).suggestion is None
     flat = judge(rates, [3 + 0.01 * i for i in range(100)])
     assert flat.suggestion is None
     assert "fell at no rate" in flat.reason()

@@ -34,7 +34,7 @@ report.html with curves, and from four runs on which settings mattered. Reads ru
   report runs=runs/demo                          one run: its curves, events and samples
   report runs=[runs/a,runs/b]                    what b did differently, and what came of it
   report 'runs=[runs/lora-*]' baseline=lora-2e-4 all of a name, against one of them
-  report runs=runs/sweeps/lora                   a sweep: its trials, which settings mattered and where
+  report runs=runs/lora                          a sweep: its trials, which settings mattered and where
   report 'runs=[runs/*]' output=json             for machines, one document; the page is written as well
 
   runs       run folders, sweep folders and globs, as a list or a single one

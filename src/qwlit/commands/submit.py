@@ -57,7 +57,8 @@ def _runs(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Work
 
 def _sweep(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Work]:
     """A local sweep whose trials are shared by the tasks of an array, each with the devices of one trial."""
-    from qwlit.tuning.space import check_space
+    from qwlit.tuning.optuna_search import check_metric, number_of_trials
+    from qwlit.tuning.space import build_space, check_space
     from qwlit.tuning.sweep_file import read_sweep
 
     if own["seeds"] is not None:
@@ -66,7 +67,9 @@ def _sweep(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Wor
     config = check_space(sweep, [*sweep.words, "logger=none", *words]).config
     if config.hardware.num_nodes > 1:
         raise ConfigError("hardware.num_nodes: a trial of a sweep runs on one node")
+    check_metric(sweep, config)
     trials = whole_number(own, "trials")
+    number_of_trials(sweep, build_space(sweep), trials)
     tasks = whole_number(own, "tasks") or 1
     limit = [] if trials is None else [f"trials={trials}"]
     sweep_words = ["sweep", *quoted([f"sweep={own['sweep']}", "backend=optuna", *limit, "jobs=1", *words])]

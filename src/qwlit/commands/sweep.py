@@ -1,5 +1,6 @@
 """`sweep`: searches for settings by one file, with W&B's agents or with Optuna on this machine."""
 
+import shlex
 from typing import Any
 
 from rich.markup import escape
@@ -8,7 +9,7 @@ from rich.table import Table
 from qwlit.commands.help import sweep_help
 from qwlit.commands.words import own_words, whole_number
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.errors import ConfigError, QwlitError, nearest
 
 BACKENDS = ("wandb", "optuna")
 ACTIONS = ("run", "best", "find_lr")
@@ -26,6 +27,10 @@ def main(arguments: list[str]) -> int:
     for word in words:
         if word.startswith("-"):
             raise ConfigError(f"{word}: no such option.{nearest(word, ['--help'])} Settings are key=value")
+    idle = {"find_lr": ("sweep", "trials", "jobs", "agents"), "best": ("trials", "jobs", "agents"), "run": ()}
+    for key in idle[str(own["action"])]:
+        if own[key] is not None:
+            raise ConfigError(f"{key}={own[key]} means nothing to action={own['action']}; leave it out")
     if own["action"] == "find_lr":
         return _find_lr(words)
     if own["sweep"] is None:
@@ -54,12 +59,18 @@ def _run(own: dict[str, str | None], words: list[str]) -> int:
     from qwlit.tuning.record import read_record
 
     folder = run_local(sweep, words, trials=trials, jobs=whole_number(own, "jobs"))
-    _show(read_record(folder))
+    record = read_record(folder)
+    _show(record)
     screen = console()
     screen.print(f"\n[bold]where everything lies[/]  {escape(str(folder))}")
     screen.print("  sweep.json   every trial: settings, value, how it ended; trial-… are ordinary runs")
     screen.print(f"  report runs={escape(str(folder))}   curves, what differed, which settings mattered")
-    screen.print(f"  sweep sweep={own['sweep']} action=best   the best trial as an experiment file")
+    place = [word for word in words if word.lstrip("+").startswith(("run.name=", "run.root="))]
+    best = shlex.join([f"sweep={own['sweep']}", "action=best", *place])
+    screen.print(f"  sweep {escape(best)}   the best trial as an experiment file")
+    if record["best"] is None:
+        reasons = [trial["reason"] for trial in record["trials"] if trial["reason"]]
+        raise QwlitError(f"no trial ended well: {reasons[0] if reasons else 'other machines still train'}")
     return 0
 
 
@@ -76,9 +87,9 @@ def _show(record: dict[str, Any]) -> None:
     done.sort(key=lambda trial: trial["value"], reverse=metric["goal"] == "maximize")
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     for column in ("trial", metric["name"], *done[0]["params"]):
-        table.add_column(column, justify="right")
+        table.add_column(escape(column), justify="right")
     for trial in done[:SHOWN]:
-        values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial["params"].values()]
+        values = [f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in trial["params"].values()]
         table.add_row(str(trial["number"]), f"{trial['value']:.4f}", *values)
     screen.print(table)
 
@@ -92,11 +103,12 @@ def _best(name: str, words: list[str]) -> int:
     sweep = read_sweep(name)
     folder = sweep_folder(sweep, compose([*sweep.words, *words]), words)
     file, overrides = write_best(folder, sweep, words)
-    print(" ".join(overrides))
+    print(shlex.join(overrides))
+    searched = [word.partition("=")[2].strip("[]") for word in words if word.startswith("hydra.searchpath=")]
+    folders = ",".join([*searched, f"'file://{file.parents[1].resolve()}'"])
+    again = shlex.join([f"experiment={file.stem}", f"hydra.searchpath=[{folders}]"])
     console(stderr=True).print(
-        f"written to {escape(str(file))}; train it again with\n"
-        f"  python -m qwlit train experiment={escape(file.stem)}"
-        f" {escape(f'hydra.searchpath=[file://{file.parents[1].resolve()}]')} run.name=…"
+        f"written to {escape(str(file))}; train it again with\n  python -m qwlit train {escape(again)} run.name=…"
     )
     return 0
 

@@ -133,7 +133,9 @@ def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, 
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
-            words = [_as_hydra(o, user_files="hydra.searchpath" in typed) for o in typed.values()]
+            # experiment=null is what stands there anyway, and Hydra cannot be told so.
+            chosen = [o for o in typed.values() if (o.key_or_group, o.value()) != ("experiment", None)]
+            words = [_as_hydra(o, user_files="hydra.searchpath" in typed) for o in chosen]
             composed = hydra_compose(MAIN, words, return_hydra_config=True)
             choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
             tree: Any = OmegaConf.to_container(

@@ -7,8 +7,8 @@ from qwlit.training.config import WANDB_CONFIG_KEY
 
 # A trial that is resumed gets its whole W&B config as arguments: beside the sweep's values ours and the client's own.
 NO_SETTINGS = (WANDB_CONFIG_KEY, "_wandb", "wandb_version")
-# Python's way to write what YAML calls null, alone or inside a list.
 LONGEST = 199
+# Python's way to write what YAML calls null, alone or inside a list.
 NONE = re.compile(r"(?<=[=\[, ])None(?=$|[\], ])")
 
 

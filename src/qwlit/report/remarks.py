@@ -33,7 +33,8 @@ def _recorded(*keys: str) -> Callable[[Run], str | None]:
 
 def _device(run: Run) -> str | None:
     device = run.manifest.get("device")
-    number = (run.manifest.get("devices") or 1) * (run.manifest.get("num_nodes") or 1)
+    devices, nodes = (run.manifest.get(key) for key in ("devices", "num_nodes"))
+    number = (devices if isinstance(devices, int) else 1) * (nodes if isinstance(nodes, int) else 1)
     return None if device is None else f"{number} x {device}"
 
 

@@ -74,8 +74,7 @@ def _tell(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _samples(run: Run) -> Html | None:
-    assert run.path is not None
-    samples = read_json_lines(run.path / "samples.jsonl")
+    samples = read_json_lines(run.path / "samples.jsonl") if run.path else []
     if not samples:
         return None
     keys: list[str] = [key for key in ANSWERED if key in samples[0]] or list(samples[0])

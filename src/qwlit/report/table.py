@@ -116,7 +116,8 @@ def stability(run: Run) -> str:
     for event, text in EVENTS.items():
         # Rank 0 may have been killed between counting and writing, or the other way round.
         counted = {"skip": "skipped_steps", "rollback": "rollbacks"}.get(event, "")
-        number = max(run.count(event), int(run.summary.get(counted) or 0))
+        summed = run.summary.get(counted)
+        number = max(run.count(event), summed if isinstance(summed, int) else 0)
         if event == "preempted" and run.status == "pruned":
             number -= 1  # That is how a sweep ends a trial.
         if number > 0:

@@ -78,7 +78,11 @@ def as_overrides(choices: dict[str, str], config: RunConfig, words: list[str]) -
     before, after = (_settings(c) for c in (composed().config, config))
     # The placeholder stood for it; and a typed warm-up lifts the recipe's cap on it.
     said = ({"data.path"} if own_data else set()) | {"scheduler.max_warmup_ratio"}
-    return groups, {key: value for key, value in after.items() if before.get(key) != value or key in said}
+    settings = {key: value for key, value in after.items() if before.get(key) != value or key in said}
+    if "data.path" in settings:
+        # Typed alone it would replace the demo's validation set.
+        groups.setdefault("data", choices.get("data", "files"))
+    return groups, settings
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

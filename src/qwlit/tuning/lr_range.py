@@ -1,6 +1,8 @@
 """The learning-rate range test (Smith 2017): a short training whose rate rises every step shows what it bears."""
 
 import math
+import shutil
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +12,18 @@ from rich.console import Console
 
 from qwlit.config.compose import compose
 from qwlit.core.console import measuring
-from qwlit.core.errors import QwlitError
+from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
 from qwlit.core.files import resolve_path, write_json_atomic
 from qwlit.training.preemption import answering_signals
 from qwlit.training.run_folder import RunFolder
 from qwlit.tuning.trial import Tail, last_words, start_training
 
-STEPS, HIGHEST = 100, 0.1
+STEPS, FEWEST, HIGHEST = 100, 20, 0.1
 # As fastai's finder: a moving average that forgets a tenth a step, over when it is four times the best.
 SMOOTHING, DIVERGED = 0.9, 4.0
 # The first steps tell the noise of the samples, not of the rate.
 SETTLING = 0.1
+NOISE = 2.0
 POLL_SECONDS = 0.25
 
 
@@ -34,18 +37,23 @@ class RangeTest:
     steepest: float | None
     """Rate at which the smoothed loss fell fastest per decade; None where it never fell."""
     lowest: float | None
-    """Rate at which it was lowest: beyond it, steps are too long."""
+    """Rate at which it was lowest: beyond it, steps are too long. None where it still fell at the highest."""
 
     @property
     def suggestion(self) -> float | None:
         """Return the steepest rate, but never more than a third of the one at which the loss turned."""
-        if self.steepest is None or self.lowest is None:
+        if self.steepest is None:
             return None
-        return float(f"{min(self.steepest, self.lowest / 3):.1e}")
+        return float(f"{min(self.steepest, self.lowest / 3 if self.lowest else self.steepest):.1e}")
 
     def reason(self) -> str:
-        if self.suggestion is None or self.steepest is None or self.lowest is None:
-            return "the loss fell at no rate; try more steps (train.max_steps) or other rates (optim.lr is the highest)"
+        if self.steepest is None:
+            return (
+                "the loss fell at no rate by more than it scatters;"
+                " try larger steps (train.global_batch_size), more of them (train.max_steps), or other rates (optim.lr)"
+            )
+        if self.lowest is None:
+            return f"the loss fell fastest at {self.steepest:.1e} and still fell at the highest; try a higher optim.lr"
         return (
             f"the loss fell fastest at {self.steepest:.1e} and turned at {self.lowest:.1e};"
             " the suggestion is the first, or a third of the second if that is less"
@@ -64,7 +72,9 @@ def find_lr(words: list[str], screen: Console) -> tuple[RangeTest, RunFolder]:
     composed = compose(words)
     name = f"{composed.config.run.name}-lr"
     folder = RunFolder(resolve_path(composed.config.run.root) / name)
-    typed = {word.partition("=")[0] for word in words}
+    typed = {word.partition("=")[0].lstrip("+") for word in words}
+    if typed & {"scheduler.warmup_steps", "scheduler.warmup_ratio", "scheduler", "scheduler.name"}:
+        raise ConfigError("the range test has a schedule of its own, without warm-up; leave scheduler.* out")
     defaults = {"optim.lr": f"{HIGHEST}", "train.max_steps": f"{STEPS}", "preflight.allow": "[full_lr]"}
     overrides = [
         *words,
@@ -81,21 +91,41 @@ def find_lr(words: list[str], screen: Console) -> tuple[RangeTest, RunFolder]:
         "data.exact_match=0",
         "logger.wandb=false",
         f"run.name={name}",
-        "run.overwrite=true",
     ]
     steps = compose(overrides).config.train.max_steps or STEPS
+    if steps < FEWEST:
+        raise ConfigError(f"train.max_steps={steps}: a range test needs {FEWEST} steps at least")
+    _make_room(folder)
     code, log = _train(overrides, folder, steps, screen)
     test = read_range_test(folder)
-    if len(test.rates) < 10:
+    # Ended by us or by the guard, it has seen the end of what the run bears.
+    if code not in (0, Preempted.exit_code, GuardStop.exit_code) or len(test.rates) < FEWEST // 2:
         error = QwlitError(f"the range test measured {len(test.rates)} steps only: {last_words(log)}")
-        error.exit_code = code or 1
+        error.exit_code = code if code > 0 else QwlitError.exit_code
         raise error
+    log.replace(folder.path / "train.log")
+    for useless in ("checkpoints", "export"):
+        shutil.rmtree(folder.path / useless, ignore_errors=True)
     draw(test, folder.path / "lr_range.png")
     write_json_atomic(
         folder.path / "lr_range.json",
         {"suggestion": test.suggestion, "reason": test.reason(), "lr": test.rates, "loss": test.losses},
     )
     return test, folder
+
+
+def _make_room(folder: RunFolder) -> None:
+    """Delete an earlier range test of this name, and nothing else.
+
+    Raises:
+        ConfigError: something else lies there.
+    """
+    if not folder.path.exists():
+        return
+    config = folder.config_file.read_text(encoding="utf-8") if folder.config_file.exists() else ""
+    if "name: range_test" not in config and any(folder.path.iterdir()):
+        raise ConfigError(f"{folder.path} exists and is no range test; move it away, or set another run.name")
+    folder.delete()
 
 
 def _train(overrides: list[str], folder: RunFolder, steps: int, screen: Console) -> tuple[int, Path]:
@@ -151,9 +181,12 @@ def judge(rates: list[float], losses: list[float]) -> RangeTest:
         for i in range(max(1, first), min(turn + 1, len(rates) - 1))
     }
     steepest = min(slopes, key=slopes.__getitem__, default=None)
-    if steepest is None or slopes[steepest] >= 0:
+    scatter = statistics.pstdev(loss - level for loss, level in zip(losses[first:], smoothed[first:], strict=True))
+    fall = smoothed[first] - smoothed[turn]
+    # The average wanders, too: of 1,000 draws of noise alone it fell by at most 1.7 times the scatter (measured).
+    if steepest is None or fall <= max(NOISE * scatter, 1e-6 * abs(smoothed[first])):
         return RangeTest(rates, losses, smoothed, None, None)
-    return RangeTest(rates, losses, smoothed, rates[steepest], rates[turn])
+    return RangeTest(rates, losses, smoothed, rates[steepest], rates[turn] if turn < len(rates) - 1 else None)
 
 
 def draw(test: RangeTest, file: Path) -> None:

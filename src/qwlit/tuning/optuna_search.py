@@ -10,7 +10,7 @@ from rich.console import Console
 from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, GuardStop, Preempted, nearest
 from qwlit.core.files import resolve_path
 from qwlit.training.preemption import answering_signals
 from qwlit.training.requeues import counting_requeues
@@ -26,6 +26,16 @@ from qwlit.tuning.trial import TrialRun
 POLL_SECONDS = 0.25
 # A fault that every trial has: so many of the first ones could not even begin.
 HOPELESS = 3
+METRICS = (
+    "val/loss",
+    "val/accuracy",
+    "train/loss",
+    "exact_match",
+    "throughput/tokens_per_second",
+    "memory/peak_gib",
+    "wall_seconds",
+)
+"""Columns of metrics.jsonl and entries of summary.json that can be searched for."""
 
 
 def run_local(sweep: Sweep, words: list[str], *, trials: int | None, jobs: int | None) -> Path:
@@ -48,11 +58,14 @@ def run_local(sweep: Sweep, words: list[str], *, trials: int | None, jobs: int |
     if config.hardware.num_nodes > 1:
         raise ConfigError("hardware.num_nodes: a trial of a local sweep runs on one machine; use backend=wandb")
     slots = share_out(jobs, config.hardware.devices, word="jobs")
-    limit = _limit(sweep, space, trials)
+    limit = number_of_trials(sweep, space, trials)
     head = header(folder.name, sweep, config, fixed)
     if folder.exists():
         refuse_other_sweep(folder, head)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.root: {folder} cannot be written: {error.strerror}") from None
     study = Study(folder, sweep, space, trials=limit, seed=config.seed)
     try:
         most = config.slurm.max_requeues_in_place
@@ -65,7 +78,7 @@ def run_local(sweep: Sweep, words: list[str], *, trials: int | None, jobs: int |
 
 def sweep_folder(sweep: Sweep, composed: Composed, words: list[str]) -> Path:
     """Return run.root/NAME: the sweep's own name, or the run.name that was typed."""
-    named = any(word.partition("=")[0] == "run.name" for word in words)
+    named = any(word.partition("=")[0].lstrip("+") == "run.name" for word in words)
     return resolve_path(composed.config.run.root) / (str(composed.config.run.name) if named else sweep.name)
 
 
@@ -76,7 +89,14 @@ def check_metric(sweep: Sweep, config: RunConfig) -> None:
         ConfigError: naming the setting.
     """
     data, name = config.data, sweep.document.metric.name
-    if not name.startswith("val/"):
+    if name not in METRICS:
+        raise ConfigError(
+            f"{sweep.path}: metric.name={name} is nothing that a run measures.{nearest(name, METRICS)}"
+            f" Known: {', '.join(METRICS)}"
+        )
+    if name == "exact_match" and not data.exact_match:
+        raise ConfigError("exact_match is what the sweep looks for; set data.exact_match to a number of rows")
+    if not name.startswith("val"):
         return
     if data.val_path is None and not data.val_fraction:
         raise ConfigError(f"{name} is what the sweep looks for; set data.val_path or data.val_fraction")
@@ -84,8 +104,12 @@ def check_metric(sweep: Sweep, config: RunConfig) -> None:
         raise ConfigError(f"{name} is what the sweep looks for; set validation.each_epoch=true or every_steps")
 
 
-def _limit(sweep: Sweep, space: Space, trials: int | None) -> int:
-    """Return how many trials there are in all."""
+def number_of_trials(sweep: Sweep, space: Space, trials: int | None) -> int:
+    """Return how many trials there are in all.
+
+    Raises:
+        ConfigError: nobody says, and the method has no end of its own.
+    """
     asked = trials or sweep.document.run_cap
     if sweep.document.method == "grid":
         points = 1
@@ -149,10 +173,6 @@ class _Search:
             self._running[index] = trial
             self._display.began(ticket)
             started = True
-            while not trial.is_free():
-                time.sleep(POLL_SECONDS)
-            if trial.pruned_at is None and not trial.is_done:
-                trial.start()
         if started:
             self._write()
         return started
@@ -165,8 +185,8 @@ class _Search:
             code = self._code(trial)
             self._report(trial)
             if code is not None:
-                self._settle(trial, code)
                 self._running[index] = None
+                self._settle(trial, code)
                 self._write()
         self._display.show(None, self._running)
 
@@ -175,10 +195,17 @@ class _Search:
             # Also where an earlier parent died between its end and its entry in the journal.
             trial.wait()
             return 0
-        return 75 if trial.was_never_started else trial.poll()
+        if not trial.was_never_started:
+            return trial.poll()
+        if trial.pruned_at is not None:
+            return Preempted.exit_code
+        if trial.is_free():  # else an orphan of the last parent's is still saving
+            trial.start()
+        return None
 
     def _report(self, trial: TrialRun) -> None:
         values = trial.values()
+        # As far as it was judged: a trial that is told to end may measure once more.
         while trial.num_reported < len(values) and trial.pruned_at is None:
             trial.num_reported += 1
             if self._study.report(trial.ticket.number, trial.num_reported, values[trial.num_reported - 1]):
@@ -196,7 +223,10 @@ class _Search:
         else:
             self._has_trained = True
         if self._false_starts >= HOPELESS and not self._has_trained:
-            raise ConfigError(f"the first {HOPELESS} trials could not begin, the sweep is stopped: {reason}")
+            raise ConfigError(
+                f"the first {HOPELESS} trials could not begin, the sweep is stopped: {reason}."
+                f" Set it right, and another run.name or delete {self._folder}: trials that failed are not tried again"
+            )
 
     def _leave(self, screen: Console) -> None:
         """Let the trials save, and wait for them; a second Ctrl-C kills them."""
@@ -205,7 +235,7 @@ class _Search:
             trial.stop()
         try:
             if left:
-                screen.print(f"waiting for {len(left)} trials to save; the same command goes on with them")
+                screen.print(f"waiting for {len(left)} trial{'s' * (len(left) > 1)} to save; the same command goes on")
             for trial in left:
                 trial.wait()
         except BaseException:
@@ -214,17 +244,25 @@ class _Search:
             raise
 
 
+def _end(trial: TrialRun, value: float | None) -> tuple[Outcome, float | None, str | None]:
+    """Return what a trial is that trained to its end."""
+    if trial.has_diverged:
+        return "diverged", value, f"the last {trial.metric} is not a finite number"
+    if value is None:
+        return "failed", None, f"it never measured {trial.metric}"
+    return "done", value, None
+
+
 def _outcome(trial: TrialRun, code: int) -> tuple[Outcome, float | None, str | None]:
     """Return how a trial ended, its value and the reason."""
     value = trial.best()
-    if code == 0 and value is not None:
-        return "done", value, None
-    if code == 0:
-        return "failed", None, f"it never measured {trial.metric}"
     if trial.pruned_at is not None:
+        # Also if it came to its end before it could be stopped: what a seed draws must not hang on that.
         return "pruned", value, f"not among the best at value {trial.pruned_at} of {trial.metric}"
+    if code == 0:
+        return _end(trial, value)
     reason = trial.last_words() or "it said nothing"
-    if code == 3:
+    if code == GuardStop.exit_code:
         return "diverged", value, reason
     if code < 0:
         name = signal.Signals(-code).name

@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qwlit.config.run import RunConfig, mathematics
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked, write_json_atomic
+from qwlit.data.config import parts_of
 from qwlit.training.run_folder import RunFolder
 from qwlit.tuning.study import Study
 from qwlit.tuning.sweep_file import Sweep
@@ -28,11 +30,25 @@ def header(name: str, sweep: Sweep, config: RunConfig, words: list[str]) -> dict
         "seed": config.seed,
         "words": words,
         "file": {key: value for key, value in sweep.raw.items() if key not in NOT_COMPARED},
-        "settings": mathematics(config),
+        "settings": mathematics(config) | _compared(config),
     }
     # As it will be read again: JSON knows no tuples.
     plain: dict[str, Any] = json.loads(json.dumps(entries))
     return plain
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """Return what beside the mathematics must be alike, or values could not be compared."""
+    data, validation = config.data, config.validation
+    return {
+        "data.path": [asdict(part) for part in parts_of(data.path)],
+        "data.val_path": [asdict(part) for part in parts_of(data.val_path)],
+        "model.path": config.model.path,
+        "validation.every_steps": validation.every_steps,
+        "validation.each_epoch": validation.each_epoch,
+        "determinism": config.determinism,
+        "hardware.precision": config.hardware.precision,
+    }
 
 
 def write_record(folder: Path, head: dict[str, Any], study: Study) -> list[dict[str, Any]]:
@@ -79,7 +95,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} holds no sweep; run it first, or name it by run.name=… and run.root=…") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / RECORD} cannot be read: {error}") from None
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not {"name", "metric", "trials", "best"} <= record.keys():
         raise ConfigError(f"{folder / RECORD} is no sweep's record")
     return record
 

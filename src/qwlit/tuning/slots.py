@@ -23,10 +23,9 @@ def share_out(asked: int | None, devices: int | Literal["auto"], *, word: str) -
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = asked or 1
         # Every trial would otherwise take all cores, and wait for the others' threads.
-        threads = (
-            {} if count == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": _at_least_1(cores, count)}
-        )
-        return [dict(threads) for _ in range(count)]
+        threads = str(max(1, cores // (count * each)))
+        alone = count == 1 or "OMP_NUM_THREADS" in os.environ
+        return [{} if alone else {"OMP_NUM_THREADS": threads} for _ in range(count)]
     count = asked or len(gpus) // each
     share = len(gpus) // count if count else 0
     if share < each:
@@ -35,10 +34,6 @@ def share_out(asked: int | None, devices: int | Literal["auto"], *, word: str) -
             f" and there are {len(gpus)}; lower one of them"
         )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * share : (i + 1) * share])} for i in range(count)]
-
-
-def _at_least_1(cores: int, count: int) -> str:
-    return str(max(1, cores // count))
 
 
 def _gpus() -> list[str]:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 RANGES = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values")
+DIGITS = 12
+"""Of a multiple of q: 0.1 x 3 is to be 0.3."""
 Space = dict[str, "BaseDistribution"]
 
 
@@ -44,6 +46,8 @@ def _distribution(sweep: Sweep, name: str, parameter: Parameter) -> "BaseDistrib
     where = f"{sweep.path}: parameters.{name}"
     kind = parameter.distribution or _implied(parameter)
     if kind in ("constant", "categorical"):
+        if parameter.probabilities is not None:
+            raise ConfigError(f"{where}.probabilities: only W&B draws by them; leave them out, or use backend=wandb")
         choices = parameter.values if kind == "categorical" else [parameter.value]
         if choices is None:
             raise ConfigError(f"{where}: {kind} needs values")
@@ -61,13 +65,26 @@ def _distribution(sweep: Sweep, name: str, parameter: Parameter) -> "BaseDistrib
         low, high = math.exp(low), math.exp(high)
     if kind.startswith("log_uniform") and low <= 0:
         raise ConfigError(f"{where}: min={low:g}, and a log scale begins above 0")
+    if kind == "q_uniform":
+        return _multiples(where, parameter)
     if kind == "int_uniform":
         return IntDistribution(int(low), int(high))
-    if kind == "uniform":
-        return FloatDistribution(low, high)
-    if kind == "q_uniform":
-        return FloatDistribution(low, high, step=float(parameter.q or 1))
-    return FloatDistribution(low, high, log=True)
+    return FloatDistribution(low, high, log=kind != "uniform")
+
+
+def _multiples(where: str, parameter: Parameter) -> "BaseDistribution":
+    """As W&B draws q_uniform: multiples of q, whole numbers where q is one."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    low, high, q = parameter.min or 0, parameter.max or 0, 1 if parameter.q is None else parameter.q
+    if q <= 0:
+        raise ConfigError(f"{where}.q={q:g}: values are multiples of it; give a number above 0")
+    first, last = math.ceil(low / q - 1e-9), math.floor(high / q + 1e-9)
+    if first > last:
+        raise ConfigError(f"{where}: there is no multiple of q={q:g} between {low:g} and {high:g}")
+    if isinstance(q, int):
+        return IntDistribution(first * q, last * q, step=q)
+    return FloatDistribution(round(first * q, DIGITS), round(last * q, DIGITS), step=q)
 
 
 def _implied(parameter: Parameter) -> str:
@@ -88,10 +105,10 @@ def grid_points(space: Space) -> dict[str, list[Any]]:
         if isinstance(distribution, CategoricalDistribution):
             points[name] = list(distribution.choices)
         elif isinstance(distribution, IntDistribution):
-            points[name] = list(range(distribution.low, distribution.high + 1))
+            points[name] = list(range(distribution.low, distribution.high + 1, distribution.step))
         else:
             low, high, step = distribution.low, distribution.high, distribution.step  # type: ignore[attr-defined]
-            points[name] = [low + i * step for i in range(round((high - low) / step) + 1)]
+            points[name] = [min(high, round(low + i * step, DIGITS)) for i in range(round((high - low) / step) + 1)]
     return points
 
 
@@ -101,6 +118,14 @@ def check_space(sweep: Sweep, words: list[str]) -> Composed:
     Raises:
         ConfigError: naming the parameter and what is wrong with it.
     """
+    typed = {word.partition("=")[0].lstrip("+") for word in words}
+    for name in sweep.document.parameters:
+        if name in typed:
+            raise ConfigError(
+                f"{name} is what the sweep tries ({sweep.path}); leave it out, or take it out of the file"
+            )
+        if name.startswith(("run.", "slurm.")):
+            raise ConfigError(f"{sweep.path}: parameters.{name}: where a trial lies is the sweep's to say")
     composed = compose([*words, *as_words(_first(sweep))])
     for name, parameter in sweep.document.parameters.items():
         for value in _ends(parameter):
@@ -126,5 +151,8 @@ def _ends(parameter: Parameter) -> Iterable[Any]:
         ends = [parameter.mu]
     else:
         return [parameter.value] if parameter.distribution in (None, "constant") else []
+    if parameter.distribution == "q_uniform" and isinstance(parameter.q, int | None):
+        q = parameter.q or 1
+        ends = [math.ceil(ends[0] / q) * q, math.floor(ends[-1] / q) * q]
     exponents = parameter.distribution in ("log_uniform", "inv_log_uniform", "q_log_uniform", "log_normal")
     return [math.exp(end) for end in ends] if exponents else ends

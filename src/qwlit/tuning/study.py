@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,12 +98,6 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether every trial has ended, on whichever machine."""
-        trials = self.trials
-        return len(trials) >= self._limit and all(trial.state.is_finished() for trial in trials)
-
     def next(self) -> Ticket | None:
         """Return a trial that nobody runs, else a new one; None when there are enough."""
         with self._exclusively():
@@ -122,6 +117,8 @@ class Study:
 
     def report(self, number: int, count: int, value: float) -> bool:
         """Note the `count`-th value of the metric; return whether the trial is to end for it."""
+        if not math.isfinite(value):
+            return False  # the guard's to judge
         trial_id = self._trial_id(number)
         self._storage.set_trial_intermediate_value(trial_id, count, value)
         with self._exclusively():

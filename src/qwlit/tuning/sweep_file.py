@@ -115,7 +115,7 @@ def read_sweep(name: str) -> Sweep:
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error)}") from None
     _check_command(path, document.command)
-    _check_parameters(path, document.parameters)
+    _check_parameters(path, document.parameters, raw["parameters"])
     return Sweep(path.stem, path, document, raw)
 
 
@@ -145,12 +145,20 @@ def _check_command(path: Path, command: list[str]) -> None:
         raise ConfigError(f"{path}: command ends in {command[-1]}; settings are key=value: {shape}")
 
 
-def _check_parameters(path: Path, parameters: dict[str, Parameter]) -> None:
+FORMS = (("value",), ("values",), ("min", "max"), ("mu", "sigma"))
+
+
+def _check_parameters(path: Path, parameters: dict[str, Parameter], raw: dict[str, Any]) -> None:
     if not parameters:
         raise ConfigError(f"{path}: parameters is empty; name a setting, e.g. optim.lr")
     for name, parameter in parameters.items():
         if not re.fullmatch(r"[\w.]+", name):
             raise ConfigError(f"{path}: parameters.{name}: settings are named as train names them, e.g. optim.lr")
+        said = [form for form in FORMS if set(form) & raw[name].keys()]
+        if len(said) != 1 and parameter.distribution not in ("beta", "q_beta"):
+            raise ConfigError(f"{path}: parameters.{name}: give one of value, values, or min and max")
+        if said == [("min", "max")] and None in (parameter.min, parameter.max):
+            raise ConfigError(f"{path}: parameters.{name}: a range has min and max")
         if parameter.values == []:
             raise ConfigError(f"{path}: parameters.{name}.values is empty")
         low, high = parameter.min, parameter.max

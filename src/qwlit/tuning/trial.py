@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qwlit.core.errors import Interrupted, Preempted
 from qwlit.core.files import locked, read_json_lines
 from qwlit.core.ranks import die_with_parent
 from qwlit.training.run_folder import FINISHED, RunFolder
@@ -17,8 +18,9 @@ from qwlit.tuning.study import Ticket
 from qwlit.tuning.sweep_file import Metric
 
 # Ends that another attempt goes on from: killed, preempted or interrupted by somebody else.
-RESUMABLE = (75, 130)
-ATTEMPTS = 3
+RESUMABLE = (Preempted.exit_code, Interrupted.exit_code)
+RESTARTS = 3
+"""At the same step, of one that is killed again and again."""
 # What makes a process a task of srun's: the sweep is one, its trials start their own ranks.
 TASK = {"SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"}
 
@@ -108,7 +110,7 @@ class TrialRun:
         self._log = folder / "logs" / f"{self.run.path.name}.log"
         self._tail = Tail(self.run.path / "metrics.jsonl")
         self._process: subprocess.Popen[bytes] | None = None
-        self._attempts, self._step = 0, -1
+        self._restarts, self._step = 0, -1
         self.pruned_at = ticket.pruned_at
         self.num_reported = ticket.num_reported
 
@@ -137,8 +139,17 @@ class TrialRun:
         """Return the metric's values so far."""
         return values_in(self._tail.read(), self._metric)
 
+    @property
+    def has_diverged(self) -> bool:
+        values = self.values()
+        return bool(values) and not math.isfinite(values[-1])
+
     def best(self) -> float | None:
-        return best_value(self.run, self._metric)
+        """Return the best value, of a pruned trial among those it was judged by."""
+        if self.pruned_at is None:
+            return best_value(self.run, self._metric)
+        finite = [value for value in self.values()[: self.pruned_at] if math.isfinite(value)]
+        return (min if self._metric.goal == "minimize" else max)(finite, default=None)
 
     def poll(self) -> int | None:
         """Return the exit code once it has ended for good; one that was killed is started again a few times."""
@@ -147,10 +158,11 @@ class TrialRun:
         if code is None or self.pruned_at is not None or not (code < 0 or code in RESUMABLE):
             return code
         self.values()
-        self._attempts = 1 if self.step > self._step else self._attempts + 1
+        self._restarts = 0 if self.step > self._step else self._restarts
         self._step = self.step
-        if self._attempts >= ATTEMPTS:
+        if self._restarts == RESTARTS:
             return code
+        self._restarts += 1
         self.start()
         return None
 
