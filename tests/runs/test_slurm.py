@@ -286,4 +286,4 @@ def test_a_run_longer_than_its_time_limit_is_requeued_until_it_is_done(cluster, 
 def test_python_of_the_environment_is_the_jobs(place):
     shown = qwlit(["submit", *WORDS, "hardware.devices=2", "dry_run=true"], place)
     assert shown.returncode == 0
-    assert f"srun --kill-on-bad-exit=1 {sys.executable} -m qwlit train" in shown.stdout
+    assert f"srun --kill-on-bad-exit=1 --wait=0 {sys.executable} -m qwlit train" in shown.stdout

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import time
@@ -113,7 +114,7 @@ def test_twenty_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_k
 
 
 def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(place):
-    lrs = {"optim.lr": {"values": [3e-3, 1e9, 1e-7]}, "model.attention": {"values": ["sdpa", "varlen"]}}
+    lrs = {"optim.lr": {"values": [3e-3, 1e9, 1e-7, 1e-6]}, "model.attention": {"values": ["sdpa", "varlen"]}}
     rule = {"type": "hyperband", "min_iter": 1, "eta": 2}
     sweep = write_sweep(place, method="grid", parameters=lrs, early_terminate=rule)
     # Long enough that a pruned one is still on its way when it is told.
@@ -122,8 +123,8 @@ def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(p
     assert done.returncode == 0, done.stderr
     folder = place / "runs" / "mixed"
     trials = {(t["params"]["model.attention"], t["params"]["optim.lr"]): t for t in record_of(folder)["trials"]}
-    assert len(trials) == 6
-    for lr in (3e-3, 1e9, 1e-7):
+    assert len(trials) == 8
+    for lr in (3e-3, 1e9, 1e-7, 1e-6):
         assert trials["varlen", lr]["state"] == "failed"
         assert "model.attention=varlen" in trials["varlen", lr]["reason"]
     assert trials["sdpa", 3e-3]["state"] == "done"
@@ -138,7 +139,7 @@ def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(p
             assert summary(run)["status"] == "pruned"
             assert losses(run)[-1][0] < 60
             assert "not among the best" in trial["reason"]
-    assert "3 failed" in done.stdout
+    assert "4 failed" in done.stdout
 
 
 def test_the_best_trial_trains_again_from_its_file(place):
@@ -150,7 +151,7 @@ def test_the_best_trial_trains_again_from_its_file(place):
     record = record_of(place / "runs" / "search")
     assert f"optim.lr={record['trials'][record['best']]['params']['optim.lr']}" in best.stdout
     hint = next(line for line in best.stderr.splitlines() if "qwlit train" in line)
-    words = hint.split("qwlit train ")[1].replace("run.name=…", "run.name=again").split()
+    words = shlex.split(hint.split("qwlit train ")[1].replace("run.name=…", "run.name=again"))
     assert qwlit(["train", *words], place).returncode == 0
     again = summary(place / "runs" / "again")
     assert again["val_loss_best"] == record["trials"][record["best"]]["value"]

@@ -10,6 +10,7 @@ from qwlit.training.config import HardwareConfig, SlurmConfig
 
 # hardware.num_workers=auto with CUDA (training/machine.py).
 AUTO_WORKERS = 4
+ARRAY_TASK = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 # Slurm's own names for a job in a shell; Lightning would take them for a session that is typed into.
 INTERACTIVE = ("bash", "interactive")
 
@@ -57,13 +58,14 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
         *slurm.setup,
         *work.before,
         "",
-        "# srun starts the ranks, one a device; it ends all of them when one has failed."
+        "# srun starts the ranks, one a device, ends all when one has failed, and waits for rank 0, which exports."
         if work.ranks_by_srun
         else "# One task: it starts its own processes.",
-        f"srun --kill-on-bad-exit=1{container} {command}",
+        f"srun --kill-on-bad-exit=1 --wait=0{container} {command}",
         "code=$?",
+        f"job={ARRAY_TASK if work.array else '$SLURM_JOB_ID'}",
         "# Told to save before Python could listen: nothing was lost yet.",
-        'if [ "$code" -eq 140 ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'if [ "$code" -eq 140 ]; then scontrol requeue "$job"; fi',
         'exit "$code"',
         "",
     ]

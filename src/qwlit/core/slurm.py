@@ -15,7 +15,9 @@ def in_job() -> bool:
 
 def requeue_job() -> str | None:
     """Have the job started again as soon as there is room; return why it cannot be, None if it will."""
-    job = os.environ["SLURM_JOB_ID"]
+    # The last task of an array has the array's own number: by it all tasks would be requeued.
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError) as error:

@@ -118,7 +118,7 @@ def check_space(sweep: Sweep, words: list[str]) -> Composed:
     Raises:
         ConfigError: naming the parameter and what is wrong with it.
     """
-    typed = {word.partition("=")[0].lstrip("+") for word in words}
+    typed = {word.partition("=")[0].lstrip("+") for word in words if word not in sweep.words}
     for name in sweep.document.parameters:
         if name in typed:
             raise ConfigError(
