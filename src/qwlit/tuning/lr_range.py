@@ -181,10 +181,10 @@ def judge(rates: list[float], losses: list[float]) -> RangeTest:
         for i in range(max(1, first), min(turn + 1, len(rates) - 1))
     }
     steepest = min(slopes, key=slopes.__getitem__, default=None)
-    until = slice(first, max(turn, first + 2))
+    until = slice(first, max(turn, first + len(rates) // 4))
     scatter = statistics.pstdev(loss - level for loss, level in zip(losses[until], smoothed[until], strict=True))
     fall = smoothed[first] - smoothed[turn]
-    # The average wanders, too: of 1,000 draws of noise alone it fell by at most 1.7 times the scatter (measured).
+    # The average wanders, too: of noise alone it hardly ever falls by twice the scatter.
     if steepest is None or fall <= max(NOISE * scatter, 1e-6 * abs(smoothed[first])):
         return RangeTest(rates, losses, smoothed, None, None)
     return RangeTest(rates, losses, smoothed, rates[steepest], rates[turn] if turn < len(rates) - 1 else None)
