@@ -33,11 +33,17 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
+# Jobs for `urgent` push others aside, which get a time of grace.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+# What the files in slurm/ ask for; there is no more of it than of anything else.
+GresTypes=gpu
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-NodeName=node1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 State=UNKNOWN
-NodeName=node2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 State=UNKNOWN
-PartitionName=debug Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+NodeName=node1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=48 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
+NodeName=node2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=48 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
+PartitionName=debug Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=node1,node2 MaxTime=INFINITE State=UP PriorityTier=2
 """
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 
@@ -82,6 +88,9 @@ class Cluster:
         configuration = folder / "slurm.conf"
         host = socket.gethostname().split(".")[0]
         configuration.write_text(CONFIGURATION.format(folder=folder, host=host, ports=free_ports(3)))
+        for number in range(8):
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={folder}/gpu[0-7]\n")
         self.environment = {"SLURM_CONF": str(configuration)}
         self._daemons: list[subprocess.Popen[bytes]] = []
 
@@ -101,7 +110,7 @@ class Cluster:
         self._run("slurmctld", "-D")
         self._run("slurmd", "-D", "-N", "node1")
         self._run("slurmd", "-D", "-N", "node2")
-        self._until(lambda: self.ask("sinfo", "-h", "-o", "%D %t").strip() == "2 idle", "the nodes")
+        self._until(lambda: self.ask("sinfo", "-h", "-p", "debug", "-o", "%D %t").strip() == "2 idle", "the nodes")
 
     def stop(self) -> None:
         subprocess.run(

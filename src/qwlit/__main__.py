@@ -9,7 +9,7 @@ import sys
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pruned, QwlitError, nearest
 from qwlit.core.ranks import is_rank_zero, leave, rank_label
 from qwlit.core.signals import note
-from qwlit.core.slurm import in_job, requeue_job
+from qwlit.core.slurm import LEFT_TO_SCRIPT, can_ask, is_preempted, job_id, requeue_job
 
 VERBS = {
     "train": "train a model, or go on with an unfinished run",
@@ -85,8 +85,19 @@ def _report(verb: str, error: QwlitError) -> int:
         return 0
     process = "" if is_rank_zero() else f", {rank_label()}"
     print(f"qwlit {verb}{process}: {error}", file=sys.stderr)
-    if isinstance(error, Preempted) and error.requeue and in_job():
-        # The very last: Slurm ends the job for it.
+    if isinstance(error, Preempted) and job_id() is not None:
+        return _requeue(verb, error)
+    return error.exit_code
+
+
+def _requeue(verb: str, error: Preempted) -> int:
+    """Have the Slurm job started again, unless somebody cancelled it; return the exit code.
+
+    The very last thing that is done: Slurm ends the job for it.
+    """
+    if not can_ask():
+        return LEFT_TO_SCRIPT if error.requeue else error.exit_code
+    if error.requeue or is_preempted():
         refusal = requeue_job()
         print(f"qwlit {verb}: " + (f"not requeued: {refusal}" if refusal else "the job is requeued"), file=sys.stderr)
     return error.exit_code
@@ -95,9 +106,11 @@ def _report(verb: str, error: QwlitError) -> int:
 def _run(verb: str, arguments: list[str]) -> int:
     if verb not in VERBS:
         raise ConfigError(f"no such verb.{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}; see python -m qwlit --help")
-    if verb in PREEMPTED_VERBS and signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL:
-        # It may come while the verb is still being imported.
-        signal.signal(signal.SIGUSR2, note)
+    if verb in PREEMPTED_VERBS:
+        # They may come while the verb is still being imported, and when all is saved and only the end is to be told.
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, note)
     module = importlib.import_module(f"qwlit.commands.{verb}")
     return int(module.main(arguments))
 

@@ -1,9 +1,33 @@
-"""W&B's server for tests, and environments in which its client talks to it, or to nobody."""
+"""Data to train on, a Slurm, and W&B's server: environments in which its client talks to it, or to nobody."""
+
+import json
 
 import pytest
 
 from tests.runs.runs import ENVIRONMENT
+from tests.slurm_cluster import Cluster
 from tests.wandb_stub import WandbStub
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with chat.jsonl, forty sums in two languages."""
+    turns = [
+        {"messages": [{"role": "user", "content": f"{n} plus {n}?"}, {"role": "assistant", "content": f"{2 * n}. 好"}]}
+        for n in range(40)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    made = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
 
 
 @pytest.fixture

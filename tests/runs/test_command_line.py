@@ -146,3 +146,9 @@ def test_a_model_folder_with_a_fault_ends_in_one_line(fault, said, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(said, done.stderr) and done.stderr.count("\n") == 1, done.stderr
     assert not [p for p in tmp_path.glob("runs/*") if not p.name.startswith(".")], "nothing was begun"
+
+
+def test_a_misspelt_word_of_the_verb_is_named_as_such(tmp_path):
+    done = qwlit(["sweep", "sweep=lora", "trails=2", "backend=optuna"], tmp_path)
+    assert done.returncode == 2
+    assert "trails: no such word, and no setting. Did you mean 'trials'?" in done.stderr

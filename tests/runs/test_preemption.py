@@ -4,7 +4,6 @@ QWLIT_LONG=1 sends thirty signals to each launcher instead of a few.
 """
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ import pytest
 
 import qwlit
 from tests.runs.runs import ENVIRONMENT, TINY, assert_same_run, command, free_port, losses, qwlit_process, summary
+from tests.runs.slurm_jobs import logged
 
 SIGNALS = 30 if os.environ.get("QWLIT_LONG") == "1" else 3
 WORDS = [
@@ -29,20 +29,6 @@ WORDS = [
     f"train.max_steps={60 * SIGNALS}",
 ]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "qwlit"]
-
-
-@pytest.fixture
-def place(tmp_path):
-    turns = [
-        {"messages": [{"role": "user", "content": f"{n} plus {n}?"}, {"role": "assistant", "content": f"{2 * n}. 好"}]}
-        for n in range(30)
-    ]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
-    return tmp_path
-
-
-def logged(run) -> int:
-    return len(losses(run)) if (run / "metrics.jsonl").exists() else 0
 
 
 def ranks_below(launcher: int, place) -> list[int]:
@@ -70,6 +56,10 @@ def test_a_signal_to_every_process_spares_the_loaders_workers_and_the_run_goes_o
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         os.killpg(process.pid, number)
+        if number == signal.SIGUSR2:
+            # Slurm follows it by a SIGTERM when it gives the nodes away.
+            time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
         assert (process.returncode, said.count("\n")) == (code, 1), said
         assert "the same command goes on" in said
@@ -125,21 +115,29 @@ def test_signals_at_random_moments_change_nothing(launcher, place):
     assert_same_run(run, place / "runs" / "whole")
 
 
-def test_a_rank_with_other_code_is_refused_before_anything_is_trained(place):
+@pytest.mark.parametrize("what", ["qwlit's code", "data"])
+def test_a_rank_with_other_code_or_data_is_refused_before_anything_is_trained(what, place):
     other = place / "other"
-    shutil.copytree(Path(qwlit.__file__).parent, other / "qwlit")
-    shutil.copytree(Path(qwlit.__file__).parents[2] / "conf", other / "qwlit" / "conf")
-    file = other / "qwlit" / "optim" / "schedules.py"
-    file.write_text(file.read_text() + "\n# another commit\n")
+    other.mkdir()
+    if what == "data":
+        # Another node's copy of the file.
+        (other / "chat.jsonl").write_text((place / "chat.jsonl").read_text().replace("4. 好", "5. 好"))
+    else:
+        shutil.copy(place / "chat.jsonl", other)
+        shutil.copytree(Path(qwlit.__file__).parent, other / "qwlit")
+        shutil.copytree(Path(qwlit.__file__).parents[2] / "conf", other / "qwlit" / "conf")
+        file = other / "qwlit" / "optim" / "schedules.py"
+        file.write_text(file.read_text() + "\n# another commit\n")
     port = str(free_port())
     processes = []
     for rank in range(2):
         job = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
         job |= {"PYTHONPATH": str(other)} if rank else {}
-        words = command(["train", *WORDS, "run.name=a", "hardware.devices=2"])
-        processes.append(subprocess.Popen(words, cwd=place, env=ENVIRONMENT | job, stderr=subprocess.PIPE, text=True))
+        words = command(["train", *WORDS, f"run.root={place}/runs", "run.name=a", "hardware.devices=2"])
+        folder = other if rank else place
+        processes.append(subprocess.Popen(words, cwd=folder, env=ENVIRONMENT | job, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
-    assert "differs from rank 0 in qwlit's code" in said[0]
+    assert f"differs from rank 0 in {what}:" in said[0]
     assert logged(place / "runs" / "a") == 0

@@ -32,17 +32,6 @@ WORDS = [
 ]
 
 
-@pytest.fixture
-def place(tmp_path):
-    """A folder with data to train on."""
-    turns = [
-        {"messages": [{"role": "user", "content": f"{n} plus {n}?"}, {"role": "assistant", "content": f"{2 * n}. 好"}]}
-        for n in range(40)
-    ]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
-    return tmp_path
-
-
 def write_sweep(folder, **entries) -> str:
     document = {
         "method": "random",

@@ -9,7 +9,8 @@ import yaml
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked, read_json_lines
-from qwlit.report.find import find_runs, read_words
+from qwlit.core.lists import read_list
+from qwlit.report.find import find_runs
 from qwlit.report.importance import importance
 from qwlit.report.remarks import remarks
 from qwlit.report.table import columns
@@ -18,9 +19,9 @@ from tests.reports import column, ledger_of, names, page_of, searched, write_run
 
 
 def test_a_list_is_split_at_commas_outside_quotes():
-    assert read_words("[runs/a, 'runs/b,c' ,\"d]\",中文]") == ["runs/a", "runs/b,c", "d]", "中文"]
-    assert read_words("runs/a,b=1") == ["runs/a,b=1"]
-    assert read_words("[]") == []
+    assert read_list("[runs/a, 'runs/b,c' ,\"d]\",中文]") == ["runs/a", "runs/b,c", "d]", "中文"]
+    assert read_list("runs/a,b=1") == ["runs/a,b=1"]
+    assert read_list("[]") == []
 
 
 def test_globs_take_runs_and_sweeps_and_leave_the_rest(tmp_path, monkeypatch):

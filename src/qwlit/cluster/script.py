@@ -1,11 +1,13 @@
 """The batch file of a run: readable, and fit to be kept and edited."""
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwlit.config.run import RunConfig
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, one_line
+from qwlit.core.slurm import time_limit_seconds
 from qwlit.training.config import HardwareConfig, SlurmConfig
 
 # hardware.num_workers=auto with CUDA (training/machine.py).
@@ -19,6 +21,8 @@ INTERACTIVE = ("bash", "interactive")
 class Work:
     """What the job runs."""
 
+    name: str
+    """Of the job and of its log."""
     title: str
     """Words of `submit`, for the reader of the file."""
     verb_words: list[str]
@@ -47,9 +51,9 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
     command = " ".join([interpreter, "-m", "qwlit", *work.verb_words])
     lines = [
         "#!/bin/bash",
-        f"# Written by: qwlit submit {work.title}",
+        f"# Written by: qwlit submit {one_line(work.title)}",
         "# Preempted, or out of time, the job is requeued and the run goes on from its newest checkpoint.",
-        *(f"#SBATCH {option}" for option in _options(config, work)),
+        *(f"#SBATCH {shlex.quote(option)}" for option in _options(config, work)),
         "",
         "set -uo pipefail",
         "# The shell outlives the signals: it waits for the run, which saves.",
@@ -61,7 +65,8 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
         "# srun starts the ranks, one a device, ends all when one has failed, and waits for rank 0, which exports."
         if work.ranks_by_srun
         else "# One task: it starts its own processes.",
-        f"srun --kill-on-bad-exit=1 --wait=0{container} {command}",
+        # By itself srun gives a task one core since Slurm 22.05.
+        f'srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task="$SLURM_CPUS_PER_TASK"{container} {command}',
         "code=$?",
         f"job={ARRAY_TASK if work.array else '$SLURM_JOB_ID'}",
         "# Told to save before Python could listen: nothing was lost yet.",
@@ -74,10 +79,9 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
 
 def _options(config: RunConfig, work: Work) -> list[str]:
     slurm, hardware = config.slurm, config.hardware
-    name = str(config.run.name)
     output = "%x-%A_%a.out" if work.array else "%x-%j.out"
     chosen = {
-        "job-name": f"{name}-run" if name in INTERACTIVE else name,
+        "job-name": f"{work.name}-run" if work.name in INTERACTIVE else work.name,
         **_shape(hardware, work),
         "time": slurm.time,
         "partition": slurm.partition,
@@ -115,15 +119,59 @@ def quoted(words: list[str]) -> list[str]:
     return [shlex.quote(word) for word in words]
 
 
+# What the file sets itself, by the setting that decides it; short forms beside it.
+OWNED = {
+    "nodes": "hardware.num_nodes",
+    "ntasks": "hardware.devices",
+    "ntasks-per-node": "hardware.devices",
+    "gpus": "hardware.devices",
+    "gpus-per-node": "hardware.devices",
+    "gpus-per-task": "hardware.devices",
+    "cpus-per-task": "hardware.num_workers",
+    "time": "slurm.time",
+    "partition": "slurm.partition",
+    "account": "slurm.account",
+    "qos": "slurm.qos",
+    "constraint": "slurm.constraint",
+    "signal": "slurm.signal_seconds",
+    "job-name": "run.name",
+    "array": "seeds=[…], or sweep=… tasks=…",
+}
+SHORT = {
+    "N": "nodes",
+    "n": "ntasks",
+    "G": "gpus",
+    "c": "cpus-per-task",
+    "t": "time",
+    "p": "partition",
+    "A": "account",
+    "q": "qos",
+    "C": "constraint",
+    "J": "job-name",
+    "a": "array",
+}
+ALWAYS = ("requeue", "no-requeue", "open-mode")
+
+
 def check_slurm(config: SlurmConfig) -> None:
-    """Refuse options that the file sets itself.
+    """Refuse options that the file sets itself, and a time limit that leaves no time to train.
 
     Raises:
         ConfigError: naming the option and the setting to use.
     """
-    owned = ("--nodes", "--ntasks", "--gpus", "--array", "--signal", "--open-mode", "--requeue", "--no-requeue")
     for option in config.options:
-        if not option.startswith("-"):
-            raise ConfigError(f"slurm.options: '{option}' is no option of sbatch; write --name=value")
-        if option.startswith(owned):
-            raise ConfigError(f"slurm.options: {option} is set by `submit` itself; the hardware profile decides")
+        if not re.match(r"--?[A-Za-z]", option):
+            raise ConfigError(
+                f"slurm.options: '{option}' is no option of sbatch; write --name=value, and quote what has a comma"
+            )
+        name = option[2:].partition("=")[0] if option.startswith("--") else SHORT.get(option[1], option[1])
+        if name in ALWAYS:
+            raise ConfigError(f"slurm.options: --{name} is not to be chosen; a job that is requeued depends on it")
+        if name in OWNED:
+            raise ConfigError(f"slurm.options: {option} would be set twice; set {OWNED[name]}")
+    limit = time_limit_seconds(config.time)
+    if limit is not None and limit <= config.signal_seconds:
+        raise ConfigError(
+            f"slurm.signal_seconds={config.signal_seconds} is no less than slurm.time={config.time} ({limit} s):"
+            " the run would be told to save as it starts; raise slurm.time"
+        )

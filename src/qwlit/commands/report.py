@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qwlit.commands.words import own_words
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.lists import read_list
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,12 +66,11 @@ def main(arguments: list[str]) -> int:
 def _report(runs: str, baseline: str | None, page: str | None, *, as_json: bool) -> None:
     from qwlit.core.files import resolve_path
     from qwlit.report.compare import build_ledger
-    from qwlit.report.find import read_words
     from qwlit.report.importance import importance
     from qwlit.report.page import FILE, write_page
     from qwlit.report.remarks import remarks
 
-    words = read_words(runs)
+    words = read_list(runs)
     if not words:
         raise ConfigError(f"runs={runs} is empty; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
     try:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     if own["dry_run"] == "true":
         print(text, end="")
         return 0
-    _submit(config, text)
+    _submit(resolve_path(config.run.root) / SCRIPTS / f"{work.name}.sbatch", text)
     return 0
 
 
@@ -42,14 +42,16 @@ def _runs(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Work
     config = compose(words).config
     _refuse_hopeless(words)
     # The name is said, so that a requeue finds the run whatever is derived then.
-    named = [*words, f"run.name={config.run.name}"]
+    name = str(config.run.name)
+    named = [*words, f"run.name={name}"]
     if own["seeds"] is None:
-        return config, Work(" ".join(words), ["train", *quoted(named)])
+        return config, Work(name, " ".join(words), ["train", *quoted(named)])
     seeds = _seeds(own["seeds"])
     chosen = "${seeds[$SLURM_ARRAY_TASK_ID]}"
     return config, Work(
+        name,
         f"seeds={own['seeds']} {' '.join(words)}",
-        ["train", *quoted(words), f"seed={chosen}", f"run.name={config.run.name}-seed{chosen}"],
+        ["train", *quoted(words), f"seed={chosen}", f"run.name={name}-seed{chosen}"],
         array=f"0-{len(seeds) - 1}",
         before=(f"seeds=({' '.join(str(seed) for seed in seeds)})",),
     )
@@ -57,14 +59,15 @@ def _runs(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Work
 
 def _sweep(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Work]:
     """A local sweep whose trials are shared by the tasks of an array, each with the devices of one trial."""
-    from qwlit.tuning.optuna_search import check_metric, number_of_trials
+    from qwlit.tuning.optuna_search import check_metric, number_of_trials, sweep_folder
     from qwlit.tuning.space import build_space, check_space
     from qwlit.tuning.sweep_file import read_sweep
 
     if own["seeds"] is not None:
         raise ConfigError("seeds is of runs; a sweep tries what its file says")
     sweep = read_sweep(str(own["sweep"]))
-    config = check_space(sweep, [*sweep.words, "logger=none", *words]).config
+    composed = check_space(sweep, [*sweep.words, "logger=none", *words])
+    config, name = composed.config, sweep_folder(sweep, composed, words).name
     if config.hardware.num_nodes > 1:
         raise ConfigError("hardware.num_nodes: a trial of a sweep runs on one node")
     check_metric(sweep, config)
@@ -74,7 +77,7 @@ def _sweep(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Wor
     limit = [] if trials is None else [f"trials={trials}"]
     sweep_words = ["sweep", *quoted([f"sweep={own['sweep']}", "backend=optuna", *limit, "jobs=1", *words])]
     title = " ".join([f"sweep={own['sweep']}", *limit, f"tasks={tasks}", *words])
-    return config, Work(title, sweep_words, ranks_by_srun=False, array=f"0-{tasks - 1}")
+    return config, Work(name, title, sweep_words, ranks_by_srun=False, array=f"0-{tasks - 1}")
 
 
 def _seeds(text: str) -> list[int]:
@@ -100,17 +103,15 @@ def _refuse_hopeless(words: list[str]) -> None:
     refuse(find(facts_of(draw_outline(compose(words), imagined=True))))
 
 
-def _submit(config: RunConfig, text: str) -> None:
-    """Hand the file to sbatch, and keep it; Slurm's own line is the last.
+def _submit(file: Path, text: str) -> None:
+    """Keep the text in `file`, and hand that to sbatch; Slurm's own line is the last.
 
     Raises:
         QwlitError: there is no sbatch, or it refused.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("there is no sbatch here; dry_run=true prints the file, to be submitted where there is one")
-    folder = resolve_path(config.run.root) / SCRIPTS
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{config.run.name}.sbatch"
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(file, text)
     print(f"written to {file}")
     sys.stdout.flush()

@@ -52,7 +52,8 @@ def _run(own: dict[str, str | None], words: list[str]) -> int:
             raise ConfigError("jobs is of backend=optuna; with W&B's agents say agents=N, one trial each at a time")
         from qwlit.tuning.wandb_search import run_wandb
 
-        return run_wandb(sweep, words, trials=trials, agents=whole_number(own, "agents", least=0))
+        run_wandb(sweep, words, trials=trials, agents=whole_number(own, "agents", least=0))
+        return 0
     if own["agents"] is not None:
         raise ConfigError("agents is of backend=wandb; with backend=optuna say jobs=N, trials side by side")
     from qwlit.tuning.optuna_search import run_local

@@ -8,7 +8,6 @@ from qwlit.config.compose import Composed, compose, dump
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
-from qwlit.core.slurm import was_requeued
 
 
 def main(arguments: list[str]) -> int:
@@ -39,10 +38,8 @@ def _split_options(arguments: list[str]) -> tuple[list[str], bool]:
     return words, show_config
 
 
-def as_requeued(composed: Composed) -> Composed:
-    """In a job that has run before, what lies there is this job's own: it is gone on with, whatever was typed."""
-    if not was_requeued():
-        return composed
+def going_on(composed: Composed) -> Composed:
+    """Let the run be gone on with, whatever was typed: it is for the first of a requeued job's lives."""
     run = replace(composed.config.run, overwrite=False)
     return replace(composed, config=replace(composed.config, run=run, resume="auto"))
 
@@ -61,14 +58,16 @@ def train(composed: Composed) -> None:
     from qwlit.training.run_folder import FINISHED, RunFolder, RunLock
     from qwlit.training.wandb_access import check_logger
 
-    composed = as_requeued(composed)
     config = composed.config
     if under_agent() and is_rank_zero():
         # Left alone it would train for nobody, on a GPU that the next agent counts on.
         die_with_parent(number=signal.SIGINT)
     prepare_determinism(config.determinism)
     folder = RunFolder(resolve_path(config.run.root) / str(config.run.name))
-    is_over = was_requeued() and folder.status == FINISHED
+    if folder.is_this_jobs:
+        composed = going_on(composed)
+        config = composed.config
+    is_over = folder.is_this_jobs and folder.status == FINISHED
     if is_over and not is_rank_zero():
         return
     counting = counting_requeues(folder, lambda: Start(newest(folder)).step, config.slurm.max_requeues_in_place)

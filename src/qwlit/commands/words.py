@@ -14,13 +14,15 @@ def own_words(
         known: its keys with their choices, None where any text will do; the first choice stands where none is typed.
 
     Raises:
-        ConfigError: a value is none of the choices.
+        ConfigError: a value is none of the choices, or a word is nearly one of `known` and no setting either.
     """
     own = {key: next(iter(choices)) if choices else None for key, choices in known.items()}
     overrides = []
     for word in arguments:
         key, _, value = word.partition("=")
         if key not in known:
+            if (hint := nearest(key, known)) and not _is_setting(key):
+                raise ConfigError(f"{key}: no such word, and no setting.{hint}")
             overrides.append(word)
             continue
         choices = known[key]
@@ -28,6 +30,16 @@ def own_words(
             raise ConfigError(f"{key}={value}: choose one of {', '.join(choices)}.{nearest(value, choices)}")
         own[key] = value
     return own, overrides
+
+
+def _is_setting(key: str) -> bool:
+    from dataclasses import fields
+
+    from qwlit.config.compose import group_options
+    from qwlit.config.run import RunConfig
+
+    name = key.lstrip("+~").partition(".")[0]
+    return name in {"config", "hydra", *group_options(), *(field.name for field in fields(RunConfig))}
 
 
 def whole_number(own: Mapping[str, str | None], key: str, least: int = 1) -> int | None:

@@ -27,6 +27,7 @@ from qwlit.config.run import RunConfig
 from qwlit.config.trial import settings_among, trial_name
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
+from qwlit.core.lists import read_list
 from qwlit.core.ranks import under_agent
 from qwlit.data.config import parts_of
 
@@ -95,6 +96,8 @@ def _parse(overrides: list[str]) -> list[Override]:
 
 LISTS = {"data.path", "data.val_path"}
 """Texts that may also be lists."""
+OF_TEXTS = {"slurm.options", "slurm.setup"}
+"""Lists in the words of other programs: Hydra's grammar cannot read [--mem=5G]."""
 # Hydra's grammar has ASCII letters only: in a list, what it cannot read is quoted for it.
 FOREIGN = re.compile(r"""[^\[\]{},:'"\s]*[^\x00-\x7f][^\[\]{},:'"]*""")
 
@@ -115,11 +118,18 @@ def _read(text: str) -> Override:
             return override
     except HydraException:
         pass
-    quoted = value.replace("'", "\\'")
+    if key.lstrip("+") in OF_TEXTS and value.startswith("["):
+        quoted = f"[{','.join(_quoted(item) for item in read_list(value))}]"
+    else:
+        quoted = _quoted(value)
     try:
-        return parser.parse_override(f"{key}='{quoted}'")
+        return parser.parse_override(f"{key}={quoted}")
     except HydraException:
         raise ConfigError(f"'{text}' cannot be read as key=value") from None
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -5,7 +5,9 @@ from qwlit.core.errors import ConfigError
 from qwlit.model.config import AdapterConfig, FreezeConfig
 from qwlit.optim.config import BITSANDBYTES
 
-TEXTS = {"run.name", "run.root", "model.path", "model.tokenizer", "model.hub_id", "data.path", "data.val_path"}
+TEXTS = {"run.name", "run.root", "model.path", "model.tokenizer", "model.hub_id", "data.path", "data.val_path"} | {
+    f"slurm.{name}" for name in ("partition", "account", "qos", "constraint", "time", "container")
+}
 """Settings that are text even where they look like a number, and are never empty."""
 
 

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from qwlit.core.ranks import is_rank_zero
 
@@ -31,6 +32,12 @@ def console(*, stderr: bool = False) -> Console:
     return Screen(stderr=stderr, quiet=not is_rank_zero(), width=width, highlight=False, soft_wrap=True)
 
 
+def progress_bar(label: str, count: ProgressColumn, screen: Console, **options: Any) -> Progress:
+    """Return a bar with a text of the task's own beside it; `count` says how far it is, `options` are rich's."""
+    columns = (BarColumn(bar_width=12), TextColumn("{task.description}"), TimeRemainingColumn())
+    return Progress(TextColumn(label), count, *columns, console=screen, **options)
+
+
 @contextmanager
 def measuring(what: str, screen: Console) -> Iterator[Callable[..., None]]:
     """Show how far a long work is while the block runs: a bar on a terminal, a line now and then elsewhere.
@@ -38,16 +45,7 @@ def measuring(what: str, screen: Console) -> Iterator[Callable[..., None]]:
     Yields:
         show(done, in_all, text, *, finished): `in_all` 0 where nobody knows; the finished text stays on the screen.
     """
-    bar = Progress(
-        TextColumn(what),
-        BarColumn(bar_width=12),
-        TaskProgressColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=screen,
-        transient=True,
-        disable=not screen.is_terminal,
-    )
+    bar = progress_bar(what, TaskProgressColumn(), screen, transient=True, disable=not screen.is_terminal)
     last_line = time.monotonic()
 
     def show(done: int, in_all: int, text: str, *, finished: bool = False) -> None:

@@ -72,6 +72,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a .json file; empty where there is none, or something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 @contextmanager
 def locked(path: Path, *, blocking: bool = True, shared: bool = False) -> Iterator[TextIO]:
     """Hold a lock on `path` (made if need be) while the block runs: exclusive, or shared with other shared ones.
@@ -84,3 +93,12 @@ def locked(path: Path, *, blocking: bool = True, shared: bool = False) -> Iterat
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         fcntl.flock(handle, kind if blocking else kind | fcntl.LOCK_NB)
         yield handle
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds a lock on `path`."""
+    try:
+        with locked(path, blocking=False, shared=True):
+            return False
+    except BlockingIOError:
+        return True

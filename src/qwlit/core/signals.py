@@ -1,10 +1,11 @@
 """Signals that come before anybody can act on them."""
 
 import signal
+from collections.abc import Iterable
 from types import FrameType
 
 ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""What a training answers."""
+"""What a training answers, the weightiest last: Slurm follows its SIGUSR2 by a SIGTERM, and means the first."""
 noted: list[int] = []
 """What this process was sent while it was starting."""
 
@@ -12,6 +13,11 @@ noted: list[int] = []
 def note(number: int, frame: FrameType | None) -> None:
     """Remember the signal: the training answers it at its first step boundary."""
     noted.append(number)
+
+
+def weightiest(numbers: Iterable[int]) -> int:
+    """Return the signal that says most of what is to be done; 0 for none."""
+    return max(numbers, key=lambda number: ANSWERED.index(signal.Signals(number)) if number else -1, default=0)
 
 
 def ignore_signals() -> None:

@@ -31,11 +31,11 @@ from qwlit.training.wandb_run import WandbRun
 
 def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start, wandb_run: WandbRun | None = None) -> Loop:
     """Train from `start` to the end; return the loop with what its callbacks saw."""
-    config, derived = job.config, job.derived
+    config = job.config
     module = CausalLMModule(
         loss_model,
         optim=config.optim,
-        schedule=derived.schedule,
+        schedule=job.derived.schedule,
         max_grad_norm=config.train.max_grad_norm,
         shard=partial(_shard, job, loss_model) if job.machine.strategy == "fsdp" else None,
         loss_scale=LossScale() if job.machine.precision == "16-mixed" else None,
@@ -43,7 +43,7 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start, wandb_
     )
     loop = build_loop(
         job.machine,
-        derived.milestones,
+        job.derived.milestones,
         folder,
         job.data.train,
         count_flops(loss_model.causal_lm),
@@ -53,35 +53,17 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start, wandb_
             config.checkpoint,
             config.profile,
             traced=config.determinism != "fast",
-            facts=gather_facts(str(mathematics(config)), job.data.fingerprint),
+            facts=gather_facts(str(mathematics(config)), job.data.fingerprint) if job.machine.world_size > 1 else {},
         ),
         wandb_run,
     )
-    rank = loop.trainer.global_rank
-    steps = train_loader(
-        StepDataset(job.data.train, job.plan, rank, job.pad_id),
-        start_step=start.step,
-        total_steps=derived.total_steps,
-        num_workers=job.machine.num_workers,
-        pin_memory=job.machine.pin_memory,
-    )
-    validation = None
-    if job.data.validation is not None and derived.milestones.next_validation(0) is not None:
-        validation = validation_loader(
-            job.data.validation,
-            rank=rank,
-            world_size=job.machine.world_size,
-            limits=job.plan.limits,
-            packing=job.plan.packing,
-            pad_id=job.pad_id,
-        )
     if loop.trainer.world_size != job.machine.world_size:
         raise ConfigError(
             f"Lightning sees {loop.trainer.world_size} processes, the settings name {job.machine.world_size};"
             " start them with torchrun or srun, or let qwlit start them"
         )
     try:
-        _run(loop, module, steps, validation, start)
+        _run(loop, module, *_loaders(job, loop.trainer.global_rank, start), start)
     except torch.OutOfMemoryError:
         raise out_of_memory(loop.trainer, module, config.hardware, job.machine) from None
     except Exception as error:
@@ -92,6 +74,28 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start, wandb_
     finally:
         folder.write_summary(**loop.figures())
     return loop
+
+
+def _loaders(job: Job, rank: int, start: Start) -> tuple[Any, Any]:
+    """Return the steps from `start` on, and the validation set; None where it is never looked at."""
+    steps = train_loader(
+        StepDataset(job.data.train, job.plan, rank, job.pad_id),
+        start_step=start.step,
+        total_steps=job.derived.total_steps,
+        num_workers=job.machine.num_workers,
+        pin_memory=job.machine.pin_memory,
+    )
+    if job.data.validation is None or job.derived.milestones.next_validation(0) is None:
+        return steps, None
+    validation = validation_loader(
+        job.data.validation,
+        rank=rank,
+        world_size=job.machine.world_size,
+        limits=job.plan.limits,
+        packing=job.plan.packing,
+        pad_id=job.pad_id,
+    )
+    return steps, validation
 
 
 def _shard(job: Job, loss_model: LossModel, mesh: DeviceMesh) -> None:

@@ -3,7 +3,6 @@
 import glob
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,15 +56,6 @@ class Found:
     place: Path
     exists: bool = True
     trial: Trial | None = None
-
-
-def read_words(text: str) -> list[str]:
-    """Split `[a,b]` into its words, or return the one word. Names with a comma or a bracket are quoted."""
-    inside = re.fullmatch(r"\[(.*)\]", text.strip(), re.DOTALL)
-    if inside is None:
-        return [text.strip()]
-    quoted = re.findall(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]+))\s*(?:,|$)""", inside[1])
-    return [word.strip() for parts in quoted if (word := "".join(parts)).strip()]
 
 
 def find_runs(words: Iterable[str]) -> list[Found]:

@@ -1,6 +1,5 @@
 """One run as the ledger sees it, read from its folder, whatever state that is in."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import yaml
 
 from qwlit.config.run import flatten
-from qwlit.core.files import locked, read_json_lines
+from qwlit.core.files import is_held, read_json, read_json_lines
 from qwlit.report.find import Found, Metric, Trial, number_or_none
 from qwlit.training.run_folder import FINISHED, RunFolder
 
@@ -101,7 +100,7 @@ def _read(found: Found, name: str) -> Run:
         trial=trial,
         status=trial.state if trial and (trial.state != "running" or not found.exists) else status,
         settings=_settings(params) | _settings(_tree(path / "config.yaml")),
-        manifest=_json(path / "manifest.json"),
+        manifest=read_json(path / "manifest.json"),
         summary=summary,
         series=series,
         events=tuple(read_json_lines(path / "events.jsonl")),
@@ -118,19 +117,10 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
     if not lock.exists():
         return "killed"
     try:
-        with locked(lock, blocking=False, shared=True):
-            return "killed"
+        return "running" if is_held(lock) else "killed"
     except OSError:
-        # Held, or on a disk where nothing can be locked.
+        # On a disk where nothing can be locked.
         return "running"
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _tree(file: Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """What a user can set about the run, the loop, the machine and what is kept."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
+from qwlit.core.slurm import time_limit_seconds
 from qwlit.model.config import MemoryPolicy
 
 Determinism = Literal["fast", "reproducible", "strict"]
@@ -136,10 +137,12 @@ class LoggerConfig:
     """Upload every saved checkpoint as a W&B artifact."""
 
 
-def _slurm_time(text: str) -> str:
-    if not re.fullmatch(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}|UNLIMITED", text):
-        raise ValueError("a time limit as Slurm writes it: minutes, hours:minutes:seconds or days-hours")
-    return text
+def _slurm_time(value: Any) -> Any:
+    if isinstance(value, int):
+        raise ValueError('quote it, "12:00:00": YAML reads a clock time as a number')
+    if isinstance(value, str):
+        time_limit_seconds(value)
+    return value
 
 
 def _one_line(text: str) -> str:
@@ -163,7 +166,7 @@ class SlurmConfig:
     """Quality of service."""
     constraint: Line | None = None
     """Features that the nodes must have."""
-    time: Annotated[str, AfterValidator(_slurm_time)] = "24:00:00"
+    time: Annotated[str, BeforeValidator(_slurm_time)] = "24:00:00"
     """Time limit of one piece of the run; it is requeued and goes on until it is done."""
     signal_seconds: Annotated[int, Field(ge=10, le=65535, strict=True)] = 120
     """How long before the time limit the run is told to save: one step, one checkpoint and some."""
@@ -172,9 +175,9 @@ class SlurmConfig:
     container: Line | None = None
     """Image for Pyxis' --container-image; its own python is used. null: no container, this environment."""
     setup: tuple[Line, ...] = ()
-    """Shell lines before training, e.g. ["module load cuda"]."""
+    """Shell lines before training, e.g. ["module load cuda"]; variables as $NAME."""
     options: tuple[Line, ...] = ()
-    """Further options of sbatch, e.g. [--exclusive]."""
+    """Further options of sbatch, e.g. [--exclusive,--mem=64G]."""
 
 
 @config_dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwlit.core.errors import ConfigError
+from qwlit.core.slurm import job_id
 from qwlit.training.checkpoint import clear_leftovers, damage, list_checkpoints, step_of
 from qwlit.training.run_folder import FINISHED, RunFolder
 
@@ -55,7 +56,7 @@ def claim(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: boo
         elif resume == "never":
             aside = folder.set_aside()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    folder.write_summary(status="running")
+    folder.write_summary(status="running", job=job_id())
     clear_leftovers(folder)
     damaged = _walk_back(folder)
     return Start(checkpoint=newest(folder), set_aside=aside, damaged=damaged)

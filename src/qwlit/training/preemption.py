@@ -16,7 +16,7 @@ from torch import tensor
 
 from qwlit.core.errors import Interrupted, Leave, Preempted, Pruned
 from qwlit.core.ranks import is_rank_zero, under_agent
-from qwlit.core.signals import ANSWERED, note, noted
+from qwlit.core.signals import ANSWERED, note, noted, weightiest
 from qwlit.training.boundary import BoundaryCallback
 from qwlit.training.checkpoint import Checkpointing
 from qwlit.training.milestones import Milestones
@@ -24,6 +24,8 @@ from qwlit.training.module import CausalLMModule
 from qwlit.training.run_folder import RunFolder
 
 LEAVE = (signal.SIGTERM, signal.SIGUSR2)
+WORDS = (0, *ANSWERED)
+"""What ranks tell each other, by weight."""
 
 
 @contextmanager
@@ -31,8 +33,9 @@ def answering_signals() -> Iterator[None]:
     """Outside the step loop there is nothing to save: rank 0 leaves at once, as preempted or pruned.
 
     Ctrl-C goes to every process of a terminal; only rank 0 answers it there, and takes the others with it. Ranks that
-    rank 0 has started leave all signals to it. Those that srun or torchrun has started note theirs: if rank 0 was
-    signalled too, its end takes them along; if not, all leave together at the first step boundary.
+    rank 0 has started leave all signals to it. Those that srun or torchrun has started note theirs: if rank 0 was not
+    signalled, all leave together at the first step boundary; if it was, it has left, and the launcher tells the others
+    a second time.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -41,15 +44,20 @@ def answering_signals() -> Iterator[None]:
         said = "preempted outside the training steps; the same command goes on from the newest checkpoint"
         raise Leave(Preempted(said, requeue=number == signal.SIGUSR2 and not under_agent()))
 
+    def note_or_leave(number: int, frame: FrameType | None) -> None:
+        if noted:
+            leave(number, frame)
+        note(number, frame)
+
     previous = {}
     for number in LEAVE:
         if signal.getsignal(number) != signal.SIG_IGN:
-            previous[number] = signal.signal(number, leave if is_rank_zero() else note)
+            previous[number] = signal.signal(number, leave if is_rank_zero() else note_or_leave)
     if not is_rank_zero():
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if is_rank_zero() and noted:
-            leave(noted[0], None)
+            leave(weightiest(noted), None)
         yield
     except Leave as end:
         raise end.error from None
@@ -79,7 +87,7 @@ class StopOnSignal(BoundaryCallback):
             # Lightning broadcasts and reads a SIGTERM flag on the device each step; the word below does its work.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         self._previous = {number: signal.signal(number, self._note) for number in ANSWERED}
-        self._signal = max([self._signal, *noted])
+        self._signal = weightiest([self._signal, *noted])
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._restore()
@@ -95,7 +103,7 @@ class StopOnSignal(BoundaryCallback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         # A second Ctrl-C stops at once.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._signal = max(self._signal, number)
+        self._signal = weightiest([self._signal, number])
 
     def _agreed(self) -> int:
         """Return the signal all ranks act on now, 0 for none."""
@@ -105,8 +113,8 @@ class StopOnSignal(BoundaryCallback):
         if self._word is not None:
             word, work = self._word
             work.wait()
-            number = int(word)
-        word = tensor(self._signal)
+            number = WORDS[int(word)]
+        word = tensor(WORDS.index(self._signal))
         self._word = (word, dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
         return number
 

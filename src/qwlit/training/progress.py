@@ -6,8 +6,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
+from qwlit.core.console import progress_bar
 from qwlit.training.telemetry import Row
 
 SHOWN = {
@@ -36,14 +37,7 @@ class ProgressDisplay(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._started, self._first_step = time.perf_counter(), trainer.global_step
         if trainer.is_global_zero and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=12),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+            self._bar = progress_bar("step", MofNCompleteColumn(), self._console)
             self._bar.add_task("", total=self._total, completed=trainer.global_step)
             self._bar.start()
 

@@ -1,13 +1,12 @@
 """How often a run was requeued without one step more: a job that only starts and stops would do so for ever."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from qwlit.core.errors import Preempted, QwlitError
-from qwlit.core.files import write_json_atomic
+from qwlit.core.files import read_json, write_json_atomic
 from qwlit.core.ranks import is_rank_zero
-from qwlit.core.slurm import in_job
+from qwlit.core.slurm import job_id
 from qwlit.training.run_folder import RunFolder
 
 
@@ -17,7 +16,7 @@ def counting_requeues(folder: RunFolder, progress: Callable[[], int], most: int)
     try:
         yield
     except Preempted as error:
-        if error.requeue and in_job() and is_rank_zero():
+        if error.requeue and job_id() is not None and is_rank_zero():
             count_requeue(folder, progress(), most)
         raise
 
@@ -30,15 +29,13 @@ def count_requeue(folder: RunFolder, progress: int, most: int) -> None:
     """
     # Beside the folder: it must outlast a start that never came to making one.
     file = folder.lock_file.with_name(f"{folder.lock_file.name}.requeues")
-    try:
-        noted = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        noted = {}
-    times = noted.get("times", 0) + 1 if noted.get("progress") == progress else 1
+    noted = read_json(file)
+    here = {"job": job_id(), "progress": progress}
+    times = noted.get("times", 0) + 1 if here.items() <= noted.items() else 1
     if times > most:
         raise QwlitError(
             f"{folder.path} was requeued {most} times at step {progress} without one step more; it is left."
             " Raise slurm.time, or slurm.signal_seconds if it was killed while saving"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(file, {"progress": progress, "times": times})
+    write_json_atomic(file, here | {"times": times})

@@ -15,9 +15,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.files import append_json_line, locked, read_json_lines, write_json_atomic, write_text_atomic
+from qwlit.core.files import (
+    append_json_line,
+    is_held,
+    locked,
+    read_json,
+    read_json_lines,
+    write_json_atomic,
+    write_text_atomic,
+)
 from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token, launched_by_torchrun
-from qwlit.core.slurm import was_requeued
+from qwlit.core.slurm import job_id, was_requeued
 
 FINISHED = "done"
 STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl")
@@ -51,12 +59,13 @@ class RunFolder:
     def holds_run(self) -> bool:
         return self.status is not None or self.config_file.exists()
 
+    @property
+    def is_this_jobs(self) -> bool:
+        """Whether a Slurm job that was requeued finds here what it began itself."""
+        return was_requeued() and self.read_summary().get("job") == job_id()
+
     def read_summary(self) -> dict[str, Any]:
-        try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return summary if isinstance(summary, dict) else {}
+        return read_json(self.path / "summary.json")
 
     def write_summary(self, **entries: Any) -> None:
         """Merge `entries` into summary.json."""
@@ -192,7 +201,7 @@ class RunLock:
         """
         seen = False
         give_up = time.monotonic() + self.PATIENCE_SECONDS
-        while not (taken := self._taken()) or self._read() != launch_token():
+        while not (taken := is_held(self._path)) or self._read() != launch_token():
             ended = (seen and not taken) or self._read() == f"{launch_token()}{ENDED}"
             if ended or (not seen and time.monotonic() > give_up):
                 raise ConfigError("rank 0 ended before the run began; its own message says why")
@@ -201,10 +210,3 @@ class RunLock:
 
     def _read(self) -> str:
         return self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-
-    def _taken(self) -> bool:
-        try:
-            with locked(self._path, blocking=False, shared=True):
-                return False
-        except BlockingIOError:
-            return True

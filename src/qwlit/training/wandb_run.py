@@ -4,7 +4,6 @@ metrics.jsonl is the truth, and its row N is step N of W&B's own count: what W&B
 and what it has from beyond the checkpoint that a run goes on from is not.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ from rich.markup import escape
 
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, Interrupted, Leave, Preempted, Pruned, one_line
-from qwlit.core.files import read_json_lines
+from qwlit.core.files import read_json, read_json_lines
 from qwlit.core.ranks import under_agent
 from qwlit.training.config import WANDB_CONFIG_KEY, LoggerConfig
 from qwlit.training.run_folder import RunFolder
@@ -52,11 +51,7 @@ class WandbRun:
     @property
     def record(self) -> dict[str, Any]:
         """The content of wandb.json; empty where there is none."""
-        try:
-            record = json.loads((self._folder.path / self.RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return record if isinstance(record, dict) else {}
+        return read_json(self._folder.path / self.RECORD)
 
     def open(self, *, continues: bool) -> None:
         """Begin or go on, and say where.

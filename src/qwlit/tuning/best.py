@@ -54,12 +54,11 @@ def _recorded_best(folder: Path) -> tuple[RunFolder, float]:
 def _best_of_runs(folder: Path, metric: Metric) -> tuple[RunFolder, float]:
     """Of a W&B sweep: its trials on this machine are the runs in its folder."""
     runs = [RunFolder(path) for path in sorted(folder.glob("*")) if path.is_dir()]
-    values = [(best_value(run, metric), run) for run in runs if run.status == FINISHED]
-    known = [(value, run) for value, run in values if value is not None]
-    if not known:
+    values = {run: value for run in runs if run.status == FINISHED and (value := best_value(run, metric)) is not None}
+    best = metric.best(values.values())
+    if best is None:
         raise ConfigError(f"{folder} holds no sweep with a trial that ended well; name it by run.name=… and run.root=…")
-    value, run = (min if metric.goal == "minimize" else max)(known, key=lambda pair: pair[0])
-    return run, value
+    return next(run for run, value in values.items() if value == best), best
 
 
 def as_overrides(choices: dict[str, str], config: RunConfig, words: list[str]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
+from qwlit.core.console import progress_bar
 from qwlit.tuning.sweep_file import Metric
 
 if TYPE_CHECKING:
@@ -23,17 +24,8 @@ class SweepDisplay:
         self._screen = screen
         self._metric = metric
         # Refreshed by hand: trials are forked, and that wants no threads beside it.
-        self._bar = Progress(
-            TextColumn("trials"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=12),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=screen,
-            auto_refresh=False,
-            transient=True,
-            disable=not screen.is_terminal,
-        )
+        options = {"auto_refresh": False, "transient": True, "disable": not screen.is_terminal}
+        self._bar = progress_bar("trials", MofNCompleteColumn(), screen, **options)
         self._task = self._bar.add_task("", total=limit)
 
     def __enter__(self) -> Self:

@@ -1,7 +1,6 @@
 """sweep.json: what a sweep has tried and what came of it, for `report`, for `action=best` and for people's scripts."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from qwlit.core.files import locked, write_json_atomic
 from qwlit.data.config import parts_of
 from qwlit.training.run_folder import RunFolder
 from qwlit.tuning.study import Study
-from qwlit.tuning.sweep_file import Sweep
+from qwlit.tuning.sweep_file import Metric, Sweep
 from qwlit.tuning.trial import name_of
 
 RECORD = "sweep.json"
@@ -54,33 +53,27 @@ def _compared(config: RunConfig) -> dict[str, Any]:
 def write_record(folder: Path, head: dict[str, Any], study: Study) -> list[dict[str, Any]]:
     """Write sweep.json and return its trials."""
     with locked(folder / ".record.lock"):
-        trials = [_entry(folder, head["metric"]["goal"], trial) for trial in study.trials]
-        sign = 1 if head["metric"]["goal"] == "minimize" else -1
-        done = [trial for trial in trials if trial["state"] == "done"]
-        best = min(done, key=lambda trial: sign * trial["value"], default=None)
-        write_json_atomic(folder / RECORD, head | {"trials": trials, "best": best and best["number"]})
+        metric = Metric(**head["metric"])
+        trials = [_entry(folder, metric, trial) for trial in study.trials]
+        values = {trial["number"]: trial["value"] for trial in trials if trial["state"] == "done"}
+        best = next((number for number, value in values.items() if value == metric.best(values.values())), None)
+        write_json_atomic(folder / RECORD, head | {"trials": trials, "best": best})
     return trials
 
 
-def _entry(folder: Path, goal: str, trial: Any) -> dict[str, Any]:
+def _entry(folder: Path, metric: Metric, trial: Any) -> dict[str, Any]:
     name = name_of(trial.number)
     summary = RunFolder(folder / name).read_summary()
     outcome = trial.user_attrs.get("outcome") if trial.state.is_finished() else "running"
     return {
         "number": trial.number,
         "state": outcome,
-        "value": trial.value if outcome == "done" else _best_so_far(trial, goal),
+        "value": trial.value if outcome == "done" else metric.best(trial.intermediate_values.values()),
         "params": trial.params,
         "run": name,
         "reason": trial.user_attrs.get("reason"),
         "steps": summary.get("steps"),
     }
-
-
-def _best_so_far(trial: Any, goal: str) -> float | None:
-    """Return the best that a trial measured before its end came."""
-    finite = [value for value in trial.intermediate_values.values() if math.isfinite(value)]
-    return (min if goal == "minimize" else max)(finite, default=None)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

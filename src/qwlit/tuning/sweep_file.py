@@ -1,7 +1,8 @@
 """A sweep file: W&B's own format, so that `wandb sweep FILE` takes it as well."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,11 @@ class Metric:
 
     name: str
     goal: Literal["minimize", "maximize"] = "minimize"
+
+    def best(self, values: Iterable[float]) -> float | None:
+        """Return the best finite value, None where there is none."""
+        finite = (value for value in values if math.isfinite(value))
+        return (min if self.goal == "minimize" else max)(finite, default=None)
 
 
 @config_dataclass

@@ -5,14 +5,12 @@ import math
 import os
 import signal
 import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qwlit.core.children import start_child
 from qwlit.core.errors import Interrupted, Preempted
-from qwlit.core.files import locked, read_json_lines
-from qwlit.core.ranks import die_with_parent
+from qwlit.core.files import is_held, read_json_lines
 from qwlit.training.run_folder import FINISHED, RunFolder
 from qwlit.tuning.study import Ticket
 from qwlit.tuning.sweep_file import Metric
@@ -21,8 +19,8 @@ from qwlit.tuning.sweep_file import Metric
 RESUMABLE = (Preempted.exit_code, Interrupted.exit_code)
 RESTARTS = 3
 """At the same step, of one that is killed again and again."""
-# What makes a process a task of srun's: the sweep is one, its trials start their own ranks.
-TASK = {"SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"}
+# The sweep is the task and has the job requeued; its trials start their own ranks, and only save.
+OF_THE_SWEEP = "SLURM_"
 
 
 class Tail:
@@ -54,20 +52,9 @@ class Tail:
 
 
 def start_training(words: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start `train` as a process of its own; what it says is added to `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as said:
-        return subprocess.Popen(
-            [sys.executable, "-m", "qwlit", "train", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            env={key: value for key, value in os.environ.items() if key not in TASK} | environment,
-            # A Ctrl-C of the terminal's is the parent's to answer.
-            start_new_session=True,
-            # It saves and leaves when the parent is killed. The parent has no threads that could hold a lock here.
-            preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGTERM),  # noqa: PLW1509
-        )
+    """Start `train` as a process of its own, which saves and leaves when this one is killed."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith(OF_THE_SWEEP)}
+    return start_child(["-m", "qwlit", "train", *words], log, own | environment, orphaned=signal.SIGTERM)
 
 
 def last_words(log: Path) -> str | None:
@@ -90,9 +77,9 @@ def values_in(rows: list[dict[str, Any]], metric: Metric) -> list[float]:
 def best_value(run: RunFolder, metric: Metric) -> float | None:
     """Return the best value, of metrics.jsonl or else of summary.json."""
     values = values_in(read_json_lines(run.path / "metrics.jsonl"), metric)
-    finite = [value for value in values if math.isfinite(value)]
-    if finite:
-        return (min if metric.goal == "minimize" else max)(finite)
+    best = metric.best(values)
+    if best is not None:
+        return best
     value = run.read_summary().get(metric.name)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
@@ -148,8 +135,7 @@ class TrialRun:
         """Return the best value, of a pruned trial among those it was judged by."""
         if self.pruned_at is None:
             return best_value(self.run, self._metric)
-        finite = [value for value in self.values()[: self.pruned_at] if math.isfinite(value)]
-        return (min if self._metric.goal == "minimize" else max)(finite, default=None)
+        return self._metric.best(self.values()[: self.pruned_at])
 
     def poll(self) -> int | None:
         """Return the exit code once it has ended for good; one that was killed is started again a few times."""
@@ -180,11 +166,7 @@ class TrialRun:
 
     def is_free(self) -> bool:
         """Whether no other process trains here: an orphan may still be saving."""
-        try:
-            with locked(self.run.lock_file, blocking=False, shared=True):
-                return True
-        except BlockingIOError:
-            return False
+        return not is_held(self.run.lock_file)
 
 
 def name_of(number: int) -> str:

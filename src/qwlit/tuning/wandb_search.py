@@ -7,16 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
 from qwlit.config.run import RunConfig
+from qwlit.core.children import start_child
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, Interrupted, Preempted, QwlitError, one_line
-from qwlit.core.ranks import die_with_parent
 from qwlit.training.preemption import answering_signals
 from qwlit.training.wandb_access import find_access, project_of, stop_client
 from qwlit.tuning.optuna_search import check_metric, sweep_folder
@@ -29,8 +28,8 @@ AGENT = ["-m", "wandb", "agent", "--forward-signals"]
 EXAMPLE_AGENTS = 4
 
 
-def run_wandb(sweep: Sweep, words: list[str], *, trials: int | None, agents: int | None) -> int:
-    """Create the sweep on W&B and run agents until it is over; return the exit code.
+def run_wandb(sweep: Sweep, words: list[str], *, trials: int | None, agents: int | None) -> None:
+    """Create the sweep on W&B and run agents until it is over.
 
     Args:
         words: overrides that every trial has, after those of the sweep's own command.
@@ -53,7 +52,6 @@ def run_wandb(sweep: Sweep, words: list[str], *, trials: int | None, agents: int
     _introduce(path, url, folder, config, len(slots) or trials or EXAMPLE_AGENTS)
     if slots:
         _run_agents(path, slots, folder)
-    return 0
 
 
 def _create(sweep: Sweep, words: list[str], config: RunConfig, trials: int | None) -> tuple[str, str]:
@@ -118,20 +116,8 @@ def _start_agent(path: str, slot: dict[str, str], log: Path | None) -> subproces
     # The agent starts trials by the name of python.
     folder = Path(sys.executable).parent
     environment = os.environ | slot | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") if log else contextlib.nullcontext() as said:
-        return subprocess.Popen(
-            [sys.executable, *AGENT, path],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            # A Ctrl-C of the terminal's is the parent's to pass on.
-            start_new_session=True,
-            # Its trial saves and leaves when the parent is killed. W&B's threads have ended by now.
-            preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGINT),  # noqa: PLW1509
-        )
+    # Its trial saves and leaves when this process is killed. W&B's threads have ended by now.
+    return start_child([*AGENT, path], log, environment, orphaned=signal.SIGINT)
 
 
 def _stop(agents: list[subprocess.Popen[bytes]]) -> None:

@@ -1,0 +1,12 @@
+"""Lists as they are typed: [a,b]."""
+
+import re
+
+
+def read_list(text: str) -> list[str]:
+    """Split `[a,b]` into its items, or return the one item. What has a comma or a bracket in it is quoted."""
+    inside = re.fullmatch(r"\[(.*)\]", text.strip(), re.DOTALL)
+    if inside is None:
+        return [text.strip()]
+    quoted = re.findall(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,]+))\s*(?:,|$)""", inside[1])
+    return [item.strip() for parts in quoted if (item := "".join(parts)).strip()]

@@ -1,0 +1,167 @@
+"""What is asked of Slurm when a run leaves, and what `submit` accepts. On a real one: tests/runs/test_slurm*.py."""
+
+import signal
+
+import pytest
+
+from qwlit.__main__ import _report
+from qwlit.cluster.script import check_slurm
+from qwlit.config.compose import compose
+from qwlit.core import signals
+from qwlit.core.errors import ConfigError, Preempted
+from qwlit.core.slurm import job_id, time_limit_seconds
+from qwlit.training.preemption import answering_signals
+from qwlit.training.requeues import count_requeue
+from qwlit.training.run_folder import RunFolder
+
+NAMES = ("SLURM_PROCID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "RANK", "LOCAL_RANK", "NODE_RANK")
+
+
+@pytest.fixture(autouse=True)
+def job(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("30:15", 1815),
+        ("12:00:00", 43_200),
+        ("1-6", 108_000),
+        ("1-6:30", 109_800),
+        ("2-0:0:5", 172_805),
+        ("UNLIMITED", None),
+        ("infinite", None),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(text, seconds):
+    assert time_limit_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "x", "1:", "1:2:3:4", "1-", "-1", "1-2-3", "1h"])
+def test_what_is_no_time_limit_is_refused(text):
+    with pytest.raises(ValueError, match="as Slurm writes it"):
+        time_limit_seconds(text)
+    with pytest.raises(ConfigError, match=r"slurm\.time"):
+        compose([f"slurm.time='{text}'"])
+
+
+@pytest.mark.parametrize(
+    ("told_in_time", "state", "preempted", "requeues", "says"),
+    [
+        (True, "RUNNING", "None", True, "the job is requeued"),
+        (True, "CANCELLED", "None", False, "not requeued: Slurm has it as CANCELLED"),
+        (False, "RUNNING", "None", False, ""),
+        (False, "RUNNING", "2026-11-22T12:00:00", True, "the job is requeued"),
+        (False, "CANCELLED", "2026-11-22T12:00:00", False, ""),
+    ],
+)
+def test_a_job_is_requeued_when_slurm_wants_its_place_and_not_when_somebody_cancelled_it(
+    told_in_time, state, preempted, requeues, says, tmp_path, monkeypatch, capsys
+):
+    fake = tmp_path / "scontrol"
+    fake.write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n'
+        f'if [ "$1" = show ]; then echo "JobId=7 JobState={state} PreemptTime={preempted}"; fi\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert _report("train", Preempted("saved", requeue=told_in_time)) == 75
+    assert ("requeue 7" in (tmp_path / "asked").read_text()) is requeues
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("told_in_time", "code"), [(True, 140), (False, 75)])
+def test_without_slurms_commands_the_batch_script_is_left_to_ask(told_in_time, code, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _report("train", Preempted("saved", requeue=told_in_time)) == code
+
+
+def test_a_task_of_an_array_is_called_by_both_numbers(monkeypatch):
+    assert job_id() == "7"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert job_id() == "5_2"
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert job_id() is None
+
+
+def test_requeues_without_progress_are_counted_for_each_job_by_itself(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "a")
+    for step in (0, 0, 5, 5):
+        count_requeue(folder, step, 2)
+    with pytest.raises(Exception, match="requeued 2 times at step 5"):
+        count_requeue(folder, 5, 2)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    count_requeue(folder, 5, 2)
+
+
+def test_a_run_is_the_jobs_own_only_if_an_earlier_life_of_it_began_it(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.write_summary(status="done", job="7")
+    assert not folder.is_this_jobs
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert folder.is_this_jobs
+    folder.write_summary(job="6")
+    assert not folder.is_this_jobs
+
+
+def test_of_several_signals_the_one_that_asks_for_the_requeue_counts():
+    assert signals.weightiest([]) == 0
+    assert signals.weightiest([0, signal.SIGINT]) == signal.SIGINT
+    assert signals.weightiest([signal.SIGTERM, signal.SIGINT]) == signal.SIGTERM
+    assert signals.weightiest([0, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM]) == signal.SIGUSR2
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR2])
+def test_another_rank_leaves_when_told_twice_while_starting(first, monkeypatch):
+    """By Slurm as all are, and by the launcher when rank 0 has left."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(signals, "noted", [])
+    monkeypatch.setattr("qwlit.training.preemption.noted", signals.noted)
+    reached = []
+    with pytest.raises(Preempted), answering_signals():
+        signal.raise_signal(first)
+        reached.append(1)
+        signal.raise_signal(signal.SIGTERM)
+        reached.append(2)
+    assert reached == [1]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["slurm.options=[--nodes=2]"], "hardware.num_nodes"),
+        (["slurm.options=[-N2]"], "hardware.num_nodes"),
+        (["slurm.options=['-t 5']"], "slurm.time"),
+        (["slurm.options=[-J,name]"], "run.name"),
+        (["slurm.options=[--array=1-3]"], "seeds"),
+        (["slurm.options=[--no-requeue]"], "not to be chosen"),
+        (["slurm.options=[--gres=gpu:1,shm:2]"], "quote what has a comma"),
+        (["slurm.options=[mem=5]"], "write --name=value"),
+        (["slurm.time=2", "slurm.signal_seconds=120"], "no less than slurm.time=2"),
+    ],
+)
+def test_options_that_would_break_the_job_are_refused(words, says):
+    with pytest.raises(ConfigError, match=says):
+        check_slurm(compose(words).config.slurm)
+
+
+def test_further_options_are_taken_as_they_are_written():
+    slurm = compose(["slurm.options=[--mem=5G, --exclusive,--time-min=5,'--comment=a, b']"]).config.slurm
+    assert slurm.options == ("--mem=5G", "--exclusive", "--time-min=5", "--comment=a, b")
+    check_slurm(slurm)
+
+
+def test_texts_that_look_like_numbers_stay_as_they_are_typed(tmp_path):
+    slurm = compose(["slurm.time=30", "slurm.account=00123", "slurm.partition=2024_01"]).config.slurm
+    assert (slurm.time, slurm.account, slurm.partition) == ("30", "00123", "2024_01")
+    # YAML takes a clock time for a number to the base of sixty: twelve hours would become thirty days.
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "mine.yaml").write_text("defaults: [default]\ntime: 12:00:00\n")
+    with pytest.raises(ConfigError, match=r"slurm\.time=43200: quote it"):
+        compose(["slurm=mine", f"hydra.searchpath=[file://{tmp_path}]"])
