@@ -151,4 +151,4 @@ def test_a_model_folder_with_a_fault_ends_in_one_line(fault, said, tmp_path):
 def test_a_misspelt_word_of_the_verb_is_named_as_such(tmp_path):
     done = qwlit(["sweep", "sweep=lora", "trails=2", "backend=optuna"], tmp_path)
     assert done.returncode == 2
-    assert "trails: no such word, and no setting. Did you mean 'trials'?" in done.stderr
+    assert "trails=2: there is no 'trails' here. Did you mean 'trials'?" in done.stderr

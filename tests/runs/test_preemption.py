@@ -121,7 +121,7 @@ def test_a_rank_with_other_code_or_data_is_refused_before_anything_is_trained(wh
     other.mkdir()
     if what == "data":
         # Another node's copy of the file.
-        (other / "chat.jsonl").write_text((place / "chat.jsonl").read_text().replace("4. 好", "5. 好"))
+        (other / "chat.jsonl").write_text((place / "chat.jsonl").read_text().replace("4. ", "5. "))
     else:
         shutil.copy(place / "chat.jsonl", other)
         shutil.copytree(Path(qwlit.__file__).parent, other / "qwlit")

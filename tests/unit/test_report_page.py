@@ -141,7 +141,7 @@ def test_a_narrow_screen_leaves_figures_out_and_says_so(tmp_path, monkeypatch):
     [
         ([], r"runs is not set; name run folders"),
         (["runs=[]"], r"is empty; name run folders"),
-        (["runs=a", "base=b"], r"'base=b' is no word of report\. Did you mean 'baseline'\?"),
+        (["runs=a", "base=b"], r"base=b: there is no 'base' here\. Did you mean 'baseline'\?"),
         (["runs/a"], r"'runs/a' is no word of report\..* runs=\[a,b\]"),
         (["runs=a", "output=jsn"], r"output=jsn: choose one of text, json"),
     ],

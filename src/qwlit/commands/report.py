@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwlit.commands.words import own_words
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.errors import ConfigError
 from qwlit.core.lists import read_list
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def main(arguments: list[str]) -> int:
         return 0
     own, rest = own_words(arguments, WORDS)
     if rest:
-        key = rest[0].partition("=")[0]
-        raise ConfigError(f"'{rest[0]}' is no word of report.{nearest(key, WORDS)} Runs are named runs=[a,b]")
+        raise ConfigError(f"'{rest[0]}' is no word of report. Runs are named runs=[a,b]")
     if not own["runs"]:
         raise ConfigError("runs is not set; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
     _report(own["runs"], own["baseline"] or None, own["page"] or None, as_json=own["output"] == "json")

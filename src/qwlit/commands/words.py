@@ -19,10 +19,10 @@ def own_words(
     own = {key: next(iter(choices)) if choices else None for key, choices in known.items()}
     overrides = []
     for word in arguments:
-        key, _, value = word.partition("=")
+        key, equals, value = word.partition("=")
         if key not in known:
-            if (hint := nearest(key, known)) and not _is_setting(key):
-                raise ConfigError(f"{key}: no such word, and no setting.{hint}")
+            if equals and (hint := nearest(key, known)) and not _is_setting(key):
+                raise ConfigError(f"{word}: there is no '{key}' here.{hint}")
             overrides.append(word)
             continue
         choices = known[key]
