@@ -11,6 +11,7 @@ other work, and its row says so.
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -134,7 +135,7 @@ def main(arguments: list[str]) -> None:
         arms = [arm for arm in asked if not (case.adapter and arm == "litgpt")]
         found = measure(case, arms, int(options.get("rounds", "1")))
         results[case.name] = {
-            "command": " ".join(["python -m benchmarks.train", *arguments]),
+            "command": shlex.join(["python", "-m", "benchmarks.train", *arguments]),
             "case": asdict(case),
             "arms": {arm: asdict(seen) for arm, seen in found.items()},
         }

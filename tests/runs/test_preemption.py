@@ -91,7 +91,8 @@ def test_signals_at_random_moments_change_nothing(launcher, place):
             if time.monotonic() < moment if moment else logged(run) - before < steps:
                 continue
             targets = [process.pid, *ranks_below(process.pid, place)]
-            target = dice.choice(targets[1:] or targets) if launcher == "torchrun" else dice.choice(targets)
+            # Each process in its turn.
+            target = targets[sent % len(targets)] if launcher != "torchrun" else dice.choice(targets[1:] or targets)
             number = dice.choice([signal.SIGTERM, signal.SIGUSR2])
             if moment and launcher != "python":
                 # Ranks that are still starting are told by their launcher.

@@ -1,4 +1,7 @@
-"""Local sweeps from the command line: every trial a real training in a process of its own."""
+"""Local sweeps from the command line: every trial a real training in a process of its own.
+
+QWLIT_LONG=1 kills more often, in a sweep of twenty trials.
+"""
 
 import contextlib
 import itertools
@@ -17,6 +20,7 @@ import yaml
 from qwlit.config.compose import compose
 from tests.runs.runs import ENVIRONMENT, TINY, command, losses, qwlit, qwlit_process, rows, summary
 
+TRIALS, KILLS = (20, 6) if os.environ.get("QWLIT_LONG") == "1" else (8, 4)
 STEPS = 4
 WORDS = [
     *TINY,
@@ -62,8 +66,8 @@ def processes_of(folder) -> list[int]:
     return found
 
 
-def test_twenty_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_killed(place):
-    words = ["sweep", write_sweep(place), "backend=optuna", "trials=20", "jobs=2", "run.root=runs"]
+def test_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_killed(place):
+    words = ["sweep", write_sweep(place), "backend=optuna", f"trials={TRIALS}", "jobs=2", "run.root=runs"]
     folder = place / "runs" / "search"
     dice = random.Random(0)
     kills, parents = 0, 0
@@ -73,7 +77,7 @@ def test_twenty_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_k
             parent = subprocess.Popen(command(words), cwd=place, env=ENVIRONMENT, stdout=said, stderr=said)
         while parent.poll() is None:
             time.sleep(dice.uniform(1.0, 9.0))
-            if kills == 6 or parent.poll() is not None:
+            if kills == KILLS or parent.poll() is not None:
                 parent.wait(timeout=400)
                 break
             children = [pid for pid in processes_of("runs/search") if pid != parent.pid]
@@ -84,12 +88,12 @@ def test_twenty_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_k
         if parent.wait() == 0:
             break
         assert parent.returncode == -signal.SIGKILL, (place / "said.log").read_text()
-    assert kills == 6
+    assert kills == KILLS
     assert parents > 2
     record = record_of(folder)
-    assert [trial["number"] for trial in record["trials"]] == list(range(20))
+    assert [trial["number"] for trial in record["trials"]] == list(range(TRIALS))
     assert {trial["state"] for trial in record["trials"]} == {"done"}
-    assert sorted(finished_in_journal(folder)) == list(range(20))
+    assert sorted(finished_in_journal(folder)) == list(range(TRIALS))
     for trial in record["trials"]:
         run = folder / trial["run"]
         assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
@@ -103,7 +107,7 @@ def test_twenty_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_k
 
 
 def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(place):
-    lrs = {"optim.lr": {"values": [3e-3, 1e9, 1e-7, 1e-6]}, "model.attention": {"values": ["sdpa", "varlen"]}}
+    lrs = {"optim.lr": {"values": [3e-3, 1e9, 1e-7]}, "model.attention": {"values": ["sdpa", "varlen"]}}
     rule = {"type": "hyperband", "min_iter": 1, "eta": 2}
     sweep = write_sweep(place, method="grid", parameters=lrs, early_terminate=rule)
     # Long enough that a pruned one is still on its way when it is told.
@@ -112,8 +116,8 @@ def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(p
     assert done.returncode == 0, done.stderr
     folder = place / "runs" / "mixed"
     trials = {(t["params"]["model.attention"], t["params"]["optim.lr"]): t for t in record_of(folder)["trials"]}
-    assert len(trials) == 8
-    for lr in (3e-3, 1e9, 1e-7, 1e-6):
+    assert len(trials) == 6
+    for lr in (3e-3, 1e9, 1e-7):
         assert trials["varlen", lr]["state"] == "failed"
         assert "model.attention=varlen" in trials["varlen", lr]["reason"]
     assert trials["sdpa", 3e-3]["state"] == "done"
@@ -128,7 +132,7 @@ def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(p
             assert summary(run)["status"] == "pruned"
             assert losses(run)[-1][0] < 60
             assert "not among the best" in trial["reason"]
-    assert "4 failed" in done.stdout
+    assert "3 failed" in done.stdout
 
 
 def test_the_best_trial_trains_again_from_its_file(place):

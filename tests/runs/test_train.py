@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -368,22 +367,6 @@ def test_a_profile_of_chosen_steps_is_written(chat, tmp_path):
     run = train(words(chat, "a", "profile.steps=[2,3]"), tmp_path)
     trace = json.loads((run / "profile/steps-2-3.json").read_text())
     assert trace["traceEvents"]
-
-
-@pytest.mark.parametrize("target", ["rank 0", "the other rank"])
-def test_a_signal_to_one_rank_ends_both_cleanly_and_the_run_goes_on_to_the_same_bits(target, chat, tmp_path):
-    two = ["hardware.devices=2", "train.max_steps=60", "checkpoint.every_steps=20"]
-    whole = train(words(chat, "whole", *two), tmp_path, qwlit_process)
-    cut = tmp_path / "runs" / "cut"
-    process = started(words(chat, "cut", *two), cut, logged=8)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(process.pid if target == "rank 0" else int(children[0]), signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, said
-    assert said.count("the same command goes on") == 1 and "Traceback" not in said
-    train(words(chat, "cut", *two), tmp_path, qwlit_process)
-    assert 0 < summary(cut)["resumed_from"] < 60
-    assert_same_run(whole, cut)
 
 
 def test_torchrun_trains_what_one_process_trains_and_must_agree_with_the_settings(chat, tmp_path):

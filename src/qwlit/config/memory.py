@@ -112,7 +112,7 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
         },
         "the end of a backward pass": {
             "gradients": gradients,
-            "head": waiting + embedding_gradient_bytes(model),
+            "head": waiting + embedding_gradient_bytes(model, load.micro, place),
             "unsharded": reducing,
         },
         "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, config.optim, place.share)},

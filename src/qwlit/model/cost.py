@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qwlit.core.patterns import layer_of
 from qwlit.model.config import DECODER_LINEARS, AdapterConfig, Execution
 from qwlit.model.head import BLOCK_BYTES, CHUNK_BYTES, rows_within
+from qwlit.model.loss_model import has_sparse_embedding
 from qwlit.model.quantize import BLOCK
 
 if TYPE_CHECKING:
@@ -121,10 +122,14 @@ def head_bytes(model: "PreTrainedModel", micro: MicroShape, place: Placement) ->
     )
 
 
-def embedding_gradient_bytes(model: "PreTrainedModel") -> int:
-    """Return the embedding's gradient before it is added to what is there: dense, float32."""
+def embedding_gradient_bytes(model: "PreTrainedModel", micro: MicroShape, place: Placement) -> int:
+    """Return the embedding's gradient before it is added to what is there: float32, dense or of the rows read."""
     weight: Tensor = model.model.embed_tokens.weight
-    return FLOAT32 * weight.numel() if weight.requires_grad else 0
+    if not weight.requires_grad:
+        return 0
+    # Rows as they were read, and sorted with equal ones added up.
+    rows = 2 * micro.tokens if has_sparse_embedding(model, place.device) else len(weight)
+    return FLOAT32 * rows * weight.shape[1]
 
 
 def unsharded_bytes(model: "PreTrainedModel", place: Placement) -> tuple[int, int]:

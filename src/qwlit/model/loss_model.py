@@ -49,6 +49,7 @@ class LossModel(nn.Module):
     def forward(self, micro: MicroBatch) -> LossOutput:
         """Compute the loss of the supervised rows. Never waits for the device."""
         kernel = self._kernel(micro)
+        self.causal_lm.model.embed_tokens.sparse = has_sparse_embedding(self.causal_lm, micro.input_ids.device.type)
         supervised = self.causal_lm.model(
             input_ids=micro.input_ids,
             position_ids=micro.position_ids,
@@ -69,6 +70,15 @@ class LossModel(nn.Module):
         if self.attention == "varlen" and (drops or not micro.input_ids.is_cuda):
             return "sdpa"
         return self.attention
+
+
+def has_sparse_embedding(causal_lm: "PreTrainedModel", device: str) -> bool:
+    """Whether the embedding's gradient is only of the rows that were read, to be added to the head's.
+
+    Dense it would be filled, written and read once more: 6 % of a step at V = 151,936, D = 256 on two CPU cores
+    (measured). A tied weight's gradient is dense all the same. On CUDA it is unmeasured, and left as it is.
+    """
+    return device == "cpu" and bool(causal_lm.config.tie_word_embeddings)
 
 
 def build_loss_model(
