@@ -97,7 +97,7 @@ def _requeue(verb: str, error: Preempted) -> int:
     """
     if not can_ask():
         return LEFT_TO_SCRIPT if error.requeue else error.exit_code
-    if error.requeue or is_preempted():
+    if error.requeue or (error.requeue is None and is_preempted()):
         refusal = requeue_job()
         print(f"qwlit {verb}: " + (f"not requeued: {refusal}" if refusal else "the job is requeued"), file=sys.stderr)
     return error.exit_code

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 import qwlit
-from tests.runs.runs import ENVIRONMENT, TINY, assert_same_run, command, free_port, losses, qwlit_process, summary
+from tests.runs.runs import ENVIRONMENT, LONG, TINY, assert_same_run, command, free_port, losses, qwlit_process, summary
 from tests.runs.slurm_jobs import logged
 
-SIGNALS = 30 if os.environ.get("QWLIT_LONG") == "1" else 3
+SIGNALS = 30 if LONG else 3
 WORDS = [
     *TINY,
     "recipe=pretrain",

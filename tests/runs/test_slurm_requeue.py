@@ -10,12 +10,11 @@ import time
 
 import pytest
 
-from tests.runs.runs import assert_same_run, losses, qwlit, qwlit_process, rows, summary
+from tests.runs.runs import LONG, assert_same_run, losses, qwlit, qwlit_process, rows, summary
 from tests.runs.slurm_jobs import WORDS, finished, logged, said, submit, tasks
 from tests.slurm_cluster import why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-LONG = os.environ.get("QWLIT_LONG") == "1"
 PREEMPTIONS = 50 if LONG else 10
 
 

@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from qwlit.config.compose import compose
-from tests.runs.runs import ENVIRONMENT, TINY, command, losses, qwlit, qwlit_process, rows, summary
+from tests.runs.runs import ENVIRONMENT, LONG, TINY, command, losses, qwlit, qwlit_process, rows, summary
 
-TRIALS, KILLS = (20, 6) if os.environ.get("QWLIT_LONG") == "1" else (8, 4)
+TRIALS, KILLS = (20, 6) if LONG else (8, 4)
 STEPS = 4
 WORDS = [
     *TINY,

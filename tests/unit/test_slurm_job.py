@@ -50,18 +50,20 @@ def test_what_is_no_time_limit_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("told_in_time", "state", "preempted", "requeues", "says"),
+    ("told", "state", "preempted", "requeues", "says"),
     [
         (True, "RUNNING", "None", True, "the job is requeued"),
         (True, "CANCELLED", "None", False, "not requeued: Slurm has it as CANCELLED"),
-        (False, "RUNNING", "None", False, ""),
-        (False, "RUNNING", "2026-11-22T12:00:00", True, "the job is requeued"),
-        (False, "CANCELLED", "2026-11-22T12:00:00", False, ""),
+        (None, "RUNNING", "None", False, ""),
+        (None, "RUNNING", "2026-11-22T12:00:00", True, "the job is requeued"),
+        (None, "CANCELLED", "2026-11-22T12:00:00", False, ""),
+        (False, "RUNNING", "2026-11-22T12:00:00", False, ""),
     ],
 )
 def test_a_job_is_requeued_when_slurm_wants_its_place_and_not_when_somebody_cancelled_it(
-    told_in_time, state, preempted, requeues, says, tmp_path, monkeypatch, capsys
+    told, state, preempted, requeues, says, tmp_path, monkeypatch, capsys
 ):
+    (tmp_path / "asked").touch()
     fake = tmp_path / "scontrol"
     fake.write_text(
         f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n'
@@ -69,15 +71,15 @@ def test_a_job_is_requeued_when_slurm_wants_its_place_and_not_when_somebody_canc
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert _report("train", Preempted("saved", requeue=told_in_time)) == 75
+    assert _report("train", Preempted("saved", requeue=told)) == 75
     assert ("requeue 7" in (tmp_path / "asked").read_text()) is requeues
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("told_in_time", "code"), [(True, 140), (False, 75)])
-def test_without_slurms_commands_the_batch_script_is_left_to_ask(told_in_time, code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("told", "code"), [(True, 140), (None, 75), (False, 75)])
+def test_without_slurms_commands_the_batch_script_is_left_to_ask(told, code, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _report("train", Preempted("saved", requeue=told_in_time)) == code
+    assert _report("train", Preempted("saved", requeue=told)) == code
 
 
 def test_a_task_of_an_array_is_called_by_both_numbers(monkeypatch):

@@ -34,12 +34,13 @@ class GuardStop(QwlitError, RuntimeError):
 class Preempted(QwlitError):
     """The machine was asked for back; all is saved and the run goes on when requeued.
 
-    `requeue` says that the job is to ask for that itself: it was told in time, and not because somebody cancelled it.
+    `requeue` says whether a Slurm job is to ask for that itself. True: it was told so. None: if Slurm wants its place for
+    another, and not because somebody cancelled it. False: others see to it.
     """
 
     exit_code = 75
 
-    def __init__(self, message: str, *, requeue: bool = False) -> None:
+    def __init__(self, message: str, *, requeue: bool | None = None) -> None:
         super().__init__(message)
         self.requeue = requeue
 

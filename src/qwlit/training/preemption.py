@@ -42,7 +42,7 @@ def answering_signals() -> Iterator[None]:
         if number == signal.SIGTERM and under_agent():
             raise Leave(Pruned("the sweep has ended this trial, outside the training steps"))
         said = "preempted outside the training steps; the same command goes on from the newest checkpoint"
-        raise Leave(Preempted(said, requeue=number == signal.SIGUSR2 and not under_agent()))
+        raise Leave(Preempted(said, requeue=_requeue(number)))
 
     def note_or_leave(number: int, frame: FrameType | None) -> None:
         if noted:
@@ -64,6 +64,13 @@ def answering_signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _requeue(number: int) -> bool | None:
+    """Return what the signal says of a requeue, as `Preempted` has it."""
+    if under_agent():
+        return False  # the agent hands out its trial again by itself
+    return True if number == signal.SIGUSR2 else None
 
 
 class StopOnSignal(BoundaryCallback):
@@ -130,7 +137,6 @@ class StopOnSignal(BoundaryCallback):
         saved += "; the same command goes on from there"
         if number in LEAVE:
             self._folder.append_event(step, "preempted")
-            # An agent hands out its trial again by itself.
-            raise Preempted(saved, requeue=number == signal.SIGUSR2 and not under_agent())
+            raise Preempted(saved, requeue=_requeue(number))
         self._folder.append_event(step, "interrupted")
         raise Interrupted(saved)

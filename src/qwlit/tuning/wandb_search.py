@@ -105,8 +105,9 @@ def _run_agents(path: str, slots: list[dict[str, str]], folder: Path) -> None:
             codes = [agent.wait() for agent in agents]
     except (KeyboardInterrupt, Preempted) as error:
         _stop(agents)
-        end = Preempted if isinstance(error, Preempted) else Interrupted
-        raise end(f"trials saved; the sweep goes on by: python {' '.join(AGENT)} {path}") from None
+        said = f"trials saved; the sweep goes on by: python {' '.join(AGENT)} {path}"
+        # Requeued, it would make another sweep.
+        raise Preempted(said, requeue=False) if isinstance(error, Preempted) else Interrupted(said) from None
     failed = [f"agent {number} with code {code}" for number, code in enumerate(codes, start=1) if code]
     if failed:
         raise QwlitError(f"ended early: {', '.join(failed)}; the sweep goes on by: python {' '.join(AGENT)} {path}")
