@@ -34,8 +34,8 @@ class GuardStop(QwlitError, RuntimeError):
 class Preempted(QwlitError):
     """The machine was asked for back; all is saved and the run goes on when requeued.
 
-    `requeue` says whether a Slurm job is to ask for that itself. True: it was told so. None: if Slurm wants its place for
-    another, and not because somebody cancelled it. False: others see to it.
+    `requeue` says whether a Slurm job is to ask for that itself. True: it was told so. None: only if Slurm wants its
+    place for another job, and nobody cancelled it. False: others see to it.
     """
 
     exit_code = 75
