@@ -20,6 +20,9 @@ WORDS = [
 ]
 
 
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
 def submit(cluster, words, place) -> int:
     done = subprocess.run(
         command(["submit", *words]),
@@ -36,13 +39,7 @@ def submit(cluster, words, place) -> int:
 
 def finished(cluster, job, *, seconds=240, meanwhile=lambda state: None) -> dict[str, str]:
     end = time.monotonic() + seconds
-    while (state := cluster.job(job)).get("JobState") in (
-        "PENDING",
-        "RUNNING",
-        "COMPLETING",
-        "CONFIGURING",
-        "REQUEUED",
-    ):
+    while (state := cluster.job(job)).get("JobState") not in ENDS:
         assert time.monotonic() < end, f"{state}\n{said(Path(state['WorkDir']))[-2000:]}"
         meanwhile(state)
         time.sleep(0.2)

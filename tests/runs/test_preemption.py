@@ -134,7 +134,7 @@ def test_a_rank_with_other_code_or_data_is_refused_before_anything_is_trained(wh
     for rank in range(2):
         job = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
-        job |= {"PYTHONPATH": str(other)} if rank else {}
+        job |= {"PYTHONPATH": str(other)} if rank and what != "data" else {}
         words = command(["train", *WORDS, f"run.root={place}/runs", "run.name=a", "hardware.devices=2"])
         folder = other if rank else place
         processes.append(subprocess.Popen(words, cwd=folder, env=ENVIRONMENT | job, stderr=subprocess.PIPE, text=True))

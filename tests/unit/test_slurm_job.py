@@ -53,10 +53,11 @@ def test_what_is_no_time_limit_is_refused(text):
     ("told", "state", "preempted", "requeues", "says"),
     [
         (True, "RUNNING", "None", True, "the job is requeued"),
-        (True, "CANCELLED", "None", False, "not requeued: Slurm has it as CANCELLED"),
+        (True, "SIGNALING", "None", True, "the job is requeued"),
+        (True, "COMPLETING", "None", False, "not requeued: Slurm has it as COMPLETING"),
         (None, "RUNNING", "None", False, ""),
         (None, "RUNNING", "2026-11-22T12:00:00", True, "the job is requeued"),
-        (None, "CANCELLED", "2026-11-22T12:00:00", False, ""),
+        (None, "COMPLETING", "2026-11-22T12:00:00", False, ""),
         (False, "RUNNING", "2026-11-22T12:00:00", False, ""),
     ],
 )

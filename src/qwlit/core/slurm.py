@@ -17,6 +17,9 @@ TIME_LIMIT = re.compile(
     r"|(?P<minutes>\d+)(:(?P<seconds>\d{1,2}))?"
 )
 NO_LIMIT = ("UNLIMITED", "INFINITE")
+ALIVE = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
+"""States (`scontrol show job`) of a job that nobody has ended; a cancelled one is COMPLETING as long as it has processes.
+It is SIGNALING until Slurm has told all processes what it tells this one."""
 
 
 def time_limit_seconds(text: str) -> int | None:
@@ -57,13 +60,13 @@ def can_ask() -> bool:
 def is_preempted() -> bool:
     """Whether Slurm has told this job to make room for another, and lets it run for a time of grace."""
     facts = _facts()
-    return facts.get("JobState") == "RUNNING" and facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
+    return facts.get("JobState") in ALIVE and facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
 
 
 def requeue_job() -> str | None:
     """Have the job started again as soon as there is room; return why it cannot be, None if it will."""
     state = _facts().get("JobState", "RUNNING")
-    if state != "RUNNING":
+    if state not in ALIVE:
         # Cancelled in the meantime, or requeued by somebody else already.
         return f"Slurm has it as {state}"
     return _scontrol("requeue", str(job_id()))[1]
