@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.runs.runs import ENVIRONMENT, command, losses, qwlit, qwlit_process, summary
-from tests.runs.slurm_jobs import WORDS, finished, said, submit
+from tests.runs.slurm_jobs import ENDS, WORDS, finished, said, submit
 from tests.slurm_cluster import why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -127,7 +127,7 @@ def test_a_run_in_use_and_tasks_that_are_not_the_devices_are_refused(cluster, pl
     first = submit(cluster, [*WORDS, "train.max_steps=4000", "hardware.devices=1", "run.name=x"], place)
     run = place / "runs" / "x"
     while not (run / "metrics.jsonl").exists():
-        assert cluster.job(first)["JobState"] in ("PENDING", "RUNNING"), said(place)
+        assert cluster.job(first)["JobState"] not in ENDS, said(place)
         time.sleep(0.2)
     second = submit(cluster, [*WORDS, "train.max_steps=4000", "hardware.devices=1", "run.name=x"], place)
     state = finished(cluster, second)

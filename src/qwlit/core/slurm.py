@@ -18,8 +18,8 @@ TIME_LIMIT = re.compile(
 )
 NO_LIMIT = ("UNLIMITED", "INFINITE")
 ALIVE = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
-"""States (`scontrol show job`) of a job that nobody has ended; a cancelled one is COMPLETING as long as it has processes.
-It is SIGNALING until Slurm has told all processes what it tells this one."""
+"""States (`scontrol show job`) of a job that nobody has ended: SIGNALING until Slurm has told all its processes what it
+tells this one. A cancelled job is COMPLETING as long as it has processes."""
 
 
 def time_limit_seconds(text: str) -> int | None:
