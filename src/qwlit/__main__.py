@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 
-from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pruned, QwlitError, nearest
+from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Leave, Preempted, Pruned, QwlitError, nearest
 from qwlit.core.ranks import is_rank_zero, leave, rank_label
 from qwlit.core.signals import note
-from qwlit.core.slurm import LEFT_TO_SCRIPT, can_ask, is_preempted, job_id, requeue_job
+from qwlit.core.slurm import LEFT_TO_SCRIPT, can_ask, job_id, requeue_job, wants_place_back
 
 VERBS = {
     "train": "train a model, or go on with an unfinished run",
@@ -71,6 +71,8 @@ def main() -> int:
         return leave(_run(words[0], words[1:]))
     except QwlitError as error:
         return leave(_report(words[0], error))
+    except Leave as end:
+        return leave(_report(words[0], end.error))
     except KeyboardInterrupt:
         if is_rank_zero():
             print(f"qwlit {words[0]}: interrupted; run the same command to go on", file=sys.stderr)
@@ -97,7 +99,7 @@ def _requeue(verb: str, error: Preempted) -> int:
     """
     if not can_ask():
         return LEFT_TO_SCRIPT if error.requeue else error.exit_code
-    if error.requeue or (error.requeue is None and is_preempted()):
+    if error.requeue or (error.requeue is None and wants_place_back()):
         refusal = requeue_job()
         print(f"qwlit {verb}: " + (f"not requeued: {refusal}" if refusal else "the job is requeued"), file=sys.stderr)
     return error.exit_code

@@ -109,17 +109,38 @@ def test_a_requeued_job_goes_on_with_its_own_run_alone_and_not_with_an_older_one
 def test_where_slurms_commands_are_missing_the_batch_script_asks_for_the_requeue(cluster, place):
     """As in a container."""
     hidden = 'srun() { first="$1 $2 $3"; shift 3; command srun $first env PATH=/nowhere "$@"; }'
-    words = [*WORDS, "train.max_steps=300", "hardware.devices=1", "run.name=box", f"slurm.setup=['{hidden}']"]
+    words = [*WORDS, "train.max_steps=300", "hardware.devices=2", "run.name=box", f"slurm.setup=['{hidden}']"]
     job = submit(cluster, words, place)
     run = place / "runs" / "box"
+    told = []
 
     def tell(state):
-        if state["Restarts"] == "0" and logged(run) > 20 and tasks(place):
+        """While the two start, and some steps on."""
+        lives = int(state["Restarts"])
+        if lives == len(told) < 2 and (logged(run) > 20 if lives else len(tasks(place)) == 2):
+            told.append(lives)
             cluster.ask("scancel", "--signal=USR2", str(job), check=False)
 
     state = finished(cluster, job, meanwhile=tell)
-    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), said(place)[-2000:]
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "2"), said(place)[-2000:]
     assert [step for step, _ in losses(run)] == list(range(1, 301))
+
+
+def test_a_job_that_makes_room_before_python_listens_is_requeued(cluster, place):
+    """As when an image is being imported."""
+    late = 'srun() { if [ "$SLURM_RESTART_COUNT" ]; then command srun "$@"; else command srun sleep 60; fi; }'
+    words = [*WORDS, "train.max_steps=3", "hardware.devices=1", "run.name=late", f"slurm.setup=['{late}']"]
+    job = submit(cluster, words, place)
+    urgent = []
+
+    def displace(state):
+        if not urgent and state["JobState"] == "RUNNING":
+            time.sleep(1)
+            asked = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 1"]
+            urgent.append(cluster.ask(*asked, "--output=/dev/null"))
+
+    state = finished(cluster, job, meanwhile=displace)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), said(place)[-2000:]
 
 
 def test_a_cancelled_job_is_saved_and_not_requeued(cluster, place):

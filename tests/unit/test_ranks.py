@@ -16,7 +16,8 @@ from qwlit.training.config import HardwareConfig
 from qwlit.training.run_folder import RunFolder, RunLock
 
 NAMES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT", "QWLIT_RUN_READY")
-SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_JOB_ID")
+SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_JOB_ID")
+AGENT = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def environment(monkeypatch):
         ({"SLURM_PROCID": "0"}, True),
         ({"SLURM_PROCID": "3"}, False),
         ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),
+        (AGENT | {"SLURM_PROCID": "3"}, True),
     ],
 )
 def test_one_process_of_a_launch_is_rank_zero(values, zero, environment):
@@ -50,10 +52,13 @@ def test_one_process_of_a_launch_is_rank_zero(values, zero, environment):
     ("values", "devices", "said"),
     [
         ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2"}, 1, "2 processes were launched"),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, 2, "4 processes were launched"),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "4"}, 2, "4 processes were launched"),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, 2, "say --ntasks-per-node=2"),
+        # A trial starts its own ranks, whichever task its agent is.
+        (AGENT | {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, 2, None),
         ({"SLURM_NTASKS": "4"}, 4, "start it with srun"),
         ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, 2, None),
-        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, 2, None),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "2"}, 2, None),
     ],
 )
 def test_a_launch_must_agree_with_the_settings(values, devices, said, environment, monkeypatch):
@@ -92,7 +97,9 @@ def test_other_ranks_wait_for_rank_zeros_word_of_this_launch(environment, tmp_pa
 def test_other_ranks_give_up_when_rank_zero_ends_before_its_word(environment, tmp_path):
     folder = RunFolder(tmp_path / "a")
     environment(RANK="1", TORCHELASTIC_RUN_ID="now")
-    with locked(tmp_path / ".locks" / "a"):
+    with locked(tmp_path / ".locks" / "a") as lock:
+        lock.write(f"{ranks.launch_token()} begun")
+        lock.flush()
         failed = []
 
         def enter():

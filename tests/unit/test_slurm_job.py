@@ -1,18 +1,22 @@
 """What is asked of Slurm when a run leaves, and what `submit` accepts. On a real one: tests/runs/test_slurm*.py."""
 
+import contextlib
 import signal
+from pathlib import Path
 
 import pytest
 
 from qwlit.__main__ import _report
-from qwlit.cluster.script import check_slurm
+from qwlit.cluster.script import ASK_FOR_REQUEUE, Work, check_slurm, render
 from qwlit.config.compose import compose
 from qwlit.core import signals
 from qwlit.core.errors import ConfigError, Preempted
+from qwlit.core.files import locked
+from qwlit.core.ranks import launch_token
 from qwlit.core.slurm import job_id, time_limit_seconds
 from qwlit.training.preemption import answering_signals
 from qwlit.training.requeues import count_requeue
-from qwlit.training.run_folder import RunFolder
+from qwlit.training.run_folder import RunFolder, RunLock
 
 NAMES = ("SLURM_PROCID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "RANK", "LOCAL_RANK", "NODE_RANK")
 
@@ -55,6 +59,8 @@ def test_what_is_no_time_limit_is_refused(text):
         (True, "RUNNING", "None", True, "the job is requeued"),
         (True, "SIGNALING", "None", True, "the job is requeued"),
         (True, "COMPLETING", "None", False, "not requeued: Slurm has it as COMPLETING"),
+        (True, "COMPLETING Reason=TimeLimit", "None", True, "the job is requeued"),
+        (None, "COMPLETING Reason=TimeLimit", "None", True, "the job is requeued"),
         (None, "RUNNING", "None", False, ""),
         (None, "RUNNING", "2026-11-22T12:00:00", True, "the job is requeued"),
         (None, "COMPLETING", "2026-11-22T12:00:00", False, ""),
@@ -77,7 +83,7 @@ def test_a_job_is_requeued_when_slurm_wants_its_place_and_not_when_somebody_canc
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("told", "code"), [(True, 140), (None, 75), (False, 75)])
+@pytest.mark.parametrize(("told", "code"), [(True, 76), (None, 75), (False, 75)])
 def test_without_slurms_commands_the_batch_script_is_left_to_ask(told, code, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert _report("train", Preempted("saved", requeue=told)) == code
@@ -124,15 +130,64 @@ def test_of_several_signals_the_one_that_asks_for_the_requeue_counts():
 def test_another_rank_leaves_when_told_twice_while_starting(first, monkeypatch):
     """By Slurm as all are, and by the launcher when rank 0 has left."""
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(signals, "noted", [])
-    monkeypatch.setattr("qwlit.training.preemption.noted", signals.noted)
     reached = []
-    with pytest.raises(Preempted), answering_signals():
+    with pytest.raises(SystemExit, match="75"), answering_signals():
         signal.raise_signal(first)
         reached.append(1)
         signal.raise_signal(signal.SIGTERM)
         reached.append(2)
     assert reached == [1]
+    # One that came before anything could be answered is the launcher's, or Slurm's that rank 0 has got as well.
+    signals.note(signal.SIGTERM, None)
+    with pytest.raises(SystemExit, match="75"), answering_signals():
+        reached.append(3)
+    assert reached == [1]
+    assert signals.noted == []
+
+
+def test_what_follows_on_the_way_out_does_not_change_how_it_ends():
+    ends = []
+    with pytest.raises(Preempted) as caught, answering_signals():
+        try:
+            signal.raise_signal(signal.SIGUSR2)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            ends.append(1)
+    assert caught.value.requeue is True
+    assert ends == [1]
+
+
+def test_a_rank_waits_for_rank_zero_while_this_jobs_last_life_still_holds_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    folder, waited = RunFolder(tmp_path / "a"), []
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 1:
+            held.close()  # the last life's
+        if len(waited) == 2:
+            held.enter_context(locked(folder.lock_file))
+            folder.lock_file.write_text(launch_token())
+
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(folder.lock_file))
+        monkeypatch.setattr("time.sleep", wait)
+        with RunLock(folder):
+            assert len(waited) == 2
+
+
+@pytest.mark.parametrize("file", ["train", "train_gpu", "train_nodes"])
+def test_files_to_be_edited_ask_for_the_requeue_as_submitted_ones_do(file):
+    assert (Path(__file__).parents[2] / "slurm" / f"{file}.sbatch").read_text().endswith(f"\n{ASK_FOR_REQUEUE}")
+
+
+def test_a_container_sees_the_working_folder_and_what_else_is_named():
+    words = ["hardware=a100", "slurm.container=/images/a b.sqsh", "slurm.mounts=[/data:/data]"]
+    text = render(compose(words).config, Work("n", "t", ["train"]), python="x", folder=Path("/home/me"))
+    assert (
+        " --container-image='/images/a b.sqsh' --container-mounts=/home/me:/home/me,/data:/data"
+        " --container-workdir=/home/me python -m qwlit train"
+    ) in text
 
 
 @pytest.mark.parametrize(
@@ -144,7 +199,9 @@ def test_another_rank_leaves_when_told_twice_while_starting(first, monkeypatch):
         (["slurm.options=[-J,name]"], "run.name"),
         (["slurm.options=[--array=1-3]"], "seeds"),
         (["slurm.options=[--no-requeue]"], "not to be chosen"),
-        (["slurm.options=[--gres=gpu:1,shm:2]"], "quote what has a comma"),
+        (["slurm.options=[--gres=shm:1,x:2]"], "quote what has a comma"),
+        (["slurm.options=[--gres=gpu:1]"], "hardware.devices"),
+        (["slurm.options=[--mem-per-cpu=1G]"], "hardware.host_memory_gb"),
         (["slurm.options=[mem=5]"], "write --name=value"),
         (["slurm.time=2", "slurm.signal_seconds=120"], "no less than slurm.time=2"),
     ],

@@ -12,7 +12,25 @@ from qwlit.training.config import HardwareConfig, SlurmConfig
 
 # hardware.num_workers=auto with CUDA (training/machine.py).
 AUTO_WORKERS = 4
-ARRAY_TASK = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+# Requeues of a job that is told to leave before Python listens: nobody counts its progress. An assumption.
+MOST_EARLY_REQUEUES = 20
+# Also at the end of the files in slurm/.
+ASK_FOR_REQUEUE = f"""\
+# The run asks for its requeue by itself. 76: it saved, but where it runs there is no scontrol. 140: told to leave
+# before Python could listen. Any other end while Slurm makes room for another job (PreemptTime): it was not ready yet.
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+job=${{job:-$SLURM_JOB_ID}}
+facts=$(scontrol show job --oneliner "$job")
+case "$code" in
+  0) again=no ;;
+  76) again=yes ;;
+  140) again=$([ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_EARLY_REQUEUES} ] && echo yes || echo no) ;;
+  *) again=$([[ $facts == *PreemptTime=2* ]] && echo yes || echo no) ;;
+esac
+# What somebody cancelled is not running any more.
+if [ "$again" = yes ] && [[ $facts == *JobState=RUNNING* ]]; then scontrol requeue "$job"; fi
+exit "$code"
+"""
 # Slurm's own names for a job in a shell; Lightning would take them for a session that is typed into.
 INTERACTIVE = ("bash", "interactive")
 
@@ -47,7 +65,7 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
     """
     slurm = config.slurm
     interpreter = "python" if slurm.container else shlex.quote(python)
-    container = f" --container-image={shlex.quote(slurm.container)}" if slurm.container else ""
+    container = _container(slurm, folder) if slurm.container else ""
     command = " ".join([interpreter, "-m", "qwlit", *work.verb_words])
     lines = [
         "#!/bin/bash",
@@ -55,7 +73,8 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
         "# Preempted, or out of time, the job is requeued and the run goes on from its newest checkpoint.",
         *(f"#SBATCH {shlex.quote(option)}" for option in _options(config, work)),
         "",
-        "set -uo pipefail",
+        "# What fails before the run ends the job. No -u: other people's set-up lines read variables that are not set.",
+        "set -e",
         "# The shell outlives the signals: it waits for the run, which saves.",
         "trap : USR2 TERM",
         f"cd {shlex.quote(str(folder))}",
@@ -66,15 +85,17 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
         if work.ranks_by_srun
         else "# One task: it starts its own processes.",
         # By itself srun gives a task one core since Slurm 22.05.
-        f'srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task="$SLURM_CPUS_PER_TASK"{container} {command}',
-        "code=$?",
-        f"job={ARRAY_TASK if work.array else '$SLURM_JOB_ID'}",
-        "# Told to save before Python could listen: nothing was lost yet.",
-        'if [ "$code" -eq 140 ]; then scontrol requeue "$job"; fi',
-        'exit "$code"',
-        "",
+        "code=0",
+        f'srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task="$SLURM_CPUS_PER_TASK"{container} {command} || code=$?',
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n" + ASK_FOR_REQUEUE
+
+
+def _container(slurm: SlurmConfig, folder: Path) -> str:
+    """Return Pyxis' options: by itself an image sees nothing of the host, and starts in a folder of its own."""
+    mounts = ",".join([f"{folder}:{folder}", *slurm.mounts])
+    options = {"image": str(slurm.container), "mounts": mounts, "workdir": str(folder)}
+    return "".join(f" --container-{key}={shlex.quote(value)}" for key, value in options.items())
 
 
 def _options(config: RunConfig, work: Work) -> list[str]:
@@ -127,7 +148,11 @@ OWNED = {
     "gpus": "hardware.devices",
     "gpus-per-node": "hardware.devices",
     "gpus-per-task": "hardware.devices",
+    "ntasks-per-gpu": "hardware.devices",
     "cpus-per-task": "hardware.num_workers",
+    "cpus-per-gpu": "hardware.num_workers",
+    "mem-per-cpu": "hardware.host_memory_gb",
+    "mem-per-gpu": "hardware.host_memory_gb",
     "time": "slurm.time",
     "partition": "slurm.partition",
     "account": "slurm.account",
@@ -167,6 +192,8 @@ def check_slurm(config: SlurmConfig) -> None:
         name = option[2:].partition("=")[0] if option.startswith("--") else SHORT.get(option[1], option[1])
         if name in ALWAYS:
             raise ConfigError(f"slurm.options: --{name} is not to be chosen; a job that is requeued depends on it")
+        if name == "gres" and "gpu" in option:
+            name = "gpus"
         if name in OWNED:
             raise ConfigError(f"slurm.options: {option} would be set twice; set {OWNED[name]}")
     limit = time_limit_seconds(config.time)

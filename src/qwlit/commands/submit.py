@@ -72,11 +72,13 @@ def _sweep(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Wor
         raise ConfigError("hardware.num_nodes: a trial of a sweep runs on one node")
     check_metric(sweep, config)
     trials = whole_number(own, "trials")
-    number_of_trials(sweep, build_space(sweep), trials)
+    limit = number_of_trials(sweep, build_space(sweep), trials)
     tasks = whole_number(own, "tasks") or 1
-    limit = [] if trials is None else [f"trials={trials}"]
-    sweep_words = ["sweep", *quoted([f"sweep={own['sweep']}", "backend=optuna", *limit, "jobs=1", *words])]
-    title = " ".join([f"sweep={own['sweep']}", *limit, f"tasks={tasks}", *words])
+    if tasks > limit:
+        raise ConfigError(f"tasks={tasks} is more than the sweep has trials, {limit}; each task runs one at a time")
+    said = [] if trials is None else [f"trials={trials}"]
+    sweep_words = ["sweep", *quoted([f"sweep={own['sweep']}", "backend=optuna", *said, "jobs=1", *words])]
+    title = " ".join([f"sweep={own['sweep']}", *said, f"tasks={tasks}", *words])
     return config, Work(name, title, sweep_words, ranks_by_srun=False, array=f"0-{tasks - 1}")
 
 
@@ -115,8 +117,9 @@ def _submit(file: Path, text: str) -> None:
     write_text_atomic(file, text)
     print(f"written to {file}")
     sys.stdout.flush()
-    # sbatch would take the submitter's own job for the new one's.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_JOB", "SLURM_STEP"))}
+    # What is said of the submitter's own job would be taken for the new one's.
+    kept = {"SLURM_CONF", "SLURM_CLUSTERS"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key in kept}
     done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise QwlitError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}")

@@ -46,6 +46,9 @@ def going_on(composed: Composed) -> Composed:
 
 def train(composed: Composed) -> None:
     """Run the training that `composed` describes, from its start or from where it stopped."""
+    from rich.markup import escape
+
+    from qwlit.core.console import console
     from qwlit.job.assemble import assemble, load_model
     from qwlit.job.begin import begin, recorded
     from qwlit.job.finish import finish, show
@@ -73,6 +76,8 @@ def train(composed: Composed) -> None:
     counting = counting_requeues(folder, lambda: Start(newest(folder)).step, config.slurm.max_requeues_in_place)
     with counting, answering_signals(), RunLock(folder) as lock:
         if is_rank_zero():
+            if is_over:
+                console().print(f"{escape(str(folder.path))} is done")
             if send_rest(config, folder) or is_over:
                 return
             refuse_taken(folder, overwrite=config.run.overwrite)

@@ -96,7 +96,7 @@ def _parse(overrides: list[str]) -> list[Override]:
 
 LISTS = {"data.path", "data.val_path"}
 """Texts that may also be lists."""
-OF_TEXTS = {"slurm.options", "slurm.setup"}
+OF_TEXTS = {"slurm.options", "slurm.setup", "slurm.mounts"}
 """Lists in the words of other programs: Hydra's grammar cannot read [--mem=5G]."""
 # Hydra's grammar has ASCII letters only: in a list, what it cannot read is quoted for it.
 FOREIGN = re.compile(r"""[^\[\]{},:'"\s]*[^\x00-\x7f][^\[\]{},:'"]*""")

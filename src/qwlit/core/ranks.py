@@ -16,7 +16,7 @@ def is_rank_zero() -> bool:
     # Under srun a LOCAL_RANK can only come from a launcher below it, so it is asked before SLURM_PROCID.
     if "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:
         return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-    return os.environ.get("SLURM_PROCID", "0") == "0"
+    return under_agent() or os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 _met_others = False
@@ -52,8 +52,8 @@ def launched_by_torchrun() -> bool:
 
 
 def launched_by_srun() -> bool:
-    """Whether this is a task of a job step; the batch script itself is none."""
-    return not launched_by_torchrun() and "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" in os.environ
+    """Whether this is a task of a job step; the batch script itself is none, and neither is what a task starts."""
+    return not launched_by_torchrun() and not under_agent() and {"SLURM_NTASKS", "SLURM_STEP_ID"} <= os.environ.keys()
 
 
 def launched_world_size() -> int | None:

@@ -3,12 +3,10 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 
-LEFT_TO_SCRIPT = 128 + signal.SIGUSR2
-"""What a process ends with that cannot ask for the requeue itself: the batch script does, as when Python was not
-listening yet. It is what a shell says of one that ended by that signal."""
+LEFT_TO_SCRIPT = 76
+"""What rank 0 ends with when it has saved and cannot ask for the requeue itself: the batch script does."""
 SECONDS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
 # sbatch(1), --time: a lone number is minutes, two are minutes:seconds, but after days they are hours:minutes.
 TIME_LIMIT = re.compile(
@@ -57,19 +55,29 @@ def can_ask() -> bool:
     return shutil.which("scontrol") is not None
 
 
-def is_preempted() -> bool:
-    """Whether Slurm has told this job to make room for another, and lets it run for a time of grace."""
+def wants_place_back() -> bool:
+    """Whether Slurm itself ends this job: to make room for another, within a time of grace, or at its time limit."""
     facts = _facts()
-    return facts.get("JobState") in ALIVE and facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
+    preempted = facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
+    return (_is_alive(facts) and preempted) or _is_out_of_time(facts)
 
 
 def requeue_job() -> str | None:
     """Have the job started again as soon as there is room; return why it cannot be, None if it will."""
-    state = _facts().get("JobState", "RUNNING")
-    if state not in ALIVE:
+    facts = _facts()
+    if facts and not _is_alive(facts) and not _is_out_of_time(facts):
         # Cancelled in the meantime, or requeued by somebody else already.
-        return f"Slurm has it as {state}"
+        return f"Slurm has it as {facts.get('JobState')}"
     return _scontrol("requeue", str(job_id()))[1]
+
+
+def _is_alive(facts: dict[str, str]) -> bool:
+    return facts.get("JobState") in ALIVE
+
+
+def _is_out_of_time(facts: dict[str, str]) -> bool:
+    """Whether it is being ended at its limit: what it saves now it may still go on from."""
+    return facts.get("JobState") == "COMPLETING" and facts.get("Reason") == "TimeLimit"
 
 
 def _facts() -> dict[str, str]:

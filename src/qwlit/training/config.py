@@ -174,6 +174,8 @@ class SlurmConfig:
     """A run that is requeued so often without one step more is left: it would loop for ever."""
     container: Line | None = None
     """Image for Pyxis' --container-image; its own python is used. null: no container, this environment."""
+    mounts: tuple[Line, ...] = ()
+    """What the container sees of the host beside the working folder, as /from:/to."""
     setup: tuple[Line, ...] = ()
     """Shell lines before training, e.g. ["module load cuda"]; variables as $NAME."""
     options: tuple[Line, ...] = ()

@@ -10,7 +10,7 @@ import torch
 
 from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
-from qwlit.core.ranks import launched_world_size
+from qwlit.core.ranks import launched_by_srun, launched_world_size, under_agent
 from qwlit.model.config import AttentionKernel, MemoryPolicy
 from qwlit.training.config import Determinism, HardwareConfig
 
@@ -123,7 +123,10 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
     if launched is None and num_nodes > 1 and "MASTER_ADDR" not in os.environ:
         raise ConfigError(f"hardware.num_nodes={num_nodes}: start one process a device with torchrun or srun")
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if launched is None and tasks > 1:
+    if launched_by_srun() and tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        # Slurm could lay them out in any way.
+        raise ConfigError(f"{tasks} tasks were asked for by --ntasks alone; say --ntasks-per-node={devices} instead")
+    if launched is None and tasks > 1 and not under_agent():
         raise ConfigError(f"this Slurm job has {tasks} tasks, but only one process was started; start it with srun")
 
 

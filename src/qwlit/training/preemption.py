@@ -35,35 +35,46 @@ def answering_signals() -> Iterator[None]:
     Ctrl-C goes to every process of a terminal; only rank 0 answers it there, and takes the others with it. Ranks that
     rank 0 has started leave all signals to it. Those that srun or torchrun has started note theirs: if rank 0 was not
     signalled, all leave together at the first step boundary; if it was, it has left, and the launcher tells the others
-    a second time.
+    once more, by SIGTERM.
     """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and under_agent():
-            raise Leave(Pruned("the sweep has ended this trial, outside the training steps"))
-        said = "preempted outside the training steps; the same command goes on from the newest checkpoint"
-        raise Leave(Preempted(said, requeue=_requeue(number)))
-
-    def note_or_leave(number: int, frame: FrameType | None) -> None:
-        if noted:
-            leave(number, frame)
-        note(number, frame)
-
-    previous = {}
-    for number in LEAVE:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            previous[number] = signal.signal(number, leave if is_rank_zero() else note_or_leave)
+    answer = _leave if is_rank_zero() else _note_or_leave
+    previous: dict[int, Any] = {
+        number: signal.signal(number, answer) for number in LEAVE if signal.getsignal(number) != signal.SIG_IGN
+    }
     if not is_rank_zero():
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        if is_rank_zero() and noted:
-            leave(weightiest(noted), None)
+        if noted and (is_rank_zero() or signal.SIGTERM in noted):
+            _leave(weightiest(noted), None)
         yield
     except Leave as end:
         raise end.error from None
     finally:
+        noted.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _note_or_leave(number: int, frame: FrameType | None) -> None:
+    if noted and number == signal.SIGTERM:
+        _leave(number, frame)
+    note(number, frame)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # Python drops what a handler raises inside a finalizer.
+    note(number, frame)
+    # What comes on the way out shall not take this end's place.
+    for other in LEAVE:
+        if signal.getsignal(other) in (_leave, _note_or_leave):
+            signal.signal(other, note)
+    if not is_rank_zero():
+        # Its launcher is to end those that still wait for it.
+        raise SystemExit(Preempted.exit_code)
+    if number == signal.SIGTERM and under_agent():
+        raise Leave(Pruned("the sweep has ended this trial, outside the training steps"))
+    said = "preempted outside the training steps; the same command goes on from the newest checkpoint"
+    raise Leave(Preempted(said, requeue=_requeue(number)))
 
 
 def _requeue(number: int) -> bool | None:
@@ -98,6 +109,9 @@ class StopOnSignal(BoundaryCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._restore()
+        if self._signal:
+            # It came in the last step or after it: answered as those are that come while the run is finished.
+            signal.raise_signal(self._signal)
 
     def on_exception(self, trainer: Trainer, pl_module: CausalLMModule, exception: BaseException) -> None:
         self._restore()

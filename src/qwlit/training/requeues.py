@@ -27,15 +27,14 @@ def count_requeue(folder: RunFolder, progress: int, most: int) -> None:
     Raises:
         QwlitError: it has been `most` times, with as many steps.
     """
-    # Beside the folder: it must outlast a start that never came to making one.
-    file = folder.lock_file.with_name(f"{folder.lock_file.name}.requeues")
+    # Beside the folder: it must outlast a start that never came to making one. Tasks of an array share a sweep's one.
+    file = folder.lock_file.with_name(f"{folder.lock_file.name}.requeues-{job_id()}")
     noted = read_json(file)
-    here = {"job": job_id(), "progress": progress}
-    times = noted.get("times", 0) + 1 if here.items() <= noted.items() else 1
+    times = noted.get("times", 0) + 1 if noted.get("progress") == progress else 1
     if times > most:
         raise QwlitError(
             f"{folder.path} was requeued {most} times at step {progress} without one step more; it is left."
             " Raise slurm.time, or slurm.signal_seconds if it was killed while saving"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(file, here | {"times": times})
+    write_json_atomic(file, {"progress": progress, "times": times})

@@ -136,7 +136,7 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-ENDED = " ended"
+BEGUN, ENDED = " begun", " ended"
 READY_VARIABLE = "QWLIT_RUN_READY"
 
 
@@ -184,6 +184,8 @@ class RunLock:
         except OSError as error:
             raise ConfigError(f"run.root: {self._folder.path.parent} cannot be written: {error.strerror}") from None
         handle.truncate(0)
+        handle.write(f"{launch_token()}{BEGUN}")
+        handle.flush()
         return None
 
     def announce(self) -> None:
@@ -199,13 +201,14 @@ class RunLock:
         Raises:
             ConfigError: rank 0 let go of the lock before it announced, or never took it.
         """
-        seen = False
+        token = launch_token()
         give_up = time.monotonic() + self.PATIENCE_SECONDS
-        while not (taken := is_held(self._path)) or self._read() != launch_token():
-            ended = (seen and not taken) or self._read() == f"{launch_token()}{ENDED}"
-            if ended or (not seen and time.monotonic() > give_up):
+        while not (taken := is_held(self._path)) or self._read() != token:
+            # Others may have held it before: this job's last life, while it still ended.
+            said = self._read()
+            ended = said == f"{token}{ENDED}" or (said == f"{token}{BEGUN}" and not taken)
+            if ended or (not said.startswith(token) and time.monotonic() > give_up):
                 raise ConfigError("rank 0 ended before the run began; its own message says why")
-            seen = seen or taken
             time.sleep(self.POLL_SECONDS)
 
     def _read(self) -> str:
