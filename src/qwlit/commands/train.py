@@ -49,6 +49,7 @@ def train(composed: Composed) -> None:
     from rich.markup import escape
 
     from qwlit.core.console import console
+    from qwlit.core.slurm import LOSES_REQUEUES, loses_requeues
     from qwlit.job.assemble import assemble, load_model
     from qwlit.job.begin import begin, recorded
     from qwlit.job.finish import finish, show
@@ -82,6 +83,8 @@ def train(composed: Composed) -> None:
                 return
             refuse_taken(folder, overwrite=config.run.overwrite)
             check_logger(config.logger)
+            if loses_requeues():
+                console().print(f"[yellow]note[/] {LOSES_REQUEUES}")
         job = assemble(composed)
         loss_model = load_model(job, leave_empty=job.machine.strategy == "fsdp")
         start = begin(job, loss_model, folder)

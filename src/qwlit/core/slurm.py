@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 
+from qwlit.core.ranks import launched_by_torchrun
+
 LEFT_TO_SCRIPT = 76
 """What rank 0 ends with when it has saved and cannot ask for the requeue itself: the batch script does."""
 SECONDS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
@@ -15,6 +17,10 @@ TIME_LIMIT = re.compile(
     r"|(?P<minutes>\d+)(:(?P<seconds>\d{1,2}))?"
 )
 NO_LIMIT = ("UNLIMITED", "INFINITE")
+LOSES_REQUEUES = (
+    "a SIGUSR2 of Slurm's would end torchrun before the run is saved;"
+    " torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 hands it on; or start with srun"
+)
 ALIVE = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
 """States (`scontrol show job`) of a job that nobody has ended: SIGNALING until Slurm has told all its processes what it
 tells this one. A cancelled job is COMPLETING as long as it has processes."""
@@ -48,6 +54,12 @@ def job_id() -> str | None:
 def was_requeued() -> bool:
     """Whether this job has run before."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+def loses_requeues() -> bool:
+    """Whether torchrun started this process in a job, and would be ended by the signal that it should hand on."""
+    handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+    return job_id() is not None and launched_by_torchrun() and "SIGUSR2" not in handled
 
 
 def can_ask() -> bool:
