@@ -9,7 +9,7 @@ import sys
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Leave, Preempted, Pruned, QwlitError, nearest
 from qwlit.core.ranks import is_rank_zero, leave, rank_label
 from qwlit.core.signals import note
-from qwlit.core.slurm import LEFT_TO_SCRIPT, can_ask, job_id, requeue_job, wants_place_back
+from qwlit.core.slurm import can_ask, have_script_ask, job_id, requeue_job, wants_place_back
 
 VERBS = {
     "train": "train a model, or go on with an unfinished run",
@@ -88,21 +88,20 @@ def _report(verb: str, error: QwlitError) -> int:
     process = "" if is_rank_zero() else f", {rank_label()}"
     print(f"qwlit {verb}{process}: {error}", file=sys.stderr)
     if isinstance(error, Preempted) and job_id() is not None:
-        return _requeue(verb, error)
+        _requeue(verb, error)
     return error.exit_code
 
 
-def _requeue(verb: str, error: Preempted) -> int:
-    """Have the Slurm job started again, unless somebody cancelled it; return the exit code.
+def _requeue(verb: str, error: Preempted) -> None:
+    """Have the Slurm job started again, unless somebody cancelled it.
 
     The very last thing that is done: Slurm ends the job for it.
     """
-    if not can_ask():
-        return LEFT_TO_SCRIPT if error.requeue else error.exit_code
-    if error.requeue or (error.requeue is None and wants_place_back()):
-        refusal = requeue_job()
+    ask = requeue_job if can_ask() else have_script_ask
+    # What Slurm itself wants the script finds out as well.
+    if error.requeue or (error.requeue is None and can_ask() and wants_place_back()):
+        refusal = ask()
         print(f"qwlit {verb}: " + (f"not requeued: {refusal}" if refusal else "the job is requeued"), file=sys.stderr)
-    return error.exit_code
 
 
 def _run(verb: str, arguments: list[str]) -> int:

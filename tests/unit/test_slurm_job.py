@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwlit.__main__ import _report
-from qwlit.cluster.script import ASK_FOR_REQUEUE, Work, check_slurm, render
+from qwlit.cluster.script import ASK_FOR_REQUEUE, NAME_JOB, Work, check_slurm, render
 from qwlit.config.compose import compose
 from qwlit.core import signals
 from qwlit.core.errors import ConfigError, Preempted
@@ -83,10 +83,14 @@ def test_a_job_is_requeued_when_slurm_wants_its_place_and_not_when_somebody_canc
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("told", "code"), [(True, 76), (None, 75), (False, 75)])
-def test_without_slurms_commands_the_batch_script_is_left_to_ask(told, code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("told", [True, None, False])
+def test_without_slurms_commands_the_batch_script_is_left_to_ask(told, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _report("train", Preempted("saved", requeue=told)) == code
+    assert _report("train", Preempted("saved", requeue=told)) == 75
+    assert ("not requeued: there is no scontrol here" in capsys.readouterr().err) is (told is True)
+    monkeypatch.setenv("QWLIT_REQUEUE_FILE", str(tmp_path / "wish"))
+    assert _report("train", Preempted("saved", requeue=told)) == 75
+    assert (tmp_path / "wish").exists() is (told is True)
 
 
 def test_a_task_of_an_array_is_called_by_both_numbers(monkeypatch):
@@ -178,7 +182,9 @@ def test_a_rank_waits_for_rank_zero_while_this_jobs_last_life_still_holds_the_lo
 
 @pytest.mark.parametrize("file", ["train", "train_gpu", "train_nodes"])
 def test_files_to_be_edited_ask_for_the_requeue_as_submitted_ones_do(file):
-    assert (Path(__file__).parents[2] / "slurm" / f"{file}.sbatch").read_text().endswith(f"\n{ASK_FOR_REQUEUE}")
+    text = (Path(__file__).parents[2] / "slurm" / f"{file}.sbatch").read_text()
+    assert text.endswith(f"\n{ASK_FOR_REQUEUE}")
+    assert f"\n{NAME_JOB}\n" in text
 
 
 def test_a_container_sees_the_working_folder_and_what_else_is_named():

@@ -14,21 +14,24 @@ from qwlit.training.config import HardwareConfig, SlurmConfig
 AUTO_WORKERS = 4
 # Requeues of a job that is told to leave before Python listens: nobody counts its progress. An assumption.
 MOST_EARLY_REQUEUES = 20
-# Also at the end of the files in slurm/.
+# Both also in the files in slurm/, before and after srun.
+NAME_JOB = """\
+# A task of an array is called by both its numbers.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+# The run asks for its requeue by itself. Where it finds no scontrol, as in a container, it makes this file.
+export QWLIT_REQUEUE_FILE="$PWD/.requeue-$job"
+rm -f "$QWLIT_REQUEUE_FILE"
+"""
 ASK_FOR_REQUEUE = f"""\
-# The run asks for its requeue by itself. 76: it saved, but where it runs there is no scontrol. 140: told to leave
-# before Python could listen. Any other end while Slurm makes room for another job (PreemptTime): it was not ready yet.
-job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-job=${{job:-$SLURM_JOB_ID}}
-facts=$(scontrol show job --oneliner "$job")
-case "$code" in
-  0) again=no ;;
-  76) again=yes ;;
-  140) again=$([ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_EARLY_REQUEUES} ] && echo yes || echo no) ;;
-  *) again=$([[ $facts == *PreemptTime=2* ]] && echo yes || echo no) ;;
-esac
+# 140: told to leave before Python could listen. PreemptTime: Slurm makes room for another job; the run was not ready.
+facts=$(scontrol show job --oneliner "$job" || true)
+again=no
+if [ -e "$QWLIT_REQUEUE_FILE" ]; then again=yes; rm -f "$QWLIT_REQUEUE_FILE"; fi
+if [ "$code" -eq 140 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_EARLY_REQUEUES} ]; then again=yes; fi
+if [ "$code" -ne 0 ] && [[ $facts == *PreemptTime=2* ]]; then again=yes; fi
 # What somebody cancelled is not running any more.
-if [ "$again" = yes ] && [[ $facts == *JobState=RUNNING* ]]; then scontrol requeue "$job"; fi
+if [ "$again" = yes ] && [[ $facts =~ JobState=(RUNNING|SIGNALING) ]]; then scontrol requeue "$job" || true; fi
 exit "$code"
 """
 # Slurm's own names for a job in a shell; Lightning would take them for a session that is typed into.
@@ -80,6 +83,8 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
         f"cd {shlex.quote(str(folder))}",
         *slurm.setup,
         *work.before,
+        "",
+        *NAME_JOB.splitlines(),
         "",
         "# srun starts the ranks, one a device, ends all when one has failed, and waits for rank 0, which exports."
         if work.ranks_by_srun

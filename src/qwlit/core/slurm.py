@@ -4,11 +4,12 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 from qwlit.core.ranks import launched_by_torchrun
 
-LEFT_TO_SCRIPT = 76
-"""What rank 0 ends with when it has saved and cannot ask for the requeue itself: the batch script does."""
+REQUEUE_FILE = "QWLIT_REQUEUE_FILE"
+"""Variable of the batch script's: the file by which a run that cannot ask for its requeue has the script ask."""
 SECONDS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
 # sbatch(1), --time: a lone number is minutes, two are minutes:seconds, but after days they are hours:minutes.
 TIME_LIMIT = re.compile(
@@ -81,6 +82,18 @@ def requeue_job() -> str | None:
         # Cancelled in the meantime, or requeued by somebody else already.
         return f"Slurm has it as {facts.get('JobState')}"
     return _scontrol("requeue", str(job_id()))[1]
+
+
+def have_script_ask() -> str | None:
+    """Leave the requeue to the batch script; return why that cannot be, None if it will."""
+    file = os.environ.get(REQUEUE_FILE)
+    if file is None:
+        return "there is no scontrol here"
+    try:
+        Path(file).touch()
+    except OSError as error:
+        return f"there is no scontrol here, and {file} cannot be written: {error.strerror}"
+    return None
 
 
 def _is_alive(facts: dict[str, str]) -> bool:
