@@ -107,7 +107,7 @@ def test_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_killed(p
 
 
 def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(place):
-    lrs = {"optim.lr": {"values": [3e-3, 1e9, 1e-7]}, "model.attention": {"values": ["sdpa", "varlen"]}}
+    lrs = {"optim.lr": {"values": [3e-3, 1e9, 1e-7, 1e-6]}, "model.attention": {"values": ["sdpa", "varlen"]}}
     rule = {"type": "hyperband", "min_iter": 1, "eta": 2}
     sweep = write_sweep(place, method="grid", parameters=lrs, early_terminate=rule)
     # Long enough that a pruned one is still on its way when it is told.
@@ -116,8 +116,8 @@ def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(p
     assert done.returncode == 0, done.stderr
     folder = place / "runs" / "mixed"
     trials = {(t["params"]["model.attention"], t["params"]["optim.lr"]): t for t in record_of(folder)["trials"]}
-    assert len(trials) == 6
-    for lr in (3e-3, 1e9, 1e-7):
+    assert len(trials) == 8
+    for lr in (3e-3, 1e9, 1e-7, 1e-6):
         assert trials["varlen", lr]["state"] == "failed"
         assert "model.attention=varlen" in trials["varlen", lr]["reason"]
     assert trials["sdpa", 3e-3]["state"] == "done"
@@ -132,7 +132,7 @@ def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(p
             assert summary(run)["status"] == "pruned"
             assert losses(run)[-1][0] < 60
             assert "not among the best" in trial["reason"]
-    assert "3 failed" in done.stdout
+    assert "4 failed" in done.stdout
 
 
 def test_the_best_trial_trains_again_from_its_file(place):
