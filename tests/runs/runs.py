@@ -78,7 +78,7 @@ def started(
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (run / "metrics.jsonl").exists() or len(losses(run)) < logged:
+    while steps_logged(run) < logged:
         assert process.poll() is None and process.stderr, process.stderr and process.stderr.read()
         time.sleep(0.02)
     return process
@@ -112,6 +112,10 @@ def summary(run: Path) -> dict:
 
 def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["train/loss"]) for row in rows(run) if "train/loss" in row]
+
+
+def steps_logged(run: Path) -> int:
+    return len(losses(run)) if (run / "metrics.jsonl").exists() else 0
 
 
 def weights(run: Path, pointer: str = "last") -> dict[str, torch.Tensor]:

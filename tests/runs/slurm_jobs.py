@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.runs.runs import ENVIRONMENT, TINY, command, losses
+from tests.runs.runs import ENVIRONMENT, TINY, command
 
 WORDS = [
     *TINY,
@@ -62,7 +62,3 @@ def tasks(place) -> dict[int, int]:
             if b"train" in words and b"-m" in words and "SLURM_STEP_ID" in variables and b"srun" not in words[0]:
                 found[int(variables["SLURM_PROCID"])] = int(entry.name)
     return found
-
-
-def logged(run: Path) -> int:
-    return len(losses(run)) if (run / "metrics.jsonl").exists() else 0

@@ -17,9 +17,19 @@ import pytest
 
 import qwlit
 from qwlit.training.preemption import StopOnSignal
-from tests.runs.runs import ENVIRONMENT, LONG, TINY, assert_same_run, command, free_port, losses, qwlit_process, summary
+from tests.runs.runs import (
+    ENVIRONMENT,
+    LONG,
+    TINY,
+    assert_same_run,
+    command,
+    free_port,
+    losses,
+    qwlit_process,
+    steps_logged,
+    summary,
+)
 from tests.runs.runs import qwlit as run_here
-from tests.runs.slurm_jobs import logged
 
 SIGNALS = 30 if LONG else 3
 WORDS = [
@@ -52,11 +62,11 @@ def test_a_signal_to_every_process_spares_the_loaders_workers_and_the_run_goes_o
     words = ["train", *WORDS, "hardware.devices=2", "hardware.num_workers=2", "run.name=cut"]
     run = place / "runs" / "cut"
     for number, code in ((signal.SIGUSR2, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)):
-        before = logged(run)
+        before = steps_logged(run)
         process = subprocess.Popen(
             command(words), cwd=place, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        while logged(run) < before + 10:
+        while steps_logged(run) < before + 10:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         os.killpg(process.pid, number)
@@ -84,7 +94,7 @@ def test_signals_at_random_moments_change_nothing(launcher, place):
     while True:
         lives += 1
         assert lives < 3 * SIGNALS + 5
-        before = logged(run)
+        before = steps_logged(run)
         with (place / "said.log").open("ab") as log:
             process = subprocess.Popen([*start, "run.name=cut"], cwd=place, env=ENVIRONMENT, stdout=log, stderr=log)
         # A signal while it starts, or after a few steps.
@@ -92,7 +102,7 @@ def test_signals_at_random_moments_change_nothing(launcher, place):
         steps = dice.randrange(1, 50)
         while process.poll() is None and sent < SIGNALS:
             time.sleep(0.02)
-            if time.monotonic() < moment if moment else logged(run) - before < steps:
+            if time.monotonic() < moment if moment else steps_logged(run) - before < steps:
                 continue
             targets = [process.pid, *ranks_below(process.pid, place)]
             # Each process in its turn, torchrun's own as well.
@@ -165,4 +175,4 @@ def test_a_rank_with_other_code_or_data_is_refused_before_anything_is_trained(wh
     said = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
     assert f"differs from rank 0 in {what}:" in said[0]
-    assert logged(place / "runs" / "a") == 0
+    assert steps_logged(place / "runs" / "a") == 0

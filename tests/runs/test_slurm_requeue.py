@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from tests.runs.runs import LONG, assert_same_run, losses, qwlit, qwlit_process, rows, summary
-from tests.runs.slurm_jobs import WORDS, finished, logged, said, submit, tasks
+from tests.runs.runs import LONG, assert_same_run, losses, qwlit, qwlit_process, rows, steps_logged, summary
+from tests.runs.slurm_jobs import WORDS, finished, said, submit, tasks
 from tests.slurm_cluster import why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -72,7 +72,7 @@ def test_a_job_that_makes_room_within_its_grace_is_requeued(cluster, place):
     urgent = []
 
     def displace(state):
-        if not urgent and logged(run) > 5:
+        if not urgent and steps_logged(run) > 5:
             asked = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 2"]
             urgent.append(cluster.ask(*asked, "--output=/dev/null"))
 
@@ -95,7 +95,7 @@ def test_a_requeued_job_goes_on_with_its_own_run_alone_and_not_with_an_older_one
 
     def tell(state):
         lives = int(state["Restarts"])
-        moment = len(tasks(place)) == 1 if lives == 0 else logged(run) > 20
+        moment = len(tasks(place)) == 1 if lives == 0 else steps_logged(run) > 20
         if lives == len(told) < 2 and state["JobState"] == "RUNNING" and moment:
             told.append(lives)
             cluster.ask("scancel", "--signal=USR2", str(job), check=False)
@@ -117,7 +117,7 @@ def test_where_slurms_commands_are_missing_the_batch_script_asks_for_the_requeue
     def tell(state):
         """While the two start, and some steps on."""
         lives = int(state["Restarts"])
-        if lives == len(told) < 2 and (logged(run) > 20 if lives else len(tasks(place)) == 2):
+        if lives == len(told) < 2 and (steps_logged(run) > 20 if lives else len(tasks(place)) == 2):
             told.append(lives)
             cluster.ask("scancel", "--signal=USR2", str(job), check=False)
 

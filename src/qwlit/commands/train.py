@@ -49,7 +49,7 @@ def train(composed: Composed) -> None:
     from rich.markup import escape
 
     from qwlit.core.console import console
-    from qwlit.core.slurm import LOSES_REQUEUES, loses_requeues
+    from qwlit.core.slurm import torchrun_warning
     from qwlit.job.assemble import assemble, load_model
     from qwlit.job.begin import begin, recorded
     from qwlit.job.finish import finish, show
@@ -68,10 +68,11 @@ def train(composed: Composed) -> None:
         die_with_parent(number=signal.SIGINT)
     prepare_determinism(config.determinism)
     folder = RunFolder(resolve_path(config.run.root) / str(config.run.name))
-    if folder.is_this_jobs:
+    is_own = folder.is_this_jobs
+    if is_own:
         composed = going_on(composed)
         config = composed.config
-    is_over = folder.is_this_jobs and folder.status == FINISHED
+    is_over = is_own and folder.status == FINISHED
     if is_over and not is_rank_zero():
         return
     counting = counting_requeues(folder, lambda: Start(newest(folder)).step, config.slurm.max_requeues_in_place)
@@ -83,8 +84,8 @@ def train(composed: Composed) -> None:
                 return
             refuse_taken(folder, overwrite=config.run.overwrite)
             check_logger(config.logger)
-            if loses_requeues():
-                console().print(f"[yellow]note[/] {LOSES_REQUEUES}")
+            if warning := torchrun_warning():
+                console().print(f"[yellow]note[/] {warning}")
         job = assemble(composed)
         loss_model = load_model(job, leave_empty=job.machine.strategy == "fsdp")
         start = begin(job, loss_model, folder)

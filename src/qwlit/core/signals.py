@@ -4,8 +4,9 @@ import signal
 from collections.abc import Iterable
 from types import FrameType
 
-ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""What a training answers, the weightiest last: Slurm follows its SIGUSR2 by a SIGTERM, and means the first."""
+BY_WEIGHT = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""None, and what a training answers: Slurm follows its SIGUSR2 by a SIGTERM, and means the first."""
+ANSWERED = BY_WEIGHT[1:]
 noted: list[int] = []
 """What this process was sent while it was starting."""
 
@@ -17,7 +18,7 @@ def note(number: int, frame: FrameType | None) -> None:
 
 def weightiest(numbers: Iterable[int]) -> int:
     """Return the signal that says most of what is to be done; 0 for none."""
-    return max(numbers, key=lambda number: ANSWERED.index(signal.Signals(number)) if number else -1, default=0)
+    return max(numbers, key=BY_WEIGHT.index, default=0)
 
 
 def ignore_signals() -> None:

@@ -18,10 +18,6 @@ TIME_LIMIT = re.compile(
     r"|(?P<minutes>\d+)(:(?P<seconds>\d{1,2}))?"
 )
 NO_LIMIT = ("UNLIMITED", "INFINITE")
-LOSES_REQUEUES = (
-    "a SIGUSR2 of Slurm's would end torchrun before the run is saved;"
-    " torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 hands it on; or start with srun"
-)
 ALIVE = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
 """States (`scontrol show job`) of a job that nobody has ended: SIGNALING until Slurm has told all its processes what it
 tells this one. A cancelled job is COMPLETING as long as it has processes."""
@@ -57,10 +53,15 @@ def was_requeued() -> bool:
     return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
-def loses_requeues() -> bool:
-    """Whether torchrun started this process in a job, and would be ended by the signal that it should hand on."""
+def torchrun_warning() -> str | None:
+    """Return what to say where torchrun would be ended by a signal that it should hand on; None elsewhere."""
     handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
-    return job_id() is not None and launched_by_torchrun() and "SIGUSR2" not in handled
+    if job_id() is None or not launched_by_torchrun() or "SIGUSR2" in handled:
+        return None
+    return (
+        "a SIGUSR2 of Slurm's would end torchrun before the run is saved;"
+        " torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 hands it on; or start with srun"
+    )
 
 
 def can_ask() -> bool:

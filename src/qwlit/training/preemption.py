@@ -16,7 +16,7 @@ from torch import tensor
 
 from qwlit.core.errors import Interrupted, Leave, Preempted, Pruned
 from qwlit.core.ranks import is_rank_zero, under_agent
-from qwlit.core.signals import ANSWERED, note, noted, weightiest
+from qwlit.core.signals import ANSWERED, BY_WEIGHT, note, noted, weightiest
 from qwlit.training.boundary import BoundaryCallback
 from qwlit.training.checkpoint import Checkpointing
 from qwlit.training.milestones import Milestones
@@ -24,8 +24,6 @@ from qwlit.training.module import CausalLMModule
 from qwlit.training.run_folder import RunFolder
 
 LEAVE = (signal.SIGTERM, signal.SIGUSR2)
-WORDS = (0, *ANSWERED)
-"""What ranks tell each other, by weight."""
 
 
 @contextmanager
@@ -134,8 +132,8 @@ class StopOnSignal(BoundaryCallback):
         if self._word is not None:
             word, work = self._word
             work.wait()
-            number = WORDS[int(word)]
-        word = tensor(WORDS.index(self._signal))
+            number = BY_WEIGHT[int(word)]
+        word = tensor(BY_WEIGHT.index(self._signal))
         self._word = (word, dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
         return number
 
