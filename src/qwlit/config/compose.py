@@ -30,6 +30,7 @@ from qwlit.core.files import resolve_path
 from qwlit.core.lists import read_list
 from qwlit.core.ranks import under_agent
 from qwlit.data.config import parts_of
+from qwlit.model.folder import base_of, is_adapter
 
 MAIN = "train"
 SWEEPS = "sweep"
@@ -71,6 +72,7 @@ def compose(overrides: list[str]) -> Composed:
     base = typed.pop("config", None)
     tree, choices = _from_run(base.value(), typed) if base else _from_groups(typed)
     _settle_pairs(tree, typed)
+    _settle_model(tree, typed, choices.get("model"))
     config = check(tree)
     check_relations(config)
     config = _with_default_name(config, choices)
@@ -137,6 +139,12 @@ def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, 
     if "data.path" in typed and "data" not in typed:
         # One's own data also replaces the demo's validation set and its exact-match check.
         typed = {"data": _parse(["data=files"])[0], **typed}
+    if "model.hub_id" in typed and "model" not in typed:
+        # A packaged file of the same hub id knows the architecture without asking the hub.
+        wanted = typed["model.hub_id"].value()
+        for name, hub_id in _packaged_hub_ids().items():
+            if hub_id is not None and hub_id == wanted:
+                typed["model"] = _parse([f"model={name}"])[0]
     for folder in typed["hydra.searchpath"].value() if "hydra.searchpath" in typed else []:
         if str(folder).startswith("file://") and not Path(str(folder).removeprefix("file://")).is_dir():
             raise ConfigError(f"hydra.searchpath: {folder} is no folder")
@@ -211,6 +219,41 @@ def _settle_pairs(tree: dict[str, Any], typed: dict[str, Override]) -> None:
         tree["scheduler"]["max_warmup_ratio"] = 1.0
 
 
+def _packaged_hub_ids() -> dict[str, str | None]:
+    """Return the hub id of every packaged model file, by the file's name."""
+    files = (conf_dir() / "model").glob("*.yaml")
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")).get("hub_id") for file in files}
+
+
+def _settle_model(tree: dict[str, Any], typed: dict[str, Override], chosen: str | None) -> None:
+    """Let a folder or a hub id replace the chosen model file, whose architecture describes another model.
+
+    Raises:
+        ConfigError: a typed architecture has no effect, or an adapter's base is not here.
+    """
+    model = tree.get("model")
+    if not isinstance(model, dict):
+        return
+    path, hub_id = model.get("path"), model.get("hub_id")
+    is_other = hub_id is not None and ("model.hub_id" in typed or chosen is not None)
+    if is_other and chosen is not None:
+        hub_ids = _packaged_hub_ids()
+        # A file of the user's own names its own hub id.
+        is_other = chosen in hub_ids and hub_ids[chosen] != hub_id
+    if not path and not is_other:
+        return
+    if useless := next((key for key in typed if key.startswith("model.architecture")), None):
+        origin = f"model.path={path}" if path else f"model.hub_id={hub_id}"
+        raise ConfigError(
+            f"{useless} has no effect beside {origin}, whose config.json has the architecture; leave it out"
+        )
+    model["architecture"] = None
+    if path:
+        model["hub_id"] = None
+        if isinstance(path, str) and is_adapter(resolve_path(path)) and not model.get("adapter_path"):
+            model |= {"adapter_path": path} | base_of(resolve_path(path))
+
+
 def check(tree: dict[str, Any]) -> RunConfig:
     """Check a whole tree against the dataclasses.
 
@@ -241,8 +284,12 @@ def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:
     data, model = choices.get("data", "data"), choices.get("model", "model")
     if data == "files":
         data = "-".join(resolve_path(part.path).stem for part in parts_of(config.data.path)[:3])
-    if config.model.path is not None:
-        model = resolve_path(config.model.path).name
+    if (
+        source := config.model.adapter_path
+        or config.model.path
+        or (config.model.architecture is None and config.model.hub_id)
+    ):
+        model = resolve_path(source).name
     name = choices.get("experiment") or f"{model}-{choices.get('recipe', 'recipe')}-{data}"
     name = re.sub(r"[^\w.-]+", "_", name).lstrip("._-")[:200]
     return _named(config, name)

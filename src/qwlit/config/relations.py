@@ -5,9 +5,16 @@ from qwlit.core.errors import ConfigError
 from qwlit.model.config import AdapterConfig, FreezeConfig
 from qwlit.optim.config import BITSANDBYTES
 
-TEXTS = {"run.name", "run.root", "model.path", "model.tokenizer", "model.hub_id", "data.path", "data.val_path"} | {
-    f"slurm.{name}" for name in ("partition", "account", "qos", "constraint", "time", "container")
-}
+TEXTS = {
+    "run.name",
+    "run.root",
+    "model.path",
+    "model.adapter_path",
+    "model.tokenizer",
+    "model.hub_id",
+    "data.path",
+    "data.val_path",
+} | {f"slurm.{name}" for name in ("partition", "account", "qos", "constraint", "time", "container")}
 """Settings that are text even where they look like a number, and are never empty."""
 
 
@@ -67,6 +74,8 @@ def _optimizer(config: RunConfig) -> None:
 
 def _adapter(config: RunConfig) -> None:
     adapter, freeze = config.adapter, config.freeze
+    if config.model.adapter_path and config.model.init == "random":
+        raise ConfigError("model.adapter_path is on top of a trained model, but model.init=random; set it pretrained")
     if adapter.kind == "none":
         for key, usual in vars(AdapterConfig()).items():
             if getattr(adapter, key) != usual:

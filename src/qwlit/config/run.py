@@ -66,7 +66,7 @@ NO_MATHEMATICS = {
     "model.attention",
 }
 """Settings in these sections that do not."""
-FOLDERS = {"model.path", "model.tokenizer"}
+FOLDERS = {"model.path", "model.adapter_path", "model.tokenizer"}
 """Settings of which only the last part counts, so that a run can go on where the disk has another name."""
 
 

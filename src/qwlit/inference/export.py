@@ -1,52 +1,70 @@
-"""The trained model as a folder that other tools load: transformers, or peft for a LoRA adapter."""
+"""The trained model as a folder that other tools load: transformers 4 and 5, peft for a LoRA adapter, vLLM, llama.cpp.
 
-import copy
+The base's own files are copied; only what training changed is written anew.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel
+
+from qwlit.inference.export_settings import End, write_config, write_generation_config, write_tokenizer
+from qwlit.model.saved_adapter import ADAPTER_WEIGHTS, PREFIX
+from qwlit.model.weights import HEAD
+
+MAX_SHARD_SIZE = "5GB"
+"""Of one safetensors file, as transformers has it."""
 
 
-def export_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, *, base: str | None
-) -> None:
+@dataclass(frozen=True)
+class Origin:
+    """Where the parts of a model came from that training does not change."""
+
+    model: Path | None
+    """Folder of the base model; None where its weights were random."""
+    tokenizer: Path | None
+    """Folder of the tokenizer; None where the rows were tokens already and nobody named one."""
+    base: str | None
+    """What an adapter's configuration names as its base: an absolute path or a hub id; None for random weights."""
+
+
+def export_model(model: PreTrainedModel, folder: Path, *, origin: Origin, end: End | None) -> None:
     """Write the whole model in the dtype its checkpoint came in, or only its adapter in float32.
 
     Args:
-        base: where the adapter's frozen model came from, so that peft finds it.
+        end: how the answers end that it was trained on; None where it was not trained on any.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    disable_progress_bar()
     if hasattr(model, "peft_config"):
-        _export_adapter(model, folder, base)
+        _export_adapter(model, folder, origin.base)
     else:
-        _export_whole(model, folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        dtype = model.config.dtype or torch.float32
+        _export_weights(model, folder, dtype)
+        write_config(model.config, folder, base=origin.model, dtype=dtype, end=end)
+    write_generation_config(model.config, folder, base=origin.model, end=end)
+    if origin.tokenizer is not None:
+        write_tokenizer(folder, origin.tokenizer, end=end)
 
 
-def _export_whole(model: PreTrainedModel, folder: Path) -> None:
-    config = copy.deepcopy(model.config)
-    # Training runs without a cache; whoever generates with the exported model wants one.
-    config.use_cache = True
-    dtype = config.dtype or torch.float32
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)
-    # save_pretrained has written the dtype of the weights in memory, which training keeps in float32.
-    config.dtype = dtype
-    config.save_pretrained(folder)
+def _export_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        # It is the embedding; a second name would be a second copy in another dtype.
+        del state[HEAD]
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
+    save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
 
 
 def _export_adapter(model: PreTrainedModel, folder: Path, base: str | None) -> None:
     from peft import get_peft_model_state_dict
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
     config = model.peft_config["default"]
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
     # peft reads the names its wrapper gives; here the layers stand in the model itself.
-    state = {f"base_model.model.{name}": t.detach().cpu() for name, t in get_peft_model_state_dict(model).items()}
-    save_file(state, folder / SAFETENSORS_WEIGHTS_NAME)
+    state = {f"{PREFIX}{name}": t.detach().cpu() for name, t in get_peft_model_state_dict(model).items()}
+    save_file(state, folder / ADAPTER_WEIGHTS)

@@ -9,10 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from qwlit.core.console import console
+from qwlit.core.errors import DataError
 from qwlit.core.files import resolve_path
-from qwlit.inference.export import export_model
+from qwlit.data.chat import resolve_template
+from qwlit.data.chat_template import chat_template
+from qwlit.data.samples import supervises
+from qwlit.data.templates import END as END_OF_TURN
+from qwlit.data.tokenizer import END_OF_TEXT
+from qwlit.inference.export import Origin, export_model
+from qwlit.inference.export_settings import End
 from qwlit.inference.generate import answer_greedily, questions
 from qwlit.job.assemble import Job, load_model
+from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
 from qwlit.training.checkpoint import read_weights, step_of
 from qwlit.training.loop import Loop
@@ -41,7 +49,7 @@ def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> li
         # The other ranks have left with their rows: the whole model is made anew, from the files.
         loss_model = load_model(job, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
     _take_best_weights(loss_model, loop, always=sharded)
-    export_model(loss_model.causal_lm, job.tokenizer, folder.path / "export", base=_base(job))
+    export_model(loss_model.causal_lm, folder.path / "export", origin=_origin(job), end=end_of_answers(job))
     if not job.config.data.exact_match or job.data.validation is None:
         return []
     # The trainer has moved the model to the CPU when it ended.
@@ -59,12 +67,42 @@ def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> li
     return records
 
 
-def _base(job: Job) -> str | None:
-    """Where an adapter's frozen model is found again, from any folder; None where its weights were random."""
+def _origin(job: Job) -> Origin:
     model = job.config.model
-    if model.init == "random":
+    base = None
+    if model.init == "pretrained":
+        base = str(resolve_path(model.path).resolve()) if model.path else model.hub_id
+    tokenizer = tokenizer_folder(model)[0] if job.tokenizer is not None else None
+    return Origin(model=weights_folder(model), tokenizer=tokenizer, base=base)
+
+
+def end_of_answers(job: Job) -> End | None:
+    """Return the token that the model learned to end its answers with; None where the base's own end stays.
+
+    Conversations end with the template's end of turn, whatever the base ended with. Plain text ends with
+    <|endoftext|>, which every base knows already unless it has no end at all.
+    """
+    tokenizer, chat = job.encoder.tokenizer, job.encoder.chat
+    if tokenizer is None:
         return None
-    return str(resolve_path(model.path).resolve()) if model.path else model.hub_id
+    end_of_text = tokenizer.control_ids.get(END_OF_TEXT)
+    others = () if end_of_text is None else (end_of_text,)
+    if chat is not None and supervises(job.data.train, chat.end_of_turn_id):
+        return End(END_OF_TURN, chat.end_of_turn_id, others, _template_to_write(job))
+    has_end = job.config.model.init == "pretrained"
+    if has_end or end_of_text is None or not supervises(job.data.train, end_of_text):
+        return None
+    return End(END_OF_TEXT, end_of_text, (), None)
+
+
+def _template_to_write(job: Job) -> str | None:
+    """Return the template trained with, unless the tokenizer's folder has it already."""
+    assert job.encoder.chat is not None
+    try:
+        own = resolve_template(job.tokenizer, "auto")
+    except DataError:
+        own = None
+    return None if own == job.encoder.chat.family else chat_template(job.encoder.chat.family)
 
 
 def _take_best_weights(loss_model: LossModel, loop: Loop, *, always: bool) -> None:

@@ -12,11 +12,10 @@ from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import meet_others
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.job.assemble import Job
-from qwlit.model.adapters import start_dora
 from qwlit.model.compile import failed_to_compile
 from qwlit.model.flops import count_flops
 from qwlit.model.load import fill_causal_lm
-from qwlit.model.loss_model import LossModel
+from qwlit.model.loss_model import LossModel, start_adapter
 from qwlit.model.shard import shard_model
 from qwlit.training.agreement import gather_facts
 from qwlit.training.continuing import Start
@@ -102,7 +101,7 @@ def _shard(job: Job, loss_model: LossModel, mesh: DeviceMesh) -> None:
     """Shard the model, and only then read or draw the weights: no rank ever holds more of them than its own rows."""
     shard_model(loss_model, mesh, bf16=job.machine.precision == "bf16-mixed")
     fill_causal_lm(loss_model.causal_lm, job.config.model, seed=job.config.seed)
-    start_dora(loss_model.causal_lm)
+    start_adapter(loss_model.causal_lm, job.config.model)
 
 
 def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:

@@ -74,6 +74,9 @@ class ModelConfig:
     """Hugging Face repository, such as Qwen/Qwen3-0.6B; used when there is no path."""
     path: str | None = None
     """Local Hugging Face folder; wins over hub_id."""
+    adapter_path: str | None = None
+    """Folder of a LoRA adapter (qwlit's or peft's) on top of the model: recipe=lora continues it, recipes that train
+    the model itself merge it first. An adapter's folder as model.path means the same, with the base that it names."""
     init: Literal["pretrained", "random"] = "pretrained"
     """pretrained loads the weights; random starts from scratch with the same shape."""
     tokenizer: str | None = None

@@ -1,17 +1,20 @@
-"""A local Hugging Face folder: what must be in it, read with one clear line for whatever is wrong."""
+"""A local Hugging Face folder: its config.json and tokenizer, read with one clear line for whatever is wrong."""
 
-import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.files import resolve_path
+from qwlit.model.hub import looks_like_hub_id
 
 SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+ADAPTER_CONFIG = "adapter_config.json"
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""transformers 5's name and transformers 4's."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+FULL_ATTENTION = "full_attention"
 
 
 def check_folder(folder: Path, field: str) -> None:
@@ -48,23 +51,110 @@ def read_model_config(folder: Path, field: str = "model.path") -> dict[str, Any]
     """Read and check config.json.
 
     Raises:
-        ConfigError: no folder, no config.json, another architecture, a sliding window, or quantized weights.
+        ConfigError: no folder, no config.json, another architecture, or something in it that qwlit cannot train.
     """
     check_folder(folder, field)
     file = folder / "config.json"
     if not file.is_file():
-        raise ConfigError(f"{field}={folder} has no config.json; give a Hugging Face model folder")
+        raise ConfigError(f"{field}={folder} {_what_it_is(folder)}")
     config = read_json(file)
     model_type = str(config.get("model_type"))
     names = config.get("architectures") or [SUPPORTED.get(model_type, model_type)]
     if names != [SUPPORTED.get(model_type)]:
         found = f"{', '.join(map(str, names))} (model_type {model_type})"
         raise ConfigError(f"{field}={folder} is a {found}; qwlit trains {' and '.join(SUPPORTED.values())}")
+    for check in (_check_attention, _check_weights, _check_dtype, _check_rope, _check_pad_token):
+        check(file, config)
+    return config
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds a peft adapter and no model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(adapter: Path) -> dict[str, str | None]:
+    """Return the settings (path and hub_id) of the model that an adapter's folder names as its base.
+
+    Raises:
+        ConfigError: it names none, or a folder that is not here.
+    """
+    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if isinstance(base, str) and resolve_path(base).is_dir():
+        return {"path": base, "hub_id": None}
+    if isinstance(base, str) and looks_like_hub_id(base):
+        return {"path": None, "hub_id": base}
+    said = f"names the base {base}, and there is no such folder here" if base else "names no base"
+    raise ConfigError(
+        f"model.path={adapter} is a peft adapter that {said}; set model.path=BASE model.adapter_path={adapter}"
+    )
+
+
+def _what_it_is(folder: Path) -> str:
+    """Say what a folder without config.json is, and what to give instead."""
+    if is_adapter(folder):
+        return "is a peft adapter; give its base model as model.path and this folder as model.adapter_path"
+    places = (folder.absolute(), *folder.absolute().parents[:2])
+    run = next((place for place in places if (place / "config.yaml").is_file()), None)
+    if run is None:
+        return "has no config.json; give a Hugging Face model folder"
+    what = "is a run of qwlit" if run == places[0] else "is a checkpoint of a run of qwlit"
+    return f"{what}; to start from the model that it trained, set model.path={run / 'export'}"
+
+
+def _check_attention(file: Path, config: dict[str, Any]) -> None:
+    kinds = config.get("layer_types")
     if config.get("use_sliding_window"):
         raise ConfigError(f"{file}: use_sliding_window=true is not supported, attention here is always full")
+    if kinds is None:
+        return
+    other = [kind for kind in kinds if kind != FULL_ATTENTION] if isinstance(kinds, list) else [kinds]
+    if other:
+        raise ConfigError(f"{file}: layer_types names {other[0]}, but attention here is always {FULL_ATTENTION}")
+
+
+def _check_weights(file: Path, config: dict[str, Any]) -> None:
     if config.get("quantization_config"):
         raise ConfigError(f"{file}: the weights are quantized (quantization_config); give the unquantized model")
-    return config
+
+
+def _check_dtype(file: Path, config: dict[str, Any]) -> None:
+    for key in DTYPE_KEYS:
+        name = config.get(key)
+        if name not in (None, "auto", *DTYPES, *(f"torch.{dtype}" for dtype in DTYPES)):
+            raise ConfigError(f"{file}: {key}={name!r} is none of auto, {', '.join(DTYPES)}")
+
+
+def _check_rope(file: Path, config: dict[str, Any]) -> None:
+    """Refuse a rotary embedding that transformers has no function for."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if not isinstance(rope, dict):
+            continue
+        name = rope.get("rope_type") or rope.get("type") or "default"
+        known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        if name not in known:
+            raise ConfigError(
+                f"{file}: {key} has the type {name!r}, which transformers does not know; known: {', '.join(known)}"
+            )
+
+
+def _check_pad_token(file: Path, config: dict[str, Any]) -> None:
+    pad, size = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and not 0 <= pad < size:
+        raise ConfigError(f"{file}: pad_token_id={pad} has no row in an embedding of vocab_size={size}; set it null")
+
+
+def declared_dtype(config: dict[str, Any]) -> str | None:
+    """Return the name of the dtype that a checked config.json declares; None where it leaves that to the weights."""
+    name = next((config[key] for key in DTYPE_KEYS if config.get(key) not in (None, "auto")), None)
+    return None if name is None else str(name).removeprefix("torch.")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
 
 
 def check_tokenizer_files(folder: Path, field: str) -> None:
@@ -74,78 +164,8 @@ def check_tokenizer_files(folder: Path, field: str) -> None:
         ConfigError: there is no folder or it lacks the tokenizer's files.
     """
     check_folder(folder, field)
-    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise ConfigError(
             f"{field}={folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); "
             "copy it there or set model.tokenizer"
         )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that make up the model.
-
-    Raises:
-        ConfigError: there are none, or the index names one that is missing.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        pickled = sorted(entry.name for entry in folder.glob("*.bin"))
-        if pickled:
-            raise ConfigError(
-                f"{folder} has only pickled weights ({pickled[0]}), which can run code when read; convert them: "
-                "save_pretrained in transformers writes safetensors"
-            )
-        raise ConfigError(f"{folder} has no weights ({WEIGHTS}); copy them there, or set model.init=random")
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        raise ConfigError(f"{folder / INDEX} names missing files: {first_few(missing) or 'none at all'}; copy them too")
-    return [folder / name for name in names]
-
-
-def read_shapes(files: list[Path]) -> Iterator[tuple[str, list[int]]]:
-    """Yield names and shapes from the files' headers; see `read_tensors`."""
-    for name, tensor in read_tensors(files):
-        yield name, list(tensor.get_shape())
-
-
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Any]]:
-    """Yield names and what gives the tensor's rows when sliced; nothing is read before.
-
-    Raises:
-        ConfigError: a file is cut off or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                    yield name, opened.get_slice(name)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{file} is cut off or damaged ({error}); copy or download it again") from None
-
-
-# Of each file: enough to tell other weights, little enough for a model of any size.
-SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
-
-
-def fingerprint_weights(folder: Path) -> str:
-    """Return a hash of names, sizes, headers and evenly spaced blocks of the weights' files."""
-    digest = hashlib.sha256()
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as handle:
-            for number in range(SAMPLED_BLOCKS + 1):
-                handle.seek(max(0, size - BLOCK_BYTES) * number // SAMPLED_BLOCKS)
-                digest.update(handle.read(BLOCK_BYTES))
-    return digest.hexdigest()[:16]
-
-
-def first_few(names: list[str], limit: int = 3) -> str:
-    """Name the first few of many."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -14,10 +14,19 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.model import hub
 from qwlit.model.config import FreezeConfig, ModelConfig
-from qwlit.model.folder import check_tokenizer_files, fingerprint_weights, read_model_config
+from qwlit.model.folder import (
+    DTYPE_KEYS,
+    check_tokenizer_files,
+    declared_dtype,
+    has_tokenizer,
+    read_json,
+    read_model_config,
+)
 from qwlit.model.freeze import apply_freeze
-from qwlit.model.presets import meta_causal_lm, model_classes, to_hf_config
+from qwlit.model.presets import check_heads, meta_causal_lm, model_classes, to_hf_config, width_of_head
 from qwlit.model.quantize import Quantizer
+from qwlit.model.saved_adapter import ADAPTER_WEIGHTS
+from qwlit.model.weight_files import fingerprint_files, stored_dtype, weight_files
 from qwlit.model.weights import Filled, draw_weights, fill_weights
 
 if TYPE_CHECKING:
@@ -30,7 +39,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     Raises:
         ConfigError: none is named, its files are missing or damaged, or the hub cannot give them.
     """
-    folder, field = _tokenizer_folder(config)
+    folder, field = tokenizer_folder(config)
     check_tokenizer_files(folder, field)
     from transformers import AutoTokenizer
 
@@ -41,13 +50,21 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
         raise ConfigError(f"{field}={folder}: the tokenizer cannot be read ({reason}); copy it again") from None
 
 
-def _tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
-    """Return where the tokenizer lies and the setting that says so."""
+def tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
+    """Return where the tokenizer lies and the setting that says so.
+
+    An adapter's folder that has a tokenizer has the one that the adapter was trained with.
+
+    Raises:
+        ConfigError: no setting names a tokenizer, or the hub cannot give it.
+    """
     if config.tokenizer:
         folder = resolve_path(config.tokenizer)
         if not folder.is_dir() and hub.looks_like_hub_id(config.tokenizer):
             folder = hub.fetch(config.tokenizer, hub.TOKENIZER_FILES)
         return folder, "model.tokenizer"
+    if config.adapter_path and has_tokenizer(resolve_path(config.adapter_path)):
+        return resolve_path(config.adapter_path), "model.adapter_path"
     own = _folder(config, hub.TOKENIZER_FILES)
     if own is None:
         raise ConfigError("model.tokenizer is not set, and there is no model.path or model.hub_id to take it from")
@@ -94,20 +111,40 @@ def load_causal_lm(
     Raises:
         ConfigError: whatever is wrong with the folder, its weights, or the way to the hub.
     """
-    folder = _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
+    folder = weights_folder(config)
     if config.init == "pretrained" and folder is None:
         raise ConfigError("model.init=pretrained needs model.path or model.hub_id; or set model.init=random")
     model = _empty(model_shape(config) if folder is None else _read_hf_config(folder), freeze, frozen_dtype)
-    if folder is not None and (folder / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if folder is not None:
+        model.config.dtype = model.config.dtype or stored_dtype(folder)
+        _set_generation_config(model, folder / "generation_config.json")
     if not leave_empty:
         fill_causal_lm(model, config, seed=seed, filled=quantizer(model) if quantizer else None)
     model.config.use_cache = False
     # Made from the configuration, which in many fine-tuned folders has the cache off; generating without is quadratic.
     model.generation_config.use_cache = True
     return model
+
+
+def _set_generation_config(model: "PreTrainedModel", file: Path) -> None:
+    if not file.is_file():
+        return
+    from transformers import GenerationConfig
+
+    values = read_json(file)
+    try:
+        model.generation_config = GenerationConfig.from_dict(values)
+    except Exception as error:  # transformers raises whatever a wrong value leads to
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+
+
+def weights_folder(config: ModelConfig) -> Path | None:
+    """Return the folder that pretrained weights come from; None where they are random.
+
+    Raises:
+        ConfigError: the hub cannot give it.
+    """
+    return _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
 
 
 def _folder(config: ModelConfig, patterns: list[str]) -> Path | None:
@@ -128,11 +165,20 @@ def model_shape(config: ModelConfig) -> "PretrainedConfig":
 
 def _read_hf_config(folder: Path) -> "PretrainedConfig":
     values = read_model_config(folder)
+    values = {key: value for key, value in values.items() if key not in DTYPE_KEYS} | {"dtype": declared_dtype(values)}
     config_class, _ = model_classes(values["model_type"])
+    file = folder / "config.json"
     try:
-        return config_class.from_dict(values)
-    except Exception as error:  # the hub client's own validation errors
-        raise ConfigError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
+        config = config_class.from_dict(values)
+    except Exception as error:  # transformers and the hub client raise whatever a wrong value leads to
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+    queries = config.num_attention_heads
+    # Qwen2's published files leave it out, and transformers computes it in each layer.
+    head_dim = getattr(config, "head_dim", None) or width_of_head(config.hidden_size, queries, where=f"{file}: ")
+    check_heads(queries, config.num_key_value_heads, head_dim, where=f"{file}: ")
+    config.head_dim = head_dim
+    config.name_or_path = str(folder)
+    return config
 
 
 def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dtype: torch.dtype) -> "PreTrainedModel":
@@ -156,8 +202,13 @@ def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dt
 
 def fingerprint(config: ModelConfig) -> str | None:
     """Return what tells the pretrained weights from others, None where they are random."""
-    folder = _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
-    return None if folder is None else fingerprint_weights(folder)
+    folder = weights_folder(config)
+    if folder is None:
+        return None
+    base = fingerprint_files(weight_files(folder))
+    if config.adapter_path is None:
+        return base
+    return f"{base}+{fingerprint_files({resolve_path(config.adapter_path) / ADAPTER_WEIGHTS: None})}"
 
 
 def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int, filled: Filled | None = None) -> None:
@@ -170,7 +221,7 @@ def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int, 
     Raises:
         ConfigError: see `fill_weights`.
     """
-    folder = _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
+    folder = weights_folder(config)
     if folder is None:
         draw_weights(model, seed=seed, std=model.config.initializer_range, filled=filled)
     else:

@@ -20,6 +20,7 @@ from qwlit.model.load import load_causal_lm, model_shape
 from qwlit.model.memory import apply_memory_policy
 from qwlit.model.presets import meta_causal_lm
 from qwlit.model.quantize import Quantizer
+from qwlit.model.saved_adapter import check_start, load_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,11 +111,22 @@ def build_loss_model(
         quantizer=quantizer if adapter.quantization == "nf4" else None,
     )
     _apply(causal_lm, adapter, dropout, seed)
-    start_dora(causal_lm)
+    if not leave_empty:
+        start_adapter(causal_lm, model)
     apply_memory_policy(causal_lm, execution.memory)
     if execution.compiled:
         compile_layers(causal_lm)
     return LossModel(causal_lm, execution.attention).train()
+
+
+def start_adapter(causal_lm: "PreTrainedModel", model: ModelConfig) -> None:
+    """Give adapters their first values, once the weights beside them are filled in; merge one to start from.
+
+    Raises:
+        ConfigError: the adapter to start from is damaged.
+    """
+    start_dora(causal_lm)
+    load_start(causal_lm, model)
 
 
 def rehearse(
@@ -128,6 +140,7 @@ def rehearse(
     causal_lm = meta_causal_lm(model_shape(model))
     apply_freeze(causal_lm, freeze)
     _apply(causal_lm, adapter, dropout, seed=0)
+    check_start(causal_lm, model, adapter)
     return causal_lm
 
 

@@ -26,16 +26,8 @@ def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
         ConfigError: if the heads do not divide evenly or the head width is odd (rotary embeddings turn pairs).
     """
     queries, keys = architecture.num_attention_heads, architecture.num_key_value_heads
-    if queries % keys:
-        raise ConfigError(f"model.architecture.num_key_value_heads={keys} must divide num_attention_heads={queries}.")
-    if architecture.head_dim is None and architecture.hidden_size % queries:
-        raise ConfigError(
-            f"model.architecture.hidden_size={architecture.hidden_size} is no multiple of "
-            f"num_attention_heads={queries}; set model.architecture.head_dim."
-        )
-    head_dim = architecture.head_dim or architecture.hidden_size // queries
-    if head_dim % 2:
-        raise ConfigError(f"model.architecture.head_dim={head_dim} must be even: rotary embeddings turn pairs.")
+    head_dim = architecture.head_dim or width_of_head(architecture.hidden_size, queries, where="model.architecture.")
+    check_heads(queries, keys, head_dim, where="model.architecture.")
     config_class, _ = model_classes(architecture.model_type)
     return config_class(
         vocab_size=architecture.vocab_size,
@@ -54,11 +46,43 @@ def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
     )
 
 
+def width_of_head(hidden_size: int, queries: int, *, where: str) -> int:
+    """Return hidden_size / queries.
+
+    Raises:
+        ConfigError: the heads do not divide it; `where` says what the numbers are of.
+    """
+    if hidden_size % queries:
+        raise ConfigError(
+            f"{where}hidden_size={hidden_size} is no multiple of num_attention_heads={queries}; set {where}head_dim."
+        )
+    return hidden_size // queries
+
+
+def check_heads(queries: int, keys: int, head_dim: int, *, where: str) -> None:
+    """Raise ConfigError where heads cannot be grouped, or where rotary embeddings cannot turn pairs of a head."""
+    if queries % keys:
+        raise ConfigError(f"{where}num_key_value_heads={keys} must divide num_attention_heads={queries}.")
+    if head_dim % 2:
+        raise ConfigError(f"{where}head_dim={head_dim} must be even: rotary embeddings turn pairs.")
+
+
 def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
-    """Build the model on the meta device: names, shapes and ties without memory."""
+    """Build the model on the meta device: names, shapes and ties without memory.
+
+    Raises:
+        ConfigError: no layer can be built from a value in the configuration.
+    """
     _, model_class = model_classes(config.model_type)
-    with torch.device("meta"):
-        model = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # transformers and torch raise whatever a wrong value leads to
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{config.name_or_path or 'model.architecture'}: no model can be built from the configuration"
+            f" ({type(error).__name__}: {reason})"
+        ) from None
     model.tie_weights()
     return model
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.sharding import local, own_rows
-from qwlit.model.folder import first_few, read_shapes, read_tensors, weight_files
+from qwlit.model.weight_files import Files, first_few, read_shapes, read_tensors, weight_files
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -101,7 +101,7 @@ def _check_finite(folder: Path, name: str, rows: Tensor) -> None:
         raise ConfigError(f"{folder}: {name} holds inf or NaN; the checkpoint is spoiled, take another one")
 
 
-def _check_tied(folder: Path, files: list[Path], embedding: Tensor) -> None:
+def _check_tied(folder: Path, files: Files, embedding: Tensor) -> None:
     """Refuse a folder that says its head is the embedding and brings another head."""
     head: Any = next((tensor for name, tensor in read_tensors(files) if name == HEAD), None)
     if head is None:

@@ -47,7 +47,6 @@ class Loop:
             "tokens_per_second": self.telemetry.tokens_per_second,
             "peak_memory_gib": peak_memory_gib(self.trainer.strategy.root_device),
             "skipped_steps": self.guard.skipped_steps,
-            "rollbacks": 0,
         }
 
 

@@ -1,0 +1,124 @@
+"""The JSON files and the tokenizer of an exported model, readable by transformers 4 and 5 and what builds on them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwlit.core.files import write_json_atomic, write_text_atomic
+from qwlit.model.folder import DTYPE_KEYS, read_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Values = dict[str, Any]
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+COPIED = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    CHAT_TEMPLATE,
+)
+
+
+@dataclass(frozen=True)
+class End:
+    """How the answers end that a model was trained on, and the template they were written in."""
+
+    token: str
+    """The token that ends an answer: <|im_end|> of conversations, <|endoftext|> of plain text."""
+    token_id: int
+    others: tuple[int, ...]
+    """Ids that end a text as well, such as that of <|endoftext|>."""
+    chat_template: str | None
+    """Jinja of the template trained with; None where the tokenizer's folder has that very template, or none was."""
+
+
+def write_config(
+    config: "PretrainedConfig", folder: Path, *, base: Path | None, dtype: torch.dtype, end: End | None
+) -> None:
+    """Write config.json: the base's own values, in both spellings, with the dtype of the weights and the new end.
+
+    transformers 4, and servers built on it, read `rope_theta`, `rope_scaling` and `torch_dtype` at the top level and
+    fall back to a base of 10,000 where they are missing; transformers 5 reads `rope_parameters` and `dtype`.
+    """
+    values = read_json(base / "config.json") if base else json.loads(config.to_json_string(use_diff=True))
+    rope = dict(config.rope_parameters or {})
+    values["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = rope
+    name = str(dtype).removeprefix("torch.")
+    values |= {"torch_dtype": name} | {key: name for key in DTYPE_KEYS if key in values}
+    # Training folders often have it off; whoever generates with the exported model wants it.
+    values["use_cache"] = True
+    values.setdefault("architectures", config.architectures)
+    if end:
+        values["eos_token_id"] = end.token_id
+    write_json_atomic(folder / "config.json", values)
+
+
+def write_generation_config(config: "PretrainedConfig", folder: Path, *, base: Path | None, end: End | None) -> None:
+    """Write generation_config.json: the base's own values, and what ends a text with the trained end first."""
+    name = "generation_config.json"
+    values = read_json(base / name) if base and (base / name).is_file() else {}
+    if end is None and not values:
+        return
+    if end:
+        earlier = [*_as_list(values.get("eos_token_id")), *_as_list(config.eos_token_id), *end.others]
+        values["eos_token_id"] = list(dict.fromkeys([end.token_id, *earlier]))
+        if values.get("pad_token_id") is None and end.others:
+            values["pad_token_id"] = end.others[0]
+    write_json_atomic(folder / name, values)
+
+
+def _as_list(value: Any) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def write_tokenizer(folder: Path, source: Path, *, end: End | None) -> None:
+    """Copy the tokenizer's own files, and set in them the end and the template that the model was trained with."""
+    for name in COPIED:
+        (folder / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    _change(folder / TOKENIZER_CONFIG, _for_transformers_4)
+    if end is None:
+        return
+    _change(folder / TOKENIZER_CONFIG, lambda values: values | {"eos_token": end.token})
+    if (folder / "special_tokens_map.json").is_file():
+        _change(folder / "special_tokens_map.json", lambda values: values | {"eos_token": end.token})
+    if end.chat_template is None:
+        return
+    if (folder / CHAT_TEMPLATE).is_file():
+        write_text_atomic(folder / CHAT_TEMPLATE, end.chat_template)
+    else:
+        # Where published folders have it; every version of transformers and llama.cpp's converter look here.
+        _change(folder / TOKENIZER_CONFIG, lambda values: values | {"chat_template": end.chat_template})
+
+
+def _change(file: Path, change: Callable[[Values], Values]) -> None:
+    """Rewrite a JSON file where the change makes a difference, so that a copied file stays as it was otherwise."""
+    values = read_json(file) if file.is_file() else {}
+    changed = change(dict(values))
+    if changed != values:
+        write_json_atomic(file, changed)
+
+
+def _for_transformers_4(values: Values) -> Values:
+    """Undo what transformers 5 writes and transformers 4 cannot read: a list of extra tokens, and traces of saving."""
+    extra = values.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del values["extra_special_tokens"]
+        values.setdefault("additional_special_tokens", extra)
+    for trace in ("is_local", "local_files_only"):
+        values.pop(trace, None)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return values

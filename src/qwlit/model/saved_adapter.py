@@ -1,0 +1,216 @@
+"""Starting from a peft adapter: its folder read, and its weights merged into the model or trained on.
+
+Shapes: O rows of a layer's weight, I columns, R rank. LoRA's A is (R, I) and its B (O, R).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import resolve_path
+from qwlit.core.sharding import local, own_rows
+from qwlit.model.config import AdapterConfig, ModelConfig
+from qwlit.model.folder import ADAPTER_CONFIG, check_folder, read_json
+from qwlit.model.weight_files import first_few, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FIELD = "model.adapter_path"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# peft names tensors as its wrapper sees them.
+PREFIX = "base_model.model."
+A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+# Variants of LoRA whose forward pass is another one; each with the value that leaves it out.
+OTHER_FORMS: dict[str, tuple[object, ...]] = {
+    "fan_in_fan_out": (None, False),
+    "lora_bias": (None, False),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A LoRA adapter as peft saved it."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    """adapter_config.json."""
+    shapes: Mapping[str, list[int]]
+    """Of its tensors, by names without peft's prefix."""
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the linear layers that have LoRA matrices."""
+        return [name.removesuffix(A) for name in self.shapes if name.endswith(A)]
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names of the tensors that stand for whole weights of the model (peft's modules_to_save and bias)."""
+        return [name for name in self.shapes if not name.endswith((A, B, MAGNITUDE))]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all tensors, float32, by names without peft's prefix."""
+        found = read_tensors({self.folder / ADAPTER_WEIGHTS: None})
+        return {name.removeprefix(PREFIX): tensor[:].float() for name, tensor in found}
+
+    def scale(self, layer: str) -> float:
+        """Return what B A is multiplied by: alpha / R, with rsLoRA alpha / sqrt(R)."""
+        rank = self.shapes[layer + A][0]
+        patterns = self.config.get("alpha_pattern") or {}
+        alpha = next((value for key, value in patterns.items() if _names(key, layer)), self.config["lora_alpha"])
+        return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _names(pattern: str, layer: str) -> bool:
+    """Whether a key of peft's alpha_pattern means the layer: peft takes it as the end of a name, a regex."""
+    return re.match(rf"(.*\.)?({pattern})$", layer) is not None
+
+
+def read_saved_adapter(path: str) -> SavedAdapter:
+    """Read a peft folder's configuration and the shapes of its tensors.
+
+    Raises:
+        ConfigError: there is no such folder, a file is missing or damaged, or it is no LoRA adapter.
+    """
+    folder = resolve_path(path)
+    check_folder(folder, FIELD)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{FIELD}={folder} has no {ADAPTER_CONFIG}; give a folder that peft or qwlit saved an adapter in"
+        )
+    config = read_json(folder / ADAPTER_CONFIG)
+    merge = "merge it with peft (merge_and_unload) and give the merged folder as model.path"
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"{FIELD}={folder} is a {config.get('peft_type')} adapter, qwlit reads LoRA; {merge}")
+    for key, plain in OTHER_FORMS.items():
+        if config.get(key) not in plain:
+            raise ConfigError(
+                f"{folder / ADAPTER_CONFIG}: {key}={config[key]} is a form of LoRA that qwlit does not read; {merge}"
+            )
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise ConfigError(f"{folder / ADAPTER_CONFIG}: lora_alpha is missing or no number; copy the folder again")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        pickled = " (pickled weights can run code when read)" if (folder / "adapter_model.bin").is_file() else ""
+        raise ConfigError(f"{FIELD}={folder} has no {ADAPTER_WEIGHTS}{pickled}; save it again with a current peft")
+    found = read_tensors({folder / ADAPTER_WEIGHTS: None})
+    return SavedAdapter(folder, config, {name.removeprefix(PREFIX): list(t.get_shape()) for name, t in found})
+
+
+def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterConfig) -> None:
+    """Refuse an adapter to start from that does not belong to the model, or to the adapter that is to be trained.
+
+    Args:
+        model: on the meta device, with the adapters that are to be trained.
+
+    Raises:
+        ConfigError: naming the tensor, or what to type.
+    """
+    if config.adapter_path is None:
+        return
+    saved = read_saved_adapter(config.adapter_path)
+    if adapter.kind != "none":
+        _check_same_settings(saved, adapter)
+        expected = {saved_name(name): list(p.shape) for name, p in model.named_parameters() if "lora_" in name}
+        _check_shapes(saved, saved.shapes, expected)
+        return
+    weights = {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    found = {name: saved.shapes[name] for name in saved.replaced}
+    for layer in saved.layers:
+        out = saved.shapes.get(layer + B, [0])[0]
+        found[f"{layer}.weight"] = [out, saved.shapes[layer + A][1]]
+    _check_shapes(saved, found, {name: weights[name] for name in found if name in weights})
+
+
+def _check_same_settings(saved: SavedAdapter, adapter: AdapterConfig) -> None:
+    """Training goes on with the matrices that are there, so their settings must be the ones asked for."""
+    config = saved.config
+    more = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    more += ["bias"] if config.get("bias", "none") != "none" else []
+    merge = "recipe=full_sft merges it into the model and trains that"
+    if more:
+        raise ConfigError(
+            f"{FIELD}={saved.folder} was trained with {', '.join(more)}, which adapter.* cannot say; {merge}"
+        )
+    has = {
+        "adapter.rank": (config.get("r"), adapter.rank),
+        "adapter.alpha": (config.get("lora_alpha"), adapter.alpha),
+        "adapter.use_rslora": (bool(config.get("use_rslora")), adapter.use_rslora),
+        "adapter.use_dora": (bool(config.get("use_dora")), adapter.use_dora),
+    }
+    targets = sorted({layer.rpartition(".")[2] for layer in saved.layers})
+    typed = [f"{key}={str(there).lower()}" for key, (there, asked) in has.items() if there != asked]
+    if sorted(adapter.target_modules) != targets and not adapter.layers:
+        typed.append(f"adapter.target_modules=[{','.join(targets)}]")
+    if typed:
+        raise ConfigError(f"{FIELD}={saved.folder} has other settings; to train it on, set {' '.join(typed)}; {merge}")
+
+
+def _check_shapes(saved: SavedAdapter, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
+    unknown = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in found]
+    other = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    findings = {"that the model has no place for": unknown, "missing": missing, "of another shape": other}
+    said = [f"{what}: {first_few(names)}" for what, names in findings.items() if names]
+    if said:
+        raise ConfigError(f"{FIELD}={saved.folder} does not fit the model. Tensors {'; '.join(said)}")
+
+
+def saved_name(name: str) -> str:
+    """Return the name that peft saves a parameter of an adapter under."""
+    plain = name.replace(".default.weight", ".weight")
+    return plain.removesuffix(".weight") if MAGNITUDE in plain else plain
+
+
+def load_start(model: "PreTrainedModel", config: ModelConfig) -> None:
+    """Bring the adapter that `config` names into the model, whole or sharded, after its own weights are filled in.
+
+    A model with adapters takes its matrices over; one without has them merged into its weights (float32).
+    """
+    if config.adapter_path is None:
+        return
+    saved = read_saved_adapter(config.adapter_path)
+    with torch.no_grad():
+        if hasattr(model, "peft_config"):
+            _take_over(model, saved.tensors())
+        else:
+            _merge(model, saved)
+
+
+def _take_over(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            first, end = own_rows(parameter)
+            local(parameter).copy_(tensors[saved_name(name)][first:end])
+
+
+def _merge(model: "PreTrainedModel", saved: SavedAdapter) -> None:
+    """Add scale * B A to each weight; with DoRA (Liu et al. 2024) set the length of each row to its magnitude."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = saved.tensors()
+    for name in saved.replaced:
+        first, end = own_rows(parameters[name])
+        local(parameters[name]).copy_(tensors[name][first:end])
+    for layer in saved.layers:
+        weight = parameters[f"{layer}.weight"]
+        rows = local(weight)
+        first, end = own_rows(weight)
+        low, high = tensors[layer + A].to(rows.device), tensors[layer + B][first:end].to(rows.device)  # (R, I), (O, R)
+        rows.add_(high @ low, alpha=saved.scale(layer))
+        if layer + MAGNITUDE in tensors:
+            lengths = tensors[layer + MAGNITUDE].flatten()[first:end].to(rows.device)
+            rows.mul_((lengths / rows.norm(dim=1)).unsqueeze(1))

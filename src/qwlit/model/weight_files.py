@@ -1,0 +1,113 @@
+"""The safetensors files of a model folder: which there are, and which tensors they hold."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlit.core.errors import ConfigError
+from qwlit.model.folder import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+Files = Mapping[Path, frozenset[str] | None]
+"""Each file with the tensors that the index takes from it; None where there is no index and all of them count."""
+# Buffers that older versions of transformers saved; the model computes them from its configuration.
+COMPUTED_BUFFERS = ("rotary_emb.inv_freq",)
+
+
+def weight_files(folder: Path) -> Files:
+    """Return the files that make up the model.
+
+    Raises:
+        ConfigError: there are none, or the index names one that is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: None}
+    if not (folder / INDEX).is_file():
+        pickled = sorted(entry.name for entry in folder.glob("*.bin"))
+        if pickled:
+            raise ConfigError(
+                f"{folder} has only pickled weights ({pickled[0]}), which can run code when read; convert them: "
+                "save_pretrained in transformers writes safetensors"
+            )
+        raise ConfigError(f"{folder} has no weights ({WEIGHTS}); copy them there, or set model.init=random")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise ConfigError(f"{folder / INDEX} names missing files: {first_few(missing) or 'none at all'}; copy them too")
+    assert isinstance(weight_map, dict)
+    return {
+        folder / file: frozenset(str(tensor) for tensor, holder in weight_map.items() if holder == file)
+        for file in names
+    }
+
+
+def read_shapes(files: Files) -> Iterator[tuple[str, list[int]]]:
+    """Yield names and shapes from the files' headers; see `read_tensors`."""
+    for name, tensor in read_tensors(files):
+        yield name, list(tensor.get_shape())
+
+
+def read_tensors(files: Files) -> Iterator[tuple[str, Any]]:
+    """Yield names and what gives the tensor's rows when sliced; nothing is read before.
+
+    Of a tensor that stands in two files, the one that the index names counts, as for transformers.
+
+    Raises:
+        ConfigError: a file is cut off or damaged, or lacks a tensor that the index names.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file, wanted in files.items():
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                there = list(opened.keys())
+                if wanted is not None and (absent := sorted(wanted.difference(there))):
+                    raise ConfigError(f"{file} lacks {first_few(absent)}, which the index says it holds; copy it again")
+                for name in there:
+                    if (wanted is None or name in wanted) and not name.endswith(COMPUTED_BUFFERS):
+                        yield name, opened.get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{file} is cut off or damaged ({error}); copy or download it again") from None
+
+
+def stored_dtype(folder: Path) -> "torch.dtype":
+    """Return the dtype that most tensors of the folder's weights have."""
+    import torch
+
+    # safetensors' names of what torch trains in; a weight of another kind has no counterpart here.
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+    counts = Counter(str(tensor.get_dtype()) for _, tensor in read_tensors(weight_files(folder)))
+    (most, _), *_ = counts.most_common(1)
+    if most not in names:
+        raise ConfigError(f"{folder}: the weights are of type {most}; give the model in {', '.join(names)}")
+    return names[most]
+
+
+# Of each file: enough to tell other weights, little enough for a model of any size.
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
+
+
+def fingerprint_files(files: Files) -> str:
+    """Return a hash of names, sizes, headers and evenly spaced blocks of the files."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as handle:
+            for number in range(SAMPLED_BLOCKS + 1):
+                handle.seek(max(0, size - BLOCK_BYTES) * number // SAMPLED_BLOCKS)
+                digest.update(handle.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def first_few(names: list[str], limit: int = 3) -> str:
+    """Name the first few of many."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
