@@ -27,7 +27,7 @@ from qwlit.data.splits import split_store
 from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.data.store import build_store
 from qwlit.data.store_writer import Reading
-from qwlit.data.templates import Supervision
+from qwlit.data.templates import FAMILIES, Supervision
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import build_real_tokenizer
 
@@ -67,7 +67,7 @@ def encoder(folder: Path) -> RowEncoder:
     from transformers import AutoTokenizer
 
     tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(folder / "tokenizer"))
-    return RowEncoder(DataConfig(), 151_936, tokenizer, ChatEncoder(tokenizer, "qwen3", Supervision()), None)
+    return RowEncoder(DataConfig(), 151_936, tokenizer, ChatEncoder(tokenizer, FAMILIES["qwen3"], Supervision()), None)
 
 
 def build(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from qwlit.data.config import DataConfig
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.samples import Samples
 from qwlit.data.store import SampleStore, build_store
-from qwlit.data.templates import Supervision
+from qwlit.data.templates import FAMILIES, Supervision
 from qwlit.data.tokenizer import TextTokenizer
 
 VOCAB = 700
@@ -38,7 +38,7 @@ def row_encoder(tokenizer: TextTokenizer | None = None, **config: Any) -> RowEnc
     if tokenizer is None:
         return RowEncoder(data, VOCAB, None, None, None)
     template = "qwen3" if data.template == "auto" else data.template
-    chat = ChatEncoder(tokenizer, template, Supervision(data.loss_on, data.thinking))
+    chat = ChatEncoder(tokenizer, FAMILIES[template], Supervision(data.loss_on, data.thinking))
     return RowEncoder(data, VOCAB, tokenizer, chat, None)
 
 

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwlit.core.errors import DataError
+from qwlit.data import templates
 from qwlit.data.chat import ChatEncoder, resolve_template
 from qwlit.data.conversation import parse_conversation
 from qwlit.data.formats import EncodedSample
@@ -36,7 +37,7 @@ def real(real_tokenizer_folder: Callable[[str], Path]) -> Real:
 
 
 def encoder_of(tokenizer: TextTokenizer, family: str, supervision: Supervision | None = None) -> ChatEncoder:
-    return ChatEncoder(tokenizer, family, supervision or Supervision())
+    return ChatEncoder(tokenizer, templates.FAMILIES[family], supervision or Supervision())
 
 
 def encode(encoder: ChatEncoder, messages: Messages, tools: Any = None) -> EncodedSample:
@@ -63,7 +64,7 @@ def assert_equals_template(tokenizer: Any, text_tokenizer: TextTokenizer, family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_equal_apply_chat_template_with_the_real_vocabulary(real: Real, family: str) -> None:
     tokenizer, text_tokenizer = real[family]
-    assert resolve_template(tokenizer, "auto") == family
+    assert resolve_template(tokenizer, "auto") == templates.FAMILIES[family]
     assert encoder_of(text_tokenizer, family).end_of_turn_id == 151645
     assert_equals_template(tokenizer, text_tokenizer, family)
 
@@ -212,7 +213,7 @@ def test_a_tokenizer_without_a_template_names_the_remedy_and_obeys_it() -> None:
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"data\.template=qwen2"):
         resolve_template(tokenizer, "auto")
-    assert resolve_template(tokenizer, "qwen2_5") == "qwen2_5"
+    assert resolve_template(tokenizer, "qwen2_5") == templates.FAMILIES["qwen2_5"]
 
 
 def test_a_tokenizer_without_chatml_tokens_is_refused_for_conversations() -> None:

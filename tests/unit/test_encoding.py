@@ -6,8 +6,8 @@ import pytest
 
 from qwlit.data.conversation import parse_conversation
 from qwlit.data.encoding import DTYPES, Account, Batch, RowEncoder
+from qwlit.data.remarks import HISTORY_THINKING, TAGS_AS_TEXT
 from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row
-from qwlit.data.templates import HISTORY_THINKING, TAGS_AS_TEXT
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import small_tokenizer
 from tests.stores import messages, row_encoder, tokens

@@ -14,10 +14,10 @@ from qwlit.core.errors import DataError
 from qwlit.data import store_writer
 from qwlit.data.conversation import parse_conversation
 from qwlit.data.encoding import Account
+from qwlit.data.remarks import TAGS_AS_TEXT
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.store import SampleStore, check_account
 from qwlit.data.store_writer import Reading
-from qwlit.data.templates import TAGS_AS_TEXT
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import small_tokenizer
 from tests.stores import build, first_tokens, lengths, messages, num_supervised, row_encoder, tokens, write

@@ -1,5 +1,5 @@
-import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,23 +7,19 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.rows import RowError
-from qwlit.data.templates import (
-    END,
-    FAMILIES,
+from qwlit.data.recognise import recognise_template
+from qwlit.data.remarks import (
     HISTORY_THINKING,
     NULLS_FROM_TABLE,
     QUOTED_ARGUMENTS,
     TAGS_AS_TEXT,
     THINKING_LEFT_OUT,
-    Piece,
-    Supervision,
-    recognise_template,
     remarks,
-    render,
 )
+from qwlit.data.rows import RowError
+from qwlit.data.templates import END, FAMILIES, Piece, Supervision, render
 from tests.conversations import Messages, conversation, learnt_spans, without_reasoning
-from tests.real_tokenizer import JINJA
+from tests.real_tokenizer import JINJA, SYSTEM_QWEN2, SYSTEM_QWEN2_5
 
 USER = {"role": "user", "content": "Hi"}
 ONE = {"role": "assistant", "content": "One."}
@@ -38,7 +34,7 @@ def jinja(template: str) -> Callable[[Messages, list[dict[str, Any]] | None], st
 
 
 def pieces(messages: Messages, template: str, tools: Any = None, **supervision: Any) -> list[Piece]:
-    return render(parse_conversation(messages, tools), template, Supervision(**supervision))
+    return render(parse_conversation(messages, tools), FAMILIES[template], Supervision(**supervision))
 
 
 def text_of(rendered: list[Piece]) -> str:
@@ -234,7 +230,11 @@ def test_qwen2_refuses_tools_and_families_without_thinking_an_answer_of_reasonin
 )
 def test_what_a_template_does_to_an_answer_is_remarked_on(family: str, answer: Any, expected: list[str]) -> None:
     assert (
-        list(remarks(parse_conversation([USER, ONE | answer, USER, ONE]), family, Supervision(), from_table=False))
+        list(
+            remarks(
+                parse_conversation([USER, ONE | answer, USER, ONE]), FAMILIES[family], Supervision(), from_table=False
+            )
+        )
         == expected
     )
 
@@ -256,32 +256,69 @@ def test_what_json_cannot_say_is_no_argument() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_familys_own_jinja_is_recognised(family: str) -> None:
-    assert recognise_template(jinja(JINJA[family])) == family
+    assert recognise_template(jinja(JINJA[family])) == FAMILIES[family]
 
 
 def test_an_unknown_or_missing_template_is_refused_with_the_remedy() -> None:
     with pytest.raises(DataError, match=r"no chat template.*data\.template="):
         recognise_template(None)
-    rng = random.Random(0)
     others = [JINJA["qwen3"].replace("<think>\\n", "<think>"), "{{ undefined.attribute }}", "{{ messages[9].x.y }}", ""]
     others.append(JINJA["qwen3_2507"].replace("if f.arguments is string", "if false").replace("\\n<tool_resp", " <t"))
-    for template in [*others, JINJA["qwen2_5"].replace("helpful", rng.choice(["harmless", "kind"]))]:
+    # Another default text, but not wherever there is no system turn.
+    others.append(JINJA["qwen2_5"].replace(f"else '{SYSTEM_QWEN2_5}'", "else ('With.' if tools else 'Without.')"))
+    for template in others:
         with pytest.raises(
             DataError, match=r"none of qwen3, qwen3_2507, qwen2_5, qwen2_5_base, qwen2;.*data\.template="
         ):
             recognise_template(jinja(template))
 
 
+SYSTEM_MATH = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "system"),
+    [
+        ("qwen2_5", JINJA["qwen2_5"].replace(SYSTEM_QWEN2_5, SYSTEM_MATH.replace("\\", "\\\\")), SYSTEM_MATH),
+        ("qwen2_5", JINJA["qwen2_5"].replace(SYSTEM_QWEN2_5, ""), ""),
+        ("qwen2", JINJA["qwen2"].replace(SYSTEM_QWEN2, "You are a helpful assistant"), "You are a helpful assistant"),
+        ("qwen2", JINJA["qwen2"].partition("{% endif %}")[2], None),
+        (
+            "qwen3",
+            "{%- set sys = [{'role': 'system', 'content': 'Be kind.'}] %}"
+            "{%- if messages[0].role != 'system' %}{%- set messages = sys + messages %}{%- endif %}" + JINJA["qwen3"],
+            "Be kind.",
+        ),
+        (
+            "qwen3_2507",
+            "{%- set sys = [{'role': 'system', 'content': 'Be kind.'}] %}"
+            "{%- if messages[0].role != 'system' %}{%- set messages = sys + messages %}{%- endif %}"
+            + JINJA["qwen3_2507"],
+            "Be kind.",
+        ),
+    ],
+)
+def test_a_family_with_another_default_system_text_is_recognised_and_written_as_its_jinja_does(
+    family: str, template: str, system: str | None
+) -> None:
+    found = recognise_template(jinja(template))
+    assert found == replace(FAMILIES[family], default_system=system)
+    for seed in range(60):
+        messages, tools = generated(family, seed)
+        conversation = parse_conversation(messages, tools)
+        assert text_of(render(conversation, found, Supervision())) == jinja(template)(messages, tools), seed
+
+
 def test_what_the_settings_leave_unlearnt_anyway_is_not_remarked_on() -> None:
     conversation = parse_conversation([USER, ONE | {"reasoning_content": "hm"}, USER, ONE])
     for supervision in (Supervision(loss_on="last_assistant"), Supervision(thinking="drop")):
-        assert not list(remarks(conversation, "qwen3", supervision, from_table=False))
+        assert not list(remarks(conversation, FAMILIES["qwen3"], supervision, from_table=False))
 
 
 def test_keys_that_nobody_reads_and_arguments_that_get_quoted_are_remarked_on() -> None:
     call = {"name": "add", "arguments": '{"a": 1}'}
     conversation = parse_conversation([USER | {"name": "Li", "mood": "glad"}, ONE | {"tool_calls": [call]}])
-    assert list(remarks(conversation, "qwen2_5", Supervision(), from_table=False)) == [
+    assert list(remarks(conversation, FAMILIES["qwen2_5"], Supervision(), from_table=False)) == [
         "a message key that is not read: 'mood'",
         QUOTED_ARGUMENTS,
     ]
@@ -297,5 +334,5 @@ def test_an_answer_of_weight_0_is_read_and_not_learnt() -> None:
 def test_nulls_that_a_table_fills_in_are_remarked_on() -> None:
     call = {"name": "add", "arguments": {"x": 1, "y": {"z": None}}}
     conversation = parse_conversation([USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
-    assert list(remarks(conversation, "qwen3", Supervision(), from_table=True)) == [NULLS_FROM_TABLE]
-    assert not list(remarks(conversation, "qwen3", Supervision(), from_table=False))
+    assert list(remarks(conversation, FAMILIES["qwen3"], Supervision(), from_table=True)) == [NULLS_FROM_TABLE]
+    assert not list(remarks(conversation, FAMILIES["qwen3"], Supervision(), from_table=False))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwlit.config.run import RunConfig
     from qwlit.data.samples import Samples
     from qwlit.data.splits import DataSplit
+    from qwlit.data.templates import Family
     from qwlit.job.corpus import Corpus
 
 OUTPUTS = ("text", "json")
@@ -117,11 +118,22 @@ def _show_data(data: "DataSplit", corpus: "Corpus", config: "RunConfig", screen:
     screen.print(f"\n[bold]to train on[/]  {data.describe()}")
     if chat is not None:
         supervision = chat.supervision
-        screen.print(f"  template {chat.template}, loss on {supervision.loss_on}, thinking {supervision.thinking}")
+        template = f"{chat.template}{_other_system_text(chat.family)}"
+        screen.print(f"  template {escape(template)}, loss on {supervision.loss_on}, thinking {supervision.thinking}")
     for text in (*data.describe_shares(config.seed), *data.remarks):
         screen.print(f"  {escape(text)}")
     _show_lengths(data.train, screen)
     _show_steps(data, config, screen)
+
+
+def _other_system_text(family: "Family") -> str:
+    """Return what a tokenizer's template says where a conversation has no system turn, if it is not the family's."""
+    from qwlit.data.templates import FAMILIES
+
+    text = family.default_system
+    if text == FAMILIES[family.name].default_system:
+        return ""
+    return f" with the tokenizer's own system text {text!r}" if text is not None else " without a default system text"
 
 
 def _show_lengths(samples: "Samples", screen: Console) -> None:

@@ -7,31 +7,19 @@ become a control token.
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import Conversation
 from qwlit.data.formats import EncodedSample
-from qwlit.data.templates import END, START, Piece, Supervision, recognise_template, render
+from qwlit.data.recognise import resolve_template
+from qwlit.data.templates import END, START, Family, Piece, Supervision, render
 from qwlit.data.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-
-def resolve_template(tokenizer: Any, template: str) -> str:
-    """Return the template family to use: the one set, or with `auto` the tokenizer's own.
-
-    Raises:
-        DataError: `auto`, and the tokenizer has no chat template or an unknown one.
-    """
-    if template != "auto":
-        return template
-    if not tokenizer.chat_template:
-        return recognise_template(None)
-    return recognise_template(
-        lambda messages, tools: tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-    )
+__all__ = ["ChatEncoder", "resolve_template"]
 
 
 class _Segment(NamedTuple):
@@ -45,17 +33,22 @@ class _Segment(NamedTuple):
 class ChatEncoder:
     """Encodes conversations with one tokenizer and one template family."""
 
-    def __init__(self, tokenizer: TextTokenizer, template: str, supervision: Supervision) -> None:
-        """Take a resolved template.
+    def __init__(self, tokenizer: TextTokenizer, family: Family, supervision: Supervision) -> None:
+        """Take a family; see `resolve_template`.
 
         Raises:
             DataError: the vocabulary lacks the tokens that open and close a turn.
         """
         if missing := [token for token in (START, END) if token not in tokenizer.control_ids]:
             raise DataError(f"the tokenizer has no {' and no '.join(missing)} token, which every Qwen template needs")
-        self.template = template
+        self.family = family
         self.supervision = supervision
         self._tokenizer = tokenizer
+
+    @property
+    def template(self) -> str:
+        """The family's name."""
+        return self.family.name
 
     @property
     def end_of_turn_id(self) -> int:
@@ -64,7 +57,7 @@ class ChatEncoder:
 
     def render(self, conversation: Conversation) -> list[Piece]:
         """Write the conversation down, or raise RowError where the template cannot express it."""
-        return render(conversation, self.template, self.supervision)
+        return render(conversation, self.family, self.supervision)
 
     def encode(self, conversation: Conversation) -> EncodedSample:
         """Encode one conversation; see `encode_batch`."""

@@ -13,8 +13,9 @@ from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import DataConfig
 from qwlit.data.conversation import Conversation
 from qwlit.data.formats import EncodedSample, RowParser
+from qwlit.data.remarks import remarks
 from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_half_characters
-from qwlit.data.templates import Piece, remarks
+from qwlit.data.templates import Piece
 from qwlit.data.tokenizer import TextTokenizer
 
 DTYPES = {
@@ -139,7 +140,7 @@ class RowEncoder:
         """Everything but the rows that decides what is stored."""
         config = self.config
         shape = [config.format, config.max_seq_len, config.too_long, config.drop_duplicates, config.loss_on]
-        chat = [self.chat.template, config.thinking] if self.chat else None
+        chat = [self.chat.template, self.chat.family.default_system, config.thinking] if self.chat else None
         return [*shape, self.vocab_size, self.tokenizer.fingerprint if self.tokenizer else None, chat]
 
     def __call__(self, rows: Sequence[Row | Reject]) -> Batch:
@@ -189,7 +190,7 @@ class RowEncoder:
             pieces = self.chat.render(value)
             refuse_half_characters("".join([piece.text for piece in pieces]))
             from_table = isinstance(row.content, dict)
-            remarked.update(remarks(value, self.chat.template, self.chat.supervision, from_table=from_table))
+            remarked.update(remarks(value, self.chat.family, self.chat.supervision, from_table=from_table))
             return pieces
         except RowError as error:
             return row.reject(str(error))

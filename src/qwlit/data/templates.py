@@ -7,19 +7,17 @@ text, whatever it looks like.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from qwlit.core.errors import DataError
 from qwlit.data.config import LossOn, Thinking
-from qwlit.data.conversation import END_THINK, THINK, Conversation, Message, ToolCall, parse_conversation
+from qwlit.data.conversation import END_THINK, THINK, Conversation, Message, ToolCall
 from qwlit.data.rows import RowError
 
 START, END = "<|im_start|>", "<|im_end|>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"
-REMEDY = "set data.template=qwen2, qwen2_5, qwen2_5_base, qwen3 or qwen3_2507"
 
 
 class Piece(NamedTuple):
@@ -43,6 +41,8 @@ class Supervision:
 class Family:
     """What sets one family's template apart; all are ChatML."""
 
+    name: str
+    """As `data.template` has it."""
     default_system: str | None
     """The system message of a conversation that has none."""
     tools: bool = False
@@ -53,14 +53,17 @@ class Family:
 
 
 FAMILIES = {
-    "qwen3": Family(None, tools=True, thinking=True, json_text_arguments=True),
-    # Qwen3-…-Instruct-2507: the non-thinking models. The thinking ones of that date write as qwen3 does.
-    "qwen3_2507": Family(None, tools=True, json_text_arguments=True),
-    "qwen2_5": Family("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", tools=True),
-    # The base models of Qwen2.5.
-    "qwen2_5_base": Family("You are a helpful assistant.", tools=True),
-    # Last: it is told by what it does with conversations alone.
-    "qwen2": Family("You are a helpful assistant."),
+    family.name: family
+    for family in (
+        Family("qwen3", None, tools=True, thinking=True, json_text_arguments=True),
+        # Qwen3-…-Instruct-2507: the non-thinking models. The thinking ones of that date write as qwen3 does.
+        Family("qwen3_2507", None, tools=True, json_text_arguments=True),
+        Family("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", tools=True),
+        # The base models of Qwen2.5.
+        Family("qwen2_5_base", "You are a helpful assistant.", tools=True),
+        # Last: it is told by what it does with conversations alone.
+        Family("qwen2", "You are a helpful assistant."),
+    )
 }
 
 TOOLS_HEAD = (
@@ -74,71 +77,33 @@ TOOLS_TAIL = (
 )
 
 
-def render(conversation: Conversation, template: str, supervision: Supervision) -> list[Piece]:
-    """Write the conversation down in the template's family.
+def render(conversation: Conversation, family: Family, supervision: Supervision) -> list[Piece]:
+    """Write the conversation down as the family does.
 
     Raises:
         RowError: the family would leave out what the conversation is about.
     """
     if supervision.thinking == "drop":
         conversation = replace(conversation, messages=tuple(m.without_thinking() for m in conversation.messages))
-    _check(conversation, template)
-    pieces = (piece for piece in _pieces(conversation, FAMILIES[template], supervision) if piece.text)
+    _check(conversation, family)
+    pieces = (piece for piece in _pieces(conversation, family, supervision) if piece.text)
     if supervision.loss_on == "all":
         return [piece._replace(supervised=True) for piece in pieces]
     return list(pieces)
 
 
-def _check(conversation: Conversation, template: str) -> None:
-    family = FAMILIES[template]
+def _check(conversation: Conversation, family: Family) -> None:
     messages = conversation.messages
     if not family.tools and (conversation.tools or any(m.role == "tool" or m.tool_calls for m in messages)):
-        raise RowError(f"template {template} knows no tools")
+        raise RowError(f"template {family.name} knows no tools")
     answers = [m for m in messages if m.role == "assistant"]
     if not all(m.says_something for m in answers):
         raise RowError("an assistant message holds only reasoning, which data.thinking=drop takes out")
     # Reasoning stands in the answers to the last query only, and in some families nowhere.
-    shown_after = _last_query(messages) if family.thinking else len(messages)
+    shown_after = last_query_index(messages) if family.thinking else len(messages)
     for message in messages[: shown_after + 1]:
         if message.role == "assistant" and not (message.split_thinking()[1].strip() or message.tool_calls):
-            raise RowError(f"an assistant message holds only reasoning, which template {template} leaves out")
-
-
-HISTORY_THINKING = "reasoning in earlier turns, which the template takes out: those answers are learnt without it"
-THINKING_LEFT_OUT = "reasoning_content, which the template has no place for"
-TAGS_AS_TEXT = "<think> or <tool_call> tags inside a text, where they are letters and no structure"
-QUOTED_ARGUMENTS = "tool arguments as JSON text, which this template writes in quotes, as the official one does"
-NULLS_FROM_TABLE = "null in tool arguments or tools from a table, where missing and null are one: use JSON text there"
-_TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)))
-
-
-def remarks(conversation: Conversation, template: str, supervision: Supervision, *, from_table: bool) -> Iterator[str]:
-    """Yield what a careful reader would want to know of how the template takes this conversation."""
-    if from_table and (conversation.tools or any(m.tool_calls for m in conversation.messages)):
-        arguments = [call.arguments for message in conversation.messages for call in message.tool_calls]
-        if _holds_null([*arguments, *conversation.tools]):
-            yield NULLS_FROM_TABLE
-    family = FAMILIES[template]
-    for key in sorted({key for message in conversation.messages for key in message.not_read}):
-        yield f"a message key that is not read: '{key}'"
-    if not family.json_text_arguments and any(
-        isinstance(call.arguments, str) for message in conversation.messages for call in message.tool_calls
-    ):
-        yield QUOTED_ARGUMENTS
-    answers = [(i, m, *m.split_thinking()) for i, m in enumerate(conversation.messages) if m.role == "assistant"]
-    last_query = _last_query(conversation.messages)
-    learns_history = supervision.loss_on != "last_assistant" and supervision.thinking != "drop"
-    if learns_history and family.thinking and any(r and index <= last_query for index, _, r, _ in answers):
-        yield HISTORY_THINKING
-    if not family.thinking and any(message.reasoning for _, message, _, _ in answers):
-        yield THINKING_LEFT_OUT
-    if any(_TAGS.search(answer if family.thinking else message.content) for _, message, _, answer in answers):
-        yield TAGS_AS_TEXT
-
-
-def _holds_null(value: Any) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(item is None or _holds_null(item) for item in items)
+            raise RowError(f"an assistant message holds only reasoning, which template {family.name} leaves out")
 
 
 def _text(text: str, supervised: bool = False) -> Piece:
@@ -167,7 +132,7 @@ class _Mark:
 def _pieces(conversation: Conversation, family: Family, supervision: Supervision) -> Iterator[Piece]:
     messages = conversation.messages
     roles = ["", *(message.role for message in messages), ""]
-    last_query = _last_query(messages)
+    last_query = last_query_index(messages)
     last_answer = max(index for index, message in enumerate(messages) if message.role == "assistant")
     yield from _system(conversation, family)
     for index, message in enumerate(messages):
@@ -188,7 +153,7 @@ def _pieces(conversation: Conversation, family: Family, supervision: Supervision
             yield from (_control(END), _text("\n")) if after != "tool" else ()
 
 
-def _last_query(messages: tuple[Message, ...]) -> int:
+def last_query_index(messages: tuple[Message, ...]) -> int:
     """Return the index of the last message of a user; the last message's where there is none."""
     return max((i for i, message in enumerate(messages) if message.role == "user"), default=len(messages) - 1)
 
@@ -235,60 +200,3 @@ def _arguments(call: ToolCall, family: Family) -> str:
     if isinstance(call.arguments, str) and family.json_text_arguments:
         return call.arguments
     return _json(call.arguments)
-
-
-_TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
-_CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "二"}}}
-_CHAT: list[dict[str, Any]] = [
-    {"role": "user", "content": "One?"},
-    {"role": "assistant", "content": "<think>\nfirst\n</think>\n\nEins."},
-    {"role": "user", "content": "And two?"},
-    {"role": "assistant", "content": "Zwei.", "reasoning_content": "second"},
-]
-_TOOL_CHAT: list[dict[str, Any]] = [
-    {"role": "user", "content": "1 + 二?"},
-    {"role": "assistant", "content": "Adding.", "reasoning_content": "call it", "tool_calls": [_CALL, _CALL]},
-    {"role": "tool", "content": "3"},
-    {"role": "tool", "content": "three"},
-    {"role": "assistant", "content": "Three."},
-]
-_SYSTEM: dict[str, Any] = {"role": "system", "content": "Be brief."}
-_PROBES: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]] | None], ...] = (
-    (_CHAT, None),
-    ([_SYSTEM, *_CHAT], None),
-    (_TOOL_CHAT, [_TOOL]),
-    ([_SYSTEM, *_TOOL_CHAT], [_TOOL]),
-)
-
-RenderJinja = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], str]
-
-
-def recognise_template(render_jinja: RenderJinja | None) -> str:
-    """Return the family whose pieces join to exactly what the tokenizer's own Jinja renders for a few conversations.
-
-    Args:
-        render_jinja: (messages, tools) -> text; None for a tokenizer without a chat template.
-
-    Raises:
-        DataError: there is no template, or it is none of the known ones.
-    """
-    if render_jinja is None:
-        raise DataError(f"the tokenizer has no chat template; {REMEDY}")
-    for template in FAMILIES:
-        if _agrees(template, render_jinja):
-            return template
-    raise DataError(f"the tokenizer's chat template is none of {', '.join(FAMILIES)}; to train with one, {REMEDY}")
-
-
-def _agrees(template: str, render_jinja: RenderJinja) -> bool:
-    for messages, tools in _PROBES:
-        if tools and not FAMILIES[template].tools:
-            continue
-        conversation = parse_conversation(messages, tools)
-        try:
-            rendered = render_jinja(messages, tools)
-        except Exception:  # a template of strangers may fail in any way: then it is not this one
-            return False
-        if rendered != "".join(piece.text for piece in render(conversation, template, Supervision())):
-            return False
-    return True

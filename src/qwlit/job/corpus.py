@@ -87,8 +87,8 @@ def _encoder(config: RunConfig) -> tuple[PreTrainedTokenizerFast | None, RowEnco
         tokenizer = load_tokenizer(config.model)
         check_vocabulary(config.model, tokenizer)
         text = TextTokenizer(tokenizer)
-        template = resolve_template(tokenizer, data.template)
-        chat = ChatEncoder(text, template, Supervision(data.loss_on, data.thinking))
+        family = resolve_template(tokenizer, data.template)
+        chat = ChatEncoder(text, family, Supervision(data.loss_on, data.thinking))
     except (ConfigError, DataError) as error:
         refusal = str(error)
     return tokenizer, RowEncoder(data, vocabulary_size(config.model), text, chat, refusal)
