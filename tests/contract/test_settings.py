@@ -223,3 +223,31 @@ def test_a_missing_field_is_named(field):
     del tree[field]
     with pytest.raises(ConfigError, match=f"{field} is not set"):
         check(tree)
+
+
+def test_a_typed_hub_id_or_folder_replaces_the_default_preset():
+    by_id = compose(["model.hub_id=Qwen/Qwen3-8B"]).config
+    assert by_id.model.architecture == compose(["model=qwen3_8b"]).config.model.architecture
+    assert str(by_id.run.name).startswith("qwen3_8b-")
+    unknown = compose(["model.hub_id=Qwen/Qwen3-8B-Base"]).config
+    assert unknown.model.architecture is None and str(unknown.run.name).startswith("Qwen3-8B-Base-")
+    folder = compose(["model.path=some/folder"]).config
+    assert (folder.model.architecture, folder.model.hub_id) == (None, None)
+    other_preset = compose(["model=qwen3_0_6b", "model.hub_id=Qwen/Qwen3-8B"]).config
+    assert other_preset.model.architecture is None, "the hub is asked rather than another model described"
+
+
+def test_an_architecture_beside_a_folder_is_refused():
+    with pytest.raises(ConfigError, match=r"model.architecture.hidden_size has no effect beside model.path=a, whose"):
+        compose(["model.path=a", "model.architecture.hidden_size=64"])
+
+
+def test_a_model_file_of_ones_own_keeps_its_architecture(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "defaults: [family/qwen3@_here_, _self_]\nhub_id: me/mine\n"
+        "architecture: {hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 8, "
+        "tie_word_embeddings: true}\n"
+    )
+    model = compose([f"hydra.searchpath=[file://{tmp_path}]", "model=mine"]).config.model
+    assert model.architecture and model.architecture.hidden_size == 64 and model.hub_id == "me/mine"

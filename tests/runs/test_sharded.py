@@ -114,6 +114,28 @@ def test_a_folder_is_read_row_by_row_into_memory_that_was_full_of_nan(family, ti
     assert [row["samples"] for row in traces[0]] == [row["samples"] for row in traces[1]]
 
 
+@pytest.mark.parametrize("recipe", ["full_sft", "lora"])
+def test_shards_start_from_an_adapter_as_one_process_does(recipe, tmp_path):
+    folder = save_folder(tiny_causal_lm("qwen3", tied=False, spread=1.0), tmp_path / "base")
+    data = tmp_path / "tokens.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"input_ids": [i, 7, i + 1, i], "labels": [i, 7, i + 1, i]}) for i in range(48))
+    )
+    words = [f"data.path={data}", "hardware=cpu", *RUN, "logging.every_steps=1", "data.val_path=null", "dropout=none"]
+    words += ["optim.lr=1e-2", "preflight.allow=[full_lr]"]
+    done = qwlit_process(["train", *words, f"model.path={folder}", "recipe=lora", "run.name=first"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    adapter = tmp_path / "runs" / "first" / "export"
+    runs = [tmp_path / "runs" / name for name in ("one", "two")]
+    for run, machine in zip(runs, ([], sharded()), strict=True):
+        asked = ["train", *words, f"model.path={adapter}", f"recipe={recipe}", f"run.name={run.name}", *machine]
+        done = qwlit_process(asked, tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert_same_training(*runs)
+    # The first step has the same samples: what the adapter has learned shows in its loss.
+    assert losses(runs[0])[0][1] < losses(tmp_path / "runs" / "first")[0][1] - 0.1
+
+
 def test_a_damaged_folder_ends_all_ranks_in_one_line_each(tmp_path):
     folder = save_folder(tiny_causal_lm("qwen3", vocab_size=520), tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())

@@ -509,5 +509,8 @@ def test_frozen_weights_are_exported_as_they_were_to_the_bit_also_in_bf16(chat, 
 
 def test_an_adapter_beside_random_weights_names_no_base(chat, tmp_path):
     folder = save_folder(tiny_causal_lm(vocab_size=520), tmp_path / "base")
-    run = train(words(chat, "a", f"model.path={folder}", "recipe=lora", "train.max_steps=2"), tmp_path)
-    assert json.loads((run / "export" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    asked = [f"model.path={folder}", "model.tokenizer=qwlit:demo/tokenizer", f"data.path={chat}", "hardware=cpu"]
+    asked += ["model.init=random", "recipe=lora", "run.name=a", "train.max_steps=2"]
+    assert qwlit(["train", *asked], tmp_path).returncode == 0
+    adapter = tmp_path / "runs" / "a" / "export" / "adapter_config.json"
+    assert json.loads(adapter.read_text())["base_model_name_or_path"] is None

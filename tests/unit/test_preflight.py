@@ -48,6 +48,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "small_batch": ({"words": ["train.global_batch_size=15"]}, {"words": ["train.global_batch_size=16"]}),
     "no_clip": ({"words": ["train.max_grad_norm=null"]}, {"words": ["train.max_grad_norm=0.5"]}),
     "few_steps": ({"words": [], "steps": 49}, {"words": [], "steps": 50}),
+    "longer_than_context": (
+        {"words": ["model=qwen2_7b"], "data": replace(GOOD_DATA, longest=32_769)},
+        {"words": ["model=qwen2_7b"], "data": replace(GOOD_DATA, longest=32_768)},
+    ),
     "no_validation": ({"words": [], "data": replace(GOOD_DATA, has_validation=False)}, {"words": []}),
     "no_checkpoints": (
         {"words": ["checkpoint.each_epoch=false"]},

@@ -8,6 +8,7 @@ from qwlit.data.samples import count_tokens, longest
 from qwlit.data.splits import DataSplit
 from qwlit.job.outline import Outline
 from qwlit.job.survey import assume_steps
+from qwlit.model.presets import context_length
 from qwlit.optim.schedules import Schedule
 
 
@@ -34,6 +35,7 @@ def facts_of(
         data=None if data is None else _data_facts(data),
         tokenizer=None if tokenizer is None else _tokenizer_facts(tokenizer),
         vocab_size=int(outline.subject.model.config.vocab_size),
+        context_length=context_length(outline.subject.model.config),
     )
 
 

@@ -87,6 +87,14 @@ def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
     return model
 
 
+def context_length(config: "PretrainedConfig") -> int:
+    """Return the positions that a model was made for: max_position_embeddings, or more where its rotary embedding is
+    scaled by a factor (YaRN and others state the length before it)."""
+    rope = config.rope_parameters or {}
+    scaled = float(rope.get("factor") or 0) * int(rope.get("original_max_position_embeddings") or 0)
+    return max(int(config.max_position_embeddings), int(scaled))
+
+
 def count_parameters(architecture: Architecture) -> int:
     """Number of parameters, a tied head counted once."""
     return sum(parameter.numel() for parameter in meta_causal_lm(to_hf_config(architecture)).parameters())

@@ -62,7 +62,7 @@ class SavedAdapter:
     def tensors(self) -> dict[str, Tensor]:
         """Read all tensors, float32, by names without peft's prefix."""
         found = read_tensors({self.folder / ADAPTER_WEIGHTS: None})
-        return {name.removeprefix(PREFIX): tensor[:].float() for name, tensor in found}
+        return {_plain_name(name): tensor[:].float() for name, tensor in found}
 
     def scale(self, layer: str) -> float:
         """Return what B A is multiplied by: alpha / R, with rsLoRA alpha / sqrt(R)."""
@@ -70,6 +70,11 @@ class SavedAdapter:
         patterns = self.config.get("alpha_pattern") or {}
         alpha = next((value for key, value in patterns.items() if _names(key, layer)), self.config["lora_alpha"])
         return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _plain_name(name: str) -> str:
+    """Return a saved tensor's name as the model has it: without the names that peft's wrappers give."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _names(pattern: str, layer: str) -> bool:
@@ -104,7 +109,7 @@ def read_saved_adapter(path: str) -> SavedAdapter:
         pickled = " (pickled weights can run code when read)" if (folder / "adapter_model.bin").is_file() else ""
         raise ConfigError(f"{FIELD}={folder} has no {ADAPTER_WEIGHTS}{pickled}; save it again with a current peft")
     found = read_tensors({folder / ADAPTER_WEIGHTS: None})
-    return SavedAdapter(folder, config, {name.removeprefix(PREFIX): list(t.get_shape()) for name, t in found})
+    return SavedAdapter(folder, config, {_plain_name(name): list(t.get_shape()) for name, t in found})
 
 
 def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterConfig) -> None:
@@ -133,7 +138,7 @@ def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterC
 
 
 def _check_same_settings(saved: SavedAdapter, adapter: AdapterConfig) -> None:
-    """Training goes on with the matrices that are there, so their settings must be the ones asked for."""
+    """Refuse other settings than the saved adapter has: training continues its matrices as they are."""
     config = saved.config
     more = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     more += ["bias"] if config.get("bias", "none") != "none" else []
@@ -153,7 +158,7 @@ def _check_same_settings(saved: SavedAdapter, adapter: AdapterConfig) -> None:
     if sorted(adapter.target_modules) != targets and not adapter.layers:
         typed.append(f"adapter.target_modules=[{','.join(targets)}]")
     if typed:
-        raise ConfigError(f"{FIELD}={saved.folder} has other settings; to train it on, set {' '.join(typed)}; {merge}")
+        raise ConfigError(f"{FIELD}={saved.folder} has other settings; to continue it, set {' '.join(typed)}; {merge}")
 
 
 def _check_shapes(saved: SavedAdapter, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:

@@ -29,6 +29,18 @@ def tokens_cut(facts: Facts) -> Said:
     return f"{facts.data.cut_share:.0%} of the rows are longer than data.max_seq_len={limit}", "raise it"
 
 
+@rule("error", source="config.json of the published models")
+def longer_than_context(facts: Facts) -> Said:
+    """Positions beyond the model's context were never trained, and servers refuse them."""
+    limit = facts.context_length
+    if facts.data is None or facts.data.longest <= limit:
+        return None
+    return (
+        f"the longest sample has {facts.data.longest:,} tokens, and the model's config.json allows for {limit:,}",
+        f"set data.max_seq_len={limit} or lower, or give a model with a longer context",
+    )
+
+
 @rule("warning", source="what users of other trainers report: never learns to stop")
 def pad_is_eos(facts: Facts) -> Said:
     """qwlit keeps padding out of the loss, so it learns to stop; trainers that mask the pad token would not."""

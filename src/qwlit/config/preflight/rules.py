@@ -52,6 +52,8 @@ class Facts:
     data: DataFacts | None
     tokenizer: TokenizerFacts | None
     vocab_size: int
+    context_length: int
+    """Positions that the model was made for."""
 
     @property
     def trains_pretrained(self) -> bool:
