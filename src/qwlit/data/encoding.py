@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import DataConfig
 from qwlit.data.conversation import Conversation
-from qwlit.data.formats import EncodedSample, RowParser
-from qwlit.data.remarks import remarks
+from qwlit.data.formats import RowParser
+from qwlit.data.remarks import WRITTEN_OUT, document_remarks, remarks
 from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_half_characters
 from qwlit.data.templates import Piece
+from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
+from qwlit.data.unread import row_key_remarks
 
 DTYPES = {
     "tokens": "<i4",
@@ -24,12 +26,16 @@ DTYPES = {
     "lengths": "<i4",
     "num_supervised": "<i4",
     "digests": "<u8",
+    "token_digests": "<u8",
     "row_digests": "<u8",
     "sources": "<i4",
     "lines": "<i4",
 }
-"""The arrays of a batch: tokens and mask of all samples end to end, the others one number a sample. A row's digest is
-of its first sample's tokens, so that the samples a row was cut into share it; a text file's each have their own."""
+"""The arrays of a batch: tokens and mask of all samples end to end, the others one number a sample.
+
+A sample's digest is of tokens and mask: with another mask it teaches something else. A row's digest is of its first
+sample's tokens, so that the samples a row was cut into share it, and so do copies with another mask; a text file's each
+have their own."""
 
 
 @dataclass
@@ -45,7 +51,7 @@ class Account:
     split: int = 0
     """Accepted rows cut into several samples."""
     duplicates: int = 0
-    """Samples with the same tokens as an earlier one."""
+    """Samples with the same tokens and loss mask as an earlier one."""
 
     def add(self, other: "Account") -> None:
         for name, number in vars(other).items():
@@ -98,7 +104,8 @@ class _Filling:
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         tokens = [np.array(sample.input_ids, dtype=np.int32) for sample in self._samples]
-        digests = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in tokens]
+        digests = [_digest(ids.tobytes()) for ids in tokens]
+        masks = [bytes(sample.loss_mask) for sample in self._samples]
         firsts: dict[int, bytes] = {}
         row_digests = [
             digest if _is_text_file(row) else firsts.setdefault(id(row), digest)
@@ -106,15 +113,20 @@ class _Filling:
         ]
         columns: dict[str, Any] = {
             "tokens": np.concatenate(tokens) if tokens else [],
-            "mask": np.frombuffer(b"".join(bytes(sample.loss_mask) for sample in self._samples), np.uint8),
+            "mask": np.frombuffer(b"".join(masks), np.uint8),
             "lengths": [len(ids) for ids in tokens],
             "num_supervised": [sum(sample.loss_mask) for sample in self._samples],
-            "digests": np.frombuffer(b"".join(digests), "<u8"),
+            "digests": np.frombuffer(b"".join(map(_digest, map(bytes.__add__, digests, masks))), "<u8"),
+            "token_digests": np.frombuffer(b"".join(digests), "<u8"),
             "row_digests": np.frombuffer(b"".join(row_digests), "<u8"),
             "sources": [row.source for row in self._origins],
             "lines": [row.line for row in self._origins],
         }
         return {name: np.asarray(column, dtype=DTYPES[name]) for name, column in columns.items()}
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 def _is_text_file(row: Row | Reject) -> bool:
@@ -180,20 +192,30 @@ class RowEncoder:
         if isinstance(row, Reject):
             return row
         try:
-            value = parser(row.value())
+            raw = row.value()
+            value = parser(raw)
+            found = [*row_key_remarks([*parser.unread(raw), *row.unread_columns])]
             if isinstance(value, Document):
                 refuse_half_characters(value.text)
+                found += [*document_remarks(value.text), *self._written_out([value.text])]
             if not isinstance(value, Conversation):
+                remarked.update(found)
                 return value
             if self.chat is None:
                 raise NeedsTokenizer(self.refusal or "conversations need a tokenizer with a chat template")
             pieces = self.chat.render(value)
             refuse_half_characters("".join([piece.text for piece in pieces]))
             from_table = isinstance(row.content, dict)
-            remarked.update(remarks(value, self.chat.family, self.chat.supervision, from_table=from_table))
+            found += remarks(value, self.chat.family, self.chat.supervision, from_table=from_table)
+            found += self._written_out(piece.text for piece in pieces if not piece.control)
+            remarked.update(found)
             return pieces
         except RowError as error:
             return row.reject(str(error))
+
+    def _written_out(self, texts: Iterable[str]) -> list[str]:
+        tokenizer = self.tokenizer
+        return [WRITTEN_OUT] if tokenizer and any(map(tokenizer.spells_control_tokens, texts)) else []
 
     def _encode_documents(self, documents: list[Document]) -> list[EncodedSample]:
         """Learn every token of a text, and the end-of-text token after its last block."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from qwlit.data.store_writer import ARRAYS, QUARANTINE, STORE_VERSION, Progress,
 
 # So few bad rows never stop a run, or one typo would in a small data set.
 BAD_ROWS_ALLOWED = 3
+DigestOf = Literal["samples", "tokens", "rows"]
 REASONS_NAMED, LONGEST_NAMED = 3, 120
 
 
@@ -60,9 +61,10 @@ class SampleStore:
         chosen: NDArray[np.int32] = self._arrays["num_supervised"][ids]
         return chosen
 
-    def digests(self, ids: NDArray[np.integer[Any]] | slice, *, of_rows: bool = False) -> NDArray[np.uint64]:
-        """Return a hash of each sample's tokens, or one that all samples of a row share."""
-        chosen: NDArray[np.uint64] = self._arrays["row_digests" if of_rows else "digests"][ids]
+    def digests(self, ids: NDArray[np.integer[Any]] | slice, of: DigestOf = "samples") -> NDArray[np.uint64]:
+        """Return a hash of each sample: of tokens and mask, of tokens alone, or one that all samples of a row share."""
+        array = {"samples": "digests", "tokens": "token_digests", "rows": "row_digests"}[of]
+        chosen: NDArray[np.uint64] = self._arrays[array][ids]
         return chosen
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding
 
 END_OF_TEXT = "<|endoftext|>"
+CHAT_TOKENS = {"<|im_start|>", "<|im_end|>", END_OF_TEXT}
 # Published as added tokens that are not special; only a template or a tokenized row writes them.
 STRUCTURAL = {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"}
 STRUCTURAL |= {f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")}
@@ -45,7 +47,13 @@ class TextTokenizer:
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         end = self.control_ids.get(END_OF_TEXT, tokenizer.eos_token_id)
         self._end_of_text_id: int | None = end
+        named = {content for content in self.control_ids if content.startswith("<|") and content.endswith("|>")}
+        self._spelled = re.compile("|".join(map(re.escape, sorted(named | CHAT_TOKENS))))
         self._refuse_text_that_controls()
+
+    def spells_control_tokens(self, text: str) -> bool:
+        """Whether the text holds a control token's name, `<|im_start|>` or another of that form."""
+        return "<|" in text and self._spelled.search(text) is not None
 
     def _add_vocabulary(self, added: "dict[int, AddedToken]") -> None:
         """Add all added tokens, since their ids follow their order, the control tokens as special ones that stay text.
