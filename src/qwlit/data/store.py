@@ -19,7 +19,8 @@ from qwlit.core.errors import DataError, one_line
 from qwlit.core.files import locked
 from qwlit.data.config import DataConfig
 from qwlit.data.encoding import Account, RowEncoder
-from qwlit.data.sources import File, Source, find_sources
+from qwlit.data.hub import HubData
+from qwlit.data.sources import Source, find_sources
 from qwlit.data.store_writer import ARRAYS, QUARANTINE, STORE_VERSION, Progress, write_store
 
 # So few bad rows never stop a run, or one typo would in a small data set.
@@ -136,7 +137,7 @@ def build_store(
 def is_tokenized(path: str, encoder: RowEncoder, *, cache_root: Path) -> bool:
     """Tell whether `build_store` would find its work done; reads no data."""
     sources = find_sources(path)
-    if not all(isinstance(source, File) and source.known_digest(cache_root) for source in sources):
+    if not all(not isinstance(source, HubData) and source.known_digest(cache_root) for source in sources):
         return False
     return (cache_root / _fingerprint(sources, encoder, cache_root)[:32]).is_dir()
 

@@ -7,10 +7,10 @@ from itertools import count
 from typing import Any, BinaryIO
 
 from qwlit.core.errors import DataError
+from qwlit.data.files import File
 from qwlit.data.formats import READ
 from qwlit.data.meaning import MEANING_KEYS
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, Reject, Row, too_long
-from qwlit.data.sources import File
 from qwlit.data.unread import MAX_NAMED
 
 # A quoted cell may hold line breaks; one that goes on for longer was never closed.
