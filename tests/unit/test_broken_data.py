@@ -12,7 +12,8 @@ import pytest
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data import files, store_writer
 from qwlit.data.config import DataConfig
-from qwlit.data.encoding import Account, RowEncoder
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.outcome import Account
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.splits import DataSplit, load_data
 from qwlit.data.store import SampleStore, build_store, check_account

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 
 from qwlit.data.conversation import Message, ToolCall
-from qwlit.data.encoding import Batch
-from qwlit.data.remarks import BARE_TOOLS, MARKED_QUESTION, NO_EMPTY_BLOCK, PLACEHOLDER_AS_TEXT, WRITTEN_OUT
+from qwlit.data.formats import RowParser
+from qwlit.data.outcome import Batch
+from qwlit.data.remarks import (
+    BARE_TOOLS,
+    MARKED_QUESTION,
+    NO_EMPTY_BLOCK,
+    PLACEHOLDER_AS_TEXT,
+    TAGS_AS_TEXT,
+    WRITTEN_OUT,
+)
 from qwlit.data.rows import Document, Row
 from qwlit.data.tokenizer import TextTokenizer
 from qwlit.data.unread import MAX_NAMED, OTHER_KEYS, add_remarks
@@ -88,6 +96,11 @@ def test_a_second_answer_under_any_key_makes_a_preference_row(row: dict[str, Any
             assert parse(row | {key: value}) == parse(row)
 
 
+def test_an_answer_that_was_not_chosen_is_unwanted_and_one_that_was_not_rejected_is_not() -> None:
+    assert "'chosen' is false" in refused(CHAT | {"chosen": False})
+    assert parse(CHAT | {"rejected": False}) == parse(CHAT)
+
+
 def test_rows_with_images_are_refused_with_the_way_out() -> None:
     for row in case("rows_images.jsonl"):
         for one in (row, {key: value for key, value in row.items() if not key.startswith("image")}):
@@ -102,6 +115,7 @@ def test_media_of_a_row_or_a_message_are_refused_but_empty_ones(key: str) -> Non
         assert f"turn 1: has '{key}'" in refused({"conversations": [HUMAN | {key: value}, GPT]})
     for value in (None, "", [], "[]", {"bytes": None, "path": None}, [{"path": ""}]):
         assert parse(CHAT | {key: value}) == parse(CHAT)
+        assert RowParser("auto", 10, "assistant").unread(CHAT | {key: value}) == []
 
 
 @pytest.mark.parametrize("tag", ["<image>", "<video>", "<audio>", "<image 1>", "<image_2>"])
@@ -294,6 +308,15 @@ def test_control_tokens_written_out_stay_letters_and_are_named(tokenizer: TextTo
     assert encode(tokenizer, *places).remarks == {WRITTEN_OUT: 4}
     others = [{"text": text} for text in ("<|fim_suffix|>", "a <| b |> c", "<|im_start", "im_start|>")]
     assert not encode(tokenizer, *others).remarks
+
+
+def test_tags_in_any_text_are_letters_and_named(tokenizer: TextTokenizer) -> None:
+    places = [
+        {"text": "<think>hm</think>"},
+        {"messages": [USER | {"content": "<tool_response>\n3\n</tool_response>"}, FOUR]},
+        CHAT | {"system": "Call with <tool_call>."},
+    ]
+    assert encode(tokenizer, *places).remarks == {TAGS_AS_TEXT: 3}
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qwlit.core.errors import ConfigError, DataError
-from qwlit.data.encoding import Account
 from qwlit.data.order import Order
+from qwlit.data.outcome import Account
 from qwlit.data.samples import Samples
 from qwlit.data.splits import DataSplit, load_data, open_stores, split_store
 from qwlit.data.store import SampleStore

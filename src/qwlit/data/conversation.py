@@ -141,7 +141,7 @@ def _message(where: str, row: object) -> Message:
     tool_calls = _tool_calls(where, role, row)
     silent = row.get("content") is None and (tool_calls or reasoning)
     content = "" if silent else _content(where, row.get("content"))
-    not_read = [str(key) for key, value in row.items() if has_value(value) and key not in MESSAGE_KEYS]
+    not_read = [str(key) for key, value in row.items() if key not in MESSAGE_KEYS and has_value(value)]
     not_read += _unread_of_parts(row.get("content"))
     return Message(role, content, reasoning, tool_calls, mark=mark_of(where, row), not_read=tuple(sorted(not_read)))
 
@@ -188,9 +188,10 @@ def _part_text(part: dict[str, Any]) -> object:
 
 
 def _unread_of_parts(content: object) -> list[str]:
-    parts = content if isinstance(content, list) else []
+    if not isinstance(content, list):
+        return []
     return [
-        f"content.{key}" for part in parts for key, value in part.items() if has_value(value) and key not in PART_KEYS
+        f"content.{key}" for part in content for key, value in part.items() if key not in PART_KEYS and has_value(value)
     ]
 
 

@@ -13,7 +13,7 @@ from qwlit.data.conversation import (
     message_list,
     parse_tools,
 )
-from qwlit.data.meaning import LABEL_KEYS, label_of, refuse_other_meaning
+from qwlit.data.meaning import LABEL_KEYS, MEANING_KEYS, label_of, refuse_other_meaning
 from qwlit.data.rows import Document, RowError, kind_of
 from qwlit.data.sharegpt import parse_turns
 from qwlit.data.tokenized import EncodedSample, parse_tokenized
@@ -57,9 +57,10 @@ class RowParser:
             return []
         name = recognise_format(value) if self.row_format == "auto" else self.row_format
         read = READ[name or "text"] - ({"response"} if _answer_key(value) == "completion" else set())
+        # Of the keys that change the meaning only labels may hold something that is not obeyed: a class, for one.
         has_answer = name not in WITHOUT_ANSWER
-        labels = {key for key in LABEL_KEYS if label_of(value.get(key), has_answer=has_answer) is not None}
-        return [key for key, cell in value.items() if has_value(cell) and key not in read and key not in labels]
+        obeyed = MEANING_KEYS - {k for k in LABEL_KEYS if label_of(value.get(k), has_answer=has_answer) is None}
+        return [key for key, cell in value.items() if key not in read and key not in obeyed and has_value(cell)]
 
 
 def parse_messages(row: Columns) -> Conversation:

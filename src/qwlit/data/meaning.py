@@ -26,6 +26,7 @@ PREFERENCE_KEYS |= {"positive_messages", "negative_messages"}
 """Of TRL, LLaMA-Factory and ms-swift, and what follows their spelling."""
 MEDIA_KEYS = frozenset({"images", "image", "videos", "video", "audios", "audio"})
 MARK_KEYS = ("weight", "loss", "train", "loss_weight")
+_MARKS = frozenset(MARK_KEYS)
 MEANING_KEYS = frozenset(LABEL_KEYS) | PREFERENCE_KEYS | MEDIA_KEYS
 # A class number may follow; anything else between the brackets is HTML.
 _PLACEHOLDER = re.compile(r"<(?:image|video|audio)(?:[ _-]?\d+)?>")
@@ -40,15 +41,18 @@ def refuse_other_meaning(row: Mapping[str, Any], *, has_answer: bool, where: str
     Args:
         has_answer: it is a conversation; in a document or tokens the number 0 as a label names a class.
     """
+    if MEANING_KEYS.isdisjoint(row):
+        return
     for key in sorted(row.keys() & MEANING_KEYS):
         value = row[key]
-        if key in LABEL_KEYS:
-            if label_of(value, has_answer=has_answer) is False:
-                raise RowError(
-                    f"{where}'{key}' is false: the answer is marked as unwanted, and training would teach it;"
-                    f" leave such rows out, or the key '{key}' if it means something else"
-                )
-        elif not _is_empty(value):
+        # As a label `chosen` says so in words only: its numbers are places in a list.
+        is_label = key in LABEL_KEYS or key == "chosen"
+        if is_label and label_of(value, has_answer=has_answer and key != "chosen") is False:
+            raise RowError(
+                f"{where}'{key}' is false: the answer is marked as unwanted, and training would teach it;"
+                f" leave such rows out, or the key '{key}' if it means something else"
+            )
+        if key not in LABEL_KEYS and not _is_empty(value):
             raise RowError(where + (_media(key) if key in MEDIA_KEYS else _preference(key)))
 
 
@@ -93,6 +97,8 @@ def mark_of(where: str, turn: Mapping[str, Any]) -> bool | None:
     Raises:
         RowError: a mark is neither, or two of them disagree.
     """
+    if _MARKS.isdisjoint(turn):
+        return None
     marks = {key: _mark(where, key, turn[key]) for key in MARK_KEYS if turn.get(key) is not None}
     if len(set(marks.values())) > 1:
         raise RowError(f"{where}: {' and '.join(map(repr, marks))} disagree on whether it is supervised; keep one")
@@ -103,7 +109,7 @@ def _mark(where: str, key: str, value: object) -> bool:
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
     raise RowError(
-        f"{where}: '{key}' must be 0 or false (read, not supervised) or 1 or true (supervised), not {str(value)[:30]}"
+        f"{where}: '{key}' must be 0 or false (read, not supervised) or 1 or true (supervised), not {repr(value)[:30]}"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from qwlit.data.conversation import END_THINK, THINK, Conversation
 from qwlit.data.meaning import holds_placeholder
-from qwlit.data.templates import END_TOOL_CALL, TOOL_CALL, Family, Supervision, last_query_index
+from qwlit.data.templates import END_RESPONSE, END_TOOL_CALL, RESPONSE, TOOL_CALL, Family, Supervision, last_query_index
 from qwlit.data.unread import message_key_remarks
 
 HISTORY_THINKING = "reasoning in earlier turns, which the template takes out: those answers are learnt without it"
@@ -25,7 +25,7 @@ NO_EMPTY_BLOCK = (
     "supervised answers or calls without reasoning where the template writes no empty think block, as inference with"
     " thinking off would: data.loss_on=last_assistant supervises the last answer alone"
 )
-_TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)))
+_TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, RESPONSE, END_RESPONSE)))
 
 
 def remarks(conversation: Conversation, family: Family, supervision: Supervision, *, from_table: bool) -> Iterator[str]:
@@ -45,7 +45,9 @@ def remarks(conversation: Conversation, family: Family, supervision: Supervision
         yield from _without_block(conversation, supervision)
     if not family.thinking and any(message.reasoning for _, message, _, _ in answers):
         yield THINKING_LEFT_OUT
-    if any(_TAGS.search(answer if family.thinking else message.content) for _, message, _, answer in answers):
+    texts = [message.content for message in conversation.messages if message.role != "assistant"]
+    texts += [answer if family.thinking else message.content for _, message, _, answer in answers]
+    if any(map(_holds_tags, texts)):
         yield TAGS_AS_TEXT
 
 
@@ -78,6 +80,12 @@ def document_remarks(text: str) -> Iterator[str]:
     """Yield what a careful reader would want to know of a document."""
     if holds_placeholder(text):
         yield PLACEHOLDER_AS_TEXT
+    if _holds_tags(text):
+        yield TAGS_AS_TEXT
+
+
+def _holds_tags(text: str) -> bool:
+    return "<" in text and _TAGS.search(text) is not None
 
 
 def _holds_null(value: Any) -> bool:

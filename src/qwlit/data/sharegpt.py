@@ -44,7 +44,7 @@ def _turn(where: str, turn: object) -> tuple[Message, bool]:
     refuse_other_meaning(turn, has_answer=role in ("assistant", "call"), where=f"{where}: ")
     if not isinstance(text, str):
         raise RowError(f"{where}: 'value' must be a string, not {kind_of(text)}")
-    not_read = tuple(sorted(str(key) for key, value in turn.items() if has_value(value) and key not in TURN_KEYS))
+    not_read = tuple(sorted(str(key) for key, value in turn.items() if key not in TURN_KEYS and has_value(value)))
     mark = mark_of(where, turn)
     if role != "call":
         return Message(role, text, mark=mark, not_read=not_read), False

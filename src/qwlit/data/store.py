@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from qwlit.core.errors import DataError, one_line
 from qwlit.core.files import locked
 from qwlit.data.config import DataConfig
-from qwlit.data.encoding import Account, RowEncoder
+from qwlit.data.encoding import RowEncoder
 from qwlit.data.hub import HubData
+from qwlit.data.outcome import Account
 from qwlit.data.sources import Source, find_sources
 from qwlit.data.store_writer import ARRAYS, QUARANTINE, STORE_VERSION, Progress, write_store
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from qwlit.core.errors import DataError
 from qwlit.core.files import fsync_folder, write_json_atomic
-from qwlit.data.encoding import DTYPES, Account, Batch, RowEncoder
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.outcome import DTYPES, Account, Batch
 from qwlit.data.readers import RowReader
 from qwlit.data.rows import Reject, Row
 from qwlit.data.sources import Source

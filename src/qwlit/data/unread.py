@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 MAX_NAMED = 20
 LONGEST_NAME = 30
-OTHER_KEYS = "further keys that are not read, and others"
+OTHER_KEYS = "further keys that are not read"
 """The remark on names after the first MAX_NAMED."""
 _NAMED = ("a row key that is not read: ", "a message key that is not read: ")
 
