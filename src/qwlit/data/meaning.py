@@ -7,28 +7,18 @@ from typing import Any
 from qwlit.data.rows import RowError
 
 LABEL_KEYS = ("label", "kto_tag")
+_ANSWERS = ("response", "responses", "message", "messages", "conversations", "answer", "completion", "output")
 PREFERENCE_KEYS = frozenset(
-    f"{which}{what}"
-    for which in ("chosen", "rejected")
-    for what in (
-        "",
-        "_response",
-        "_responses",
-        "_message",
-        "_messages",
-        "_conversations",
-        "_answer",
-        "_completion",
-        "_output",
-    )
-) | {f"{what}_{which}" for which in ("chosen", "rejected") for what in ("response", "answer", "completion", "output")}
-PREFERENCE_KEYS |= {"positive_messages", "negative_messages"}
-"""Of TRL, LLaMA-Factory and ms-swift, and what follows their spelling."""
+    {"chosen", "rejected", "positive_messages", "negative_messages", "preferred_output", "non_preferred_output"}
+    | {f"{which}_{answer}" for which in ("chosen", "rejected") for answer in _ANSWERS}
+    | {f"{answer}_{which}" for which in ("chosen", "rejected") for answer in _ANSWERS}
+)
+"""Of TRL, LLaMA-Factory, ms-swift and OpenAI, and what follows their spelling."""
 MEDIA_KEYS = frozenset({"images", "image", "videos", "video", "audios", "audio"})
 MARK_KEYS = ("weight", "loss", "train", "loss_weight")
 _MARKS = frozenset(MARK_KEYS)
 MEANING_KEYS = frozenset(LABEL_KEYS) | PREFERENCE_KEYS | MEDIA_KEYS
-# A class number may follow; anything else between the brackets is HTML.
+# A number may follow; anything else between the brackets is HTML.
 _PLACEHOLDER = re.compile(r"<(?:image|video|audio)(?:[ _-]?\d+)?>")
 _AT_AN_END = re.compile(rf"\A\s*{_PLACEHOLDER.pattern}|{_PLACEHOLDER.pattern}\s*\Z")
 # A CSV holds texts alone.
