@@ -113,7 +113,7 @@ def test_media_of_a_row_or_a_message_are_refused_but_empty_ones(key: str) -> Non
         assert f"has '{key}'" in refused(CHAT | {key: value})
         assert f"message 1: has '{key}'" in refused({"messages": [USER | {key: value}, FOUR]})
         assert f"turn 1: has '{key}'" in refused({"conversations": [HUMAN | {key: value}, GPT]})
-    for value in (None, "", [], "[]", {"bytes": None, "path": None}, [{"path": ""}]):
+    for value in (None, "", [], "[]", {"bytes": b"", "path": None}, [{"path": ""}]):
         assert parse(CHAT | {key: value}) == parse(CHAT)
         assert RowParser("auto", 10, "assistant").unread(CHAT | {key: value}) == []
 

@@ -78,7 +78,12 @@ def _is_empty(value: object) -> bool:
         return all(map(_is_empty, value.values()))
     if isinstance(value, list | tuple):
         return all(map(_is_empty, value))
-    return value is None or value is False or (isinstance(value, str) and value.strip().lower() in ("", "[]", "false"))
+    return (
+        value is None
+        or value is False
+        or value == b""
+        or (isinstance(value, str) and value.strip().lower() in ("", "[]", "false"))
+    )
 
 
 def mark_of(where: str, turn: Mapping[str, Any]) -> bool | None:
