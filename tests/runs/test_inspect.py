@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
-from tests.runs.runs import ENVIRONMENT, TINY, command, qwlit
+from tests.runs.runs import DEMO, ENVIRONMENT, TINY, command, qwlit
 
 ROWS = [
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\nthere"}]},
@@ -66,6 +67,27 @@ def test_a_person_sees_the_account_the_reasons_the_mask_the_lengths_and_the_pack
     ):
         assert shown in done.stdout
     assert not (folder / "runs" / "demo-full_sft-rows").exists()
+
+
+def test_a_default_system_text_that_is_not_the_familys_is_shown(folder):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "tokenizer")
+    given = "{%- if messages[0].role != 'system' %}{%- set messages = [{'role': 'system', 'content': 'Be [kind].'}] + "
+    tokenizer.chat_template = given + "messages %}{%- endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder / "tokenizer")
+    done = inspect(folder, "model.tokenizer=tokenizer")
+    assert done.returncode == 0, done.stderr
+    said = "template qwen3 with the tokenizer's own system text 'Be [kind].', loss on assistant, thinking mask_empty"
+    assert said in done.stdout
+    assert "<|im_start|>system\nBe [kind].<|im_end|>" in done.stdout
+
+
+def test_keys_that_are_not_read_and_rows_that_mean_something_else_are_shown(folder):
+    rows = [ROWS[0] | more for more in ({"id": 1}, {"label": False}, {"id": 2})]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = inspect(folder)
+    assert done.returncode == 0, done.stderr
+    assert "2 rows have a row key that is not read: 'id'" in done.stdout
+    assert "'label' is false: the answer is marked as unwanted" in done.stdout
 
 
 def test_one_sample_is_shown_token_by_token(folder):

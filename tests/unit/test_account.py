@@ -88,6 +88,6 @@ def test_the_account_stays_exact_under_any_mutation(
         assert 0 <= input_ids.min() <= input_ids.max() < VOCAB
         assert mask[0] == 0
         assert mask.sum() == supervised > 0
-        distinct.add(input_ids.tobytes())
+        distinct.add((input_ids.tobytes(), mask.tobytes()))
     assert account.duplicates == len(store) - len(distinct)
     assert len(np.unique(store.digests(np.arange(len(store))))) == len(distinct)

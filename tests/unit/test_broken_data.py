@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from qwlit.core.errors import ConfigError, DataError
-from qwlit.data import sources, store_writer
+from qwlit.data import files, store_writer
 from qwlit.data.config import DataConfig
-from qwlit.data.encoding import Account, RowEncoder
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.outcome import Account
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.splits import DataSplit, load_data
 from qwlit.data.store import SampleStore, build_store, check_account
@@ -199,7 +200,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_valid(
     what: str, racy_seconds: float, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = lines(GOOD, b"{", GOOD)
-    monkeypatch.setattr(sources, "RACY_SECONDS", racy_seconds)
+    monkeypatch.setattr(files, "RACY_SECONDS", racy_seconds)
     with monkeypatch.context() as patch:
         UNWRITABLE[what](patch)
         with pytest.raises(DataError) as raised:

@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -206,6 +207,70 @@ def test_the_fingerprint_tells_tokenizers_apart() -> None:
     assert prints[0] == prints[1] == prints[2] != prints[3]
     otherwise = TextTokenizer(small_tokenizer("qwen3", as_qwen=True))
     assert otherwise.fingerprint not in prints
+
+
+ADDED = [
+    "zyxw",
+    AddedToken("<brand>", lstrip=True, rstrip=True, normalized=False),
+    AddedToken("wort", single_word=True, normalized=True),
+    AddedToken("café", normalized=True),
+    AddedToken("<|mine|>", normalized=False),
+]
+WITH_ADDED = [
+    "zyxw",
+    "a zyxwzyxw, <brand> \n wort, wortlos ab-wort\nwort",
+    "cafe\u0301 café <|mine|><|mine|>",
+    "你好zyxw世界<brand><brand>  zyxw ",
+    "No such token: zyx w, < brand>.",
+]
+
+
+@pytest.fixture(params=["real", "small"])
+def with_added(request: pytest.FixtureRequest, real_tokenizer_folder: Callable[[str], Path]) -> Any:
+    """A tokenizer to which its user has added tokens that are not special, between others that are."""
+    if request.param == "real":
+        tokenizer = AutoTokenizer.from_pretrained(real_tokenizer_folder("qwen3"))
+    else:
+        tokenizer = small_tokenizer("qwen3", extra=["<think>", "</think>"])
+    tokenizer.add_tokens(ADDED[:2])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|secret|>"]})
+    tokenizer.add_tokens(ADDED[2:])
+    return tokenizer
+
+
+def test_tokens_that_a_user_added_are_vocabulary_with_the_tokenizers_own_ids(with_added: Any) -> None:
+    text_tokenizer = TextTokenizer(with_added)
+    sent = pickle.loads(pickle.dumps(text_tokenizer))
+    expected = [with_added(text, add_special_tokens=False).input_ids for text in WITH_ADDED]
+    assert {with_added.convert_tokens_to_ids(str(token)) for token in ADDED} <= {i for ids in expected for i in ids}
+    for tokenizer in (text_tokenizer, sent):
+        assert tokenizer.encode(WITH_ADDED) == expected
+        assert [encoding.ids for encoding in tokenizer.encode_with_offsets(WITH_ADDED)] == expected
+    messages = [{"role": "user", "content": WITH_ADDED[1]}, {"role": "assistant", "content": WITH_ADDED[2]}]
+    for tokenizer in (text_tokenizer, sent):
+        sample = encode(encoder_of(tokenizer, "qwen3"), messages)
+        assert sample.input_ids == with_added.apply_chat_template(messages, return_dict=False)
+
+
+def test_beside_added_tokens_control_tokens_are_never_made_from_text(with_added: Any) -> None:
+    text_tokenizer = TextTokenizer(with_added)
+    assert "<|secret|>" in text_tokenizer.control_ids and "<|mine|>" not in text_tokenizer.control_ids
+    control = {"<|im_end|>", "<|endoftext|>", "<|secret|>", "<think>", "</think>"}
+    text = "".join(f"zyxw{token}" for token in sorted(control))
+    for tokenizer in (text_tokenizer, pickle.loads(pickle.dumps(text_tokenizer))):
+        (ids,) = tokenizer.encode([text])
+        assert not set(ids) & set(tokenizer.control_ids.values())
+        assert ids.count(with_added.convert_tokens_to_ids("zyxw")) == len(control)
+        assert with_added.decode(ids) == text
+
+
+def test_added_tokens_and_their_flags_are_in_the_fingerprint() -> None:
+    prints = set()
+    for token in (None, "zyxw", AddedToken("zyxw", lstrip=True), AddedToken("zyxw", special=True)):
+        tokenizer = small_tokenizer("qwen3")
+        tokenizer.add_tokens([token] if token else [])
+        prints.add(TextTokenizer(tokenizer).fingerprint)
+    assert len(prints) == 4
 
 
 def test_a_tokenizer_without_a_template_names_the_remedy_and_obeys_it() -> None:

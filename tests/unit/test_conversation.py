@@ -32,7 +32,7 @@ def test_a_conversation_is_parsed_with_all_its_parts() -> None:
             Message("system", "Be brief."),
             Message("assistant", "Hello"),
         ),
-        tools=({"name": "add"},),
+        tools=({"type": "function", "function": {"name": "add"}},),
     )
 
 
@@ -43,7 +43,9 @@ def test_tools_may_be_left_out_in_many_ways(tools: object) -> None:
 
 def test_tools_may_be_a_json_text() -> None:
     tools = [{"name": "add", "parameters": {"a": "Zahl"}}]
-    assert parse_conversation([USER, ANSWER], json.dumps(tools)).tools == tuple(tools)
+    wrapped = tuple({"type": "function", "function": tool} for tool in tools)
+    assert parse_conversation([USER, ANSWER], json.dumps(tools)).tools == wrapped
+    assert parse_conversation([USER, ANSWER], json.dumps(wrapped)).tools == wrapped
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.encoding import DTYPES, Account, Batch, RowEncoder
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.outcome import DTYPES, Account, Batch
 from qwlit.data.remarks import HISTORY_THINKING, TAGS_AS_TEXT
 from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row
 from qwlit.data.tokenizer import TextTokenizer

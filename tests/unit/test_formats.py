@@ -66,7 +66,8 @@ SAME = {
 
 @pytest.mark.parametrize(("name", "row"), [(name, row) for name, rows in SAME.items() for row in rows])
 def test_the_same_conversation_is_the_same_in_every_format(name: str, row: dict[str, Any]) -> None:
-    expected = Conversation(tuple(Message(m["role"], m["content"]) for m in MESSAGES), tuple(TOOLS))
+    wrapped = tuple({"type": "function", "function": tool} for tool in TOOLS)
+    expected = Conversation(tuple(Message(m["role"], m["content"]) for m in MESSAGES), wrapped)
     for tools in (TOOLS, json.dumps(TOOLS)):
         assert parse(row | {"tools": tools}) == parse(row | {"tools": tools}, name) == expected
     assert recognise_format(row) == name
@@ -282,7 +283,7 @@ def test_older_and_newer_names_of_openai_and_others_are_read() -> None:
     [
         ({"reasoning": "a", "thinking": "b"}, "has reasoning and thinking; keep one"),
         ({"thinking": 3}, "'thinking' must be a string, not a number"),
-        ({"weight": 0.5}, "'weight' must be 0 (read) or 1 (learnt), not 0.5"),
+        ({"weight": 0.5}, "'weight' must be 0 or false (read, not supervised) or 1 or true (supervised), not 0.5"),
     ],
 )
 def test_what_an_answer_says_of_itself_must_make_sense(answer: dict[str, Any], reason: str) -> None:

@@ -39,7 +39,8 @@ GOOD_ROWS: list[Row] = [
     {"text": "从前有座山，山上有座庙。"},
 ]
 KEYS = ["role", "content", "from", "value", "name", "arguments", "text", "messages", "tool_calls", "labels", "x"]
-ODD_TEXTS = [*TAGS, "\ud800", "user", "assistant", "gpt", "function_call", "[]", "{}", '["a"]']
+KEYS += ["weight", "train", "label", "chosen", "images", "functions", "tools", "type", "system"]
+ODD_TEXTS = [*TAGS, "<image>", "false", "\ud800", "user", "assistant", "gpt", "function_call", "[]", "{}", '["a"]']
 TEXTS = st.text(st.characters(), max_size=6) | st.sampled_from(ODD_TEXTS)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
@@ -71,10 +72,12 @@ def mutated_row(draw: st.DrawFn) -> Row:
 
 def mutate(draw: st.DrawFn, place: Any, key: Any) -> None:
     is_text = isinstance(place[key], str)
-    match draw(st.sampled_from(["append"] * 8 * is_text + ["replace", "leave out", "wrap", "as text"])):
+    match draw(st.sampled_from(["append"] * 8 * is_text + ["put beside", "replace", "leave out", "wrap", "as text"])):
         case "append":
             place[key] += draw(TEXTS)
-        case "replace":
+        case "put beside" if isinstance(place, dict):
+            place[draw(st.sampled_from(KEYS))] = draw(JSON)
+        case "put beside" | "replace":
             place[key] = draw(JSON)
         case "leave out":
             del place[key]
@@ -177,9 +180,9 @@ def mutated_table(draw: st.DrawFn) -> list[Row]:
     rows = [json.loads(json.dumps(base)) for _ in range(draw(st.integers(1, 6)))]
     for row in rows[: draw(st.integers(0, len(rows)))]:
         mutate(draw, *draw(st.sampled_from(list(places(row)))))
-        # A column left out is a null.
-        row |= {key: row.get(key) for key in base}
-    return rows
+    # A column left out is a null.
+    columns = list(dict.fromkeys(key for row in (base, *rows) for key in row))
+    return [{key: row.get(key) for key in columns} for row in rows]
 
 
 def holds_half_characters(rows: list[Row]) -> bool:

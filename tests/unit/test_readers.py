@@ -437,3 +437,30 @@ def test_text_of_nul_characters_is_put_aside(tmp_path: Path) -> None:
     (row,) = RowReader(find_sources(str(tmp_path / "a.txt")))
     assert isinstance(row, Reject)
     assert "NUL" in row.reason
+
+
+CASES = Path(__file__).parent.parent / "cases"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json"])
+def test_an_array_called_json_lines_is_an_array(name: str, tmp_path: Path) -> None:
+    content = (CASES / "array_called.jsonl").read_bytes()
+    expected = json.loads(content)
+    spellings = [content, json.dumps(expected).encode(), codecs.BOM_UTF8 + b"\n \n" + content, b"[\n" + content[2:]]
+    for spelling in [*spellings, json.dumps(expected, indent=1).encode().replace(b"[\n", b"[ ", 1)]:
+        found = values(tmp_path, spelling, name)
+        assert [value for _, value in found] == expected
+        assert [line for line, _ in found] == [1, 2]
+
+
+def test_an_array_in_one_long_line_is_an_array(tmp_path: Path) -> None:
+    rows = [{"text": "x" * (MAX_ROW_BYTES // 3)} for _ in range(4)]
+    assert [value for _, value in values(tmp_path, json.dumps(rows).encode(), "rows.jsonl")] == rows
+
+
+@pytest.mark.parametrize("first", [b"[1, 2]", b"[{}]", b"[]", b'["a', b"[1,", b'[{"role": "user", "content": "x"}]'])
+def test_a_list_on_a_line_of_its_own_costs_no_other_row(first: bytes, tmp_path: Path) -> None:
+    found = values(tmp_path, first + b"\n" + LINE + b"\n" + LINE, "rows.jsonl")
+    assert [line for line, _ in found] == [1, 2, 3]
+    assert [value for _, value in found[1:]] == [GOOD, GOOD]
+    assert isinstance(found[0][1], str)

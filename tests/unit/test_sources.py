@@ -1,4 +1,5 @@
 import os
+import shutil
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -9,8 +10,11 @@ import pytest
 
 from qwlit.core.errors import DataError
 from qwlit.data.config import DataConfig, DataPart, parts_of
-from qwlit.data.sources import File, HubData, find_sources
-from tests.stores import write
+from qwlit.data.hub import HubData, SavedData, rows_of
+from qwlit.data.sources import File, find_sources
+from qwlit.data.tokenizer import TextTokenizer
+from tests.real_tokenizer import small_tokenizer
+from tests.stores import build, write
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -228,7 +232,7 @@ def test_the_digest_is_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file counts as long unchanged, however new it is."""
-    monkeypatch.setattr("qwlit.data.sources.RACY_SECONDS", -3600.0)
+    monkeypatch.setattr("qwlit.data.files.RACY_SECONDS", -3600.0)
 
 
 @pytest.mark.usefixtures("settled")
@@ -268,7 +272,7 @@ def test_a_file_changed_or_replaced_is_read_again_even_where_its_time_is_set_bac
 
 def test_a_file_changed_within_the_same_second_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # However slow the machine is, these changes count as close to one another.
-    monkeypatch.setattr("qwlit.data.sources.RACY_SECONDS", 3600.0)
+    monkeypatch.setattr("qwlit.data.files.RACY_SECONDS", 3600.0)
     path, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
     for number in range(20):
         path.write_bytes(b"[%02d]\n" % number)
@@ -315,3 +319,84 @@ def test_a_glob_leaves_out_what_is_hidden_as_a_folder_does(tmp_path: Path) -> No
     found = [source.name for source in find_sources(str(tmp_path / "**" / "*.jsonl"))]
     assert found == ["a.jsonl", "d.jsonl"]
     assert [source.name for source in find_sources(str(tmp_path / ".hidden" / "*.jsonl"))] == ["e.jsonl"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """What `datasets` itself writes: one data set, and one of several splits."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_list([{"text": f"{number} 二", "id": number} for number in range(7)])
+    rows.save_to_disk(str(tmp_path / "one"), num_shards=2)
+    for name, splits in (("all", ("train", "test")), ("others", ("test", "validation"))):
+        parts = {split: rows.select([0]) if split == "test" else rows for split in splits}
+        datasets.DatasetDict(parts).save_to_disk(str(tmp_path / name))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "size"), [("one", "one", 7), ("all", "all/train", 7), ("all/test", "all/test", 1)]
+)
+def test_a_folder_written_by_save_to_disk_is_its_rows(saved: Path, path: str, folder: str, size: int) -> None:
+    from datasets import load_from_disk
+
+    (source,) = find_sources(str(saved / path))
+    assert source == SavedData(saved / folder)
+    assert list(rows_of(source)) == list(load_from_disk(str(saved / folder))) and size == len(source.load())
+    assert source.estimated_bytes() > 0
+    store = build(saved / path, TextTokenizer(small_tokenizer("qwen3")), cache_root=saved / "cache")
+    assert (store.account.accepted, store.remarks) == (size, {"a row key that is not read: 'id'": size})
+    assert store.origin(size - 1) == f"{saved / folder}:{size}"
+
+
+def test_splits_without_train_are_named(saved: Path) -> None:
+    with pytest.raises(DataError, match=r"without the split 'train'; name one: .*others/test, .*others/validation$"):
+        find_sources(str(saved / "others"))
+
+
+def test_the_digest_of_a_saved_folder_follows_its_content_and_no_name(saved: Path) -> None:
+    from datasets import load_from_disk
+
+    cache = saved / "cache"
+    (source,) = find_sources(str(saved / "one"))
+    digest = source.digest(cache)
+    shutil.copytree(saved / "one", saved / "copy")
+    assert find_sources(str(saved / "copy"))[0].digest(cache) == digest
+    changed = load_from_disk(str(saved / "one")).map(lambda row: {"text": row["text"].replace("6", "7")})
+    changed.save_to_disk(str(saved / "changed"))
+    assert find_sources(str(saved / "changed"))[0].digest(cache) != digest
+    arrow = max((saved / "one").glob("*.arrow"))
+    content = arrow.read_bytes()
+    arrow.write_bytes(content.replace("6 二".encode(), "9 二".encode()))
+    assert source.digest(cache) != digest
+
+
+def test_a_saved_folder_whose_formatting_hides_columns_is_read_whole(saved: Path) -> None:
+    from datasets import load_from_disk
+
+    load_from_disk(str(saved / "one")).with_format("numpy", columns=["id"]).save_to_disk(str(saved / "formatted"))
+    (source,) = find_sources(str(saved / "formatted"))
+    assert next(rows_of(source)) == {"text": "0 二", "id": 0}
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "state"])
+def test_a_damaged_saved_folder_is_one_line(saved: Path, damage: str) -> None:
+    arrow = max((saved / "one").glob("*.arrow"))
+    if damage == "missing":
+        arrow.unlink()
+    elif damage == "cut":
+        arrow.write_bytes(arrow.read_bytes()[:300])
+    else:
+        (saved / "one" / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"one[^\n]*(cannot be|is damaged)[^\n]*$"):
+        build(saved / "one", TextTokenizer(small_tokenizer("qwen3")), cache_root=saved / "cache")
+
+
+def test_images_of_a_saved_folder_are_refused_without_being_decoded(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": ["a", "b"], "image": [{"bytes": b"no image", "path": None}, None]}
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "rows"))
+    store = build(tmp_path / "rows", TextTokenizer(small_tokenizer("qwen3")), cache_root=tmp_path / "cache")
+    ((line, reason),) = [(reject["line"], reject["reason"]) for reject in store.quarantine()]
+    assert line == 1 and reason.startswith("has 'image'")

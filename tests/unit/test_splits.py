@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qwlit.core.errors import ConfigError, DataError
-from qwlit.data.encoding import Account
 from qwlit.data.order import Order
+from qwlit.data.outcome import Account
 from qwlit.data.samples import Samples
 from qwlit.data.splits import DataSplit, load_data, open_stores, split_store
 from qwlit.data.store import SampleStore
@@ -209,3 +209,27 @@ def test_copies_in_other_parts_are_counted_and_dropped_and_leaks_are_said(tmp_pa
     with pytest.raises(DataError, match=r"gone\.jsonl' does not exist"):
         load(tmp_path / "fresh", path=[files[0], str(tmp_path / "gone.jsonl")])
     assert not (tmp_path / "fresh").exists()
+
+
+def masked(first: int, mask: list[int]) -> dict[str, Any]:
+    return {"input_ids": [first, 1, 2], "loss_mask": mask}
+
+
+def test_samples_with_the_same_tokens_and_another_mask_are_no_duplicates(tmp_path: Path) -> None:
+    rows = [masked(i, mask) for i in range(50) for mask in ([0, 1, 0], [0, 0, 1], [1, 1, 0])]
+    path = write(tmp_path / "rows.jsonl", rows)
+    other = write(tmp_path / "other.jsonl", [masked(0, [0, 1, 0]), masked(0, [0, 1, 1])])
+    data = load(tmp_path, path=[str(path), str(other)])
+    assert data.totals["duplicates"] == 50 + 1  # the first token is nobody's target, whatever its mask
+    assert len(load(tmp_path, path=[str(path), str(other)], drop_duplicates=True).train) == 101
+
+
+def test_copies_with_another_mask_stand_on_the_same_side_and_count_as_leaked(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [masked(i, mask) for i in range(200) for mask in ([0, 1, 0], [0, 0, 1])])
+    data = load(tmp_path, path=str(path), val_fraction=0.3)
+    assert data.validation is not None
+    trained, held_out = set(first_tokens(data.train)), set(first_tokens(data.validation))
+    assert trained and held_out and not trained & held_out
+    val = write(tmp_path / "val.jsonl", [masked(3, [0, 1, 1]), masked(300, [0, 1, 1])])
+    leaked = load(tmp_path, path=str(path), val_path=str(val))
+    assert leaked.num_leaked == 1

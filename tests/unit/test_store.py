@@ -13,7 +13,7 @@ import pytest
 from qwlit.core.errors import DataError
 from qwlit.data import store_writer
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.encoding import Account
+from qwlit.data.outcome import Account
 from qwlit.data.remarks import TAGS_AS_TEXT
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.store import SampleStore, check_account

@@ -10,6 +10,7 @@ from qwlit.data.conversation import parse_conversation
 from qwlit.data.recognise import recognise_template
 from qwlit.data.remarks import (
     HISTORY_THINKING,
+    NO_EMPTY_BLOCK,
     NULLS_FROM_TABLE,
     QUOTED_ARGUMENTS,
     TAGS_AS_TEXT,
@@ -221,11 +222,15 @@ def test_qwen2_refuses_tools_and_families_without_thinking_an_answer_of_reasonin
     [
         ("qwen3", {"reasoning_content": "hm"}, [HISTORY_THINKING]),
         ("qwen3", {"content": "<think>hm</think>One."}, [HISTORY_THINKING]),
-        ("qwen3", {"content": "One, <think> two."}, [TAGS_AS_TEXT]),
-        ("qwen3", {"content": "<tool_call>{}</tool_call>"}, [TAGS_AS_TEXT]),
+        ("qwen3", {"content": "One, <think> two."}, [NO_EMPTY_BLOCK, TAGS_AS_TEXT]),
+        ("qwen3", {"content": "<tool_call>{}</tool_call>"}, [NO_EMPTY_BLOCK, TAGS_AS_TEXT]),
         ("qwen3_2507", {"reasoning_content": "hm"}, [THINKING_LEFT_OUT]),
         ("qwen2_5", {"content": "<think>hm</think>One."}, [TAGS_AS_TEXT]),
-        ("qwen3", {}, []),
+        ("qwen3", {}, [NO_EMPTY_BLOCK]),
+        ("qwen3", {"weight": 0}, []),
+        ("qwen3", {"weight": 0, "reasoning_content": "hm"}, []),
+        ("qwen3_2507", {}, []),
+        ("qwen2_5", {}, []),
     ],
 )
 def test_what_a_template_does_to_an_answer_is_remarked_on(family: str, answer: Any, expected: list[str]) -> None:
@@ -311,8 +316,40 @@ def test_a_family_with_another_default_system_text_is_recognised_and_written_as_
 
 def test_what_the_settings_leave_unlearnt_anyway_is_not_remarked_on() -> None:
     conversation = parse_conversation([USER, ONE | {"reasoning_content": "hm"}, USER, ONE])
-    for supervision in (Supervision(loss_on="last_assistant"), Supervision(thinking="drop")):
-        assert not list(remarks(conversation, FAMILIES["qwen3"], supervision, from_table=False))
+    remarked = {
+        supervision: list(remarks(conversation, FAMILIES["qwen3"], supervision, from_table=False))
+        for supervision in (Supervision(loss_on="last_assistant"), Supervision(thinking="drop"))
+    }
+    # With its reasoning dropped, the first answer is one without reasoning in an earlier turn.
+    assert list(remarked.values()) == [[], [NO_EMPTY_BLOCK]]
+
+
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESPONSE = {"role": "tool", "content": "2"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "supervision", "expected"),
+    [
+        ([USER, CALLED, RESPONSE, ONE], Supervision(), True),
+        ([USER, CALLED | {"reasoning_content": "hm"}, RESPONSE, ONE], Supervision(), False),
+        ([USER, CALLED, RESPONSE, ONE], Supervision(loss_on="last_assistant"), False),
+        ([USER, CALLED, RESPONSE], Supervision(loss_on="last_assistant"), True),
+        ([USER, CALLED], Supervision(), False),
+        ([USER, ONE], Supervision(loss_on="all"), False),
+        ([USER, ONE, USER, ONE], Supervision(loss_on="all"), True),
+        ([USER, ONE, USER], Supervision(), True),
+    ],
+)
+def test_supervised_answers_and_calls_without_the_empty_block_are_remarked_on_where_the_jinja_writes_none(
+    messages: Messages, supervision: Supervision, expected: bool
+) -> None:
+    found = list(remarks(parse_conversation(messages), FAMILIES["qwen3"], supervision, from_table=False))
+    assert (NO_EMPTY_BLOCK in found) is expected
+    written = jinja(JINJA["qwen3"])(messages, None).split("<|im_start|>assistant\n")[1:]
+    if supervision.loss_on == "last_assistant":
+        written = written[-1:]
+    assert any(not answer.startswith("<think>") for answer in written) is expected
 
 
 def test_keys_that_nobody_reads_and_arguments_that_get_quoted_are_remarked_on() -> None:

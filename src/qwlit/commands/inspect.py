@@ -14,7 +14,7 @@ from qwlit.commands.help import inspect_help
 from qwlit.commands.words import own_words
 from qwlit.config.compose import compose
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from qwlit.config.run import RunConfig
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 OUTPUTS = ("text", "json")
 SAMPLES_SHOWN, STEPS_SHOWN, REASONS_SHOWN = 3, 3, 10
 BAR_WIDTH = 40
+LONGEST_SYSTEM_TEXT = 200
 
 
 def main(arguments: list[str]) -> int:
@@ -133,7 +134,9 @@ def _other_system_text(family: "Family") -> str:
     text = family.default_system
     if text == FAMILIES[family.name].default_system:
         return ""
-    return f" with the tokenizer's own system text {text!r}" if text is not None else " without a default system text"
+    if text is None:
+        return " without a default system text"
+    return f" with the tokenizer's own system text '{one_line(text, LONGEST_SYSTEM_TEXT)}'"
 
 
 def _show_lengths(samples: "Samples", screen: Console) -> None:

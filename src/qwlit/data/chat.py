@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import Conversation
-from qwlit.data.formats import EncodedSample
 from qwlit.data.recognise import resolve_template
 from qwlit.data.templates import END, START, Family, Piece, Supervision, render
+from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:

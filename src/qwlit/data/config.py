@@ -61,9 +61,9 @@ class DataConfig:
     """Which rows to train on and how they become tokens."""
 
     path: DataPath = None
-    """A file (.jsonl .json .parquet .csv .txt, the text ones also .gz), a folder of them, a glob, hf:ORG/NAME[:SPLIT],
-    or a list: [a.jsonl,b.parquet] joins, [{path:a.jsonl,weight:3},{path:b.csv,weight:1}] mixes by weight.
-    `qwlit:demo/train.jsonl` is the bundled corpus."""
+    """A file (.jsonl .json .parquet .csv .txt, the text ones also .gz), a folder of them or of `save_to_disk`, a glob,
+    hf:ORG/NAME[:SPLIT], or a list: [a.jsonl,b.parquet] joins, [{path:a.jsonl,weight:3},{path:b.csv,weight:1}] mixes by
+    weight. `qwlit:demo/train.jsonl` is the bundled corpus."""
     val_path: DataPath = None
     """Rows to validate on, read like `path`. null: see `val_fraction`."""
     val_fraction: Probability = 0.0
@@ -73,9 +73,11 @@ class DataConfig:
     format: RowFormat = "auto"
     """What a row is. `auto` tells by its keys; a set format reads only its own keys."""
     template: TemplateName = "auto"
-    """How a conversation is written down. `auto` recognises the tokenizer's own template and refuses an unknown one."""
+    """How a conversation is written down. `auto` recognises the tokenizer's own template, with whatever default system
+    text, and refuses an unknown one."""
     loss_on: LossOn = "assistant"
-    """What is learnt of a conversation: every answer with its end of turn, only the last answer, or every token.
+    """What is learnt of a conversation: every answer with its end of turn, only the last answer, or every token
+    but the turns that a row marks as not supervised.
     Plain text is learnt whole; tokenized rows bring their own mask (alone, with `all`)."""
     thinking: Thinking = "mask_empty"
     """Reasoning in answers. `mask_empty` learns it where there is some; the empty block that the template puts before
@@ -89,7 +91,7 @@ class DataConfig:
     """What becomes of longer rows: left out and counted, cut at the end, cut into several samples, or the run is
     refused. `auto` splits plain text and drops the rest."""
     drop_duplicates: Flag = False
-    """Train once on samples with the same tokens. They are counted in any case."""
+    """Train once on samples with the same tokens and loss mask. They are counted in any case."""
     max_bad_ratio: Ratio = 0.01
     """Share of unusable rows (0 to 1) above which the run is refused; up to three are always let pass."""
     strict: Flag = False

@@ -1,124 +1,21 @@
 """Rows to samples: parsed, tokenized, fitted to the length limit, and every row accounted for."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import DataConfig
 from qwlit.data.conversation import Conversation
-from qwlit.data.formats import EncodedSample, RowParser
-from qwlit.data.remarks import remarks
+from qwlit.data.formats import RowParser
+from qwlit.data.outcome import Account, Batch, Filling, Stop
+from qwlit.data.remarks import WRITTEN_OUT, document_remarks, remarks
 from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_half_characters
 from qwlit.data.templates import Piece
+from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
-
-DTYPES = {
-    "tokens": "<i4",
-    "mask": "|u1",
-    "lengths": "<i4",
-    "num_supervised": "<i4",
-    "digests": "<u8",
-    "row_digests": "<u8",
-    "sources": "<i4",
-    "lines": "<i4",
-}
-"""The arrays of a batch: tokens and mask of all samples end to end, the others one number a sample. A row's digest is
-of its first sample's tokens, so that the samples a row was cut into share it; a text file's each have their own."""
-
-
-@dataclass
-class Account:
-    """What became of every row: accepted + too_long + quarantined = read."""
-
-    read: int = 0
-    accepted: int = 0
-    too_long: int = 0
-    quarantined: int = 0
-    truncated: int = 0
-    """Accepted rows cut at the end."""
-    split: int = 0
-    """Accepted rows cut into several samples."""
-    duplicates: int = 0
-    """Samples with the same tokens as an earlier one."""
-
-    def add(self, other: "Account") -> None:
-        for name, number in vars(other).items():
-            setattr(self, name, getattr(self, name) + number)
-
-
-@dataclass(frozen=True)
-class Stop:
-    """A row that ends the reading: the first bad one where data.strict=true, or too long where that is an error."""
-
-    source: int
-    line: int
-    reason: str
-
-
-@dataclass
-class Batch:
-    """What became of some rows."""
-
-    arrays: dict[str, NDArray[Any]]
-    account: Account
-    rejects: list[Reject]
-    remarks: Counter[str]
-    """Rows by what is remarkable in them."""
-    stop: Stop | None = None
-
-
-@dataclass
-class _Filling:
-    """A batch being filled."""
-
-    account: Account
-    rejects: list[Reject] = field(default_factory=list)
-    remarks: Counter[str] = field(default_factory=Counter)
-    _samples: list[EncodedSample] = field(default_factory=list)
-    _origins: list[Row | Reject] = field(default_factory=list)
-
-    def add(self, row: Row | Reject, result: list[EncodedSample] | Reject) -> None:
-        if isinstance(result, Reject):
-            self.rejects.append(result)
-            return
-        self._samples += result
-        self._origins += [row] * len(result)
-
-    def finish(self, stop: Stop | None = None) -> Batch:
-        account = self.account
-        account.quarantined = len(self.rejects)
-        account.accepted = account.read - account.too_long - account.quarantined
-        return Batch(self._arrays(), account, self.rejects, self.remarks, stop)
-
-    def _arrays(self) -> dict[str, NDArray[Any]]:
-        tokens = [np.array(sample.input_ids, dtype=np.int32) for sample in self._samples]
-        digests = [hashlib.blake2b(ids.tobytes(), digest_size=8).digest() for ids in tokens]
-        firsts: dict[int, bytes] = {}
-        row_digests = [
-            digest if _is_text_file(row) else firsts.setdefault(id(row), digest)
-            for row, digest in zip(self._origins, digests, strict=True)
-        ]
-        columns: dict[str, Any] = {
-            "tokens": np.concatenate(tokens) if tokens else [],
-            "mask": np.frombuffer(b"".join(bytes(sample.loss_mask) for sample in self._samples), np.uint8),
-            "lengths": [len(ids) for ids in tokens],
-            "num_supervised": [sum(sample.loss_mask) for sample in self._samples],
-            "digests": np.frombuffer(b"".join(digests), "<u8"),
-            "row_digests": np.frombuffer(b"".join(row_digests), "<u8"),
-            "sources": [row.source for row in self._origins],
-            "lines": [row.line for row in self._origins],
-        }
-        return {name: np.asarray(column, dtype=DTYPES[name]) for name, column in columns.items()}
-
-
-def _is_text_file(row: Row | Reject) -> bool:
-    return isinstance(row, Row) and isinstance(row.content, Document)
+from qwlit.data.unread import row_key_remarks
 
 
 @dataclass(frozen=True)
@@ -149,7 +46,7 @@ class RowEncoder:
         Raises:
             NeedsTokenizer: a text or a conversation, and nothing to encode it with.
         """
-        batch = _Filling(Account(read=len(rows)))
+        batch = Filling(Account(read=len(rows)))
         for row, outcome in zip(rows, self._encode(rows, batch.remarks), strict=True):
             result = self._fit(row, outcome, batch.account) if isinstance(outcome, _Encoded) else outcome
             if isinstance(result, Reject) and self.config.strict:
@@ -180,20 +77,30 @@ class RowEncoder:
         if isinstance(row, Reject):
             return row
         try:
-            value = parser(row.value())
+            raw = row.value()
+            value = parser(raw)
+            found = [*row_key_remarks([*parser.unread(raw), *row.unread_columns])]
             if isinstance(value, Document):
                 refuse_half_characters(value.text)
+                found += [*document_remarks(value.text), *self._written_out([value.text])]
             if not isinstance(value, Conversation):
+                remarked.update(found)
                 return value
             if self.chat is None:
                 raise NeedsTokenizer(self.refusal or "conversations need a tokenizer with a chat template")
             pieces = self.chat.render(value)
             refuse_half_characters("".join([piece.text for piece in pieces]))
             from_table = isinstance(row.content, dict)
-            remarked.update(remarks(value, self.chat.family, self.chat.supervision, from_table=from_table))
+            found += remarks(value, self.chat.family, self.chat.supervision, from_table=from_table)
+            found += self._written_out(piece.text for piece in pieces if not piece.control)
+            remarked.update(found)
             return pieces
         except RowError as error:
             return row.reject(str(error))
+
+    def _written_out(self, texts: Iterable[str]) -> list[str]:
+        tokenizer = self.tokenizer
+        return [WRITTEN_OUT] if tokenizer and any(map(tokenizer.spells_control_tokens, texts)) else []
 
     def _encode_documents(self, documents: list[Document]) -> list[EncodedSample]:
         """Learn every token of a text, and the end-of-text token after its last block."""

@@ -10,33 +10,16 @@ from qwlit.data.conversation import (
     Message,
     conversation_of,
     from_json_text,
-    parse_conversation,
-    parse_tool_call,
+    message_list,
     parse_tools,
 )
+from qwlit.data.meaning import LABEL_KEYS, MEANING_KEYS, label_of, refuse_other_meaning
 from qwlit.data.rows import Document, RowError, kind_of
+from qwlit.data.sharegpt import parse_turns
+from qwlit.data.tokenized import EncodedSample, parse_tokenized
+from qwlit.data.unread import has_value
 
-IGNORED_LABEL = -100
 Columns = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class EncodedSample:
-    """A sample as tokens: two lists of T numbers."""
-
-    input_ids: list[int]
-    loss_mask: list[int]
-    """1 where the token is learnt; the first token is nobody's target and always 0."""
-
-    def cut(self, start: int, end: int) -> "EncodedSample":
-        """Return the tokens from `start` to before `end` as a sample of their own."""
-        return EncodedSample(self.input_ids[start:end], [0, *self.loss_mask[start + 1 : end]])
-
-    def split(self, limit: int) -> "list[EncodedSample]":
-        """Cut into samples of at most `limit` tokens. Each begins with the last token of the one before, so that
-        every token but the very first is somebody's target."""
-        starts = range(0, max(1, len(self.input_ids) - 1), limit - 1)
-        return [self.cut(start, start + limit) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -58,6 +41,7 @@ class RowParser:
             value = {"text": value}
         found = recognise_format(value)
         name = found if self.row_format == "auto" else self.row_format
+        refuse_other_meaning(value, has_answer=name not in WITHOUT_ANSWER)
         if name is None:
             raise RowError(f"unknown shape: {_keys(value)}; expected {', or '.join(map(_wanted, KEYS))}")
         if not _has_keys(value, name):
@@ -67,66 +51,50 @@ class RowParser:
             return parse_tokenized(value, self.vocab_size, self.loss_on)
         return PARSERS[name](value)
 
+    def unread(self, value: Columns | Document) -> list[str]:
+        """Return the keys with values that reading the row left out; the row must be one that can be read."""
+        if isinstance(value, Document):
+            return []
+        name = recognise_format(value) if self.row_format == "auto" else self.row_format
+        read = READ[name or "text"] - ({"response"} if _answer_key(value) == "completion" else set())
+        # Of the keys that change the meaning only labels may hold something that is not obeyed: a class, for one.
+        has_answer = name not in WITHOUT_ANSWER
+        obeyed = MEANING_KEYS - {k for k in LABEL_KEYS if label_of(value.get(k), has_answer=has_answer) is None}
+        return [key for key, cell in value.items() if key not in read and key not in obeyed and has_value(cell)]
+
 
 def parse_messages(row: Columns) -> Conversation:
     """`messages`: role, content, reasoning_content, tool_calls, weight; `system`, `tools`."""
     return _conversation(row, from_json_text(row["messages"], "'messages'"))
 
 
-def _conversation(row: Columns, messages: Any) -> Conversation:
-    """Read messages with the row's own system text before them, and its tools."""
-    tools = row.get("tools")
-    if tools is None and (functions := parse_tools(row.get("functions"))):
-        tools = [{"type": "function", "function": function} for function in functions]
-    system = _system(row)
-    if system and isinstance(messages, list):
-        messages = system + messages
-    return parse_conversation(messages, tools)
-
-
-SHAREGPT_ROLES = {
-    **dict.fromkeys(("system",), "system"),
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),
-    **dict.fromkeys(("observation", "tool", "function_response", "tool_response"), "tool"),
-}
-
-
 def parse_sharegpt(row: Columns) -> Conversation:
-    """`conversations`: from, value (or role, content); `system`, `tools`."""
+    """`conversations`: from, value (or role, content), weight; `system`, `tools`."""
     turns = from_json_text(row["conversations"], "'conversations'")
     if not isinstance(turns, list) or not turns:
         raise RowError(f"'conversations' must be a list with at least one turn, not {kind_of(turns)}")
     if all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns):
         return _conversation(row, turns)
-    messages = [_turn(f"turn {number}", turn) for number, turn in enumerate(turns, start=1)]
-    system = [Message("system", part["content"]) for part in _system(row)]
-    return conversation_of(system + messages, row.get("tools"))
+    return _complete(row, parse_turns(turns))
 
 
-def _turn(where: str, turn: object) -> Message:
-    if not isinstance(turn, dict):
-        raise RowError(f"{where} must be an object, not {kind_of(turn)}")
-    speaker, text = turn.get("from"), turn.get("value")
-    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise RowError(f"{where}: from {str(speaker)[:30]!r} is none of {', '.join(SHAREGPT_ROLES)}")
-    if not isinstance(text, str):
-        raise RowError(f"{where}: 'value' must be a string, not {kind_of(text)}")
-    if role != "call":
-        return Message(role, text)
-    calls = from_json_text(text, f"{where}: a function call")
-    listed = calls if isinstance(calls, list) else [calls]
-    return Message("assistant", "", None, tuple(parse_tool_call(where, call) for call in listed))
+def _conversation(row: Columns, messages: Any) -> Conversation:
+    return _complete(row, message_list(messages))
 
 
-def _system(row: Columns) -> list[Columns]:
-    """Return a row's `system` as a list with one message, or none."""
+def _complete(row: Columns, messages: list[Message]) -> Conversation:
+    """Put the row's own system text before the messages, and its tools beside them."""
     system = row.get("system")
     if not isinstance(system, str | None):
         raise RowError(f"'system' must be a string, not {kind_of(system)}")
-    return [{"role": "system", "content": system}] if system else []
+    if system and messages[0].role != "system":
+        messages = [Message("system", system), *messages]
+    elif system and messages[0].content.strip() != system.strip():
+        raise RowError("has a system column and a system turn that differ; keep one")
+    tools, functions = parse_tools(row.get("tools")), parse_tools(row.get("functions"))
+    if tools and functions:
+        raise RowError("has both 'tools' and 'functions'; keep one")
+    return conversation_of(messages, tools or [{"type": "function", "function": function} for function in functions])
 
 
 def parse_alpaca(row: Columns) -> Conversation:
@@ -142,8 +110,7 @@ def parse_alpaca(row: Columns) -> Conversation:
         raise RowError("'instruction' and 'input' are both empty")
     pairs = [*history, [question, texts["output"]]]
     turns = [Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-    system = [Message("system", part["content"]) for part in _system(row)]
-    return conversation_of(system + turns, row.get("tools"))
+    return _complete(row, turns)
 
 
 def _text(row: Columns, key: str) -> str:
@@ -157,8 +124,11 @@ def _text(row: Columns, key: str) -> str:
 
 def parse_prompt_completion(row: Columns) -> Conversation:
     """`prompt` with `completion` or `response`: two texts, or two lists of messages; `system`, `tools`."""
-    answer_key = "completion" if row.get("completion") is not None else "response"
-    return _conversation(row, _messages(row, "prompt", "user") + _messages(row, answer_key, "assistant"))
+    return _conversation(row, _messages(row, "prompt", "user") + _messages(row, _answer_key(row), "assistant"))
+
+
+def _answer_key(row: Columns) -> str:
+    return "completion" if row.get("completion") is not None else "response"
 
 
 def _messages(row: Columns, key: str, role: str) -> list[Any]:
@@ -182,41 +152,6 @@ def parse_text(row: Columns) -> Document:
     return Document(text)
 
 
-def parse_tokenized(row: Columns, vocab_size: int, loss_on: LossOn) -> EncodedSample:
-    """Read `input_ids` with `labels` or `loss_mask`; alone they are learnt whole where `loss_on` is all."""
-    ids = from_json_text(row["input_ids"], "'input_ids'")
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise RowError("'input_ids' must be a list of whole numbers")
-    if len(ids) < 2:
-        raise RowError(f"'input_ids' has {len(ids)} tokens; the first is never learnt, so 2 are the least")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        wrong = next(token for token in ids if not 0 <= token < vocab_size)
-        raise RowError(f"token id {str(wrong)[:30]} is not within the vocabulary of {vocab_size}")
-    labels, mask = (from_json_text(row.get(key), f"'{key}'") for key in ("labels", "loss_mask"))
-    if labels is not None and mask is not None:
-        raise RowError("has both 'labels' and 'loss_mask'; keep one")
-    if labels is not None:
-        mask = _mask_of_labels(ids, labels)
-    elif mask is None:
-        if "labels" in row or "loss_mask" in row or loss_on != "all":
-            raise RowError("'input_ids' without 'labels' or 'loss_mask'; data.loss_on=all learns every token")
-        mask = [1] * len(ids)
-    if not isinstance(mask, list) or len(mask) != len(ids):
-        raise RowError(f"'loss_mask' must be a list as long as 'input_ids' ({len(ids)})")
-    if not all(type(flag) is int and flag in (0, 1) for flag in mask):
-        raise RowError("'loss_mask' may hold only 0 and 1")
-    return EncodedSample(ids, [0, *mask[1:]])
-
-
-def _mask_of_labels(ids: list[int], labels: object) -> list[int]:
-    if not isinstance(labels, list) or len(labels) != len(ids):
-        raise RowError(f"'labels' must be a list as long as 'input_ids' ({len(ids)})")
-    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if type(label) is not int or label not in (IGNORED_LABEL, token):
-            raise RowError(f"label {str(label)[:30]} at position {position} is neither the token {token} nor -100")
-    return [int(label != IGNORED_LABEL) for label in labels]
-
-
 KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations",),),
@@ -227,8 +162,17 @@ KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """What a row of each format has: of every group at least one key. A row with the keys of several is the first."""
 
-OTHER_KEYS = {"labels", "loss_mask", "input", "history", "system", "tools", "functions"}
-"""What rows may have besides."""
+WITHOUT_ANSWER = ("text", "tokenized")
+_BESIDE = {"system", "tools", "functions"}
+READ: dict[str, set[str]] = {
+    "messages": {"messages", *_BESIDE},
+    "sharegpt": {"conversations", *_BESIDE},
+    "tokenized": {"input_ids", "labels", "loss_mask"},
+    "alpaca": {"instruction", "input", "output", "history", *_BESIDE},
+    "prompt_completion": {"prompt", "completion", "response", *_BESIDE},
+    "text": {"text"},
+}
+"""What is read of a row of each format."""
 
 PARSERS: dict[str, Callable[[Columns], Conversation | Document]] = {
     "messages": parse_messages,

@@ -8,14 +8,42 @@ from itertools import count
 from typing import BinaryIO
 
 from qwlit.core.errors import DataError
+from qwlit.data.files import File
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, Reject, Row, too_long
-from qwlit.data.sources import File
 
 SPACE = re.compile(r"\s*")
 SPACES = b" \t\r\n" + BOM
 
 
 def read_json_lines(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+    """Read an object a line, or the array that some call .jsonl."""
+    is_array = _is_array(_first_line(handle), handle)
+    handle.seek(0)
+    yield from _read_array(number, handle) if is_array else _read_lines(number, handle)
+
+
+def _first_line(handle: BinaryIO) -> bytes:
+    """Return the start of the first line that is not blank, without the spaces around it."""
+    lines = iter(lambda: handle.readline(MAX_ROW_BYTES), b"")
+    return next((line for line in lines if line.strip(SPACES)), b"").strip(SPACES)
+
+
+def _is_array(first_line: bytes, handle: BinaryIO) -> bool:
+    """Whether the file is one array: lists on lines of their own are rows, each bad for itself.
+
+    Args:
+        handle: stands after the first line.
+    """
+    if not re.match(rb"\[\s*(\{|\]|$)", first_line):
+        return False
+    try:
+        json.loads(first_line)
+    except (ValueError, RecursionError):
+        return True  # it goes on in the next line
+    return not any(line.strip() for line in iter(lambda: handle.readline(MAX_ROW_BYTES), b""))
+
+
+def _read_lines(number: int, handle: BinaryIO) -> Iterator[Row | Reject]:
     for line in count(1):
         raw = handle.readline(MAX_ROW_BYTES + 1)
         if not raw:
@@ -38,8 +66,7 @@ def _skip_long_line(number: int, line: int, head: bytes, handle: BinaryIO) -> Re
 
 def read_json(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
     """Read an array, an object a line, or one object over many lines."""
-    first_line = next((line for line in iter(lambda: handle.readline(MAX_ROW_BYTES), b"") if line.strip(SPACES)), b"")
-    first_line = first_line.strip(SPACES)
+    first_line = _first_line(handle)
     handle.seek(0)
     if first_line.startswith(b"["):
         yield from _read_array(number, handle)
@@ -49,7 +76,7 @@ def read_json(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Rejec
             raise DataError(f"data file '{file}' is one JSON object of over {MAX_ROW_BYTES:,} bytes; write one a line")
         yield Row(number, 1, content)
     else:
-        yield from read_json_lines(number, file, handle)
+        yield from _read_lines(number, handle)
 
 
 def _opens_an_object(first_line: bytes) -> bool:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO, cast
 
 from qwlit.core.errors import DataError
+from qwlit.data.files import File
+from qwlit.data.hub import HubData, SavedData, rows_of
 from qwlit.data.json_files import read_json, read_json_lines
 from qwlit.data.rows import Reject, Row
-from qwlit.data.sources import File, HubData, Source
+from qwlit.data.sources import Source
 from qwlit.data.tables import read_csv, read_parquet
 from qwlit.data.text_files import read_text
 
@@ -45,15 +47,11 @@ class RowReader:
         """
         for number, source in enumerate(self._sources):
             empty = True
-            for row in self._read_hub(number, source) if isinstance(source, HubData) else self._read(number, source):
+            for row in self._read(number, source) if isinstance(source, File) else _read_data_set(number, source):
                 empty = False
                 yield row
             if empty:
                 raise DataError(f"data file '{source}' has no rows")
-
-    def _read_hub(self, number: int, source: HubData) -> Iterator[Row | Reject]:
-        for line, columns in enumerate(source.load(), start=1):
-            yield Row(number, line, columns).within_limit()
 
     def _read(self, number: int, file: File) -> Iterator[Row | Reject]:
         line = 0
@@ -70,3 +68,8 @@ class RowReader:
             raise DataError(f"data file '{file}' is damaged after row {line}: {error}; make it again") from None
         except OSError as error:
             raise DataError(f"data file '{file}' cannot be read: {error.strerror or error}") from None
+
+
+def _read_data_set(number: int, source: HubData | SavedData) -> Iterator[Row | Reject]:
+    for line, columns in enumerate(rows_of(source), start=1):
+        yield Row(number, line, columns).within_limit()

@@ -56,6 +56,8 @@ class Row:
     """Counted from 1; in a JSON array or a table the element's number, in a text file the block's first line."""
     content: bytes | dict[str, Any] | Document
     """A JSON text, a table's row by column name, or plain text."""
+    unread_columns: tuple[str, ...] = ()
+    """Names of the table's columns that were not even loaded, for no format knows them."""
 
     def reject(self, reason: str) -> Reject:
         return Reject(self.source, self.line, one_line(reason, MAX_REASON), hashlib.sha256(self._raw()).hexdigest())

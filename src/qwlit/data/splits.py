@@ -15,8 +15,9 @@ from qwlit.data.encoding import RowEncoder
 from qwlit.data.order import Order
 from qwlit.data.samples import CHUNK, Chosen, Samples, count_tokens, join
 from qwlit.data.sources import find_sources
-from qwlit.data.store import SampleStore, build_store, check_account
+from qwlit.data.store import DigestOf, SampleStore, build_store, check_account
 from qwlit.data.store_writer import Progress
+from qwlit.data.unread import OTHER_KEYS
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class DataSplit:
     """The stores behind them: one a part."""
     val_fraction: float
     num_copies_across: int
-    """Training samples with the tokens of one in an earlier part."""
+    """Training samples with the tokens and loss mask of one in an earlier part."""
     num_leaked: int
-    """Validation samples that are also there to train on."""
+    """Validation samples whose tokens are also there to train on."""
 
     def order(self, seed: int) -> Order:
         """Return the order in which training meets the samples.
@@ -76,7 +77,8 @@ class DataSplit:
     def remarks(self) -> list[str]:
         """What a careful reader of the data would remark on."""
         counts: Counter[str] = sum((store.remarks for store in self.stores), Counter())
-        found = [f"{number:,} rows have {text}" for text, number in counts.items()]
+        # A row with several of the keys that are not named is counted for each.
+        found = [f"{'up to ' * (text == OTHER_KEYS)}{number:,} rows have {text}" for text, number in counts.items()]
         if self.num_leaked:
             found.append(f"{self.num_leaked:,} validation samples are also trained on: val/loss will flatter")
         return found
@@ -156,7 +158,7 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
         stores=(*training, *validation),
         val_fraction=config.val_fraction,
         num_copies_across=num_copies,
-        num_leaked=sum(len(store) - len(_without_copies(store, training)) for store in validation),
+        num_leaked=sum(len(store) - len(_without_copies(store, training, "tokens")) for store in validation),
     )
 
 
@@ -167,11 +169,11 @@ def load_data(
     return split_data(config, *open_stores(config, encoder, cache_root=cache_root, progress=progress))
 
 
-def _without_copies(store: SampleStore, earlier: list[SampleStore]) -> NDArray[np.int32]:
-    """Return the samples whose tokens no earlier part has."""
+def _without_copies(store: SampleStore, earlier: list[SampleStore], of: DigestOf = "samples") -> NDArray[np.int32]:
+    """Return the samples that no earlier part has; `of` the tokens, those whose tokens none has."""
     ids = np.arange(len(store), dtype=np.int32)
     for other in earlier:
-        ids = ids[~np.isin(store.digests(ids), other.digests(slice(None)))]
+        ids = ids[~np.isin(store.digests(ids, of), other.digests(slice(None), of))]
     return ids
 
 
@@ -190,7 +192,7 @@ def split_store(
         ids = np.arange(start, min(start + CHUNK, len(store)), dtype=np.int32)
         if among is not None:
             ids = among[(among >= start) & (among < start + CHUNK)]
-        held_out = _mix(store.digests(ids, of_rows=True)) < np.uint64(val_fraction * 2.0**64)
+        held_out = _mix(store.digests(ids, "rows")) < np.uint64(val_fraction * 2.0**64)
         sides[0].append(ids[~held_out])
         sides[1].append(ids[held_out])
     train, val = (Chosen(store, np.concatenate(side)) for side in sides)

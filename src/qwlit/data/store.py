@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 from qwlit.core.errors import DataError, one_line
 from qwlit.core.files import locked
 from qwlit.data.config import DataConfig
-from qwlit.data.encoding import Account, RowEncoder
-from qwlit.data.sources import File, Source, find_sources
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.hub import HubData
+from qwlit.data.outcome import Account
+from qwlit.data.sources import Source, find_sources
 from qwlit.data.store_writer import ARRAYS, QUARANTINE, STORE_VERSION, Progress, write_store
 
 # So few bad rows never stop a run, or one typo would in a small data set.
 BAD_ROWS_ALLOWED = 3
+DigestOf = Literal["samples", "tokens", "rows"]
 REASONS_NAMED, LONGEST_NAMED = 3, 120
 
 
@@ -60,9 +63,10 @@ class SampleStore:
         chosen: NDArray[np.int32] = self._arrays["num_supervised"][ids]
         return chosen
 
-    def digests(self, ids: NDArray[np.integer[Any]] | slice, *, of_rows: bool = False) -> NDArray[np.uint64]:
-        """Return a hash of each sample's tokens, or one that all samples of a row share."""
-        chosen: NDArray[np.uint64] = self._arrays["row_digests" if of_rows else "digests"][ids]
+    def digests(self, ids: NDArray[np.integer[Any]] | slice, of: DigestOf = "samples") -> NDArray[np.uint64]:
+        """Return a hash of each sample: of tokens and mask, of tokens alone, or one that all samples of a row share."""
+        array = {"samples": "digests", "tokens": "token_digests", "rows": "row_digests"}[of]
+        chosen: NDArray[np.uint64] = self._arrays[array][ids]
         return chosen
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
@@ -134,7 +138,7 @@ def build_store(
 def is_tokenized(path: str, encoder: RowEncoder, *, cache_root: Path) -> bool:
     """Tell whether `build_store` would find its work done; reads no data."""
     sources = find_sources(path)
-    if not all(isinstance(source, File) and source.known_digest(cache_root) for source in sources):
+    if not all(not isinstance(source, HubData) and source.known_digest(cache_root) for source in sources):
         return False
     return (cache_root / _fingerprint(sources, encoder, cache_root)[:32]).is_dir()
 

@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 
 from qwlit.core.errors import DataError
 from qwlit.core.files import fsync_folder, write_json_atomic
-from qwlit.data.encoding import DTYPES, Account, Batch, RowEncoder
+from qwlit.data.encoding import RowEncoder
+from qwlit.data.outcome import DTYPES, Account, Batch
 from qwlit.data.readers import RowReader
 from qwlit.data.rows import Reject, Row
 from qwlit.data.sources import Source
+from qwlit.data.unread import add_remarks
 from qwlit.data.workers import map_in_order, num_cores
 
 # Part of the fingerprint: raise it whenever the same rows would be stored differently.
-STORE_VERSION = 3
+STORE_VERSION = 4
 # Enough rows to be worth sending to another process, and few enough bytes for their tokens to fit in memory.
 BATCH_ROWS, BATCH_BYTES = 2000, 2 * 2**20
 # Below, the processes take longer to start than the work; measured: one starts in about a second with Qwen's
@@ -182,7 +184,7 @@ class _StoreWriter:
 
     def add(self, batch: Batch) -> None:
         self.account.add(batch.account)
-        self.remarks.update(batch.remarks)
+        add_remarks(self.remarks, batch.remarks)
         for name, values in batch.arrays.items():
             self._arrays[name].extend(values)
         self._arrays[ENDS].extend(self.num_tokens + np.cumsum(batch.arrays["lengths"], dtype=np.int64))
@@ -192,7 +194,7 @@ class _StoreWriter:
 
 
 def _mark_duplicates(folder: Path, *, drop: bool) -> int:
-    """Count samples with the tokens of an earlier one, and with `drop` take them out; their tokens stay unused."""
+    """Count samples with the tokens and mask of an earlier one, and with `drop` take them out; the tokens stay."""
     digests = np.load(folder / "digests.npy")
     _, first = np.unique(digests, return_index=True)
     duplicates = len(digests) - len(first)

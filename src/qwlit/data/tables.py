@@ -7,14 +7,17 @@ from itertools import count
 from typing import Any, BinaryIO
 
 from qwlit.core.errors import DataError
-from qwlit.data.formats import KEYS, OTHER_KEYS
+from qwlit.data.files import File
+from qwlit.data.formats import READ
+from qwlit.data.meaning import MEANING_KEYS
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, Reject, Row, too_long
-from qwlit.data.sources import File
+from qwlit.data.unread import MAX_NAMED
 
 # A quoted cell may hold line breaks; one that goes on for longer was never closed.
 MAX_CSV_ROW_BYTES = 2**20
 PARQUET_ROWS, PARQUET_BYTES = 1000, 16 * 2**20
-KNOWN_COLUMNS = {key for groups in KEYS.values() for group in groups for key in group} | OTHER_KEYS
+# What formats read, and what changes a row's meaning.
+KNOWN_COLUMNS = MEANING_KEYS.union(*READ.values())
 
 
 def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
@@ -103,8 +106,9 @@ def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Re
             return
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
         rows_at_once = max(1, min(PARQUET_ROWS, PARQUET_BYTES * table.metadata.num_rows // max(1, sum(sizes))))
+        unread = _unread_columns(table)
         for batch in table.iter_batches(rows_at_once, columns=known):
-            for row in _parquet_rows(number, line, batch):
+            for row in _parquet_rows(number, line, batch, unread):
                 line = row.line
                 yield row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -112,7 +116,24 @@ def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Re
         raise DataError(f"data file '{file}' is no whole Parquet file, broken after row {line}: {reason}") from None
 
 
-def _parquet_rows(number: int, line: int, batch: Any) -> Iterator[Row | Reject]:
+def _unread_columns(table: Any) -> tuple[str, ...]:
+    """Return the columns that no format knows but those that hold nothing, as far as the file tells."""
+    metadata = table.metadata
+    filled = set()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            counted = chunk.statistics is not None and chunk.statistics.has_null_count
+            if not counted or chunk.statistics.null_count < chunk.num_values:
+                filled.add(chunk.path_in_schema)
+    # A nested column's chunks are named after it with a dot.
+    return tuple(
+        name
+        for name, kind in zip(table.schema_arrow.names, table.schema_arrow.types, strict=True)
+        if name not in KNOWN_COLUMNS and kind != "null" and any(f"{path}.".startswith(f"{name}.") for path in filled)
+    )[: MAX_NAMED + 1]
+
+
+def _parquet_rows(number: int, line: int, batch: Any, unread: tuple[str, ...]) -> Iterator[Row | Reject]:
     """Yield the batch's rows, the first being `line` + 1; where one cell cannot be read, its row alone is refused."""
     try:
         rows: list[Any] = batch.to_pylist()
@@ -120,7 +141,10 @@ def _parquet_rows(number: int, line: int, batch: Any) -> Iterator[Row | Reject]:
         rows = [_parquet_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
     for index, columns in enumerate(rows, start=line + 1):
         is_broken = isinstance(columns, str)
-        yield Row(number, index, {}).reject(columns) if is_broken else Row(number, index, columns).within_limit()
+        if is_broken:
+            yield Row(number, index, {}).reject(columns)
+        else:
+            yield Row(number, index, columns, unread).within_limit()
 
 
 def _parquet_row(one: Any) -> dict[str, Any] | str:

@@ -86,10 +86,13 @@ def render(conversation: Conversation, family: Family, supervision: Supervision)
     if supervision.thinking == "drop":
         conversation = replace(conversation, messages=tuple(m.without_thinking() for m in conversation.messages))
     _check(conversation, family)
-    pieces = (piece for piece in _pieces(conversation, family, supervision) if piece.text)
-    if supervision.loss_on == "all":
-        return [piece._replace(supervised=True) for piece in pieces]
-    return list(pieces)
+    learns_all = supervision.loss_on == "all"
+    return [
+        piece._replace(supervised=True) if learns_all and (message is None or message.is_supervised) else piece
+        for message, turn in _turns(conversation, family, supervision)
+        for piece in turn
+        if piece.text
+    ]
 
 
 def _check(conversation: Conversation, family: Family) -> None:
@@ -129,28 +132,36 @@ class _Mark:
     empty_block: bool
 
 
-def _pieces(conversation: Conversation, family: Family, supervision: Supervision) -> Iterator[Piece]:
+def _turns(
+    conversation: Conversation, family: Family, supervision: Supervision
+) -> Iterator[tuple[Message | None, Iterator[Piece]]]:
+    """Yield each message with its pieces; the system turn may be the template's own."""
     messages = conversation.messages
     roles = ["", *(message.role for message in messages), ""]
     last_query = last_query_index(messages)
     last_answer = max(index for index, message in enumerate(messages) if message.role == "assistant")
-    yield from _system(conversation, family)
+    yield (messages[0] if messages[0].role == "system" else None), _system(conversation, family)
     for index, message in enumerate(messages):
-        if message.role == "user" or (message.role == "system" and index > 0):
-            yield from (_control(START), _text(f"{message.role}\n{message.content}"), _control(END), _text("\n"))
-        elif message.role == "assistant":
-            learnt = message.learnt and (supervision.loss_on != "last_assistant" or index == last_answer)
+        if message.role == "assistant":
+            learnt = message.is_supervised and (supervision.loss_on != "last_assistant" or index == last_answer)
             # An empty block stands in the prompt where thinking is off: the model reads it and need not write it.
             mark = _Mark(learnt, learnt and supervision.thinking == "keep")
-            yield from (_control(START), _text("assistant\n"))
-            yield from _answer(message, family, index > last_query, index == len(messages) - 1, mark)
-            yield from (_control(END, learnt), _text("\n"))
+            yield message, _answer(message, family, index > last_query, index == len(messages) - 1, mark)
         elif message.role == "tool":
             # Responses that follow each other share one turn of the user.
-            before, after = roles[index], roles[index + 2]
-            yield from (_control(START), _text("user")) if before != "tool" else ()
-            yield from (_text("\n"), _control(RESPONSE), _text(f"\n{message.content}\n"), _control(END_RESPONSE))
-            yield from (_control(END), _text("\n")) if after != "tool" else ()
+            yield message, _response(message, opens=roles[index] != "tool", closes=roles[index + 2] != "tool")
+        elif message.role == "user" or index > 0:
+            yield message, _said(message)
+
+
+def _said(message: Message) -> Iterator[Piece]:
+    yield from (_control(START), _text(f"{message.role}\n{message.content}"), _control(END), _text("\n"))
+
+
+def _response(message: Message, *, opens: bool, closes: bool) -> Iterator[Piece]:
+    yield from (_control(START), _text("user")) if opens else ()
+    yield from (_text("\n"), _control(RESPONSE), _text(f"\n{message.content}\n"), _control(END_RESPONSE))
+    yield from (_control(END), _text("\n")) if closes else ()
 
 
 def last_query_index(messages: tuple[Message, ...]) -> int:
@@ -183,6 +194,7 @@ def _wording(text: str) -> Iterator[Piece]:
 def _answer(message: Message, family: Family, after_query: bool, is_last: bool, mark: _Mark) -> Iterator[Piece]:
     reasoning, content = message.split_thinking() if family.thinking else ("", message.content)
     learnt, shown = mark.answer, content
+    yield from (_control(START), _text("assistant\n"))
     if family.thinking and after_query and (is_last or reasoning):
         reasoning, shown = reasoning.strip("\n"), content.lstrip("\n")
         block = learnt if reasoning else mark.empty_block
@@ -194,6 +206,7 @@ def _answer(message: Message, family: Family, after_query: bool, is_last: bool, 
         yield _control(TOOL_CALL, learnt)
         yield _text(f'\n{{"name": "{call.name}", "arguments": {_arguments(call, family)}}}\n', learnt)
         yield _control(END_TOOL_CALL, learnt)
+    yield from (_control(END, learnt), _text("\n"))
 
 
 def _arguments(call: ToolCall, family: Family) -> str:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from qwlit.data.files import File
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, Document, Reject, Row
-from qwlit.data.sources import File
 
 TEXT_BLOCK_BYTES = 2**20
 

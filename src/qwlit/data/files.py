@@ -1,0 +1,83 @@
+"""Data files on disk, and the digests of their content."""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwlit.core.errors import DataError
+from qwlit.core.files import write_json_atomic
+
+JSON, TABLE, TEXT = "JSON", "table", "text"
+KINDS = {".jsonl": JSON, ".json": JSON, ".parquet": TABLE, ".csv": TABLE, ".txt": TEXT}
+COMPRESSED = ".gz"
+# Assumption: text in gzip or Parquet takes about a fifth of its size.
+TYPICAL_COMPRESSION = 5
+# A file changed within so short a time of being hashed might change again without its time stamp telling.
+RACY_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class File:
+    """One data file."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def suffix(self) -> str:
+        """The ending that tells what is in it, without `.gz`."""
+        name = self.path.name.lower().removesuffix(COMPRESSED)
+        return Path(name).suffix
+
+    @property
+    def is_compressed(self) -> bool:
+        return self.path.name.lower().endswith(COMPRESSED)
+
+    @property
+    def is_readable_kind(self) -> bool:
+        return self.suffix in KINDS and not (self.is_compressed and self.suffix == ".parquet")
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def estimated_bytes(self) -> float:
+        return self.num_bytes() * (TYPICAL_COMPRESSION if self.is_compressed or self.suffix == ".parquet" else 1)
+
+    def digest(self, cache_root: Path) -> str:
+        """Return the SHA-256 of the content; kept in `cache_root`, so that an unchanged file is not read again."""
+        try:
+            if (found := self.known_digest(cache_root)) is not None:
+                return found
+            stat = self.path.stat()
+            with self.path.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"data file '{self}' cannot be read: {error.strerror}") from error
+        if time.time() - stat.st_ctime > RACY_SECONDS:
+            cache_root.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(self._note(cache_root), {"stamp": _stamp(stat), "sha256": digest})
+        return digest
+
+    def known_digest(self, cache_root: Path) -> str | None:
+        """Return the digest if an unchanged file has been read before."""
+        try:
+            entry = json.loads(self._note(cache_root).read_text(encoding="utf-8"))
+            return str(entry["sha256"]) if entry["stamp"] == _stamp(self.path.stat()) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _note(self, cache_root: Path) -> Path:
+        return cache_root / f"{hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]}.digest"
+
+
+def _stamp(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]

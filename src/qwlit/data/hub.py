@@ -1,0 +1,196 @@
+"""Data read through the library `datasets`: of the Hugging Face hub, and folders that its `save_to_disk` wrote."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwlit.core.errors import DataError
+from qwlit.core.waiting import PROBE_SECONDS, answer_within
+from qwlit.data.files import File
+
+HUB = "hf:"
+SPLITS, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
+DEFAULT_SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A split of a data set on the hub, read through the library `datasets`."""
+
+    name: str
+    """ORG/NAME, or a folder that `datasets` can load."""
+    config: str | None
+    split: str
+
+    def __str__(self) -> str:
+        return f"{HUB}{'/'.join(filter(None, (self.name, self.config)))}:{self.split}"
+
+    def estimated_bytes(self) -> float:
+        return float("inf")  # known only once it is here, and seldom small
+
+    def digest(self, cache_root: Path) -> str:
+        """Return the library's fingerprint of the data."""
+        return f"{self.split} {self.load()._fingerprint}"
+
+    def load(self) -> Any:
+        """Return the split as a sequence of rows: from the hub, or where it cannot be reached from the cache.
+
+        Raises:
+            DataError: neither has such data.
+        """
+        import datasets
+
+        datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        logging.getLogger("datasets").setLevel(logging.ERROR)
+        unreachable = None if Path(self.name).is_dir() else self._probe()
+        try:
+            with _offline() if unreachable else nullcontext():
+                return datasets.load_dataset(self.name, self.config, split=self.split)
+        except Exception as error:  # of the network, of the hub, of the data set's own files
+            reason = (unreachable or str(error) or type(error).__name__).splitlines()[0][:200]
+            raise DataError(
+                f"{self} cannot be loaded ({reason}); where the hub cannot be reached, set data.path to files,"
+                " or HF_HOME to a cache that holds it"
+            ) from None
+
+    def _probe(self) -> str | None:
+        """Return why the hub cannot be asked for the data: left alone, the library retries for half a minute."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            answer_within(PROBE_SECONDS, lambda: HfApi().dataset_info(self.name, timeout=PROBE_SECONDS))
+        except HfHubHTTPError:
+            return None  # it was reached; the library knows best what its answer means
+        except Exception as error:  # whatever HTTP library the hub client uses has its own family of errors
+            return f"the hub cannot be reached: {(str(error) or type(error).__name__).splitlines()[0]}"
+        return None
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let the libraries look into their caches only."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    settings: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    try:
+        for module in settings:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def hub_data(path: str) -> HubData:
+    match = re.fullmatch(r"([^:]+)(?::(.+))?", path.removeprefix(HUB))
+    if match is None:
+        raise DataError(f"data.path={path}: write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT")
+    name, split = match.group(1), match.group(2) or "train"
+    if name.startswith((os.sep, ".")):
+        return HubData(name, None, split)
+    organisation, *rest = name.split("/")
+    config = "/".join(rest[1:]) or None
+    return HubData("/".join((organisation, *rest[:1])), config, split)
+
+
+@dataclass(frozen=True)
+class SavedData:
+    """A folder that `datasets.save_to_disk` wrote: Arrow files and what belongs together."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def _arrow_files(self) -> list[File]:
+        """Return its Arrow files in their order.
+
+        Raises:
+            DataError: the folder does not say which they are.
+        """
+        try:
+            state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+            return [File(self.path / Path(entry["filename"]).name) for entry in state["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DataError(f"data folder '{self}' was written by save_to_disk, but its {STATE} is damaged") from None
+
+    def estimated_bytes(self) -> float:
+        return float(sum(file.num_bytes() for file in self._arrow_files() if file.path.is_file()))
+
+    def digest(self, cache_root: Path) -> str:
+        """Return a hash of the Arrow files' content; see `File.digest`."""
+        digests = [file.digest(cache_root) for file in self._arrow_files()]
+        return hashlib.sha256(json.dumps(digests).encode("utf-8")).hexdigest()
+
+    def known_digest(self, cache_root: Path) -> str | None:
+        """Return the digest if unchanged files have been read before."""
+        known = all(file.known_digest(cache_root) for file in self._arrow_files())
+        return self.digest(cache_root) if known else None
+
+    def load(self) -> Any:
+        """Return the folder as a sequence of rows.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            # The columns and the form that were chosen when it was saved are no part of the data.
+            return datasets.load_from_disk(str(self.path)).with_format(None)
+        except Exception as error:  # whatever pyarrow or the library makes of damage
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise DataError(f"data folder '{self}' cannot be loaded by datasets.load_from_disk: {reason}") from None
+
+
+def saved_data(path: str, root: Path) -> SavedData | None:
+    """Return the data set that `save_to_disk` wrote into the folder, of several splits `train`; None if it wrote none.
+
+    Raises:
+        DataError: there are splits, but no `train`.
+    """
+    if (root / STATE).is_file() and (root / INFO).is_file():
+        return SavedData(root)
+    if not (root / SPLITS).is_file():
+        return None
+    if (root / DEFAULT_SPLIT / STATE).is_file():
+        return SavedData(root / DEFAULT_SPLIT)
+    splits = sorted(child.name for child in root.iterdir() if (child / STATE).is_file())
+    named = ", ".join(f"{path.rstrip('/')}/{name}" for name in splits) or "none of whose folders is here"
+    raise DataError(f"data folder '{path}' is a DatasetDict without the split '{DEFAULT_SPLIT}'; name one: {named}")
+
+
+def rows_of(source: HubData | SavedData) -> Iterator[dict[str, Any]]:
+    """Yield the rows, images and audio as they are stored: rows with them are refused, and need no decoder.
+
+    Raises:
+        DataError: they cannot be loaded, or not to their end.
+    """
+    dataset = source.load()
+    for column, feature in dataset.features.items():
+        if hasattr(feature, "decode") and type(feature).__name__ != "Json":
+            dataset = dataset.cast_column(column, replace(feature, decode=False))
+    number = 0
+    try:
+        for row in dataset:
+            yield row
+            number += 1
+    except Exception as error:  # whatever pyarrow or a feature of the library raises
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DataError(f"{source} cannot be read after row {number}: {reason}") from None
