@@ -103,6 +103,7 @@ def test_the_export_is_the_trained_model_once_in_the_dtype_it_came_in(trained):
     assert state.keys() == best.keys() == load_file(folder / "model.safetensors").keys()
     assert all(torch.equal(state[key], best[key].bfloat16()) for key in state)
     size = (run / "export" / "model.safetensors").stat().st_size
+    assert (run / "export" / "model.safetensors").stat().st_mode == (run / "export" / "config.json").stat().st_mode
     assert size == pytest.approx((folder / "model.safetensors").stat().st_size, rel=0.01)
 
 

@@ -93,7 +93,7 @@ def _json_lines(samples: "Samples", numbers: Any) -> Iterator[str]:
 
 def _show_account(corpus: "Corpus", screen: Console) -> None:
     """Print what became of every row, and why rows were put aside."""
-    from qwlit.data.inspect import rejections
+    from qwlit.data.store import rejections
 
     stores = [("data.path", store) for store in corpus.training]
     stores += [("data.val_path", store) for store in corpus.validation]

@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from qwlit.data.samples import Samples, chunks
-from qwlit.data.store import SampleStore
 
 SHORTEST_BIN = 16
 
@@ -46,24 +45,3 @@ def length_histogram(samples: Samples) -> list[tuple[int, int, int]]:
         (1 if exponent == first else 2 ** (exponent - 1) + 1, 2**exponent, counts[exponent])
         for exponent in range(min(counts), max(counts) + 1)
     ]
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Rows put aside for one reason."""
-
-    reason: str
-    number: int
-    first: dict[str, Any]
-    """The first of them: file, line, reason, sha256."""
-
-
-def rejections(stores: Iterable[SampleStore]) -> list[Rejection]:
-    """Return why rows were put aside, the most frequent reason first."""
-    first: dict[str, dict[str, Any]] = {}
-    numbers: Counter[str] = Counter()
-    for store in stores:
-        for row in store.quarantine():
-            first.setdefault(row["reason"], row)
-            numbers[row["reason"]] += 1
-    return [Rejection(reason, number, first[reason]) for reason, number in numbers.most_common()]

@@ -6,9 +6,9 @@ Every row read is accepted, too long or quarantined; nothing else can happen to 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from qwlit.data.store_writer import ARRAYS, QUARANTINE, STORE_VERSION, Progress,
 # So few bad rows never stop a run, or one typo would in a small data set.
 BAD_ROWS_ALLOWED = 3
 DigestOf = Literal["samples", "tokens", "rows"]
-REASONS_NAMED, LONGEST_NAMED = 3, 120
+REASONS_NAMED, LONGEST_NAMED = 3, 250
 
 
 class SampleStore:
@@ -162,12 +162,29 @@ def _fingerprint(sources: list[Source], encoder: RowEncoder, cache_root: Path) -
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
 
 
-def _first_reasons(store: SampleStore) -> list[str]:
-    """Return "file:line: reason" of the first rows put aside, the folder only of the very first."""
-    return [
-        f"{Path(row['file']).name if number else row['file']}:{row['line']}: {one_line(row['reason'], LONGEST_NAMED)}"
-        for number, row in enumerate(islice(store.quarantine(), REASONS_NAMED))
-    ]
+@dataclass(frozen=True)
+class Rejection:
+    """Rows quarantined for one reason."""
+
+    reason: str
+    number: int
+    first: dict[str, Any]
+    """The first of them: file, line, reason, sha256."""
+
+    def __str__(self) -> str:
+        more = f" and {self.number - 1:,} more" if self.number > 1 else ""
+        return f"{self.first['file']}:{self.first['line']}{more}: {one_line(self.reason, LONGEST_NAMED)}"
+
+
+def rejections(stores: Iterable[SampleStore]) -> list[Rejection]:
+    """Return why rows were quarantined, the most frequent reason first."""
+    first: dict[str, dict[str, Any]] = {}
+    numbers: Counter[str] = Counter()
+    for store in stores:
+        for row in store.quarantine():
+            first.setdefault(row["reason"], row)
+            numbers[row["reason"]] += 1
+    return [Rejection(reason, number, first[reason]) for reason, number in numbers.most_common()]
 
 
 def check_account(store: SampleStore, config: DataConfig) -> None:
@@ -180,7 +197,7 @@ def check_account(store: SampleStore, config: DataConfig) -> None:
     if account.quarantined and config.strict:
         bad = next(store.quarantine())
         raise DataError(f"{bad['file']}:{bad['line']}: {bad['reason']} (data.strict=true stops at the first bad row)")
-    reasons = _first_reasons(store)
+    reasons = [str(rejection) for rejection in rejections([store])[:REASONS_NAMED]]
     if account.quarantined > max(config.max_bad_ratio * account.read, BAD_ROWS_ALLOWED):
         raise DataError(
             f"{account.quarantined} of {account.read} rows cannot be used: {'; '.join(reasons)}."

@@ -3,6 +3,7 @@
 The base's own files are copied; only what training changed is written anew.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def export_model(model: PreTrainedModel, folder: Path, *, origin: Origin, end: E
     write_generation_config(model.config, folder, base=origin.model, end=end)
     if origin.tokenizer is not None:
         write_tokenizer(folder, origin.tokenizer, end=end)
+    _let_others_read(folder)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give weights the permissions of any new file: safetensors lets only the owner read them, and a server often runs
+    as somebody else."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
 
 
 def _export_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from qwlit.config.run import mathematics
 from qwlit.core.console import console
 from qwlit.core.errors import GuardStop, Interrupted, Leave, Preempted, Pruned
 from qwlit.core.ranks import is_rank_zero
+from qwlit.data.store import REASONS_NAMED, rejections
 from qwlit.job.assemble import Job
 from qwlit.model.load import fingerprint
 from qwlit.model.loss_model import LossModel
@@ -109,6 +110,8 @@ def _introduce(job: Job, manifest: dict[str, Any], folder: RunFolder, start: Sta
         lines.append(f"  resuming  from step {start.step}")
         folder.append_event(start.step, "resumed", device=machine.device_name, devices=machine.world_size)
     lines += [f"  share     {escape(share)}" for share in job.data.describe_shares(config.seed)]
+    for rejection in rejections(job.data.stores)[:REASONS_NAMED]:
+        lines.append(f"  [yellow]note[/]      quarantined: {escape(str(rejection))}")
     for remark in job.data.remarks:
         lines.append(f"  [yellow]note[/]      {escape(remark)}")
         folder.append_event(start.step, "finding", message=remark)
