@@ -22,8 +22,8 @@ WRITTEN_OUT = (
     " or the tokens as input_ids"
 )
 NO_EMPTY_BLOCK = (
-    "supervised answers or calls without reasoning where the template writes no empty think block, as inference with"
-    " thinking off would: data.loss_on=last_assistant supervises the last answer alone"
+    "supervised answers or calls without reasoning that the template writes without an empty think block, which"
+    " inference with thinking off puts before them; data.loss_on=last_assistant supervises only the last answer"
 )
 _TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, RESPONSE, END_RESPONSE)))
 

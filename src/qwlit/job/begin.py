@@ -114,7 +114,7 @@ def _introduce(job: Job, manifest: dict[str, Any], folder: RunFolder, start: Sta
         lines.append(f"  [yellow]note[/]      quarantined: {escape(str(rejection))}")
     for remark in job.data.remarks:
         lines.append(f"  [yellow]note[/]      {escape(remark)}")
-        folder.append_event(start.step, "finding", message=remark)
+        folder.append_event(start.step, "finding", name="data", severity="note", message=remark)
     for finding in job.findings:
         lines.append(f"  [yellow]{finding.name}[/]  {escape(str(finding))}")
         folder.append_event(start.step, "finding", **asdict(finding))
