@@ -153,16 +153,10 @@ def test_train_starts_from_what_train_leaves(trained, chats, tmp_path):
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B"])
 def test_every_other_subcommand_takes_a_published_folder(name, chats, real_tokenizer_folder, tmp_path):
     folder = published_folder(name, tmp_path / "model", real_tokenizer_folder)
-    asked = [f"model.path={folder}", f"data.path={chats}", "data.val_fraction=0.2", *FAST]
-    sweep = tmp_path / "lr.yaml"
-    sweep.write_text(
-        "method: random\nmetric: {name: val/loss, goal: minimize}\n"
-        "parameters:\n  optim.lr: {distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-3}\n"
-    )
-    rest = ["train.max_steps=1"]
+    asked = [f"model.path={folder}", f"data.path={chats}", "data.val_fraction=0.2", "hardware=cpu", "dropout=none"]
     calls = [
         ["submit", "dry_run=true", *asked, "run.name=s"],
-        ["sweep", f"sweep={sweep}", "backend=optuna", "trials=1", *asked, *rest],
+        ["sweep", "sweep=full_sft", "backend=optuna", "trials=1", *asked, "train.max_steps=1"],
         ["report", "runs=[runs/*]"],
     ]
     for words in calls:
