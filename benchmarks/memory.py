@@ -19,17 +19,17 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from qwlit.config.compose import compose
-from qwlit.config.memory import Load, Subject, estimate_memory
 from qwlit.core.batch import MicroBatch
 from qwlit.data.batches import collate
-from qwlit.model.activations import activation_bytes
 from qwlit.model.attention import register_attention
 from qwlit.model.config import Execution
-from qwlit.model.cost import MicroShape, Placement
 from qwlit.model.head import WORKSPACES
 from qwlit.model.loss_model import LossModel, build_loss_model, rehearse
 from qwlit.optim.groups import plan_groups
 from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer
+from qwlit.planning.memory.activations import activation_bytes
+from qwlit.planning.memory.estimate import Load, Subject, estimate_memory
+from qwlit.planning.memory.state import MicroShape, Placement
 from qwlit.training.machine import resolve_machine
 
 RESULTS = Path(__file__).parent / "results"

@@ -12,7 +12,7 @@ from qwlit.report.importance import importance
 from qwlit.report.page import build_page
 from qwlit.report.remarks import remarks
 from qwlit.report.table import columns
-from qwlit.training.run_folder import RunFolder
+from qwlit.training.tracking.run_folder import RunFolder
 
 MANIFEST = {
     "qwlit": "0.1.0",

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from qwlit.config.compose import check, compose, dump, group_options
-from qwlit.config.derive import accumulation
 from qwlit.core.errors import ConfigError
+from qwlit.planning.steps import accumulation
 
 OPTIONS = group_options()
 

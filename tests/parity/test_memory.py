@@ -7,13 +7,13 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
 from qwlit.core.batch import MicroBatch
+from qwlit.model.activation_checkpointing import apply_memory_policy
 from qwlit.model.adapters import apply_adapter
 from qwlit.model.attention import register_attention
 from qwlit.model.config import AdapterConfig, DropoutConfig, MemoryPolicy
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.head import WORKSPACES
 from qwlit.model.loss_model import LossModel
-from qwlit.model.memory import apply_memory_policy
 from tests.tiny import packed, padded, random_samples, tiny_causal_lm
 
 RUNGS: list[MemoryPolicy] = ["none", "selective", "full", "offload"]

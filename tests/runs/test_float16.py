@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qwlit.job import fit
 from qwlit.model.head import linear_cross_entropy
 from qwlit.model.loss_model import LossModel, LossOutput
+from qwlit.run import fit
 from qwlit.training.loss_scale import LossScale
 from tests.runs.runs import TINY, assert_same_run, losses, qwlit, rows, summary, train
 

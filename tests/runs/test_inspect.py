@@ -104,10 +104,11 @@ def test_what_train_would_refuse_is_shown_first_and_then_refused_alike(folder):
     assert done.returncode == 2
     assert "8 rows = 3 accepted + 0 too long + 5 put aside" in done.stdout
     assert done.stderr.count("\n") == 1
-    assert done.stderr.removeprefix("qwlit inspect").startswith(": 5 of 8 rows cannot be used: rows.jsonl:6 and 2 more: ")
+    said = done.stderr.removeprefix("qwlit inspect")
+    assert said.startswith(": 5 of 8 rows cannot be used: rows.jsonl:6 and 2 more: ")
     trained = qwlit(["train", *TINY, "data.path=rows.jsonl", "data.max_seq_len=64"], folder)
     assert trained.returncode == 2
-    assert trained.stderr.removeprefix("qwlit train") == done.stderr.removeprefix("qwlit inspect")
+    assert trained.stderr.removeprefix("qwlit train") == said
 
 
 def test_a_reader_that_leaves_early_makes_no_traceback(folder):

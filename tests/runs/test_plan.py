@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from qwlit.config.compose import compose
-from qwlit.job import foresee
 from qwlit.model.flops import count_flops
 from qwlit.model.load import model_shape
 from qwlit.model.presets import meta_causal_lm
+from qwlit.planning import foresee
 from tests.runs.runs import TINY, qwlit, rows
 
 ROOT = Path(__file__).parents[2]

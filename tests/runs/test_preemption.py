@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import qwlit
-from qwlit.training.preemption import StopOnSignal
+from qwlit.training.resilience.preemption import StopOnSignal
 from tests.runs.runs import (
     ENVIRONMENT,
     LONG,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qwlit.training.checkpoint import read_weights
+from qwlit.training.checkpointing.checkpoint import read_weights
 from tests.runs.runs import (
     DEMO,
     ENVIRONMENT,
@@ -327,7 +327,7 @@ def test_tasks_of_srun_are_the_ranks_whatever_the_job_is_called(job_name, tmp_pa
 
 
 def test_a_run_is_done_also_where_there_is_no_room_to_answer_prompts(tmp_path, monkeypatch):
-    from qwlit.job import finish
+    from qwlit.run import finish
 
     def no_room(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from qwlit.core.errors import ConfigError
+from qwlit.model.activation_checkpointing import apply_memory_policy
 from qwlit.model.attention import register_attention
 from qwlit.model.config import DropoutConfig, MemoryPolicy
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.loss_model import LossModel
-from qwlit.model.memory import apply_memory_policy
 from tests.tiny import packed, padded, random_samples, tiny_causal_lm
 
 SAMPLES = random_samples([9, 14, 5])

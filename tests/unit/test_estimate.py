@@ -7,8 +7,8 @@ import pytest
 from benchmarks.memory import SHAPES, WAYS, compare, compare_fake
 from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
-from qwlit.job.outline import draw_outline
-from qwlit.job.survey import assume_steps
+from qwlit.planning.batch_statistics import assume_steps
+from qwlit.planning.outline import draw_outline
 from qwlit.training import machine
 
 GIB = 2**30

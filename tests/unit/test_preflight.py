@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from qwlit.config.compose import compose
-from qwlit.config.memory import MemoryEstimate
-from qwlit.config.preflight import RULES, DataFacts, Facts, TokenizerFacts, find, refuse
-from qwlit.config.preflight.table import table
 from qwlit.core.devices import Devices
 from qwlit.core.errors import ConfigError
-from qwlit.job.facts import facts_of
-from qwlit.job.outline import draw_outline
 from qwlit.optim.schedules import build_schedule
+from qwlit.planning.facts import facts_of
+from qwlit.planning.memory.estimate import MemoryEstimate
+from qwlit.planning.outline import draw_outline
+from qwlit.planning.preflight import RULES, DataFacts, Facts, TokenizerFacts, find, refuse
+from qwlit.planning.preflight.table import table
 from qwlit.training import machine
 
 ROOT = Path(__file__).parents[2]

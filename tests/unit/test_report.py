@@ -14,7 +14,7 @@ from qwlit.report.find import find_runs
 from qwlit.report.importance import importance
 from qwlit.report.remarks import remarks
 from qwlit.report.table import columns
-from qwlit.training.run_folder import RunFolder
+from qwlit.training.tracking.run_folder import RunFolder
 from tests.reports import column, ledger_of, names, page_of, searched, write_run, write_sweep
 
 

@@ -11,10 +11,17 @@ from qwlit.config.compose import compose
 from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json_lines
-from qwlit.training.checkpoint import MANIFEST, StepFolderIO, list_checkpoints, point, pointed, read_weights
-from qwlit.training.continuing import claim, newest, refuse_other_mathematics
-from qwlit.training.late import LateReader
-from qwlit.training.run_folder import RunFolder, RunLock
+from qwlit.run.resume import claim, newest, refuse_other_mathematics
+from qwlit.training.async_readback import LateReader
+from qwlit.training.checkpointing.checkpoint import (
+    MANIFEST,
+    StepFolderIO,
+    list_checkpoints,
+    point,
+    pointed,
+    read_weights,
+)
+from qwlit.training.tracking.run_folder import RunFolder, RunLock
 
 
 @pytest.fixture

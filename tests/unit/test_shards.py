@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwlit.training.shards import ShardReader, write_shard
+from qwlit.training.checkpointing.shards import ShardReader, write_shard
 
 TENSORS = {"a": torch.arange(20.0).view(10, 2), "b": torch.arange(3.0), "n": torch.tensor(7.0)}
 

@@ -14,9 +14,9 @@ from qwlit.core.errors import ConfigError, Preempted
 from qwlit.core.files import locked
 from qwlit.core.ranks import launch_token
 from qwlit.core.slurm import job_id, time_limit_seconds
-from qwlit.training.preemption import answering_signals
-from qwlit.training.requeues import count_requeue
-from qwlit.training.run_folder import RunFolder, RunLock
+from qwlit.training.resilience.preemption import answering_signals
+from qwlit.training.resilience.requeue_limit import count_requeue
+from qwlit.training.tracking.run_folder import RunFolder, RunLock
 
 NAMES = ("SLURM_PROCID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "RANK", "LOCAL_RANK", "NODE_RANK")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwlit.training.stalls import Beat, stalled
+from qwlit.training.resilience.hang_watchdog import Beat, stalled
 
 
 def beat(step: int, place: str, *, waits: bool) -> Beat:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwlit.config.run import RunConfig
+from qwlit.config.settings import SlurmConfig
 from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.slurm import time_limit_seconds
-from qwlit.training.config import HardwareConfig, SlurmConfig
+from qwlit.training.config import HardwareConfig
 
 # hardware.num_workers=auto with CUDA (training/machine.py).
 AUTO_WORKERS = 4

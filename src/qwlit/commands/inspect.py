@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qwlit.data.samples import Samples
     from qwlit.data.splits import DataSplit
     from qwlit.data.templates import Family
-    from qwlit.job.corpus import Corpus
+    from qwlit.planning.corpus import Corpus
 
 OUTPUTS = ("text", "json")
 SAMPLES_SHOWN, STEPS_SHOWN, REASONS_SHOWN = 3, 3, 10
@@ -57,7 +57,7 @@ def inspect(config: "RunConfig", output: str, sample: int | None) -> None:
         ConfigError, DataError: what `train` would say of the same data; what was put aside is shown before.
     """
     from qwlit.data.splits import split_data
-    from qwlit.job.corpus import open_corpus
+    from qwlit.planning.corpus import open_corpus
 
     screen = console(stderr=output == "json")
     corpus = open_corpus(config, screen)
@@ -152,7 +152,7 @@ def _show_lengths(samples: "Samples", screen: Console) -> None:
 
 def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None:
     """Print the first steps' micro-batches, each sample as wide as it is long."""
-    from qwlit.config.derive import plan_steps
+    from qwlit.planning.steps import plan_steps
 
     hardware = config.hardware
     world_size = (1 if hardware.devices == "auto" else hardware.devices) * hardware.num_nodes

@@ -17,8 +17,8 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qwlit.job.foresee import Foresight
     from qwlit.optim.schedules import Schedule
+    from qwlit.planning.foresee import Foresight
 
 GIB = 2**30
 OUTPUTS = ("text", "json")
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     # Nearly all that is made lives to the end.
     gc.disable()
     try:
-        from qwlit.job.foresee import foresee
+        from qwlit.planning.foresee import foresee
 
         foresight = foresee(overrides, console(stderr=True))
     finally:

@@ -98,9 +98,9 @@ def _refuse_hopeless(words: list[str]) -> None:
     Raises:
         ConfigError: as `train` would.
     """
-    from qwlit.config.preflight import find, refuse
-    from qwlit.job.facts import facts_of
-    from qwlit.job.outline import draw_outline
+    from qwlit.planning.facts import facts_of
+    from qwlit.planning.outline import draw_outline
+    from qwlit.planning.preflight import find, refuse
 
     refuse(find(facts_of(draw_outline(compose(words), imagined=True))))
 

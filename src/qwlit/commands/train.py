@@ -50,17 +50,17 @@ def train(composed: Composed) -> None:
 
     from qwlit.core.console import console
     from qwlit.core.slurm import torchrun_warning
-    from qwlit.job.assemble import assemble, load_model
-    from qwlit.job.begin import begin, recorded
-    from qwlit.job.finish import finish, show
-    from qwlit.job.fit import fit
-    from qwlit.job.logged import logged_to_wandb, send_rest
-    from qwlit.training.continuing import Start, newest, refuse_taken
+    from qwlit.planning.assemble import assemble, load_model
+    from qwlit.run.begin import begin, recorded
+    from qwlit.run.finish import finish, show
+    from qwlit.run.fit import fit
+    from qwlit.run.logged import logged_to_wandb, send_rest
+    from qwlit.run.resume import Start, newest, refuse_taken
     from qwlit.training.determinism import prepare_determinism
-    from qwlit.training.preemption import answering_signals
-    from qwlit.training.requeues import counting_requeues
-    from qwlit.training.run_folder import FINISHED, RunFolder, RunLock
-    from qwlit.training.wandb_access import check_logger
+    from qwlit.training.resilience.preemption import answering_signals
+    from qwlit.training.resilience.requeue_limit import counting_requeues
+    from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
+    from qwlit.training.tracking.wandb_access import check_logger
 
     config = composed.config
     if under_agent() and is_rank_zero():

@@ -4,24 +4,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from qwlit.config.settings import PreflightConfig, RunSettings, SlurmConfig
 from qwlit.core.schema import NonNegativeInt, config_dataclass
 from qwlit.data.config import DataConfig, parts_of
 from qwlit.model.config import AdapterConfig, DropoutConfig, FreezeConfig, ModelConfig
 from qwlit.optim.config import OptimConfig, SchedulerConfig
-from qwlit.training.config import (
-    CheckpointConfig,
-    Determinism,
-    GuardConfig,
-    HardwareConfig,
-    LoggerConfig,
-    LoggingConfig,
-    PreflightConfig,
-    ProfileConfig,
-    RunSettings,
-    SlurmConfig,
-    TrainConfig,
-    ValidationConfig,
-)
+from qwlit.training.checkpointing.config import CheckpointConfig
+from qwlit.training.config import Determinism, HardwareConfig, ProfileConfig, TrainConfig, ValidationConfig
+from qwlit.training.resilience.config import GuardConfig
+from qwlit.training.tracking.config import LoggerConfig, LoggingConfig
 
 
 @config_dataclass

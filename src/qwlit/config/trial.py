@@ -3,7 +3,7 @@
 import os
 import re
 
-from qwlit.training.config import WANDB_CONFIG_KEY
+from qwlit.training.tracking.config import WANDB_CONFIG_KEY
 
 # A trial that is resumed gets its whole W&B config as arguments: beside the sweep's values ours and the client's own.
 NO_SETTINGS = (WANDB_CONFIG_KEY, "_wandb", "wandb_version")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 
 from qwlit.core.batch import MicroBatch
+from qwlit.model.activation_checkpointing import apply_memory_policy
 from qwlit.model.adapters import apply_adapter, start_dora
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
@@ -17,7 +18,6 @@ from qwlit.model.freeze import apply_freeze
 from qwlit.model.head import linear_cross_entropy
 from qwlit.model.last_layer import trim_last_layer
 from qwlit.model.load import load_causal_lm, model_shape
-from qwlit.model.memory import apply_memory_policy
 from qwlit.model.presets import meta_causal_lm
 from qwlit.model.quantize import Quantizer
 from qwlit.model.saved_adapter import check_start, load_start

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
-from qwlit.training.run_folder import RunFolder
+from qwlit.training.tracking.run_folder import RunFolder
 
 SWEEP_FILE = "sweep.json"
 

@@ -10,7 +10,7 @@ import yaml
 from qwlit.config.run import flatten
 from qwlit.core.files import is_held, read_json, read_json_lines
 from qwlit.report.find import Found, Metric, Trial, number_or_none
-from qwlit.training.run_folder import FINISHED, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
 Series = list[tuple[int, float]]
 """Step and value, where the value was a finite number."""

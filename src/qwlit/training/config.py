@@ -1,33 +1,13 @@
-"""What a user can set about the run, the loop, the machine and what is kept."""
+"""What a user can set about the step, the machine, validation and profiling."""
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import Field
 
 from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
-from qwlit.core.slurm import time_limit_seconds
 from qwlit.model.config import MemoryPolicy
 
 Determinism = Literal["fast", "reproducible", "strict"]
-
-
-def _folder_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w.=,+-]{0,199}", name):
-        raise ValueError("a run's name is one folder: letters, digits and _ . = , + -; set run.root for another place")
-    return name
-
-
-@config_dataclass
-class RunSettings:
-    """Where the run lives."""
-
-    name: Annotated[str, AfterValidator(_folder_name)] | None = None
-    """Folder under run.root; by default the experiment's name, or model-recipe-data. The same name continues a run."""
-    root: str = "runs"
-    """Folder that holds the runs, relative to the current one."""
-    overwrite: Flag = False
-    """Delete an existing run of this name and start anew."""
 
 
 @config_dataclass
@@ -93,109 +73,6 @@ class ValidationConfig:
     """Validate at the end of each epoch, and after the last step."""
     early_stopping_patience: PositiveInt | None = 3
     """Stop after so many validations without a better val/loss; null: never."""
-
-
-@config_dataclass
-class CheckpointConfig:
-    """When the run is saved. The last step and the best val/loss always are."""
-
-    every_steps: PositiveInt | None = None
-    """Save every so many steps."""
-    each_epoch: Flag = True
-    """Save at the end of each epoch."""
-    keep_last: PositiveInt = 2
-    """Newest checkpoints kept, beside the best one."""
-
-
-@config_dataclass
-class LoggingConfig:
-    """What is written to metrics.jsonl and shown."""
-
-    every_steps: PositiveInt = 10
-    """One line every so many steps; the first and last step always."""
-
-
-WANDB_CONFIG_KEY = "qwlit"
-"""All settings are logged under this one: a sweep's values overwrite W&B's config keys of the same name."""
-
-
-@config_dataclass
-class LoggerConfig:
-    """Where metrics go beside metrics.jsonl."""
-
-    wandb: Flag = False
-    """Log to W&B; offline where there is no API key. Trials of a W&B sweep need it."""
-    project: str | None = None
-    """W&B project; null: WANDB_PROJECT, else qwlit."""
-    entity: str | None = None
-    """W&B user or team; null: WANDB_ENTITY, else the account's own."""
-    group: str | None = None
-    """Runs that W&B shows together."""
-    tags: tuple[str, ...] = ()
-    """Words to find the run by."""
-    upload_checkpoints: Flag = False
-    """Upload every saved checkpoint as a W&B artifact."""
-
-
-def _slurm_time(value: Any) -> Any:
-    if isinstance(value, int):
-        raise ValueError('quote it, "12:00:00": YAML reads a clock time as a number')
-    if isinstance(value, str):
-        time_limit_seconds(value)
-    return value
-
-
-def _one_line(text: str) -> str:
-    if "\n" in text:
-        raise ValueError("one line each")
-    return text
-
-
-Line = Annotated[str, AfterValidator(_one_line)]
-
-
-@config_dataclass
-class SlurmConfig:
-    """The Slurm job that `submit` writes. Nodes, tasks, GPUs, cores and memory follow from the hardware profile."""
-
-    partition: Line | None = None
-    """Partition; null: the cluster's default. So are account, qos and constraint."""
-    account: Line | None = None
-    """Account to charge."""
-    qos: Line | None = None
-    """Quality of service."""
-    constraint: Line | None = None
-    """Features that the nodes must have."""
-    time: Annotated[str, BeforeValidator(_slurm_time)] = "24:00:00"
-    """Time limit of one piece of the run; it is requeued and goes on until it is done."""
-    signal_seconds: Annotated[int, Field(ge=10, le=65535, strict=True)] = 120
-    """How long before the time limit the run is told to save: one step, one checkpoint and some."""
-    max_requeues_in_place: PositiveInt = 3
-    """A run that is requeued so often without one step more is left: it would loop for ever."""
-    container: Line | None = None
-    """Image for Pyxis' --container-image; its own python is used. null: no container, this environment."""
-    mounts: tuple[Line, ...] = ()
-    """What the container sees of the host beside the working folder, as /from:/to."""
-    setup: tuple[Line, ...] = ()
-    """Shell lines before training, e.g. ["module load cuda"]; variables as $NAME."""
-    options: tuple[Line, ...] = ()
-    """Further options of sbatch, e.g. [--exclusive,--mem=64G]."""
-
-
-@config_dataclass
-class GuardConfig:
-    """What happens when a step's loss or gradient is not finite: the optimizer skips it, and the run may stop."""
-
-    max_nonfinite_steps: PositiveInt = 3
-    """Stop with exit code 3 after so many such steps in a row."""
-
-
-@config_dataclass
-class PreflightConfig:
-    """Rules that are known from how runs die; `plan` lists what they find."""
-
-    allow: tuple[str, ...] = ()
-    """Names of rules that would refuse this run and shall only warn, e.g. [full_lr]."""
 
 
 @config_dataclass

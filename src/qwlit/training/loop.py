@@ -10,22 +10,24 @@ from qwlit.core.console import console
 from qwlit.core.errors import QwlitError
 from qwlit.data.samples import Samples
 from qwlit.model.flops import Flops
-from qwlit.training.agreement import Agreement, Facts
-from qwlit.training.boundary import ScheduleValidation
-from qwlit.training.checkpoint import Checkpointing
-from qwlit.training.config import CheckpointConfig, GuardConfig, ProfileConfig, ValidationConfig
-from qwlit.training.guard import Guard
+from qwlit.training.checkpointing.checkpoint import Checkpointing
+from qwlit.training.checkpointing.config import CheckpointConfig
+from qwlit.training.config import ProfileConfig, ValidationConfig
 from qwlit.training.machine import Machine
 from qwlit.training.milestones import Milestones
-from qwlit.training.preemption import StopOnSignal
 from qwlit.training.profiler import ProfileSteps
-from qwlit.training.progress import ProgressDisplay
-from qwlit.training.run_folder import RunFolder
-from qwlit.training.stalls import StallWatch
+from qwlit.training.resilience.config import GuardConfig
+from qwlit.training.resilience.guard import Guard
+from qwlit.training.resilience.hang_watchdog import StallWatch
+from qwlit.training.resilience.preemption import StopOnSignal
+from qwlit.training.resilience.rank_consistency import Agreement, Facts
+from qwlit.training.step_boundary import ScheduleValidation
 from qwlit.training.telemetry import Telemetry, peak_memory_gib
-from qwlit.training.trace import Trace
+from qwlit.training.tracking.determinism_trace import Trace
+from qwlit.training.tracking.progress import ProgressDisplay
+from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.wandb_run import WandbRun
 from qwlit.training.trainer import build_trainer
-from qwlit.training.wandb_run import WandbRun
 
 
 @dataclass(frozen=True)

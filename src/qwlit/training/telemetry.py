@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import Callback
 from qwlit.core.batch import StepBatch
 from qwlit.model.compile import compile_seconds
 from qwlit.model.flops import Flops
-from qwlit.training.late import LateReader
+from qwlit.training.async_readback import LateReader
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
-from qwlit.training.run_folder import RunFolder
+from qwlit.training.tracking.run_folder import RunFolder
 
 GIB = 2**30
 Row = dict[str, float | None]

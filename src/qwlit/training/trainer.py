@@ -23,9 +23,9 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import launched_by_srun, launched_by_torchrun
 from qwlit.core.signals import ANSWERED
-from qwlit.training.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
+from qwlit.training.checkpointing.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
-from qwlit.training.stalls import VERDICT_SECONDS
+from qwlit.training.resilience.hang_watchdog import VERDICT_SECONDS
 
 
 def build_trainer(

@@ -10,7 +10,7 @@ from qwlit.config.compose import as_tree, compose
 from qwlit.config.run import RunConfig, flatten
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import write_text_atomic
-from qwlit.training.run_folder import FINISHED, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.record import RECORD, read_record
 from qwlit.tuning.space import as_words
 from qwlit.tuning.sweep_file import Metric, Sweep

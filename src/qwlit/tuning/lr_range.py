@@ -14,8 +14,8 @@ from qwlit.config.compose import compose
 from qwlit.core.console import measuring
 from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
 from qwlit.core.files import resolve_path, write_json_atomic
-from qwlit.training.preemption import answering_signals
-from qwlit.training.run_folder import RunFolder
+from qwlit.training.resilience.preemption import answering_signals
+from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.trial import Tail, last_words, start_training
 
 STEPS, FEWEST, HIGHEST = 100, 20, 0.1

@@ -12,9 +12,9 @@ from qwlit.config.run import RunConfig
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, GuardStop, Preempted, nearest
 from qwlit.core.files import resolve_path
-from qwlit.training.preemption import answering_signals
-from qwlit.training.requeues import counting_requeues
-from qwlit.training.run_folder import RunFolder
+from qwlit.training.resilience.preemption import answering_signals
+from qwlit.training.resilience.requeue_limit import counting_requeues
+from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.display import SweepDisplay
 from qwlit.tuning.record import header, refuse_other_sweep, steps_made, write_record
 from qwlit.tuning.slots import share_out

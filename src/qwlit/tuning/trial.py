@@ -11,7 +11,7 @@ from typing import Any
 from qwlit.core.children import start_child
 from qwlit.core.errors import Interrupted, Preempted
 from qwlit.core.files import is_held, read_json_lines
-from qwlit.training.run_folder import FINISHED, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.study import Ticket
 from qwlit.tuning.sweep_file import Metric
 

@@ -16,8 +16,8 @@ from qwlit.config.run import RunConfig
 from qwlit.core.children import start_child
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, Interrupted, Preempted, QwlitError, one_line
-from qwlit.training.preemption import answering_signals
-from qwlit.training.wandb_access import find_access, project_of, stop_client
+from qwlit.training.resilience.preemption import answering_signals
+from qwlit.training.tracking.wandb_access import find_access, project_of, stop_client
 from qwlit.tuning.optuna_search import check_metric, sweep_folder
 from qwlit.tuning.slots import share_out
 from qwlit.tuning.space import check_space

@@ -1,1 +1,0 @@
-"""One training, from checked settings to its summary: assemble, begin, fit, finish."""

@@ -1,0 +1,54 @@
+"""What the preflight rules may look at, gathered from wherever it is known."""
+
+from transformers import PreTrainedTokenizerFast
+
+from qwlit.data.samples import count_tokens, longest
+from qwlit.data.splits import DataSplit
+from qwlit.model.presets import context_length
+from qwlit.optim.schedules import Schedule
+from qwlit.planning.batch_statistics import assume_steps
+from qwlit.planning.memory.estimate import MemoryEstimate
+from qwlit.planning.outline import Outline
+from qwlit.planning.preflight import DataFacts, Facts, TokenizerFacts
+
+
+def facts_of(
+    outline: Outline,
+    memory: MemoryEstimate | None = None,
+    schedule: Schedule | None = None,
+    data: DataSplit | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Facts:
+    """Gather; what is None was not reachable."""
+    if memory is None:
+        # Whatever the batches are, the state is the same.
+        _, memory = outline.settle(assume_steps(outline.config, outline.machine.world_size).load)
+    return Facts(
+        config=outline.config,
+        machine=outline.machine,
+        execution=outline.execution,
+        compile_obstacle=outline.compile_obstacle,
+        num_parameters=outline.num_parameters,
+        memory=memory,
+        schedule=schedule,
+        highest_lr=max((group.lr for group in outline.subject.groups), default=0.0),
+        data=None if data is None else _data_facts(data),
+        tokenizer=None if tokenizer is None else _tokenizer_facts(tokenizer),
+        vocab_size=int(outline.subject.model.config.vocab_size),
+        context_length=context_length(outline.subject.model.config),
+    )
+
+
+def _data_facts(data: DataSplit) -> DataFacts:
+    tokens, supervised = count_tokens(data.train)
+    totals = data.totals
+    return DataFacts(
+        supervised_share=supervised / tokens,
+        cut_share=(totals["too_long"] + totals["truncated"]) / max(1, totals["read"]),
+        longest=longest(data.train),
+        has_validation=data.validation is not None,
+    )
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerFast) -> TokenizerFacts:
+    return TokenizerFacts(tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer))

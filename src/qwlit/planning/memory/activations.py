@@ -1,0 +1,215 @@
+"""Bytes that autograd keeps of a forward pass, counted operator by operator from the model's shape.
+
+Shapes: T tokens of a micro-batch, N supervised ones, D hidden, I intermediate, Q = heads * K, KV = key/value heads * K.
+A compiled layer keeps less than is counted here.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qwlit.core.patterns import is_a, layer_of
+from qwlit.model.config import AdapterConfig, DropoutConfig, Execution
+from qwlit.planning.memory.state import FLOAT32, MicroShape, Placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """What of a forward pass is kept for the backward pass."""
+
+    kept: float
+    """When the forward pass ends."""
+    again: float
+    """When most is kept while a layer is computed again, with the gradients in it; 0 without a memory policy."""
+
+
+def activation_bytes(
+    model: "PreTrainedModel",
+    adapter: AdapterConfig,
+    dropout: DropoutConfig,
+    execution: Execution,
+    place: Placement,
+    micro: MicroShape,
+) -> ActivationBytes:
+    """Count what autograd keeps of every layer under the memory policy."""
+    lowest = _lowest_trained(model)
+    layers = [
+        _Layer(model, number, number - lowest, adapter, dropout, execution, place, micro)
+        for number in range(len(model.model.layers))
+    ]
+    width = model.config.hidden_size
+    # Sine and cosine of every position, and the last norm over the supervised rows.
+    rotary = 2 * FLOAT32 * model.config.head_dim * micro.tokens
+    last_norm = FLOAT32 * width * micro.supervised * (1 + model.model.norm.weight.requires_grad)
+    if execution.memory == "none":
+        return ActivationBytes(rotary + last_norm + sum(layer.everything() for layer in layers), 0)
+    # Offloading on CPU goes from the host to the host.
+    offloads = execution.memory == "offload" and place.device == "cuda"
+    waiting = [
+        (0 if offloads else layer.entering()) + (layer.products() if execution.memory == "selective" else 0)
+        for layer in layers
+    ]
+    below = [0.0, *accumulate(waiting)]
+    during = (below[number] + layer.everything() + layer.passing() for number, layer in enumerate(layers))
+    again = max(during, default=0.0)
+    return ActivationBytes(rotary + last_norm + below[-1], rotary + again)
+
+
+class _Layer:
+    """One decoder layer's account, bytes."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        number: int,
+        height: int,
+        adapter: AdapterConfig,
+        dropout: DropoutConfig,
+        execution: Execution,
+        place: Placement,
+        micro: MicroShape,
+    ) -> None:
+        config = model.config
+        self.layer = model.model.layers[number]
+        # A product of 4-bit weights is an operator of bitsandbytes's own on CPU, which `selective` does not know; on
+        # CUDA the weight is unpacked for it.
+        self.packed = adapter.quantization == "nf4"
+        self.kernel, self.place, self.micro, self.dropout = execution.attention, place, micro, dropout
+        self.hidden: int = config.hidden_size
+        self.inner: int = config.intermediate_size
+        self.heads: int = config.num_attention_heads
+        self.queries: int = self.heads * config.head_dim
+        self.keys: int = config.num_key_value_heads * config.head_dim
+        self.compute = place.precision_bytes
+        # Counted from the lowest layer in or below which something is trained.
+        self.learns, self.input_learns = height >= 0, height > 0
+        last = number == len(model.model.layers) - 1
+        self.rows = micro.supervised if last else micro.tokens
+        """Tokens that the feed-forward block sees."""
+        first_dropped, last_dropped = dropout.layers or (0, number)
+        self.drops = first_dropped <= number <= last_dropped
+
+    def entering(self) -> float:
+        """The residual stream at the layer's door."""
+        return FLOAT32 * self.hidden * self.micro.tokens if self.learns else 0
+
+    def passing(self) -> float:
+        """Gradients on their way through the feed-forward block: the output's, and two of its inside beyond what they
+        have set free; and an unpacked 4-bit weight."""
+        unpacked = self.hidden * self.inner * self.compute if self.packed and self.place.device == "cuda" else 0
+        passing = (FLOAT32 * self.hidden + 2 * self.compute * self.inner) * self.rows
+        return passing + unpacked if self.learns else 0
+
+    def products(self) -> float:
+        """What `selective` keeps: results of matrix products and of attention."""
+        if not self.learns:
+            return 0
+        total = 0.0
+        hidden = self.packed and self.place.device == "cpu"
+        for block, tokens in ((self.layer.self_attn, self.micro.tokens), (self.layer.mlp, self.rows)):
+            total += sum(
+                m.out_features * tokens * self.compute
+                for name, m in block.named_modules()
+                if isinstance(m, nn.Linear) and not (hidden and name.endswith("base_layer"))
+            )
+        return total + (self.queries * self.compute + self.heads * FLOAT32) * self.micro.tokens
+
+    def everything(self) -> float:
+        """What autograd keeps when nothing is computed again."""
+        if not self.learns:
+            return 0
+        before = self._norm(self.layer.input_layernorm, self.input_learns) + self._inputs("q_proj", "k_proj", "v_proj")
+        attention = before + self._attention() + self._inputs("o_proj")
+        feed_forward = self._norm(self.layer.post_attention_layernorm, True) + self._inputs("gate_proj", "up_proj")
+        # SiLU keeps its input, the product of gate and up both of its own.
+        feed_forward += 3 * self.inner * self.compute + self._inputs("down_proj")
+        if self.drops:
+            feed_forward += self._mask(self.inner) * (self.dropout.feed_forward > 0)
+            feed_forward += self._mask(self.hidden) * (self.dropout.residual > 0)
+            attention += self._mask(self.hidden) * (self.dropout.residual > 0)
+        return attention * self.micro.tokens + feed_forward * self.rows + self._weights_of_pairs()
+
+    def _norm(self, norm: nn.Module, input_learns: bool) -> float:
+        """Root mean square of a token, float32: its input, the factor, and for the weight's gradient the normed."""
+        return FLOAT32 * ((self.hidden + 1) * input_learns + self.hidden * _is_trained(norm))
+
+    def _head_norm(self, name: str, width: int, heads: int) -> float:
+        """Qwen3's norms of queries and keys: a float32 copy of the input, and the normed in the input's type."""
+        norm = getattr(self.layer.self_attn, name, None)
+        if norm is None:
+            return 0
+        return FLOAT32 * (width + heads) + self.compute * width * _is_trained(norm)
+
+    def _inputs(self, *names: str) -> float:
+        """What linear layers that share an input keep of it: under autocast each its own copy in half precision."""
+        kept = shared = 0.0
+        for name in names:
+            module = getattr(self.layer.self_attn, name, None) or getattr(self.layer.mlp, name)
+            base, ranks = _base(module), _ranks(module)
+            if not base.weight.requires_grad and not ranks:
+                continue
+            size = base.in_features * self.compute
+            dropped = bool(ranks) and self.dropout.lora > 0
+            kept += sum(ranks) * self.compute + dropped * self._mask(base.in_features)
+            if dropped or (self.place.mixed and (ranks or not self._kept_by_attention(name))):
+                kept += size
+            elif not self._kept_by_attention(name):
+                shared = size
+        return kept + shared
+
+    def _kept_by_attention(self, name: str) -> bool:
+        """Attention keeps its result, which o_proj reads; but not where documents are joined or scores are eager."""
+        joined = self.micro.packed and self.kernel != "varlen"
+        return name == "o_proj" and not joined and self.kernel != "eager"
+
+    def _attention(self) -> float:
+        """Queries, keys, values, result and the logarithm of the sums; the head norms before them."""
+        kept = self._head_norm("q_norm", self.queries, self.heads)
+        kept += self._head_norm("k_norm", self.keys, self.keys * self.heads // self.queries)
+        values = self.keys
+        keys = self.keys
+        if self.kernel == "eager":
+            keys = values = self.queries  # one head each
+            return kept + self.compute * (self.queries + keys + values)
+        return kept + self.compute * (2 * self.queries + keys + values) + FLOAT32 * self.heads
+
+    def _weights_of_pairs(self) -> float:
+        """Attention weights, where they are kept: softmax's result and the mask; with dropout twice more on CPU."""
+        dropped = self.drops and self.dropout.attention > 0
+        if self.kernel == "eager" or (dropped and self.place.device == "cpu"):
+            return self.micro.token_pairs * (self.heads * FLOAT32 * (3 if dropped else 1) + 1)
+        return 0
+
+    def _mask(self, width: int) -> float:
+        """Of dropout: a byte each on CUDA, a factor each on CPU."""
+        return width * (1 if self.place.device == "cuda" else self.compute)
+
+
+def _lowest_trained(model: "PreTrainedModel") -> int:
+    """Return the lowest layer in or below which something is trained; -1 for the embedding."""
+    heights = [
+        -1 if is_a("embedding", name) else layer_of(name) for name, p in model.named_parameters() if p.requires_grad
+    ]
+    return min((height for height in heights if height is not None), default=len(model.model.layers))
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _base(module: nn.Module) -> nn.Linear:
+    base = getattr(module, "base_layer", module)
+    assert isinstance(base, nn.Linear)
+    return base
+
+
+def _ranks(module: nn.Module) -> list[int]:
+    """Return the ranks of the adapters on a linear layer."""
+    down: Iterable[nn.Module] = getattr(module, "lora_A", nn.ModuleDict()).values()
+    return [linear.out_features for linear in down if isinstance(linear, nn.Linear)]

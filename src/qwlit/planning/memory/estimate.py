@@ -1,0 +1,175 @@
+"""How much memory a training takes on each device, and the cheapest way in which it fits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qwlit.config.run import RunConfig
+from qwlit.model.config import LADDER, Execution
+from qwlit.optim.config import BITSANDBYTES
+from qwlit.optim.groups import ParameterGroup
+from qwlit.planning.memory.activations import activation_bytes
+from qwlit.planning.memory.optimizer import state_bytes, step_bytes
+from qwlit.planning.memory.state import (
+    MicroShape,
+    Placement,
+    autocast_bytes,
+    embedding_gradient_bytes,
+    gradient_bytes,
+    head_bytes,
+    unsharded_bytes,
+    weight_bytes,
+)
+from qwlit.training.machine import Machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GIB = 2**30
+# Assumptions: the CUDA context with cuBLAS's workspaces, and the share that the allocator cannot use.
+CONTEXT_BYTES, FRAGMENTED_SHARE = 0.6 * GIB, 0.04
+# On CPU the interpreter and its libraries: measured, the demo's peak is 0.57 GiB resident, 0.1 of it counted here.
+PROCESS_BYTES = 0.5 * GIB
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be trained, before there are weights."""
+
+    config: RunConfig
+    model: "PreTrainedModel"
+    """On the meta device, with adapters and frozen as it will be."""
+    groups: list[ParameterGroup]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a device has to hold at a time."""
+
+    micro: MicroShape
+    accumulates: bool
+    """Whether a step has more than one micro-batch, so that gradients stand while the next one is computed."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """A device's memory when it is fullest."""
+
+    moment: str
+    components: dict[str, float]
+    """Bytes by what holds them."""
+    device: float
+    """Bytes there are; 0 where it is not known."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.components.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """None where the device is not known."""
+        return self.total <= self.device if self.device else None
+
+
+def estimate_memory(subject: Subject, machine: Machine, execution: Execution, load: Load) -> MemoryEstimate:
+    """Count a device's memory at the three moments when it may be fullest, and return the fullest one."""
+    config, model, groups = subject.config, subject.model, subject.groups
+    place = Placement(
+        device=machine.accelerator,
+        shards=machine.world_size if machine.strategy == "fsdp" else 1,
+        precision_bytes=machine.compute_dtype.itemsize,
+    )
+    gradients = gradient_bytes(model, place)
+    head = head_bytes(model, load.micro, place)
+    stays = machine.accelerator == "cpu"
+    # Paged moments make room for what needs it, but on a GPU alone.
+    pages = config.optim.name.startswith("paged") and not stays
+    always: dict[str, float] = {
+        "logits": head.logits * stays,
+        "weights": weight_bytes(model, config.adapter, execution, place),
+        "optimizer": 0 if pages else state_bytes(groups, config.optim, place.share),
+        "half-precision copies": autocast_bytes(model, place),
+    }
+    root, reducing = unsharded_bytes(model, place)
+    # DDP's buckets hold the gradients from the start.
+    standing = gradients if load.accumulates or machine.strategy == "ddp" else 0
+    activations = activation_bytes(model, config.adapter, config.dropout, execution, place, load.micro)
+    # Of a tied weight the head's gradient waits for the embedding's; FSDP2 reduces both together.
+    waits = model.config.tie_word_embeddings or place.shards > 1
+    waiting = head.weight_gradient if waits else 0
+    moments: dict[str, dict[str, float]] = {
+        "the head of a micro-batch": {
+            "gradients": standing,
+            "activations": activations.kept,
+            "head": head.logits * (not stays) + head.chunk + head.weight_gradient,
+            "unsharded": root,
+        },
+        "a layer computed again": {
+            "gradients": standing,
+            "activations": activations.again,
+            "head": waiting,
+            "unsharded": reducing,
+        },
+        "the end of a backward pass": {
+            "gradients": gradients,
+            "head": waiting + embedding_gradient_bytes(model, load.micro, place),
+            "unsharded": reducing,
+        },
+        "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, config.optim, place.share)},
+    }
+    moment, held = max(moments.items(), key=lambda item: sum(item[1].values()))
+    components = {name: size for name, size in (always | held).items() if size}
+    on_cuda = CONTEXT_BYTES + FRAGMENTED_SHARE * sum(components.values())
+    components["reserve"] = on_cuda if machine.accelerator == "cuda" else PROCESS_BYTES
+    return MemoryEstimate(moment, components, machine.device_memory)
+
+
+def settle_memory(
+    subject: Subject, machine: Machine, execution: Execution, load: Load
+) -> tuple[Machine, Execution, MemoryEstimate]:
+    """Choose strategy and memory policy where they are "auto": the cheapest pair that fits, else the smallest."""
+
+    def attempt(candidate: Machine) -> tuple[Machine, Execution, MemoryEstimate]:
+        way = replace(execution, memory=candidate.memory)
+        return candidate, way, estimate_memory(subject, candidate, way, load)
+
+    *cheaper, smallest = list(_candidates(subject.config, machine))
+    last = attempt(smallest)
+    if last[2].fits is False:
+        return last
+    return next((way for way in map(attempt, cheaper) if way[2].fits is not False), last)
+
+
+def _candidates(config: RunConfig, machine: Machine) -> Iterator[Machine]:
+    """Yield ways to run, cheapest first: sharding sends weights around, a higher rung computes things again."""
+    hardware = config.hardware
+    # Offloading on CPU moves nothing anywhere.
+    ladder = LADDER if machine.accelerator == "cuda" else LADDER[:-1]
+    rungs = ladder if hardware.memory == "auto" else (machine.memory,)
+    strategies = [machine.strategy]
+    if hardware.strategy == "auto" and machine.strategy == "ddp" and may_shard(config, machine):
+        strategies.append("fsdp")
+    for rung in rungs:
+        for strategy in strategies:
+            yield replace(machine, strategy=strategy, memory=rung)
+
+
+def may_shard(config: RunConfig, machine: Machine) -> bool:
+    """Tell whether "auto" may take FSDP2: where devices have memory of their own, and nothing needs whole tensors."""
+    return (
+        machine.accelerator == "cuda" and machine.precision != "16-mixed" and why_not_sharded(config, machine) is None
+    )
+
+
+def why_not_sharded(config: RunConfig, machine: Machine) -> str | None:
+    """Return the setting that only works on whole tensors, with its remedy; None where all can be sharded."""
+    if config.adapter.quantization != "none":
+        return f"adapter.quantization={config.adapter.quantization} cannot be sharded; set hardware.strategy=ddp"
+    if config.optim.name in BITSANDBYTES:
+        return f"optim.name={config.optim.name} cannot be sharded; set hardware.strategy=ddp or optim=adamw"
+    if config.optim.name == "muon" and config.adapter.kind == "lora" and config.adapter.rank < machine.world_size:
+        return (
+            f"optim.name=muon cannot shard adapters of rank {config.adapter.rank} over {machine.world_size} devices;"
+            " raise adapter.rank, or set hardware.strategy=ddp or optim=adamw"
+        )
+    return None

@@ -1,0 +1,108 @@
+"""What follows from settings and machine alone: before tokenizer, data and weights."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+
+from qwlit.config.compose import Composed
+from qwlit.config.run import RunConfig
+from qwlit.core.errors import ConfigError
+from qwlit.model.config import AttentionKernel, Execution
+from qwlit.model.loss_model import rehearse
+from qwlit.model.quantize import check_blocks
+from qwlit.optim.groups import plan_groups
+from qwlit.planning.memory.estimate import Load, MemoryEstimate, Subject, settle_memory, why_not_sharded
+from qwlit.planning.preflight import check_allowed
+from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine
+
+# `plan` asks again and again, with other hardware.
+_rehearsed = lru_cache(maxsize=4)(rehearse)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A training without its data."""
+
+    composed: Composed
+    subject: Subject
+    machine: Machine
+    execution: Execution
+    compile_obstacle: str | None
+    """What has kept "auto" from compiling the layers."""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.composed.config
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.subject.model.parameters())
+
+    def settle(self, load: Load) -> tuple["Outline", MemoryEstimate]:
+        """Answer strategy and memory policy by what fits."""
+        machine, execution, estimate = settle_memory(self.subject, self.machine, self.execution, load)
+        if execution.compiled and machine.memory == "offload":
+            # Decided before it was known that only this fits.
+            execution = replace(execution, compiled=False)
+        return replace(self, machine=machine, execution=execution), estimate
+
+
+def draw_outline(composed: Composed, *, imagined: bool = False) -> Outline:
+    """Answer what depends on the machine, and rehearse what names parameters.
+
+    Args:
+        imagined: take the hardware profile's word for what there is.
+
+    Raises:
+        ConfigError: something that is asked for is not here, or a pattern matches nothing.
+    """
+    config = composed.config
+    check_allowed(config.preflight.allow)
+    machine = resolve_machine(
+        config.hardware,
+        config.determinism,
+        profile=composed.choices.get("hardware") or "of this config.yaml",
+        imagined=imagined,
+    )
+    refusal = why_not_sharded(config, machine)
+    if machine.strategy == "fsdp" and refusal:
+        raise ConfigError(refusal)
+    attention = resolve_attention(
+        config.model.attention,
+        machine=machine,
+        determinism=config.determinism,
+        attention_dropout=config.dropout.attention,
+    )
+    compiled, obstacle = resolve_compile(
+        config.hardware.compile, machine, _why_not_compiled(config, machine, attention), imagined=imagined
+    )
+    # What freeze.* keeps is exported with the rest, so it stays what it was to the bit.
+    frozen = torch.float32 if config.adapter.kind == "none" else machine.frozen_dtype
+    # Before hours of tokenizing: a name that matches nothing is known from the shape alone.
+    unquantized = replace(config.adapter, quantization="none")
+    model = _rehearsed(config.model, unquantized, config.dropout, config.freeze)
+    if config.adapter.quantization == "nf4":
+        check_blocks(model)
+    return Outline(
+        composed,
+        Subject(config, model, plan_groups(model.named_parameters(), config.optim)),
+        machine,
+        Execution(attention, machine.memory, frozen, machine.compute_dtype, compiled),
+        obstacle,
+    )
+
+
+def _why_not_compiled(config: RunConfig, machine: Machine, attention: AttentionKernel) -> str | None:
+    """Return the setting under which a layer is not one graph for all batches."""
+    if config.determinism == "strict":
+        return "determinism=strict computes layers as they are written"
+    if machine.memory == "offload":
+        return "hardware.memory=offload moves tensors in the middle of a layer"
+    if config.adapter.use_dora:
+        return "peft's DoRA (adapter.use_dora=true) cannot be traced"
+    if config.data.packing and attention != "varlen" and config.dropout.attention:
+        return f"dropout.attention={config.dropout.attention:g} has packed samples attended to one by one"
+    if config.data.packing and attention != "varlen":
+        return f"packed samples under {attention} attention are attended to one by one"
+    return None

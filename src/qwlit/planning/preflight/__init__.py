@@ -1,0 +1,21 @@
+"""What is known of how runs die, as rules over the settings: one function a rule, one file a theme."""
+
+from qwlit.planning.preflight import batch, data, hardware, learning_rate, regularization, validation
+from qwlit.planning.preflight.rules import RULES, DataFacts, Facts, Finding, TokenizerFacts, check_allowed, find, refuse
+
+__all__ = [
+    "RULES",
+    "DataFacts",
+    "Facts",
+    "Finding",
+    "TokenizerFacts",
+    "batch",
+    "check_allowed",
+    "data",
+    "find",
+    "hardware",
+    "learning_rate",
+    "refuse",
+    "regularization",
+    "validation",
+]

@@ -1,0 +1,78 @@
+"""The learning rate and its schedule."""
+
+from qwlit.planning.preflight.rules import GUIDE, STORY, Facts, Said, rule
+
+BILLION = 10**9
+HIGHEST_FULL, HIGHEST_FULL_LARGE, LARGE = 1e-4, 5e-5, 7 * BILLION
+LORA_RANGE, FULL_RANGE = (1e-5, 5e-4), (1e-6, HIGHEST_FULL)
+
+
+@rule("error", source=STORY)
+def full_lr(facts: Facts) -> Said:
+    """Training pretrained weights themselves at LoRA's rate turns a run to NaN after thousands of healthy steps."""
+    lr = facts.highest_lr
+    if not facts.trains_pretrained or lr <= HIGHEST_FULL:
+        return None
+    said = f"optim.lr={lr:g}" if lr == facts.config.optim.lr else f"a group's rate of {lr:g}"
+    return (
+        f"{said} trains pretrained weights themselves; above {HIGHEST_FULL:g} they diverge",
+        "set optim.lr=1e-5, or model.init=random to train from scratch",
+    )
+
+
+@rule("warning", source=STORY)
+def full_lr_large(facts: Facts) -> Said:
+    """From 7B on, full fine-tuning bears less: the run that died at step 3600 had 3e-4."""
+    lr = facts.highest_lr
+    # A model that is called 7B may have a little less.
+    if not facts.trains_pretrained or facts.num_parameters < 0.95 * LARGE:
+        return None
+    if not HIGHEST_FULL_LARGE < lr <= HIGHEST_FULL:
+        return None
+    size = f"{facts.num_parameters / BILLION:.1f}B"
+    return f"optim.lr={lr:g} is high for full fine-tuning of {size} parameters", "set optim.lr between 1e-6 and 1e-5"
+
+
+@rule("warning", source=GUIDE)
+def lr_range(facts: Facts) -> Said:
+    """Below the searched range little is learnt; above it LoRA oscillates. Random weights have no such range."""
+    config = facts.config
+    if config.model.init == "random" or config.optim.name in ("sgd", "muon"):
+        return None
+    lowest, highest = LORA_RANGE if config.adapter.kind == "lora" else FULL_RANGE
+    too_high = config.optim.lr > highest and config.adapter.kind == "lora"
+    if config.optim.lr >= lowest and not too_high:
+        return None
+    return f"optim.lr={config.optim.lr:g} is outside {lowest:g} to {highest:g}", "search on a log scale within it"
+
+
+@rule("warning", source=GUIDE)
+def warmup(facts: Facts) -> Said:
+    """5 to 20 % of the run: moments need steps to settle before the rate is high, and the peak needs steps too."""
+    schedule = facts.schedule
+    if schedule is None:
+        return None
+    share = schedule.warmup_steps / schedule.total_steps
+    # Rounded to whole steps, a ratio of 0.05 may be a little off.
+    if 0.05 - 1 / schedule.total_steps <= share <= 0.2 + 1 / schedule.total_steps:
+        return None
+    said = f"{schedule.warmup_steps} steps of warm-up are {share:.0%} of the run's {schedule.total_steps}"
+    if share >= 1:
+        said += ": the rate only rises"
+    return said, "set scheduler.warmup_ratio between 0.05 and 0.2"
+
+
+@rule("warning", source="design: recipes with warm-up in steps")
+def warmup_capped(facts: Facts) -> Said:
+    """A recipe's warm-up steps are for long runs; a short one warms up for a fifth of it at most."""
+    scheduler, schedule = facts.config.scheduler, facts.schedule
+    if schedule is None:
+        return None
+    asked = scheduler.warmup_steps
+    if asked is None or schedule.warmup_steps >= asked:
+        return None
+    return (
+        f"scheduler.warmup_steps={asked} is more than {scheduler.max_warmup_ratio:.0%} of the run's"
+        f" {schedule.total_steps} steps; warming up for {schedule.warmup_steps}",
+        "type scheduler.warmup_steps or scheduler.warmup_ratio to choose yourself",
+    )

@@ -1,0 +1,162 @@
+"""Claiming the run folder and writing down what is about to run."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from rich.markup import escape
+
+from qwlit.config.compose import compose, dump
+from qwlit.config.run import mathematics
+from qwlit.core.console import console
+from qwlit.core.errors import GuardStop, Interrupted, Leave, Preempted, Pruned
+from qwlit.core.ranks import is_rank_zero
+from qwlit.data.store import REASONS_NAMED, rejections
+from qwlit.model.load import fingerprint
+from qwlit.model.loss_model import LossModel
+from qwlit.model.quantize import num_elements
+from qwlit.optim.groups import ParameterGroup, plan_groups
+from qwlit.planning.assemble import Job
+from qwlit.run.resume import Start, claim, newest, refuse_other_content, refuse_other_mathematics
+from qwlit.training.checkpointing.checkpoint import list_checkpoints
+from qwlit.training.tracking.manifest import build_manifest
+from qwlit.training.tracking.run_folder import FINISHED, RunFolder
+
+
+def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
+    """Make the run folder ready and record config, manifest and quarantine; other ranks only look where to start.
+
+    Raises:
+        ConfigError: an unfinished run of this name began with other mathematics or other data, or a rule about
+            parameters matches none.
+    """
+    config = job.config
+    groups = plan_groups(loss_model.causal_lm.named_parameters(), config.optim)
+    if not is_rank_zero():
+        return Start(newest(folder))
+    base = fingerprint(config.model)
+    if config.resume == "auto" and not config.run.overwrite and list_checkpoints(folder):
+        earlier = compose([f"config={folder.config_file}"]).config
+        refuse_other_mathematics(mathematics(earlier), mathematics(config))
+        refuse_other_content(folder, data=job.data.fingerprint, base=base)
+    start = claim(folder, resume=config.resume, overwrite=config.run.overwrite)
+    folder.cut_back(start.step)
+    manifest = build_manifest(job.machine, **_facts(job, loss_model, groups, base))
+    folder.write_text("config.yaml", dump(config))
+    folder.write_json("manifest.json", manifest)
+    folder.write_rows("quarantine.jsonl", job.data.quarantine())
+    folder.write_summary(resumed_from=start.step if start.checkpoint else None, rows=job.data.totals)
+    _introduce(job, manifest, folder, start)
+    return start
+
+
+def _facts(job: Job, loss_model: LossModel, groups: list[ParameterGroup], base: str | None) -> dict[str, Any]:
+    parameters = list(loss_model.parameters())
+    return {
+        "choices": job.choices,
+        "seed": job.config.seed,
+        "determinism": job.config.determinism,
+        "attention": job.execution.attention,
+        "compiled": job.execution.compiled,
+        "template": job.encoder.chat.template if job.encoder.chat else None,
+        "tokenizer": job.encoder.tokenizer.fingerprint if job.encoder.tokenizer else None,
+        "data": job.data.fingerprint,
+        "base": base,
+        "parameters": {
+            "total": sum(num_elements(p) for p in parameters),
+            "trainable": sum(group.size for group in groups),
+        },
+        "groups": [
+            {
+                "name": group.name,
+                "algorithm": group.algorithm,
+                "parameters": group.size,
+                "tensors": len(group.parameters),
+                "lr": group.lr,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
+    }
+
+
+def _introduce(job: Job, manifest: dict[str, Any], folder: RunFolder, start: Start) -> None:
+    """Say in a few lines what runs, on what, and where."""
+    config, derived, machine = job.config, job.derived, job.machine
+    accumulation = f", accumulation {derived.accumulate_grad_batches}" if derived.accumulate_grad_batches else ""
+    memory = f", memory {machine.memory}" if machine.memory != "none" else ""
+    parameters = manifest["parameters"]
+    lines = [
+        f"[bold]{escape(str(folder.path))}[/]: {derived.total_steps} steps of {config.train.global_batch_size} samples",
+        f"  model     {parameters['total']:,} parameters, {parameters['trainable']:,} trained",
+        f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention "
+        + job.execution.attention
+        + (", compiled" if job.execution.compiled else "")
+        + accumulation
+        + memory,
+        f"  data      {job.data.describe()}",
+        f"  schedule  {config.scheduler.name}, peak lr {config.optim.lr:g}"
+        f" after {derived.schedule.warmup_steps} steps of warm-up",
+        *_group_lines(manifest["groups"]),
+    ]
+    if start.set_aside:
+        lines.append(f"  kept      the unfinished run of this name is now {escape(str(start.set_aside))}")
+    for damage in start.damaged:
+        lines.append(f"  [yellow]note[/]      {escape(damage)}")
+        folder.append_event(start.step, "damaged", message=damage)
+    if start.checkpoint:
+        lines.append(f"  resuming  from step {start.step}")
+        folder.append_event(start.step, "resumed", device=machine.device_name, devices=machine.world_size)
+    lines += [f"  share     {escape(share)}" for share in job.data.describe_shares(config.seed)]
+    for rejection in rejections(job.data.stores)[:REASONS_NAMED]:
+        lines.append(f"  [yellow]note[/]      quarantined: {escape(str(rejection))}")
+    for remark in job.data.remarks:
+        lines.append(f"  [yellow]note[/]      {escape(remark)}")
+        folder.append_event(start.step, "finding", name="data", severity="note", message=remark)
+    for finding in job.findings:
+        lines.append(f"  [yellow]{finding.name}[/]  {escape(str(finding))}")
+        folder.append_event(start.step, "finding", **asdict(finding))
+    console().print("\n".join(lines))
+
+
+# More are listed in manifest.json.
+SHOWN_GROUPS = 8
+
+
+def _group_lines(groups: list[dict[str, Any]]) -> list[str]:
+    """Say which parameters train with which peak rate and decay."""
+    lines = [
+        f"  group     {group['name']:<20} {group['parameters']:>14,} parameters  {group['algorithm']:<5}"
+        f"  lr {group['lr']:<8.3g}  decay {group['weight_decay']:g}"
+        for group in groups[:SHOWN_GROUPS]
+    ]
+    if len(groups) > SHOWN_GROUPS:
+        lines.append(f"            … and {len(groups) - SHOWN_GROUPS} groups more, in manifest.json")
+    return lines
+
+
+ENDS: dict[type[BaseException], str] = {
+    Interrupted: "interrupted",
+    KeyboardInterrupt: "interrupted",
+    Preempted: "preempted",
+    Pruned: "pruned",
+    GuardStop: "stopped",
+}
+
+
+@contextmanager
+def recorded(folder: RunFolder) -> Iterator[None]:
+    """Write into summary.json how the training ended, whatever the end."""
+    began = time.perf_counter()
+    earlier = folder.read_summary().get("wall_seconds") or 0.0
+    status = "failed"
+    try:
+        yield
+        status = FINISHED
+    except BaseException as error:
+        status = ENDS.get(type(error.error if isinstance(error, Leave) else error), "failed")
+        raise
+    finally:
+        folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

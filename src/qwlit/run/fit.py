@@ -1,0 +1,130 @@
+"""Putting module, loop and loaders together, and training."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from qwlit.config.run import mathematics
+from qwlit.core.errors import ConfigError, QwlitError
+from qwlit.core.ranks import meet_others
+from qwlit.data.batches import StepDataset, train_loader, validation_loader
+from qwlit.model.compile import failed_to_compile
+from qwlit.model.flops import count_flops
+from qwlit.model.load import fill_causal_lm
+from qwlit.model.loss_model import LossModel, start_adapter
+from qwlit.model.shard import shard_model
+from qwlit.planning.assemble import Job
+from qwlit.run.resume import Start
+from qwlit.training.loop import Loop, LoopSettings, build_loop
+from qwlit.training.loss_scale import LossScale
+from qwlit.training.module import CausalLMModule
+from qwlit.training.out_of_memory import out_of_memory
+from qwlit.training.resilience.rank_consistency import gather_facts
+from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.wandb_run import WandbRun
+from qwlit.training.trainer import dismiss_other_ranks, forget_other_ranks, lost_rank
+
+
+def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start, wandb_run: WandbRun | None = None) -> Loop:
+    """Train from `start` to the end; return the loop with what its callbacks saw."""
+    config = job.config
+    module = CausalLMModule(
+        loss_model,
+        optim=config.optim,
+        schedule=job.derived.schedule,
+        max_grad_norm=config.train.max_grad_norm,
+        shard=partial(_shard, job, loss_model) if job.machine.strategy == "fsdp" else None,
+        loss_scale=LossScale() if job.machine.precision == "16-mixed" else None,
+        seed=config.seed,
+    )
+    loop = build_loop(
+        job.machine,
+        job.derived.milestones,
+        folder,
+        job.data.train,
+        count_flops(loss_model.causal_lm),
+        LoopSettings(
+            config.guard,
+            config.validation,
+            config.checkpoint,
+            config.profile,
+            traced=config.determinism != "fast",
+            facts=gather_facts(str(mathematics(config)), job.data.fingerprint) if job.machine.world_size > 1 else {},
+        ),
+        wandb_run,
+    )
+    if loop.trainer.world_size != job.machine.world_size:
+        raise ConfigError(
+            f"Lightning sees {loop.trainer.world_size} processes, the settings name {job.machine.world_size};"
+            " start them with torchrun or srun, or let qwlit start them"
+        )
+    try:
+        _run(loop, module, *_loaders(job, loop.trainer.global_rank, start), start)
+    except torch.OutOfMemoryError:
+        raise out_of_memory(loop.trainer, module, config.hardware, job.machine) from None
+    except Exception as error:
+        if not failed_to_compile(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise QwlitError(f"a decoder layer cannot be compiled ({reason}); set hardware.compile=false") from error
+    finally:
+        folder.write_summary(**loop.figures())
+    return loop
+
+
+def _loaders(job: Job, rank: int, start: Start) -> tuple[Any, Any]:
+    """Return the steps from `start` on, and the validation set; None where it is never looked at."""
+    steps = train_loader(
+        StepDataset(job.data.train, job.plan, rank, job.pad_id),
+        start_step=start.step,
+        total_steps=job.derived.total_steps,
+        num_workers=job.machine.num_workers,
+        pin_memory=job.machine.pin_memory,
+    )
+    if job.data.validation is None or job.derived.milestones.next_validation(0) is None:
+        return steps, None
+    validation = validation_loader(
+        job.data.validation,
+        rank=rank,
+        world_size=job.machine.world_size,
+        limits=job.plan.limits,
+        packing=job.plan.packing,
+        pad_id=job.pad_id,
+    )
+    return steps, validation
+
+
+def _shard(job: Job, loss_model: LossModel, mesh: DeviceMesh) -> None:
+    """Shard the model, and only then read or draw the weights: no rank ever holds more of them than its own rows."""
+    shard_model(loss_model, mesh, bf16=job.machine.precision == "bf16-mixed")
+    fill_causal_lm(loss_model.causal_lm, job.config.model, seed=job.config.seed)
+    start_adapter(loss_model.causal_lm, job.config.model)
+
+
+def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:
+    """Run the trainer, and leave the process group once all ranks have ended."""
+    if loop.trainer.world_size > 1:
+        meet_others()
+    try:
+        loop.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
+    except SystemExit as end:
+        # Lightning turns a Ctrl-C outside the step loop (while starting, or the second one) into an exit code of 1.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    except QwlitError:
+        dismiss_other_ranks(loop.trainer)
+        raise
+    except RuntimeError as error:
+        lost = lost_rank(loop.trainer, error)
+        if lost is None:
+            raise
+        dismiss_other_ranks(loop.trainer)
+        raise lost from None
+    forget_other_ranks(loop.trainer)
+    if dist.is_initialized():
+        # Left to the interpreter's end, gloo's threads can abort the process.
+        dist.destroy_process_group()

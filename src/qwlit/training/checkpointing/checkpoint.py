@@ -1,0 +1,293 @@
+"""Checkpoints: folders that are either whole or not there.
+
+A checkpoint is written beside its place on the same file system, synced, and renamed into it. `MANIFEST.json` is
+written last inside it and lists every file with its size and sha256.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors import SafetensorError
+
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import fsync_folder, write_json_atomic
+from qwlit.core.ranks import is_rank_zero
+from qwlit.training.checkpointing.config import CheckpointConfig
+from qwlit.training.checkpointing.shards import ShardReader, write_shard
+from qwlit.training.milestones import Milestones
+from qwlit.training.module import CausalLMModule
+from qwlit.training.step_boundary import BoundaryCallback
+from qwlit.training.tracking.run_folder import RunFolder
+
+MANIFEST = "MANIFEST.json"
+WEIGHTS, MOMENTS = "model", "optimizer"
+"""File names before `.safetensors`, or before `-00001-of-00002.safetensors` where ranks wrote what each held."""
+STATE = "training_state.pt"
+# The module's names are this prefix and the Hugging Face name; files carry the latter.
+PREFIX = "loss_model.causal_lm."
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps made when `checkpoint` (step-000100) was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def list_checkpoints(folder: RunFolder) -> list[Path]:
+    """Return the whole checkpoints, oldest first."""
+    whole = (p.parent for p in folder.checkpoints.glob(f"step-*/{MANIFEST}"))
+    return sorted((p for p in whole if p.name.removeprefix("step-").isdigit()), key=step_of)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files by its own manifest, None where they are as they were written."""
+    try:
+        sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, seal in sealed.items():
+            if _described(checkpoint / name) != seal:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def read_weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the trained weights by their Hugging Face names, one at a time."""
+    with ShardReader(checkpoint, WEIGHTS) as weights:
+        for name in weights.names():
+            yield name, weights.read(name)
+
+
+def write_checkpoint(checkpoint: dict[str, Any], final: Path, *, rank: int = 0, count: int = 1) -> None:
+    """Write Lightning's checkpoint dictionary as a folder: tensors as safetensors, the rest as a torch file.
+
+    Args:
+        rank, count: which of how many ranks this is that write together, each what it holds.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _wait_for_all(count)
+    weights = {name.removeprefix(PREFIX): t for name, t in checkpoint.pop("state_dict").items()}
+    (optimizer,) = checkpoint.pop("optimizer_states")
+    names = [name.removeprefix(PREFIX) for name in checkpoint["optimizer_parameters"]]
+    state = {f"{key}.{names[i]}": v for i, values in optimizer["state"].items() for key, v in values.items()}
+    moments = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    # bitsandbytes counts its steps in plain numbers.
+    numbers = {key: value for key, value in state.items() if key not in moments}
+    written = [
+        write_shard(temporary, stem, tensors, rank=rank, count=count)
+        for stem, tensors in ((WEIGHTS, weights), (MOMENTS, moments))
+    ]
+    files = _gather([{file.name: _seal(file) for file in written}], count)
+    if rank == 0:
+        kept = {"optimizer_groups": optimizer["param_groups"], "optimizer_numbers": numbers}
+        torch.save(checkpoint | kept, temporary / STATE)
+        sealed = {name: seal for shard in files for name, seal in shard.items()} | {STATE: _seal(temporary / STATE)}
+        write_json_atomic(temporary / MANIFEST, {"step": checkpoint["global_step"], "files": sealed})
+        fsync_folder(temporary)
+        temporary.rename(final)
+        fsync_folder(final.parent)
+    _wait_for_all(count)
+
+
+def _wait_for_all(count: int) -> None:
+    if count > 1:
+        torch.distributed.barrier()
+
+
+def _gather(mine: list[Any], count: int) -> list[Any]:
+    """Return what every rank has, on all of them."""
+    if count == 1:
+        return mine
+    gathered: list[Any] = [None] * count
+    torch.distributed.all_gather_object(gathered, mine[0])
+    return gathered
+
+
+def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """Read what any number of ranks has written.
+
+    Args:
+        like: the parameters by name; tensors come sharded as they are. None: whole.
+
+    Raises:
+        ConfigError: the checkpoint is damaged.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        names = checkpoint["optimizer_parameters"]
+        with ShardReader(folder, WEIGHTS) as weights, ShardReader(folder, MOMENTS) as moments:
+
+            def read(reader: ShardReader, key: str, name: str) -> torch.Tensor:
+                # A count of steps is no row of anything.
+                if like is None or key.startswith("step."):
+                    return reader.read(key)
+                return reader.read_like(key, like[name])
+
+            checkpoint["state_dict"] = {PREFIX + name: read(weights, name, PREFIX + name) for name in weights.names()}
+            numbers = {name.removeprefix(PREFIX): number for number, name in enumerate(names)}
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for key in moments.names():
+                kind, _, name = key.partition(".")
+                state.setdefault(numbers[name], {})[kind] = read(moments, key, PREFIX + name)
+            for key, value in checkpoint.pop("optimizer_numbers", {}).items():
+                kind, _, name = key.partition(".")
+                state.setdefault(numbers[name], {})[kind] = value
+    except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{folder} is damaged ({reason}); remove it to go on from the one before") from None
+    checkpoint["optimizer_states"] = [{"state": state, "param_groups": checkpoint.pop("optimizer_groups")}]
+    return checkpoint
+
+
+class StepFolderIO(CheckpointIO):
+    """Checkpoints of strategies in which rank 0 holds everything."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        # Renamed first: a folder half deleted must not be taken for a checkpoint.
+        doomed = Path(path).with_name(f".{Path(path).name}.tmp")
+        Path(path).rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def clear_leftovers(folder: RunFolder) -> None:
+    """Remove what a kill -9 left half written or half deleted."""
+    for leftover in folder.checkpoints.glob(".*.tmp"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    for checkpoint in folder.checkpoints.glob("step-*"):
+        if not (checkpoint / MANIFEST).exists():
+            shutil.rmtree(checkpoint)
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Sync a file to the disk and describe it."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+    return _described(path)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def point(folder: RunFolder, name: str, checkpoint: Path) -> None:
+    """Make `checkpoints/<name>` a link to `checkpoint`, in one move."""
+    temporary = folder.checkpoints / f".{name}.{os.getpid()}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(checkpoint.name)
+    temporary.replace(folder.checkpoints / name)
+
+
+def pointed(folder: RunFolder, name: str) -> Path | None:
+    """Return the checkpoint that `best` or `last` points to."""
+    link = folder.checkpoints / name
+    return link.resolve() if link.exists() else None
+
+
+class Checkpointing(BoundaryCallback):
+    """Saves when due, when val/loss is the best so far, and when asked to; keeps the newest and the best."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        milestones: Milestones,
+        folder: RunFolder,
+        on_saved: Callable[[Path], None] | None = None,
+    ) -> None:
+        """`on_saved` is told of every checkpoint on rank 0, before older ones are let go."""
+        super().__init__(milestones)
+        self._keep_last = config.keep_last
+        self._on_saved = on_saved
+        self._folder = folder
+        self._saved_step = 0
+        self.best_val_loss: float | None = None
+        self.best_step: int | None = None
+        self._stopped_early = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_val_loss": self.best_val_loss, "best_step": self.best_step, "stopped_early": self._stopped_early}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_val_loss = state_dict["best_val_loss"]
+        self.best_step = state_dict["best_step"]
+        self._stopped_early = state_dict["stopped_early"]
+        if is_rank_zero():
+            # A kill between a save and its pointers leaves them behind.
+            point(self._folder, "last", list_checkpoints(self._folder)[-1])
+            if self.best_step is not None:
+                point(self._folder, "best", self._path(self.best_step))
+
+    def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        # A run killed between early stopping and its end has nothing left to train.
+        trainer.should_stop = trainer.should_stop or self._stopped_early
+
+    def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
+        self._stopped_early = trainer.should_stop
+        improved = self.milestones.validate(step) and self._improved(module, step)
+        # Early stopping ends the run here, so here is the last step.
+        if improved or self.milestones.save(step) or trainer.should_stop:
+            self.save(trainer, step)
+
+    def _improved(self, module: CausalLMModule, step: int) -> bool:
+        loss = module.validation.loss
+        if not math.isfinite(loss) or (self.best_val_loss is not None and loss >= self.best_val_loss):
+            return False
+        self.best_val_loss, self.best_step = loss, step
+        return True
+
+    def save(self, trainer: Trainer, step: int) -> None:
+        """Write the checkpoint of this step, unless it is there, and let go of those no longer kept."""
+        if step == self._saved_step:
+            return
+        trainer.save_checkpoint(self._path(step))
+        self._saved_step = step
+        if is_rank_zero():
+            point(self._folder, "last", self._path(step))
+            if self.best_step == step:
+                point(self._folder, "best", self._path(step))
+            self._folder.append_event(step, "checkpoint", path=str(self._path(step).relative_to(self._folder.path)))
+            if self._on_saved is not None:
+                self._on_saved(self._path(step))
+            self._prune(trainer)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the lowest val/loss, None before the first validation."""
+        return None if self.best_step is None else self._path(self.best_step)
+
+    @property
+    def newest_checkpoint(self) -> Path:
+        """The checkpoint of the last step saved."""
+        return list_checkpoints(self._folder)[-1]
+
+    def _path(self, step: int) -> Path:
+        return self._folder.checkpoints / f"step-{step:06d}"
+
+    def _prune(self, trainer: Trainer) -> None:
+        for checkpoint in list_checkpoints(self._folder)[: -self._keep_last]:
+            if step_of(checkpoint) != self.best_step:
+                trainer.strategy.remove_checkpoint(checkpoint)

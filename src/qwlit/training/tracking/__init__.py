@@ -1,0 +1,1 @@
+"""What a run records: its folder, manifest, metrics, determinism trace, progress on the screen, and W&B."""

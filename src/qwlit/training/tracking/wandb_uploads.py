@@ -1,0 +1,85 @@
+"""Checkpoints as versions of one W&B artifact, sent beside the training."""
+
+import contextlib
+import os
+import shutil
+import threading
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from rich.markup import escape
+
+from qwlit.core.console import console
+from qwlit.core.errors import Leave, one_line
+from qwlit.core.files import read_json_lines
+from qwlit.training.checkpointing.checkpoint import list_checkpoints, pointed, step_of
+from qwlit.training.tracking.run_folder import RunFolder
+
+UPLOADED = "uploaded"
+
+
+class Uploads:
+    """Sends one checkpoint after another in a thread; begins with those that an earlier process did not get to."""
+
+    def __init__(self, run: Any, folder: RunFolder) -> None:
+        self._run = run
+        self._folder = folder
+        self._held = folder.path / "wandb" / "uploads"
+        self._waiting: Queue[tuple[Path, list[str]]] = Queue()
+        self._leaving = False
+        shutil.rmtree(self._held, ignore_errors=True)
+        events = read_json_lines(folder.path / "events.jsonl")
+        sent = {row["step"] for row in events if row.get("event") == UPLOADED}
+        for checkpoint in list_checkpoints(folder):
+            if step_of(checkpoint) not in sent:
+                self.add(checkpoint)
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def add(self, checkpoint: Path) -> None:
+        """Take in a checkpoint. Links hold its files, so that it may be deleted before it is sent."""
+        held = self._held / checkpoint.name
+        held.mkdir(parents=True)
+        for file in checkpoint.iterdir():
+            _link(file, held / file.name)
+        pointers = [name for name in ("best", "last") if pointed(self._folder, name) == checkpoint.resolve()]
+        self._waiting.put((held, [f"step-{step_of(checkpoint)}", *pointers]))
+
+    def _work(self) -> None:
+        while True:
+            held, aliases = self._waiting.get()
+            try:
+                if not self._leaving:
+                    self._send(held, aliases)
+            except Exception as error:
+                message = f"{held.name} was not uploaded to W&B ({one_line(str(error))})"
+                self._folder.append_event(step_of(held), "finding", message=message)
+                console().print(f"  [yellow]note[/]      {escape(message)}")
+            finally:
+                self._waiting.task_done()
+
+    def _send(self, held: Path, aliases: list[str]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoints-{self._run.id}", type="model", metadata={"step": step_of(held)})
+        for file in sorted(held.iterdir()):
+            artifact.add_file(str(file), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact, aliases=aliases).wait()
+        self._folder.append_event(step_of(held), UPLOADED, artifact=artifact.name)
+        shutil.rmtree(held)
+
+    def finish(self, *, wait: bool) -> bool:
+        """Wait until all is sent, or leave what is not; return whether all is."""
+        self._leaving = not wait
+        if wait:
+            with contextlib.suppress(KeyboardInterrupt, Leave):  # a signal says that it takes too long
+                self._waiting.join()
+        self._leaving = True
+        return self._waiting.unfinished_tasks == 0
+
+
+def _link(file: Path, link: Path) -> None:
+    try:
+        os.link(file, link)
+    except OSError:  # a file system without links
+        shutil.copy2(file, link)
