@@ -24,11 +24,11 @@ from qwlit.data.batches import collate
 from qwlit.model.attention import register_attention
 from qwlit.model.config import Execution
 from qwlit.model.head import WORKSPACES
-from qwlit.model.loss_model import LossModel, build_loss_model, rehearse
+from qwlit.model.loss_model import LossModel, build_loss_model, build_meta_model
 from qwlit.optim.groups import plan_groups
 from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer
 from qwlit.planning.memory.activations import activation_bytes
-from qwlit.planning.memory.estimate import Load, Subject, estimate_memory
+from qwlit.planning.memory.estimate import estimate_memory
 from qwlit.planning.memory.state import MicroShape, Placement
 from qwlit.training.machine import resolve_machine
 
@@ -107,10 +107,10 @@ def compare(shape: list[str], way: list[str], policy: str) -> tuple[float, float
     )
     kernel: Any = "eager" if config.determinism == "strict" else "sdpa"
     execution = Execution(kernel, machine.memory, torch.float32, torch.float32)
-    rehearsed = rehearse(config.model, config.adapter, config.dropout, config.freeze)
-    subject = Subject(config, rehearsed, plan_groups(rehearsed.named_parameters(), config.optim))
+    meta_model = build_meta_model(config.model, config.adapter, config.dropout, config.freeze)
+    groups = plan_groups(meta_model.named_parameters(), config.optim)
     micro, size = micro_batch(packing=config.data.packing)
-    estimate = estimate_memory(subject, machine, execution, Load(size, accumulates=True))
+    estimate = estimate_memory(config, meta_model, groups, machine, execution, replace(size, accumulates=True))
     predicted = estimate.total - estimate.components["reserve"]
     model = build_loss_model(config.model, config.adapter, config.dropout, config.freeze, execution, seed=0)
     return predicted, _measured(model, config, micro)
@@ -181,7 +181,7 @@ def compare_fake(words: list[str]) -> tuple[float, float]:
     execution = Execution("sdpa", "none", torch.bfloat16, torch.bfloat16)
     place = Placement("cpu", 1, 2)
     micro, size = micro_batch(packing=True)
-    subject_model = rehearse(config.model, config.adapter, config.dropout, config.freeze)
+    subject_model = build_meta_model(config.model, config.adapter, config.dropout, config.freeze)
     predicted = activation_bytes(subject_model, config.adapter, config.dropout, execution, place, size).kept
     kept = _Kept()
     with FakeTensorMode(allow_non_fake_inputs=True):

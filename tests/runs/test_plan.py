@@ -10,7 +10,7 @@ from qwlit.config.compose import compose
 from qwlit.model.flops import count_flops
 from qwlit.model.load import model_shape
 from qwlit.model.presets import meta_causal_lm
-from qwlit.planning import foresee
+from qwlit.planning import run_plan
 from tests.runs.runs import TINY, qwlit, rows
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def test_wrong_words_end_in_one_line(words, said, tmp_path):
 
 
 def test_much_data_is_left_to_inspect_to_tokenize(tmp_path, monkeypatch):
-    monkeypatch.setattr(foresee, "MOST_BYTES", 10)
+    monkeypatch.setattr(run_plan, "MOST_BYTES", 10)
     words = ["experiment=demo", *TINY]
     before = planned(words, tmp_path)
     assert "not tokenized yet" in before["not_checked"] and before["steps"] == 1000

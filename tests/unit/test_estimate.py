@@ -7,8 +7,8 @@ import pytest
 from benchmarks.memory import SHAPES, WAYS, compare, compare_fake
 from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
-from qwlit.planning.batch_statistics import assume_steps
-from qwlit.planning.outline import draw_outline
+from qwlit.planning.batch_statistics import assume_batches
+from qwlit.planning.setup import resolve_setup
 from qwlit.training import machine
 
 GIB = 2**30
@@ -16,8 +16,8 @@ GIB = 2**30
 
 def settled(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
-    outline = draw_outline(compose(["hardware=a100x4", *words]))
-    return outline.settle(assume_steps(outline.config, 4).load)
+    setup = resolve_setup(compose(["hardware=a100x4", *words]))
+    return setup.settle(assume_batches(setup.config, 4).largest)
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def settled(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any
     ],
 )
 def test_the_cheapest_strategy_and_policy_that_fit_are_taken(words, strategy, memory, monkeypatch):
-    outline, estimate = settled(words, monkeypatch)
+    setup, estimate = settled(words, monkeypatch)
     assert estimate.fits
-    assert (outline.machine.strategy, outline.machine.memory, outline.execution.memory) == (strategy, memory, memory)
+    assert (setup.machine.strategy, setup.machine.memory, setup.execution.memory) == (strategy, memory, memory)
 
 
 @pytest.mark.parametrize(
@@ -46,17 +46,17 @@ def test_the_cheapest_strategy_and_policy_that_fit_are_taken(words, strategy, me
     [["model=qwen3_8b", "hardware.strategy=ddp"], ["model=qwen3_4b", "optim=adamw_8bit"]],
 )
 def test_what_may_not_be_sharded_and_does_not_fit_is_counted_at_its_smallest(words, monkeypatch):
-    outline, estimate = settled(words, monkeypatch)
+    setup, estimate = settled(words, monkeypatch)
     assert estimate.fits is False
-    assert (outline.machine.strategy, outline.machine.memory) == ("ddp", "offload")
-    assert not outline.execution.compiled
+    assert (setup.machine.strategy, setup.machine.memory) == ("ddp", "offload")
+    assert not setup.execution.compiled
 
 
 def test_sharding_over_twice_the_devices_halves_weights_and_moments(monkeypatch):
     _, four = settled(["model=qwen3_4b"], monkeypatch)
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(8, "NVIDIA A100-SXM4-40GB", True, 42.3))
-    outline = draw_outline(compose(["hardware=a100x8", "model=qwen3_4b", "hardware.strategy=fsdp"]))
-    _, eight = outline.settle(assume_steps(outline.config, 8).load)
+    setup = resolve_setup(compose(["hardware=a100x8", "model=qwen3_4b", "hardware.strategy=fsdp"]))
+    _, eight = setup.settle(assume_batches(setup.config, 8).largest)
     for name in ("weights", "optimizer"):
         assert four.components[name] == pytest.approx(2 * eight.components[name], rel=1e-6)
 

@@ -12,9 +12,9 @@ from qwlit.core.errors import ConfigError
 from qwlit.optim.schedules import build_schedule
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.outline import draw_outline
 from qwlit.planning.preflight import RULES, DataFacts, Facts, TokenizerFacts, find, refuse
 from qwlit.planning.preflight.table import table
+from qwlit.planning.setup import resolve_setup
 from qwlit.training import machine
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +24,9 @@ TOKENIZER = TokenizerFacts(pad_id=151_643, eos_id=151_645, num_tokens=151_669)
 
 def facts(words: list[str], *, steps: int = 1000, data: DataFacts = GOOD_DATA, **changes: Any) -> Facts:
     """Return what the rules see of a run of so many steps over good data, unless told otherwise."""
-    outline = draw_outline(compose(words), imagined=True)
-    schedule = build_schedule(outline.config.scheduler, steps)
-    return replace(facts_of(outline), **{"schedule": schedule, "data": data, "tokenizer": TOKENIZER} | changes)
+    setup = resolve_setup(compose(words), imagined=True)
+    schedule = build_schedule(setup.config.scheduler, steps)
+    return replace(facts_of(setup), **{"schedule": schedule, "data": data, "tokenizer": TOKENIZER} | changes)
 
 
 def names(found: Facts) -> set[str]:
@@ -145,12 +145,12 @@ def test_what_is_allowed_only_warns():
 
 def test_a_name_that_is_no_rules_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"there is no rule 'full_lrr'\. Did you mean 'full_lr'\?"):
-        draw_outline(compose(["preflight.allow=[full_lrr]"]))
+        resolve_setup(compose(["preflight.allow=[full_lrr]"]))
 
 
 def test_what_is_not_known_is_not_judged(monkeypatch):
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(0, "CPU", False, 16.0))
-    unknown = facts_of(draw_outline(compose(["scheduler.warmup_ratio=0.5"])))
+    unknown = facts_of(resolve_setup(compose(["scheduler.warmup_ratio=0.5"])))
     assert (unknown.schedule, unknown.data, unknown.tokenizer) == (None, None, None)
     assert not names(unknown) & {"warmup", "few_steps", "little_supervised", "pad_is_eos"}
 

@@ -14,7 +14,7 @@ from qwlit.model.config import (
     FreezeConfig,
     ModelConfig,
 )
-from qwlit.model.loss_model import build_loss_model, rehearse
+from qwlit.model.loss_model import build_loss_model, build_meta_model
 from qwlit.model.quantize import check_blocks, num_elements
 from tests.tiny import packed, random_samples, save_folder, tiny_causal_lm
 
@@ -62,7 +62,7 @@ def test_rows_of_broken_blocks_are_refused(tmp_path):
     model = ModelConfig(path=str(save_folder(tiny_causal_lm(), tmp_path / "narrow")))
     adapter = AdapterConfig(kind="lora", quantization="nf4")
     with pytest.raises(ConfigError, match=r"blocks of 64 weights, but model\.layers\.0\.self_attn\.q_proj is 32 wide"):
-        check_blocks(rehearse(model, adapter, DropoutConfig(), FreezeConfig()))
+        check_blocks(build_meta_model(model, adapter, DropoutConfig(), FreezeConfig()))
 
 
 def test_biases_come_along_and_parameters_are_counted_as_before(folder, plain):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qwlit.config.compose import compose
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeConfig, ModelConfig
-from qwlit.model.loss_model import build_loss_model, rehearse
+from qwlit.model.loss_model import build_loss_model, build_meta_model
 from tests.tiny import save_folder, tiny_causal_lm
 
 EXECUTION = Execution("sdpa", "none", torch.float32, torch.float32)
@@ -53,7 +53,7 @@ def loaded(adapter: Path, config: AdapterConfig | None = None) -> PreTrainedMode
     """Load as `train` does: checked against the shapes first, then for real."""
     model = ModelConfig(path=str(adapter.parent / "base"), adapter_path=str(adapter))
     options = (model, config or AdapterConfig(), DropoutConfig(), FreezeConfig())
-    rehearse(*options)
+    build_meta_model(*options)
     return build_loss_model(*options, EXECUTION, seed=0).causal_lm.eval()
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qwlit.data.samples import Samples
     from qwlit.data.splits import DataSplit
     from qwlit.data.templates import Family
-    from qwlit.planning.corpus import Corpus
+    from qwlit.planning.tokenized_data import TokenizedData
 
 OUTPUTS = ("text", "json")
 SAMPLES_SHOWN, STEPS_SHOWN, REASONS_SHOWN = 3, 3, 10
@@ -57,25 +57,25 @@ def inspect(config: "RunConfig", output: str, sample: int | None) -> None:
         ConfigError, DataError: what `train` would say of the same data; what was put aside is shown before.
     """
     from qwlit.data.splits import split_data
-    from qwlit.planning.corpus import open_corpus
+    from qwlit.planning.tokenized_data import load_tokenized_data
 
     screen = console(stderr=output == "json")
-    corpus = open_corpus(config, screen)
+    tokenized = load_tokenized_data(config, screen)
     if sample is None:
-        _show_account(corpus, screen)
-    data = split_data(config.data, corpus.training, corpus.validation)
+        _show_account(tokenized, screen)
+    data = split_data(config.data, tokenized.training, tokenized.validation)
     if sample is not None and sample >= len(data.train):
         raise ConfigError(f"sample={sample}: there are {len(data.train)} samples, 0 to {len(data.train) - 1}")
     if output == "json":
         for line in _json_lines(data.train, range(len(data.train)) if sample is None else [sample]):
             print(line)
     elif sample is not None:
-        _show_sample(data.train, sample, corpus, screen)
-        _show_tokens(data.train, sample, corpus, screen)
+        _show_sample(data.train, sample, tokenized, screen)
+        _show_tokens(data.train, sample, tokenized, screen)
     else:
-        _show_data(data, corpus, config, screen)
+        _show_data(data, tokenized, config, screen)
         for number in range(min(SAMPLES_SHOWN, len(data.train))):
-            _show_sample(data.train, number, corpus, screen)
+            _show_sample(data.train, number, tokenized, screen)
 
 
 def _json_lines(samples: "Samples", numbers: Any) -> Iterator[str]:
@@ -91,12 +91,12 @@ def _json_lines(samples: "Samples", numbers: Any) -> Iterator[str]:
         )
 
 
-def _show_account(corpus: "Corpus", screen: Console) -> None:
+def _show_account(tokenized: "TokenizedData", screen: Console) -> None:
     """Print what became of every row, and why rows were put aside."""
     from qwlit.data.store import rejections
 
-    stores = [("data.path", store) for store in corpus.training]
-    stores += [("data.val_path", store) for store in corpus.validation]
+    stores = [("data.path", store) for store in tokenized.training]
+    stores += [("data.val_path", store) for store in tokenized.validation]
     for setting, store in stores:
         account = store.account
         parts = f"{account.accepted:,} accepted + {account.too_long:,} too long + {account.quarantined:,} put aside"
@@ -113,9 +113,9 @@ def _show_account(corpus: "Corpus", screen: Console) -> None:
         screen.print(f"  {rest:>7,}  for {len(found) - REASONS_SHOWN} other reasons")
 
 
-def _show_data(data: "DataSplit", corpus: "Corpus", config: "RunConfig", screen: Console) -> None:
+def _show_data(data: "DataSplit", tokenized: "TokenizedData", config: "RunConfig", screen: Console) -> None:
     """Print what is learnt of the data, how long the samples are, and how the first steps are laid out."""
-    chat = corpus.encoder.chat
+    chat = tokenized.encoder.chat
     screen.print(f"\n[bold]to train on[/]  {data.describe()}")
     if chat is not None:
         supervision = chat.supervision
@@ -152,11 +152,11 @@ def _show_lengths(samples: "Samples", screen: Console) -> None:
 
 def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None:
     """Print the first steps' micro-batches, each sample as wide as it is long."""
-    from qwlit.planning.steps import plan_steps
+    from qwlit.planning.steps import build_step_plan
 
     hardware = config.hardware
     world_size = (1 if hardware.devices == "auto" else hardware.devices) * hardware.num_nodes
-    plan = plan_steps(config, data, world_size)
+    plan = build_step_plan(config, data, world_size)
     how = "packed end to end" if plan.packing else "padded"
     on = f"{world_size} devices" if world_size > 1 else "one device"
     screen.print(f"\n[bold]the first steps[/]  {plan.global_batch_size} samples each, on {on}, {how}")
@@ -174,7 +174,7 @@ def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None
             screen.print(f"    device {rank}  [cyan]{bar}[/] {tokens:,} tokens  [dim]samples {named}[/]")
 
 
-def _show_sample(samples: "Samples", number: int, corpus: "Corpus", screen: Console) -> None:
+def _show_sample(samples: "Samples", number: int, tokenized: "TokenizedData", screen: Console) -> None:
     """Print a sample's text: what is learnt in green, or in double brackets where there are no colours."""
     from qwlit.data.inspect import stretches
 
@@ -184,12 +184,12 @@ def _show_sample(samples: "Samples", number: int, corpus: "Corpus", screen: Cons
     colours = screen.is_terminal and not screen.no_color
     text = Text()
     was_learnt = False
-    for stretch in stretches(input_ids, loss_mask, _control_ids(corpus)):
+    for stretch in stretches(input_ids, loss_mask, _control_ids(tokenized)):
         if not colours and stretch.learnt != was_learnt:
             text.append("[[" if stretch.learnt else "]]")
         was_learnt = stretch.learnt
         style = "green" if stretch.learnt else "dim"
-        shown = _decode(corpus, stretch.ids)
+        shown = _decode(tokenized, stretch.ids)
         # A line break is a token like others: whether it is learnt should show.
         shown = shown.replace("\n", "↵\n") if stretch.learnt else shown
         text.append(shown, f"{style} reverse" if stretch.kind == "control" else style)
@@ -197,20 +197,20 @@ def _show_sample(samples: "Samples", number: int, corpus: "Corpus", screen: Cons
     screen.print(text)
 
 
-def _show_tokens(samples: "Samples", number: int, corpus: "Corpus", screen: Console) -> None:
+def _show_tokens(samples: "Samples", number: int, tokenized: "TokenizedData", screen: Console) -> None:
     screen.print("\n[bold]position      id  learnt  token[/]")
     input_ids, loss_mask = samples.sample(number)
     for position, (token, learnt) in enumerate(zip(input_ids.tolist(), loss_mask.tolist(), strict=True)):
         mark = "[green]yes[/]" if learnt else "   "
-        screen.print(f"{position:>8}  {token:>6}  {mark}     {escape(repr(_decode(corpus, (token,))))}")
+        screen.print(f"{position:>8}  {token:>6}  {mark}     {escape(repr(_decode(tokenized, (token,))))}")
 
 
-def _control_ids(corpus: "Corpus") -> set[int]:
-    tokenizer = corpus.encoder.tokenizer
+def _control_ids(tokenized: "TokenizedData") -> set[int]:
+    tokenizer = tokenized.encoder.tokenizer
     return set(tokenizer.control_ids.values()) if tokenizer else set()
 
 
-def _decode(corpus: "Corpus", ids: tuple[int, ...]) -> str:
-    if corpus.tokenizer is None:
+def _decode(tokenized: "TokenizedData", ids: tuple[int, ...]) -> str:
+    if tokenized.tokenizer is None:
         return " ".join(map(str, ids)) + " "
-    return str(corpus.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(tokenized.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

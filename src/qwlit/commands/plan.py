@@ -18,7 +18,8 @@ from qwlit.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from qwlit.optim.schedules import Schedule
-    from qwlit.planning.foresee import Foresight
+    from qwlit.planning.remedies import Remedy
+    from qwlit.planning.run_plan import RunPlan
 
 GIB = 2**30
 OUTPUTS = ("text", "json")
@@ -39,15 +40,18 @@ def main(arguments: list[str]) -> int:
     # Nearly all that is made lives to the end.
     gc.disable()
     try:
-        from qwlit.planning.foresee import foresee
+        from qwlit.config.compose import compose
+        from qwlit.planning.remedies import fitting_overrides
+        from qwlit.planning.run_plan import build_plan
 
-        foresight = foresee(overrides, console(stderr=True))
+        plan = build_plan(compose(overrides), console(stderr=True), preview=True)
+        remedies = fitting_overrides(overrides, plan)
     finally:
         gc.enable()
     if own["output"] == "json":
-        print(json.dumps(as_json(foresight, mfu), indent=1, ensure_ascii=False))
+        print(json.dumps(as_json(plan, remedies, mfu), indent=1, ensure_ascii=False))
     else:
-        show(foresight, mfu, console())
+        show(plan, remedies, mfu, console())
     return 0
 
 
@@ -61,15 +65,15 @@ def _mfu(text: str | None) -> float:
     return mfu
 
 
-def as_json(plan: "Foresight", mfu: float) -> dict[str, Any]:
+def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, Any]:
     """Return the plan as machines read it; null is what is not known."""
-    outline, memory, survey = plan.outline, plan.memory, plan.survey
-    config, machine, schedule = outline.config, outline.machine, plan.schedule
-    groups = outline.subject.groups
+    memory, batches = plan.memory, plan.batches
+    config, machine, schedule = plan.config, plan.machine, plan.schedule
+    groups = plan.setup.groups
     return {
         "parameters": {
-            "total": outline.num_parameters,
-            "trainable": sum(group.size for group in groups),
+            "total": plan.setup.num_parameters,
+            "trainable": plan.setup.num_trainable,
             "groups": [
                 {"name": g.name, "parameters": g.size, "lr": g.lr, "weight_decay": g.weight_decay} for g in groups
             ],
@@ -82,62 +86,60 @@ def as_json(plan: "Foresight", mfu: float) -> dict[str, Any]:
             "policy": machine.memory,
         },
         "fits": memory.fits,
-        "would_fit": [
-            {"overrides": overrides, "total_gib": smaller.total / GIB} for overrides, smaller in plan.remedies
-        ],
+        "would_fit": [{"overrides": overrides, "total_gib": smaller.total / GIB} for overrides, smaller in remedies],
         "global_batch_size": config.train.global_batch_size,
         "micro_batch_size": config.hardware.micro_batch_size,
         "micro_batch_tokens": config.hardware.micro_batch_tokens,
         "accumulate_grad_batches": plan.accumulate_grad_batches,
-        "accumulation": dict(zip(("min", "median", "max"), survey.accumulation, strict=True)) if plan.data else None,
-        "padding_share": survey.padding_share,
+        "accumulation": dict(zip(("min", "median", "max"), batches.accumulation, strict=True)) if plan.data else None,
+        "padding_share": batches.padding_share,
         "devices": machine.devices,
         "num_nodes": machine.num_nodes,
         "strategy": machine.strategy,
         "precision": machine.precision,
-        "attention": outline.execution.attention,
-        "compiled": outline.execution.compiled,
+        "attention": plan.execution.attention,
+        "compiled": plan.execution.compiled,
         "steps": schedule.total_steps if schedule else None,
         "warmup_steps": schedule.warmup_steps if schedule else None,
         "tokens": plan.num_tokens if plan.data else None,
         "flops_per_token": plan.flops_per_token,
         "mfu": mfu,
         "seconds": plan.seconds(mfu) if plan.data else None,
-        "not_checked": plan.unchecked,
+        "not_checked": plan.not_checked,
         "findings": [
             {"name": f.name, "severity": f.severity, "message": f.message, "remedy": f.remedy} for f in plan.findings
         ],
     }
 
 
-def show(plan: "Foresight", mfu: float, screen: Console) -> None:
+def show(plan: "RunPlan", remedies: "list[Remedy]", mfu: float, screen: Console) -> None:
     """Print the plan as a person reads it."""
-    outline, machine = plan.outline, plan.outline.machine
-    compiled = ", layers compiled" if outline.execution.compiled else ""
-    screen.print(f"[bold]{escape(str(outline.config.run.name))}[/]  on {machine.world_size} x {machine.device_name}")
+    machine = plan.machine
+    compiled = ", layers compiled" if plan.execution.compiled else ""
+    screen.print(f"[bold]{escape(str(plan.config.run.name))}[/]  on {machine.world_size} x {machine.device_name}")
     screen.print(
-        f"  strategy {machine.strategy}, precision {machine.precision}, attention {outline.execution.attention}"
+        f"  strategy {machine.strategy}, precision {machine.precision}, attention {plan.execution.attention}"
         f", memory {machine.memory}{compiled}"
     )
     _show_parameters(plan, screen)
-    _show_memory(plan, screen)
+    _show_memory(plan, remedies, screen)
     _show_steps(plan, mfu, screen)
     _show_findings(plan, screen)
 
 
-def _show_parameters(plan: "Foresight", screen: Console) -> None:
-    trained = sum(group.size for group in plan.outline.subject.groups)
-    total = plan.outline.num_parameters
+def _show_parameters(plan: "RunPlan", screen: Console) -> None:
+    trained = plan.setup.num_trainable
+    total = plan.setup.num_parameters
     screen.print(f"\n[bold]parameters[/]  {total:,}, of them trained {trained:,} ({trained / total:.2%})")
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     for column in ("  group", "parameters", "lr", "decay"):
         table.add_column(column, justify="left" if column == "  group" else "right")
-    for group in plan.outline.subject.groups:
+    for group in plan.setup.groups:
         table.add_row(f"  {group.name}", f"{group.size:,}", f"{group.lr:.3g}", f"{group.weight_decay:g}")
     screen.print(table)
 
 
-def _show_memory(plan: "Foresight", screen: Console) -> None:
+def _show_memory(plan: "RunPlan", remedies: "list[Remedy]", screen: Console) -> None:
     memory = plan.memory
     there = f" of {memory.device / GIB:.1f}" if memory.device else ""
     verdict = {True: "[green]fits[/]", False: "[red]does not fit[/]", None: "device not known"}[memory.fits]
@@ -149,23 +151,23 @@ def _show_memory(plan: "Foresight", screen: Console) -> None:
         bar = "▇" * round(BAR_WIDTH * size / scale)
         screen.print(f"  {name:<22}{size / GIB:>8.2f} GiB  [cyan]{bar}[/]")
     if memory.fits is False:
-        screen.print("  what would fit, cheapest first:" if plan.remedies else "  nothing tried here would fit")
-        for overrides, smaller in plan.remedies:
+        screen.print("  what would fit, cheapest first:" if remedies else "  nothing tried here would fit")
+        for overrides, smaller in remedies:
             screen.print(f"    {' '.join(overrides):<58} {smaller.total / GIB:.1f} GiB")
 
 
-def _show_steps(plan: "Foresight", mfu: float, screen: Console) -> None:
-    config, survey, schedule = plan.outline.config, plan.survey, plan.schedule
-    hardware, machine = config.hardware, plan.outline.machine
+def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
+    config, batches, schedule = plan.config, plan.batches, plan.schedule
+    hardware, machine = config.hardware, plan.machine
     limits = [f"{hardware.micro_batch_size} samples"] if hardware.micro_batch_size else []
     limits += [f"{hardware.micro_batch_tokens:,} tokens"] if hardware.micro_batch_tokens else []
-    seen = f" ({'/'.join(f'{n:g}' for n in survey.accumulation)} min/median/max)" if plan.data else ""
+    seen = f" ({'/'.join(f'{n:g}' for n in batches.accumulation)} min/median/max)" if plan.data else ""
     screen.print(
         f"\n[bold]steps[/]  {config.train.global_batch_size} samples each, over {machine.world_size} x"
         f" {plan.accumulate_grad_batches} micro-batches{seen} of at most {' or '.join(limits) or 'any size'}"
     )
     if schedule is None:
-        screen.print(f"  number of steps not checked: {escape(plan.unchecked or '')}")
+        screen.print(f"  number of steps not checked: {escape(plan.not_checked or '')}")
     else:
         assumed = "" if plan.data else ", if every row is used"
         screen.print(
@@ -173,10 +175,10 @@ def _show_steps(plan: "Foresight", mfu: float, screen: Console) -> None:
         )
         screen.print(f"  lr  [cyan]{_curve(schedule)}[/]  peak {config.optim.lr:g}")
     if plan.data is not None:
-        padding = f", {survey.padding_share:.1%} padding" if survey.padding_share else ""
-        screen.print(f"  data  {plan.data.describe()}{padding}")
+        padding = f", {batches.padding_share:.1%} padding" if batches.padding_share else ""
+        screen.print(f"  data  {plan.data.split.describe()}{padding}")
     elif schedule is not None:
-        screen.print(f"  data not checked: {escape(plan.unchecked or '')}")
+        screen.print(f"  data not checked: {escape(plan.not_checked or '')}")
     screen.print(f"  {plan.flops_per_token / 1e9:.3f} GFLOP a token", end="")
     seconds = plan.seconds(mfu)
     if plan.num_tokens is not None:
@@ -194,7 +196,7 @@ def _curve(schedule: "Schedule") -> str:
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * schedule.factor(step)))] for step in steps)
 
 
-def _show_findings(plan: "Foresight", screen: Console) -> None:
+def _show_findings(plan: "RunPlan", screen: Console) -> None:
     screen.print(f"\n[bold]preflight[/]  {len(plan.findings) or 'no'} finding{'s' * (len(plan.findings) != 1)}")
     for finding in plan.findings:
         colour = "red" if finding.severity == "error" else "yellow"

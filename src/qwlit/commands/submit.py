@@ -99,10 +99,10 @@ def _refuse_hopeless(words: list[str]) -> None:
         ConfigError: as `train` would.
     """
     from qwlit.planning.facts import facts_of
-    from qwlit.planning.outline import draw_outline
     from qwlit.planning.preflight import find, refuse
+    from qwlit.planning.setup import resolve_setup
 
-    refuse(find(facts_of(draw_outline(compose(words), imagined=True))))
+    refuse(find(facts_of(resolve_setup(compose(words), imagined=True))))
 
 
 def _submit(file: Path, text: str) -> None:

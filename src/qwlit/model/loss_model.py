@@ -129,7 +129,7 @@ def start_adapter(causal_lm: "PreTrainedModel", model: ModelConfig) -> None:
     load_start(causal_lm, model)
 
 
-def rehearse(
+def build_meta_model(
     model: ModelConfig, adapter: AdapterConfig, dropout: DropoutConfig, freeze: FreezeConfig
 ) -> "PreTrainedModel":
     """Return the model as it will be, without weights: its names, shapes, and what is trained.

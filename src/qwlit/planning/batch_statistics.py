@@ -1,13 +1,12 @@
-"""The run's steps looked through beforehand: how many micro-batches they have, and how large the largest is."""
+"""Statistics of the run's steps: how many micro-batches they have, and how large the largest is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
 
 from qwlit.config.run import RunConfig
 from qwlit.data.step_plan import StepPlan
-from qwlit.planning.memory.estimate import Load
 from qwlit.planning.memory.state import MicroShape
 
 # Of longer runs so many steps and samples are looked at, spread evenly: half a second.
@@ -15,10 +14,11 @@ MOST_STEPS, MOST_SAMPLES = 2000, 200_000
 
 
 @dataclass(frozen=True)
-class Survey:
+class BatchStatistics:
     """What the steps of a run are like."""
 
-    load: Load
+    largest: MicroShape
+    """The micro-batch that takes the most memory."""
     accumulation: tuple[int, float, int]
     """Micro-batches of a device and step: fewest, median, most."""
     tokens_per_step: float
@@ -30,7 +30,7 @@ class Survey:
     """Of the positions computed."""
 
 
-def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
+def measure_batches(plan: StepPlan, total_steps: int) -> BatchStatistics:
     """Lay out the steps (of long runs a part) and note the largest micro-batch."""
     counts, tokens, positions = [], [], []
     num_supervised, num_pairs = 0, 0.0
@@ -58,8 +58,8 @@ def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
                 plan.packing,
             )
         positions.append(computed)
-    return Survey(
-        load=Load(largest, accumulates=max(counts) > 1),
+    return BatchStatistics(
+        largest=replace(largest, accumulates=max(counts) > 1),
         accumulation=(min(counts), median(counts), max(counts)),
         tokens_per_step=float(np.mean(tokens)),
         supervised_share=num_supervised / sum(tokens),
@@ -68,16 +68,16 @@ def survey_steps(plan: StepPlan, total_steps: int) -> Survey:
     )
 
 
-def assume_steps(config: RunConfig, world_size: int) -> Survey:
-    """Assume the most, where the data are not known: samples as long as `data.max_seq_len` that are learnt whole."""
+def assume_batches(config: RunConfig, world_size: int) -> BatchStatistics:
+    """Assume the most, where the data are not known: samples of `data.max_seq_len` tokens, all supervised."""
     hardware, length = config.hardware, config.data.max_seq_len
     each = -(-config.train.global_batch_size // world_size)
     rows = min(each, hardware.micro_batch_size or each)
     if hardware.micro_batch_tokens is not None:
         rows = min(rows, max(1, hardware.micro_batch_tokens // length))
     tokens, count = rows * length, -(-each // rows)
-    return Survey(
-        load=Load(MicroShape(tokens, tokens, float(tokens * length), config.data.packing), accumulates=count > 1),
+    return BatchStatistics(
+        largest=MicroShape(tokens, tokens, float(tokens * length), config.data.packing, accumulates=count > 1),
         accumulation=(count, count, count),
         tokens_per_step=float(config.train.global_batch_size * length),
         supervised_share=1.0,

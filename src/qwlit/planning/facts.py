@@ -6,36 +6,36 @@ from qwlit.data.samples import count_tokens, longest
 from qwlit.data.splits import DataSplit
 from qwlit.model.presets import context_length
 from qwlit.optim.schedules import Schedule
-from qwlit.planning.batch_statistics import assume_steps
+from qwlit.planning.batch_statistics import assume_batches
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.outline import Outline
 from qwlit.planning.preflight import DataFacts, Facts, TokenizerFacts
+from qwlit.planning.setup import Setup
 
 
 def facts_of(
-    outline: Outline,
+    setup: Setup,
     memory: MemoryEstimate | None = None,
     schedule: Schedule | None = None,
     data: DataSplit | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Facts:
-    """Gather; what is None was not reachable."""
+    """Gather what the rules look at; what is None was not reachable."""
     if memory is None:
         # Whatever the batches are, the state is the same.
-        _, memory = outline.settle(assume_steps(outline.config, outline.machine.world_size).load)
+        _, memory = setup.settle(assume_batches(setup.config, setup.machine.world_size).largest)
     return Facts(
-        config=outline.config,
-        machine=outline.machine,
-        execution=outline.execution,
-        compile_obstacle=outline.compile_obstacle,
-        num_parameters=outline.num_parameters,
+        config=setup.config,
+        machine=setup.machine,
+        execution=setup.execution,
+        compile_obstacle=setup.compile_obstacle,
+        num_parameters=setup.num_parameters,
         memory=memory,
         schedule=schedule,
-        highest_lr=max((group.lr for group in outline.subject.groups), default=0.0),
+        highest_lr=max((group.lr for group in setup.groups), default=0.0),
         data=None if data is None else _data_facts(data),
         tokenizer=None if tokenizer is None else _tokenizer_facts(tokenizer),
-        vocab_size=int(outline.subject.model.config.vocab_size),
-        context_length=context_length(outline.subject.model.config),
+        vocab_size=int(setup.model.config.vocab_size),
+        context_length=context_length(setup.model.config),
     )
 
 

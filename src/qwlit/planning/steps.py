@@ -1,4 +1,4 @@
-"""What follows from the settings once data and machine are known: steps, warm-up, accumulation, milestones."""
+"""The steps of a run, once data and machine are known: their number, the schedule, and when what is due."""
 
 from dataclasses import dataclass
 
@@ -12,49 +12,49 @@ from qwlit.training.milestones import Milestones, Rhythm
 
 
 @dataclass(frozen=True)
-class Derived:
-    """Numbers nobody sets."""
+class PlannedSteps:
+    """Which samples each step has, and what happens after which step."""
 
-    total_steps: int
+    step_plan: StepPlan
     schedule: Schedule
-    accumulate_grad_batches: int | None
-    """Micro-batches per rank and step when only rows are limited; None when nothing limits or tokens do."""
     milestones: Milestones
 
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.total_steps
 
-def limits(config: RunConfig) -> Limits:
-    return Limits(rows=config.hardware.micro_batch_size, tokens=config.hardware.micro_batch_tokens)
 
-
-def plan_steps(config: RunConfig, data: DataSplit, world_size: int) -> StepPlan:
-    """Lay out the run's steps for so many ranks."""
+def build_step_plan(config: RunConfig, data: DataSplit, world_size: int) -> StepPlan:
+    """Assign the samples of each step to so many ranks, within the hardware's limits."""
+    hardware = config.hardware
     return StepPlan(
         train=data.train,
         order=data.order(config.seed),
         global_batch_size=config.train.global_batch_size,
         world_size=world_size,
-        limits=limits(config),
+        limits=Limits(hardware.micro_batch_size, hardware.micro_batch_tokens),
         packing=config.data.packing,
     )
+
+
+def plan_steps(config: RunConfig, data: DataSplit, world_size: int) -> PlannedSteps:
+    """Plan all steps of the run.
+
+    Raises:
+        ConfigError: a sample is longer than a micro-batch may be.
+    """
+    step_plan = build_step_plan(config, data, world_size)
+    for samples in (data.train, data.validation):
+        if samples is not None:
+            step_plan.limits.check(samples)
+    total_steps = _total_steps(config, step_plan)
+    milestones = _milestones(config, step_plan, total_steps, has_validation=data.validation is not None)
+    return PlannedSteps(step_plan, build_schedule(config.scheduler, total_steps), milestones)
 
 
 def accumulation(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int | None:
     """Return ceil(G / (micro_batch_size * world_size)), the micro-batches each rank runs a step."""
     return None if micro_batch_size is None else -(-global_batch_size // (micro_batch_size * world_size))
-
-
-def derive(config: RunConfig, plan: StepPlan, *, has_validation: bool) -> Derived:
-    total_steps = _total_steps(config, plan)
-    schedule = build_schedule(config.scheduler, total_steps)
-    hardware = config.hardware
-    return Derived(
-        total_steps=total_steps,
-        schedule=schedule,
-        accumulate_grad_batches=None
-        if hardware.micro_batch_tokens
-        else accumulation(plan.global_batch_size, hardware.micro_batch_size, plan.world_size),
-        milestones=_milestones(config, plan, total_steps, has_validation=has_validation),
-    )
 
 
 def _total_steps(config: RunConfig, plan: StepPlan) -> int:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -15,58 +15,56 @@ from qwlit.core.errors import GuardStop, Interrupted, Leave, Preempted, Pruned
 from qwlit.core.ranks import is_rank_zero
 from qwlit.data.store import REASONS_NAMED, rejections
 from qwlit.model.load import fingerprint
-from qwlit.model.loss_model import LossModel
 from qwlit.model.quantize import num_elements
-from qwlit.optim.groups import ParameterGroup, plan_groups
-from qwlit.planning.assemble import Job
 from qwlit.run.resume import Start, claim, newest, refuse_other_content, refuse_other_mathematics
 from qwlit.training.checkpointing.checkpoint import list_checkpoints
 from qwlit.training.tracking.manifest import build_manifest
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
+if TYPE_CHECKING:
+    from qwlit.run.training_run import TrainingRun
 
-def begin(job: Job, loss_model: LossModel, folder: RunFolder) -> Start:
+
+def begin(run: "TrainingRun") -> Start:
     """Make the run folder ready and record config, manifest and quarantine; other ranks only look where to start.
 
     Raises:
-        ConfigError: an unfinished run of this name began with other mathematics or other data, or a rule about
-            parameters matches none.
+        ConfigError: an unfinished run of this name began with other mathematics or other data.
     """
-    config = job.config
-    groups = plan_groups(loss_model.causal_lm.named_parameters(), config.optim)
+    config, folder = run.config, run.folder
     if not is_rank_zero():
         return Start(newest(folder))
     base = fingerprint(config.model)
     if config.resume == "auto" and not config.run.overwrite and list_checkpoints(folder):
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_other_mathematics(mathematics(earlier), mathematics(config))
-        refuse_other_content(folder, data=job.data.fingerprint, base=base)
+        refuse_other_content(folder, data=run.data.split.fingerprint, base=base)
     start = claim(folder, resume=config.resume, overwrite=config.run.overwrite)
     folder.cut_back(start.step)
-    manifest = build_manifest(job.machine, **_facts(job, loss_model, groups, base))
+    manifest = build_manifest(run.plan.machine, **_facts(run, base))
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
-    folder.write_rows("quarantine.jsonl", job.data.quarantine())
-    folder.write_summary(resumed_from=start.step if start.checkpoint else None, rows=job.data.totals)
-    _introduce(job, manifest, folder, start)
+    folder.write_rows("quarantine.jsonl", run.data.split.quarantine())
+    folder.write_summary(resumed_from=start.step if start.checkpoint else None, rows=run.data.split.totals)
+    _introduce(run, manifest, start)
     return start
 
 
-def _facts(job: Job, loss_model: LossModel, groups: list[ParameterGroup], base: str | None) -> dict[str, Any]:
-    parameters = list(loss_model.parameters())
+def _facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
+    groups = run.plan.setup.groups
     return {
-        "choices": job.choices,
-        "seed": job.config.seed,
-        "determinism": job.config.determinism,
-        "attention": job.execution.attention,
-        "compiled": job.execution.compiled,
-        "template": job.encoder.chat.template if job.encoder.chat else None,
-        "tokenizer": job.encoder.tokenizer.fingerprint if job.encoder.tokenizer else None,
-        "data": job.data.fingerprint,
+        "choices": run.plan.setup.composed.choices,
+        "seed": run.config.seed,
+        "determinism": run.config.determinism,
+        "attention": run.plan.execution.attention,
+        "compiled": run.plan.execution.compiled,
+        "template": run.data.tokenized.encoder.chat.template if run.data.tokenized.encoder.chat else None,
+        "tokenizer": run.data.tokenized.encoder.tokenizer.fingerprint if run.data.tokenized.encoder.tokenizer else None,
+        "data": run.data.split.fingerprint,
         "base": base,
         "parameters": {
-            "total": sum(num_elements(p) for p in parameters),
-            "trainable": sum(group.size for group in groups),
+            "total": sum(num_elements(p) for p in run.loss_model.parameters()),
+            "trainable": run.plan.setup.num_trainable,
         },
         "groups": [
             {
@@ -82,23 +80,24 @@ def _facts(job: Job, loss_model: LossModel, groups: list[ParameterGroup], base: 
     }
 
 
-def _introduce(job: Job, manifest: dict[str, Any], folder: RunFolder, start: Start) -> None:
+def _introduce(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> None:
     """Say in a few lines what runs, on what, and where."""
-    config, derived, machine = job.config, job.derived, job.machine
-    accumulation = f", accumulation {derived.accumulate_grad_batches}" if derived.accumulate_grad_batches else ""
+    config, steps, machine, folder = run.config, run.data.steps, run.plan.machine, run.folder
+    limited = config.hardware.micro_batch_size or config.hardware.micro_batch_tokens
+    accumulation = f", accumulation {run.plan.accumulate_grad_batches}" if limited else ""
     memory = f", memory {machine.memory}" if machine.memory != "none" else ""
     parameters = manifest["parameters"]
     lines = [
-        f"[bold]{escape(str(folder.path))}[/]: {derived.total_steps} steps of {config.train.global_batch_size} samples",
+        f"[bold]{escape(str(folder.path))}[/]: {steps.total_steps} steps of {config.train.global_batch_size} samples",
         f"  model     {parameters['total']:,} parameters, {parameters['trainable']:,} trained",
         f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention "
-        + job.execution.attention
-        + (", compiled" if job.execution.compiled else "")
+        + run.plan.execution.attention
+        + (", compiled" if run.plan.execution.compiled else "")
         + accumulation
         + memory,
-        f"  data      {job.data.describe()}",
+        f"  data      {run.data.split.describe()}",
         f"  schedule  {config.scheduler.name}, peak lr {config.optim.lr:g}"
-        f" after {derived.schedule.warmup_steps} steps of warm-up",
+        f" after {steps.schedule.warmup_steps} steps of warm-up",
         *_group_lines(manifest["groups"]),
     ]
     if start.set_aside:
@@ -109,13 +108,13 @@ def _introduce(job: Job, manifest: dict[str, Any], folder: RunFolder, start: Sta
     if start.checkpoint:
         lines.append(f"  resuming  from step {start.step}")
         folder.append_event(start.step, "resumed", device=machine.device_name, devices=machine.world_size)
-    lines += [f"  share     {escape(share)}" for share in job.data.describe_shares(config.seed)]
-    for rejection in rejections(job.data.stores)[:REASONS_NAMED]:
+    lines += [f"  share     {escape(share)}" for share in run.data.split.describe_shares(config.seed)]
+    for rejection in rejections(run.data.split.stores)[:REASONS_NAMED]:
         lines.append(f"  [yellow]note[/]      quarantined: {escape(str(rejection))}")
-    for remark in job.data.remarks:
+    for remark in run.data.split.remarks:
         lines.append(f"  [yellow]note[/]      {escape(remark)}")
         folder.append_event(start.step, "finding", name="data", severity="note", message=remark)
-    for finding in job.findings:
+    for finding in run.plan.findings:
         lines.append(f"  [yellow]{finding.name}[/]  {escape(str(finding))}")
         folder.append_event(start.step, "finding", **asdict(finding))
     console().print("\n".join(lines))

@@ -1,7 +1,7 @@
 """After the last step: the best weights exported and put to the test, the summary, and where everything lies."""
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.markup import escape
@@ -15,16 +15,20 @@ from qwlit.data.chat import resolve_template
 from qwlit.data.chat_template import chat_template
 from qwlit.data.samples import supervises
 from qwlit.data.templates import END as END_OF_TURN
+from qwlit.data.templates import Family
 from qwlit.data.tokenizer import END_OF_TEXT
 from qwlit.inference.export import Origin, export_model
 from qwlit.inference.export_settings import End
 from qwlit.inference.generate import answer_greedily, questions
 from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
-from qwlit.planning.assemble import Job, load_model
+from qwlit.run.model import load_model
 from qwlit.training.checkpointing.checkpoint import read_weights, step_of
 from qwlit.training.loop import Loop
 from qwlit.training.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from qwlit.run.training_run import TrainingRun
 
 Record = dict[str, Any]
 """A row of samples.jsonl: prompt, answer, expected, exact."""
@@ -42,21 +46,22 @@ PLACES = {
 }
 
 
-def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> list[Record]:
+def finish(run: "TrainingRun", loop: Loop) -> list[Record]:
     """Export the best weights and let them answer validation prompts; return what they said."""
-    sharded = job.machine.strategy == "fsdp"
+    folder, loss_model = run.folder, run.loss_model
+    sharded = run.plan.machine.strategy == "fsdp"
     if sharded:
         # The other ranks have left with their rows: the whole model is made anew, from the files.
-        loss_model = load_model(job, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
+        loss_model = load_model(run.plan, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
     _take_best_weights(loss_model, loop, always=sharded)
-    export_model(loss_model.causal_lm, folder.path / "export", origin=_origin(job), end=end_of_answers(job))
-    if not job.config.data.exact_match or job.data.validation is None:
+    export_model(loss_model.causal_lm, folder.path / "export", origin=_origin(run), end=end_of_answers(run))
+    if not run.config.data.exact_match or run.data.split.validation is None:
         return []
     # The trainer has moved the model to the CPU when it ended.
     try:
         loss_model.to(loop.trainer.strategy.root_device)
         with loop.trainer.precision_plugin.forward_context():
-            records = _answer(job, loss_model)
+            records = _answer(run, loss_model)
     except torch.OutOfMemoryError:
         message = "the device has no room for answering prompts; the run is done, and export/ whole"
         folder.append_event(loop.trainer.global_step, "finding", message=message)
@@ -67,42 +72,42 @@ def finish(job: Job, loss_model: LossModel, loop: Loop, folder: RunFolder) -> li
     return records
 
 
-def _origin(job: Job) -> Origin:
-    model = job.config.model
+def _origin(run: "TrainingRun") -> Origin:
+    model = run.config.model
     base = None
     if model.init == "pretrained":
         base = str(resolve_path(model.path).resolve()) if model.path else model.hub_id
-    tokenizer = tokenizer_folder(model)[0] if job.tokenizer is not None else None
+    tokenizer = tokenizer_folder(model)[0] if run.data.tokenized.tokenizer is not None else None
     return Origin(model=weights_folder(model), tokenizer=tokenizer, base=base)
 
 
-def end_of_answers(job: Job) -> End | None:
+def end_of_answers(run: "TrainingRun") -> End | None:
     """Return the token that the model learned to end its answers with; None where the base's own end stays.
 
     Conversations end with the template's end of turn, whatever the base ended with. Plain text ends with
     <|endoftext|>, which every base knows already unless it has no end at all.
     """
-    tokenizer, chat = job.encoder.tokenizer, job.encoder.chat
-    if tokenizer is None:
+    encoder, train = run.data.tokenized.encoder, run.data.split.train
+    if encoder.tokenizer is None:
         return None
-    end_of_text = tokenizer.control_ids.get(END_OF_TEXT)
-    others = () if end_of_text is None else (end_of_text,)
-    if chat is not None and supervises(job.data.train, chat.end_of_turn_id):
-        return End(END_OF_TURN, chat.end_of_turn_id, others, _template_to_write(job))
-    has_end = job.config.model.init == "pretrained"
-    if has_end or end_of_text is None or not supervises(job.data.train, end_of_text):
+    end_of_text = encoder.tokenizer.control_ids.get(END_OF_TEXT)
+    if encoder.chat is not None and supervises(train, encoder.chat.end_of_turn_id):
+        others = () if end_of_text is None else (end_of_text,)
+        template = _template_to_write(run.data.tokenized.tokenizer, encoder.chat.family)
+        return End(END_OF_TURN, encoder.chat.end_of_turn_id, others, template)
+    has_end = run.config.model.init == "pretrained"
+    if has_end or end_of_text is None or not supervises(train, end_of_text):
         return None
     return End(END_OF_TEXT, end_of_text, (), None)
 
 
-def _template_to_write(job: Job) -> str | None:
+def _template_to_write(tokenizer: Any, family: Family) -> str | None:
     """Return the template trained with, unless the tokenizer's folder has it already."""
-    assert job.encoder.chat is not None
     try:
-        own = resolve_template(job.tokenizer, "auto")
+        own = resolve_template(tokenizer, "auto")
     except DataError:
         own = None
-    return None if own == job.encoder.chat.family else chat_template(job.encoder.chat.family)
+    return None if own == family else chat_template(family)
 
 
 def _take_best_weights(loss_model: LossModel, loop: Loop, *, always: bool) -> None:
@@ -114,24 +119,22 @@ def _take_best_weights(loss_model: LossModel, loop: Loop, *, always: bool) -> No
                 parameters[name].copy_(weight)
 
 
-def _answer(job: Job, loss_model: LossModel) -> list[Record]:
+def _answer(run: "TrainingRun", loss_model: LossModel) -> list[Record]:
     """Answer the first validation prompts, in the validation set's order."""
-    assert job.data.validation is not None
-    assert job.encoder.chat is not None and job.tokenizer is not None
-    asked = questions(job.data.validation, job.config.data.exact_match)
+    validation, tokenizer = run.data.split.validation, run.data.tokenized.tokenizer
+    chat = run.data.tokenized.encoder.chat
+    assert validation is not None and tokenizer is not None and chat is not None
+    asked = questions(validation, run.config.data.exact_match)
     with console().status(f"answering {len(asked)} unseen prompts"):
         answers = list(
-            answer_greedily(
-                loss_model.causal_lm, asked, end_of_turn_id=job.encoder.chat.end_of_turn_id, pad_id=job.pad_id
-            )
+            answer_greedily(loss_model.causal_lm, asked, end_of_turn_id=chat.end_of_turn_id, pad_id=run.data.pad_id)
         )
     answers.sort(key=lambda a: a.question.sample)
-    decode = job.tokenizer.decode
     return [
         {
-            "prompt": decode(answer.question.prompt),
-            "answer": decode(answer.tokens),
-            "expected": decode(answer.question.answer),
+            "prompt": tokenizer.decode(answer.question.prompt),
+            "answer": tokenizer.decode(answer.tokens),
+            "expected": tokenizer.decode(answer.question.answer),
             "exact": answer.exact,
         }
         for answer in answers

@@ -1,7 +1,7 @@
 """Putting module, loop and loaders together, and training."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,57 +14,58 @@ from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.model.compile import failed_to_compile
 from qwlit.model.flops import count_flops
 from qwlit.model.load import fill_causal_lm
-from qwlit.model.loss_model import LossModel, start_adapter
+from qwlit.model.loss_model import start_adapter
 from qwlit.model.shard import shard_model
-from qwlit.planning.assemble import Job
 from qwlit.run.resume import Start
 from qwlit.training.loop import Loop, LoopSettings, build_loop
 from qwlit.training.loss_scale import LossScale
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
-from qwlit.training.resilience.rank_consistency import gather_facts
-from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.resilience.rank_consistency import Facts, gather_facts
 from qwlit.training.tracking.wandb_run import WandbRun
 from qwlit.training.trainer import dismiss_other_ranks, forget_other_ranks, lost_rank
 
+if TYPE_CHECKING:
+    from qwlit.run.training_run import TrainingRun
 
-def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start, wandb_run: WandbRun | None = None) -> Loop:
+
+def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> Loop:
     """Train from `start` to the end; return the loop with what its callbacks saw."""
-    config = job.config
+    config, folder = run.config, run.folder
     module = CausalLMModule(
-        loss_model,
+        run.loss_model,
         optim=config.optim,
-        schedule=job.derived.schedule,
+        schedule=run.data.steps.schedule,
         max_grad_norm=config.train.max_grad_norm,
-        shard=partial(_shard, job, loss_model) if job.machine.strategy == "fsdp" else None,
-        loss_scale=LossScale() if job.machine.precision == "16-mixed" else None,
+        shard=partial(_shard, run) if run.plan.machine.strategy == "fsdp" else None,
+        loss_scale=LossScale() if run.plan.machine.precision == "16-mixed" else None,
         seed=config.seed,
     )
     loop = build_loop(
-        job.machine,
-        job.derived.milestones,
+        run.plan.machine,
+        run.data.steps.milestones,
         folder,
-        job.data.train,
-        count_flops(loss_model.causal_lm),
+        run.data.split.train,
+        count_flops(run.loss_model.causal_lm),
         LoopSettings(
             config.guard,
             config.validation,
             config.checkpoint,
             config.profile,
             traced=config.determinism != "fast",
-            facts=gather_facts(str(mathematics(config)), job.data.fingerprint) if job.machine.world_size > 1 else {},
+            facts=_facts(run),
         ),
         wandb_run,
     )
-    if loop.trainer.world_size != job.machine.world_size:
+    if loop.trainer.world_size != run.plan.machine.world_size:
         raise ConfigError(
-            f"Lightning sees {loop.trainer.world_size} processes, the settings name {job.machine.world_size};"
+            f"Lightning sees {loop.trainer.world_size} processes, the settings name {run.plan.machine.world_size};"
             " start them with torchrun or srun, or let qwlit start them"
         )
     try:
-        _run(loop, module, *_loaders(job, loop.trainer.global_rank, start), start)
+        _run(loop, module, *_loaders(run, loop.trainer.global_rank, start), start)
     except torch.OutOfMemoryError:
-        raise out_of_memory(loop.trainer, module, config.hardware, job.machine) from None
+        raise out_of_memory(loop.trainer, module, config.hardware, run.plan.machine) from None
     except Exception as error:
         if not failed_to_compile(error):
             raise
@@ -75,33 +76,40 @@ def fit(job: Job, loss_model: LossModel, folder: RunFolder, start: Start, wandb_
     return loop
 
 
-def _loaders(job: Job, rank: int, start: Start) -> tuple[Any, Any]:
+def _facts(run: "TrainingRun") -> Facts:
+    """Return what must be the same on all ranks; nothing where there is one."""
+    if run.plan.machine.world_size == 1:
+        return {}
+    return gather_facts(str(mathematics(run.config)), run.data.split.fingerprint)
+
+
+def _loaders(run: "TrainingRun", rank: int, start: Start) -> tuple[Any, Any]:
     """Return the steps from `start` on, and the validation set; None where it is never looked at."""
     steps = train_loader(
-        StepDataset(job.data.train, job.plan, rank, job.pad_id),
+        StepDataset(run.data.split.train, run.data.steps.step_plan, rank, run.data.pad_id),
         start_step=start.step,
-        total_steps=job.derived.total_steps,
-        num_workers=job.machine.num_workers,
-        pin_memory=job.machine.pin_memory,
+        total_steps=run.data.steps.total_steps,
+        num_workers=run.plan.machine.num_workers,
+        pin_memory=run.plan.machine.pin_memory,
     )
-    if job.data.validation is None or job.derived.milestones.next_validation(0) is None:
+    if run.data.split.validation is None or run.data.steps.milestones.next_validation(0) is None:
         return steps, None
     validation = validation_loader(
-        job.data.validation,
+        run.data.split.validation,
         rank=rank,
-        world_size=job.machine.world_size,
-        limits=job.plan.limits,
-        packing=job.plan.packing,
-        pad_id=job.pad_id,
+        world_size=run.plan.machine.world_size,
+        limits=run.data.steps.step_plan.limits,
+        packing=run.data.steps.step_plan.packing,
+        pad_id=run.data.pad_id,
     )
     return steps, validation
 
 
-def _shard(job: Job, loss_model: LossModel, mesh: DeviceMesh) -> None:
+def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
     """Shard the model, and only then read or draw the weights: no rank ever holds more of them than its own rows."""
-    shard_model(loss_model, mesh, bf16=job.machine.precision == "bf16-mixed")
-    fill_causal_lm(loss_model.causal_lm, job.config.model, seed=job.config.seed)
-    start_adapter(loss_model.causal_lm, job.config.model)
+    shard_model(run.loss_model, mesh, bf16=run.plan.machine.precision == "bf16-mixed")
+    fill_causal_lm(run.loss_model.causal_lm, run.config.model, seed=run.config.seed)
+    start_adapter(run.loss_model.causal_lm, run.config.model)
 
 
 def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:

@@ -33,25 +33,6 @@ PROCESS_BYTES = 0.5 * GIB
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is to be trained, before there are weights."""
-
-    config: RunConfig
-    model: "PreTrainedModel"
-    """On the meta device, with adapters and frozen as it will be."""
-    groups: list[ParameterGroup]
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a device has to hold at a time."""
-
-    micro: MicroShape
-    accumulates: bool
-    """Whether a step has more than one micro-batch, so that gradients stand while the next one is computed."""
-
-
-@dataclass(frozen=True)
 class MemoryEstimate:
     """A device's memory when it is fullest."""
 
@@ -71,16 +52,27 @@ class MemoryEstimate:
         return self.total <= self.device if self.device else None
 
 
-def estimate_memory(subject: Subject, machine: Machine, execution: Execution, load: Load) -> MemoryEstimate:
-    """Count a device's memory at the three moments when it may be fullest, and return the fullest one."""
-    config, model, groups = subject.config, subject.model, subject.groups
+def estimate_memory(
+    config: RunConfig,
+    model: "PreTrainedModel",
+    groups: list[ParameterGroup],
+    machine: Machine,
+    execution: Execution,
+    micro: MicroShape,
+) -> MemoryEstimate:
+    """Count a device's memory at the moments when it may be fullest, and return the fullest one.
+
+    Args:
+        model: on the meta device, with adapters and frozen as it will be.
+        micro: the micro-batch that takes the most memory.
+    """
     place = Placement(
         device=machine.accelerator,
         shards=machine.world_size if machine.strategy == "fsdp" else 1,
         precision_bytes=machine.compute_dtype.itemsize,
     )
     gradients = gradient_bytes(model, place)
-    head = head_bytes(model, load.micro, place)
+    head = head_bytes(model, micro, place)
     stays = machine.accelerator == "cpu"
     # Paged moments make room for what needs it, but on a GPU alone.
     pages = config.optim.name.startswith("paged") and not stays
@@ -92,8 +84,8 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
     }
     root, reducing = unsharded_bytes(model, place)
     # DDP's buckets hold the gradients from the start.
-    standing = gradients if load.accumulates or machine.strategy == "ddp" else 0
-    activations = activation_bytes(model, config.adapter, config.dropout, execution, place, load.micro)
+    standing = gradients if micro.accumulates or machine.strategy == "ddp" else 0
+    activations = activation_bytes(model, config.adapter, config.dropout, execution, place, micro)
     # Of a tied weight the head's gradient waits for the embedding's; FSDP2 reduces both together.
     waits = model.config.tie_word_embeddings or place.shards > 1
     waiting = head.weight_gradient if waits else 0
@@ -112,7 +104,7 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
         },
         "the end of a backward pass": {
             "gradients": gradients,
-            "head": waiting + embedding_gradient_bytes(model, load.micro, place),
+            "head": waiting + embedding_gradient_bytes(model, micro, place),
             "unsharded": reducing,
         },
         "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, config.optim, place.share)},
@@ -125,15 +117,20 @@ def estimate_memory(subject: Subject, machine: Machine, execution: Execution, lo
 
 
 def settle_memory(
-    subject: Subject, machine: Machine, execution: Execution, load: Load
+    config: RunConfig,
+    model: "PreTrainedModel",
+    groups: list[ParameterGroup],
+    machine: Machine,
+    execution: Execution,
+    micro: MicroShape,
 ) -> tuple[Machine, Execution, MemoryEstimate]:
     """Choose strategy and memory policy where they are "auto": the cheapest pair that fits, else the smallest."""
 
     def attempt(candidate: Machine) -> tuple[Machine, Execution, MemoryEstimate]:
         way = replace(execution, memory=candidate.memory)
-        return candidate, way, estimate_memory(subject, candidate, way, load)
+        return candidate, way, estimate_memory(config, model, groups, candidate, way, micro)
 
-    *cheaper, smallest = list(_candidates(subject.config, machine))
+    *cheaper, smallest = list(_candidates(config, machine))
     last = attempt(smallest)
     if last[2].fits is False:
         return last

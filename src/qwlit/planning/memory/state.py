@@ -37,6 +37,8 @@ class MicroShape:
     """Sum over documents of their length squared: eager attention keeps a weight for each."""
     packed: bool = True
     """Documents end to end: what attention makes of each alone is joined in a copy, except by varlen."""
+    accumulates: bool = False
+    """Whether a step has more than one micro-batch, so that gradients stand while the next one is computed."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,23 +10,30 @@ from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import AttentionKernel, Execution
-from qwlit.model.loss_model import rehearse
+from qwlit.model.loss_model import build_meta_model
 from qwlit.model.quantize import check_blocks
-from qwlit.optim.groups import plan_groups
-from qwlit.planning.memory.estimate import Load, MemoryEstimate, Subject, settle_memory, why_not_sharded
+from qwlit.optim.groups import ParameterGroup, plan_groups
+from qwlit.planning.memory.estimate import MemoryEstimate, settle_memory, why_not_sharded
+from qwlit.planning.memory.state import MicroShape
 from qwlit.planning.preflight import check_allowed
 from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # `plan` asks again and again, with other hardware.
-_rehearsed = lru_cache(maxsize=4)(rehearse)
+_meta_model = lru_cache(maxsize=4)(build_meta_model)
 
 
 @dataclass(frozen=True)
-class Outline:
-    """A training without its data."""
+class Setup:
+    """A training without its data: the model's shape, the machine, and how the one runs on the other."""
 
     composed: Composed
-    subject: Subject
+    model: "PreTrainedModel"
+    """On the meta device, with adapters and frozen as it will be."""
+    groups: list[ParameterGroup]
+    """Parameters by learning rate and weight decay."""
     machine: Machine
     execution: Execution
     compile_obstacle: str | None
@@ -37,19 +45,25 @@ class Outline:
 
     @cached_property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.subject.model.parameters())
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def settle(self, load: Load) -> tuple["Outline", MemoryEstimate]:
-        """Answer strategy and memory policy by what fits."""
-        machine, execution, estimate = settle_memory(self.subject, self.machine, self.execution, load)
+    @property
+    def num_trainable(self) -> int:
+        return sum(group.size for group in self.groups)
+
+    def settle(self, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
+        """Choose strategy and activation checkpointing by what fits, where they are "auto"."""
+        machine, execution, estimate = settle_memory(
+            self.config, self.model, self.groups, self.machine, self.execution, micro
+        )
         if execution.compiled and machine.memory == "offload":
             # Decided before it was known that only this fits.
             execution = replace(execution, compiled=False)
         return replace(self, machine=machine, execution=execution), estimate
 
 
-def draw_outline(composed: Composed, *, imagined: bool = False) -> Outline:
-    """Answer what depends on the machine, and rehearse what names parameters.
+def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
+    """Resolve what depends on the machine, and match every pattern against the model's parameters.
 
     Args:
         imagined: take the hardware profile's word for what there is.
@@ -81,12 +95,13 @@ def draw_outline(composed: Composed, *, imagined: bool = False) -> Outline:
     frozen = torch.float32 if config.adapter.kind == "none" else machine.frozen_dtype
     # Before hours of tokenizing: a name that matches nothing is known from the shape alone.
     unquantized = replace(config.adapter, quantization="none")
-    model = _rehearsed(config.model, unquantized, config.dropout, config.freeze)
+    model = _meta_model(config.model, unquantized, config.dropout, config.freeze)
     if config.adapter.quantization == "nf4":
         check_blocks(model)
-    return Outline(
+    return Setup(
         composed,
-        Subject(config, model, plan_groups(model.named_parameters(), config.optim)),
+        model,
+        plan_groups(model.named_parameters(), config.optim),
         machine,
         Execution(attention, machine.memory, frozen, machine.compute_dtype, compiled),
         obstacle,

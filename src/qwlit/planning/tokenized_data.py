@@ -26,7 +26,7 @@ STORE_FOLDER = ".store"
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TokenizedData:
     """Data as tokens, nothing held out and nothing judged yet."""
 
     tokenizer: PreTrainedTokenizerFast | None
@@ -36,7 +36,7 @@ class Corpus:
     validation: list[SampleStore]
 
 
-def open_corpus(config: RunConfig, screen: Console) -> Corpus:
+def load_tokenized_data(config: RunConfig, screen: Console) -> TokenizedData:
     """Load the tokenizer, which rows that are tokens already can do without, and tokenize what is not yet tokenized.
 
     Raises:
@@ -59,11 +59,11 @@ def open_corpus(config: RunConfig, screen: Console) -> Corpus:
             progress=progress,
             waiting=lambda: screen.print("waiting for another process that tokenizes the same data"),
         )
-    return Corpus(tokenizer, encoder, *stores)
+    return TokenizedData(tokenizer, encoder, *stores)
 
 
 def is_small_or_tokenized(config: RunConfig, most_bytes: int) -> bool:
-    """Tell whether `open_corpus` takes a moment only: the data are few, or tokenized already.
+    """Tell whether `load_tokenized_data` takes a moment only: the data are few, or tokenized already.
 
     Raises:
         DataError: there are no such data.

@@ -1,0 +1,80 @@
+"""What would make a run fit that does not: overrides, cheapest first."""
+
+from dataclasses import replace
+
+from qwlit.config.compose import Composed, compose
+from qwlit.core.errors import ConfigError
+from qwlit.model.config import LADDER
+from qwlit.planning.batch_statistics import assume_batches, measure_batches
+from qwlit.planning.memory.estimate import MemoryEstimate
+from qwlit.planning.run_plan import RunPlan
+from qwlit.planning.setup import resolve_setup
+from qwlit.planning.steps import plan_steps
+
+REMEDIES_SHOWN = 4
+Remedy = tuple[list[str], MemoryEstimate]
+
+
+def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
+    """Try what makes a run smaller, cheapest first, and return what fits; nothing where the run itself does.
+
+    Args:
+        overrides: those that the plan was composed of.
+    """
+    if plan.memory.fits is not False:
+        return []
+    found: list[Remedy] = []
+    for more in _smaller(plan.setup.composed):
+        if any(set(fitting) <= set(more) for fitting, _ in found):
+            continue  # less would do
+        try:
+            setup = resolve_setup(_changed(overrides, plan.setup.composed, more), imagined=True)
+            world_size = setup.machine.world_size
+            if plan.data is None:
+                batches = assume_batches(setup.config, world_size)
+            else:
+                steps = plan_steps(setup.config, plan.data.split, world_size)
+                batches = measure_batches(steps.step_plan, steps.total_steps)
+            _, estimate = setup.settle(batches.largest)
+        except ConfigError:
+            continue
+        if estimate.fits:
+            found.append((more, estimate))
+        if len(found) == REMEDIES_SHOWN:
+            break
+    return found
+
+
+def _changed(typed: list[str], composed: Composed, overrides: list[str]) -> Composed:
+    """Return the settings with more overrides. Composing takes a fifth of a second, so single values are put in."""
+    if any(override.startswith("recipe=") for override in overrides):
+        return compose([*typed, *overrides])
+    config = composed.config
+    for override in overrides:
+        key, _, value = override.partition("=")
+        section, _, name = key.partition(".")
+        new: object = int(value) if value.isdecimal() else value
+        config = replace(config, **{section: replace(getattr(config, section), **{name or "name": new})})
+    return replace(composed, config=config)
+
+
+def _smaller(composed: Composed) -> list[list[str]]:
+    """List overrides, from what costs only time to what trains something else, to more machines."""
+    config = composed.config
+    hardware = config.hardware
+    on_cpu, from_scratch = hardware.accelerator == "cpu", config.model.init == "random"
+    rungs = LADDER[LADDER.index(hardware.memory) + 1 :] if hardware.memory != "auto" else ()
+    one_row = [] if hardware.micro_batch_size == 1 else ["hardware.micro_batch_size=1"]
+    tokens = hardware.micro_batch_tokens
+    ways = [["hardware.strategy=auto"]] if hardware.strategy == "ddp" else []
+    ways += [[f"hardware.memory={rung}"] for rung in rungs]
+    ways += [[f"hardware.micro_batch_tokens={tokens // part}"] for part in (2, 4) if tokens and tokens >= 2 * part]
+    ways += [one_row] if one_row else []
+    if composed.choices:
+        optimizers = ["adamw_8bit"] if on_cpu else ["adamw_8bit", "paged_adamw_8bit"]
+        recipes = [] if from_scratch else ["recipe=lora", "recipe=qlora"]
+        for way in (*(f"optim={name}" for name in optimizers), *recipes):
+            ways += [[way], [way, *one_row]]
+    devices = hardware.devices
+    first = 1 if devices == "auto" else devices
+    return ways + [[f"hardware.devices={count}"] for count in (2, 4, 8) if count > first and not on_cpu]

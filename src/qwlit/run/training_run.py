@@ -1,0 +1,107 @@
+"""One training, from its settings to its summary."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from rich.markup import escape
+
+from qwlit.config.compose import Composed
+from qwlit.core.console import console
+from qwlit.core.files import resolve_path
+from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
+from qwlit.core.slurm import torchrun_warning
+from qwlit.planning.run_plan import RunPlan, build_plan
+from qwlit.run.begin import begin, recorded
+from qwlit.run.finish import finish, show
+from qwlit.run.fit import fit
+from qwlit.run.logged import logged_to_wandb, send_rest
+from qwlit.run.model import load_model
+from qwlit.run.resume import Start, newest, refuse_taken
+from qwlit.training.determinism import prepare_determinism
+from qwlit.training.resilience.preemption import answering_signals
+from qwlit.training.resilience.requeue_limit import counting_requeues
+from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
+from qwlit.training.tracking.wandb_access import check_logger
+
+
+def train(composed: Composed) -> None:
+    """Train as the settings say: from the start, or from where an unfinished run of this name stopped.
+
+    Raises:
+        QwlitError: see its subclasses in `core.errors`; each has the exit code that scripts rely on.
+    """
+    if under_agent() and is_rank_zero():
+        # Without its agent the trial would train for nobody, on a GPU that the next agent counts on.
+        die_with_parent(number=signal.SIGINT)
+    # Before CUDA starts, which reads its environment once.
+    prepare_determinism(composed.config.determinism)
+    folder = RunFolder(resolve_path(composed.config.run.root) / str(composed.config.run.name))
+    is_requeued = folder.is_this_jobs
+    if is_requeued:
+        composed = resuming(composed)
+    is_done = is_requeued and folder.status == FINISHED
+    if is_done and not is_rank_zero():
+        return
+    with _held(folder, composed) as lock:
+        if is_rank_zero() and _nothing_to_do(folder, composed, is_done=is_done):
+            return
+        TrainingRun(build_plan(composed, console()), folder).execute(lock)
+
+
+def resuming(composed: Composed) -> Composed:
+    """A requeued job resumes: ignore `overwrite` and `resume`, which were typed for its first launch."""
+    run = replace(composed.config.run, overwrite=False)
+    return replace(composed, config=replace(composed.config, run=run, resume="auto"))
+
+
+@contextmanager
+def _held(folder: RunFolder, composed: Composed) -> Iterator[RunLock]:
+    """Hold the run folder's lock, answer signals, and count requeues without progress while the block runs."""
+    limit = composed.config.slurm.max_requeues_in_place
+    counting = counting_requeues(folder, lambda: Start(newest(folder)).step, limit)
+    with counting, answering_signals(), RunLock(folder) as lock:
+        yield lock
+
+
+def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> bool:
+    """On rank 0: send what W&B did not get of a finished run, refuse a folder that is taken, check the logger.
+
+    Raises:
+        ConfigError: the folder holds something else or a finished run, or the logger cannot be used.
+    """
+    config = composed.config
+    if is_done:
+        console().print(f"{escape(str(folder.path))} is done")
+    if send_rest(config, folder) or is_done:
+        return True
+    refuse_taken(folder, overwrite=config.run.overwrite)
+    check_logger(config.logger)
+    if warning := torchrun_warning():
+        console().print(f"[yellow]note[/] {warning}")
+    return False
+
+
+class TrainingRun:
+    """A planned run, its folder, and the model that is trained."""
+
+    def __init__(self, plan: RunPlan, folder: RunFolder) -> None:
+        assert plan.data is not None, "only a preview leaves the data out"
+        self.plan, self.folder = plan, folder
+        self.config, self.data = plan.config, plan.data
+        # FSDP2 fills in the weights once the model is sharded, so that no rank ever holds all of them.
+        self.loss_model = load_model(plan, leave_empty=plan.machine.strategy == "fsdp")
+
+    def execute(self, lock: RunLock) -> None:
+        """Start or resume, fit, export and summarize."""
+        start = begin(self)
+        lock.announce()
+        # Around `recorded`: W&B gets the summary that says how the run ended.
+        with logged_to_wandb(self.config, self.folder) as wandb_run, recorded(self.folder):
+            if wandb_run:
+                wandb_run.open(continues=start.checkpoint is not None)
+            loop = fit(self, start, wandb_run)
+            records = finish(self, loop) if is_rank_zero() else []
+        # Only now: the screen may be gone, and the run is not less done for it.
+        show(loop, records, self.folder)
