@@ -33,6 +33,13 @@ def change_config(folder: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+def remove_key(folder: Path, key: str) -> None:
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    del values[key]
+    file.write_text(json.dumps(values))
+
+
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
@@ -107,12 +114,22 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "generation_config.json: .*max_new_tokens",
     ),
     "an adapter": (
-        lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+        lambda f: (f / "model.safetensors").unlink() or (f / "config.json").rename(f / "adapter_config.json"),
         "is a peft adapter; give its base model as model.path and this folder as model.adapter_path",
     ),
     "a run": (
-        lambda f: (f / "config.json").rename(f / "config.yaml"),
+        lambda f: (f / "export").mkdir() or (f / "config.json").rename(f / "config.yaml"),
         "is a run of qwlit; to start from the model that it trained, set model.path=.*qwen-tiny/export",
+    ),
+    "a run that has not ended": (
+        lambda f: (f / "config.json").rename(f / "config.yaml"),
+        "is a run of qwlit that has not ended; train it to its end, which writes .*qwen-tiny/export",
+    ),
+    "no number of heads": (lambda f: remove_key(f, "num_key_value_heads"), "there is no num_key_value_heads"),
+    "no heads": (lambda f: change_config(f, num_attention_heads=0), "num_attention_heads=0 must be at least 1"),
+    "an end that is no id": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["<|im_end|>"]}'),
+        "eos_token_id=.* must be a token's id",
     ),
     "head of its own": (lambda f: change_config(f, tie_word_embeddings=True), "tie_word_embeddings=true"),
 }
@@ -146,7 +163,13 @@ def test_a_checkpoint_of_a_run_is_told_from_a_model(folder: Path) -> None:
     (folder / "config.json").rename(folder / "config.yaml")
     checkpoint = folder / "checkpoints" / "step-000100"
     checkpoint.mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"a checkpoint of a run of qwlit; .* model.path=.*/qwen-tiny/export$"):
+    (folder / "export").mkdir()
+    for place in (checkpoint, checkpoint.parent):
+        with pytest.raises(ConfigError, match=r"belongs to a run of qwlit; .* model.path=.*/qwen-tiny/export$"):
+            load(place)
+    (folder / "config.yaml").rename(folder / "moved")
+    (checkpoint / "MANIFEST.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is a checkpoint of qwlit without its run; give the run's export/ folder$"):
         load(checkpoint)
 
 
@@ -203,6 +226,7 @@ def test_sampling_values_without_do_sample_are_no_obstacle(folder: Path) -> None
 
 
 def test_a_scaled_rotary_embedding_has_the_longer_context(folder: Path) -> None:
+    change_config(folder, max_position_embeddings=128)
     assert context_length(load(folder).config) == 128
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     change_config(folder, rope_parameters=None, rope_scaling=scaling)

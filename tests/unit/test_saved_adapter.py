@@ -33,19 +33,19 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def base(family: str = "qwen2") -> PreTrainedModel:
-    return tiny_causal_lm(family, tied=False, spread=1.0)
+def base(family: str = "qwen2", *, tied: bool = False) -> PreTrainedModel:
+    return tiny_causal_lm(family, tied=tied, spread=1.0)
 
 
-def saved_by_peft(folder: Path, *, family: str = "qwen2", **form: Any) -> tuple[Path, PeftModel]:
+def saved_by_peft(folder: Path, *, family: str = "qwen2", tied: bool = False, **form: Any) -> tuple[Path, PeftModel]:
     """Save a base and an adapter whose every number differs from its start; return the adapter's folder."""
-    model = get_peft_model(base(family), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, **form))
+    model = get_peft_model(base(family, tied=tied), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, **form))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     model.save_pretrained(folder / "adapter")
-    save_folder(base(family), folder / "base")
+    save_folder(base(family, tied=tied), folder / "base")
     return folder / "adapter", model.eval()
 
 
@@ -122,7 +122,40 @@ def drop_a_tensor(adapter: Path) -> None:
     save_file(state, adapter / "adapter_model.safetensors")
 
 
+ONE_END_OF_TWO: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+]
+
+
+@pytest.mark.parametrize("form", ONE_END_OF_TWO)
+def test_an_adapter_that_parts_head_and_embedding_is_refused_where_they_are_one(
+    form: dict[str, Any], tmp_path: Path
+) -> None:
+    adapter, _ = saved_by_peft(tmp_path, tied=True, **form)
+    with pytest.raises(ConfigError, match=r"but the model's head is its embedding .* merge it with peft"):
+        loaded(adapter)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_changes_the_base_is_refused(start: str, tmp_path: Path) -> None:
+    adapter, _ = saved_by_peft(tmp_path, target_modules=["q_proj"], init_lora_weights=start)
+    for config in (AdapterConfig(), AdapterConfig(kind="lora", rank=4, alpha=16, target_modules=("q_proj",))):
+        with pytest.raises(ConfigError, match=f"init_lora_weights={start} is a form of LoRA .* merge it with peft"):
+            loaded(adapter, config)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_other_starts_are_read(start: str, tmp_path: Path) -> None:
+    adapter, by_peft = saved_by_peft(tmp_path, target_modules=["q_proj"], init_lora_weights=start)
+    torch.testing.assert_close(logits(loaded(adapter)), logits(by_peft), atol=1e-5, rtol=1e-4)
+
+
 FAULTS: dict[str, tuple[Any, str]] = {
+    "patterns that are none": (lambda f: change(f, alpha_pattern=[1]), "alpha_pattern must map patterns"),
+    "a pattern that cannot be read": (lambda f: change(f, alpha_pattern={"(": 3}), "is no regular expression"),
+    "a form of tomorrow": (lambda f: change(f, use_newlora=True), "use_newlora=True is a form of LoRA"),
     "half a configuration": (lambda f: (f / "adapter_config.json").write_text('{"r": 4'), "cannot be read as JSON"),
     "no configuration": (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),

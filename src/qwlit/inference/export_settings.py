@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Values = dict[str, Any]
+MORE_TEMPLATES = "additional_chat_templates"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 COPIED = (
     "tokenizer.json",
@@ -35,7 +36,7 @@ class End:
     token: str
     """The token that ends an answer: <|im_end|> of conversations, <|endoftext|> of plain text."""
     token_id: int
-    others: tuple[int, ...]
+    other_end_ids: tuple[int, ...]
     """Ids that end a text as well, such as that of <|endoftext|>."""
     chat_template: str | None
     """Jinja of the template trained with; None where the tokenizer's folder has that very template, or none was."""
@@ -59,6 +60,9 @@ def write_config(
     # Training folders often have it off; whoever generates with the exported model wants it.
     values["use_cache"] = True
     values.setdefault("architectures", config.architectures)
+    if not values.get("quantization_config"):
+        # Empty, transformers 5 refuses to load it.
+        values.pop("quantization_config", None)
     if end:
         values["eos_token_id"] = end.token_id
     write_json_atomic(folder / "config.json", values)
@@ -71,10 +75,10 @@ def write_generation_config(config: "PretrainedConfig", folder: Path, *, base: P
     if end is None and not values:
         return
     if end:
-        earlier = [*_as_list(values.get("eos_token_id")), *_as_list(config.eos_token_id), *end.others]
+        earlier = [*_as_list(values.get("eos_token_id")), *_as_list(config.eos_token_id), *end.other_end_ids]
         values["eos_token_id"] = list(dict.fromkeys([end.token_id, *earlier]))
-        if values.get("pad_token_id") is None and end.others:
-            values["pad_token_id"] = end.others[0]
+        if values.get("pad_token_id") is None and end.other_end_ids:
+            values["pad_token_id"] = end.other_end_ids[0]
     write_json_atomic(folder / name, values)
 
 
@@ -88,6 +92,9 @@ def write_tokenizer(folder: Path, source: Path, *, end: End | None) -> None:
         (folder / name).unlink(missing_ok=True)
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES)
     _change(folder / TOKENIZER_CONFIG, _for_transformers_4)
     if end is None:
         return
@@ -96,8 +103,10 @@ def write_tokenizer(folder: Path, source: Path, *, end: End | None) -> None:
         _change(folder / "special_tokens_map.json", lambda values: values | {"eos_token": end.token})
     if end.chat_template is None:
         return
+    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
     if (folder / CHAT_TEMPLATE).is_file():
         write_text_atomic(folder / CHAT_TEMPLATE, end.chat_template)
+        _change(folder / TOKENIZER_CONFIG, lambda values: {k: v for k, v in values.items() if k != "chat_template"})
     else:
         # Where published folders have it; every version of transformers and llama.cpp's converter look here.
         _change(folder / TOKENIZER_CONFIG, lambda values: values | {"chat_template": end.chat_template})

@@ -15,6 +15,13 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 """transformers 5's name and transformers 4's."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FULL_ATTENTION = "full_attention"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
+"""Keys that every published config.json has. transformers would take its own defaults, which fit a 7B."""
 
 
 def check_folder(folder: Path, field: str) -> None:
@@ -29,7 +36,10 @@ def check_folder(folder: Path, field: str) -> None:
         raise ConfigError(f"{field}={folder} is a file; give the Hugging Face folder it lies in")
     parent = folder.absolute().parent
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    raise ConfigError(f"{field}={folder}: no such folder.{nearest(folder.name, siblings)}")
+    hint = nearest(folder.name, siblings)
+    if field == "model.path" and not hint and looks_like_hub_id(str(folder)):
+        hint = f" A model on the hub is model.hub_id={folder}."
+    raise ConfigError(f"{field}={folder}: no such folder.{hint}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -63,14 +73,14 @@ def read_model_config(folder: Path, field: str = "model.path") -> dict[str, Any]
     if names != [SUPPORTED.get(model_type)]:
         found = f"{', '.join(map(str, names))} (model_type {model_type})"
         raise ConfigError(f"{field}={folder} is a {found}; qwlit trains {' and '.join(SUPPORTED.values())}")
-    for check in (_check_attention, _check_weights, _check_dtype, _check_rope, _check_pad_token):
+    for check in (_check_sizes, _check_attention, _check_weights, _check_dtype, _check_rope, _check_pad_token):
         check(file, config)
     return config
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a peft adapter and no model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether the folder holds a peft adapter and no model's weights; some trainers put a config.json beside it."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
 def base_of(adapter: Path) -> dict[str, str | None]:
@@ -80,8 +90,11 @@ def base_of(adapter: Path) -> dict[str, str | None]:
         ConfigError: it names none, or a folder that is not here.
     """
     base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if isinstance(base, str) and resolve_path(base).is_dir():
-        return {"path": base, "hub_id": None}
+    if isinstance(base, str):
+        # A relative path is relative to where the adapter was trained, or to itself.
+        for place in (resolve_path(base), adapter / base):
+            if place.is_dir():
+                return {"path": str(place), "hub_id": None}
     if isinstance(base, str) and looks_like_hub_id(base):
         return {"path": None, "hub_id": base}
     said = f"names the base {base}, and there is no such folder here" if base else "names no base"
@@ -96,10 +109,22 @@ def _what_it_is(folder: Path) -> str:
         return "is a peft adapter; give its base model as model.path and this folder as model.adapter_path"
     places = (folder.absolute(), *folder.absolute().parents[:2])
     run = next((place for place in places if (place / "config.yaml").is_file()), None)
+    if run is None and (folder / "MANIFEST.json").is_file():
+        return "is a checkpoint of qwlit without its run; give the run's export/ folder"
     if run is None:
         return "has no config.json; give a Hugging Face model folder"
-    what = "is a run of qwlit" if run == places[0] else "is a checkpoint of a run of qwlit"
+    what = "is a run of qwlit" if run == places[0] else "belongs to a run of qwlit"
+    if not (run / "export").is_dir():
+        return f"{what} that has not ended; train it to its end, which writes {run / 'export'}"
     return f"{what}; to start from the model that it trained, set model.path={run / 'export'}"
+
+
+def _check_sizes(file: Path, config: dict[str, Any]) -> None:
+    for key in SIZES:
+        value = config.get(key)
+        if key not in config or (isinstance(value, int) and value < 1):
+            said = f"{key}={value} must be at least 1" if key in config else f"there is no {key}"
+            raise ConfigError(f"{file}: {said}; copy or download the file again")
 
 
 def _check_attention(file: Path, config: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ def fetch(hub_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    if not looks_like_hub_id(hub_id):
+        raise ConfigError(f"model.hub_id={hub_id} is no hub id, such as Qwen/Qwen3-0.6B; a folder is model.path=FOLDER")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         answer_within(PROBE_SECONDS, lambda: HfApi().model_info(hub_id, timeout=PROBE_SECONDS))

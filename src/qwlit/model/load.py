@@ -16,6 +16,7 @@ from qwlit.model import hub
 from qwlit.model.config import FreezeConfig, ModelConfig
 from qwlit.model.folder import (
     DTYPE_KEYS,
+    SUPPORTED,
     check_tokenizer_files,
     declared_dtype,
     has_tokenizer,
@@ -30,7 +31,7 @@ from qwlit.model.weight_files import fingerprint_files, stored_dtype, weight_fil
 from qwlit.model.weights import Filled, draw_weights, fill_weights
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
@@ -43,8 +44,11 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     check_tokenizer_files(folder, field)
     from transformers import AutoTokenizer
 
+    # Given a configuration, transformers does not read the folder's own, of which it may not like a value.
+    model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    given = {"config": model_classes(model_type)[0]()} if model_type in SUPPORTED else {}
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **given)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{field}={folder}: the tokenizer cannot be read ({reason}); copy it again") from None
@@ -117,7 +121,7 @@ def load_causal_lm(
     model = _empty(model_shape(config) if folder is None else _read_hf_config(folder), freeze, frozen_dtype)
     if folder is not None:
         model.config.dtype = model.config.dtype or stored_dtype(folder)
-        _set_generation_config(model, folder / "generation_config.json")
+        model.generation_config = _read_generation_config(folder) or model.generation_config
     if not leave_empty:
         fill_causal_lm(model, config, seed=seed, filled=quantizer(model) if quantizer else None)
     model.config.use_cache = False
@@ -126,14 +130,24 @@ def load_causal_lm(
     return model
 
 
-def _set_generation_config(model: "PreTrainedModel", file: Path) -> None:
+def _read_generation_config(folder: Path) -> "GenerationConfig | None":
+    """Read generation_config.json where there is one.
+
+    Raises:
+        ConfigError: it is cut off, or a value is wrong.
+    """
+    file = folder / "generation_config.json"
     if not file.is_file():
-        return
+        return None
     from transformers import GenerationConfig
 
     values = read_json(file)
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        ids = values.get(key)
+        if not all(type(token) is int for token in (ids if isinstance(ids, list) else [ids]) if token is not None):
+            raise ConfigError(f"{file}: {key}={ids!r} must be a token's id, or a list of ids")
     try:
-        model.generation_config = GenerationConfig.from_dict(values)
+        return GenerationConfig.from_dict(values)
     except Exception as error:  # transformers raises whatever a wrong value leads to
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
 
@@ -177,6 +191,8 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
     head_dim = getattr(config, "head_dim", None) or width_of_head(config.hidden_size, queries, where=f"{file}: ")
     check_heads(queries, config.num_key_value_heads, head_dim, where=f"{file}: ")
     config.head_dim = head_dim
+    # A damaged one should be found before hours of training, by every subcommand.
+    _read_generation_config(folder)
     config.name_or_path = str(folder)
     return config
 

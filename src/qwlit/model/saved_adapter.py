@@ -19,6 +19,7 @@ from qwlit.core.sharding import local, own_rows
 from qwlit.model.config import AdapterConfig, ModelConfig
 from qwlit.model.folder import ADAPTER_CONFIG, check_folder, read_json
 from qwlit.model.weight_files import first_few, read_tensors
+from qwlit.model.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,15 +29,25 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # peft names tensors as its wrapper sees them.
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-# Variants of LoRA whose forward pass is another one; each with the value that leaves it out.
-OTHER_FORMS: dict[str, tuple[object, ...]] = {
-    "fan_in_fan_out": (None, False),
-    "lora_bias": (None, False),
-    "layer_replication": (None,),
-    "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
+READ_OR_HARMLESS = {
+    *(
+        "peft_type",
+        "peft_version",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    *("init_lora_weights", "eva_config", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
 }
+"""Keys of peft's LoraConfig that are read here or change nothing of a saved adapter; with another one that has a value
+the adapter is a form of LoRA that computes something else."""
+# The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the base's weights, which peft does again when it loads.
+STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+MERGE_WITH_PEFT = "merge it with peft (merge_and_unload) and give the merged folder as model.path"
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,9 @@ class SavedAdapter:
         """Return what B A is multiplied by: alpha / R, with rsLoRA alpha / sqrt(R)."""
         rank = self.shapes[layer + A][0]
         patterns = self.config.get("alpha_pattern") or {}
-        alpha = next((value for key, value in patterns.items() if _names(key, layer)), self.config["lora_alpha"])
+        alpha = next(
+            (value for key, value in patterns.items() if _pattern_means(key, layer)), self.config["lora_alpha"]
+        )
         return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
@@ -77,7 +90,7 @@ def _plain_name(name: str) -> str:
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def _names(pattern: str, layer: str) -> bool:
+def _pattern_means(pattern: str, layer: str) -> bool:
     """Whether a key of peft's alpha_pattern means the layer: peft takes it as the end of a name, a regex."""
     return re.match(rf"(.*\.)?({pattern})$", layer) is not None
 
@@ -95,21 +108,37 @@ def read_saved_adapter(path: str) -> SavedAdapter:
             f"{FIELD}={folder} has no {ADAPTER_CONFIG}; give a folder that peft or qwlit saved an adapter in"
         )
     config = read_json(folder / ADAPTER_CONFIG)
-    merge = "merge it with peft (merge_and_unload) and give the merged folder as model.path"
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{FIELD}={folder} is a {config.get('peft_type')} adapter, qwlit reads LoRA; {merge}")
-    for key, plain in OTHER_FORMS.items():
-        if config.get(key) not in plain:
-            raise ConfigError(
-                f"{folder / ADAPTER_CONFIG}: {key}={config[key]} is a form of LoRA that qwlit does not read; {merge}"
-            )
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise ConfigError(f"{folder / ADAPTER_CONFIG}: lora_alpha is missing or no number; copy the folder again")
+    _check_form(folder, config)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickled = " (pickled weights can run code when read)" if (folder / "adapter_model.bin").is_file() else ""
         raise ConfigError(f"{FIELD}={folder} has no {ADAPTER_WEIGHTS}{pickled}; save it again with a current peft")
     found = read_tensors({folder / ADAPTER_WEIGHTS: None})
     return SavedAdapter(folder, config, {_plain_name(name): list(t.get_shape()) for name, t in found})
+
+
+def _check_form(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what is no LoRA, or a form of it that is not read here."""
+    file = folder / ADAPTER_CONFIG
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(
+            f"{FIELD}={folder} is a {config.get('peft_type')} adapter, qwlit reads LoRA; {MERGE_WITH_PEFT}"
+        )
+    other = next((key for key, value in config.items() if value and key not in READ_OR_HARMLESS), None)
+    if config.get("init_lora_weights", True) not in STARTS_BESIDE_THE_BASE:
+        other = "init_lora_weights"
+    if other:
+        said = f"{other}={config[other]} is a form of LoRA that qwlit does not read"
+        raise ConfigError(f"{file}: {said}; {MERGE_WITH_PEFT}")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise ConfigError(f"{file}: lora_alpha is missing or no number; copy the folder again")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(isinstance(alpha, int | float) for alpha in patterns.values()):
+        raise ConfigError(f"{file}: alpha_pattern must map patterns to numbers; copy the folder again")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{file}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
 
 
 def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterConfig) -> None:
@@ -129,6 +158,8 @@ def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterC
         expected = {saved_name(name): list(p.shape) for name, p in model.named_parameters() if "lora_" in name}
         _check_shapes(saved, saved.shapes, expected)
         return
+    if model.config.tie_word_embeddings:
+        _check_tied_ends(saved)
     weights = {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     found = {name: saved.shapes[name] for name in saved.replaced}
     for layer in saved.layers:
@@ -137,15 +168,31 @@ def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterC
     _check_shapes(saved, found, {name: weights[name] for name in found if name in weights})
 
 
+def _check_tied_ends(saved: SavedAdapter) -> None:
+    """Refuse an adapter that changes only one of head and embedding in a model where they are one weight."""
+    changed = {*saved.replaced, *(f"{layer}.weight" for layer in saved.layers)} & {HEAD, EMBEDDING}
+    if not changed:
+        return
+    if changed <= set(saved.replaced) and len(changed) == 2:
+        tensors = saved.tensors()
+        if torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+            return
+    raise ConfigError(
+        f"{FIELD}={saved.folder} changes {' and '.join(sorted(changed))}, but the model's head is its embedding"
+        f" (tie_word_embeddings); {MERGE_WITH_PEFT}"
+    )
+
+
 def _check_same_settings(saved: SavedAdapter, adapter: AdapterConfig) -> None:
     """Refuse other settings than the saved adapter has: training continues its matrices as they are."""
     config = saved.config
     more = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     more += ["bias"] if config.get("bias", "none") != "none" else []
+    more += [layer for layer in saved.layers if f"{layer}.weight" in (HEAD, EMBEDDING)]
     merge = "recipe=full_sft merges it into the model and trains that"
     if more:
         raise ConfigError(
-            f"{FIELD}={saved.folder} was trained with {', '.join(more)}, which adapter.* cannot say; {merge}"
+            f"{FIELD}={saved.folder} was trained with {', '.join(more)}, which adapter.* cannot express; {merge}"
         )
     has = {
         "adapter.rank": (config.get("r"), adapter.rank),
@@ -171,6 +218,8 @@ def _check_shapes(saved: SavedAdapter, found: Mapping[str, list[int]], expected:
     ]
     findings = {"that the model has no place for": unknown, "missing": missing, "of another shape": other}
     said = [f"{what}: {first_few(names)}" for what, names in findings.items() if names]
+    if any("lora_embedding" in name for name in unknown):
+        said = [f"{first_few(unknown)} are LoRA on the embedding, which qwlit does not read; {MERGE_WITH_PEFT}"]
     if said:
         raise ConfigError(f"{FIELD}={saved.folder} does not fit the model. Tensors {'; '.join(said)}")
 

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlit.core.errors import ConfigError
-from qwlit.model.folder import read_json
+from qwlit.model.folder import INDEX, WEIGHTS, read_json
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 Files = Mapping[Path, frozenset[str] | None]
 """Each file with the tensors that the index takes from it; None where there is no index and all of them count."""
 # Buffers that older versions of transformers saved; the model computes them from its configuration.

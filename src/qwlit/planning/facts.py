@@ -45,7 +45,7 @@ def _data_facts(data: DataSplit) -> DataFacts:
     return DataFacts(
         supervised_share=supervised / tokens,
         cut_share=(totals["too_long"] + totals["truncated"]) / max(1, totals["read"]),
-        longest=longest(data.train),
+        longest=max(longest(samples) for samples in (data.train, data.validation) if samples),
         has_validation=data.validation is not None,
     )
 

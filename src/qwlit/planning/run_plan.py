@@ -19,7 +19,7 @@ from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, mea
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.preflight import Finding, find, refuse
-from qwlit.planning.setup import Setup, resolve_setup
+from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
 from qwlit.planning.steps import PlannedSteps, accumulation, plan_steps
 from qwlit.planning.tokenized_data import TokenizedData, is_small_or_tokenized, load_tokenized_data
 from qwlit.training.machine import Machine
@@ -112,6 +112,7 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
         ConfigError, DataError: something that is asked for is not here, or wrong; or a preflight rule refuses the run.
     """
     config = composed.config
+    forget_meta_models()
     setup = resolve_setup(composed, imagined=preview)
     if not preview:
         # What the settings alone condemn need not wait for the tokenizer.

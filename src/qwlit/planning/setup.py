@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 _meta_model = lru_cache(maxsize=4)(build_meta_model)
 
 
+def forget_meta_models() -> None:
+    """Let the next setup read the model's folder anew: in a notebook it may have changed."""
+    _meta_model.cache_clear()
+
+
 @dataclass(frozen=True)
 class Setup:
     """A training without its data: the model's shape, the machine, and how the one runs on the other."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 """A row of samples.jsonl: prompt, answer, expected, exact."""
 PLACES = {
-    "export": "the trained model for from_pretrained, the best by val/loss (LoRA: the adapter, for peft)",
+    "export": "the trained model for from_pretrained, the best by val/loss (LoRA: the adapter, see docs/models.md)",
     "checkpoints/best": "its float32 weights and the optimizer's state",
     "checkpoints/last": "the newest ones",
     "samples.jsonl": "prompts, answers and what was expected",
