@@ -177,10 +177,11 @@ def test_a_chosen_template_is_the_exported_one(chats, real_tokenizer_folder, tmp
     assert not (export / "chat_template.jinja").exists(), "a published folder has it in tokenizer_config.json"
 
 
-def test_weights_without_a_declared_dtype_are_exported_as_they_came(chats, real_tokenizer_folder, tmp_path):
+@pytest.mark.parametrize("declared", [{}, {"torch_dtype": "auto"}, {"torch_dtype": "torch.bfloat16"}])
+def test_weights_without_a_declared_dtype_are_exported_as_they_came(declared, chats, real_tokenizer_folder, tmp_path):
     folder = published_folder("Qwen2.5-0.5B-Instruct", tmp_path / "model", real_tokenizer_folder)
     values = {key: value for key, value in small_config("Qwen2.5-0.5B-Instruct").items() if key != "torch_dtype"}
-    write(folder / "config.json", values)
+    write(folder / "config.json", values | declared)
     write(folder / "generation_config.json", {"temperature": 0.7, "do_sample": False, "eos_token_id": [151645]})
     asked = [f"model.path={folder}", f"data.path={chats}", "run.name=a", "train.max_steps=1"]
     done = qwlit(["train", *FAST, *asked], tmp_path)

@@ -11,6 +11,7 @@ from qwlit.data.conversation import Message, ToolCall
 from qwlit.data.formats import RowParser
 from qwlit.data.outcome import Batch
 from qwlit.data.remarks import (
+    ANSWERS_IN_A_ROW,
     BARE_TOOLS,
     MARKED_QUESTION,
     NO_EMPTY_BLOCK,
@@ -132,13 +133,17 @@ def test_a_placeholder_at_an_end_of_what_is_asked_is_refused_and_elsewhere_named
             ALPACA | {"instruction": text},
         ):
             assert f"{tag} stands for what is not text" in refused(row)
+    asked = {"messages": [USER | {"content": f"Explain {tag} in HTML."}, FOUR]}
     inside = [
-        {"messages": [USER | {"content": f"Explain {tag} in SVG."}, FOUR]},
         {"messages": [USER, FOUR | {"content": f"{tag} opens it."}]},
         {"text": f"{tag} opens it."},
         Document(f"{tag} opens it."),
     ]
-    assert encode(tokenizer, *inside).remarks == {PLACEHOLDER_AS_TEXT: 4}
+    if "image" in tag:
+        assert f"{tag} stands for what is not text" in refused(asked), "<image> is no HTML"
+    else:
+        inside.append(asked)
+    assert encode(tokenizer, *inside).remarks == {PLACEHOLDER_AS_TEXT: len(inside)}
     html = [{"messages": [USER | {"content": text}, FOUR]} for text in ("<image/>", "<imagery>", "<img>", "image>")]
     assert not encode(tokenizer, *html).remarks
 
@@ -250,7 +255,7 @@ def test_a_text_before_a_call_and_calls_in_a_row_are_one_answer(tokenizer: TextT
 def test_marks_of_one_answer_in_several_turns_must_agree() -> None:
     for first, second in ((0, 1), (1, 0), (0, None), (None, 0)):
         row = {"conversations": [HUMAN, GPT | {"weight": first}, CALL | {"weight": second}]}
-        assert "turn 3: is one answer with the turn before it, but marked otherwise" in refused(row)
+        assert "message 3: is one answer with the message before it, but marked otherwise" in refused(row)
     for first, second in ((0, 0), (1, 1), (1, None), (None, 1)):
         row = {"conversations": [HUMAN, GPT | {"weight": first}, CALL | {"weight": second}]}
         assert supervised(parse(row).messages) == [first != 0]
@@ -328,7 +333,7 @@ def test_tags_in_any_text_are_letters_and_named(tokenizer: TextTokenizer) -> Non
         (ALPACA | {"text": "2+2? Four."}, ["text"]),
         (PAIR | {"response": "4"}, ["response"]),
         (PAIR | {"completion": None, "response": "4"}, []),
-        (PAIR | {"history": [["a", "b"]], "weight": 0}, ["history", "weight"]),
+        (PAIR | {"history": [["a", "b"]], "weight": 0.7}, ["history", "weight"]),
         ({"text": "Prose.", "system": "x", "meta": {}}, ["meta", "system"]),
         ({"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1]}, ["attention_mask"]),
         (CHAT | ALPACA, ["instruction", "output"]),
@@ -400,3 +405,40 @@ def test_remarks_of_batches_add_up_and_only_key_names_are_limited() -> None:
     assert total["a row key that is not read: 'k3'"] == 7
     assert total[OTHER_KEYS] == 2 * (50 - MAX_NAMED)
     assert sum(text.startswith("other") for text in total) == 50
+
+
+@pytest.mark.parametrize("text", ["look at <image> and say", "<img>https://a/b.png</img>\nWhat?", "What is <IMAGE>?"])
+def test_a_placeholder_for_a_picture_is_refused_wherever_it_stands(text: str) -> None:
+    assert "stands for what is not text" in refused({"messages": [USER | {"content": text}, FOUR]})
+    assert "stands for what is not text" in refused(ALPACA | {"instruction": text, "input": "x"})
+
+
+@pytest.mark.parametrize("key", ["image_path", "image_url", "video_path", "audio_url", "pixel_values"])
+def test_other_keys_of_pictures_and_sound_are_refused(key: str) -> None:
+    assert f"has '{key}'" in refused(CHAT | {key: "a.png"})
+
+
+@pytest.mark.parametrize("row", [CHAT, ALPACA, PAIR])
+def test_a_row_that_is_marked_as_not_to_be_trained_on_is_refused(row: dict[str, Any]) -> None:
+    for key in ("weight", "loss", "train", "loss_weight"):
+        for value in (0, 0.0, False, "false"):
+            assert f"'{key}' is {value}: the row is marked as not to be trained on" in refused(row | {key: value})
+        assert RowParser("auto", 10, "assistant").unread(row | {key: True}) == []
+        assert RowParser("auto", 10, "assistant").unread(row | {key: 0.7}) == [key]
+
+
+def test_an_answer_and_the_calls_after_it_are_one_turn_in_messages_too() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    messages = [USER, FOUR | {"content": "Let me see."}, calls, calls, {"role": "tool", "content": "1"}, FOUR]
+    parsed = parse({"messages": messages}).messages
+    assert [(m.role, m.content, len(m.tool_calls)) for m in parsed] == [
+        ("user", USER["content"], 0),
+        ("assistant", "Let me see.", 2),
+        ("tool", "1", 0),
+        ("assistant", FOUR["content"], 0),
+    ]
+
+
+def test_answers_directly_after_one_another_are_named(tokenizer: TextTokenizer) -> None:
+    assert encode(tokenizer, {"messages": [USER, FOUR, FOUR]}).remarks[ANSWERS_IN_A_ROW] == 1

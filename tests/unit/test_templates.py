@@ -7,7 +7,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.recognise import recognise_template
+from qwlit.data.recognise import recognise_template, resolve_template
 from qwlit.data.remarks import (
     HISTORY_THINKING,
     NO_EMPTY_BLOCK,
@@ -20,7 +20,7 @@ from qwlit.data.remarks import (
 from qwlit.data.rows import RowError
 from qwlit.data.templates import END, FAMILIES, Piece, Supervision, render
 from tests.conversations import Messages, conversation, learnt_spans, without_reasoning
-from tests.real_tokenizer import JINJA, SYSTEM_QWEN2, SYSTEM_QWEN2_5
+from tests.real_tokenizer import JINJA, SYSTEM_QWEN2, SYSTEM_QWEN2_5, small_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
 ONE = {"role": "assistant", "content": "One."}
@@ -373,3 +373,12 @@ def test_nulls_that_a_table_fills_in_are_remarked_on() -> None:
     conversation = parse_conversation([USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
     assert list(remarks(conversation, FAMILIES["qwen3"], Supervision(), from_table=True)) == [NULLS_FROM_TABLE]
     assert not list(remarks(conversation, FAMILIES["qwen3"], Supervision(), from_table=False))
+
+
+def test_of_several_templates_the_default_one_counts() -> None:
+    tokenizer = small_tokenizer("qwen3")
+    tokenizer.chat_template = {"default": JINJA["qwen3"], "tool_use": "{{ 'something else' }}"}
+    assert resolve_template(tokenizer, "auto").name == "qwen3"
+    tokenizer.chat_template = {"tool_use": JINJA["qwen3"]}
+    with pytest.raises(DataError, match="several chat templates and none called default"):
+        resolve_template(tokenizer, "auto")

@@ -84,6 +84,7 @@ def message_list(rows: object) -> list[Message]:
 
 def conversation_of(messages: list[Message], tools: object = None) -> Conversation:
     """Put messages and tools together, or raise RowError."""
+    messages = _join_calls(messages)
     if all(message.role != "assistant" for message in messages):
         raise RowError("no assistant message: there is nothing to learn")
     for number, message in enumerate(messages, start=1):
@@ -94,6 +95,33 @@ def conversation_of(messages: list[Message], tools: object = None) -> Conversati
     given = parse_tools(tools)
     wrapped = tuple(map(_wrapped, given))
     return Conversation(tuple(messages), wrapped, has_bare_tools=wrapped != given)
+
+
+def _join_calls(messages: list[Message]) -> list[Message]:
+    """Join a message that only calls tools to the answer directly before it: the model writes both in one turn.
+
+    Raises:
+        RowError: the two are marked differently.
+    """
+    joined: list[Message] = []
+    for number, message in enumerate(messages, start=1):
+        only_calls = message.tool_calls and not message.content.strip() and not message.reasoning
+        if only_calls and joined and joined[-1].role == "assistant":
+            joined[-1] = _joined(f"message {number}", joined[-1], message)
+        else:
+            joined.append(message)
+    return joined
+
+
+def _joined(where: str, answer: Message, call: Message) -> Message:
+    if answer.is_supervised != call.is_supervised:
+        raise RowError(f"{where}: is one answer with the message before it, but marked otherwise; mark both alike")
+    return replace(
+        answer,
+        tool_calls=answer.tool_calls + call.tool_calls,
+        mark=call.mark if answer.mark is None else answer.mark,
+        not_read=answer.not_read + call.not_read,
+    )
 
 
 def _seen(value: object) -> str:

@@ -13,7 +13,7 @@ from qwlit.data.conversation import (
     message_list,
     parse_tools,
 )
-from qwlit.data.meaning import LABEL_KEYS, MEANING_KEYS, label_of, refuse_other_meaning
+from qwlit.data.meaning import LABEL_KEYS, MARK_KEYS, MEANING_KEYS, label_of, marks_row, refuse_other_meaning
 from qwlit.data.rows import Document, RowError, kind_of
 from qwlit.data.sharegpt import parse_turns
 from qwlit.data.tokenized import EncodedSample, parse_tokenized
@@ -60,6 +60,7 @@ class RowParser:
         # Of the keys that change the meaning only labels may hold something that is not obeyed: a class, for one.
         has_answer = name not in WITHOUT_ANSWER
         obeyed = MEANING_KEYS - {k for k in LABEL_KEYS if label_of(value.get(k), has_answer=has_answer) is None}
+        obeyed |= {key for key in MARK_KEYS if marks_row(value.get(key))}
         return [key for key, cell in value.items() if key not in read and key not in obeyed and has_value(cell)]
 
 

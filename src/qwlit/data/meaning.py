@@ -14,13 +14,17 @@ PREFERENCE_KEYS = frozenset(
     | {f"{answer}_{which}" for which in ("chosen", "rejected") for answer in _ANSWERS}
 )
 """Of TRL, LLaMA-Factory, ms-swift and OpenAI, and what follows their spelling."""
-MEDIA_KEYS = frozenset({"images", "image", "videos", "video", "audios", "audio"})
+_MEDIA = ("image", "video", "audio")
+_ENDINGS = ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")
+MEDIA_KEYS = frozenset({"pixel_values", *(f"{medium}{ending}" for medium in _MEDIA for ending in _ENDINGS)})
 MARK_KEYS = ("weight", "loss", "train", "loss_weight")
 _MARKS = frozenset(MARK_KEYS)
 MEANING_KEYS = frozenset(LABEL_KEYS) | PREFERENCE_KEYS | MEDIA_KEYS
 # A number may follow; anything else between the brackets is HTML.
-_PLACEHOLDER = re.compile(r"<(?:image|video|audio)(?:[ _-]?\d+)?>")
-_AT_AN_END = re.compile(rf"\A\s*{_PLACEHOLDER.pattern}|{_PLACEHOLDER.pattern}\s*\Z")
+_PLACEHOLDER = re.compile(r"<(?:image|video|audio)(?:[ _-]?\d+)?>|<img>[^<]*</img>", re.IGNORECASE)
+# <image> is no HTML, and <img> has no end there; <video> and <audio> may be HTML but for where they stand.
+_STANDS_FOR_A_PICTURE = re.compile(r"<image(?:[ _-]?\d+)?>|<img>[^<]*</img>", re.IGNORECASE)
+_AT_AN_END = re.compile(rf"\A\s*(?:{_PLACEHOLDER.pattern})|(?:{_PLACEHOLDER.pattern})\s*\Z", re.IGNORECASE)
 # A CSV holds texts alone.
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
@@ -31,6 +35,8 @@ def refuse_other_meaning(row: Mapping[str, Any], *, has_answer: bool, where: str
     Args:
         has_answer: it is a conversation; in a document or tokens the number 0 as a label names a class.
     """
+    if not where:
+        _refuse_marked_row(row)
     if MEANING_KEYS.isdisjoint(row):
         return
     for key in sorted(row.keys() & MEANING_KEYS):
@@ -44,6 +50,17 @@ def refuse_other_meaning(row: Mapping[str, Any], *, has_answer: bool, where: str
             )
         if key not in LABEL_KEYS and not _is_empty(value):
             raise RowError(where + (_media(key) if key in MEDIA_KEYS else _preference(key)))
+
+
+def marks_row(value: object) -> bool | None:
+    """Return whether a mark says that the row is to be trained on; None where it says neither, as a weight of 0.7."""
+    return _flag(value)
+
+
+def _refuse_marked_row(row: Mapping[str, Any]) -> None:
+    for key in MARK_KEYS:
+        if marks_row(row.get(key)) is False:
+            raise RowError(f"'{key}' is {row[key]}: the row is marked as not to be trained on; leave such rows out")
 
 
 def _media(key: str) -> str:
@@ -109,8 +126,9 @@ def _mark(where: str, key: str, value: object) -> bool:
 
 
 def refuse_placeholder(where: str, text: str) -> None:
-    """Raise RowError where a placeholder opens or ends what a user or the system says: elsewhere it may be HTML."""
-    if "<" in text and (found := _AT_AN_END.search(text)):
+    """Raise RowError where what a user or the system says has a placeholder for a picture, or opens or ends with one
+    for sound or video: elsewhere those may be HTML."""
+    if "<" in text and (found := _STANDS_FOR_A_PICTURE.search(text) or _AT_AN_END.search(text)):
         raise RowError(
             f"{where}: {found.group().strip()} stands for what is not text, and training reads text alone;"
             " leave such rows out, or the placeholder if the text stands for itself"

@@ -51,8 +51,14 @@ def resolve_template(tokenizer: Any, template_name: str) -> Family:
         return FAMILIES[template_name]
     if not tokenizer.chat_template:
         return recognise_template(None)
+    # Of several templates the one for conversations; transformers would take another one for tools.
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if own is None:
+        raise DataError(f"the tokenizer has several chat templates and none called default; {REMEDY}")
     return recognise_template(
-        lambda messages, tools: tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        lambda messages, tools: tokenizer.apply_chat_template(messages, tools=tools, chat_template=own, tokenize=False)
     )
 
 

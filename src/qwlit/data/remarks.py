@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from qwlit.data.conversation import END_THINK, THINK, Conversation
@@ -16,6 +17,7 @@ QUOTED_ARGUMENTS = "tool arguments as JSON text, which this template writes in q
 NULLS_FROM_TABLE = "null in tool arguments or tools from a table, where missing and null are one: use JSON text there"
 BARE_TOOLS = 'bare tool definitions, which are wrapped as {"type": "function", "function": …}, as servers do'
 MARKED_QUESTION = "a mark to supervise a turn that is no answer: only answers are, with data.loss_on=all every turn"
+ANSWERS_IN_A_ROW = "answers directly after one another: each ends its turn; join them if they are one answer"
 PLACEHOLDER_AS_TEXT = "<image>, <video> or <audio> inside a text, where it is letters: training reads text alone"
 WRITTEN_OUT = (
     "control tokens written out, as <|im_start|>, in a text, where they are letters: give the conversation as messages,"
@@ -57,6 +59,9 @@ def _what_was_done(conversation: Conversation, supervision: Supervision) -> Iter
         yield BARE_TOOLS
     if supervision.loss_on != "all" and any(m.mark and m.role != "assistant" for m in conversation.messages):
         yield MARKED_QUESTION
+    roles = [message.role for message in conversation.messages]
+    if any(pair == ("assistant", "assistant") for pair in pairwise(roles)):
+        yield ANSWERS_IN_A_ROW
     if any(holds_placeholder(message.content) for message in conversation.messages):
         yield PLACEHOLDER_AS_TEXT
 

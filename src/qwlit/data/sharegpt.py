@@ -1,6 +1,5 @@
 """The turns of ShareGPT: speakers instead of roles, and calls as turns of their own."""
 
-from dataclasses import replace
 from typing import Any
 
 from qwlit.data.conversation import Message, from_json_text, parse_tool_call
@@ -19,22 +18,15 @@ TURN_KEYS = {"from", "value", *MARK_KEYS}
 
 
 def parse_turns(turns: list[Any]) -> list[Message]:
-    """Read turns. A call belongs to the answer or the call directly before it: the model writes both in one turn.
+    """Read turns; a call is a message of its own, which `conversation_of` joins to the answer before it.
 
     Raises:
         RowError: naming the turn and what is wrong with it.
     """
-    messages: list[Message] = []
-    for number, turn in enumerate(turns, start=1):
-        message, is_call = _turn(f"turn {number}", turn)
-        if is_call and messages and messages[-1].role == "assistant":
-            message = _joined(f"turn {number}", messages.pop(), message)
-        messages.append(message)
-    return messages
+    return [_turn(f"turn {number}", turn) for number, turn in enumerate(turns, start=1)]
 
 
-def _turn(where: str, turn: object) -> tuple[Message, bool]:
-    """Return the turn as a message, and whether it is a call."""
+def _turn(where: str, turn: object) -> Message:
     if not isinstance(turn, dict):
         raise RowError(f"{where} must be an object, not {kind_of(turn)}")
     speaker, text = turn.get("from"), turn.get("value")
@@ -47,19 +39,8 @@ def _turn(where: str, turn: object) -> tuple[Message, bool]:
     not_read = tuple(sorted(str(key) for key, value in turn.items() if key not in TURN_KEYS and has_value(value)))
     mark = mark_of(where, turn)
     if role != "call":
-        return Message(role, text, mark=mark, not_read=not_read), False
+        return Message(role, text, mark=mark, not_read=not_read)
     calls = from_json_text(text, f"{where}: a function call")
     listed = calls if isinstance(calls, list) else [calls]
     tool_calls = tuple(parse_tool_call(where, call) for call in listed)
-    return Message("assistant", "", None, tool_calls, mark=mark, not_read=not_read), True
-
-
-def _joined(where: str, answer: Message, call: Message) -> Message:
-    if answer.is_supervised != call.is_supervised:
-        raise RowError(f"{where}: is one answer with the turn before it, but marked otherwise; mark both alike")
-    return replace(
-        answer,
-        tool_calls=answer.tool_calls + call.tool_calls,
-        mark=call.mark if answer.mark is None else answer.mark,
-        not_read=answer.not_read + call.not_read,
-    )
+    return Message("assistant", "", None, tool_calls, mark=mark, not_read=not_read)

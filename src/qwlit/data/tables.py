@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
 from qwlit.data.formats import READ
-from qwlit.data.meaning import MEANING_KEYS
+from qwlit.data.meaning import MARK_KEYS, MEANING_KEYS
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, Reject, Row, too_long
 from qwlit.data.unread import MAX_NAMED
 
@@ -17,7 +17,7 @@ from qwlit.data.unread import MAX_NAMED
 MAX_CSV_ROW_BYTES = 2**20
 PARQUET_ROWS, PARQUET_BYTES = 1000, 16 * 2**20
 # What formats read, and what changes a row's meaning.
-KNOWN_COLUMNS = MEANING_KEYS.union(*READ.values())
+KNOWN_COLUMNS = MEANING_KEYS.union(MARK_KEYS, *READ.values())
 
 
 def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
