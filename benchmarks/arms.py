@@ -70,7 +70,7 @@ def raw(case: Case, folder: Path, record: Record) -> None:
     encoder = RowEncoder(DataConfig(), case.vocab_size, None, None, None)
     store = build_store(str(folder / "samples.jsonl"), encoder, cache_root=folder / "cache")
     order = Order.plain(SEED, len(store))
-    plan = StepPlan(store, order, case.global_batch_size, 1, Limits(rows=case.micro_batch_size), packing=True)
+    plan = StepPlan(store, order, case.global_batch_size, 1, Limits(max_samples=case.micro_batch_size), packing=True)
     kernel: Literal["varlen", "sdpa"] = "varlen" if case.on_cuda else "sdpa"
     frozen = torch.bfloat16 if case.on_cuda else torch.float32
     model = build_loss_model(

@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     steps = int(options["steps"])
     with tempfile.TemporaryDirectory() as name:
         store = make_store(Path(name), int(options["samples"]))
-        plan = StepPlan(store, Order.plain(0, len(store)), BATCH, 1, Limits(rows=ROWS), packing=True)
+        plan = StepPlan(store, Order.plain(0, len(store)), BATCH, 1, Limits(max_samples=ROWS), packing=True)
 
         def planned() -> Iterable[tuple[int, Any]]:
             for step in range(steps):

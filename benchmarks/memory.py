@@ -26,7 +26,7 @@ from qwlit.model.config import Execution
 from qwlit.model.head import WORKSPACES
 from qwlit.model.loss_model import LossModel, build_loss_model, build_meta_model
 from qwlit.optim.groups import plan_groups
-from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer
+from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip
 from qwlit.planning.memory.activations import activation_bytes
 from qwlit.planning.memory.estimate import estimate_memory
 from qwlit.planning.memory.state import MicroShape, Placement
@@ -99,14 +99,14 @@ def micro_batch(*, packing: bool) -> tuple[MicroBatch, MicroShape]:
 
 def compare(shape: list[str], way: list[str], policy: str) -> tuple[float, float]:
     """Return predicted and measured bytes of a training step."""
-    words = ["model=demo", "hardware=cpu", "dropout=none", *shape, *way, f"hardware.memory={policy}"]
+    words = ["model=demo", "hardware=cpu", "dropout=none", *shape, *way, f"hardware.activation_checkpointing={policy}"]
     config = compose(words).config
     machine = replace(
         resolve_machine(config.hardware, config.determinism, profile="cpu"),
-        memory=policy,  # type: ignore[arg-type]
+        activation_checkpointing=policy,  # type: ignore[arg-type]
     )
     kernel: Any = "eager" if config.determinism == "strict" else "sdpa"
-    execution = Execution(kernel, machine.memory, torch.float32, torch.float32)
+    execution = Execution(kernel, machine.activation_checkpointing, torch.float32, torch.float32)
     meta_model = build_meta_model(config.model, config.adapter, config.dropout, config.freeze)
     groups = plan_groups(meta_model.named_parameters(), config.optim)
     micro, size = micro_batch(packing=config.data.packing)
@@ -124,7 +124,7 @@ def _measured(model: LossModel, config: Any, micro: MicroBatch) -> float:
         for _ in range(MICRO_BATCHES):
             (model(micro).loss_sum / 1000).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
-        arm_clip_and_skip(optimizer, norm, 1.0)
+        set_clip_and_skip(optimizer, norm, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -196,7 +196,7 @@ def compare_fake(words: list[str]) -> tuple[float, float]:
                 use_cache=False,
                 attention_kernel="sdpa",
                 document_lengths=micro.document_lengths,
-                supervised_rows=micro.rows,
+                label_positions=micro.label_positions,
             )
     # Autocast's copies of the weights are a component of their own.
     shapes = {tuple(sorted(p.shape)) for p in subject_model.parameters()}

@@ -96,7 +96,7 @@ def read(folder: Path, chosen: bool) -> dict[str, Any]:
     store = build_store(str(folder / "rows.jsonl"), encode, cache_root=folder / "cache")
     samples: Samples = split_store(store, 0.05)[0] if chosen else store
     order = Order.plain(0, len(samples))
-    plan = StepPlan(samples, order, GLOBAL_BATCH_SIZE, 1, Limits(rows=16), True)
+    plan = StepPlan(samples, order, GLOBAL_BATCH_SIZE, 1, Limits(max_samples=16), True)
     first = max(0, plan.steps_of_epochs(1) - STEPS_READ // 2)
     started, most, tokens = time.perf_counter(), 0, 0
     for step in range(first, first + STEPS_READ):

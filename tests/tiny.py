@@ -77,7 +77,7 @@ def packed(samples: list[Sample]) -> MicroBatch:
     return MicroBatch(
         input_ids=torch.tensor([[token for ids, _ in samples for token in ids]]),
         position_ids=torch.tensor([[position for length in lengths for position in range(length)]]),
-        rows=rows,
+        label_positions=rows,
         targets=targets,
         cu_seqlens=torch.tensor([*starts, sum(lengths)], dtype=torch.int32),
         document_lengths=tuple(lengths),
@@ -92,7 +92,7 @@ def padded(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
     return MicroBatch(
         input_ids=torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in samples]),
         position_ids=torch.arange(width).expand(len(samples), width).contiguous(),
-        rows=rows,
+        label_positions=rows,
         targets=targets,
         cu_seqlens=None,
         document_lengths=None,

@@ -251,3 +251,8 @@ def test_a_model_file_of_ones_own_keeps_its_architecture(tmp_path):
     )
     model = compose([f"hydra.searchpath=[file://{tmp_path}]", "model=mine"]).config.model
     assert model.architecture and model.architecture.hidden_size == 64 and model.hub_id == "me/mine"
+
+
+def test_an_old_name_is_answered_with_the_new_one():
+    with pytest.raises(ConfigError, match=r"^hardware.memory is now called hardware.activation_checkpointing$"):
+        compose(["hardware.memory=full"])

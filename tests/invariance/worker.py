@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qwlit.core.ranks import leave, meet_others
-from qwlit.core.sharding import whole
+from qwlit.core.sharding import full_tensor
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.order import Order
 from qwlit.data.step_plan import Limits, StepPlan
@@ -27,7 +27,7 @@ from qwlit.training.trainer import build_trainer
 from tests.tiny import tiny_architecture
 
 STEPS, BATCH, VOCABULARY, LR = 10, 16, 97, 1e-3
-LIMITS = [Limits(rows=n) for n in (1, 3, 16)] + [Limits(tokens=n) for n in (64, 200, None)]
+LIMITS = [Limits(max_samples=n) for n in (1, 3, 16)] + [Limits(max_tokens=n) for n in (64, 200, None)]
 LAYOUTS = [(packing, limits) for packing in (True, False) for limits in LIMITS]
 
 
@@ -72,7 +72,9 @@ class Recorder(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         if not self.gradients:
-            self.gradients = {n: whole(p.grad).clone() for n, p in module.named_parameters() if p.grad is not None}
+            self.gradients = {
+                n: full_tensor(p.grad).clone() for n, p in module.named_parameters() if p.grad is not None
+            }
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = trainer.strategy.reduce(module.outcome.loss_sum, reduce_op="sum")
@@ -116,7 +118,7 @@ def run(model_type: str, adapter: str, packing: bool, limits: Limits, strategy: 
     plan = plan_of(samples, world_size, limits, packing=packing)
     steps = StepDataset(samples, plan, trainer.global_rank, pad_id=0)
     trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))
-    weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
+    weights = {n: full_tensor(p.detach()).clone() for n, p in module.named_parameters()}
     return {"gradients": recorder.gradients, "losses": recorder.losses, "weights": weights}
 
 
@@ -143,7 +145,7 @@ class Weights(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.skipped.append(float(module.outcome.skipped))
-        self.after.append(torch.cat([whole(p.detach()).flatten().clone() for p in module.parameters()]))
+        self.after.append(torch.cat([full_tensor(p.detach()).flatten().clone() for p in module.parameters()]))
 
 
 def run_poisoned(model_type: str, strategy: str, world_size: int) -> dict[str, Any]:
@@ -172,7 +174,9 @@ def main(out: str, model_type: str, adapter: str, strategy: str, world_size: int
         torch.save(run_poisoned(model_type, strategy, world_size), Path(f"{out}.{rank}"))
         leave_now()
     seen = {
-        (packing, limits.rows, limits.tokens): run(model_type, adapter, packing, limits, strategy, world_size)
+        (packing, limits.max_samples, limits.max_tokens): run(
+            model_type, adapter, packing, limits, strategy, world_size
+        )
         for packing, limits in LAYOUTS
     }
     if rank == 0:

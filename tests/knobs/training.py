@@ -91,7 +91,7 @@ def trained(family: str, knobs: Knobs, *, save: Path | None = None, resume: Path
         seed=0,
     )
     trainer = build_trainer(machine("single", 1), total_steps=STEPS, callbacks=[watch], folder=Path())
-    steps = StepDataset(samples, plan_of(samples, 1, Limits(rows=8), packing=True), 0, pad_id=0)
+    steps = StepDataset(samples, plan_of(samples, 1, Limits(max_samples=8), packing=True), 0, pad_id=0)
     loader = train_loader(steps, start_step=SAVED if resume else 0, total_steps=STEPS, num_workers=0, pin_memory=False)
     trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
     return Trained(watch.losses, watch.rates, before, weights(model), model)

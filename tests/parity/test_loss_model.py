@@ -139,9 +139,9 @@ def test_correct_tokens_are_counted_in_eval_mode_only() -> None:
     model, micro = loss_model(plain), packed(samples)
     with torch.no_grad():
         logits = torch.cat([plain(torch.tensor([ids])).logits[0] for ids, _ in samples])
-        micro.targets[::2] = logits.argmax(dim=-1)[micro.rows][::2]
-        expected = (logits.argmax(dim=-1)[micro.rows] == micro.targets).sum()
-        assert model.eval()(micro).num_correct == expected >= len(micro.rows) // 2
+        micro.targets[::2] = logits.argmax(dim=-1)[micro.label_positions][::2]
+        expected = (logits.argmax(dim=-1)[micro.label_positions] == micro.targets).sum()
+        assert model.eval()(micro).num_correct == expected >= len(micro.label_positions) // 2
     assert model.train()(micro).num_correct == 0
 
 

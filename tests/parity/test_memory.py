@@ -1,4 +1,4 @@
-"""The memory ladder: the same gradients on every rung, and less kept on each."""
+"""The memory levels: the same gradients on every level, and less kept on each."""
 
 import itertools
 
@@ -7,21 +7,21 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 
 from qwlit.core.batch import MicroBatch
-from qwlit.model.activation_checkpointing import apply_memory_policy
+from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.adapters import apply_adapter
 from qwlit.model.attention import register_attention
-from qwlit.model.config import AdapterConfig, DropoutConfig, MemoryPolicy
+from qwlit.model.config import ActivationCheckpointing, AdapterConfig, DropoutConfig
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.head import WORKSPACES
 from qwlit.model.loss_model import LossModel
 from tests.tiny import packed, padded, random_samples, tiny_causal_lm
 
-RUNGS: list[MemoryPolicy] = ["none", "selective", "full", "offload"]
+LEVELS: list[ActivationCheckpointing] = ["none", "selective", "full", "offload"]
 SAMPLES = random_samples([40, 7, 23])
 
 
 def gradients(
-    family: str, policy: MemoryPolicy, micro: MicroBatch, *, lora: bool, dropout: float = 0.1
+    family: str, policy: ActivationCheckpointing, micro: MicroBatch, *, lora: bool, dropout: float = 0.1
 ) -> dict[str, torch.Tensor]:
     causal_lm = tiny_causal_lm(family)
     causal_lm.set_attn_implementation(register_attention())
@@ -29,7 +29,7 @@ def gradients(
         causal_lm.requires_grad_(False)
         apply_adapter(causal_lm, AdapterConfig(kind="lora", rank=4), dropout=dropout, seed=1)
     apply_dropout(causal_lm, DropoutConfig(attention=dropout, feed_forward=dropout, lora=dropout))
-    apply_memory_policy(causal_lm, policy)
+    apply_activation_checkpointing(causal_lm, policy)
     model = LossModel(causal_lm, "sdpa").train()
     torch.manual_seed(5)
     for _ in range(2):  # two micro-batches, as in accumulation
@@ -43,17 +43,17 @@ def gradients(
 def test_every_rung_gives_the_same_gradients_to_the_bit_with_dropout_on(family, lora, layout):
     expected = gradients(family, "none", layout(SAMPLES), lora=lora)
     assert expected
-    for policy in RUNGS[1:]:
+    for policy in LEVELS[1:]:
         found = gradients(family, policy, layout(SAMPLES), lora=lora)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected), policy
 
 
-def kept_bytes(policy: MemoryPolicy) -> int:
+def kept_bytes(policy: ActivationCheckpointing) -> int:
     """Return the bytes of activations alive between the forward and the backward pass."""
     causal_lm = tiny_causal_lm("qwen3")
     causal_lm.set_attn_implementation(register_attention())
-    apply_memory_policy(causal_lm, policy)
+    apply_activation_checkpointing(causal_lm, policy)
     model = LossModel(causal_lm, "sdpa").train()
     WORKSPACES.clear()
     tracker = MemTracker()
@@ -67,5 +67,5 @@ def kept_bytes(policy: MemoryPolicy) -> int:
 
 
 def test_each_rung_keeps_less():
-    none, selective, full = (kept_bytes(policy) for policy in RUNGS[:3])
+    none, selective, full = (kept_bytes(policy) for policy in LEVELS[:3])
     assert full < 0.5 * selective < 0.5 * none, (none, selective, full)

@@ -73,7 +73,7 @@ def test_five_steps_equal_plain_torch_in_loss_norm_rate_and_weights(family):
         shard=None,
         seed=0,
     )
-    plan = plan_of(samples, 1, Limits(rows=3), packing=True, batch=BATCH)
+    plan = plan_of(samples, 1, Limits(max_samples=3), packing=True, batch=BATCH)
     trainer = build_trainer(machine("single", 1), total_steps=STEPS, callbacks=[seen], folder=Path())
     steps = StepDataset(samples, plan, 0, pad_id=0)
     trainer.fit(module, train_loader(steps, start_step=0, total_steps=STEPS, num_workers=0, pin_memory=False))

@@ -1,4 +1,4 @@
-"""hardware.memory and running out of it, from the command line."""
+"""Activation checkpointing, and running out of memory, from the command line."""
 
 import pytest
 import torch
@@ -8,10 +8,15 @@ from tests.runs.runs import TINY, assert_same_run, qwlit, rows, summary, train
 
 RUN = ["train.max_steps=4", "checkpoint.every_steps=2", "dropout=pretrain", "data.exact_match=0", "data.val_path=null"]
 
+LEVEL = "hardware.activation_checkpointing"
 
-def test_every_policy_trains_to_the_same_bits(tmp_path):
-    runs = [train([*RUN, f"hardware.memory={p}", f"run.name={p}"], tmp_path) for p in ("none", "selective", "full")]
-    offload = train([*RUN, "hardware.memory=offload", "run.name=offload", "recipe=lora"], tmp_path)
+
+def test_every_level_trains_to_the_same_bits(tmp_path):
+    runs = [
+        train([*RUN, f"hardware.activation_checkpointing={p}", f"run.name={p}"], tmp_path)
+        for p in ("none", "selective", "full")
+    ]
+    offload = train([*RUN, "hardware.activation_checkpointing=offload", "run.name=offload", "recipe=lora"], tmp_path)
     assert summary(offload)["status"] == "done"
     assert_same_run(runs[0], runs[1])
     assert_same_run(runs[0], runs[2])
@@ -22,14 +27,26 @@ def test_every_policy_trains_to_the_same_bits(tmp_path):
     [
         (
             [],
-            "hardware.memory=selective · hardware.memory=full · hardware.memory=offload · hardware.micro_batch_size=4",
+            " · ".join(
+                [*(f"{LEVEL}={level}" for level in ("selective", "full", "offload")), "hardware.micro_batch_size=4"]
+            ),
         ),
-        (["hardware.memory=full", "hardware.micro_batch_size=1"], "hardware.memory=offload."),
         (
-            ["hardware.memory=offload", "hardware.micro_batch_size=null", "hardware.micro_batch_tokens=4096"],
+            ["hardware.activation_checkpointing=full", "hardware.micro_batch_size=1"],
+            "hardware.activation_checkpointing=offload.",
+        ),
+        (
+            [
+                "hardware.activation_checkpointing=offload",
+                "hardware.micro_batch_size=null",
+                "hardware.micro_batch_tokens=4096",
+            ],
             "hardware.micro_batch_tokens=2048.",
         ),
-        (["hardware.memory=offload", "hardware.micro_batch_size=1"], "recipe=lora, or a larger device"),
+        (
+            ["hardware.activation_checkpointing=offload", "hardware.micro_batch_size=1"],
+            "recipe=lora, or a larger device",
+        ),
     ],
 )
 def test_out_of_memory_says_what_holds_it_and_what_to_try_and_loses_nothing(words, tries, tmp_path, monkeypatch):
@@ -53,6 +70,6 @@ def test_out_of_memory_says_what_holds_it_and_what_to_try_and_loses_nothing(word
     assert summary(run)["status"] == "failed"
     assert (run / "checkpoints" / "last").resolve().name == "step-000002"
     monkeypatch.undo()
-    again = qwlit(["train", *TINY, *RUN, "run.name=small", *words, "hardware.memory=full"], tmp_path)
+    again = qwlit(["train", *TINY, *RUN, "run.name=small", *words, "hardware.activation_checkpointing=full"], tmp_path)
     assert again.returncode == 0, again.stderr
     assert summary(run)["resumed_from"] == 2 and rows(run)[-1]["step"] == 4

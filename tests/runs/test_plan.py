@@ -141,7 +141,13 @@ def test_data_that_are_elsewhere_are_not_checked_and_data_that_are_bad_are_refus
 def test_remedies_are_planned_on_the_same_data(tmp_path):
     rows = [{"input_ids": [1] * (1500 if number % 40 == 0 else 20)} for number in range(160)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["model=qwen3_0_6b", "model.init=random", "dropout=none", "hardware.memory=none", "data.path=long.jsonl"]
+    words = [
+        "model=qwen3_0_6b",
+        "model.init=random",
+        "dropout=none",
+        "hardware.activation_checkpointing=none",
+        "data.path=long.jsonl",
+    ]
     words += ["hardware=rtx4090", "hardware.micro_batch_size=8", "hardware.gpu_memory_gb=14", "data.loss_on=all"]
     words += ["model.tokenizer=qwlit:demo/tokenizer"]
     plan = planned(words, tmp_path)

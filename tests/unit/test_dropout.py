@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qwlit.core.errors import ConfigError
-from qwlit.model.activation_checkpointing import apply_memory_policy
+from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.attention import register_attention
-from qwlit.model.config import DropoutConfig, MemoryPolicy
+from qwlit.model.config import ActivationCheckpointing, DropoutConfig
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.loss_model import LossModel
 from tests.tiny import packed, padded, random_samples, tiny_causal_lm
@@ -86,11 +86,11 @@ def test_only_the_layers_in_the_range_drop() -> None:
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
-def test_dropout_under_checkpointing_is_dropout_without(policy: MemoryPolicy) -> None:
+def test_dropout_under_checkpointing_is_dropout_without(policy: ActivationCheckpointing) -> None:
     gradients = []
     for memory in ("none", policy):
         model = model_with(attention=0.1, feed_forward=0.1, residual=0.1, embedding=0.1).train()
-        apply_memory_policy(model.causal_lm, memory)
+        apply_activation_checkpointing(model.causal_lm, memory)
         torch.manual_seed(5)
         model(packed(SAMPLES)).loss_sum.backward()
         gradients.append([p.grad for p in model.parameters()])

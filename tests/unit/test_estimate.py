@@ -28,7 +28,7 @@ def settled(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any
         (["model=qwen3_1_7b"], "fsdp", "selective"),
         (["model=qwen3_4b"], "fsdp", "full"),
         (["model=qwen3_0_6b", "hardware.strategy=fsdp"], "fsdp", "none"),
-        (["model=qwen3_0_6b", "hardware.memory=full"], "ddp", "full"),
+        (["model=qwen3_0_6b", "hardware.activation_checkpointing=full"], "ddp", "full"),
         # Frozen in bfloat16: 15 and 61 GiB; in 4 bits 17.
         (["model=qwen3_8b", "recipe=lora"], "ddp", "full"),
         (["model=qwen3_32b", "recipe=lora"], "fsdp", "full"),
@@ -38,7 +38,11 @@ def settled(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any
 def test_the_cheapest_strategy_and_policy_that_fit_are_taken(words, strategy, memory, monkeypatch):
     setup, estimate = settled(words, monkeypatch)
     assert estimate.fits
-    assert (setup.machine.strategy, setup.machine.memory, setup.execution.memory) == (strategy, memory, memory)
+    assert (
+        setup.machine.strategy,
+        setup.machine.activation_checkpointing,
+        setup.execution.activation_checkpointing,
+    ) == (strategy, memory, memory)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,7 @@ def test_the_cheapest_strategy_and_policy_that_fit_are_taken(words, strategy, me
 def test_what_may_not_be_sharded_and_does_not_fit_is_counted_at_its_smallest(words, monkeypatch):
     setup, estimate = settled(words, monkeypatch)
     assert estimate.fits is False
-    assert (setup.machine.strategy, setup.machine.memory) == ("ddp", "offload")
+    assert (setup.machine.strategy, setup.machine.activation_checkpointing) == ("ddp", "offload")
     assert not setup.execution.compiled
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from qwlit.optim.optimizers import arm_clip_and_skip
+from qwlit.optim.optimizers import set_clip_and_skip
 from qwlit.training.loss_scale import GROWTH_STEPS, INITIAL, LARGEST, LossScale
 
 
@@ -29,7 +29,7 @@ def test_the_optimizer_divides_the_scale_out_and_clips_by_the_true_norm() -> Non
             optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True, eps=1e-2)
             for gradient in (torch.tensor([3.0, 0.1, -4.0]), torch.tensor([0.01, 0.02, 0.0])):
                 weight.grad = gradient * scale
-                arm_clip_and_skip(optimizer, gradient.norm(), max_grad_norm, scale)
+                set_clip_and_skip(optimizer, gradient.norm(), max_grad_norm, scale)
                 optimizer.step()
             weights.append(weight.detach().clone())
         assert torch.allclose(weights[0], weights[1], rtol=1e-6)

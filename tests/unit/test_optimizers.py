@@ -9,7 +9,7 @@ from torch import nn
 
 from qwlit.optim.config import GroupRule, OptimConfig, OptimizerName
 from qwlit.optim.groups import plan_groups
-from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer, set_learning_rate
+from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip, set_learning_rate
 
 
 def built(model, **settings):
@@ -47,7 +47,7 @@ def after(model, optimizer, clip=None, steps=3):
 
 
 def inside(model, optimizer):
-    arm_clip_and_skip(optimizer, nn.utils.get_total_norm([p.grad for p in model.parameters()]), 1.0)
+    set_clip_and_skip(optimizer, nn.utils.get_total_norm([p.grad for p in model.parameters()]), 1.0)
 
 
 def outside(model, optimizer):
@@ -117,7 +117,7 @@ def test_a_step_with_a_non_finite_norm_leaves_weights_moments_and_count_untouche
     after(never, other, inside, steps_before)
     gradients(model, 9)
     model.proj.weight.grad[0, 0] = bad
-    assert arm_clip_and_skip(optimizer, torch.tensor(bad), 1.0) == 1.0
+    assert set_clip_and_skip(optimizer, torch.tensor(bad), 1.0) == 1.0
     optimizer.step()
     left, right = snapshot(optimizer), snapshot(other)
     for key, value in left.items():

@@ -12,7 +12,7 @@ from qwlit.core.errors import ConfigError
 from qwlit.optim.schedules import build_schedule
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.preflight import RULES, DataFacts, Facts, TokenizerFacts, find, refuse
+from qwlit.planning.preflight import RULES, DataFacts, PreflightFacts, TokenizerFacts, find, refuse
 from qwlit.planning.preflight.table import table
 from qwlit.planning.setup import resolve_setup
 from qwlit.training import machine
@@ -22,14 +22,14 @@ GOOD_DATA = DataFacts(supervised_share=0.4, cut_share=0.0, longest=2000, has_val
 TOKENIZER = TokenizerFacts(pad_id=151_643, eos_id=151_645, num_tokens=151_669)
 
 
-def facts(words: list[str], *, steps: int = 1000, data: DataFacts = GOOD_DATA, **changes: Any) -> Facts:
+def facts(words: list[str], *, steps: int = 1000, data: DataFacts = GOOD_DATA, **changes: Any) -> PreflightFacts:
     """Return what the rules see of a run of so many steps over good data, unless told otherwise."""
     setup = resolve_setup(compose(words), imagined=True)
     schedule = build_schedule(setup.config.scheduler, steps)
     return replace(facts_of(setup), **{"schedule": schedule, "data": data, "tokenizer": TOKENIZER} | changes)
 
 
-def names(found: Facts) -> set[str]:
+def names(found: PreflightFacts) -> set[str]:
     return {finding.name for finding in find(found)}
 
 
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def seen(words: list[str], *, has_bf16: bool = True, **rest: Any) -> Facts:
+def seen(words: list[str], *, has_bf16: bool = True, **rest: Any) -> PreflightFacts:
     found = facts(words, **rest)
     return found if has_bf16 else replace(found, machine=replace(found.machine, has_bf16=False))
 

@@ -12,7 +12,7 @@ from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json_lines
 from qwlit.run.resume import claim, newest, refuse_other_mathematics
-from qwlit.training.async_readback import LateReader
+from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.checkpointing.checkpoint import (
     MANIFEST,
     StepFolderIO,
@@ -129,7 +129,7 @@ def test_changed_mathematics_is_named_with_both_values():
 
 
 def test_late_numbers_come_back_in_order_with_their_tags():
-    reader = LateReader()
+    reader = AsyncReadback()
     value = torch.tensor([1.0])
     reader.push("a", value)
     value += 1  # what was pushed is a copy

@@ -108,7 +108,9 @@ def test_a_name_that_looks_like_a_glob_is_first_of_all_a_name(tmp_path: Path) ->
 def test_files_of_several_kinds_are_asked_about(tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl", "README.txt", "b.json")
     for path in (tmp_path, tmp_path / "*"):
-        with pytest.raises(DataError, match=r"holds \.json and \.jsonl and \.txt files; name one kind, e\.g\. '\*"):
+        with pytest.raises(
+            DataError, match=r"holds \.json and \.jsonl and \.txt files; name one kind, e\.g\. '.*/\*\.json'"
+        ):
             find_sources(str(path))
     touch(tmp_path / "tables", "a.csv", "b.parquet")
     assert len(find_sources(str(tmp_path / "tables"))) == 2

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qwlit.core.errors import ConfigError
 from qwlit.data.order import Order
 from qwlit.data.samples import Indices
-from qwlit.data.step_plan import Limits, StepPlan, lay_out
+from qwlit.data.step_plan import Limits, StepPlan, assign_micro_batches
 from qwlit.training.milestones import Rhythm
 
 
@@ -53,10 +53,10 @@ def test_a_step_is_the_orders_samples_at_its_positions():
 
 def test_a_layout_is_of_the_lengths_of_the_steps_samples():
     lengths = list(range(2, 42))
-    plan = make_plan(lengths, global_batch_size=8, world_size=2, limits=Limits(tokens=60))
+    plan = make_plan(lengths, global_batch_size=8, world_size=2, limits=Limits(max_tokens=60))
     for step in range(3):
         samples = plan.samples(step)
-        expected = lay_out([lengths[i] for i in samples], 2, Limits(tokens=60), packing=True)
+        expected = assign_micro_batches([lengths[i] for i in samples], 2, Limits(max_tokens=60), packing=True)
         assert plan.layout(samples) == expected
 
 
@@ -110,7 +110,7 @@ def test_a_run_of_a_billion_steps_is_planned_at_once():
 def test_a_layout_holds_every_sample_once_within_limits_and_ranks_have_equally_many(
     lengths, world_size, rows, tokens, packing
 ):
-    ranks = lay_out(lengths, world_size, Limits(rows, tokens), packing=packing)
+    ranks = assign_micro_batches(lengths, world_size, Limits(rows, tokens), packing=packing)
     assert len(ranks) == world_size
     assert len({len(micros) for micros in ranks}) == 1
     micros = [m for rank in ranks for m in rank]
@@ -124,19 +124,19 @@ def test_a_layout_holds_every_sample_once_within_limits_and_ranks_have_equally_m
 
 def test_accumulation_under_a_row_limit_is_the_fewest_possible():
     for world_size, micro, expected in [(1, 2, 8), (1, 4, 4), (2, 4, 2), (4, 4, 1)]:
-        ranks = lay_out(list(range(10, 26)), world_size, Limits(rows=micro), packing=True)
+        ranks = assign_micro_batches(list(range(10, 26)), world_size, Limits(max_samples=micro), packing=True)
         assert {len(m) for m in ranks} == {expected}
 
 
 def test_packed_ranks_are_balanced_by_tokens():
     lengths = np.random.default_rng(0).lognormal(5, 0.8, 64).astype(int).clip(8, 2000).tolist()
-    ranks = lay_out(lengths, 4, Limits(), packing=True)
+    ranks = assign_micro_batches(lengths, 4, Limits(), packing=True)
     loads = [sum(lengths[i] for m in micros for i in m.members) for micros in ranks]
     assert max(loads) < 1.1 * sum(loads) / 4 or max(loads) == max(lengths)
 
 
 def test_a_sample_that_fits_no_micro_batch_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match="longest sample has 70 tokens; raise it to 70"):
-        Limits(tokens=64).check(Sized([10, 70]))
-    Limits(tokens=70).check(Sized([10, 70]))
-    Limits(rows=1).check(Sized([10, 70]))
+        Limits(max_tokens=64).check(Sized([10, 70]))
+    Limits(max_tokens=70).check(Sized([10, 70]))
+    Limits(max_samples=1).check(Sized([10, 70]))

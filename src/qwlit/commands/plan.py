@@ -83,7 +83,7 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
             "total_gib": memory.total / GIB,
             "device_gib": memory.device / GIB if memory.device else None,
             "fullest_at": memory.moment,
-            "policy": machine.memory,
+            "activation_checkpointing": machine.activation_checkpointing,
         },
         "fits": memory.fits,
         "would_fit": [{"overrides": overrides, "total_gib": smaller.total / GIB} for overrides, smaller in remedies],
@@ -119,7 +119,7 @@ def show(plan: "RunPlan", remedies: "list[Remedy]", mfu: float, screen: Console)
     screen.print(f"[bold]{escape(str(plan.config.run.name))}[/]  on {machine.world_size} x {machine.device_name}")
     screen.print(
         f"  strategy {machine.strategy}, precision {machine.precision}, attention {plan.execution.attention}"
-        f", memory {machine.memory}{compiled}"
+        f", activation checkpointing {machine.activation_checkpointing}{compiled}"
     )
     _show_parameters(plan, screen)
     _show_memory(plan, remedies, screen)
@@ -193,7 +193,7 @@ def _curve(schedule: "Schedule") -> str:
     """Draw the learning rate over the run."""
     width = min(CURVE_WIDTH, schedule.total_steps)
     steps = [number * (schedule.total_steps - 1) // max(1, width - 1) for number in range(width)]
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * schedule.factor(step)))] for step in steps)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * schedule.lr_multiplier(step)))] for step in steps)
 
 
 def _show_findings(plan: "RunPlan", screen: Console) -> None:

@@ -17,6 +17,10 @@ PLAIN_WORDS = {
 }
 
 
+RENAMED = {"hardware.memory": "hardware.activation_checkpointing"}
+"""Old names of settings, for people who know them."""
+
+
 def explain(error: ValidationError, groups: list[str]) -> str:
     """Turn pydantic's first finding into one line: field, rule, nearest name among settings and `groups`."""
     # A name written wrong is also a name missing: the former says more.
@@ -28,6 +32,8 @@ def explain(error: ValidationError, groups: list[str]) -> str:
         known = [f.name for f in dataclasses.fields(owner)] + (groups if owner is RunConfig else [])
         if field in groups:
             return f"{field}: a file of this group needs '# @package _global_' in its first line"
+        if field in RENAMED:
+            return f"{field} is now called {RENAMED[field]}"
         prefix = field.removesuffix(names[-1])
         hint = nearest(field, [prefix + name for name in known]) or f" Known here: {', '.join(sorted(set(known)))}."
         return f"{field}: no such setting.{hint}"

@@ -40,7 +40,7 @@ class MicroBatch(_Movable):
     """(B, T) int64."""
     position_ids: Tensor
     """(B, T) int64, counted from 0 within each document."""
-    rows: Tensor
+    label_positions: Tensor
     """(N,) int64: positions in the flattened B * T whose next token is supervised."""
     targets: Tensor
     """(N,) int64: that next token."""

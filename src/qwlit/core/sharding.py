@@ -10,7 +10,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return all rows; where the tensor is sharded, all ranks must ask together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -15,7 +15,7 @@ from qwlit.core.batch import MicroBatch, StepBatch
 from qwlit.core.ranks import die_with_parent
 from qwlit.core.signals import ignore_signals
 from qwlit.data.samples import Samples
-from qwlit.data.step_plan import Limits, MicroLayout, StepPlan, lay_out
+from qwlit.data.step_plan import Limits, MicroLayout, StepPlan, assign_micro_batches
 
 
 def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: int, filler: bool) -> MicroBatch:
@@ -42,7 +42,7 @@ def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: i
     return MicroBatch(
         input_ids=torch.from_numpy(flat_ids).view(shape),
         position_ids=torch.from_numpy(positions).view(shape),
-        rows=torch.from_numpy(none if filler else np.concatenate(rows)),
+        label_positions=torch.from_numpy(none if filler else np.concatenate(rows)),
         targets=torch.from_numpy(none if filler else np.concatenate(targets).astype(np.int64)),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packing else None,
         document_lengths=tuple(lengths) if packing else None,
@@ -135,6 +135,8 @@ def validation_loader(
     samples: Samples, *, rank: int, world_size: int, limits: Limits, packing: bool, pad_id: int
 ) -> DataLoader[MicroBatch]:
     # Without a row limit the whole set would be one micro-batch; 64 rows keep a laptop busy and fit it.
-    limits = Limits(rows=limits.rows or 64, tokens=limits.tokens)
-    layout = lay_out(samples.lengths(np.arange(len(samples))).tolist(), world_size, limits, packing=packing)[rank]
+    limits = Limits(max_samples=limits.max_samples or 64, max_tokens=limits.max_tokens)
+    layout = assign_micro_batches(
+        samples.lengths(np.arange(len(samples))).tolist(), world_size, limits, packing=packing
+    )[rank]
     return DataLoader(ValidationDataset(samples, layout, packing, pad_id), batch_size=None, shuffle=False)

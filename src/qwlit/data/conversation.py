@@ -78,7 +78,7 @@ def parse_conversation(rows: object, tools: object = None) -> Conversation:
 def message_list(rows: object) -> list[Message]:
     """Check a list of messages one by one, or raise RowError."""
     if not isinstance(rows, list) or not rows:
-        raise RowError(f"'messages' must be a list with at least one message, not {_seen(rows)}")
+        raise RowError(f"'messages' must be a list with at least one message, not {seen(rows)}")
     return [_message(f"message {number}", row) for number, row in enumerate(rows, start=1)]
 
 
@@ -124,7 +124,7 @@ def _joined(where: str, answer: Message, call: Message) -> Message:
     )
 
 
-def _seen(value: object) -> str:
+def seen(value: object) -> str:
     return "an empty one" if value == [] else kind_of(value)
 
 

@@ -12,6 +12,7 @@ from qwlit.data.conversation import (
     from_json_text,
     message_list,
     parse_tools,
+    seen,
 )
 from qwlit.data.meaning import LABEL_KEYS, MARK_KEYS, MEANING_KEYS, label_of, marks_row, refuse_other_meaning
 from qwlit.data.rows import Document, RowError, kind_of
@@ -73,7 +74,7 @@ def parse_sharegpt(row: Columns) -> Conversation:
     """`conversations`: from, value (or role, content), weight; `system`, `tools`."""
     turns = from_json_text(row["conversations"], "'conversations'")
     if not isinstance(turns, list) or not turns:
-        raise RowError(f"'conversations' must be a list with at least one turn, not {kind_of(turns)}")
+        raise RowError(f"'conversations' must be a list with at least one turn, not {seen(turns)}")
     if all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns):
         return _conversation(row, turns)
     return _complete(row, parse_turns(turns))

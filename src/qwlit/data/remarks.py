@@ -18,14 +18,15 @@ NULLS_FROM_TABLE = "null in tool arguments or tools from a table, where missing 
 BARE_TOOLS = 'bare tool definitions, which are wrapped as {"type": "function", "function": …}, as servers do'
 MARKED_QUESTION = "a mark to supervise a turn that is no answer: only answers are, with data.loss_on=all every turn"
 ANSWERS_IN_A_ROW = "answers directly after one another: each ends its turn; join them if they are one answer"
+ANSWER_FIRST = "an answer before any question: are the speakers swapped?"
 PLACEHOLDER_AS_TEXT = "<image>, <video> or <audio> inside a text, where it is letters: training reads text alone"
 WRITTEN_OUT = (
-    "control tokens written out, as <|im_start|>, in a text, where they are letters: give the conversation as messages,"
-    " or the tokens as input_ids"
+    "control tokens such as <|im_start|> written out in a text: the model is trained on their letters, not on the"
+    " tokens; give the conversation as messages, or the tokens as input_ids"
 )
 NO_EMPTY_BLOCK = (
-    "supervised answers or calls without reasoning that the template writes without an empty think block, which"
-    " inference with thinking off puts before them; data.loss_on=last_assistant supervises only the last answer"
+    "answers or calls without reasoning before the last one: training has no empty think block before them, inference"
+    " with thinking off has one; data.loss_on=last_assistant supervises only the last answer"
 )
 _TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, RESPONSE, END_RESPONSE)))
 
@@ -62,6 +63,8 @@ def _what_was_done(conversation: Conversation, supervision: Supervision) -> Iter
     roles = [message.role for message in conversation.messages]
     if any(pair == ("assistant", "assistant") for pair in pairwise(roles)):
         yield ANSWERS_IN_A_ROW
+    if next(role for role in roles if role != "system") == "assistant":
+        yield ANSWER_FIRST
     if any(holds_placeholder(message.content) for message in conversation.messages):
         yield PLACEHOLDER_AS_TEXT
 

@@ -80,5 +80,7 @@ def _of_one_kind(path: str, files: list[File]) -> list[Source]:
     kinds = {KINDS[file.suffix] for file in files}
     if len(kinds) > 1:
         suffixes = sorted({file.suffix for file in files})
-        raise DataError(f"'{path}' holds {' and '.join(suffixes)} files; name one kind, e.g. '*{suffixes[0]}'")
+        folder = path.rpartition("/")[0] if "*" in path else path.rstrip("/")
+        one_kind = f"{folder}/*{suffixes[0]}" if folder else f"*{suffixes[0]}"
+        raise DataError(f"'{path}' holds {' and '.join(suffixes)} files; name one kind, e.g. '{one_kind}'")
     return list(files)

@@ -145,11 +145,13 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
         dropped = first if config.drop_duplicates else [None] * len(training)
         sides = [split_store(s, config.val_fraction, ids) for s, ids in zip(training, dropped, strict=True)]
         kept, held_out = [train for train, _ in sides], [val for _, val in sides]
+        distinct = sum(len(np.unique(s.digests(slice(None), "rows"))) for s in training)
         for side, parts in (("training", kept), ("validation", held_out)):
             if not any(len(part) for part in parts):
+                samples = f"{sum(map(len, training))} samples ({distinct} different ones; copies stay on one side)"
                 raise DataError(
-                    f"data.val_fraction={config.val_fraction} of {sum(map(len, training))} samples leaves none for"
-                    f" {side}; choose another fraction, or set data.val_path"
+                    f"data.val_fraction={config.val_fraction} of {samples} leaves none for {side};"
+                    " choose another fraction, or set data.val_path"
                 )
     return DataSplit(
         train=join(kept),

@@ -20,16 +20,16 @@ from qwlit.data.samples import Indices, Samples, longest
 class Limits:
     """What one rank can hold in one forward pass."""
 
-    rows: int | None = None
+    max_samples: int | None = None
     """`micro_batch_size`: samples."""
-    tokens: int | None = None
+    max_tokens: int | None = None
     """`micro_batch_tokens`: tokens, padding included where there is any."""
 
     def check(self, samples: Samples) -> None:
-        """Raise ConfigError when a sample does not fit `tokens` even alone."""
-        if self.tokens is not None and (most := longest(samples)) > self.tokens:
+        """Raise ConfigError when a sample does not fit `max_tokens` even alone."""
+        if self.max_tokens is not None and (most := longest(samples)) > self.max_tokens:
             raise ConfigError(
-                f"hardware.micro_batch_tokens={self.tokens}: the longest sample has {most} tokens;"
+                f"hardware.micro_batch_tokens={self.max_tokens}: the longest sample has {most} tokens;"
                 f" raise it to {most}, or lower data.max_seq_len"
             )
 
@@ -50,8 +50,10 @@ class MicroLayout:
     filler: bool = False
 
 
-def lay_out(lengths: Sequence[int], world_size: int, limits: Limits, *, packing: bool) -> list[list[MicroLayout]]:
-    """Lay samples into micro-batches, the same number for every rank.
+def assign_micro_batches(
+    lengths: Sequence[int], world_size: int, limits: Limits, *, packing: bool
+) -> list[list[MicroLayout]]:
+    """Assign samples to micro-batches, the same number for every rank.
 
     Args:
         lengths: tokens of each of the step's samples.
@@ -74,10 +76,10 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
     """Longest sample first, each into the emptiest micro-batch with room: balanced, and close to the fewest."""
     rounds = 1
-    if limits.rows is not None:
-        rounds = max(rounds, -(-len(lengths) // (limits.rows * world_size)))
-    if limits.tokens is not None:
-        rounds = max(rounds, -(-sum(lengths) // (limits.tokens * world_size)))
+    if limits.max_samples is not None:
+        rounds = max(rounds, -(-len(lengths) // (limits.max_samples * world_size)))
+    if limits.max_tokens is not None:
+        rounds = max(rounds, -(-sum(lengths) // (limits.max_tokens * world_size)))
     while (bins := _try_packed(lengths, rounds * world_size, limits)) is None:
         rounds += 1
     # Heaviest first, so that dealing them out round-robin gives ranks like loads and fillers stand last.
@@ -89,12 +91,12 @@ def _try_packed(lengths: Sequence[int], num_bins: int, limits: Limits) -> list[_
     by_load = [(0, number) for number in range(num_bins)]
     for index in _longest_first(lengths):
         load, number = heapq.heappop(by_load)
-        if limits.tokens is not None and load + lengths[index] > limits.tokens:
+        if limits.max_tokens is not None and load + lengths[index] > limits.max_tokens:
             return None
         chosen = bins[number]
         chosen.members.append(index)
         chosen.tokens += lengths[index]
-        if limits.rows is None or len(chosen.members) < limits.rows:
+        if limits.max_samples is None or len(chosen.members) < limits.max_samples:
             heapq.heappush(by_load, (chosen.tokens, number))
     return bins
 
@@ -102,13 +104,13 @@ def _try_packed(lengths: Sequence[int], num_bins: int, limits: Limits) -> list[_
 def _fill_padded(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
     """Neighbours in length share a micro-batch, so that little is padded."""
     order = _longest_first(lengths)
-    rows = min(limits.rows or len(order), -(-len(order) // world_size))
+    rows = min(limits.max_samples or len(order), -(-len(order) // world_size))
     bins: list[_Bin] = []
     for index in order:
         # Longest first: a micro-batch is as wide as its first member.
         width = lengths[bins[-1].members[0]] if bins else 0
         full = not bins or len(bins[-1].members) >= rows
-        if full or (limits.tokens is not None and width * (len(bins[-1].members) + 1) > limits.tokens):
+        if full or (limits.max_tokens is not None and width * (len(bins[-1].members) + 1) > limits.max_tokens):
             bins.append(_Bin())
         bins[-1].members.append(index)
     return bins
@@ -132,7 +134,9 @@ class StepPlan:
 
     def layout(self, samples: Indices) -> list[list[MicroLayout]]:
         """Return every rank's micro-batches for these samples."""
-        return lay_out(self.train.lengths(samples).tolist(), self.world_size, self.limits, packing=self.packing)
+        return assign_micro_batches(
+            self.train.lengths(samples).tolist(), self.world_size, self.limits, packing=self.packing
+        )
 
     def steps_of_epochs(self, epochs: int) -> int:
         """Return the step at which `epochs` epochs have been seen: ceil(epochs * N / G)."""

@@ -201,7 +201,8 @@ def check_account(store: SampleStore, config: DataConfig) -> None:
     if account.quarantined > max(config.max_bad_ratio * account.read, BAD_ROWS_ALLOWED):
         raise DataError(
             f"{account.quarantined} of {account.read} rows cannot be used: {'; '.join(reasons)}."
-            f" All are in {store.folder / QUARANTINE}. Fix them, or raise data.max_bad_ratio={config.max_bad_ratio}"
+            f" All are in {store.folder / QUARANTINE}. Fix them, or raise"
+            f" data.max_bad_ratio, which is {config.max_bad_ratio:g}"
         )
     if not account.accepted:
         if account.too_long:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Values = dict[str, Any]
+GENERATION_CONFIG = "generation_config.json"
 MORE_TEMPLATES = "additional_chat_templates"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 COPIED = (
@@ -70,8 +71,7 @@ def write_config(
 
 def write_generation_config(config: "PretrainedConfig", folder: Path, *, base: Path | None, end: End | None) -> None:
     """Write generation_config.json: the base's own values, and what ends a text with the trained end first."""
-    name = "generation_config.json"
-    values = read_json(base / name) if base and (base / name).is_file() else {}
+    values = read_json(base / GENERATION_CONFIG) if base and (base / GENERATION_CONFIG).is_file() else {}
     if end is None and not values:
         return
     if end:
@@ -79,7 +79,7 @@ def write_generation_config(config: "PretrainedConfig", folder: Path, *, base: P
         values["eos_token_id"] = list(dict.fromkeys([end.token_id, *earlier]))
         if values.get("pad_token_id") is None and end.other_end_ids:
             values["pad_token_id"] = end.other_end_ids[0]
-    write_json_atomic(folder / name, values)
+    write_json_atomic(folder / GENERATION_CONFIG, values)
 
 
 def _as_list(value: Any) -> list[int]:

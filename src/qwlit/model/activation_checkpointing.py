@@ -1,8 +1,8 @@
-"""What of a forward pass is kept for the backward pass: a ladder from everything to next to nothing.
+"""What of a forward pass is kept for the backward pass: a levels from everything to next to nothing.
 
 `none` keeps all. `selective` keeps what matrix products and attention made and computes the rest (norms, activations,
 rotations) again. `full` keeps one hidden state a layer and computes the layer again. `offload` keeps that one in the
-host's memory. The gradients are the same on every rung.
+host's memory. The gradients are the same on every level.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from qwlit.model.config import MemoryPolicy
+from qwlit.model.config import ActivationCheckpointing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,15 +30,15 @@ KEPT = {
 }
 
 
-def apply_memory_policy(model: "PreTrainedModel", policy: MemoryPolicy) -> None:
+def apply_activation_checkpointing(model: "PreTrainedModel", policy: ActivationCheckpointing) -> None:
     """Set what every decoder layer keeps in training mode. Before compiling and sharding."""
     if policy == "none":
         return
-    rungs = {"selective": _selective, "full": _full, "offload": _offload}
+    levels = {"selective": _selective, "full": _full, "offload": _offload}
     for layer in model.model.layers:
         # transformers' own switch: it checkpoints `forward`, so that hooks such as FSDP2's stay outside.
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = rungs[policy]
+        layer._gradient_checkpointing_func = levels[policy]
 
 
 _full = partial(checkpoint, use_reentrant=False)

@@ -10,9 +10,14 @@ if TYPE_CHECKING:
 
 AttentionChoice = Literal["auto", "varlen", "sdpa", "eager"]
 AttentionKernel = Literal["varlen", "sdpa", "eager"]
-MemoryPolicy = Literal["none", "selective", "full", "offload"]
-LADDER: tuple[MemoryPolicy, ...] = get_args(MemoryPolicy)
+ActivationCheckpointing = Literal["none", "selective", "full", "offload"]
+CHECKPOINTING_LEVELS: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
 """From what keeps most to what keeps least."""
+
+
+def higher_levels(level: ActivationCheckpointing) -> tuple[ActivationCheckpointing, ...]:
+    """Return the levels that keep less."""
+    return CHECKPOINTING_LEVELS[CHECKPOINTING_LEVELS.index(level) + 1 :]
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Execution:
     """How the model is computed on this machine."""
 
     attention: AttentionKernel
-    memory: MemoryPolicy
+    activation_checkpointing: ActivationCheckpointing
     """What is kept for the backward pass."""
     frozen_dtype: "torch.dtype"
     """What weights that are not trained are kept in."""

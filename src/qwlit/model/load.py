@@ -89,7 +89,7 @@ def check_vocabulary(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast") 
     rows = vocabulary_size(config)
     if len(tokenizer) > rows:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows; "
+            f"the tokenizer ({tokenizer_folder(config)[1]}) has {len(tokenizer)} tokens and the embedding {rows} rows; "
             "set model.tokenizer to the model's own, or with model.init=random raise model.architecture.vocab_size"
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor, nn
 
 from qwlit.core.batch import MicroBatch
-from qwlit.model.activation_checkpointing import apply_memory_policy
+from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.adapters import apply_adapter, start_dora
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
@@ -60,7 +60,7 @@ class LossModel(nn.Module):
             max_seqlen=micro.max_seqlen,
             # A tuple of numbers is another graph for each packing when compiled, and varlen does not read it.
             document_lengths=None if kernel == "varlen" else micro.document_lengths,
-            supervised_rows=micro.rows,
+            label_positions=micro.label_positions,
         ).last_hidden_state  # (N, D)
         weight = self.causal_lm.lm_head.weight
         return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
@@ -113,7 +113,7 @@ def build_loss_model(
     _apply(causal_lm, adapter, dropout, seed)
     if not leave_empty:
         start_adapter(causal_lm, model)
-    apply_memory_policy(causal_lm, execution.memory)
+    apply_activation_checkpointing(causal_lm, execution.activation_checkpointing)
     if execution.compiled:
         compile_layers(causal_lm)
     return LossModel(causal_lm, execution.attention).train()

@@ -17,7 +17,7 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.core.sharding import local, own_rows
 from qwlit.model.config import AdapterConfig, ModelConfig
-from qwlit.model.folder import ADAPTER_CONFIG, check_folder, read_json
+from qwlit.model.folder import ADAPTER_CONFIG, WEIGHTS, check_folder, read_json
 from qwlit.model.weight_files import first_few, read_tensors
 from qwlit.model.weights import EMBEDDING, HEAD
 
@@ -103,6 +103,10 @@ def read_saved_adapter(path: str) -> SavedAdapter:
     """
     folder = resolve_path(path)
     check_folder(folder, FIELD)
+    if (folder / "export" / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f"{FIELD}={folder} is a run of qwlit; its adapter is {FIELD}={folder / 'export'}")
+    if (folder / WEIGHTS).is_file():
+        raise ConfigError(f"{FIELD}={folder} is a whole model and no adapter; set model.path={folder}")
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{FIELD}={folder} has no {ADAPTER_CONFIG}; give a folder that peft or qwlit saved an adapter in"

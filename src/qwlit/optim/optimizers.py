@@ -78,13 +78,13 @@ def _bitsandbytes(groups: list[ParameterGroup], config: OptimConfig) -> Optimize
     return optimizer
 
 
-def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
-    """Set every group to `factor` times its peak rate."""
+def set_learning_rate(optimizer: Optimizer, lr_multiplier: float) -> None:
+    """Set every group to `lr_multiplier` times its peak learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * lr_multiplier
 
 
-def arm_clip_and_skip(
+def set_clip_and_skip(
     optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float | None, loss_scale: float = 1.0
 ) -> Tensor:
     """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip where `grad_norm` is not finite.

@@ -1,10 +1,10 @@
-"""Learning-rate factors, pure functions of the step.
+"""Learning-rate multipliers, pure functions of the step.
 
-With S steps in the run and W of warm-up, step t = 0 … S-1 trains at `peak * factor(t)`: (t + 1) / W while t < W (the
-first step moves already, step W - 1 is at the peak), then the decay at progress p = (t - W) / (S - W), which starts
-at 1 and would reach `min_lr_ratio` at t = S. `wsd` (warm-up, stable, decay: Hu et al. 2024) stays at 1 until the last
-`decay_ratio` of the S steps and falls linearly over those. `range_test` is the other way round: it rises from
-`min_lr_ratio` to 1, by the same factor every step (Smith 2017), to find out which rates a run bears.
+With S steps in the run and W of warm-up, step t = 0 … S-1 trains at `peak * lr_multiplier(t)`: (t + 1) / W while t < W
+(the first step moves already, step W - 1 is at the peak), then the decay at progress p = (t - W) / (S - W), which
+starts at 1 and would reach `min_lr_ratio` at t = S. `wsd` (warm-up, stable, decay: Hu et al. 2024) stays at 1 until the
+last `decay_ratio` of the S steps and falls linearly over those. `range_test` is the other way round: it rises from
+`min_lr_ratio` to 1, by the same factor every step (Smith 2017), to find the learning rates at which a run is stable.
 """
 
 import math
@@ -46,7 +46,7 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate's factor at each step of a run."""
+    """The multiplier of the peak learning rate at each step of a run."""
 
     name: str
     warmup_steps: int
@@ -54,7 +54,7 @@ class Schedule:
     min_lr_ratio: float
     decay_ratio: float = 1.0
 
-    def factor(self, step: int) -> float:
+    def lr_multiplier(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         stable = round((1 - self.decay_ratio) * self.total_steps) if self.name == "wsd" else 0

@@ -8,7 +8,7 @@ from qwlit.model.presets import context_length
 from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import assume_batches
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.preflight import DataFacts, Facts, TokenizerFacts
+from qwlit.planning.preflight import DataFacts, PreflightFacts, TokenizerFacts
 from qwlit.planning.setup import Setup
 
 
@@ -18,12 +18,12 @@ def facts_of(
     schedule: Schedule | None = None,
     data: DataSplit | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
-) -> Facts:
+) -> PreflightFacts:
     """Gather what the rules look at; what is None was not reachable."""
     if memory is None:
         # Whatever the batches are, the state is the same.
         _, memory = setup.settle(assume_batches(setup.config, setup.machine.world_size).largest)
-    return Facts(
+    return PreflightFacts(
         config=setup.config,
         machine=setup.machine,
         execution=setup.execution,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from qwlit.config.compose import Composed, compose
 from qwlit.core.errors import ConfigError
-from qwlit.model.config import LADDER
+from qwlit.model.config import higher_levels
 from qwlit.planning.batch_statistics import assume_batches, measure_batches
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.run_plan import RunPlan
@@ -63,11 +63,12 @@ def _smaller(composed: Composed) -> list[list[str]]:
     config = composed.config
     hardware = config.hardware
     on_cpu, from_scratch = hardware.accelerator == "cpu", config.model.init == "random"
-    rungs = LADDER[LADDER.index(hardware.memory) + 1 :] if hardware.memory != "auto" else ()
+    current = hardware.activation_checkpointing
+    levels = () if current == "auto" else higher_levels(current)
     one_row = [] if hardware.micro_batch_size == 1 else ["hardware.micro_batch_size=1"]
     tokens = hardware.micro_batch_tokens
     ways = [["hardware.strategy=auto"]] if hardware.strategy == "ddp" else []
-    ways += [[f"hardware.memory={rung}"] for rung in rungs]
+    ways += [[f"hardware.activation_checkpointing={level}"] for level in levels]
     ways += [[f"hardware.micro_batch_tokens={tokens // part}"] for part in (2, 4) if tokens and tokens >= 2 * part]
     ways += [one_row] if one_row else []
     if composed.choices:

@@ -61,7 +61,7 @@ class Setup:
         machine, execution, estimate = settle_memory(
             self.config, self.model, self.groups, self.machine, self.execution, micro
         )
-        if execution.compiled and machine.memory == "offload":
+        if execution.compiled and machine.activation_checkpointing == "offload":
             # Decided before it was known that only this fits.
             execution = replace(execution, compiled=False)
         return replace(self, machine=machine, execution=execution), estimate
@@ -108,7 +108,7 @@ def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
         model,
         plan_groups(model.named_parameters(), config.optim),
         machine,
-        Execution(attention, machine.memory, frozen, machine.compute_dtype, compiled),
+        Execution(attention, machine.activation_checkpointing, frozen, machine.compute_dtype, compiled),
         obstacle,
     )
 
@@ -117,8 +117,8 @@ def _why_not_compiled(config: RunConfig, machine: Machine, attention: AttentionK
     """Return the setting under which a layer is not one graph for all batches."""
     if config.determinism == "strict":
         return "determinism=strict computes layers as they are written"
-    if machine.memory == "offload":
-        return "hardware.memory=offload moves tensors in the middle of a layer"
+    if machine.activation_checkpointing == "offload":
+        return "hardware.activation_checkpointing=offload moves tensors in the middle of a layer"
     if config.adapter.use_dora:
         return "peft's DoRA (adapter.use_dora=true) cannot be traced"
     if config.data.packing and attention != "varlen" and config.dropout.attention:

@@ -4,18 +4,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from qwlit.config.compose import compose, dump
-from qwlit.config.run import mathematics
+from qwlit.config.run import RunConfig, mathematics
 from qwlit.core.console import console
 from qwlit.core.errors import GuardStop, Interrupted, Leave, Preempted, Pruned
 from qwlit.core.ranks import is_rank_zero
 from qwlit.data.store import REASONS_NAMED, rejections
+from qwlit.model.config import ModelConfig
 from qwlit.model.load import fingerprint
 from qwlit.model.quantize import num_elements
+from qwlit.model.saved_adapter import read_saved_adapter
 from qwlit.run.resume import Start, claim, newest, refuse_other_content, refuse_other_mathematics
 from qwlit.training.checkpointing.checkpoint import list_checkpoints
 from qwlit.training.tracking.manifest import build_manifest
@@ -85,17 +88,21 @@ def _introduce(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> No
     config, steps, machine, folder = run.config, run.data.steps, run.plan.machine, run.folder
     limited = config.hardware.micro_batch_size or config.hardware.micro_batch_tokens
     accumulation = f", accumulation {run.plan.accumulate_grad_batches}" if limited else ""
-    memory = f", memory {machine.memory}" if machine.memory != "none" else ""
+    level = machine.activation_checkpointing
+    checkpointing = f", activation checkpointing {level}" if level != "none" else ""
     parameters = manifest["parameters"]
     lines = [
         f"[bold]{escape(str(folder.path))}[/]: {steps.total_steps} steps of {config.train.global_batch_size} samples",
-        f"  model     {parameters['total']:,} parameters, {parameters['trainable']:,} trained",
+        f"  model     {escape(_model_name(config.model))}, {parameters['total']:,} parameters,"
+        f" {parameters['trainable']:,} trained",
+        *(f"  adapter   {escape(said)}" for said in _adapter_lines(config)),
         f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention "
         + run.plan.execution.attention
         + (", compiled" if run.plan.execution.compiled else "")
         + accumulation
-        + memory,
+        + checkpointing,
         f"  data      {run.data.split.describe()}",
+        *(f"  template  {chat.template}" for chat in [run.data.tokenized.encoder.chat] if chat),
         f"  schedule  {config.scheduler.name}, peak lr {config.optim.lr:g}"
         f" after {steps.schedule.warmup_steps} steps of warm-up",
         *_group_lines(manifest["groups"]),
@@ -118,6 +125,25 @@ def _introduce(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> No
         lines.append(f"  [yellow]{finding.name}[/]  {escape(str(finding))}")
         folder.append_event(start.step, "finding", **asdict(finding))
     console().print("\n".join(lines))
+
+
+def _model_name(model: ModelConfig) -> str:
+    """Say which model it is, and that its weights are random where they are."""
+    name = model.path or model.hub_id or "random weights"
+    return f"{name}, random weights" if model.init == "random" and name != "random weights" else name
+
+
+def _adapter_lines(config: RunConfig) -> list[str]:
+    """Say what becomes of the adapter that the run starts from, and where its base is another than its own."""
+    if config.model.adapter_path is None:
+        return []
+    what = "merged into the model" if config.adapter.kind == "none" else "continued"
+    named = read_saved_adapter(config.model.adapter_path).config.get("base_model_name_or_path")
+    base = str(config.model.path or config.model.hub_id)
+    lines = [f"{config.model.adapter_path}, {what}"]
+    if named and Path(named).name != Path(base).name:
+        lines.append(f"it names the base {named}, and {base} is used")
+    return lines
 
 
 # More are listed in manifest.json.

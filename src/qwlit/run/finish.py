@@ -18,8 +18,9 @@ from qwlit.data.templates import END as END_OF_TURN
 from qwlit.data.templates import Family
 from qwlit.data.tokenizer import END_OF_TEXT
 from qwlit.inference.export import Origin, export_model
-from qwlit.inference.export_settings import End
+from qwlit.inference.export_settings import GENERATION_CONFIG, End
 from qwlit.inference.generate import answer_greedily, questions
+from qwlit.model.folder import ADAPTER_CONFIG
 from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
 from qwlit.run.model import load_model
@@ -166,3 +167,7 @@ def show(loop: Loop, records: list[Record], folder: RunFolder) -> None:
     for name, what in PLACES.items():
         if (folder.path / name).exists():
             screen.print(f"  {name:<18} {what}")
+    export = folder.path / "export"
+    if (export / ADAPTER_CONFIG).is_file() and (export / GENERATION_CONFIG).is_file():
+        # peft and transformers read the base's generation configuration, which may end elsewhere.
+        screen.print(f"\nto end answers where training did, generate with GenerationConfig.from_pretrained('{export}')")

@@ -21,7 +21,7 @@ from qwlit.training.loop import Loop, LoopSettings, build_loop
 from qwlit.training.loss_scale import LossScale
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
-from qwlit.training.resilience.rank_consistency import Facts, gather_facts
+from qwlit.training.resilience.rank_consistency import RankFacts, gather_facts
 from qwlit.training.tracking.wandb_run import WandbRun
 from qwlit.training.trainer import dismiss_other_ranks, forget_other_ranks, lost_rank
 
@@ -76,7 +76,7 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
     return loop
 
 
-def _facts(run: "TrainingRun") -> Facts:
+def _facts(run: "TrainingRun") -> RankFacts:
     """Return what must be the same on all ranks; nothing where there is one."""
     if run.plan.machine.world_size == 1:
         return {}

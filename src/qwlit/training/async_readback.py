@@ -10,7 +10,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class LateReader(Generic[T]):
+class AsyncReadback(Generic[T]):
     """Copies small tensors to the host in the background and gives them back, in order.
 
     On CPU at once. On a GPU each one push later, which is long after it was computed, and not whenever it happens to

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
-from qwlit.model.config import MemoryPolicy
+from qwlit.model.config import ActivationCheckpointing
 
 Determinism = Literal["fast", "reproducible", "strict"]
 
@@ -45,7 +45,7 @@ class HardwareConfig:
     there is more than one device, fsdp where that does not fit."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """auto: bf16 with float32 weights where the GPU has it, float16 with loss scaling on older GPUs, float32 on CPU."""
-    memory: Literal["auto"] | MemoryPolicy = "auto"
+    activation_checkpointing: Literal["auto"] | ActivationCheckpointing = "auto"
     """What each layer keeps for the backward pass: everything (none), what is dear to compute (selective), one hidden
     state (full), or that in the host's memory (offload). Same gradients, more time. auto: the first that fits."""
     compile: Flag | Literal["auto"] = "auto"

@@ -18,12 +18,12 @@ from qwlit.training.milestones import Milestones
 from qwlit.training.profiler import ProfileSteps
 from qwlit.training.resilience.config import GuardConfig
 from qwlit.training.resilience.guard import Guard
-from qwlit.training.resilience.hang_watchdog import StallWatch
+from qwlit.training.resilience.hang_watchdog import HangWatchdog
 from qwlit.training.resilience.preemption import StopOnSignal
-from qwlit.training.resilience.rank_consistency import Agreement, Facts
+from qwlit.training.resilience.rank_consistency import RankConsistency, RankFacts
 from qwlit.training.step_boundary import ScheduleValidation
 from qwlit.training.telemetry import Telemetry, peak_memory_gib
-from qwlit.training.tracking.determinism_trace import Trace
+from qwlit.training.tracking.determinism_trace import DeterminismTrace
 from qwlit.training.tracking.progress import ProgressDisplay
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.training.tracking.wandb_run import WandbRun
@@ -75,7 +75,7 @@ class LoopSettings:
     profile: ProfileConfig
     traced: bool
     """Write trace.jsonl."""
-    facts: Facts
+    facts: RankFacts
     """What must be the same on all ranks."""
 
 
@@ -102,7 +102,7 @@ def build_loop(
         callbacks.append(Patience(patience))
     callbacks += [watching, telemetry, ScheduleValidation(milestones), checkpointing, display]
     if settings.traced:
-        callbacks.append(Trace(milestones, folder))
+        callbacks.append(DeterminismTrace(milestones, folder))
     if settings.profile.steps is not None:
         callbacks.append(ProfileSteps(settings.profile.steps, folder.path / "profile"))
 
@@ -112,7 +112,7 @@ def build_loop(
             wandb_run.finish(QwlitError.exit_code)
 
     if machine.world_size > 1:
-        callbacks += [Agreement(settings.facts), StallWatch(machine.timeout_seconds, record_failure)]
+        callbacks += [RankConsistency(settings.facts), HangWatchdog(machine.timeout_seconds, record_failure)]
     callbacks.append(StopOnSignal(milestones, checkpointing, folder))
     trainer = build_trainer(
         machine,

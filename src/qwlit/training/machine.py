@@ -11,7 +11,7 @@ import torch
 from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
 from qwlit.core.ranks import launched_by_srun, launched_world_size, under_agent
-from qwlit.model.config import AttentionKernel, MemoryPolicy
+from qwlit.model.config import ActivationCheckpointing, AttentionKernel
 from qwlit.training.config import Determinism, HardwareConfig
 
 
@@ -29,7 +29,7 @@ class Machine:
     """Whether its devices compute in bfloat16 by themselves."""
     peak_flops: float | None
     """Dense bfloat16 peak of one device, FLOP/s; None where it is not known."""
-    memory: MemoryPolicy
+    activation_checkpointing: ActivationCheckpointing
     timeout_seconds: float
     num_workers: int
     pin_memory: bool
@@ -81,6 +81,7 @@ def resolve_machine(
             "hardware.strategy=fsdp has no loss scale for 16-mixed; set hardware.precision=bf16-mixed or 32-true"
         )
     strategy: Literal["single", "ddp", "fsdp"] = "ddp" if world_size > 1 else "single"
+    level = config.activation_checkpointing
     return Machine(
         accelerator=accelerator,
         device_name=here.name,
@@ -90,7 +91,7 @@ def resolve_machine(
         precision=precision,
         has_bf16=accelerator == "cuda" and here.has_bf16,
         peak_flops=here.peak_flops if accelerator == "cuda" else None,
-        memory="none" if config.memory == "auto" else config.memory,
+        activation_checkpointing="none" if level == "auto" else level,
         timeout_seconds=config.timeout_seconds,
         num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,
         pin_memory=accelerator == "cuda" if config.pin_memory == "auto" else config.pin_memory,

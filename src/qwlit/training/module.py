@@ -17,11 +17,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from qwlit.core.batch import MicroBatch, StepBatch
-from qwlit.core.sharding import whole
+from qwlit.core.sharding import full_tensor
 from qwlit.model.loss_model import LossModel
 from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import plan_groups
-from qwlit.optim.optimizers import arm_clip_and_skip, build_optimizer, set_learning_rate
+from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip, set_learning_rate
 from qwlit.optim.schedules import Schedule
 from qwlit.training.determinism import seed_micro_batch
 from qwlit.training.loss_scale import LossScale
@@ -37,7 +37,7 @@ class StepOutcome:
     """float32 scalar: total norm over all ranks, before clipping."""
     skipped: Tensor
     """float32 scalar: 1.0 where the optimizer skipped the step."""
-    at_fault: Tensor
+    nonfinite: Tensor
     """float32 scalar: 1.0 where it did so for a loss or gradient that no loss scale explains."""
     lr: float
     """Of parameters without a rule of their own."""
@@ -98,8 +98,8 @@ class CausalLMModule(lightning.LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
-        factor = self._schedule.factor(batch.step)
-        set_learning_rate(optimizer.optimizer, factor)
+        lr_multiplier = self._schedule.lr_multiplier(batch.step)
+        set_learning_rate(optimizer.optimizer, lr_multiplier)
         loss_sum = torch.zeros((), device=self.device)
         last = len(batch.micro_batches) - 1
         for number, micro in enumerate(batch.micro_batches):
@@ -108,12 +108,12 @@ class CausalLMModule(lightning.LightningModule):
                 loss_sum += self._backward(micro, batch.num_supervised_tokens)
         gradients = [p.grad for p in self.loss_model.parameters() if p.grad is not None]
         scale = self.loss_scale.factor if self.loss_scale else 1.0
-        grad_norm = whole(nn.utils.get_total_norm(gradients, foreach=True)) / scale
-        skipped = arm_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm, scale)
+        grad_norm = full_tensor(nn.utils.get_total_norm(gradients, foreach=True)) / scale
+        skipped = set_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm, scale)
         optimizer.step()
         optimizer.zero_grad()
-        at_fault = skipped if self.loss_scale is None else self._rescale(skipped, loss_sum)
-        self.outcome = StepOutcome(loss_sum, grad_norm, skipped, at_fault, self._optim.lr * factor)
+        nonfinite = skipped if self.loss_scale is None else self._rescale(skipped, loss_sum)
+        self.outcome = StepOutcome(loss_sum, grad_norm, skipped, nonfinite, self._optim.lr * lr_multiplier)
 
     def _rescale(self, skipped: Tensor, loss_sum: Tensor) -> Tensor:
         """Let the loss scale follow what came of the step; return whether anything else than it is at fault."""

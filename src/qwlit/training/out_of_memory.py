@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.sharding import local
-from qwlit.model.config import LADDER
+from qwlit.model.config import higher_levels
 from qwlit.training.config import HardwareConfig
 from qwlit.training.machine import Machine
 
@@ -37,7 +37,7 @@ def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig,
 
 def remedies(hardware: HardwareConfig, machine: Machine) -> list[str]:
     """Return overrides, the order being the tuning guide's: checkpointing, smaller micro-batches, bf16."""
-    found = [f"hardware.memory={rung}" for rung in LADDER[LADDER.index(machine.memory) + 1 :]]
+    found = [f"hardware.activation_checkpointing={level}" for level in higher_levels(machine.activation_checkpointing)]
     for name in ("micro_batch_size", "micro_batch_tokens"):
         limit = getattr(hardware, name)
         if limit is not None and limit > 1:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from qwlit.core.batch import StepBatch
 from qwlit.model.compile import compile_seconds
 from qwlit.model.flops import Flops
-from qwlit.training.async_readback import LateReader
+from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 from qwlit.training.tracking.run_folder import RunFolder
@@ -47,7 +47,7 @@ class Telemetry(Callback):
         self._milestones = milestones
         self._folder = folder
         self._listeners = listeners
-        self._reader: LateReader[tuple[int, Row]] = LateReader()
+        self._reader: AsyncReadback[tuple[int, Row]] = AsyncReadback()
         self._loss_sum: torch.Tensor | None = None
         self._restored_loss_sum = 0.0
         self._supervised = 0

@@ -26,7 +26,7 @@ class ActivationBytes:
     kept: float
     """When the forward pass ends."""
     again: float
-    """When most is kept while a layer is computed again, with the gradients in it; 0 without a memory policy."""
+    """When most is kept while a layer is computed again, with the gradients in it; 0 without checkpointing."""
 
 
 def activation_bytes(
@@ -37,7 +37,7 @@ def activation_bytes(
     place: Placement,
     micro: MicroShape,
 ) -> ActivationBytes:
-    """Count what autograd keeps of every layer under the memory policy."""
+    """Count what autograd keeps of every layer under the level of activation checkpointing."""
     lowest = _lowest_trained(model)
     layers = [
         _Layer(model, number, number - lowest, adapter, dropout, execution, place, micro)
@@ -47,13 +47,13 @@ def activation_bytes(
     # Sine and cosine of every position, and the last norm over the supervised rows.
     rotary = 2 * FLOAT32 * model.config.head_dim * micro.tokens
     last_norm = FLOAT32 * width * micro.supervised * (1 + model.model.norm.weight.requires_grad)
-    if execution.memory == "none":
+    level = execution.activation_checkpointing
+    if level == "none":
         return ActivationBytes(rotary + last_norm + sum(layer.everything() for layer in layers), 0)
     # Offloading on CPU goes from the host to the host.
-    offloads = execution.memory == "offload" and place.device == "cuda"
+    offloads = level == "offload" and place.device == "cuda"
     waiting = [
-        (0 if offloads else layer.entering()) + (layer.products() if execution.memory == "selective" else 0)
-        for layer in layers
+        (0 if offloads else layer.entering()) + (layer.products() if level == "selective" else 0) for layer in layers
     ]
     below = [0.0, *accumulate(waiting)]
     during = (below[number] + layer.everything() + layer.passing() for number, layer in enumerate(layers))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwlit.config.run import RunConfig
-from qwlit.model.config import LADDER, Execution
+from qwlit.model.config import CHECKPOINTING_LEVELS, Execution
 from qwlit.optim.config import BITSANDBYTES
 from qwlit.optim.groups import ParameterGroup
 from qwlit.planning.memory.activations import activation_bytes
@@ -127,7 +127,7 @@ def settle_memory(
     """Choose strategy and memory policy where they are "auto": the cheapest pair that fits, else the smallest."""
 
     def attempt(candidate: Machine) -> tuple[Machine, Execution, MemoryEstimate]:
-        way = replace(execution, memory=candidate.memory)
+        way = replace(execution, activation_checkpointing=candidate.activation_checkpointing)
         return candidate, way, estimate_memory(config, model, groups, candidate, way, micro)
 
     *cheaper, smallest = list(_candidates(config, machine))
@@ -138,17 +138,17 @@ def settle_memory(
 
 
 def _candidates(config: RunConfig, machine: Machine) -> Iterator[Machine]:
-    """Yield ways to run, cheapest first: sharding sends weights around, a higher rung computes things again."""
+    """Yield ways to run, cheapest first: sharding sends weights around, a higher level recomputes activations."""
     hardware = config.hardware
     # Offloading on CPU moves nothing anywhere.
-    ladder = LADDER if machine.accelerator == "cuda" else LADDER[:-1]
-    rungs = ladder if hardware.memory == "auto" else (machine.memory,)
+    levels = CHECKPOINTING_LEVELS if machine.accelerator == "cuda" else CHECKPOINTING_LEVELS[:-1]
+    levels = levels if hardware.activation_checkpointing == "auto" else (machine.activation_checkpointing,)
     strategies = [machine.strategy]
     if hardware.strategy == "auto" and machine.strategy == "ddp" and may_shard(config, machine):
         strategies.append("fsdp")
-    for rung in rungs:
+    for level in levels:
         for strategy in strategies:
-            yield replace(machine, strategy=strategy, memory=rung)
+            yield replace(machine, strategy=strategy, activation_checkpointing=level)
 
 
 def may_shard(config: RunConfig, machine: Machine) -> bool:

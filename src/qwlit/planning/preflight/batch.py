@@ -1,6 +1,6 @@
 """How many samples a step has, and how many steps a run."""
 
-from qwlit.planning.preflight.rules import GUIDE, STORY, Facts, Said, rule
+from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Said, rule
 
 SMALLEST_BATCH = 16
 # Assumption: fewer steps than this move a model by chance.
@@ -8,7 +8,7 @@ FEWEST_STEPS = 50
 
 
 @rule("warning", source=GUIDE)
-def small_batch(facts: Facts) -> Said:
+def small_batch(facts: PreflightFacts) -> Said:
     """Gradients of fewer than 16 samples are noisy; accumulation makes a batch larger at no memory."""
     size = facts.config.train.global_batch_size
     if size >= SMALLEST_BATCH:
@@ -20,7 +20,7 @@ def small_batch(facts: Facts) -> Said:
 
 
 @rule("warning", source=f"{GUIDE}; {STORY}")
-def no_clip(facts: Facts) -> Said:
+def no_clip(facts: PreflightFacts) -> Said:
     """One bad batch without clipping can undo a run."""
     if facts.config.train.max_grad_norm is not None:
         return None
@@ -28,8 +28,9 @@ def no_clip(facts: Facts) -> Said:
 
 
 @rule("warning", source="assumption")
-def few_steps(facts: Facts) -> Said:
+def few_steps(facts: PreflightFacts) -> Said:
     """A handful of steps says more about the order of samples than about the data."""
     if facts.schedule is None or facts.schedule.total_steps >= FEWEST_STEPS:
         return None
-    return f"the run has {facts.schedule.total_steps} steps", "raise train.max_epochs, or get more data"
+    limit = "train.max_steps" if facts.config.train.max_steps else "train.max_epochs"
+    return f"the run has {facts.schedule.total_steps} steps", f"raise {limit}, or get more data"

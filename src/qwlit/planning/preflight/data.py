@@ -1,6 +1,6 @@
 """Data and tokenizer."""
 
-from qwlit.planning.preflight.rules import Facts, Said, rule
+from qwlit.planning.preflight.rules import PreflightFacts, Said, rule
 
 # Assumptions: less than this and most of the work goes into text that is not learnt; more than that cut is a loss.
 LEAST_SUPERVISED, MOST_CUT = 0.05, 0.01
@@ -9,7 +9,7 @@ MOST_SPARE_ROWS = 1024
 
 
 @rule("warning", source="assumption")
-def little_supervised(facts: Facts) -> Said:
+def little_supervised(facts: PreflightFacts) -> Said:
     """Where next to nothing is learnt, the mask is often wrong."""
     if facts.data is None or facts.data.supervised_share >= LEAST_SUPERVISED:
         return None
@@ -21,7 +21,7 @@ def little_supervised(facts: Facts) -> Said:
 
 
 @rule("warning", source="what users of other trainers report: masks wrong after truncation")
-def tokens_cut(facts: Facts) -> Said:
+def tokens_cut(facts: PreflightFacts) -> Said:
     """What is cut or left out for its length is not learnt, and it is never a random part."""
     if facts.data is None or facts.data.cut_share <= MOST_CUT:
         return None
@@ -30,7 +30,7 @@ def tokens_cut(facts: Facts) -> Said:
 
 
 @rule("error", source="config.json of the published models")
-def longer_than_context(facts: Facts) -> Said:
+def longer_than_context(facts: PreflightFacts) -> Said:
     """Positions beyond the model's context were never trained, and servers refuse them."""
     limit = facts.context_length
     if facts.data is None or facts.data.longest <= limit:
@@ -42,7 +42,7 @@ def longer_than_context(facts: Facts) -> Said:
 
 
 @rule("warning", source="what users of other trainers report: never learns to stop")
-def pad_is_eos(facts: Facts) -> Said:
+def pad_is_eos(facts: PreflightFacts) -> Said:
     """qwlit keeps padding out of the loss, so it learns to stop; trainers that mask the pad token would not."""
     tokenizer = facts.tokenizer
     if tokenizer is None or tokenizer.pad_id is None or tokenizer.pad_id != tokenizer.eos_id:
@@ -51,7 +51,7 @@ def pad_is_eos(facts: Facts) -> Said:
 
 
 @rule("warning", source="what users of other trainers report")
-def vocabulary(facts: Facts) -> Said:
+def vocabulary(facts: PreflightFacts) -> Said:
     """An embedding with many rows that no token has belongs to another tokenizer."""
     if facts.tokenizer is None or facts.config.model.init == "random":
         return None

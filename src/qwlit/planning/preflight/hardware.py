@@ -1,14 +1,14 @@
 """Precision, attention, memory."""
 
 from qwlit.planning.memory.estimate import GIB
-from qwlit.planning.preflight.rules import GUIDE, Facts, Said, rule
+from qwlit.planning.preflight.rules import GUIDE, PreflightFacts, Said, rule
 
 # Assumption: the score matrix of one head, 4096 by 4096 in float32, is 64 MiB.
 LONG = 4096
 
 
 @rule("warning", source=GUIDE)
-def fp16(facts: Facts) -> Said:
+def fp16(facts: PreflightFacts) -> Said:
     """float16 overflows at 65,504; bfloat16 has float32's range and needs no loss scale."""
     if facts.machine.precision != "16-mixed" or not facts.machine.has_bf16:
         return None
@@ -16,7 +16,7 @@ def fp16(facts: Facts) -> Said:
 
 
 @rule("warning", source=GUIDE)
-def no_bf16(facts: Facts) -> Said:
+def no_bf16(facts: PreflightFacts) -> Said:
     """Devices before Ampere compute in float16 with a loss scale: overflowing steps are skipped."""
     machine = facts.machine
     if machine.accelerator != "cuda" or machine.has_bf16:
@@ -25,7 +25,7 @@ def no_bf16(facts: Facts) -> Said:
 
 
 @rule("warning", source="assumption")
-def eager_attention(facts: Facts) -> Said:
+def eager_attention(facts: PreflightFacts) -> Said:
     """Eager attention keeps a weight for every pair of tokens: memory grows with the square of the length."""
     longest = facts.data.longest if facts.data else facts.config.data.max_seq_len
     if facts.execution.attention != "eager" or longest < LONG:
@@ -34,7 +34,7 @@ def eager_attention(facts: Facts) -> Said:
 
 
 @rule("warning", source="`plan`, from the model's shape")
-def memory(facts: Facts) -> Said:
+def memory(facts: PreflightFacts) -> Said:
     """What does not fit ends in the first steps; the estimate is an upper bound where layers are compiled."""
     estimate = facts.memory
     if estimate.fits is not False or _state(facts) > estimate.device:
@@ -43,24 +43,24 @@ def memory(facts: Facts) -> Said:
 
 
 @rule("error", source="`plan`, from the model's shape")
-def state_memory(facts: Facts) -> Said:
+def state_memory(facts: PreflightFacts) -> Said:
     """Weights, gradients and moments alone exceed the device: no batch is small enough."""
     if not facts.memory.device or _state(facts) <= facts.memory.device:
         return None
     return f"weights, gradients and moments: {_too_much(facts, _state(facts))}", "`plan` says what would make it fit"
 
 
-def _state(facts: Facts) -> float:
+def _state(facts: PreflightFacts) -> float:
     held = facts.memory.components
     return sum(held.get(name, 0.0) for name in ("weights", "gradients", "optimizer"))
 
 
-def _too_much(facts: Facts, size: float) -> str:
+def _too_much(facts: PreflightFacts, size: float) -> str:
     return f"{size / GIB:.1f} GiB are needed of {facts.memory.device / GIB:.1f} on each device"
 
 
 @rule("warning", source="qwlit")
-def not_compiled(facts: Facts) -> Said:
+def not_compiled(facts: PreflightFacts) -> Said:
     """On CUDA compiled layers make steps faster."""
     if facts.compile_obstacle is None:
         return None
@@ -70,7 +70,7 @@ def not_compiled(facts: Facts) -> Said:
 
 
 @rule("warning", source="bitsandbytes")
-def paged_on_cpu(facts: Facts) -> Said:
+def paged_on_cpu(facts: PreflightFacts) -> Said:
     """Paging moves moments between a GPU's memory and the host's."""
     name = facts.config.optim.name
     if not name.startswith("paged") or facts.machine.accelerator != "cpu":

@@ -1,6 +1,6 @@
 """The learning rate and its schedule."""
 
-from qwlit.planning.preflight.rules import GUIDE, STORY, Facts, Said, rule
+from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Said, rule
 
 BILLION = 10**9
 HIGHEST_FULL, HIGHEST_FULL_LARGE, LARGE = 1e-4, 5e-5, 7 * BILLION
@@ -8,7 +8,7 @@ LORA_RANGE, FULL_RANGE = (1e-5, 5e-4), (1e-6, HIGHEST_FULL)
 
 
 @rule("error", source=STORY)
-def full_lr(facts: Facts) -> Said:
+def full_lr(facts: PreflightFacts) -> Said:
     """Training pretrained weights themselves at LoRA's rate turns a run to NaN after thousands of healthy steps."""
     lr = facts.highest_lr
     if not facts.trains_pretrained or lr <= HIGHEST_FULL:
@@ -21,7 +21,7 @@ def full_lr(facts: Facts) -> Said:
 
 
 @rule("warning", source=STORY)
-def full_lr_large(facts: Facts) -> Said:
+def full_lr_large(facts: PreflightFacts) -> Said:
     """From 7B on, full fine-tuning bears less: the run that died at step 3600 had 3e-4."""
     lr = facts.highest_lr
     # A model that is called 7B may have a little less.
@@ -34,7 +34,7 @@ def full_lr_large(facts: Facts) -> Said:
 
 
 @rule("warning", source=GUIDE)
-def lr_range(facts: Facts) -> Said:
+def lr_range(facts: PreflightFacts) -> Said:
     """Below the searched range little is learnt; above it LoRA oscillates. Random weights have no such range."""
     config = facts.config
     if config.model.init == "random" or config.optim.name in ("sgd", "muon"):
@@ -47,7 +47,7 @@ def lr_range(facts: Facts) -> Said:
 
 
 @rule("warning", source=GUIDE)
-def warmup(facts: Facts) -> Said:
+def warmup(facts: PreflightFacts) -> Said:
     """5 to 20 % of the run: moments need steps to settle before the rate is high, and the peak needs steps too."""
     schedule = facts.schedule
     if schedule is None:
@@ -63,7 +63,7 @@ def warmup(facts: Facts) -> Said:
 
 
 @rule("warning", source="design: recipes with warm-up in steps")
-def warmup_capped(facts: Facts) -> Said:
+def warmup_capped(facts: PreflightFacts) -> Said:
     """A recipe's warm-up steps are for long runs; a short one warms up for a fifth of it at most."""
     scheduler, schedule = facts.config.scheduler, facts.schedule
     if schedule is None:

@@ -1,12 +1,12 @@
 """Weight decay, dropout, and what is trained."""
 
-from qwlit.planning.preflight.rules import GUIDE, Facts, Said, rule
+from qwlit.planning.preflight.rules import GUIDE, PreflightFacts, Said, rule
 
 HIGHEST_DECAY, HIGHEST_DROPOUT, HIGHEST_LORA_DROPOUT = 0.2, 0.2, 0.05
 
 
 @rule("warning", source=GUIDE)
-def weight_decay(facts: Facts) -> Said:
+def weight_decay(facts: PreflightFacts) -> Said:
     """0.01 to 0.1 when all weights are trained, up to 0.2 against overfitting; LoRA needs next to none."""
     decay, lora = facts.config.optim.weight_decay, facts.config.adapter.kind == "lora"
     if decay > HIGHEST_DECAY:
@@ -17,7 +17,7 @@ def weight_decay(facts: Facts) -> Said:
 
 
 @rule("warning", source=GUIDE)
-def lora_dropout(facts: Facts) -> Said:
+def lora_dropout(facts: PreflightFacts) -> Said:
     """An adapter has few weights of its own: dropout up to 0.05, usually none, and none inside the frozen base."""
     dropout = facts.config.dropout
     if facts.config.adapter.kind == "none":
@@ -31,7 +31,7 @@ def lora_dropout(facts: Facts) -> Said:
 
 
 @rule("warning", source=GUIDE)
-def high_dropout(facts: Facts) -> Said:
+def high_dropout(facts: PreflightFacts) -> Said:
     """0.1 to 0.2 is for overfitting; the published checkpoints were trained with none."""
     dropout = facts.config.dropout
     highest = max(dropout.attention, dropout.feed_forward, dropout.residual, dropout.embedding)
@@ -41,7 +41,7 @@ def high_dropout(facts: Facts) -> Said:
 
 
 @rule("warning", source="qwlit")
-def adapter_on_random(facts: Facts) -> Said:
+def adapter_on_random(facts: PreflightFacts) -> Said:
     """An adapter is exported alone, and random weights can be had nowhere else."""
     if facts.config.adapter.kind == "none" or facts.config.model.init != "random":
         return None

@@ -35,7 +35,7 @@ class TokenizerFacts:
 
 
 @dataclass(frozen=True)
-class Facts:
+class PreflightFacts:
     """Everything a rule may look at. What was not reachable is None, and the rules about it are silent."""
 
     config: RunConfig
@@ -77,6 +77,7 @@ class Finding:
 
 Said = tuple[str, str] | None
 """Message and remedy, or nothing."""
+Check = Callable[[PreflightFacts], Said]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Rule:
     severity: Severity
     reason: str
     source: str
-    check: Callable[[Facts], Said]
+    check: Check
 
 
 RULES: dict[str, Rule] = {}
@@ -95,10 +96,10 @@ GUIDE = "tuning guide for Qwen3-0.6B"
 STORY = "Qwen2-7B-Instruct, inf and nan from step 3600"
 
 
-def rule(severity: Severity, *, source: str) -> Callable[[Callable[[Facts], Said]], Callable[[Facts], Said]]:
+def rule(severity: Severity, *, source: str) -> Callable[[Check], Check]:
     """Enter a function into the rules; its name is the rule's, its docstring the reason."""
 
-    def enter(check: Callable[[Facts], Said]) -> Callable[[Facts], Said]:
+    def enter(check: Check) -> Check:
         reason = " ".join((check.__doc__ or "").split())
         RULES[check.__name__] = Rule(check.__name__, severity, reason, source, check)
         return check
@@ -106,7 +107,7 @@ def rule(severity: Severity, *, source: str) -> Callable[[Callable[[Facts], Said
     return enter
 
 
-def find(facts: Facts) -> list[Finding]:
+def find(facts: PreflightFacts) -> list[Finding]:
     """Ask every rule; errors first. What `preflight.allow` names is a warning."""
     found = []
     for name, entry in RULES.items():

@@ -1,6 +1,6 @@
 """Whether anybody will notice: validation, checkpoints, patience, and what is shown."""
 
-from qwlit.planning.preflight.rules import GUIDE, STORY, Facts, Said, rule
+from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Said, rule
 from qwlit.training.checkpointing.config import CheckpointConfig
 from qwlit.training.config import ValidationConfig
 
@@ -8,7 +8,7 @@ PATIENCE = range(3, 6)
 
 
 @rule("warning", source=f"{GUIDE}; {STORY}")
-def no_validation(facts: Facts) -> Said:
+def no_validation(facts: PreflightFacts) -> Said:
     """Training loss falls while a model overfits; only other data tell."""
     validation = facts.config.validation
     if facts.data is not None and not facts.data.has_validation:
@@ -19,14 +19,14 @@ def no_validation(facts: Facts) -> Said:
 
 
 @rule("warning", source=STORY)
-def no_checkpoints(facts: Facts) -> Said:
+def no_checkpoints(facts: PreflightFacts) -> Said:
     """A run that dies goes back to its last checkpoint; without one it is lost."""
     if _happens(facts, facts.config.checkpoint):
         return None
     return "checkpoint.each_epoch and every_steps have only the end saved", "set one of them"
 
 
-def _happens(facts: Facts, rhythm: ValidationConfig | CheckpointConfig) -> bool:
+def _happens(facts: PreflightFacts, rhythm: ValidationConfig | CheckpointConfig) -> bool:
     """Tell whether it is due before the end."""
     if rhythm.each_epoch or rhythm.every_steps is None:
         return rhythm.each_epoch
@@ -34,7 +34,7 @@ def _happens(facts: Facts, rhythm: ValidationConfig | CheckpointConfig) -> bool:
 
 
 @rule("warning", source=GUIDE)
-def patience(facts: Facts) -> Said:
+def patience(facts: PreflightFacts) -> Said:
     """Three to five validations without a better loss: fewer stop at noise, more train on memory of the data."""
     config = facts.config
     asked = config.validation.early_stopping_patience
@@ -45,7 +45,7 @@ def patience(facts: Facts) -> Said:
 
 
 @rule("warning", source="qwlit")
-def profile_beyond(facts: Facts) -> Said:
+def profile_beyond(facts: PreflightFacts) -> Said:
     """Steps that a run does not have cannot be traced."""
     steps, schedule = facts.config.profile.steps, facts.schedule
     if steps is None or schedule is None or steps[1] <= schedule.total_steps:
@@ -54,7 +54,7 @@ def profile_beyond(facts: Facts) -> Said:
 
 
 @rule("warning", source=GUIDE)
-def greedy_thinking(facts: Facts) -> Said:
+def greedy_thinking(facts: PreflightFacts) -> Said:
     """Thinking models repeat themselves when they answer greedily; the guide samples at 0.6."""
     data = facts.config.data
     if not data.exact_match or data.thinking != "keep" or facts.config.model.init == "random":

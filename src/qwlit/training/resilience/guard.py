@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from qwlit.core.batch import StepBatch
 from qwlit.core.errors import GuardStop
 from qwlit.data.samples import Samples
-from qwlit.training.async_readback import LateReader
+from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.module import CausalLMModule
 from qwlit.training.resilience.config import GuardConfig
 from qwlit.training.tracking.run_folder import RunFolder
@@ -24,7 +24,7 @@ class Guard(Callback):
         self._config = config
         self._folder = folder
         self._samples = samples
-        self._reader: LateReader[tuple[int, tuple[int, ...]]] = LateReader()
+        self._reader: AsyncReadback[tuple[int, tuple[int, ...]]] = AsyncReadback()
         self.in_a_row = 0
         self.skipped_steps = 0
 
@@ -40,18 +40,18 @@ class Guard(Callback):
         self, trainer: Trainer, pl_module: CausalLMModule, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
         outcome = pl_module.outcome
-        self._reader.push((batch.step + 1, batch.sample_ids), torch.stack([outcome.skipped, outcome.at_fault]))
+        self._reader.push((batch.step + 1, batch.sample_ids), torch.stack([outcome.skipped, outcome.nonfinite]))
         self._judge(wait=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._judge(wait=True)
 
     def _judge(self, *, wait: bool) -> None:
-        for (step, sample_ids), (skipped, at_fault) in self._reader.pop(wait=wait):
-            self.in_a_row = self.in_a_row + 1 if at_fault else 0
+        for (step, sample_ids), (skipped, nonfinite) in self._reader.pop(wait=wait):
+            self.in_a_row = self.in_a_row + 1 if nonfinite else 0
             if skipped:
                 self.skipped_steps += 1
-                reason = "loss or gradient not finite" if at_fault else "float16 overflow; the loss scale is halved"
+                reason = "loss or gradient not finite" if nonfinite else "float16 overflow; the loss scale is halved"
                 self._folder.append_event(step, "skip", reason=reason, samples=sample_ids)
             if self.in_a_row >= self._config.max_nonfinite_steps:
                 raise GuardStop(self._diagnosis(step, sample_ids))

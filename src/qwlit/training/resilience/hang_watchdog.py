@@ -72,7 +72,7 @@ def _stand(beat: Beat) -> str:
     return f"at step {beat.step}, {beat.place}"
 
 
-class StallWatch(Callback):
+class HangWatchdog(Callback):
     """Ends the job when no batch has been done for `timeout_seconds`, in one line that names the missing rank."""
 
     def __init__(self, timeout_seconds: float, record_failure: Callable[[], None]) -> None:

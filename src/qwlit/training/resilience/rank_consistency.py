@@ -14,7 +14,7 @@ import qwlit
 from qwlit.core.errors import ConfigError
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
-Facts = dict[str, str]
+RankFacts = dict[str, str]
 
 
 def code_fingerprint() -> str:
@@ -27,7 +27,7 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def gather_facts(settings: str, data: str) -> Facts:
+def gather_facts(settings: str, data: str) -> RankFacts:
     """Return what must be the same everywhere.
 
     Args:
@@ -43,10 +43,10 @@ def gather_facts(settings: str, data: str) -> Facts:
     }
 
 
-class Agreement(Callback):
+class RankConsistency(Callback):
     """Compares the facts of all ranks once, before anything is trained."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: RankFacts) -> None:
         self._facts = facts
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:

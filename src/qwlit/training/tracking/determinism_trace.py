@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from qwlit.core.batch import StepBatch
-from qwlit.core.sharding import whole
+from qwlit.core.sharding import full_tensor
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 from qwlit.training.tracking.run_folder import RunFolder
@@ -31,11 +31,11 @@ def parameters_hash(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(full_tensor(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-class Trace(Callback):
+class DeterminismTrace(Callback):
     """One row a step: a hash of the sample ids, the bits of loss sum and gradient norm, now and then the weights'."""
 
     def __init__(self, milestones: Milestones, folder: RunFolder) -> None:

@@ -53,7 +53,7 @@ def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
         "num_nodes": machine.num_nodes,
         "strategy": machine.strategy,
         "precision": machine.precision,
-        "memory": machine.memory,
+        "activation_checkpointing": machine.activation_checkpointing,
         "num_threads": torch.get_num_threads(),
         **facts,
     }

@@ -43,7 +43,9 @@ class ProgressDisplay(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, description=self._text(BAR))
+            self._bar.update(
+                self._bar.task_ids[0], completed=trainer.global_step, description=_text(self._numbers, BAR)
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._stop()
@@ -58,15 +60,20 @@ class ProgressDisplay(Callback):
 
     def show(self, step: int, row: Row) -> None:
         """Take in the numbers of a logged step or a validation."""
-        self._numbers |= {name: value for name, value in row.items() if value is not None}
+        numbers = {name: value for name, value in row.items() if value is not None}
+        self._numbers |= numbers
         if self._bar is None:
-            self._console.print(f"step {step:>6}/{self._total}  {self._text()}  eta {self._eta(step)}", highlight=False)
-
-    def _text(self, names: tuple[str, ...] = tuple(SHOWN)) -> str:
-        known = ((*SHOWN[name], self._numbers[name]) for name in names if name in self._numbers)
-        return "  ".join(f"{label} {value:{form}}" for label, form, value in known)
+            # Only what belongs to this step: the loss of an earlier one would be read as that of this one.
+            self._console.print(
+                f"step {step:>6}/{self._total}  {_text(numbers)}  eta {self._eta(step)}", highlight=False
+            )
 
     def _eta(self, step: int) -> str:
         done = step - self._first_step
         seconds = (time.perf_counter() - self._started) / max(1, done) * (self._total - step)
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def _text(numbers: dict[str, float], names: tuple[str, ...] = tuple(SHOWN)) -> str:
+    known = ((*SHOWN[name], numbers[name]) for name in names if name in numbers)
+    return "  ".join(f"{label} {value:{form}}" for label, form, value in known)
