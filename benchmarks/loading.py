@@ -22,9 +22,10 @@ from benchmarks.machine import describe
 from benchmarks.store import RESULTS, private_bytes
 from qwlit.config.compose import compose
 from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeConfig, ModelConfig
+from qwlit.model.families import FAMILIES
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import build_loss_model
-from qwlit.model.presets import model_classes, to_hf_config
+from qwlit.model.presets import to_hf_config
 from qwlit.model.shard import shard_model
 
 RANKS = 2
@@ -35,7 +36,7 @@ def make_folder(folder: Path) -> int:
     architecture = compose(["model=qwen3_0_6b"]).config.model.architecture
     assert architecture is not None
     config = to_hf_config(architecture)
-    _, model_class = model_classes(config.model_type)
+    _, model_class = FAMILIES[config.model_type].classes()
     torch.set_default_dtype(torch.bfloat16)
     model = model_class(config)
     model.save_pretrained(folder)

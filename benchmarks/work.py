@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from qwlit.config.compose import compose
 from qwlit.data.order import Order
 from qwlit.model.config import DECODER_LINEARS, Architecture
-from qwlit.model.presets import model_classes, to_hf_config
+from qwlit.model.families import FAMILIES
+from qwlit.model.presets import to_hf_config
 
 SEED, MAX_LENGTH = 0, 2048
 
@@ -108,7 +109,7 @@ def prepare(case: Case, folder: Path) -> None:
     import torch
 
     torch.manual_seed(SEED)
-    _, model_class = model_classes("qwen3")
+    _, model_class = FAMILIES["qwen3"].classes()
     model_class(to_hf_config(case.architecture())).save_pretrained(folder / "model")
     random = np.random.default_rng(SEED)
     # Zipf's law, so that there is something to learn and ten losses show whether all learn alike.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwlit.model.presets import model_classes
+from qwlit.model.families import FAMILIES
 
 CASES = Path(__file__).parent / "cases"
 PUBLISHED = json.loads((CASES / "published_configs.json").read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def published_folder(name: str, folder: Path, tokenizer_folder: Callable[[str], 
     values = small_config(name)
     write(folder / "config.json", values)
     write(folder / "generation_config.json", generation_of(name))
-    config_class, model_class = model_classes(values["model_type"])
+    config_class, model_class = FAMILIES[values["model_type"]].classes()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config_class.from_dict(dict(values))).to(torch.bfloat16)

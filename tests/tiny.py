@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from qwlit.core.batch import MicroBatch
 from qwlit.model.config import Architecture
-from qwlit.model.presets import model_classes, to_hf_config
+from qwlit.model.families import FAMILIES
+from qwlit.model.presets import to_hf_config
 
 # Tiny tensors gain nothing from threads, and on a busy machine waiting for one another is what takes the time.
 torch.set_num_threads(1)
@@ -43,7 +44,7 @@ def tiny_causal_lm(
 ) -> PreTrainedModel:
     """Make a random model with plain transformers attention; `spread` scales the initial weights, so that attention,
     biases and norms matter and a mistake shows."""
-    _, model_class = model_classes(family)
+    _, model_class = FAMILIES[family].classes()
     config = to_hf_config(replace(tiny_architecture(family, tied=tied), **shape))
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from qwlit.core.errors import ConfigError
 from qwlit.model.attention import ATTENTION_NAME, generation_attention
 from qwlit.model.config import FreezeConfig, ModelConfig
+from qwlit.model.families import FAMILIES
 from qwlit.model.load import (
     check_vocabulary,
     load_causal_lm,
     load_tokenizer,
     vocabulary_size,
 )
-from qwlit.model.presets import model_classes, to_hf_config
+from qwlit.model.presets import to_hf_config
 from tests.tiny import TINY, save_folder, tiny_architecture, tiny_causal_lm
 
 DEMO_TOKENIZER = "qwlit:demo/tokenizer"
@@ -128,7 +129,7 @@ def test_random_weights_are_distributed_as_the_familys_own(family: str, tied: bo
     architecture = replace(tiny_architecture(family, tied=tied), hidden_size=128, initializer_range=0.03)
     config = ModelConfig(init="random", architecture=architecture)
     ours = dict(load_causal_lm(config, seed=0, freeze=FreezeConfig(), frozen_dtype=torch.float32).named_parameters())
-    _, model_class = model_classes(family)
+    _, model_class = FAMILIES[family].classes()
     theirs = dict(model_class(to_hf_config(architecture)).named_parameters())
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from qwlit.inference.export_settings import End, write_config, write_generation_config, write_tokenizer
+from qwlit.model.families.decoder import HEAD
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS, PREFIX
-from qwlit.model.weights import HEAD
 
 MAX_SHARD_SIZE = "5GB"
 """Of one safetensors file, as transformers has it."""

@@ -14,6 +14,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qwlit.model.config import ActivationCheckpointing
+from qwlit.model.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def apply_activation_checkpointing(model: "PreTrainedModel", policy: ActivationC
     if policy == "none":
         return
     levels = {"selective": _selective, "full": _full, "offload": _offload}
-    for layer in model.model.layers:
+    for layer in family_of(model).layers(model):
         # transformers' own switch: it checkpoints `forward`, so that hooks such as FSDP2's stay outside.
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = levels[policy]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qwlit.model.families import family_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -19,7 +21,7 @@ def compile_layers(model: "PreTrainedModel", *, backend: str = "inductor") -> No
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = GRAPHS
-    for layer in model.model.layers:
+    for layer in family_of(model).layers(model):
         # A break inside a layer would cost more than compiling gains, so it is an error.
         layer.compile(fullgraph=True, backend=backend)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from qwlit.core.schema import Flag, LayerRange, PositiveFloat, PositiveInt, Probability, Ratio, config_dataclass
+from qwlit.model.families.decoder import DECODER_LINEARS
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +34,6 @@ class Execution:
     """What products with quantized weights are computed in."""
     compiled: bool = False
     """Whether each decoder layer is compiled."""
-
-
-DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven linear layers of a Qwen decoder layer."""
 
 
 @config_dataclass

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwlit.core.patterns import within
+from qwlit.core.patterns import layer_of, within
 from qwlit.model.config import DropoutConfig
+from qwlit.model.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,15 +22,17 @@ def apply_dropout(model: "PreTrainedModel", dropout: DropoutConfig) -> None:
     Raises:
         ConfigError: the model has no such layers.
     """
-    names = [f"layers.{number}." for number in range(len(model.model.layers))]
+    family = family_of(model)
+    layers = family.layers(model)
+    names = [f"layers.{number}." for number in range(len(layers))]
     chosen = names if dropout.layers is None else within(names, dropout.layers, field="dropout.layers")
     for name in chosen:
-        layer = model.model.get_submodule(name.rstrip("."))
-        layer.self_attn.attention_dropout = dropout.attention
-        _drop_before(layer.mlp.down_proj, dropout.feed_forward)
-        for block in (layer.self_attn, layer.mlp):
+        layer = layers[layer_of(name)]
+        family.attention(layer).attention_dropout = dropout.attention
+        _drop_before(family.feed_forward_output(layer), dropout.feed_forward)
+        for block in (family.attention(layer), family.feed_forward(layer)):
             _drop_after(block, dropout.residual)
-    _drop_after(model.model.embed_tokens, dropout.embedding)
+    _drop_after(family.embedding(model), dropout.embedding)
 
 
 def _drop_before(module: nn.Module, probability: float) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qwlit.core.patterns import is_a, layer_of
+from qwlit.model.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,21 +37,23 @@ def count_flops(model: "PreTrainedModel") -> Flops:
 
     The weight's where it is trained; the input's where something in or below the layer is trained.
     """
+    family = family_of(model)
+    layers = family.layers(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     heights = [-1 if is_a("embedding", name) else layer_of(name) for name in trained]
-    lowest = min((height for height in heights if height is not None), default=len(model.model.layers))
-    head = model.lm_head.weight
+    lowest = min((height for height in heights if height is not None), default=len(layers))
+    head = family.head_weight(model)
     per_supervised_token = 2.0 * head.numel() * (2 + head.requires_grad)
     per_token = per_token_pair = 0.0
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(layers):
         passes = 2 if number >= lowest else 1
-        per_token += _linear_flops(layer.self_attn, passes)
-        if layer is model.model.layers[-1]:
-            per_supervised_token += _linear_flops(layer.mlp, passes)
+        per_token += _linear_flops(family.attention(layer), passes)
+        if layer is layers[-1]:
+            per_supervised_token += _linear_flops(family.feed_forward(layer), passes)
         else:
-            per_token += _linear_flops(layer.mlp, passes)
+            per_token += _linear_flops(family.feed_forward(layer), passes)
         # Scores and their weighted sum of values; backward has two products for each.
-        width = layer.self_attn.head_dim * model.config.num_attention_heads
+        width = family.attention(layer).head_dim * model.config.num_attention_heads
         per_token_pair += 2 * 2 * width * (2 * passes - 1)
     return Flops(per_token, per_supervised_token, per_token_pair)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
+from qwlit.model.families import FAMILIES
 from qwlit.model.hub import looks_like_hub_id
 
-SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 ADAPTER_CONFIG = "adapter_config.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -69,10 +69,12 @@ def read_model_config(folder: Path, field: str = "model.path") -> dict[str, Any]
         raise ConfigError(f"{field}={folder} {_what_it_is(folder)}")
     config = read_json(file)
     model_type = str(config.get("model_type"))
-    names = config.get("architectures") or [SUPPORTED.get(model_type, model_type)]
-    if names != [SUPPORTED.get(model_type)]:
+    family = FAMILIES.get(model_type)
+    names = config.get("architectures") or [family.class_name if family else model_type]
+    if family is None or names != [family.class_name]:
         found = f"{', '.join(map(str, names))} (model_type {model_type})"
-        raise ConfigError(f"{field}={folder} is a {found}; qwlit trains {' and '.join(SUPPORTED.values())}")
+        known = " and ".join(family.class_name for family in FAMILIES.values())
+        raise ConfigError(f"{field}={folder} is a {found}; qwlit trains {known}")
     for check in (_check_sizes, _check_attention, _check_weights, _check_dtype, _check_rope, _check_pad_token):
         check(file, config)
     return config

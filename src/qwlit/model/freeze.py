@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from qwlit.core.errors import ConfigError
 from qwlit.core.patterns import select, within
 from qwlit.model.config import FreezeConfig
+from qwlit.model.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,15 +18,16 @@ def apply_freeze(model: "PreTrainedModel", freeze: FreezeConfig) -> None:
         ConfigError: a pattern or a ratio matches nothing, there are no such layers, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
+    num_layers = len(family_of(model).layers(model))
     frozen: set[str] = set()
     for pattern in freeze.parameters:
         frozen |= select(names, pattern, field="freeze.parameters")
     if freeze.layers is not None:
         frozen.update(within(names, freeze.layers, field="freeze.layers"))
-    lower = int(freeze.lower_layers_ratio * len(model.model.layers))
+    lower = int(freeze.lower_layers_ratio * num_layers)
     if freeze.lower_layers_ratio and not lower:
         raise ConfigError(
-            f"freeze.lower_layers_ratio={freeze.lower_layers_ratio} of {len(model.model.layers)} layers is none;"
+            f"freeze.lower_layers_ratio={freeze.lower_layers_ratio} of {num_layers} layers is none;"
             " raise it, or set it 0"
         )
     if lower:

@@ -14,9 +14,9 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.model import hub
 from qwlit.model.config import FreezeConfig, ModelConfig
+from qwlit.model.families import FAMILIES, family_of
 from qwlit.model.folder import (
     DTYPE_KEYS,
-    SUPPORTED,
     check_tokenizer_files,
     declared_dtype,
     has_tokenizer,
@@ -24,7 +24,7 @@ from qwlit.model.folder import (
     read_model_config,
 )
 from qwlit.model.freeze import apply_freeze
-from qwlit.model.presets import check_heads, meta_causal_lm, model_classes, to_hf_config, width_of_head
+from qwlit.model.presets import check_heads, meta_causal_lm, to_hf_config, width_of_head
 from qwlit.model.quantize import Quantizer
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS
 from qwlit.model.weight_files import fingerprint_files, stored_dtype, weight_files
@@ -46,7 +46,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
 
     # Given a configuration, transformers does not read the folder's own, of which it may not like a value.
     model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
-    given = {"config": model_classes(model_type)[0]()} if model_type in SUPPORTED else {}
+    given = {"config": FAMILIES[model_type].classes()[0]()} if model_type in FAMILIES else {}
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, **given)
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -88,8 +88,9 @@ def check_vocabulary(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast") 
     """
     rows = vocabulary_size(config)
     if len(tokenizer) > rows:
+        owner = "model.adapter_path's" if config.adapter_path and not config.tokenizer else "the"
         raise ConfigError(
-            f"the tokenizer ({tokenizer_folder(config)[1]}) has {len(tokenizer)} tokens and the embedding {rows} rows; "
+            f"{owner} tokenizer has {len(tokenizer)} tokens and the embedding {rows} rows; "
             "set model.tokenizer to the model's own, or with model.init=random raise model.architecture.vocab_size"
         )
 
@@ -180,7 +181,7 @@ def model_shape(config: ModelConfig) -> "PretrainedConfig":
 def _read_hf_config(folder: Path) -> "PretrainedConfig":
     values = read_model_config(folder)
     values = {key: value for key, value in values.items() if key not in DTYPE_KEYS} | {"dtype": declared_dtype(values)}
-    config_class, _ = model_classes(values["model_type"])
+    config_class, _ = FAMILIES[values["model_type"]].classes()
     file = folder / "config.json"
     try:
         config = config_class.from_dict(values)
@@ -211,8 +212,7 @@ def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dt
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
-    # Buffers are in no file.
-    model.model.rotary_emb = type(model.model.rotary_emb)(hf_config)
+    family_of(model).rebuild_rotary(model)
     return model
 
 

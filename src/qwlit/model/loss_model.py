@@ -14,6 +14,7 @@ from qwlit.model.adapters import apply_adapter, start_dora
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.dropout import apply_dropout
+from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.head import linear_cross_entropy
 from qwlit.model.last_layer import trim_last_layer
@@ -45,12 +46,13 @@ class LossModel(nn.Module):
         super().__init__()
         trim_last_layer(causal_lm)
         self.causal_lm = causal_lm
+        self.family = family_of(causal_lm)
         self.attention = attention
 
     def forward(self, micro: MicroBatch) -> LossOutput:
         """Compute the loss of the supervised rows. Never waits for the device."""
         kernel = self._kernel(micro)
-        self.causal_lm.model.embed_tokens.sparse = has_sparse_embedding(self.causal_lm, micro.input_ids.device.type)
+        set_embedding_gradient(self.causal_lm, micro.input_ids.device.type)
         supervised = self.causal_lm.model(
             input_ids=micro.input_ids,
             position_ids=micro.position_ids,
@@ -62,15 +64,21 @@ class LossModel(nn.Module):
             document_lengths=None if kernel == "varlen" else micro.document_lengths,
             label_positions=micro.label_positions,
         ).last_hidden_state  # (N, D)
-        weight = self.causal_lm.lm_head.weight
+        weight = self.family.head_weight(self.causal_lm)
         return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
 
     def _kernel(self, micro: MicroBatch) -> AttentionKernel:
         """Fall back to sdpa, which computes the same, where varlen cannot: off CUDA and with dropout."""
-        drops = self.training and any(layer.self_attn.attention_dropout for layer in self.causal_lm.model.layers)
+        layers = self.family.layers(self.causal_lm)
+        drops = self.training and any(self.family.attention(layer).attention_dropout for layer in layers)
         if self.attention == "varlen" and (drops or not micro.input_ids.is_cuda):
             return "sdpa"
         return self.attention
+
+
+def set_embedding_gradient(causal_lm: "PreTrainedModel", device: str) -> None:
+    """Choose the form of the embedding's gradient for the device that the batch is on."""
+    family_of(causal_lm).embedding(causal_lm).sparse = has_sparse_embedding(causal_lm, device)
 
 
 def has_sparse_embedding(causal_lm: "PreTrainedModel", device: str) -> bool:

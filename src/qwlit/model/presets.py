@@ -1,22 +1,15 @@
 """From an Architecture to transformers' configuration, and its number of parameters."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import Architecture
+from qwlit.model.families import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-
-def model_classes(model_type: str) -> tuple[Any, Any]:
-    """Return transformers' (configuration class, causal LM class) of a family."""
-    import transformers
-
-    family = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
-    return getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM")
 
 
 def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
@@ -28,7 +21,8 @@ def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
     queries, keys = architecture.num_attention_heads, architecture.num_key_value_heads
     head_dim = architecture.head_dim or width_of_head(architecture.hidden_size, queries, where="model.architecture.")
     check_heads(queries, keys, head_dim, where="model.architecture.")
-    config_class, _ = model_classes(architecture.model_type)
+    family = FAMILIES[architecture.model_type]
+    config_class, _ = family.classes()
     return config_class(
         vocab_size=architecture.vocab_size,
         hidden_size=architecture.hidden_size,
@@ -42,7 +36,7 @@ def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
         rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
         rms_norm_eps=architecture.rms_norm_eps,
         initializer_range=architecture.initializer_range,
-        architectures=[f"{architecture.model_type.capitalize()}ForCausalLM"],
+        architectures=[family.class_name],
     )
 
 
@@ -73,7 +67,7 @@ def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
     Raises:
         ConfigError: no layer can be built from a value in the configuration.
     """
-    _, model_class = model_classes(config.model_type)
+    _, model_class = FAMILIES[config.model_type].classes()
     try:
         with torch.device("meta"):
             model = model_class(config)

@@ -7,7 +7,9 @@ from torch import nn
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.quiet import quieten_bitsandbytes
-from qwlit.model.config import DECODER_LINEARS, AdapterConfig
+from qwlit.model.config import AdapterConfig
+from qwlit.model.families import family_of
+from qwlit.model.families.decoder import DECODER_LINEARS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +25,7 @@ def check_blocks(model: "PreTrainedModel") -> None:
     Raises:
         ConfigError: naming the layer and its width.
     """
-    for name, module in model.model.layers.named_modules(prefix="model.layers"):
+    for name, module in family_of(model).layers(model).named_modules(prefix="model.layers"):
         if isinstance(module, nn.Linear) and "lora_" not in name and module.in_features % BLOCK:
             raise ConfigError(
                 f"adapter.quantization=nf4 stores blocks of {BLOCK} weights, but {name.removesuffix('.base_layer')} is"

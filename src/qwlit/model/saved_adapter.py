@@ -17,9 +17,9 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.core.sharding import local, own_rows
 from qwlit.model.config import AdapterConfig, ModelConfig
+from qwlit.model.families.decoder import EMBEDDING, HEAD
 from qwlit.model.folder import ADAPTER_CONFIG, WEIGHTS, check_folder, read_json
 from qwlit.model.weight_files import first_few, read_tensors
-from qwlit.model.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

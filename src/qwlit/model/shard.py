@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from qwlit.model.families import family_of
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -23,6 +25,6 @@ def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
     """
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = replace(whole, param_dtype=torch.bfloat16) if bf16 else whole
-    for layer in model.causal_lm.model.layers:
+    for layer in family_of(model.causal_lm).layers(model.causal_lm):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=whole)

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.sharding import local, own_rows
+from qwlit.model.families.decoder import EMBEDDING, HEAD
 from qwlit.model.weight_files import Files, first_few, read_shapes, read_tensors, weight_files
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
 
 Filled = Callable[[str], None]
 

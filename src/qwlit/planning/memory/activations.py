@@ -13,6 +13,7 @@ from torch import nn
 
 from qwlit.core.patterns import is_a, layer_of
 from qwlit.model.config import AdapterConfig, DropoutConfig, Execution
+from qwlit.model.families import family_of
 from qwlit.planning.memory.state import FLOAT32, MicroShape, Placement
 
 if TYPE_CHECKING:
@@ -39,14 +40,15 @@ def activation_bytes(
 ) -> ActivationBytes:
     """Count what autograd keeps of every layer under the level of activation checkpointing."""
     lowest = _lowest_trained(model)
+    family = family_of(model)
     layers = [
         _Layer(model, number, number - lowest, adapter, dropout, execution, place, micro)
-        for number in range(len(model.model.layers))
+        for number in range(len(family.layers(model)))
     ]
     width = model.config.hidden_size
     # Sine and cosine of every position, and the last norm over the supervised rows.
     rotary = 2 * FLOAT32 * model.config.head_dim * micro.tokens
-    last_norm = FLOAT32 * width * micro.supervised * (1 + model.model.norm.weight.requires_grad)
+    last_norm = FLOAT32 * width * micro.supervised * (1 + family.final_norm(model).weight.requires_grad)
     level = execution.activation_checkpointing
     if level == "none":
         return ActivationBytes(rotary + last_norm + sum(layer.everything() for layer in layers), 0)
@@ -76,7 +78,8 @@ class _Layer:
         micro: MicroShape,
     ) -> None:
         config = model.config
-        self.layer = model.model.layers[number]
+        self.family = family_of(model)
+        self.layer = self.family.layers(model)[number]
         # A product of 4-bit weights is an operator of bitsandbytes's own on CPU, which `selective` does not know; on
         # CUDA the weight is unpacked for it.
         self.packed = adapter.quantization == "nf4"
@@ -89,7 +92,7 @@ class _Layer:
         self.compute = place.precision_bytes
         # Counted from the lowest layer in or below which something is trained.
         self.learns, self.input_learns = height >= 0, height > 0
-        last = number == len(model.model.layers) - 1
+        last = number == len(self.family.layers(model)) - 1
         self.rows = micro.supervised if last else micro.tokens
         """Tokens that the feed-forward block sees."""
         first_dropped, last_dropped = dropout.layers or (0, number)
@@ -112,7 +115,11 @@ class _Layer:
             return 0
         total = 0.0
         hidden = self.packed and self.place.device == "cpu"
-        for block, tokens in ((self.layer.self_attn, self.micro.tokens), (self.layer.mlp, self.rows)):
+        blocks = (
+            (self.family.attention(self.layer), self.micro.tokens),
+            (self.family.feed_forward(self.layer), self.rows),
+        )
+        for block, tokens in blocks:
             total += sum(
                 m.out_features * tokens * self.compute
                 for name, m in block.named_modules()
@@ -124,11 +131,13 @@ class _Layer:
         """What autograd keeps when nothing is computed again."""
         if not self.learns:
             return 0
-        before = self._norm(self.layer.input_layernorm, self.input_learns) + self._inputs("q_proj", "k_proj", "v_proj")
-        attention = before + self._attention() + self._inputs("o_proj")
-        feed_forward = self._norm(self.layer.post_attention_layernorm, True) + self._inputs("gate_proj", "up_proj")
+        family, layer = self.family, self.layer
+        before = self._norm(family.attention_norm(layer), self.input_learns) + self._inputs(family.query_inputs(layer))
+        attention = before + self._attention() + self._inputs([family.attention_output(layer)])
+        feed_forward = self._norm(family.feed_forward_norm(layer), True)
+        feed_forward += self._inputs(family.feed_forward_inputs(layer))
         # SiLU keeps its input, the product of gate and up both of its own.
-        feed_forward += 3 * self.inner * self.compute + self._inputs("down_proj")
+        feed_forward += 3 * self.inner * self.compute + self._inputs([family.feed_forward_output(layer)])
         if self.drops:
             feed_forward += self._mask(self.inner) * (self.dropout.feed_forward > 0)
             feed_forward += self._mask(self.hidden) * (self.dropout.residual > 0)
@@ -139,39 +148,38 @@ class _Layer:
         """Root mean square of a token, float32: its input, the factor, and for the weight's gradient the normed."""
         return FLOAT32 * ((self.hidden + 1) * input_learns + self.hidden * _is_trained(norm))
 
-    def _head_norm(self, name: str, width: int, heads: int) -> float:
+    def _head_norm(self, name: str | None, width: int, heads: int) -> float:
         """Qwen3's norms of queries and keys: a float32 copy of the input, and the normed in the input's type."""
-        norm = getattr(self.layer.self_attn, name, None)
-        if norm is None:
+        if name is None:
             return 0
+        norm = getattr(self.family.attention(self.layer), name)
         return FLOAT32 * (width + heads) + self.compute * width * _is_trained(norm)
 
-    def _inputs(self, *names: str) -> float:
+    def _inputs(self, modules: list[nn.Module]) -> float:
         """What linear layers that share an input keep of it: under autocast each its own copy in half precision."""
         kept = shared = 0.0
-        for name in names:
-            module = getattr(self.layer.self_attn, name, None) or getattr(self.layer.mlp, name)
+        for module in modules:
             base, ranks = _base(module), _ranks(module)
             if not base.weight.requires_grad and not ranks:
                 continue
             size = base.in_features * self.compute
             dropped = bool(ranks) and self.dropout.lora > 0
             kept += sum(ranks) * self.compute + dropped * self._mask(base.in_features)
-            if dropped or (self.place.mixed and (ranks or not self._kept_by_attention(name))):
+            if dropped or (self.place.mixed and (ranks or not self._kept_by_attention(module))):
                 kept += size
-            elif not self._kept_by_attention(name):
+            elif not self._kept_by_attention(module):
                 shared = size
         return kept + shared
 
-    def _kept_by_attention(self, name: str) -> bool:
-        """Attention keeps its result, which o_proj reads; but not where documents are joined or scores are eager."""
+    def _kept_by_attention(self, module: nn.Module) -> bool:
+        """Whether attention keeps the module's input, its own result: not for joined documents or eager scores."""
         joined = self.micro.packed and self.kernel != "varlen"
-        return name == "o_proj" and not joined and self.kernel != "eager"
+        return module is self.family.attention_output(self.layer) and not joined and self.kernel != "eager"
 
     def _attention(self) -> float:
         """Queries, keys, values, result and the logarithm of the sums; the head norms before them."""
-        kept = self._head_norm("q_norm", self.queries, self.heads)
-        kept += self._head_norm("k_norm", self.keys, self.keys * self.heads // self.queries)
+        kept = self._head_norm(self.family.query_norm, self.queries, self.heads)
+        kept += self._head_norm(self.family.key_norm, self.keys, self.keys * self.heads // self.queries)
         values = self.keys
         keys = self.keys
         if self.kernel == "eager":
@@ -196,7 +204,7 @@ def _lowest_trained(model: "PreTrainedModel") -> int:
     heights = [
         -1 if is_a("embedding", name) else layer_of(name) for name, p in model.named_parameters() if p.requires_grad
     ]
-    return min((height for height in heights if height is not None), default=len(model.model.layers))
+    return min((height for height in heights if height is not None), default=len(family_of(model).layers(model)))
 
 
 def _is_trained(module: nn.Module) -> bool:

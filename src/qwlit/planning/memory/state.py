@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from qwlit.core.patterns import layer_of
-from qwlit.model.config import DECODER_LINEARS, AdapterConfig, Execution
+from qwlit.model.config import AdapterConfig, Execution
+from qwlit.model.families import family_of
+from qwlit.model.families.decoder import DECODER_LINEARS
 from qwlit.model.head import BLOCK_BYTES, CHUNK_BYTES, rows_within
 from qwlit.model.loss_model import has_sparse_embedding
 from qwlit.model.quantize import BLOCK
@@ -89,7 +91,7 @@ def autocast_bytes(model: "PreTrainedModel", place: Placement) -> int:
     """
     if not place.mixed or place.shards > 1:
         return 0
-    linears = (m.weight for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+    linears = (m.weight for m in family_of(model).layers(model).modules() if isinstance(m, nn.Linear))
     return sum(place.precision_bytes * weight.numel() for weight in linears if weight.requires_grad)
 
 
@@ -107,12 +109,13 @@ class HeadBytes:
 
 def head_bytes(model: "PreTrainedModel", micro: MicroShape, place: Placement) -> HeadBytes:
     """See `model/head.py`, whose chunks these are."""
-    vocab, width = model.lm_head.weight.shape
+    weight = family_of(model).head_weight(model)
+    vocab, width = weight.shape
     limit = rows_within(CHUNK_BYTES, vocab, place.device)
     num_chunks = max(1, -(-micro.supervised // limit))
     rows = -(-micro.supervised // num_chunks)
     block = min(rows, rows_within(BLOCK_BYTES, vocab, place.device))
-    trained = model.lm_head.weight.requires_grad
+    trained = weight.requires_grad
     copy = place.precision_bytes * vocab * width if place.mixed else 0
     # Half precision on CUDA multiplies into a second float32 matrix before it adds.
     addend = FLOAT32 * vocab * width if trained and place.mixed else 0
@@ -126,7 +129,7 @@ def head_bytes(model: "PreTrainedModel", micro: MicroShape, place: Placement) ->
 
 def embedding_gradient_bytes(model: "PreTrainedModel", micro: MicroShape, place: Placement) -> int:
     """Return the embedding's gradient before it is added to what is there: float32, dense or of the rows read."""
-    weight: Tensor = model.model.embed_tokens.weight
+    weight: Tensor = family_of(model).embedding(model).weight
     if not weight.requires_grad:
         return 0
     # Rows as they were read, and sorted with equal ones added up.
@@ -143,7 +146,7 @@ def unsharded_bytes(model: "PreTrainedModel", place: Placement) -> tuple[int, in
     if place.shards == 1:
         return 0, 0
     root = sum(p.numel() for name, p in model.named_parameters() if layer_of(name) is None)
-    layers = [list(layer.parameters()) for layer in model.model.layers]
+    layers = [list(layer.parameters()) for layer in family_of(model).layers(model)]
     largest = max((sum(p.numel() for p in layer) for layer in layers), default=0)
     trained = max((sum(p.numel() for p in layer if p.requires_grad) for layer in layers), default=0)
     whole = root * FLOAT32
