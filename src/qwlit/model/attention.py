@@ -23,7 +23,7 @@ ATTENTION_NAME = "qwlit"
 
 
 def _causal_options() -> dict[str, Any]:
-    """Say "causal, grouped heads" in the words of the installed torch: they changed between 2.10 and 2.13."""
+    """Return the arguments for causal attention with grouped heads; their names changed between torch 2.10 and 2.13."""
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:  # older kernels group heads without being told
@@ -64,10 +64,10 @@ def attend(  # noqa: PLR0913 - transformers calls it
         (B, T, H, K), and None where transformers expects the weights.
 
     Raises:
-        RuntimeError: called by anything but LossModel, whose masks or caches would be ignored without a word.
+        RuntimeError: the caller is not LossModel: its masks or caches would be ignored silently.
     """
     if attention_kernel is None or attention_mask is not None:
-        raise RuntimeError("this attention serves LossModel alone; call the model inside generation_attention(model)")
+        raise RuntimeError("only LossModel may call this attention; call the model inside generation_attention(model)")
     if attention_kernel == "varlen" and cu_seqlens is not None:
         if dropout:
             raise RuntimeError("varlen attention has no dropout; LossModel must choose sdpa")

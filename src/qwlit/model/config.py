@@ -13,7 +13,7 @@ AttentionChoice = Literal["auto", "varlen", "sdpa", "eager"]
 AttentionKernel = Literal["varlen", "sdpa", "eager"]
 ActivationCheckpointing = Literal["none", "selective", "full", "offload"]
 CHECKPOINTING_LEVELS: tuple[ActivationCheckpointing, ...] = get_args(ActivationCheckpointing)
-"""From what keeps most to what keeps least."""
+"""From the level that keeps most of the forward pass to the one that keeps least."""
 
 
 def higher_levels(level: ActivationCheckpointing) -> tuple[ActivationCheckpointing, ...]:
@@ -115,9 +115,9 @@ class FreezeConfig:
     """bias, norm, embedding, head, attention, mlp, parts of names (q_proj) or globs (model.layers.*.mlp.*). A head
     that is the embedding freezes with it."""
     layers: LayerRange | None = None
-    """First and last decoder layer, from 0, that are frozen whole."""
+    """First and last decoder layer, counted from 0, of which all parameters are frozen."""
     lower_layers_ratio: Ratio = 0.0
-    """Share of the decoder layers that are frozen whole, from the lowest up; rounded down."""
+    """Share of the decoder layers, from the lowest up and rounded down, of which all parameters are frozen."""
 
 
 @config_dataclass

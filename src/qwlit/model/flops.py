@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, from the model's shape alone."""
+"""Floating-point operations of a training step, counted from the model's shape."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flops:
-    """Model FLOPs of a training step, forward and backward. What is computed again to save memory does not count, nor
-    do rows of the head that are skipped (as in PaLM, Chowdhery et al. 2022, appendix B)."""
+    """Model FLOPs of a training step, forward and backward. Recomputation does not count, nor
+    do positions that the head skips (as in PaLM, Chowdhery et al. 2022, appendix B)."""
 
     per_token: float
     """Of the decoder's linear layers, but for the last feed-forward block."""

@@ -1,4 +1,4 @@
-"""Head and loss in one: cross-entropy of supervised rows without ever holding all logits.
+"""Head and loss in one function: cross-entropy at the label positions, without holding all logits at once.
 
 At a vocabulary of 151,936 the logits are the largest tensor of a run. They are made a chunk of rows at a time; since a
 loss's gradient is known as soon as its logits are, it is computed there and then, and backward only scales it.

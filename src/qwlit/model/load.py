@@ -199,7 +199,7 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
 
 
 def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dtype: torch.dtype) -> "PreTrainedModel":
-    """Make the model with weights that nobody has written yet: until then they take no memory."""
+    """Build the model with uninitialized weights; the system gives them memory only when they are written."""
     from qwlit.model.attention import register_attention
 
     hf_config._attn_implementation = register_attention()

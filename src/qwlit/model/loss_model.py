@@ -1,6 +1,6 @@
 """Backbone, head and loss as one module: the root that DDP or FSDP2 wraps.
 
-Shapes: N supervised rows, D hidden.
+Shapes: N label positions, D hidden.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ class LossOutput(NamedTuple):
 class LossModel(nn.Module):
     """A causal LM that takes a micro-batch and gives its summed loss.
 
-    Nothing but its `forward` may touch the weights of backbone or head: under FSDP2 they are only whole in there.
+    Only its `forward` may touch the weights of backbone or head: FSDP2 gathers them only for it.
     """
 
     def __init__(self, causal_lm: "PreTrainedModel", attention: AttentionKernel) -> None:
@@ -50,7 +50,7 @@ class LossModel(nn.Module):
         self.attention = attention
 
     def forward(self, micro: MicroBatch) -> LossOutput:
-        """Compute the loss of the supervised rows. Never waits for the device."""
+        """Compute the summed loss at the label positions. Never waits for the device."""
         kernel = self._kernel(micro)
         set_embedding_gradient(self.causal_lm, micro.input_ids.device.type)
         supervised = self.causal_lm.model(
@@ -82,7 +82,7 @@ def set_embedding_gradient(causal_lm: "PreTrainedModel", device: str) -> None:
 
 
 def has_sparse_embedding(causal_lm: "PreTrainedModel", device: str) -> bool:
-    """Whether the embedding's gradient is only of the rows that were read, to be added to the head's.
+    """Whether the embedding's gradient holds only the rows that were read; it is then added to the head's.
 
     Dense it would be filled, written and read once more: 6 % of a step at V = 151,936, D = 256 on two CPU cores
     (measured). A tied weight's gradient is dense all the same. On CUDA it is unmeasured, and left as it is.

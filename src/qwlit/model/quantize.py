@@ -20,7 +20,7 @@ BLOCK = 64
 
 
 def check_blocks(model: "PreTrainedModel") -> None:
-    """Refuse a model whose rows are no whole number of blocks.
+    """Refuse a model whose weight rows cannot be cut into whole blocks.
 
     Raises:
         ConfigError: naming the layer and its width.
@@ -36,7 +36,7 @@ def check_blocks(model: "PreTrainedModel") -> None:
 class Quantizer:
     """Turns each linear layer of the decoder into its 4-bit form as soon as its weight is there.
 
-    So a model never stands in memory whole before it is quantized.
+    So the whole unquantized model is never in memory at once.
     """
 
     def __init__(self, model: "PreTrainedModel", adapter: AdapterConfig, compute_dtype: torch.dtype) -> None:

@@ -67,7 +67,7 @@ class SavedAdapter:
 
     @property
     def replaced(self) -> list[str]:
-        """Names of the tensors that stand for whole weights of the model (peft's modules_to_save and bias)."""
+        """Names of the tensors that replace a weight of the model (peft's modules_to_save and bias)."""
         return [name for name in self.shapes if not name.endswith((A, B, MAGNITUDE))]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -235,9 +235,9 @@ def saved_name(name: str) -> str:
 
 
 def load_start(model: "PreTrainedModel", config: ModelConfig) -> None:
-    """Bring the adapter that `config` names into the model, whole or sharded, after its own weights are filled in.
+    """Load the adapter that `config` names into the model, sharded or not, once the model's own weights are filled in.
 
-    A model with adapters takes its matrices over; one without has them merged into its weights (float32).
+    A model with adapter layers continues its matrices; into one without they are merged (float32).
     """
     if config.adapter_path is None:
         return

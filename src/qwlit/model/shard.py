@@ -1,4 +1,4 @@
-"""FSDP2: every layer's weights, gradients and moments cut along their first dimension over the devices."""
+"""FSDP2: shard every layer's weights, gradients and moments over the devices, along their first dimension."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
     """Shard each decoder layer by itself, and embedding, head and final norm together: a tied weight is one.
 
-    Gradients are summed in float32 and after every micro-batch, so that no device ever holds a whole one longer.
+    Gradients are reduced in float32 after every micro-batch, so that no device keeps an unsharded gradient.
 
     Args:
         bf16: send the layers' weights around in bfloat16. What is computed in it autocast decides, as without

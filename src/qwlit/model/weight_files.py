@@ -53,9 +53,9 @@ def read_shapes(files: Files) -> Iterator[tuple[str, list[int]]]:
 
 
 def read_tensors(files: Files) -> Iterator[tuple[str, Any]]:
-    """Yield names and what gives the tensor's rows when sliced; nothing is read before.
+    """Yield each tensor's name and a handle; slicing the handle reads those rows from the file.
 
-    Of a tensor that stands in two files, the one that the index names counts, as for transformers.
+    If two files have the same tensor, the file that the index names counts, as for transformers.
 
     Raises:
         ConfigError: a file is cut off or damaged, or lacks a tensor that the index names.

@@ -1,4 +1,4 @@
-"""Weights, from safetensors or drawn, into a model that waits for them: on one rank, or on each the rows it holds."""
+"""Fill a model with weights, from safetensors or random: whole on one rank, or on each rank the rows that it holds."""
 
 import hashlib
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled |
     embedding = targets[EMBEDDING]
     with torch.no_grad():
         for name, tensor in read_tensors(files):
-            # Let go of, so that what takes its place when it is filled does not stand beside it.
+            # Drop the reference, so that the quantized weight that replaces this one is not beside it in memory.
             target = targets.pop(name)
             first, end = own_rows(target)
             rows = tensor[first:end]
@@ -52,8 +52,8 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled |
 def draw_weights(model: nn.Module, *, seed: int, std: float, filled: Filled | None = None) -> None:
     """Fill the model with random weights: matrices normal with `std`, biases 0, norms 1, as the families' own.
 
-    Each tensor has a generator of its own, from `seed` and its name, so that a rank that holds some rows of it needs
-    no other tensor, and all machines start from the same weights. One whole tensor at a time is in memory.
+    Each tensor's generator is seeded by `seed` and its name. So a rank draws only the tensors of which it holds rows,
+    and all machines start from the same weights. One unsharded tensor at a time is in memory.
     """
     targets = _targets(model)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def _drawn(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
 
 def _targets(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the model's own parameters by the names they have in files, a tied one once."""
-    # Adapters come from no file, and put the layer that they stand beside one name deeper.
+    # Adapters come from no file; peft moves the layer beside them one name deeper (base_layer).
     return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
 
 
@@ -100,7 +100,7 @@ def _check_finite(folder: Path, name: str, rows: Tensor) -> None:
 
 
 def _check_tied(folder: Path, files: Files, embedding: Tensor) -> None:
-    """Refuse a folder that says its head is the embedding and brings another head."""
+    """Refuse a folder that declares head and embedding to be one weight and has two different ones."""
     head: Any = next((tensor for name, tensor in read_tensors(files) if name == HEAD), None)
     if head is None:
         return

@@ -27,7 +27,7 @@ class ActivationBytes:
     kept: float
     """When the forward pass ends."""
     again: float
-    """When most is kept while a layer is computed again, with the gradients in it; 0 without checkpointing."""
+    """The most that is kept while a layer is recomputed, with its gradients; 0 without checkpointing."""
 
 
 def activation_bytes(
@@ -46,7 +46,7 @@ def activation_bytes(
         for number in range(len(family.layers(model)))
     ]
     width = model.config.hidden_size
-    # Sine and cosine of every position, and the last norm over the supervised rows.
+    # Sine and cosine of every position, and the last norm over the label positions.
     rotary = 2 * FLOAT32 * model.config.head_dim * micro.tokens
     last_norm = FLOAT32 * width * micro.supervised * (1 + family.final_norm(model).weight.requires_grad)
     level = execution.activation_checkpointing
@@ -99,7 +99,7 @@ class _Layer:
         self.drops = first_dropped <= number <= last_dropped
 
     def entering(self) -> float:
-        """The residual stream at the layer's door."""
+        """The residual stream that enters the layer."""
         return FLOAT32 * self.hidden * self.micro.tokens if self.learns else 0
 
     def passing(self) -> float:
@@ -128,7 +128,7 @@ class _Layer:
         return total + (self.queries * self.compute + self.heads * FLOAT32) * self.micro.tokens
 
     def everything(self) -> float:
-        """What autograd keeps when nothing is computed again."""
+        """What autograd keeps when nothing is recomputed."""
         if not self.learns:
             return 0
         family, layer = self.family, self.layer

@@ -74,7 +74,7 @@ def estimate_memory(
     gradients = gradient_bytes(model, place)
     head = head_bytes(model, micro, place)
     stays = machine.accelerator == "cpu"
-    # Paged moments make room for what needs it, but on a GPU alone.
+    # Paged moments leave the GPU's memory when it is needed; on a CPU nothing is paged.
     pages = config.optim.name.startswith("paged") and not stays
     always: dict[str, float] = {
         "logits": head.logits * stays,

@@ -40,12 +40,12 @@ class MicroShape:
     packed: bool = True
     """Documents end to end: what attention makes of each alone is joined in a copy, except by varlen."""
     accumulates: bool = False
-    """Whether a step has more than one micro-batch, so that gradients stand while the next one is computed."""
+    """Whether a step has more than one micro-batch, so that gradients are kept while the next one is computed."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how the model lies on devices."""
+    """On which devices the model is, and in which precision."""
 
     device: str
     """cpu or cuda."""
@@ -140,7 +140,7 @@ def embedding_gradient_bytes(model: "PreTrainedModel", micro: MicroShape, place:
 def unsharded_bytes(model: "PreTrainedModel", place: Placement) -> tuple[int, int]:
     """Return what FSDP2 holds whole: while the head computes, and while the first layer's gradient is reduced.
 
-    Embedding, head and last norm stay whole from their first use to their last; of layers two stand whole, one in use
+    Embedding, head and last norm are unsharded from their first use to their last; of the layers two are, one in use
     and the next one under way, and one whole gradient with its float32 copy to be reduced.
     """
     if place.shards == 1:
