@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 
-from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Leave, Preempted, Pruned, QwlitError, nearest
-from qwlit.core.ranks import is_rank_zero, leave, rank_label
-from qwlit.core.signals import note
-from qwlit.core.slurm import can_ask, have_script_ask, job_id, requeue_job, wants_place_back
+from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pruned, QwlitError, SignalExit, nearest
+from qwlit.core.ranks import end_process, is_rank_zero, rank_label
+from qwlit.core.signals import record_signal
+from qwlit.core.slurm import has_scontrol, is_ending_job, job_id, leave_requeue_to_script, requeue_job
 
-VERBS = {
+SUBCOMMANDS = {
     "train": "train a model, or go on with an unfinished run",
     "plan": "say what train would do: memory, steps, time, and what is wrong with the settings",
     "sweep": "search for settings: W&B's agents, or Optuna on this machine",
@@ -20,8 +20,8 @@ VERBS = {
     "report": "compare runs: settings, losses, speed, stability; which settings mattered; a page with curves",
 }
 
-PREEMPTED_VERBS = ("train", "sweep")
-AGREED_ENDS = (GuardStop, Interrupted, Preempted, Pruned)
+PREEMPTIBLE_SUBCOMMANDS = ("train", "sweep")
+ENDS_OF_ALL_RANKS = (GuardStop, Interrupted, Preempted, Pruned)
 
 HELP = """\
 qwlit: fine-tune Qwen2 and Qwen3 models.
@@ -47,7 +47,7 @@ Exit codes
 
 
 def help_text() -> str:
-    return HELP.format(verbs="\n".join(f"  {name:<10} {what}" for name, what in VERBS.items()))
+    return HELP.format(verbs="\n".join(f"  {name:<10} {what}" for name, what in SUBCOMMANDS.items()))
 
 
 def main() -> int:
@@ -68,20 +68,20 @@ def main() -> int:
         print(f"qwlit {__version__}")
         return 0
     try:
-        return leave(_run(words[0], words[1:]))
+        return end_process(_run(words[0], words[1:]))
     except QwlitError as error:
-        return leave(_report(words[0], error))
-    except Leave as end:
-        return leave(_report(words[0], end.error))
+        return end_process(_report(words[0], error))
+    except SignalExit as end:
+        return end_process(_report(words[0], end.error))
     except KeyboardInterrupt:
         if is_rank_zero():
             print(f"qwlit {words[0]}: interrupted; run the same command to go on", file=sys.stderr)
-        return leave(130)
+        return end_process(130)
 
 
 def _report(verb: str, error: QwlitError) -> int:
     """Print the error's one line and return the exit code."""
-    if not is_rank_zero() and isinstance(error, AGREED_ENDS):
+    if not is_rank_zero() and isinstance(error, ENDS_OF_ALL_RANKS):
         # All ranks end so together, and rank 0 says it. Launchers kill the others at the first code that is not 0,
         # which could be while rank 0 still puts the run folder in order.
         return 0
@@ -97,21 +97,23 @@ def _requeue(verb: str, error: Preempted) -> None:
 
     The very last thing that is done: Slurm ends the job for it.
     """
-    ask = requeue_job if can_ask() else have_script_ask
+    ask = requeue_job if has_scontrol() else leave_requeue_to_script
     # What Slurm itself wants the script finds out as well.
-    if error.requeue or (error.requeue is None and can_ask() and wants_place_back()):
+    if error.requeue or (error.requeue is None and has_scontrol() and is_ending_job()):
         refusal = ask()
         print(f"qwlit {verb}: " + (f"not requeued: {refusal}" if refusal else "the job is requeued"), file=sys.stderr)
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    if verb not in VERBS:
-        raise ConfigError(f"no such verb.{nearest(verb, VERBS)} Verbs: {', '.join(VERBS)}; see python -m qwlit --help")
-    if verb in PREEMPTED_VERBS:
+    if verb not in SUBCOMMANDS:
+        raise ConfigError(
+            f"no such verb.{nearest(verb, SUBCOMMANDS)} Verbs: {', '.join(SUBCOMMANDS)}; see python -m qwlit --help"
+        )
+    if verb in PREEMPTIBLE_SUBCOMMANDS:
         # They may come while the verb is still being imported, and when all is saved and only the end is to be told.
         for number in (signal.SIGTERM, signal.SIGUSR2):
             if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, note)
+                signal.signal(number, record_signal)
     module = importlib.import_module(f"qwlit.commands.{verb}")
     return int(module.main(arguments))
 

@@ -3,7 +3,7 @@
 import pytest
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import KINDS, is_a, select, within
+from qwlit.core.patterns import KINDS, is_a, names_in_layers, select
 from tests.tiny import tiny_causal_lm
 
 QWEN2 = [name for name, _ in tiny_causal_lm("qwen2", tied=False).named_parameters()]
@@ -67,4 +67,4 @@ def test_a_pattern_that_matches_nothing_of_a_tied_qwen3_is_an_error(pattern, lay
 
 def test_a_range_of_layers_has_both_its_ends():
     names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(12)]
-    assert within(names, (1, 10), field="f") == names[1:11]
+    assert names_in_layers(names, (1, 10), field="f") == names[1:11]

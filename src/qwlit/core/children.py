@@ -11,7 +11,7 @@ from qwlit.core.ranks import die_with_parent
 
 
 def start_child(
-    words: list[str], log: Path | None, environment: dict[str, str], *, orphaned: int
+    words: list[str], log: Path | None, environment: dict[str, str], *, parent_death_signal: int
 ) -> subprocess.Popen[bytes]:
     """Start `python words…`; what it says is added to `log`, or shown where there is none.
 
@@ -19,7 +19,7 @@ def start_child(
 
     Args:
         environment: the child's, whole.
-        orphaned: the signal that it gets when this process is killed.
+        parent_death_signal: the signal that it gets when this process is killed.
     """
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -32,5 +32,5 @@ def start_child(
             env=environment,
             # A Ctrl-C of the terminal's is the parent's to answer.
             start_new_session=True,
-            preexec_fn=partial(die_with_parent, os.getpid(), orphaned),  # noqa: PLW1509
+            preexec_fn=partial(die_with_parent, os.getpid(), parent_death_signal),  # noqa: PLW1509
         )

@@ -57,7 +57,7 @@ class Interrupted(QwlitError):
     exit_code = 130
 
 
-class Leave(BaseException):
+class SignalExit(BaseException):
     """Raised by a signal handler, wherever the program is: no library's `except Exception` may take it for its own."""
 
     def __init__(self, error: QwlitError) -> None:

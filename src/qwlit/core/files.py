@@ -95,7 +95,7 @@ def locked(path: Path, *, blocking: bool = True, shared: bool = False) -> Iterat
         yield handle
 
 
-def is_held(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether another process holds a lock on `path`."""
     try:
         with locked(path, blocking=False, shared=True):

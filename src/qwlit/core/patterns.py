@@ -65,14 +65,14 @@ def select(
         ConfigError: nothing matches, or there are no such layers.
     """
     names = list(names)
-    inside = names if layers is None else within(names, layers, field=field, top=top)
+    inside = names if layers is None else names_in_layers(names, layers, field=field, top=top)
     found = {name for name in inside if matches(pattern, name)}
     if not found:
         raise ConfigError(f"{field}: '{pattern}' matches no {things}{_where(layers)}.{_hint(pattern, names)}")
     return found
 
 
-def within(names: Iterable[str], layers: tuple[int, int], *, field: str, top: int | None = None) -> list[str]:
+def names_in_layers(names: Iterable[str], layers: tuple[int, int], *, field: str, top: int | None = None) -> list[str]:
     """Return the names in a range of decoder layers, both ends included.
 
     Raises:

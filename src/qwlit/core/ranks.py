@@ -19,22 +19,22 @@ def is_rank_zero() -> bool:
     return under_agent() or os.environ.get("SLURM_PROCID", "0") == "0"
 
 
-_met_others = False
+_joined_process_group = False
 
 
-def meet_others() -> None:
+def mark_process_group_joined() -> None:
     """Note that this process has been part of a process group."""
-    global _met_others  # noqa: PLW0603 - it is a fact about the process
-    _met_others = True
+    global _joined_process_group  # noqa: PLW0603 - it is a fact about the process
+    _joined_process_group = True
 
 
-def leave(code: int) -> int:
+def end_process(code: int) -> int:
     """Return the exit code; where there was a process group, end here and now.
 
     Gloo's threads can abort a process while the interpreter takes its objects apart ("terminate called without an
     active exception", seen in about one run of twenty under FSDP2), when everything is long written.
     """
-    if _met_others:
+    if _joined_process_group:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

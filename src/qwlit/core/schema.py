@@ -8,10 +8,10 @@ from pydantic import ConfigDict, Field
 T = TypeVar("T")
 
 # Beyond any run, and within what numpy counts with.
-MOST = 2**40
-PositiveInt = Annotated[int, Field(gt=0, le=MOST, strict=True)]
-TwoOrMore = Annotated[int, Field(ge=2, le=MOST, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MOST, strict=True)]
+MAX_COUNT = 2**40
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT, strict=True)]
+TwoOrMore = Annotated[int, Field(ge=2, le=MAX_COUNT, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]

@@ -15,7 +15,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_rows(tensor: Tensor) -> tuple[int, int]:
+def own_slice_range(tensor: Tensor) -> tuple[int, int]:
     """Return the first and the end of this rank's rows."""
     if not isinstance(tensor, DTensor):
         return 0, len(tensor)

@@ -64,12 +64,12 @@ def torchrun_warning() -> str | None:
     )
 
 
-def can_ask() -> bool:
+def has_scontrol() -> bool:
     """Whether Slurm's commands are here; in a container they need not be."""
     return shutil.which("scontrol") is not None
 
 
-def wants_place_back() -> bool:
+def is_ending_job() -> bool:
     """Whether Slurm itself ends this job: to make room for another, within a time of grace, or at its time limit."""
     facts = _facts()
     preempted = facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
@@ -85,7 +85,7 @@ def requeue_job() -> str | None:
     return _scontrol("requeue", str(job_id()))[1]
 
 
-def have_script_ask() -> str | None:
+def leave_requeue_to_script() -> str | None:
     """Leave the requeue to the batch script; return why that cannot be, None if it will."""
     file = os.environ.get(REQUEUE_FILE)
     if file is None:

@@ -8,7 +8,7 @@ from typing import Any
 PROBE_SECONDS = 6.0
 
 
-def answer_within(seconds: float, call: Callable[[], Any]) -> None:
+def call_with_timeout(seconds: float, call: Callable[[], Any]) -> None:
     """Run `call`, whose own time-out holds for each address it tries, and let it take `seconds` at most.
 
     Raises:

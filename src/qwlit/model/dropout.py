@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwlit.core.patterns import within
+from qwlit.core.patterns import names_in_layers
 from qwlit.model.config import DropoutConfig
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def apply_dropout(model: "PreTrainedModel", dropout: DropoutConfig) -> None:
         ConfigError: the model has no such layers.
     """
     names = [f"layers.{number}." for number in range(len(model.model.layers))]
-    chosen = names if dropout.layers is None else within(names, dropout.layers, field="dropout.layers")
+    chosen = names if dropout.layers is None else names_in_layers(names, dropout.layers, field="dropout.layers")
     for name in chosen:
         layer = model.model.get_submodule(name.rstrip("."))
         layer.self_attn.attention_dropout = dropout.attention

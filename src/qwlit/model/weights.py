@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.sharding import local, own_rows
+from qwlit.core.sharding import local, own_slice_range
 from qwlit.model.weight_files import Files, first_few, read_shapes, read_tensors, weight_files
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -39,7 +39,7 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled |
         for name, tensor in read_tensors(files):
             # Let go of, so that what takes its place when it is filled does not stand beside it.
             target = targets.pop(name)
-            first, end = own_rows(target)
+            first, end = own_slice_range(target)
             rows = tensor[first:end]
             _check_finite(folder, name, rows)
             if tied and name == HEAD:
@@ -61,7 +61,7 @@ def draw_weights(model: nn.Module, *, seed: int, std: float, filled: Filled | No
     with torch.no_grad():
         for name in list(targets):
             parameter = targets.pop(name)
-            first, end = own_rows(parameter)
+            first, end = own_slice_range(parameter)
             local(parameter).copy_(_drawn(name, parameter.shape, seed, std)[first:end])
             if filled:
                 filled(name)
@@ -106,7 +106,7 @@ def _check_tied(folder: Path, files: Files, embedding: Tensor) -> None:
     head: Any = next((tensor for name, tensor in read_tensors(files) if name == HEAD), None)
     if head is None:
         return
-    first, end = own_rows(embedding)
+    first, end = own_slice_range(embedding)
     rows = local(embedding)
     if not torch.equal(head[first:end].to(rows.dtype).to(rows.device), rows):
         raise ConfigError(

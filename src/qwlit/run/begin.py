@@ -12,14 +12,14 @@ from rich.markup import escape
 from qwlit.config.compose import compose, dump
 from qwlit.config.run import RunConfig, mathematics
 from qwlit.core.console import console
-from qwlit.core.errors import GuardStop, Interrupted, Leave, Preempted, Pruned
+from qwlit.core.errors import GuardStop, Interrupted, Preempted, Pruned, SignalExit
 from qwlit.core.ranks import is_rank_zero
 from qwlit.data.store import REASONS_NAMED, rejections
 from qwlit.model.config import ModelConfig
 from qwlit.model.load import fingerprint
 from qwlit.model.quantize import num_elements
 from qwlit.model.saved_adapter import read_saved_adapter
-from qwlit.run.resume import Start, claim, newest, refuse_other_content, refuse_other_mathematics
+from qwlit.run.resume import Start, newest, prepare_folder, refuse_other_content, refuse_other_mathematics
 from qwlit.training.checkpointing.checkpoint import list_checkpoints
 from qwlit.training.tracking.manifest import build_manifest
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
@@ -42,12 +42,12 @@ def begin(run: "TrainingRun") -> Start:
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_other_mathematics(mathematics(earlier), mathematics(config))
         refuse_other_content(folder, data=run.data.split.fingerprint, base=base)
-    start = claim(folder, resume=config.resume, overwrite=config.run.overwrite)
-    folder.cut_back(start.step)
+    start = prepare_folder(folder, resume=config.resume, overwrite=config.run.overwrite)
+    folder.drop_records_after(start.step)
     manifest = build_manifest(run.plan.machine, **_facts(run, base))
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
-    folder.write_rows("quarantine.jsonl", run.data.split.quarantine())
+    folder.write_records("quarantine.jsonl", run.data.split.quarantine())
     folder.write_summary(resumed_from=start.step if start.checkpoint else None, rows=run.data.split.totals)
     _introduce(run, manifest, start)
     return start
@@ -107,8 +107,8 @@ def _introduce(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> No
         f" after {steps.schedule.warmup_steps} steps of warm-up",
         *_group_lines(manifest["groups"]),
     ]
-    if start.set_aside:
-        lines.append(f"  kept      the unfinished run of this name is now {escape(str(start.set_aside))}")
+    if start.renamed_to:
+        lines.append(f"  kept      the unfinished run of this name is now {escape(str(start.renamed_to))}")
     for damage in start.damaged:
         lines.append(f"  [yellow]note[/]      {escape(damage)}")
         folder.append_event(start.step, "damaged", message=damage)
@@ -172,7 +172,7 @@ ENDS: dict[type[BaseException], str] = {
 
 
 @contextmanager
-def recorded(folder: RunFolder) -> Iterator[None]:
+def recording_status(folder: RunFolder) -> Iterator[None]:
     """Write into summary.json how the training ended, whatever the end."""
     began = time.perf_counter()
     earlier = folder.read_summary().get("wall_seconds") or 0.0
@@ -181,7 +181,7 @@ def recorded(folder: RunFolder) -> Iterator[None]:
         yield
         status = FINISHED
     except BaseException as error:
-        status = ENDS.get(type(error.error if isinstance(error, Leave) else error), "failed")
+        status = ENDS.get(type(error.error if isinstance(error, SignalExit) else error), "failed")
         raise
     finally:
         folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

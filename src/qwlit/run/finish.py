@@ -24,8 +24,8 @@ from qwlit.model.folder import ADAPTER_CONFIG
 from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
 from qwlit.run.model import load_model
+from qwlit.training.callbacks import TrainerWithCallbacks
 from qwlit.training.checkpointing.checkpoint import read_weights, step_of
-from qwlit.training.loop import Loop
 from qwlit.training.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -47,28 +47,28 @@ PLACES = {
 }
 
 
-def finish(run: "TrainingRun", loop: Loop) -> list[Record]:
+def finish(run: "TrainingRun", training: TrainerWithCallbacks) -> list[Record]:
     """Export the best weights and let them answer validation prompts; return what they said."""
     folder, loss_model = run.folder, run.loss_model
     sharded = run.plan.machine.strategy == "fsdp"
     if sharded:
         # The other ranks have left with their rows: the whole model is made anew, from the files.
         loss_model = load_model(run.plan, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
-    _take_best_weights(loss_model, loop, always=sharded)
+    _take_best_weights(loss_model, training, always=sharded)
     export_model(loss_model.causal_lm, folder.path / "export", origin=_origin(run), end=end_of_answers(run))
     if not run.config.data.exact_match or run.data.split.validation is None:
         return []
     # The trainer has moved the model to the CPU when it ended.
     try:
-        loss_model.to(loop.trainer.strategy.root_device)
-        with loop.trainer.precision_plugin.forward_context():
+        loss_model.to(training.trainer.strategy.root_device)
+        with training.trainer.precision_plugin.forward_context():
             records = _answer(run, loss_model)
     except torch.OutOfMemoryError:
         message = "the device has no room for answering prompts; the run is done, and export/ whole"
-        folder.append_event(loop.trainer.global_step, "finding", message=message)
+        folder.append_event(training.trainer.global_step, "finding", message=message)
         console().print(f"  [yellow]note[/]      {message}")
         return []
-    folder.write_rows("samples.jsonl", records)
+    folder.write_records("samples.jsonl", records)
     folder.write_summary(exact_match=sum(record["exact"] for record in records) / len(records))
     return records
 
@@ -111,9 +111,9 @@ def _template_to_write(tokenizer: Any, family: Family) -> str | None:
     return None if own == family else chat_template(family)
 
 
-def _take_best_weights(loss_model: LossModel, loop: Loop, *, always: bool) -> None:
-    best = loop.checkpointing.best_checkpoint or (loop.checkpointing.newest_checkpoint if always else None)
-    if best is not None and (always or step_of(best) != loop.trainer.global_step):
+def _take_best_weights(loss_model: LossModel, training: TrainerWithCallbacks, *, always: bool) -> None:
+    best = training.checkpointing.best_checkpoint or (training.checkpointing.newest_checkpoint if always else None)
+    if best is not None and (always or step_of(best) != training.trainer.global_step):
         parameters = dict(loss_model.causal_lm.named_parameters())
         with torch.no_grad():
             for name, weight in read_weights(best):
@@ -146,9 +146,9 @@ def _answer(run: "TrainingRun", loss_model: LossModel) -> list[Record]:
 LANGUAGES = {"English": r"^[^\u4e00-\u9fff]*[A-Za-z]{3,}[^\u4e00-\u9fff]*<", "Chinese": r"[\u4e00-\u9fff]"}
 
 
-def show(loop: Loop, records: list[Record], folder: RunFolder) -> None:
+def show(training: TrainerWithCallbacks, records: list[Record], folder: RunFolder) -> None:
     """Print the figures, an answer in each language, and where everything lies."""
-    numbers: dict[str, Any] = loop.figures()
+    numbers: dict[str, Any] = training.figures()
     if records:
         numbers["exact_match"] = folder.read_summary()["exact_match"]
     table = Table(show_header=False, box=None, pad_edge=False)

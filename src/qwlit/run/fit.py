@@ -1,4 +1,4 @@
-"""Putting module, loop and loaders together, and training."""
+"""Putting module, training and loaders together, and training."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError, QwlitError
-from qwlit.core.ranks import meet_others
+from qwlit.core.ranks import mark_process_group_joined
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.model.compile import failed_to_compile
 from qwlit.model.flops import count_flops
@@ -17,20 +17,20 @@ from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import start_adapter
 from qwlit.model.shard import shard_model
 from qwlit.run.resume import Start
-from qwlit.training.loop import Loop, LoopSettings, build_loop
+from qwlit.training.callbacks import CallbackSettings, TrainerWithCallbacks, build_trainer_with_callbacks
 from qwlit.training.loss_scale import LossScale
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
 from qwlit.training.resilience.rank_consistency import RankFacts, gather_facts
 from qwlit.training.tracking.wandb_run import WandbRun
-from qwlit.training.trainer import dismiss_other_ranks, forget_other_ranks, lost_rank
+from qwlit.training.trainer import kill_started_ranks, lost_rank, stop_watching_ranks
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
 
 
-def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> Loop:
-    """Train from `start` to the end; return the loop with what its callbacks saw."""
+def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> TrainerWithCallbacks:
+    """Train from `start` to the end; return the training with what its callbacks saw."""
     config, folder = run.config, run.folder
     module = CausalLMModule(
         run.loss_model,
@@ -41,13 +41,13 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
         loss_scale=LossScale() if run.plan.machine.precision == "16-mixed" else None,
         seed=config.seed,
     )
-    loop = build_loop(
+    training = build_trainer_with_callbacks(
         run.plan.machine,
         run.data.steps.milestones,
         folder,
         run.data.split.train,
         count_flops(run.loss_model.causal_lm),
-        LoopSettings(
+        CallbackSettings(
             config.guard,
             config.validation,
             config.checkpoint,
@@ -57,23 +57,23 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
         ),
         wandb_run,
     )
-    if loop.trainer.world_size != run.plan.machine.world_size:
+    if training.trainer.world_size != run.plan.machine.world_size:
         raise ConfigError(
-            f"Lightning sees {loop.trainer.world_size} processes, the settings name {run.plan.machine.world_size};"
+            f"Lightning sees {training.trainer.world_size} processes, the settings name {run.plan.machine.world_size};"
             " start them with torchrun or srun, or let qwlit start them"
         )
     try:
-        _run(loop, module, *_loaders(run, loop.trainer.global_rank, start), start)
+        _run(training, module, *_loaders(run, training.trainer.global_rank, start), start)
     except torch.OutOfMemoryError:
-        raise out_of_memory(loop.trainer, module, config.hardware, run.plan.machine) from None
+        raise out_of_memory(training.trainer, module, config.hardware, run.plan.machine) from None
     except Exception as error:
         if not failed_to_compile(error):
             raise
         reason = str(error).strip().splitlines()[0]
         raise QwlitError(f"a decoder layer cannot be compiled ({reason}); set hardware.compile=false") from error
     finally:
-        folder.write_summary(**loop.figures())
-    return loop
+        folder.write_summary(**training.figures())
+    return training
 
 
 def _facts(run: "TrainingRun") -> RankFacts:
@@ -112,27 +112,27 @@ def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
     start_adapter(run.loss_model.causal_lm, run.config.model)
 
 
-def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:
+def _run(training: TrainerWithCallbacks, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:
     """Run the trainer, and leave the process group once all ranks have ended."""
-    if loop.trainer.world_size > 1:
-        meet_others()
+    if training.trainer.world_size > 1:
+        mark_process_group_joined()
     try:
-        loop.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
+        training.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
     except SystemExit as end:
         # Lightning turns a Ctrl-C outside the step loop (while starting, or the second one) into an exit code of 1.
         if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     except QwlitError:
-        dismiss_other_ranks(loop.trainer)
+        kill_started_ranks(training.trainer)
         raise
     except RuntimeError as error:
-        lost = lost_rank(loop.trainer, error)
+        lost = lost_rank(training.trainer, error)
         if lost is None:
             raise
-        dismiss_other_ranks(loop.trainer)
+        kill_started_ranks(training.trainer)
         raise lost from None
-    forget_other_ranks(loop.trainer)
+    stop_watching_ranks(training.trainer)
     if dist.is_initialized():
         # Left to the interpreter's end, gloo's threads can abort the process.
         dist.destroy_process_group()

@@ -8,7 +8,12 @@ from typing import Any, Literal
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.slurm import job_id
-from qwlit.training.checkpointing.checkpoint import clear_leftovers, damage, list_checkpoints, step_of
+from qwlit.training.checkpointing.checkpoint import (
+    find_damage,
+    list_checkpoints,
+    remove_unfinished_checkpoints,
+    step_of,
+)
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
 
@@ -17,7 +22,7 @@ class Start:
     """Where the run begins."""
 
     checkpoint: Path | None
-    set_aside: Path | None = None
+    renamed_to: Path | None = None
     damaged: tuple[str, ...] = ()
     """What was wrong with newer checkpoints."""
 
@@ -26,7 +31,7 @@ class Start:
         return step_of(self.checkpoint) if self.checkpoint else 0
 
 
-def refuse_taken(folder: RunFolder, *, overwrite: bool) -> None:
+def refuse_occupied_folder(folder: RunFolder, *, overwrite: bool) -> None:
     """Raise ConfigError when the place holds something else, or a finished run that nothing said to overwrite."""
     path = folder.path
     if path.exists() and not folder.holds_run and not (path.is_dir() and _is_bare(folder)):
@@ -43,7 +48,7 @@ def _is_bare(folder: RunFolder) -> bool:
     return inside in ([], [folder.checkpoints])
 
 
-def claim(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: bool) -> Start:
+def prepare_folder(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: bool) -> Start:
     """Make the folder ready: anew, or at the newest good checkpoint of an unfinished run. For rank 0.
 
     Raises:
@@ -54,12 +59,12 @@ def claim(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: boo
         if overwrite:
             folder.delete()
         elif resume == "never":
-            aside = folder.set_aside()
+            aside = folder.rename_aside()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     folder.write_summary(status="running", job=job_id())
-    clear_leftovers(folder)
+    remove_unfinished_checkpoints(folder)
     damaged = _walk_back(folder)
-    return Start(checkpoint=newest(folder), set_aside=aside, damaged=damaged)
+    return Start(checkpoint=newest(folder), renamed_to=aside, damaged=damaged)
 
 
 def _walk_back(folder: RunFolder) -> tuple[str, ...]:
@@ -69,7 +74,7 @@ def _walk_back(folder: RunFolder) -> tuple[str, ...]:
     """
     found: list[str] = []
     while checkpoint := newest(folder):
-        reason = damage(checkpoint)
+        reason = find_damage(checkpoint)
         if reason is None:
             return tuple(found)
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")

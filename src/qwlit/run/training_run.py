@@ -13,12 +13,12 @@ from qwlit.core.files import resolve_path
 from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
 from qwlit.core.slurm import torchrun_warning
 from qwlit.planning.run_plan import RunPlan, build_plan
-from qwlit.run.begin import begin, recorded
+from qwlit.run.begin import begin, recording_status
 from qwlit.run.finish import finish, show
 from qwlit.run.fit import fit
-from qwlit.run.logged import logged_to_wandb, send_rest
 from qwlit.run.model import load_model
-from qwlit.run.resume import Start, newest, refuse_taken
+from qwlit.run.resume import Start, newest, refuse_occupied_folder
+from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.resilience.requeue_limit import counting_requeues
@@ -38,9 +38,9 @@ def train(composed: Composed) -> None:
     # Before CUDA starts, which reads its environment once.
     prepare_determinism(composed.config.determinism)
     folder = RunFolder(resolve_path(composed.config.run.root) / str(composed.config.run.name))
-    is_requeued = folder.is_this_jobs
+    is_requeued = folder.belongs_to_this_job
     if is_requeued:
-        composed = resuming(composed)
+        composed = resume_requeued(composed)
     is_done = is_requeued and folder.status == FINISHED
     if is_done and not is_rank_zero():
         return
@@ -50,7 +50,7 @@ def train(composed: Composed) -> None:
         TrainingRun(build_plan(composed, console()), folder).execute(lock)
 
 
-def resuming(composed: Composed) -> Composed:
+def resume_requeued(composed: Composed) -> Composed:
     """A requeued job resumes: ignore `overwrite` and `resume`, which were typed for its first launch."""
     run = replace(composed.config.run, overwrite=False)
     return replace(composed, config=replace(composed.config, run=run, resume="auto"))
@@ -74,9 +74,9 @@ def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> b
     config = composed.config
     if is_done:
         console().print(f"{escape(str(folder.path))} is done")
-    if send_rest(config, folder) or is_done:
+    if send_missing_to_wandb(config, folder) or is_done:
         return True
-    refuse_taken(folder, overwrite=config.run.overwrite)
+    refuse_occupied_folder(folder, overwrite=config.run.overwrite)
     check_logger(config.logger)
     if warning := torchrun_warning():
         console().print(f"[yellow]note[/] {warning}")
@@ -96,12 +96,12 @@ class TrainingRun:
     def execute(self, lock: RunLock) -> None:
         """Start or resume, fit, export and summarize."""
         start = begin(self)
-        lock.announce()
-        # Around `recorded`: W&B gets the summary that says how the run ended.
-        with logged_to_wandb(self.config, self.folder) as wandb_run, recorded(self.folder):
+        lock.announce_ready()
+        # Around `recording_status`: W&B gets the summary that says how the run ended.
+        with logged_to_wandb(self.config, self.folder) as wandb_run, recording_status(self.folder):
             if wandb_run:
                 wandb_run.open(continues=start.checkpoint is not None)
-            loop = fit(self, start, wandb_run)
-            records = finish(self, loop) if is_rank_zero() else []
+            training = fit(self, start, wandb_run)
+            records = finish(self, training) if is_rank_zero() else []
         # Only now: the screen may be gone, and the run is not less done for it.
-        show(loop, records, self.folder)
+        show(training, records, self.folder)

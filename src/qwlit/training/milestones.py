@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class DueSteps:
     """Every so many steps, at the end of each epoch, and after the last step."""
 
     total_steps: int
@@ -32,8 +32,8 @@ class Milestones:
 
     total_steps: int
     log_every_steps: int
-    saving: Rhythm
-    validation: Rhythm | None
+    saving: DueSteps
+    validation: DueSteps | None
     """None: never."""
 
     def validate(self, step: int) -> bool:

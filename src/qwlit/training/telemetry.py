@@ -19,8 +19,8 @@ from qwlit.training.module import CausalLMModule
 from qwlit.training.tracking.run_folder import RunFolder
 
 GIB = 2**30
-Row = dict[str, float | None]
-Listener = Callable[[int, Row], None]
+Record = dict[str, float | None]
+Listener = Callable[[int, Record], None]
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -47,7 +47,7 @@ class Telemetry(Callback):
         self._milestones = milestones
         self._folder = folder
         self._listeners = listeners
-        self._reader: AsyncReadback[tuple[int, Row]] = AsyncReadback()
+        self._reader: AsyncReadback[tuple[int, Record]] = AsyncReadback()
         self._loss_sum: torch.Tensor | None = None
         self._restored_loss_sum = 0.0
         self._supervised = 0
@@ -111,7 +111,7 @@ class Telemetry(Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(loss_sum)
         tokens_per_second, flops_per_second = self._clock.lap()
-        row: Row = {
+        row: Record = {
             "optim/lr": module.outcome.lr,
             "throughput/tokens_per_second": tokens_per_second,
             "memory/peak_gib": peak_memory_gib(module.device),
@@ -129,7 +129,7 @@ class Telemetry(Callback):
             self.last_loss = loss
             self._record(step, complete)
 
-    def _record(self, step: int, row: Row) -> None:
+    def _record(self, step: int, row: Record) -> None:
         self._folder.append_metrics(step, **row)
         for listener in self._listeners:
             listener(step, row)
@@ -142,7 +142,7 @@ class Telemetry(Callback):
             # Early stopping has made this the last step.
             self._measure(trainer, pl_module, trainer.global_step)
         self._write(wait=True)
-        row: Row = {"val/loss": pl_module.validation.loss, "val/accuracy": pl_module.validation.accuracy}
+        row: Record = {"val/loss": pl_module.validation.loss, "val/accuracy": pl_module.validation.accuracy}
         self._record(trainer.global_step, row)
         self._clock.resume()
 

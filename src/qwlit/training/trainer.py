@@ -22,10 +22,10 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import launched_by_srun, launched_by_torchrun
-from qwlit.core.signals import ANSWERED
+from qwlit.core.signals import HANDLED_SIGNALS
 from qwlit.training.checkpointing.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
-from qwlit.training.resilience.hang_watchdog import VERDICT_SECONDS
+from qwlit.training.resilience.hang_watchdog import REPORT_SECONDS
 
 
 def build_trainer(
@@ -88,7 +88,7 @@ class _Launcher(_SubprocessScriptLauncher):
         self.record_failure: Callable[[], None] = lambda: None
 
     def _call_children_scripts(self) -> None:
-        previous = {number: signal.signal(number, signal.SIG_IGN) for number in ANSWERED}
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in HANDLED_SIGNALS}
         try:
             super()._call_children_scripts()
         finally:
@@ -213,13 +213,13 @@ def _end(code: int) -> str:
     return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "") if code < 0 else f"code {code}"
 
 
-def forget_other_ranks(trainer: Trainer) -> None:
+def stop_watching_ranks(trainer: Trainer) -> None:
     """Let the ranks that this process has started end as they like: training is over."""
     if isinstance(trainer.strategy.launcher, _Launcher):
         trainer.strategy.launcher.children = []
 
 
-def dismiss_other_ranks(trainer: Trainer) -> None:
+def kill_started_ranks(trainer: Trainer) -> None:
     """End the ranks that this process has started: what they would still say is of no use."""
     if isinstance(trainer.strategy.launcher, _Launcher):
         trainer.strategy.launcher.kill(signal.SIGKILL)
@@ -231,7 +231,7 @@ def _strategy(machine: Machine, record_failure: Callable[[], None]) -> Any:
     group: dict[str, Any] = {
         "process_group_backend": "nccl" if machine.accelerator == "cuda" else "gloo",
         # Who is missing, `stalls` knows and says before the group gives up.
-        "timeout": timedelta(seconds=machine.timeout_seconds + VERDICT_SECONDS),
+        "timeout": timedelta(seconds=machine.timeout_seconds + REPORT_SECONDS),
     }
     strategy = (
         _Sharded(data_parallel_size=machine.world_size, tensor_parallel_size=1, **group)

@@ -48,7 +48,7 @@ def list_checkpoints(folder: RunFolder) -> list[Path]:
     return sorted((p for p in whole if p.name.removeprefix("step-").isdigit()), key=step_of)
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint's files by its own manifest, None where they are as they were written."""
     try:
         sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -169,7 +169,7 @@ class StepFolderIO(CheckpointIO):
         shutil.rmtree(doomed)
 
 
-def clear_leftovers(folder: RunFolder) -> None:
+def remove_unfinished_checkpoints(folder: RunFolder) -> None:
     """Remove what a kill -9 left half written or half deleted."""
     for leftover in folder.checkpoints.glob(".*.tmp"):
         if leftover.is_dir() and not leftover.is_symlink():
@@ -194,7 +194,7 @@ def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def point(folder: RunFolder, name: str, checkpoint: Path) -> None:
+def link_checkpoint(folder: RunFolder, name: str, checkpoint: Path) -> None:
     """Make `checkpoints/<name>` a link to `checkpoint`, in one move."""
     temporary = folder.checkpoints / f".{name}.{os.getpid()}.tmp"
     temporary.unlink(missing_ok=True)
@@ -202,7 +202,7 @@ def point(folder: RunFolder, name: str, checkpoint: Path) -> None:
     temporary.replace(folder.checkpoints / name)
 
 
-def pointed(folder: RunFolder, name: str) -> Path | None:
+def linked_checkpoint(folder: RunFolder, name: str) -> Path | None:
     """Return the checkpoint that `best` or `last` points to."""
     link = folder.checkpoints / name
     return link.resolve() if link.exists() else None
@@ -237,9 +237,9 @@ class Checkpointing(BoundaryCallback):
         self._stopped_early = state_dict["stopped_early"]
         if is_rank_zero():
             # A kill between a save and its pointers leaves them behind.
-            point(self._folder, "last", list_checkpoints(self._folder)[-1])
+            link_checkpoint(self._folder, "last", list_checkpoints(self._folder)[-1])
             if self.best_step is not None:
-                point(self._folder, "best", self._path(self.best_step))
+                link_checkpoint(self._folder, "best", self._path(self.best_step))
 
     def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         # A run killed between early stopping and its end has nothing left to train.
@@ -266,9 +266,9 @@ class Checkpointing(BoundaryCallback):
         trainer.save_checkpoint(self._path(step))
         self._saved_step = step
         if is_rank_zero():
-            point(self._folder, "last", self._path(step))
+            link_checkpoint(self._folder, "last", self._path(step))
             if self.best_step == step:
-                point(self._folder, "best", self._path(step))
+                link_checkpoint(self._folder, "best", self._path(step))
             self._folder.append_event(step, "checkpoint", path=str(self._path(step).relative_to(self._folder.path)))
             if self._on_saved is not None:
                 self._on_saved(self._path(step))

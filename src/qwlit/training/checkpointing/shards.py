@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qwlit.core.sharding import local, own_rows
+from qwlit.core.sharding import local, own_slice_range
 
 
 def write_shard(folder: Path, stem: str, tensors: dict[str, Tensor], *, rank: int, count: int) -> Path:
@@ -66,7 +66,7 @@ class ShardReader:
         shards = [file.get_tensor(name) for file in self._files]
         return shards[0] if len(shards) == 1 or shards[0].ndim == 0 else torch.cat(shards)
 
-    def read_rows(self, name: str, first: int, end: int) -> Tensor:
+    def read_slice(self, name: str, first: int, end: int) -> Tensor:
         """Return the rows from `first` to before `end`, from the files that have them."""
         parts, start = [], 0
         for file in self._files:
@@ -81,7 +81,7 @@ class ShardReader:
         """Return the tensor, sharded as `like` is where it is."""
         if not isinstance(like, DTensor):
             return self.read(name)
-        rows = self.read_rows(name, *own_rows(like)).to(like.device)
+        rows = self.read_slice(name, *own_slice_range(like)).to(like.device)
         return DTensor.from_local(
             rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )

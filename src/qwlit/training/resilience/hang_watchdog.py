@@ -25,17 +25,17 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.distributed_c10d import _get_default_store
 
 # Assumption: a healthy host runs a thread at least that often, however busy it is.
-BEAT_SECONDS = 5.0
-SILENT_BEATS = 4
+HEARTBEAT_SECONDS = 5.0
+SILENT_HEARTBEATS = 4
 # For finding out who is missing and saying so, before the process group gives up.
-VERDICT_SECONDS = 60.0
+REPORT_SECONDS = 60.0
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(lightning.__file__).parent))
 # Where a main thread stands that waits for other ranks: gradients are exchanged below the backward pass.
 WAITING = (str(Path(torch.__file__).parent / "distributed"), str(Path(torch.autograd.__file__).parent))
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What a rank notes of itself."""
 
     number: int
@@ -48,7 +48,7 @@ class Beat:
     """Whether that is an exchange with the other ranks."""
 
 
-def stalled(beats: dict[int, Beat], silent: set[int]) -> str:
+def name_missing_ranks(beats: dict[int, Heartbeat], silent: set[int]) -> str:
     """Name the ranks that the others wait for.
 
     Args:
@@ -64,11 +64,11 @@ def stalled(beats: dict[int, Beat], silent: set[int]) -> str:
     return "; ".join(f"{_who(rank, beats)} is {_stand(beats[rank])}" for rank in missing)
 
 
-def _who(rank: int, beats: dict[int, Beat]) -> str:
+def _who(rank: int, beats: dict[int, Heartbeat]) -> str:
     return f"rank {rank} ({beats[rank].host})"
 
 
-def _stand(beat: Beat) -> str:
+def _stand(beat: Heartbeat) -> str:
     return f"at step {beat.step}, {beat.place}"
 
 
@@ -87,7 +87,7 @@ class HangWatchdog(Callback):
         if trainer.world_size > 1:
             # A connection of its own: the threads of a process must not wait for each other's questions.
             store: Any = _get_default_store().clone()  # type: ignore[attr-defined]
-            store.set_timeout(timedelta(seconds=2 * BEAT_SECONDS))
+            store.set_timeout(timedelta(seconds=2 * HEARTBEAT_SECONDS))
             self._note(store, trainer.global_rank, 0)
             Thread(target=self._watch, args=(store, trainer.global_rank, trainer.world_size), daemon=True).start()
 
@@ -104,9 +104,9 @@ class HangWatchdog(Callback):
         self._over.set()
 
     def _watch(self, store: Any, rank: int, world_size: int) -> None:
-        beat_seconds = min(BEAT_SECONDS, self._timeout / 8)
+        beat_seconds = min(HEARTBEAT_SECONDS, self._timeout / 8)
         number, moved, seen = 0, time.monotonic(), -1
-        heard: list[dict[int, Beat]] = []
+        heard: list[dict[int, Heartbeat]] = []
         while not self._over.wait(beat_seconds):
             number += 1
             if self._batches != seen:
@@ -120,12 +120,12 @@ class HangWatchdog(Callback):
                 # The store lives in rank 0: it does not answer, or has ended, which others say.
                 if late and not self._over.is_set():
                     self._end(rank, rank, "rank 0 does not answer")
-            if len(heard) > SILENT_BEATS and not self._over.is_set():
+            if len(heard) > SILENT_HEARTBEATS and not self._over.is_set():
                 silent = {other for other, beat in heard[-1].items() if beat.number == heard[0][other].number}
-                self._end(rank, min(heard[-1].keys() - silent), stalled(heard[-1], silent))
+                self._end(rank, min(heard[-1].keys() - silent), name_missing_ranks(heard[-1], silent))
 
     def _note(self, store: Any, rank: int, number: int) -> None:
-        store.set(_key(rank), json.dumps(asdict(Beat(number, socket.gethostname(), self._step, *_place()))))
+        store.set(_key(rank), json.dumps(asdict(Heartbeat(number, socket.gethostname(), self._step, *_place()))))
 
     def _end(self, rank: int, speaker: int, missing: str) -> None:
         # One of those who can still speak does; whoever hangs says nothing.
@@ -140,7 +140,7 @@ class HangWatchdog(Callback):
             self._record_failure()
         else:
             # Rank 0 takes those it has started with it, and is to speak and write first.
-            time.sleep(BEAT_SECONDS)
+            time.sleep(HEARTBEAT_SECONDS)
         os._exit(1)
 
 
@@ -158,10 +158,10 @@ def _key(rank: int) -> str:
     return f"qwlit-beat-{rank}"
 
 
-def _read(store: Any, rank: int) -> Beat:
+def _read(store: Any, rank: int) -> Heartbeat:
     """Return what a rank has noted last.
 
     Raises:
         RuntimeError: the store does not answer, or the rank has not begun to train.
     """
-    return Beat(**json.loads(store.get(_key(rank))))
+    return Heartbeat(**json.loads(store.get(_key(rank))))

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import tensor
 
-from qwlit.core.errors import Interrupted, Leave, Preempted, Pruned
+from qwlit.core.errors import Interrupted, Preempted, Pruned, SignalExit
 from qwlit.core.ranks import is_rank_zero, under_agent
-from qwlit.core.signals import ANSWERED, BY_WEIGHT, note, noted, weightiest
+from qwlit.core.signals import BY_URGENCY, HANDLED_SIGNALS, most_urgent, received_signals, record_signal
 from qwlit.training.checkpointing.checkpoint import Checkpointing
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
@@ -42,37 +42,37 @@ def answering_signals() -> Iterator[None]:
     if not is_rank_zero():
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        if noted and (is_rank_zero() or signal.SIGTERM in noted):
-            _leave(weightiest(noted), None)
+        if received_signals and (is_rank_zero() or signal.SIGTERM in received_signals):
+            _leave(most_urgent(received_signals), None)
         yield
-    except Leave as end:
+    except SignalExit as end:
         raise end.error from None
     finally:
-        noted.clear()
+        received_signals.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def _note_or_leave(number: int, frame: FrameType | None) -> None:
-    if noted and number == signal.SIGTERM:
+    if received_signals and number == signal.SIGTERM:
         _leave(number, frame)
-    note(number, frame)
+    record_signal(number, frame)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
     # Python drops what a handler raises inside a finalizer.
-    note(number, frame)
+    record_signal(number, frame)
     # What comes on the way out shall not take this end's place.
     for other in LEAVE:
         if signal.getsignal(other) in (_leave, _note_or_leave):
-            signal.signal(other, note)
+            signal.signal(other, record_signal)
     if not is_rank_zero():
         # Its launcher is to end those that still wait for it.
         raise SystemExit(Preempted.exit_code)
     if number == signal.SIGTERM and under_agent():
-        raise Leave(Pruned("the sweep has ended this trial, outside the training steps"))
+        raise SignalExit(Pruned("the sweep has ended this trial, outside the training steps"))
     said = "preempted outside the training steps; the same command goes on from the newest checkpoint"
-    raise Leave(Preempted(said, requeue=_requeue(number)))
+    raise SignalExit(Preempted(said, requeue=_requeue(number)))
 
 
 def _requeue(number: int) -> bool | None:
@@ -102,8 +102,8 @@ class StopOnSignal(BoundaryCallback):
             self._group = dist.new_group(backend="gloo")
             # Lightning broadcasts and reads a SIGTERM flag on the device each step; the word below does its work.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        self._previous = {number: signal.signal(number, self._note) for number in ANSWERED}
-        self._signal = weightiest([self._signal, *noted])
+        self._previous = {number: signal.signal(number, self._note) for number in HANDLED_SIGNALS}
+        self._signal = most_urgent([self._signal, *received_signals])
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._restore()
@@ -122,7 +122,7 @@ class StopOnSignal(BoundaryCallback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         # A second Ctrl-C stops at once.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._signal = weightiest([self._signal, number])
+        self._signal = most_urgent([self._signal, number])
 
     def _agreed(self) -> int:
         """Return the signal all ranks act on now, 0 for none."""
@@ -132,8 +132,8 @@ class StopOnSignal(BoundaryCallback):
         if self._word is not None:
             word, work = self._word
             work.wait()
-            number = BY_WEIGHT[int(word)]
-        word = tensor(BY_WEIGHT.index(self._signal))
+            number = BY_URGENCY[int(word)]
+        word = tensor(BY_URGENCY.index(self._signal))
         self._word = (word, dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self._group, async_op=True))
         return number
 

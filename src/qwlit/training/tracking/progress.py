@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from qwlit.core.console import progress_bar
-from qwlit.training.telemetry import Row
+from qwlit.training.telemetry import Record
 
 SHOWN = {
     "train/loss": ("loss", ".4f"),
@@ -58,7 +58,7 @@ class ProgressDisplay(Callback):
             self._bar.stop()
             self._bar = None
 
-    def show(self, step: int, row: Row) -> None:
+    def show(self, step: int, row: Record) -> None:
         """Take in the numbers of a logged step or a validation."""
         numbers = {name: value for name, value in row.items() if value is not None}
         self._numbers |= numbers

@@ -17,7 +17,7 @@ from typing import Any, Self
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import (
     append_json_line,
-    is_held,
+    is_locked,
     locked,
     read_json,
     read_json_lines,
@@ -60,7 +60,7 @@ class RunFolder:
         return self.status is not None or self.config_file.exists()
 
     @property
-    def is_this_jobs(self) -> bool:
+    def belongs_to_this_job(self) -> bool:
         """Whether a Slurm job that was requeued finds here what it began itself."""
         return was_requeued() and self.read_summary().get("job") == job_id()
 
@@ -94,20 +94,20 @@ class RunFolder:
         if is_rank_zero():
             append_json_line(self.path / name, _jsonable(row))
 
-    def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    def write_records(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Write a whole .jsonl file at once."""
         self.write_text(name, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows))
 
-    def cut_back(self, step: int) -> None:
+    def drop_records_after(self, step: int) -> None:
         """Drop what was recorded after `step`, because the run goes on from there."""
         if is_rank_zero():
             for name in STREAMS:
                 if not (self.path / name).exists():
                     continue
                 rows = [row for row in read_json_lines(self.path / name) if isinstance(row.get("step"), int)]
-                self.write_rows(name, [row for row in rows if row["step"] <= step])
+                self.write_records(name, [row for row in rows if row["step"] <= step])
 
-    def set_aside(self) -> Path:
+    def rename_aside(self) -> Path:
         """Rename this folder to the next free `<name>.before-N` and return that."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
@@ -144,7 +144,7 @@ class RunLock:
     """Held by rank 0 as long as it runs; the other ranks enter once it says that the folder is ready."""
 
     POLL_SECONDS = 0.2
-    PATIENCE_SECONDS = 600
+    WAIT_SECONDS = 600
     TRIES, REQUEUED_TRIES = 5, 600
 
     def __init__(self, folder: RunFolder) -> None:
@@ -188,7 +188,7 @@ class RunLock:
         handle.flush()
         return None
 
-    def announce(self) -> None:
+    def announce_ready(self) -> None:
         """On rank 0: all files that the other ranks read are there. Processes started from now on need not ask."""
         if is_rank_zero():
             self._announced = True
@@ -202,8 +202,8 @@ class RunLock:
             ConfigError: rank 0 let go of the lock before it announced, or never took it.
         """
         token = launch_token()
-        give_up = time.monotonic() + self.PATIENCE_SECONDS
-        while not (taken := is_held(self._path)) or self._read() != token:
+        give_up = time.monotonic() + self.WAIT_SECONDS
+        while not (taken := is_locked(self._path)) or self._read() != token:
             # Others may have held it before: this job's last life, while it still ended.
             said = self._read()
             ended = said == f"{token}{ENDED}" or (said == f"{token}{BEGUN}" and not taken)

@@ -14,10 +14,10 @@ from typing import Any
 from rich.markup import escape
 
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, Interrupted, Leave, Preempted, Pruned, one_line
+from qwlit.core.errors import ConfigError, Interrupted, Preempted, Pruned, SignalExit, one_line
 from qwlit.core.files import read_json, read_json_lines
 from qwlit.core.ranks import under_agent
-from qwlit.training.telemetry import Row
+from qwlit.training.telemetry import Record
 from qwlit.training.tracking.config import WANDB_CONFIG_KEY, LoggerConfig
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.training.tracking.wandb_access import Access, find_access, project_of, stop_client
@@ -126,7 +126,7 @@ class WandbRun:
             ),
         )
 
-    def log(self, step: int, row: Row) -> None:
+    def log(self, step: int, row: Record) -> None:
         """Take in a row of metrics.jsonl; hands it over in about 0.1 ms and does not wait."""
         if self._ahead:
             self._ahead -= 1
@@ -173,7 +173,7 @@ class WandbRun:
                     stop_client()
                     self._connect(find_access(), continues=True)
                     self._write_record(complete=self._close(code, error))
-            except (Exception, KeyboardInterrupt, Leave) as failure:
+            except (Exception, KeyboardInterrupt, SignalExit) as failure:
                 reason = one_line(str(failure)) or type(failure).__name__
                 message = f"W&B has not got everything ({reason}); the same command sends the rest"
                 step = int(self._folder.read_summary().get("steps") or 0)

@@ -11,9 +11,9 @@ from typing import Any
 from rich.markup import escape
 
 from qwlit.core.console import console
-from qwlit.core.errors import Leave, one_line
+from qwlit.core.errors import SignalExit, one_line
 from qwlit.core.files import read_json_lines
-from qwlit.training.checkpointing.checkpoint import list_checkpoints, pointed, step_of
+from qwlit.training.checkpointing.checkpoint import linked_checkpoint, list_checkpoints, step_of
 from qwlit.training.tracking.run_folder import RunFolder
 
 UPLOADED = "uploaded"
@@ -42,7 +42,7 @@ class Uploads:
         held.mkdir(parents=True)
         for file in checkpoint.iterdir():
             _link(file, held / file.name)
-        pointers = [name for name in ("best", "last") if pointed(self._folder, name) == checkpoint.resolve()]
+        pointers = [name for name in ("best", "last") if linked_checkpoint(self._folder, name) == checkpoint.resolve()]
         self._waiting.put((held, [f"step-{step_of(checkpoint)}", *pointers]))
 
     def _work(self) -> None:
@@ -72,7 +72,7 @@ class Uploads:
         """Wait until all is sent, or leave what is not; return whether all is."""
         self._leaving = not wait
         if wait:
-            with contextlib.suppress(KeyboardInterrupt, Leave):  # a signal says that it takes too long
+            with contextlib.suppress(KeyboardInterrupt, SignalExit):  # a signal says that it takes too long
                 self._waiting.join()
         self._leaving = True
         return self._waiting.unfinished_tasks == 0

@@ -31,7 +31,7 @@ from qwlit.training.trainer import build_trainer
 
 
 @dataclass(frozen=True)
-class Loop:
+class TrainerWithCallbacks:
     """The trainer, and the callbacks that know something when it is over."""
 
     trainer: Trainer
@@ -52,7 +52,7 @@ class Loop:
         }
 
 
-class Patience(EarlyStopping):
+class EarlyStoppingOnValLoss(EarlyStopping):
     """Lightning's early stopping by val/loss, with the patience of the settings also after a resume."""
 
     def __init__(self, patience: int) -> None:
@@ -66,7 +66,7 @@ class Patience(EarlyStopping):
 
 
 @dataclass(frozen=True)
-class LoopSettings:
+class CallbackSettings:
     """What is set about the loop."""
 
     guard: GuardConfig
@@ -79,15 +79,15 @@ class LoopSettings:
     """What must be the same on all ranks."""
 
 
-def build_loop(
+def build_trainer_with_callbacks(
     machine: Machine,
     milestones: Milestones,
     folder: RunFolder,
     samples: Samples,
     flops: Flops,
-    settings: LoopSettings,
+    settings: CallbackSettings,
     wandb_run: WandbRun | None,
-) -> Loop:
+) -> TrainerWithCallbacks:
     """Put trainer and callbacks together."""
     display = ProgressDisplay(console(), milestones.total_steps)
     peak_flops = machine.peak_flops and machine.peak_flops * machine.world_size
@@ -99,7 +99,7 @@ def build_loop(
     callbacks: list[Callback] = []
     patience = settings.validation.early_stopping_patience
     if patience is not None and milestones.next_validation(0) is not None:
-        callbacks.append(Patience(patience))
+        callbacks.append(EarlyStoppingOnValLoss(patience))
     callbacks += [watching, telemetry, ScheduleValidation(milestones), checkpointing, display]
     if settings.traced:
         callbacks.append(DeterminismTrace(milestones, folder))
@@ -121,4 +121,4 @@ def build_loop(
         folder=folder.path,
         record_failure=record_failure,
     )
-    return Loop(trainer, telemetry, watching, checkpointing)
+    return TrainerWithCallbacks(trainer, telemetry, watching, checkpointing)
