@@ -53,9 +53,9 @@ def test_a_pattern_means_so_many_of_a_two_layer_qwen2(pattern, layers, count):
     [
         ("q_prjo", None, r"f: 'q_prjo' matches no parameter. Did you mean 'q_proj'\?"),
         ("bias", None, "f: 'bias' matches no parameter"),
-        ("head", None, "This head is the embedding; say 'embedding'"),
+        ("head", None, "The head is tied to the embedding; use 'embedding'"),
         ("embedding", (0, 1), "'embedding' matches no parameter in layers 0 to 1"),
-        ("mlp", (1, 2), r"f: layers \[1,2\] are not \[first,last\] of the model's, 0 to 1"),
+        ("mlp", (1, 2), r"f: layers \[1,2\] are not a range of the model's layers, 0 to 1"),
         ("mlp", (1, 0), r"layers \[1,0\] are not"),
         ("bias", None, "Known: attention, down_proj, embed_tokens, embedding"),
     ],

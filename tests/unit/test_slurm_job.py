@@ -58,7 +58,7 @@ def test_what_is_no_time_limit_is_refused(text):
     [
         (True, "RUNNING", "None", True, "the job is requeued"),
         (True, "SIGNALING", "None", True, "the job is requeued"),
-        (True, "COMPLETING", "None", False, "not requeued: Slurm has it as COMPLETING"),
+        (True, "COMPLETING", "None", False, "not requeued: Slurm reports the job as COMPLETING"),
         (True, "COMPLETING Reason=TimeLimit", "None", True, "the job is requeued"),
         (None, "COMPLETING Reason=TimeLimit", "None", True, "the job is requeued"),
         (None, "RUNNING", "None", False, ""),

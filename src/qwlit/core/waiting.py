@@ -1,4 +1,4 @@
-"""Asking the network something without waiting for its time-outs."""
+"""Network calls with a time limit."""
 
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -9,10 +9,11 @@ PROBE_SECONDS = 6.0
 
 
 def call_with_timeout(seconds: float, call: Callable[[], Any]) -> None:
-    """Run `call`, whose own time-out holds for each address it tries, and let it take `seconds` at most.
+    """Run `call` for at most `seconds`: a client's own time-out holds for each address that it tries, not in total.
 
     Raises:
-        TimeoutError: it took longer; or whatever `call` raises.
+        TimeoutError: the call took longer.
+        Exception: whatever `call` raises.
     """
     outcome: SimpleQueue[Exception | None] = SimpleQueue()
 
