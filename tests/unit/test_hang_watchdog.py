@@ -18,7 +18,7 @@ BEHIND = beat(4, "module.py:132 (_backward)", waits=True)
     [
         ([WAITS, WAITS, READS, WAITS], set(), "rank 2 (node) is at step 5, batches.py:60 (sample)"),
         ([WAITS, BEHIND, READS], set(), "rank 1 (node) is at step 4, module.py:132 (_backward)"),
-        ([WAITS, READS, WAITS], {0}, "rank 0 (node) is not heard of since at step 5, module.py:132 (_backward)"),
+        ([WAITS, READS, WAITS], {0}, "rank 0 (node) stopped sending heartbeats at step 5, module.py:132 (_backward)"),
     ],
 )
 def test_the_missing_rank_is_the_silent_one_or_one_behind_or_one_that_does_not_wait(beats, silent, said):

@@ -1,4 +1,4 @@
-"""Putting module, training and loaders together, and training."""
+"""Build module, trainer and data loaders, and train."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> TrainerWithCallbacks:
-    """Train from `start` to the end; return the training with what its callbacks saw."""
+    """Train from `start` to the last step; return the trainer and the callbacks with results."""
     config, folder = run.config, run.folder
     module = CausalLMModule(
         run.loss_model,
@@ -53,14 +53,14 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
             config.checkpoint,
             config.profile,
             traced=config.determinism != "fast",
-            facts=_facts(run),
+            rank_facts=_rank_facts(run),
         ),
         wandb_run,
     )
     if training.trainer.world_size != run.plan.machine.world_size:
         raise ConfigError(
-            f"Lightning sees {training.trainer.world_size} processes, the settings name {run.plan.machine.world_size};"
-            " start them with torchrun or srun, or let qwlit start them"
+            f"Lightning has {training.trainer.world_size} processes, but hardware.devices x hardware.num_nodes is"
+            f" {run.plan.machine.world_size}; start them with torchrun or srun, or let qwlit start them"
         )
     try:
         _run(training, module, *_loaders(run, training.trainer.global_rank, start), start)
@@ -76,15 +76,15 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
     return training
 
 
-def _facts(run: "TrainingRun") -> RankFacts:
-    """Return what must be the same on all ranks; nothing where there is one."""
+def _rank_facts(run: "TrainingRun") -> RankFacts:
+    """Return what must be the same on all ranks; an empty dict where there is one rank."""
     if run.plan.machine.world_size == 1:
         return {}
     return gather_facts(str(mathematics(run.config)), run.data.split.fingerprint)
 
 
 def _loaders(run: "TrainingRun", rank: int, start: Start) -> tuple[Any, Any]:
-    """Return the steps from `start` on, and the validation set; None where it is never looked at."""
+    """Return the loaders of the steps after `start` and of the validation set; None where no step validates."""
     steps = train_loader(
         StepDataset(run.data.split.train, run.data.steps.step_plan, rank, run.data.pad_id),
         start_step=start.step,
@@ -106,20 +106,24 @@ def _loaders(run: "TrainingRun", rank: int, start: Start) -> tuple[Any, Any]:
 
 
 def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
-    """Shard the model, and only then read or draw the weights: no rank ever holds more of them than its own rows."""
+    """Shard the model and fill in its weights; no rank ever holds more than its own shard slices.
+
+    The order matters: the model is on the meta device until `shard_model` has split it, then each rank reads or draws
+    its slices. The adapter comes last: DoRA starts from the base weights, and merging an adapter changes them.
+    """
     shard_model(run.loss_model, mesh, bf16=run.plan.machine.precision == "bf16-mixed")
     fill_causal_lm(run.loss_model.causal_lm, run.config.model, seed=run.config.seed)
     start_adapter(run.loss_model.causal_lm, run.config.model)
 
 
 def _run(training: TrainerWithCallbacks, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:
-    """Run the trainer, and leave the process group once all ranks have ended."""
+    """Run the trainer. If it fails, end the ranks that this process started; else leave the process group."""
     if training.trainer.world_size > 1:
         mark_process_group_joined()
     try:
         training.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
     except SystemExit as end:
-        # Lightning turns a Ctrl-C outside the step loop (while starting, or the second one) into an exit code of 1.
+        # Outside the steps, and at the second Ctrl-C, Lightning turns KeyboardInterrupt into SystemExit(1).
         if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
@@ -134,5 +138,5 @@ def _run(training: TrainerWithCallbacks, module: CausalLMModule, steps: Any, val
         raise lost from None
     stop_watching_ranks(training.trainer)
     if dist.is_initialized():
-        # Left to the interpreter's end, gloo's threads can abort the process.
+        # If the group lives until the interpreter's shutdown, gloo's threads can abort the process.
         dist.destroy_process_group()

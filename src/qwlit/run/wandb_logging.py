@@ -1,4 +1,4 @@
-"""Around the training: the run on W&B, which is told how it ended."""
+"""Open the run on W&B before the training, and close it with the training's result."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from qwlit.training.tracking.wandb_run import WandbRun
 
 @contextmanager
 def logged_to_wandb(config: RunConfig, folder: RunFolder) -> Iterator[WandbRun | None]:
-    """Give the block a run on W&B to open, where the settings want one, and close it by how the block ends."""
+    """Yield a W&B run for the block to open (None without W&B or on other ranks); close it with the block's result."""
     if not config.logger.wandb or not is_rank_zero():
         yield None
         return
@@ -28,7 +28,7 @@ def logged_to_wandb(config: RunConfig, folder: RunFolder) -> Iterator[WandbRun |
 
 
 def send_missing_to_wandb(config: RunConfig, folder: RunFolder) -> bool:
-    """Send what W&B did not get of a finished run; return whether there was anything."""
+    """Send W&B what it lacks of a finished run; return whether it lacked anything."""
     if config.run.overwrite or not config.logger.wandb or folder.status != FINISHED:
         return False
     if WandbRun(config.logger, folder, {}).record.get("complete", True):
