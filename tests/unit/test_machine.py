@@ -24,7 +24,8 @@ NONE = Devices(0, "CPU", False)
         (
             "a100",
             RTX4090,
-            "hardware=a100 needs a CUDA device of 40 GB per node, but this machine has 2 x NVIDIA GeForce RTX 4090, 25 GB",
+            "hardware=a100 needs a CUDA device of 40 GB per node,"
+            " but this machine has 2 x NVIDIA GeForce RTX 4090, 25 GB",
         ),
         (
             "rtx4090",

@@ -1,4 +1,4 @@
-"""Decide whether the run starts anew, resumes, or is refused."""
+"""Decide whether the run starts at step 0, resumes, or is refused."""
 
 import json
 import shutil
