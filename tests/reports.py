@@ -42,9 +42,9 @@ def write_run(path, settings=None, val=1.0, *, summary=None, manifest=None, even
     (path / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     folder.write_json("manifest.json", MANIFEST | (manifest or {}))
     usual = [{"step": 5, "train/loss": 2.0, "optim/lr": 1e-4, "optim/grad_norm": 1.0}, {"step": 10, "val/loss": val}]
-    folder.write_rows("metrics.jsonl", rows or usual)
-    folder.write_rows("events.jsonl", events)
-    folder.write_rows("samples.jsonl", samples)
+    folder.write_records("metrics.jsonl", rows or usual)
+    folder.write_records("events.jsonl", events)
+    folder.write_records("samples.jsonl", samples)
     figures = {"steps": 10, "train_loss_last": 2.0, "val_loss_best": val, "wall_seconds": 61.2}
     folder.write_summary(**{"status": "done", **figures, **(summary or {})})
     return path

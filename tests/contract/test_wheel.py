@@ -45,4 +45,4 @@ def test_it_trains_outside_the_checkout(site, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "where everything lies" in done.stdout and (tmp_path / "runs/demo/export/config.json").exists()
+    assert "where the files are" in done.stdout and (tmp_path / "runs/demo/export/config.json").exists()

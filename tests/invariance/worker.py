@@ -11,7 +11,7 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 
-from qwlit.core.ranks import leave, meet_others
+from qwlit.core.ranks import end_process, mark_process_group_joined
 from qwlit.core.sharding import full_tensor
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.order import Order
@@ -189,8 +189,8 @@ def leave_now() -> None:
     """End as the command line does: gloo's threads can abort a process while the interpreter takes itself apart."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    meet_others()
-    leave(0)
+    mark_process_group_joined()
+    end_process(0)
 
 
 if __name__ == "__main__":

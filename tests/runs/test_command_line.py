@@ -1,4 +1,4 @@
-"""The command line in a process of its own: help, verbs, and clear ends for what is not there."""
+"""The command line in a process of its own: help, subcommands, and one-line errors for what is missing."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tests.runs.runs import DEMO, ENVIRONMENT, TINY, qwlit, qwlit_process
 from tests.tiny import save_folder, tiny_causal_lm
 
 
-def test_help_names_the_verbs_without_importing_torch(tmp_path):
+def test_help_names_the_subcommands_without_importing_torch(tmp_path):
     code = (
         "import sys; sys.argv = ['qwlit', '--help']; from qwlit.__main__ import main; main();"
         "heavy = {'torch', 'transformers', 'lightning', 'hydra', 'wandb', 'peft'} & set(sys.modules);"
@@ -48,7 +48,7 @@ def test_cfg_job_prints_the_settings_and_trains_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "no such verb. Did you mean 'train'"),
+        (["trian"], "no such subcommand. Did you mean 'train'"),
         (["inspect", *TINY, "output=jsn"], "output=jsn: choose one of text, json.*'json'"),
         (["inspect", *TINY, "sample=first"], "sample=first: give a sample's number"),
         (["inspect", *TINY, "sample=8000"], "sample=8000: there are 8000 samples, 0 to 7999"),

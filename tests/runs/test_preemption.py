@@ -76,7 +76,7 @@ def test_a_signal_to_every_process_spares_the_loaders_workers_and_the_run_goes_o
             os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
         assert (process.returncode, said.count("\n")) == (code, 1), said
-        assert "the same command goes on" in said
+        assert "run the same command to resume" in said
     assert qwlit_process(words, place).returncode == 0
     whole = ["train", *WORDS, "hardware.devices=2", "run.name=whole"]
     assert qwlit_process(whole, place).returncode == 0

@@ -207,7 +207,9 @@ def test_a_rank_that_is_stopped_is_named_by_the_one_that_waits_for_it(strategy, 
     os.kill(int(child), signal.SIGSTOP)
     said = process.communicate(timeout=90)[1]
     assert process.returncode == 1, said
-    assert re.search(r"no progress for 8 s .*: rank 1 \(.*\) is not heard of since at step \d+, .*\.py:\d+", said), said
+    assert re.search(
+        r"no progress for 8 s .*: rank 1 \(.*\) stopped sending heartbeats at step \d+, .*\.py:\d+", said
+    ), said
     assert said.count("\n") == 1 and summary(tmp_path / "runs" / "a")["status"] == "failed"
     for _ in range(100):
         if not Path(f"/proc/{child}").exists():

@@ -175,7 +175,7 @@ def test_a_job_that_only_starts_and_stops_is_left_in_the_end(cluster, place):
     state = finished(cluster, job, meanwhile=tell)
     assert state["JobState"] == "FAILED", said(place)[-2000:]
     assert state["Restarts"] == "1"
-    assert "requeued 1 times at step 0 without one step more" in said(place)
+    assert "requeued 1 times at step 0 without a new step" in said(place)
 
 
 @pytest.mark.skipif(not LONG, reason="takes minutes; QWLIT_LONG=1")

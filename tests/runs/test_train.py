@@ -109,7 +109,7 @@ def test_a_run_cut_off_goes_on_to_the_same_bits_with_dropout_on(number, chat, tm
     status = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGKILL: "running"}
     assert summary(cut)["status"] == status[number]
     if number != signal.SIGKILL:
-        assert "the same command goes on" in said and "Traceback" not in said
+        assert "run the same command to resume" in said and "Traceback" not in said
     train(words(chat, "cut", *long), tmp_path)
     assert 0 < summary(cut)["resumed_from"] < 40
     assert_same_run(whole, cut)
@@ -277,7 +277,7 @@ def test_a_folder_that_is_no_run_is_left_alone(chat, tmp_path):
     (tmp_path / "runs/a/checkpoints/mine.txt").write_text("mine")
     for more in ([], ["run.overwrite=true"]):
         done = qwlit(["train", *TINY, *words(chat, "a", *more)], tmp_path)
-        assert done.returncode == 2 and "is no run" in done.stderr
+        assert done.returncode == 2 and "is not a run" in done.stderr
     assert (tmp_path / "runs/a/checkpoints/mine.txt").exists()
 
 
@@ -294,7 +294,7 @@ def test_sigterm_while_starting_ends_as_preempted(chat, tmp_path):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75, said
-    assert "the same command goes on" in said and "Traceback" not in said
+    assert "run the same command to resume" in said and "Traceback" not in said
     train(words(chat, "a"), tmp_path)
 
 
@@ -490,7 +490,7 @@ def test_a_run_does_not_go_on_with_another_base_model(chat, tmp_path):
     assert process.wait() == 75
     other_base(folder)
     done = qwlit(["train", *asked], tmp_path)
-    assert done.returncode == 2 and "the base model changed since runs/a began" in done.stderr
+    assert done.returncode == 2 and "the base model changed since runs/a started" in done.stderr
 
 
 def test_frozen_weights_are_exported_as_they_were_to_the_bit_also_in_bf16(chat, tmp_path):

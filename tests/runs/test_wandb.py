@@ -105,7 +105,7 @@ def test_a_preempted_run_says_so_and_goes_on_as_one(goes_to, chat, stub, online,
     process.terminate()
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75, said
-    assert said.count("\n") == 1 and "the same command goes on" in said
+    assert said.count("\n") == 1 and "run the same command to resume" in said
     run = stub.only_run()
     assert (run.state, run.summary["status"]) == ("preempted", "preempted")
     assert sent(run) == recorded(folder)
@@ -147,7 +147,7 @@ def test_what_would_leave_a_run_without_wandb_is_refused_in_one_line(chat, nobod
     assert "set logger=wandb" in refused("logger=none", "logger.upload_checkpoints=true")
     trial = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}
     assert "write logger=wandb into the sweep's command" in refused("logger=none", **trial)
-    assert "sees nothing of a run that is offline" in refused(WANDB_MODE="offline", **trial)
+    assert "gets no metrics while W&B is offline" in refused(WANDB_MODE="offline", **trial)
     assert not (tmp_path / "runs" / "a").exists()
 
 

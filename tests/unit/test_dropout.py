@@ -81,7 +81,7 @@ def test_only_the_layers_in_the_range_drop() -> None:
     assert [layer.self_attn.attention_dropout for layer in layers] == [0.0, 0.1]
     assert [len(layer.mlp._forward_hooks) + len(layer.self_attn._forward_hooks) for layer in layers] == [0, 2]
     assert [len(layer.mlp.down_proj._forward_pre_hooks) for layer in layers] == [0, 1]
-    with pytest.raises(ConfigError, match=r"dropout.layers: layers \[1,2\] are not \[first,last\]"):
+    with pytest.raises(ConfigError, match=r"dropout.layers: layers \[1,2\] are not a range of the model"):
         model_with(attention=0.1, layers=(1, 2))
 
 

@@ -117,9 +117,9 @@ def test_muon_takes_the_matrices_between_embedding_and_head():
         ({"groups": (GroupRule(match="norm", lr=1.0, lr_multiplier=2.0),)}, "both set"),
         (
             {"groups": (GroupRule(match="attention", lr=1.0), GroupRule(match="q_proj", lr=2.0))},
-            r"optim.groups\[1\]: all that 'q_proj' matches belongs to rules before it",
+            r"optim.groups\[1\]: earlier rules match all parameters of 'q_proj'",
         ),
-        ({"lora_plus_ratio": 16.0}, "there are none; use recipe=lora"),
+        ({"lora_plus_ratio": 16.0}, "the model has none; use recipe=lora"),
     ],
 )
 def test_a_rule_that_does_nothing_is_an_error(settings, said):

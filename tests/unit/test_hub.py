@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.waiting import answer_within
+from qwlit.core.waiting import call_with_timeout
 from qwlit.model import hub
 from qwlit.model.config import FreezeConfig, ModelConfig
 from qwlit.model.load import load_causal_lm, load_tokenizer
@@ -39,7 +39,7 @@ def test_without_a_network_the_hub_fails_in_one_line_and_silently(part: str, cap
 def test_a_hub_that_does_not_answer_is_given_up() -> None:
     never = threading.Event()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
-        answer_within(0.05, never.wait)
+        call_with_timeout(0.05, never.wait)
     never.set()
 
 

@@ -14,15 +14,24 @@ NONE = Devices(0, "CPU", False)
 @pytest.mark.parametrize(
     ("profile", "here", "said"),
     [
-        ("a100x4", NONE, "hardware=a100x4 needs 4 CUDA devices of 40 GB, here: none"),
-        ("a100", NONE, "hardware=a100 needs a CUDA device of 40 GB, here: none"),
-        ("h100x8", H100, "hardware=h100x8 needs 8 CUDA devices of 80 GB a node, here: 1 x NVIDIA H100, 85 GB"),
+        ("a100x4", NONE, "hardware=a100x4 needs 4 CUDA devices of 40 GB, but this machine has none"),
+        ("a100", NONE, "hardware=a100 needs a CUDA device of 40 GB, but this machine has none"),
+        (
+            "h100x8",
+            H100,
+            "hardware=h100x8 needs 8 CUDA devices of 80 GB per node, but this machine has 1 x NVIDIA H100, 85 GB",
+        ),
         (
             "a100",
             RTX4090,
-            "hardware=a100 needs a CUDA device of 40 GB a node, here: 2 x NVIDIA GeForce RTX 4090, 25 GB",
+            "hardware=a100 needs a CUDA device of 40 GB per node,"
+            " but this machine has 2 x NVIDIA GeForce RTX 4090, 25 GB",
         ),
-        ("rtx4090", T4, "hardware=rtx4090 needs a CUDA device of 24 GB a node, here: 4 x Tesla T4, 16 GB"),
+        (
+            "rtx4090",
+            T4,
+            "hardware=rtx4090 needs a CUDA device of 24 GB per node, but this machine has 4 x Tesla T4, 16 GB",
+        ),
     ],
 )
 def test_a_profile_that_the_machine_does_not_have_says_what_it_needs_and_what_is_here(

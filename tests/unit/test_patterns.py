@@ -3,7 +3,7 @@
 import pytest
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import KINDS, is_a, select, within
+from qwlit.core.patterns import KINDS, is_a, names_in_layers, select
 from tests.tiny import tiny_causal_lm
 
 QWEN2 = [name for name, _ in tiny_causal_lm("qwen2", tied=False).named_parameters()]
@@ -53,9 +53,9 @@ def test_a_pattern_means_so_many_of_a_two_layer_qwen2(pattern, layers, count):
     [
         ("q_prjo", None, r"f: 'q_prjo' matches no parameter. Did you mean 'q_proj'\?"),
         ("bias", None, "f: 'bias' matches no parameter"),
-        ("head", None, "This head is the embedding; say 'embedding'"),
+        ("head", None, "The head is tied to the embedding; use 'embedding'"),
         ("embedding", (0, 1), "'embedding' matches no parameter in layers 0 to 1"),
-        ("mlp", (1, 2), r"f: layers \[1,2\] are not \[first,last\] of the model's, 0 to 1"),
+        ("mlp", (1, 2), r"f: layers \[1,2\] are not a range of the model's layers, 0 to 1"),
         ("mlp", (1, 0), r"layers \[1,0\] are not"),
         ("bias", None, "Known: attention, down_proj, embed_tokens, embedding"),
     ],
@@ -67,4 +67,4 @@ def test_a_pattern_that_matches_nothing_of_a_tied_qwen3_is_an_error(pattern, lay
 
 def test_a_range_of_layers_has_both_its_ends():
     names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(12)]
-    assert within(names, (1, 10), field="f") == names[1:11]
+    assert names_in_layers(names, (1, 10), field="f") == names[1:11]

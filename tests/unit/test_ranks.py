@@ -53,7 +53,7 @@ def test_one_process_of_a_launch_is_rank_zero(values, zero, environment):
     [
         ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2"}, 1, "2 processes were launched"),
         ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "4"}, 2, "4 processes were launched"),
-        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, 2, "say --ntasks-per-node=2"),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, 2, "use --ntasks-per-node=2"),
         # A trial starts its own ranks, whichever task its agent is.
         (AGENT | {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, 2, None),
         ({"SLURM_NTASKS": "4"}, 4, "start it with srun"),

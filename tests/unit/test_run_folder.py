@@ -11,14 +11,14 @@ from qwlit.config.compose import compose
 from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json_lines
-from qwlit.run.resume import claim, newest, refuse_other_mathematics
+from qwlit.run.resume import newest, prepare_folder, refuse_other_mathematics
 from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.checkpointing.checkpoint import (
     MANIFEST,
     StepFolderIO,
+    link_checkpoint,
+    linked_checkpoint,
     list_checkpoints,
-    point,
-    pointed,
     read_weights,
 )
 from qwlit.training.tracking.run_folder import RunFolder, RunLock
@@ -78,9 +78,9 @@ def test_checkpoints_are_ordered_by_step_not_by_name(folder):
 
 def test_a_pointer_moves_in_one_go(folder):
     for step in (1, 2):
-        point(folder, "best", save(folder, step))
-        assert pointed(folder, "best").name == f"step-{step:06d}"
-    assert pointed(folder, "last") is None
+        link_checkpoint(folder, "best", save(folder, step))
+        assert linked_checkpoint(folder, "best").name == f"step-{step:06d}"
+    assert linked_checkpoint(folder, "last") is None
 
 
 def test_cutting_back_drops_later_rows_and_half_lines(folder):
@@ -89,7 +89,7 @@ def test_cutting_back_drops_later_rows_and_half_lines(folder):
         folder.append_event(step, "checkpoint")
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/lo')
-    folder.cut_back(2)
+    folder.drop_records_after(2)
     assert [row["step"] for row in read_json_lines(folder.path / "metrics.jsonl")] == [1, 2]
     assert (folder.path / "metrics.jsonl").read_text().endswith("}\n")
 
@@ -103,11 +103,11 @@ def test_what_json_cannot_say_is_null_and_the_file_stays_json(folder):
 def test_overwriting_deletes_and_never_resuming_sets_aside(folder):
     save(folder, 3)
     folder.write_summary(status="interrupted")
-    assert claim(folder, resume="auto", overwrite=False).step == 3
-    start = claim(folder, resume="never", overwrite=False)
-    assert start.checkpoint is None and (start.set_aside / "checkpoints" / "step-000003").is_dir()
+    assert prepare_folder(folder, resume="auto", overwrite=False).step == 3
+    start = prepare_folder(folder, resume="never", overwrite=False)
+    assert start.checkpoint is None and (start.renamed_to / "checkpoints" / "step-000003").is_dir()
     save(folder, 4)
-    assert claim(folder, resume="auto", overwrite=True).checkpoint is None
+    assert prepare_folder(folder, resume="auto", overwrite=True).checkpoint is None
     assert [p.name for p in folder.path.parent.iterdir() if not p.name.startswith(".")] == ["a", "a.before-1"]
 
 

@@ -32,7 +32,7 @@ def test_what_any_number_of_ranks_has_written_is_read_whole_or_by_rows(folder: P
             assert torch.equal(reader.read(name), tensor)
         for first in range(11):
             for end in range(first, 11):
-                assert torch.equal(reader.read_rows("a", first, end), TENSORS["a"][first:end])
+                assert torch.equal(reader.read_slice("a", first, end), TENSORS["a"][first:end])
 
 
 def test_a_missing_file_is_told(folder: Path) -> None:

@@ -58,7 +58,7 @@ def test_what_is_no_time_limit_is_refused(text):
     [
         (True, "RUNNING", "None", True, "the job is requeued"),
         (True, "SIGNALING", "None", True, "the job is requeued"),
-        (True, "COMPLETING", "None", False, "not requeued: Slurm has it as COMPLETING"),
+        (True, "COMPLETING", "None", False, "not requeued: Slurm reports the job as COMPLETING"),
         (True, "COMPLETING Reason=TimeLimit", "None", True, "the job is requeued"),
         (None, "COMPLETING Reason=TimeLimit", "None", True, "the job is requeued"),
         (None, "RUNNING", "None", False, ""),
@@ -116,18 +116,18 @@ def test_requeues_without_progress_are_counted_for_each_job_by_itself(tmp_path, 
 def test_a_run_is_the_jobs_own_only_if_an_earlier_life_of_it_began_it(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     folder.write_summary(status="done", job="7")
-    assert not folder.is_this_jobs
+    assert not folder.belongs_to_this_job
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert folder.is_this_jobs
+    assert folder.belongs_to_this_job
     folder.write_summary(job="6")
-    assert not folder.is_this_jobs
+    assert not folder.belongs_to_this_job
 
 
 def test_of_several_signals_the_one_that_asks_for_the_requeue_counts():
-    assert signals.weightiest([]) == 0
-    assert signals.weightiest([0, signal.SIGINT]) == signal.SIGINT
-    assert signals.weightiest([signal.SIGTERM, signal.SIGINT]) == signal.SIGTERM
-    assert signals.weightiest([0, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM]) == signal.SIGUSR2
+    assert signals.most_urgent([]) == 0
+    assert signals.most_urgent([0, signal.SIGINT]) == signal.SIGINT
+    assert signals.most_urgent([signal.SIGTERM, signal.SIGINT]) == signal.SIGTERM
+    assert signals.most_urgent([0, signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM]) == signal.SIGUSR2
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR2])
@@ -142,11 +142,11 @@ def test_another_rank_leaves_when_told_twice_while_starting(first, monkeypatch):
         reached.append(2)
     assert reached == [1]
     # One that came before anything could be answered is the launcher's, or Slurm's that rank 0 has got as well.
-    signals.note(signal.SIGTERM, None)
+    signals.record_signal(signal.SIGTERM, None)
     with pytest.raises(SystemExit, match="75"), answering_signals():
         reached.append(3)
     assert reached == [1]
-    assert signals.noted == []
+    assert signals.received_signals == []
 
 
 def test_what_follows_on_the_way_out_does_not_change_how_it_ends():

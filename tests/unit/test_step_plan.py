@@ -9,7 +9,7 @@ from qwlit.core.errors import ConfigError
 from qwlit.data.order import Order
 from qwlit.data.samples import Indices
 from qwlit.data.step_plan import Limits, StepPlan, assign_micro_batches
-from qwlit.training.milestones import Rhythm
+from qwlit.training.milestones import DueSteps
 
 
 class Sized:
@@ -88,7 +88,7 @@ def test_epoch_e_ends_at_step_ceil_of_e_n_over_g(samples, batch, ends):
 )
 def test_a_rhythm_names_its_steps_and_the_last_one(every_steps, each_epoch, due):
     plan = make_plan([5] * 10, global_batch_size=4)
-    rhythm = Rhythm(10, every_steps, plan.next_epoch_end if each_epoch else None)
+    rhythm = DueSteps(10, every_steps, plan.next_epoch_end if each_epoch else None)
     assert [step for step in range(1, 11) if step in rhythm] == due
     assert rhythm.next(10) is None
 
@@ -96,7 +96,7 @@ def test_a_rhythm_names_its_steps_and_the_last_one(every_steps, each_epoch, due)
 def test_a_run_of_a_billion_steps_is_planned_at_once():
     plan = make_plan([5] * 10, global_batch_size=4)
     late = 10**9
-    assert Rhythm(2**40, None, plan.next_epoch_end).next(late) == late + 3
+    assert DueSteps(2**40, None, plan.next_epoch_end).next(late) == late + 3
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,1 +1,1 @@
-"""Errors, configuration types, devices, ranks and files: what every floor may use."""
+"""Errors, configuration types, devices, ranks, signals and files: every other package may import from here."""

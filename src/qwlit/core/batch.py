@@ -1,6 +1,6 @@
-"""What the data floor hands to the model floor: the one shape both know.
+"""The batches that `data` builds and `model` and `training` read.
 
-Shapes: B rows of T positions (packed: B = 1 and T = the sum of the documents' lengths), N supervised targets.
+Shapes: B sequences of T positions (packed: B = 1 and T = the sum of the documents' lengths), N supervised tokens.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _Movable:
-    """Gives a dataclass of tensors the `to` and `pin_memory` that Lightning and the DataLoader look for."""
+    """Gives a dataclass of tensors the methods `to` and `pin_memory`, which Lightning and the DataLoader call."""
 
     def _map(self, convert: Any) -> Self:
         moved = {f.name: convert(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
@@ -34,7 +34,7 @@ def _convert(value: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class MicroBatch(_Movable):
-    """One forward and backward: packed documents (B = 1, `cu_seqlens` set) or right-padded rows (`cu_seqlens` None)."""
+    """One forward and backward: packed documents (B = 1, with `cu_seqlens`) or right-padded sequences (without)."""
 
     input_ids: Tensor
     """(B, T) int64."""
@@ -43,30 +43,30 @@ class MicroBatch(_Movable):
     label_positions: Tensor
     """(N,) int64: positions in the flattened B * T whose next token is supervised."""
     targets: Tensor
-    """(N,) int64: that next token."""
+    """(N,) int64: the supervised token after each label position."""
     cu_seqlens: Tensor | None
     """(documents + 1,) int32 cumulative document lengths when packed; None when padded."""
     document_lengths: tuple[int, ...] | None
-    """The packed documents' lengths as Python numbers, so that nothing syncs to find out; None when padded."""
+    """The packed documents' lengths as Python numbers: reading them does not wait for the GPU. None when padded."""
     sample_ids: tuple[int, ...]
 
     @property
     def max_seqlen(self) -> int:
-        """Length of the longest document (packed) or of the padded row."""
+        """Length of the longest document (packed) or of the padded sequences."""
         return max(self.document_lengths) if self.document_lengths else int(self.input_ids.shape[1])
 
 
 @dataclass(frozen=True)
 class StepBatch(_Movable):
-    """One optimizer step's work for one rank, with the counts that hold for the step on all ranks together."""
+    """One rank's micro-batches of one optimizer step. The counts are those of all ranks together."""
 
     step: int
-    """The step these samples belong to, counted from 0."""
+    """Counted from 0."""
     micro_batches: tuple[MicroBatch, ...]
     num_supervised_tokens: int
     num_tokens: int
     """Non-padding tokens, all ranks."""
     num_token_pairs: float
-    """Pairs of a query and a key that causal attention compares: half the square of each sample's length, all ranks."""
+    """Pairs of a query and a key in causal attention: the sum of half the square of each sample's length, all ranks."""
     sample_ids: tuple[int, ...]
-    """The step's samples on all ranks, in the plan's order."""
+    """The step's samples on all ranks, in the order of the step plan."""

@@ -1,4 +1,4 @@
-"""Processes that work for this one, and leave when it is killed."""
+"""Child processes that end when this process is killed."""
 
 import contextlib
 import os
@@ -11,26 +11,26 @@ from qwlit.core.ranks import die_with_parent
 
 
 def start_child(
-    words: list[str], log: Path | None, environment: dict[str, str], *, orphaned: int
+    arguments: list[str], log: Path | None, environment: dict[str, str], *, parent_death_signal: int
 ) -> subprocess.Popen[bytes]:
-    """Start `python words…`; what it says is added to `log`, or shown where there is none.
+    """Start `python arguments…`; append its output to `log`, or show it where `log` is None.
 
-    Only to be called while this process has no threads: one of them could hold a lock that the child waits for.
+    Call this only while this process has no threads: a thread could hold a lock that the forked child then waits for.
 
     Args:
-        environment: the child's, whole.
-        orphaned: the signal that it gets when this process is killed.
+        environment: all environment variables of the child.
+        parent_death_signal: the signal that the kernel sends to the child when this process is killed.
     """
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") if log else contextlib.nullcontext() as said:
+    with log.open("ab") if log else contextlib.nullcontext() as output:
         return subprocess.Popen(
-            [sys.executable, *words],
+            [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             env=environment,
-            # A Ctrl-C of the terminal's is the parent's to answer.
+            # In a session of its own the child gets no Ctrl-C from the terminal: the parent handles it.
             start_new_session=True,
-            preexec_fn=partial(die_with_parent, os.getpid(), orphaned),  # noqa: PLW1509
+            preexec_fn=partial(die_with_parent, os.getpid(), parent_death_signal),  # noqa: PLW1509
         )

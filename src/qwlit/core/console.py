@@ -1,4 +1,4 @@
-"""The screen: what a person reads goes to stdout, on rank 0 only."""
+"""The console: rank 0 prints what a person reads to stdout; the other ranks print nothing."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ PLAIN_LINE_SECONDS = 5.0
 
 
 class Screen(Console):
-    """A console that training survives: a reader that closes the pipe (`| head`) only makes it quiet."""
+    """A console that becomes quiet when the reader closes the pipe (`| head`): training must continue."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -26,24 +26,24 @@ class Screen(Console):
 
 @cache
 def console(*, stderr: bool = False) -> Console:
-    """Return the screen; `stderr` where stdout carries what a machine reads."""
-    # Without a terminal rich assumes 80 columns and would fold paths and log lines.
+    """Return the console; set `stderr` where stdout carries what a program reads."""
+    # Without a terminal rich assumes 80 columns and would break paths and log lines.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
     return Screen(stderr=stderr, quiet=not is_rank_zero(), width=width, highlight=False, soft_wrap=True)
 
 
 def progress_bar(label: str, count: ProgressColumn, screen: Console, **options: Any) -> Progress:
-    """Return a bar with a text of the task's own beside it; `count` says how far it is, `options` are rich's."""
+    """Return a progress bar with a description; `count` is the column with the progress, `options` go to rich."""
     columns = (BarColumn(bar_width=12), TextColumn("{task.description}"), TimeRemainingColumn())
     return Progress(TextColumn(label), count, *columns, console=screen, **options)
 
 
 @contextmanager
 def measuring(what: str, screen: Console) -> Iterator[Callable[..., None]]:
-    """Show how far a long work is while the block runs: a bar on a terminal, a line now and then elsewhere.
+    """Show the progress of a long task while the block runs: a bar on a terminal, elsewhere a line every 5 seconds.
 
     Yields:
-        show(done, in_all, text, *, finished): `in_all` 0 where nobody knows; the finished text stays on the screen.
+        show(done, in_all, text, *, finished): `in_all` is 0 where the total is unknown; the finished text is kept.
     """
     bar = progress_bar(what, TaskProgressColumn(), screen, transient=True, disable=not screen.is_terminal)
     last_line = time.monotonic()

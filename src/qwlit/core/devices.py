@@ -1,4 +1,4 @@
-"""What accelerators this machine has."""
+"""The accelerators of this machine."""
 
 import os
 from dataclasses import dataclass
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Devices:
-    """CUDA devices seen here; `name` is the first one's."""
+    """The CUDA devices that this process sees; `name` is that of the first."""
 
     num_cuda: int
     name: str
     has_bf16: bool
     memory_gb: float = 0.0
-    """Of the smallest, 10^9 bytes; without any, of the host."""
+    """Memory of the smallest device, 10^9 bytes; of the host where there is no device."""
 
     @property
     def peak_flops(self) -> float | None:
-        """Dense bfloat16 peak of one device, FLOP/s; None where it is not known."""
+        """Dense bfloat16 peak of one device, FLOP/s; None where it is unknown."""
         return next((peak for name, peak in PEAK_FLOPS.items() if name in self.name), None)
 
 
-# NVIDIA's data sheets, without sparsity. The SXM form where the name says no other; the RTX 4090 with float32 sums
-# (Ada architecture white paper, 2023).
+# From NVIDIA's data sheets, without sparsity: the SXM form unless the name says PCIe or NVL; the RTX 4090 with float32
+# accumulation (Ada architecture white paper, 2023).
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

@@ -1,11 +1,11 @@
-"""Errors that end a run in one clear line, each with the exit code that scripts rely on."""
+"""Errors that end a run with one line, each with the exit code that scripts rely on."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class QwlitError(Exception):
-    """Root of qwlit's errors, each one line long. `exit_code` is what the process ends with."""
+    """Base class of qwlit's errors; the message is one line, and the process ends with `exit_code`."""
 
     exit_code = 1
 
@@ -14,28 +14,28 @@ class QwlitError(Exception):
 
 
 class ConfigError(QwlitError, ValueError):
-    """A setting is wrong or cannot be met here. Names the field, the rule and the remedy."""
+    """A setting is wrong, or this machine cannot meet it. The message names the field, the rule and the remedy."""
 
     exit_code = 2
 
 
 class DataError(QwlitError, ValueError):
-    """The user's data is wrong. Names the file and line, the rule and the remedy."""
+    """The user's data is wrong. The message names the file and line, the rule and the remedy."""
 
     exit_code = 2
 
 
 class GuardStop(QwlitError, RuntimeError):
-    """The guard ended the run: going on would have spoiled the model."""
+    """The guard stopped the run, because more steps would have damaged the model."""
 
     exit_code = 3
 
 
 class Preempted(QwlitError):
-    """The machine was asked for back; all is saved and the run goes on when requeued.
+    """The scheduler needs the machine; the run is saved and resumes when it is started again.
 
-    `requeue` says whether a Slurm job is to ask for that itself. True: it was told so. None: only if Slurm wants its
-    place for another job, and nobody cancelled it. False: others see to it.
+    `requeue` says whether the process asks Slurm to requeue the job. True: yes. None: only if Slurm itself ends the
+    job and nobody cancelled it. False: no, another program starts the run again.
     """
 
     exit_code = 75
@@ -46,19 +46,19 @@ class Preempted(QwlitError):
 
 
 class Pruned(QwlitError):
-    """The sweep ended this trial early; all is saved. No failure: after a few of those an agent gives up."""
+    """The sweep ended this trial early; the run is saved. The exit code is 0: an agent stops after several failures."""
 
     exit_code = 0
 
 
 class Interrupted(QwlitError):
-    """The user pressed Ctrl-C; all is saved."""
+    """The user pressed Ctrl-C; the run is saved."""
 
     exit_code = 130
 
 
-class Leave(BaseException):
-    """Raised by a signal handler, wherever the program is: no library's `except Exception` may take it for its own."""
+class SignalExit(BaseException):
+    """Raised by a signal handler to end the process. It is no `Exception`, so no library's `except` catches it."""
 
     def __init__(self, error: QwlitError) -> None:
         super().__init__(str(error))
@@ -66,7 +66,7 @@ class Leave(BaseException):
 
 
 def one_line(text: str, longest: int | None = None) -> str:
-    """Return the text without line breaks, and where it is longer than `longest` with its end cut off."""
+    """Return the text without line breaks, cut to `longest` characters."""
     line = " ".join(text.splitlines())
     return line if longest is None or len(line) <= longest else f"{line[: longest - 1]}…"
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and paths to what the package carries."""
+"""Atomic writes, JSON files, file locks, and paths to files of the package."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ PACKAGED = "qwlit:"
 
 
 def resolve_path(path: str) -> Path:
-    """Turn a setting into a path: `qwlit:demo/train.jsonl` is a file of the package, `~` the home folder."""
+    """Turn a setting into a path: `qwlit:demo/train.jsonl` is a file of the package, `~` is the home folder."""
     if path.startswith(PACKAGED):
         return Path(str(resources.files("qwlit") / "resources" / path.removeprefix(PACKAGED)))
     try:
@@ -25,7 +25,7 @@ def resolve_path(path: str) -> Path:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
+    """Make a rename inside `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,7 +34,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that a reader or a kill -9 never meets half a file."""
+    """Write a temporary file beside `path` and rename it, so that no reader and no kill -9 ever leaves half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as handle:
@@ -57,23 +57,23 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a .jsonl file of ours; a last line cut off by a kill -9 is left out."""
+    """Read a .jsonl file that qwlit wrote, without a last line that a kill -9 cut off."""
     if not path.exists():
         return []
-    rows = []
-    # Not splitlines: a text in JSON may hold other characters that end lines (U+2028).
+    records = []
+    # splitlines() would also split at U+2028 and others, which may be inside a JSON string.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a .json file; empty where there is none, or something else."""
+    """Read the object in a .json file; return an empty one where the file is missing or holds something else."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -83,10 +83,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked(path: Path, *, blocking: bool = True, shared: bool = False) -> Iterator[TextIO]:
-    """Hold a lock on `path` (made if need be) while the block runs: exclusive, or shared with other shared ones.
+    """Hold an exclusive or a shared lock on `path` while the block runs; create the file if it is missing.
 
     Raises:
-        BlockingIOError: with `blocking=False`, when another process holds it.
+        BlockingIOError: with `blocking=False`, when another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as handle:
@@ -95,7 +95,7 @@ def locked(path: Path, *, blocking: bool = True, shared: bool = False) -> Iterat
         yield handle
 
 
-def is_held(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether another process holds a lock on `path`."""
     try:
         with locked(path, blocking=False, shared=True):

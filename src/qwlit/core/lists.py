@@ -1,10 +1,10 @@
-"""Lists as they are typed: [a,b]."""
+"""Lists on the command line: [a,b]."""
 
 import re
 
 
 def read_list(text: str) -> list[str]:
-    """Split `[a,b]` into its items, or return the one item. What has a comma or a bracket in it is quoted."""
+    """Split `[a,b]` into its items, or return the one item. An item with a comma or a bracket must be quoted."""
     inside = re.fullmatch(r"\[(.*)\]", text.strip(), re.DOTALL)
     if inside is None:
         return [text.strip()]

@@ -1,4 +1,4 @@
-"""Naming parameters by pattern: what a rule about optimizer groups, freezing or adapters can say.
+"""Patterns that select parameters by name, for optimizer groups, freezing and adapters.
 
 A pattern is a kind (`bias`, `norm`, `embedding`, `head`, `attention`, `mlp`), a part of the dotted name (`q_proj`,
 `layers.0`, `lora_A`), or a glob over the whole name (`model.layers.*.weight`). Names are Hugging Face's, as in
@@ -15,7 +15,7 @@ KINDS = ("bias", "norm", "embedding", "head", "attention", "mlp")
 
 
 def is_a(kind: str, name: str) -> bool:
-    """Whether the parameter is of one of `KINDS`; a bias of an attention layer is of two."""
+    """Whether the parameter is of this kind (of `KINDS`); an attention layer's bias is both bias and attention."""
     owner = name.rpartition(".")[0].rpartition(".")[2]
     return {
         "bias": name.endswith(".bias"),
@@ -34,7 +34,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the decoder layer that a name lies in, None outside of them."""
+    """Return the number of the decoder layer that a parameter belongs to; None if it belongs to none."""
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     return int(found[1]) if found else None
 
@@ -53,26 +53,26 @@ def select(
     top: int | None = None,
     things: str = "parameter",
 ) -> set[str]:
-    """Return the names that match, within a range of layers where one is given.
+    """Return the names that match the pattern, in a range of layers where one is given.
 
     Args:
         field: the setting that holds the pattern, for the message.
         layers: first and last decoder layer, counted from 0.
-        top: the model's highest layer; None: that of the names.
-        things: what the names are names of.
+        top: the model's highest layer; None: the highest in `names`.
+        things: what the names stand for, for the message.
 
     Raises:
-        ConfigError: nothing matches, or there are no such layers.
+        ConfigError: no name matches, or the model has no such layers.
     """
     names = list(names)
-    inside = names if layers is None else within(names, layers, field=field, top=top)
+    inside = names if layers is None else names_in_layers(names, layers, field=field, top=top)
     found = {name for name in inside if matches(pattern, name)}
     if not found:
         raise ConfigError(f"{field}: '{pattern}' matches no {things}{_where(layers)}.{_hint(pattern, names)}")
     return found
 
 
-def within(names: Iterable[str], layers: tuple[int, int], *, field: str, top: int | None = None) -> list[str]:
+def names_in_layers(names: Iterable[str], layers: tuple[int, int], *, field: str, top: int | None = None) -> list[str]:
     """Return the names in a range of decoder layers, both ends included.
 
     Raises:
@@ -82,7 +82,7 @@ def within(names: Iterable[str], layers: tuple[int, int], *, field: str, top: in
     names = list(names)
     top = top_layer(names) if top is None else top
     if not first <= last <= top:
-        raise ConfigError(f"{field}: layers [{first},{last}] are not [first,last] of the model's, 0 to {top}")
+        raise ConfigError(f"{field}: layers [{first},{last}] are not a range of the model's layers, 0 to {top}")
     return [name for name in names if (layer := layer_of(name)) is not None and first <= layer <= last]
 
 
@@ -92,7 +92,7 @@ def _where(layers: tuple[int, int] | None) -> str:
 
 def _hint(pattern: str, names: list[str]) -> str:
     if pattern == "head":
-        return " This head is the embedding; say 'embedding'."
+        return " The head is tied to the embedding; use 'embedding'."
     known = {part for name in names for part in name.split(".") if not part.isdigit()} - {"weight", "model"}
     known |= {kind for kind in KINDS if any(is_a(kind, name) for name in names)}
     known -= {pattern}

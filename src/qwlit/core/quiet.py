@@ -1,8 +1,8 @@
-"""Other people's libraries that speak where nothing is wrong."""
+"""Silence libraries that warn where nothing is wrong."""
 
 import logging
 
 
 def quieten_bitsandbytes() -> None:
-    """Before it is imported, by whomever: it complains about an optional CPU kernel that nothing here uses."""
+    """Silence a warning about an optional CPU kernel that qwlit does not use. Call it before anything imports it."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The kind of dataclass that every component's configuration is: frozen, typed, checked, documented field by field."""
+"""The dataclass decorator of all settings: frozen, typed and checked, with one docstring per field."""
 
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -7,11 +7,11 @@ from pydantic import ConfigDict, Field
 
 T = TypeVar("T")
 
-# Beyond any run, and within what numpy counts with.
-MOST = 2**40
-PositiveInt = Annotated[int, Field(gt=0, le=MOST, strict=True)]
-TwoOrMore = Annotated[int, Field(ge=2, le=MOST, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MOST, strict=True)]
+# Larger than any run needs, and small enough for numpy's int64.
+MAX_COUNT = 2**40
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT, strict=True)]
+TwoOrMore = Annotated[int, Field(ge=2, le=MAX_COUNT, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]
@@ -22,7 +22,7 @@ Flag = Annotated[bool, Field(strict=True)]
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config_dataclass(cls: type[T]) -> type[T]:
-    """Make `cls` a configuration: unknown keys and wrong types are errors, attribute docstrings become field help."""
+    """Make `cls` a settings class: unknown keys and wrong types are errors, attribute docstrings become field help."""
     config = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
     decorated: Any = pydantic.dataclasses.dataclass(config=config, frozen=True, kw_only=True)(cls)
     return decorated  # type: ignore[no-any-return]

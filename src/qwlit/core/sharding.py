@@ -1,4 +1,4 @@
-"""Tensors of which each rank may hold only some rows."""
+"""Tensors that FSDP2 may have sharded: each rank then holds one shard slice along the first dimension."""
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -6,17 +6,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's rows of a sharded tensor, or the tensor itself."""
+    """Return this rank's shard slice of a sharded tensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return all rows; where the tensor is sharded, all ranks must ask together."""
+    """Return the whole tensor. For a sharded tensor this is a collective: all ranks must call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_rows(tensor: Tensor) -> tuple[int, int]:
-    """Return the first and the end of this rank's rows."""
+def own_slice_range(tensor: Tensor) -> tuple[int, int]:
+    """Return where this rank's shard slice starts and ends along the first dimension (end excluded)."""
     if not isinstance(tensor, DTensor):
         return 0, len(tensor)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -1,27 +1,27 @@
-"""Signals that come before anybody can act on them."""
+"""Signals that arrive while this process cannot act on them yet. `training.resilience.preemption` has the overview."""
 
 import signal
 from collections.abc import Iterable
 from types import FrameType
 
-BY_WEIGHT = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""None, and what a training answers: Slurm follows its SIGUSR2 by a SIGTERM, and means the first."""
-ANSWERED = BY_WEIGHT[1:]
-noted: list[int] = []
-"""What this process was sent while it was starting."""
+BY_URGENCY = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""No signal, then the handled signals, least urgent first: Slurm sends SIGTERM after SIGUSR2, and SIGUSR2 must win."""
+HANDLED_SIGNALS = BY_URGENCY[1:]
+received_signals: list[int] = []
+"""Signals that this process received outside the training steps."""
 
 
-def note(number: int, frame: FrameType | None) -> None:
-    """Remember the signal: the training answers it at its first step boundary."""
-    noted.append(number)
+def record_signal(number: int, frame: FrameType | None) -> None:
+    """Signal handler that only remembers the signal: `preemption` acts on it as soon as it can."""
+    received_signals.append(number)
 
 
-def weightiest(numbers: Iterable[int]) -> int:
-    """Return the signal that says most of what is to be done; 0 for none."""
-    return max(numbers, key=BY_WEIGHT.index, default=0)
+def most_urgent(numbers: Iterable[int]) -> int:
+    """Return the signal that decides how the run ends; 0 for none."""
+    return max(numbers, key=BY_URGENCY.index, default=0)
 
 
 def ignore_signals() -> None:
-    """In a process that only helps a training: that one decides when to leave."""
-    for number in ANSWERED:
+    """Ignore the handled signals: a helper process, such as a DataLoader worker, ends when the training ends it."""
+    for number in HANDLED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What a process may ask of the Slurm job that it is part of."""
+"""Read and control the Slurm job that this process belongs to."""
 
 import os
 import re
@@ -9,9 +9,9 @@ from pathlib import Path
 from qwlit.core.ranks import launched_by_torchrun
 
 REQUEUE_FILE = "QWLIT_REQUEUE_FILE"
-"""Variable of the batch script's: the file by which a run that cannot ask for its requeue has the script ask."""
+"""Variable with a file name, set by the batch script. A run without scontrol creates the file; the script requeues."""
 SECONDS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
-# sbatch(1), --time: a lone number is minutes, two are minutes:seconds, but after days they are hours:minutes.
+# sbatch(1), --time: one number is minutes, two numbers are minutes:seconds, but after days they are hours:minutes.
 TIME_LIMIT = re.compile(
     r"(?P<days>\d+)-(?P<h>\d{1,2})(:(?P<m>\d{1,2})(:(?P<s>\d{1,2}))?)?"
     r"|(?P<hours>\d+):(?P<min>\d{1,2}):(?P<sec>\d{1,2})"
@@ -19,15 +19,15 @@ TIME_LIMIT = re.compile(
 )
 NO_LIMIT = ("UNLIMITED", "INFINITE")
 ALIVE = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
-"""States (`scontrol show job`) of a job that nobody has ended: SIGNALING until Slurm has told all its processes what it
-tells this one. A cancelled job is COMPLETING as long as it has processes."""
+"""States (`scontrol show job`) of a job that nobody has ended. It is SIGNALING while Slurm sends a signal to its
+processes. A cancelled job is COMPLETING as long as it has processes."""
 
 
 def time_limit_seconds(text: str) -> int | None:
-    """Return the seconds of a limit as `sbatch --time` takes it; None for no limit.
+    """Convert a time limit of `sbatch --time` to seconds; None for no limit.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a time limit.
     """
     if text.upper() in NO_LIMIT:
         return None
@@ -40,53 +40,53 @@ def time_limit_seconds(text: str) -> int | None:
 
 
 def job_id() -> str | None:
-    """Return what Slurm calls this job, None outside of one.
+    """Return Slurm's id of this job, None outside a job.
 
-    A task of an array has two numbers: the last one's own is also the whole array's.
+    For a task of an array it is ARRAY_TASK: the last task's own SLURM_JOB_ID is also the id of the whole array.
     """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def was_requeued() -> bool:
-    """Whether this job has run before."""
+    """Whether Slurm has requeued this job: it has run before."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def torchrun_warning() -> str | None:
-    """Return what to say where torchrun would be ended by a signal that it should hand on; None elsewhere."""
+    """Return a warning where SIGUSR2 would end torchrun instead of reaching the ranks; None elsewhere."""
     handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
     if job_id() is None or not launched_by_torchrun() or "SIGUSR2" in handled:
         return None
     return (
-        "a SIGUSR2 of Slurm's would end torchrun before the run is saved;"
-        " torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 hands it on; or start with srun"
+        "a SIGUSR2 from Slurm would end torchrun before the run is saved;"
+        " use torchrun --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2, or start with srun"
     )
 
 
-def can_ask() -> bool:
-    """Whether Slurm's commands are here; in a container they need not be."""
+def has_scontrol() -> bool:
+    """Whether the command scontrol is installed here; many containers lack it."""
     return shutil.which("scontrol") is not None
 
 
-def wants_place_back() -> bool:
-    """Whether Slurm itself ends this job: to make room for another, within a time of grace, or at its time limit."""
+def is_ending_job() -> bool:
+    """Whether Slurm itself is ending this job: for another job, with a grace time, or at the job's time limit."""
     facts = _facts()
     preempted = facts.get("PreemptTime", "None") not in ("None", "N/A", "Unknown")
     return (_is_alive(facts) and preempted) or _is_out_of_time(facts)
 
 
 def requeue_job() -> str | None:
-    """Have the job started again as soon as there is room; return why it cannot be, None if it will."""
+    """Ask Slurm to requeue the job; return why that failed, or None."""
     facts = _facts()
     if facts and not _is_alive(facts) and not _is_out_of_time(facts):
-        # Cancelled in the meantime, or requeued by somebody else already.
-        return f"Slurm has it as {facts.get('JobState')}"
+        # Somebody has cancelled or requeued it in the meantime.
+        return f"Slurm reports the job as {facts.get('JobState')}"
     return _scontrol("requeue", str(job_id()))[1]
 
 
-def have_script_ask() -> str | None:
-    """Leave the requeue to the batch script; return why that cannot be, None if it will."""
+def leave_requeue_to_script() -> str | None:
+    """Tell the batch script to requeue the job; return why that failed, or None."""
     file = os.environ.get(REQUEUE_FILE)
     if file is None:
         return "there is no scontrol here"
@@ -102,19 +102,19 @@ def _is_alive(facts: dict[str, str]) -> bool:
 
 
 def _is_out_of_time(facts: dict[str, str]) -> bool:
-    """Whether it is being ended at its limit: what it saves now it may still go on from."""
+    """Whether Slurm is ending the job at its time limit: it can still be requeued and resume."""
     return facts.get("JobState") == "COMPLETING" and facts.get("Reason") == "TimeLimit"
 
 
 def _facts() -> dict[str, str]:
-    said, _ = _scontrol("show", "job", "--oneliner", str(job_id()))
-    return dict(word.split("=", 1) for word in said.split() if "=" in word)
+    output, _ = _scontrol("show", "job", "--oneliner", str(job_id()))
+    return dict(entry.split("=", 1) for entry in output.split() if "=" in entry)
 
 
-def _scontrol(*words: str) -> tuple[str, str | None]:
-    """Return what scontrol printed, and why it failed."""
+def _scontrol(*arguments: str) -> tuple[str, str | None]:
+    """Return scontrol's output, and why it failed, or None."""
     try:
-        done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         return "", f"scontrol: {error}"
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Asking the network something without waiting for its time-outs."""
+"""Network calls with a time limit."""
 
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -8,11 +8,12 @@ from typing import Any
 PROBE_SECONDS = 6.0
 
 
-def answer_within(seconds: float, call: Callable[[], Any]) -> None:
-    """Run `call`, whose own time-out holds for each address it tries, and let it take `seconds` at most.
+def call_with_timeout(seconds: float, call: Callable[[], Any]) -> None:
+    """Run `call` for at most `seconds`: a client's own time-out holds for each address that it tries, not in total.
 
     Raises:
-        TimeoutError: it took longer; or whatever `call` raises.
+        TimeoutError: the call took longer.
+        Exception: whatever `call` raises.
     """
     outcome: SimpleQueue[Exception | None] = SimpleQueue()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import DataError
-from qwlit.core.waiting import PROBE_SECONDS, answer_within
+from qwlit.core.waiting import PROBE_SECONDS, call_with_timeout
 from qwlit.data.files import File
 
 HUB = "hf:"
@@ -67,7 +67,7 @@ class HubData:
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            answer_within(PROBE_SECONDS, lambda: HfApi().dataset_info(self.name, timeout=PROBE_SECONDS))
+            call_with_timeout(PROBE_SECONDS, lambda: HfApi().dataset_info(self.name, timeout=PROBE_SECONDS))
         except HfHubHTTPError:
             return None  # it was reached; the library knows best what its answer means
         except Exception as error:  # whatever HTTP library the hub client uses has its own family of errors

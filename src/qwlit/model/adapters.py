@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import is_a, select, within
+from qwlit.core.patterns import is_a, names_in_layers, select
 from qwlit.core.quiet import quieten_bitsandbytes
 from qwlit.core.sharding import local
 from qwlit.model.config import AdapterConfig
@@ -75,7 +75,7 @@ def _targets(model: "PreTrainedModel", adapter: AdapterConfig) -> list[str]:
     leaves = sorted({name.rpartition(".")[2] for name in linears}.difference(EMBEDDINGS))
     field, chosen = "adapter.target_modules", set()
     if adapter.layers is not None:
-        within(linears, adapter.layers, field="adapter.layers")
+        names_in_layers(linears, adapter.layers, field="adapter.layers")
     for pattern in adapter.target_modules:
         # Patterns speak of parameters.
         names = [f"{name}.weight" for name in linears]

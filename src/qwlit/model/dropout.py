@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwlit.core.patterns import layer_of, within
+from qwlit.core.patterns import layer_of, names_in_layers
 from qwlit.model.config import DropoutConfig
 from qwlit.model.families import family_of
 
@@ -25,7 +25,7 @@ def apply_dropout(model: "PreTrainedModel", dropout: DropoutConfig) -> None:
     family = family_of(model)
     layers = family.layers(model)
     names = [f"layers.{number}." for number in range(len(layers))]
-    chosen = names if dropout.layers is None else within(names, dropout.layers, field="dropout.layers")
+    chosen = names if dropout.layers is None else names_in_layers(names, dropout.layers, field="dropout.layers")
     for name in chosen:
         layer = layers[layer_of(name)]
         family.attention(layer).attention_dropout = dropout.attention

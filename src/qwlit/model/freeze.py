@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import select, within
+from qwlit.core.patterns import names_in_layers, select
 from qwlit.model.config import FreezeConfig
 from qwlit.model.families import family_of
 
@@ -23,7 +23,7 @@ def apply_freeze(model: "PreTrainedModel", freeze: FreezeConfig) -> None:
     for pattern in freeze.parameters:
         frozen |= select(names, pattern, field="freeze.parameters")
     if freeze.layers is not None:
-        frozen.update(within(names, freeze.layers, field="freeze.layers"))
+        frozen.update(names_in_layers(names, freeze.layers, field="freeze.layers"))
     lower = int(freeze.lower_layers_ratio * num_layers)
     if freeze.lower_layers_ratio and not lower:
         raise ConfigError(
@@ -31,7 +31,7 @@ def apply_freeze(model: "PreTrainedModel", freeze: FreezeConfig) -> None:
             " raise it, or set it 0"
         )
     if lower:
-        frozen.update(within(names, (0, lower - 1), field="freeze.lower_layers_ratio"))
+        frozen.update(names_in_layers(names, (0, lower - 1), field="freeze.lower_layers_ratio"))
     if len(frozen) == len(names):
         raise ConfigError("freeze leaves nothing to train; take something out of freeze.parameters or freeze.layers")
     for name, parameter in model.named_parameters():

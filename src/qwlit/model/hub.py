@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.waiting import PROBE_SECONDS, answer_within
+from qwlit.core.waiting import PROBE_SECONDS, call_with_timeout
 
 CONFIG_FILES = ["config.json"]
 TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja"]
@@ -33,7 +33,7 @@ def fetch(hub_id: str, patterns: list[str]) -> Path:
         raise ConfigError(f"model.hub_id={hub_id} is no hub id, such as Qwen/Qwen3-0.6B; a folder is model.path=FOLDER")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        answer_within(PROBE_SECONDS, lambda: HfApi().model_info(hub_id, timeout=PROBE_SECONDS))
+        call_with_timeout(PROBE_SECONDS, lambda: HfApi().model_info(hub_id, timeout=PROBE_SECONDS))
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except GatedRepoError:
         raise ConfigError(f"{hub_id} needs its licence accepted on the hub, and a token (hf auth login)") from None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
-from qwlit.core.sharding import local, own_rows
+from qwlit.core.sharding import local, own_slice_range
 from qwlit.model.config import AdapterConfig, ModelConfig
 from qwlit.model.families.decoder import EMBEDDING, HEAD
 from qwlit.model.folder import ADAPTER_CONFIG, WEIGHTS, check_folder, read_json
@@ -252,7 +252,7 @@ def load_start(model: "PreTrainedModel", config: ModelConfig) -> None:
 def _take_over(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            first, end = own_rows(parameter)
+            first, end = own_slice_range(parameter)
             local(parameter).copy_(tensors[saved_name(name)][first:end])
 
 
@@ -261,12 +261,12 @@ def _merge(model: "PreTrainedModel", saved: SavedAdapter) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = saved.tensors()
     for name in saved.replaced:
-        first, end = own_rows(parameters[name])
+        first, end = own_slice_range(parameters[name])
         local(parameters[name]).copy_(tensors[name][first:end])
     for layer in saved.layers:
         weight = parameters[f"{layer}.weight"]
         rows = local(weight)
-        first, end = own_rows(weight)
+        first, end = own_slice_range(weight)
         low, high = tensors[layer + A].to(rows.device), tensors[layer + B][first:end].to(rows.device)  # (R, I), (O, R)
         rows.add_(high @ low, alpha=saved.scale(layer))
         if layer + MAGNITUDE in tensors:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.sharding import local, own_rows
+from qwlit.core.sharding import local, own_slice_range
 from qwlit.model.families.decoder import EMBEDDING, HEAD
 from qwlit.model.weight_files import Files, first_few, read_shapes, read_tensors, weight_files
 
@@ -37,7 +37,7 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled |
         for name, tensor in read_tensors(files):
             # Drop the reference, so that the quantized weight that replaces this one is not beside it in memory.
             target = targets.pop(name)
-            first, end = own_rows(target)
+            first, end = own_slice_range(target)
             rows = tensor[first:end]
             _check_finite(folder, name, rows)
             if tied and name == HEAD:
@@ -59,7 +59,7 @@ def draw_weights(model: nn.Module, *, seed: int, std: float, filled: Filled | No
     with torch.no_grad():
         for name in list(targets):
             parameter = targets.pop(name)
-            first, end = own_rows(parameter)
+            first, end = own_slice_range(parameter)
             local(parameter).copy_(_drawn(name, parameter.shape, seed, std)[first:end])
             if filled:
                 filled(name)
@@ -104,7 +104,7 @@ def _check_tied(folder: Path, files: Files, embedding: Tensor) -> None:
     head: Any = next((tensor for name, tensor in read_tensors(files) if name == HEAD), None)
     if head is None:
         return
-    first, end = own_rows(embedding)
+    first, end = own_slice_range(embedding)
     rows = local(embedding)
     if not torch.equal(head[first:end].to(rows.dtype).to(rows.device), rows):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Several optimizers as one, for those whose kernels can neither clip nor skip by themselves."""
+"""Several optimizers as one, for optimizers whose kernels can neither clip nor skip a step."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 
 class Composite(Optimizer):
-    """Looks and saves like one optimizer: its groups and state are those of its parts.
+    """Acts and is saved as one optimizer: its groups and state are those of its parts.
 
-    Clips in a pass of its own and decides on the host whether to step, so it waits for the device once a step.
+    It clips in a pass of its own and decides on the host whether to step, so the host waits for the device every step.
     """
 
     def __init__(self, *parts: Optimizer) -> None:
@@ -24,7 +24,7 @@ class Composite(Optimizer):
         self._share({parameter: state for part in parts for parameter, state in part.state.items()})
 
     def _share(self, state: dict[Any, Any]) -> None:
-        """Let parts and whole hold the same groups and the same state."""
+        """Let this optimizer and its parts share the same groups and the same state."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         self.state = defaultdict(dict, state)
         for part in self.parts:
@@ -48,7 +48,7 @@ class Composite(Optimizer):
         return result
 
     def _page(self) -> None:
-        """Give paged moments that were loaded their pages back: bitsandbytes makes them only for fresh ones."""
+        """Move loaded moments into paged memory: bitsandbytes itself does so only for moments that it creates."""
         self._unpaged = False
         for part in self.parts:
             if not getattr(part, "is_paged", False):
@@ -60,7 +60,7 @@ class Composite(Optimizer):
                     moments[name] = buffer.copy_(moments[name])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give each part its own share: they differ in what they may cast."""
+        """Load each part's groups and state through that part: the optimizers cast loaded state differently."""
         groups = state_dict["param_groups"]
         merged: dict[Any, Any] = {}
         for part in self.parts:
@@ -69,6 +69,6 @@ class Composite(Optimizer):
             state = {number: values for number, values in state_dict["state"].items() if number in numbers}
             part.load_state_dict({"state": state, "param_groups": own})
             merged |= dict(part.state)
-        # Not here: Lightning moves the state to the device after this.
+        # `step` calls `_page`, because Lightning moves the state to the device only after this.
         self._unpaged = True
         self._share(merged)

@@ -1,4 +1,4 @@
-"""Which parameters train with which rate and decay. Every trainable parameter is in exactly one group."""
+"""Parameter groups: the learning rate and weight decay of each trainable parameter, which is in exactly one group."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from qwlit.optim.config import GroupRule, OptimConfig
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with one rate, one decay and one algorithm."""
+    """Parameters with the same learning rate, weight decay and algorithm."""
 
     name: str
     lr: float
     """Peak learning rate."""
     weight_decay: float
     algorithm: str
-    """As in optim.name; beside muon, adamw."""
+    """A value of optim.name; with optim.name=muon some groups have adamw."""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
@@ -28,33 +28,34 @@ class ParameterGroup:
 
 
 def plan_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[ParameterGroup]:
-    """Put each trainable parameter, by its Hugging Face name, into its group.
+    """Sort the trainable parameters, with their Hugging Face names, into groups.
 
     Raises:
-        ConfigError: a rule matches nothing, or sets nothing.
+        ConfigError: a rule matches nothing or sets nothing, or lora_plus_ratio is set without LoRA.
     """
     everything = dict(named_parameters)
     trained = {name: p for name, p in everything.items() if p.requires_grad}
     top = top_layer(everything)
     rules = _rule_of(trained, config, top)
     if config.lora_plus_ratio != 1 and not any(map(_is_lora_b, trained)):
-        raise ConfigError("optim.lora_plus_ratio is for LoRA's B matrices, but there are none; use recipe=lora")
+        raise ConfigError("optim.lora_plus_ratio is for LoRA's B matrices, but the model has none; use recipe=lora")
     groups: dict[tuple[str, float, float, str], ParameterGroup] = {}
     for name, parameter in trained.items():
         rule = rules.get(name)
         decays = not any(is_a(kind, name) for kind in config.no_decay)
-        decay = config.weight_decay if decays else 0.0
-        decay = decay if rule is None or rule.weight_decay is None else rule.weight_decay
+        weight_decay = config.weight_decay if decays else 0.0
+        if rule is not None and rule.weight_decay is not None:
+            weight_decay = rule.weight_decay
         title = _title(rule) if rule else "decay" if decays else "no_decay"
         if rule is None or rule.lr is None:
-            title += _place(name, config)
-        key = (title, _peak(name, rule, config, top), decay, _algorithm(name, parameter, config))
+            title += _lr_suffix(name, config)
+        key = (title, _peak_lr(name, rule, config, top), weight_decay, _algorithm(name, parameter, config))
         groups.setdefault(key, ParameterGroup(*key)).parameters[name] = parameter
     return list(groups.values())
 
 
 def _rule_of(trained: dict[str, nn.Parameter], config: OptimConfig, top: int) -> dict[str, GroupRule]:
-    """Return the first rule that matches, by name."""
+    """Return the first rule that matches each parameter, by the parameter's name."""
     found: dict[str, GroupRule] = {}
     for number, rule in enumerate(config.groups):
         setting = f"optim.groups[{number}]"
@@ -64,7 +65,7 @@ def _rule_of(trained: dict[str, nn.Parameter], config: OptimConfig, top: int) ->
             raise ConfigError(f"{setting}: lr and lr_multiplier are both set; give one of them")
         names = select(trained, rule.match, layers=rule.layers, top=top, field=setting, things="trained parameter")
         if names <= found.keys():
-            raise ConfigError(f"{setting}: all that '{rule.match}' matches belongs to rules before it; move it up")
+            raise ConfigError(f"{setting}: earlier rules match all parameters of '{rule.match}'; move it up")
         found = dict.fromkeys(names, rule) | found
     return found
 
@@ -73,28 +74,29 @@ def _title(rule: GroupRule) -> str:
     return rule.match if rule.layers is None else f"{rule.match}, layers {rule.layers[0]}-{rule.layers[1]}"
 
 
-def _place(name: str, config: OptimConfig) -> str:
-    """Say what of a parameter's place its rate depends on."""
-    place = ", LoRA B" if config.lora_plus_ratio != 1 and _is_lora_b(name) else ""
+def _lr_suffix(name: str, config: OptimConfig) -> str:
+    """Return the part of a group's name that says which layer or matrix its learning rate is for."""
+    suffix = ", LoRA B" if config.lora_plus_ratio != 1 and _is_lora_b(name) else ""
     if config.layer_lr_decay == 1:
-        return place
+        return suffix
     if is_a("embedding", name):
-        return f", embedding{place}"
+        return f", embedding{suffix}"
     layer = layer_of(name)
-    return place if layer is None else f", layer {layer}{place}"
+    return suffix if layer is None else f", layer {layer}{suffix}"
 
 
-def _peak(name: str, rule: GroupRule | None, config: OptimConfig, top_layer: int) -> float:
+def _peak_lr(name: str, rule: GroupRule | None, config: OptimConfig, top_layer: int) -> float:
     if rule is not None and rule.lr is not None:
         return rule.lr
-    factor = rule.lr_multiplier if rule is not None and rule.lr_multiplier is not None else 1.0
+    multiplier = rule.lr_multiplier if rule is not None and rule.lr_multiplier is not None else 1.0
     if config.layer_lr_decay != 1:
         layer = layer_of(name)
+        # The embedding is below layer 0; the final norm and the head are above the top layer.
         height = layer if layer is not None else -1 if is_a("embedding", name) else top_layer + 1
-        factor *= config.layer_lr_decay ** (top_layer + 1 - height)
+        multiplier *= config.layer_lr_decay ** (top_layer + 1 - height)
     if _is_lora_b(name):
-        factor *= config.lora_plus_ratio
-    return config.lr * factor
+        multiplier *= config.lora_plus_ratio
+    return config.lr * multiplier
 
 
 def _is_lora_b(name: str) -> bool:
@@ -103,6 +105,7 @@ def _is_lora_b(name: str) -> bool:
 
 def _algorithm(name: str, parameter: nn.Parameter, config: OptimConfig) -> str:
     if config.name == "muon":
+        # Muon orthogonalizes matrices. Its authors leave vectors, the embedding and the head to AdamW.
         outside = is_a("embedding", name) or is_a("head", name)
         return "muon" if parameter.ndim == 2 and not outside else "adamw"
     return config.name

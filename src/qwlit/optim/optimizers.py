@@ -1,4 +1,4 @@
-"""The optimizer. Fused where torch has it, because clipping and skipping then happen inside its one pass."""
+"""Build the optimizer: fused where torch has a fused kernel, because that kernel also clips and skips in one pass."""
 
 import warnings
 from collections.abc import Callable
@@ -18,7 +18,7 @@ TorchGroups = list[dict[str, Any]]
 
 
 def build_optimizer(groups: list[ParameterGroup], config: OptimConfig) -> Optimizer:
-    """Build the optimizer over the groups; each keeps its peak rate as `peak_lr`."""
+    """Build the optimizer; each of its groups keeps its peak learning rate as `peak_lr`."""
     if config.name in BITSANDBYTES:
         return Composite(_bitsandbytes(groups, config))
     by_algorithm: dict[str, TorchGroups] = {}
@@ -43,7 +43,7 @@ def _adamw(groups: TorchGroups, config: OptimConfig) -> Optimizer:
 
 
 def _sgd(groups: TorchGroups, config: OptimConfig) -> Optimizer:
-    # The fused kernel knows no sharded tensors, and leaves a buffer unwritten where its first step is skipped.
+    # The fused kernel does not support DTensor, and a skipped first step leaves its momentum buffer uninitialized.
     return SGD(groups, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, foreach=True)
 
 
@@ -63,15 +63,16 @@ def _bitsandbytes(groups: list[ParameterGroup], config: OptimConfig) -> Optimize
         "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
-    # Said once, and better, when the run begins.
+    # Preflight warns about this before the run starts.
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
     for group in groups:
         for name, parameter in group.parameters.items():
-            # Rare tokens make their moments uneven: bitsandbytes advises 32 bits (Dettmers et al. 2022). Said of every
-            # parameter, because the manager remembers those of the process's earlier runs by their address.
-            whole = config.name == "paged_adamw" or is_a("embedding", name) or is_a("head", name)
-            manager.override_config(parameter, "optim_bits", 32 if whole else 8)
+            # Rare tokens make the moments of embedding and head uneven: bitsandbytes advises 32 bits for them
+            # (Dettmers et al. 2022). Set the bits of every parameter, because the manager remembers parameters of
+            # earlier runs in this process by their id, which Python may reuse.
+            is_32bit = config.name == "paged_adamw" or is_a("embedding", name) or is_a("head", name)
+            manager.override_config(parameter, "optim_bits", 32 if is_32bit else 8)
     optimizer: Optimizer = classes[config.name](
         [_as_torch(group) for group in groups], betas=config.betas, eps=config.eps
     )
@@ -87,19 +88,18 @@ def set_learning_rate(optimizer: Optimizer, lr_multiplier: float) -> None:
 def set_clip_and_skip(
     optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float | None, loss_scale: float = 1.0
 ) -> Tensor:
-    """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip where `grad_norm` is not finite.
+    """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip the step where `grad_norm` is not finite.
 
-    All on the device, nothing waits (but for a `Composite`).
-
-    The fused kernels divide gradients by `grad_scale`, and where `found_inf` is 1 leave weights, moments and step
-    count untouched (multiplying by 0 would not: 0 * NaN is NaN).
+    Everything happens on the device, and the host does not wait for it (except with a `Composite`). The fused kernels
+    divide gradients by `grad_scale`. Where `found_inf` is 1 they leave weights, moments and step count as they are;
+    multiplying the gradients by 0 would not do that, because 0 * NaN is NaN.
 
     Args:
-        grad_norm: total norm of the true gradients.
-        loss_scale: the factor that the gradients at hand still carry.
+        grad_norm: total norm of the gradients, without the loss scale.
+        loss_scale: the factor that the stored gradients still contain.
 
     Returns:
-        `found_inf`, a float32 scalar: 1.0 where the step will be skipped.
+        `found_inf`, a float32 scalar: 1.0 where the optimizer will skip the step.
     """
     found_inf = (~torch.isfinite(grad_norm)).float()
     grad_scale = None

@@ -1,10 +1,11 @@
 """Learning-rate multipliers, pure functions of the step.
 
-With S steps in the run and W of warm-up, step t = 0 … S-1 trains at `peak * lr_multiplier(t)`: (t + 1) / W while t < W
-(the first step moves already, step W - 1 is at the peak), then the decay at progress p = (t - W) / (S - W), which
-starts at 1 and would reach `min_lr_ratio` at t = S. `wsd` (warm-up, stable, decay: Hu et al. 2024) stays at 1 until the
-last `decay_ratio` of the S steps and falls linearly over those. `range_test` is the other way round: it rises from
-`min_lr_ratio` to 1, by the same factor every step (Smith 2017), to find the learning rates at which a run is stable.
+A run has S steps, and W of them are warm-up. Step t = 0 … S-1 trains at `peak_lr * lr_multiplier(t)`:
+- warm-up, t < W: (t + 1) / W, so that the first step is above 0 and step W - 1 is at the peak;
+- then the named curve at progress p = (t - W) / (S - W): it starts at 1 and would reach `min_lr_ratio` at t = S.
+`wsd` (warm-up, stable, decay: Hu et al. 2024) stays at 1 and falls linearly over the last `decay_ratio` of the S steps.
+`range_test` rises from `min_lr_ratio` to 1, by the same factor every step (Smith 2017): a sweep uses it to find the
+learning rates at which a run is stable.
 """
 
 import math
@@ -46,7 +47,7 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """The multiplier of the peak learning rate at each step of a run."""
+    """The lr multiplier at each step of a run."""
 
     name: str
     warmup_steps: int
@@ -64,11 +65,11 @@ class Schedule:
 
 
 def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:
-    """Return warm-up in steps: as set, or as a ratio of the run, capped at `max_warmup_ratio` of it."""
-    asked = config.warmup_steps
-    if asked is None:
-        asked = round((config.warmup_ratio or 0.0) * total_steps)
-    return asked if config.max_warmup_ratio == 1 else min(asked, int(config.max_warmup_ratio * total_steps))
+    """Return the warm-up steps, from warmup_steps or warmup_ratio, capped at `max_warmup_ratio` of the run."""
+    steps = config.warmup_steps
+    if steps is None:
+        steps = round((config.warmup_ratio or 0.0) * total_steps)
+    return steps if config.max_warmup_ratio == 1 else min(steps, int(config.max_warmup_ratio * total_steps))
 
 
 def build_schedule(config: SchedulerConfig, total_steps: int) -> Schedule:

@@ -8,7 +8,7 @@ from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.optim.schedules import Schedule, build_schedule
 from qwlit.training.checkpointing.config import CheckpointConfig
 from qwlit.training.config import ValidationConfig
-from qwlit.training.milestones import Milestones, Rhythm
+from qwlit.training.milestones import DueSteps, Milestones
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def _total_steps(config: RunConfig, plan: StepPlan) -> int:
 
 
 def _milestones(config: RunConfig, plan: StepPlan, total_steps: int, *, has_validation: bool) -> Milestones:
-    def rhythm(settings: ValidationConfig | CheckpointConfig) -> Rhythm:
-        return Rhythm(total_steps, settings.every_steps, plan.next_epoch_end if settings.each_epoch else None)
+    def rhythm(settings: ValidationConfig | CheckpointConfig) -> DueSteps:
+        return DueSteps(total_steps, settings.every_steps, plan.next_epoch_end if settings.each_epoch else None)
 
     validates = has_validation and (config.validation.each_epoch or config.validation.every_steps is not None)
     return Milestones(

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from qwlit.config.run import flatten
-from qwlit.core.files import is_held, read_json, read_json_lines
+from qwlit.core.files import is_locked, read_json, read_json_lines
 from qwlit.report.find import Found, Metric, Trial, number_or_none
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
@@ -117,7 +117,7 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
     if not lock.exists():
         return "killed"
     try:
-        return "running" if is_held(lock) else "killed"
+        return "running" if is_locked(lock) else "killed"
     except OSError:
         # On a disk where nothing can be locked.
         return "running"

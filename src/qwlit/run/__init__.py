@@ -1,1 +1,1 @@
-"""One training, from its plan to its summary: lock the run folder, resume, fit, finish."""
+"""TrainingRun: lock the run folder, start or resume, fit, export, and write the summary."""

@@ -1,4 +1,4 @@
-"""Claiming the run folder and writing down what is about to run."""
+"""Before the first step: prepare the run folder, write config, manifest and quarantine, and print what runs."""
 
 import time
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from rich.markup import escape
 from qwlit.config.compose import compose, dump
 from qwlit.config.run import RunConfig, mathematics
 from qwlit.core.console import console
-from qwlit.core.errors import GuardStop, Interrupted, Leave, Preempted, Pruned
+from qwlit.core.errors import GuardStop, Interrupted, Preempted, Pruned, SignalExit
 from qwlit.core.ranks import is_rank_zero
 from qwlit.data.store import REASONS_NAMED, rejections
 from qwlit.model.config import ModelConfig
 from qwlit.model.load import fingerprint
 from qwlit.model.quantize import num_elements
 from qwlit.model.saved_adapter import read_saved_adapter
-from qwlit.run.resume import Start, claim, newest, refuse_other_content, refuse_other_mathematics
+from qwlit.run.resume import Start, newest, prepare_folder, refuse_other_content, refuse_other_mathematics
 from qwlit.training.checkpointing.checkpoint import list_checkpoints
 from qwlit.training.tracking.manifest import build_manifest
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 def begin(run: "TrainingRun") -> Start:
-    """Make the run folder ready and record config, manifest and quarantine; other ranks only look where to start.
+    """Prepare the run folder and write config, manifest and quarantine; other ranks only look up where to start.
 
     Raises:
-        ConfigError: an unfinished run of this name began with other mathematics or other data.
+        ConfigError: an unfinished run of this name has another recipe or other data.
     """
     config, folder = run.config, run.folder
     if not is_rank_zero():
@@ -42,18 +42,19 @@ def begin(run: "TrainingRun") -> Start:
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_other_mathematics(mathematics(earlier), mathematics(config))
         refuse_other_content(folder, data=run.data.split.fingerprint, base=base)
-    start = claim(folder, resume=config.resume, overwrite=config.run.overwrite)
-    folder.cut_back(start.step)
-    manifest = build_manifest(run.plan.machine, **_facts(run, base))
+    # All checks are done: from here on the folder changes.
+    start = prepare_folder(folder, resume=config.resume, overwrite=config.run.overwrite)
+    folder.drop_records_after(start.step)
+    manifest = build_manifest(run.plan.machine, **_manifest_facts(run, base))
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
-    folder.write_rows("quarantine.jsonl", run.data.split.quarantine())
+    folder.write_records("quarantine.jsonl", run.data.split.quarantine())
     folder.write_summary(resumed_from=start.step if start.checkpoint else None, rows=run.data.split.totals)
-    _introduce(run, manifest, start)
+    _print_start(run, manifest, start)
     return start
 
 
-def _facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
+def _manifest_facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
     groups = run.plan.setup.groups
     return {
         "choices": run.plan.setup.composed.choices,
@@ -83,8 +84,8 @@ def _facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
     }
 
 
-def _introduce(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> None:
-    """Say in a few lines what runs, on what, and where."""
+def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> None:
+    """Print model, machine, data, schedule and findings in a few lines; record the findings as events."""
     config, steps, machine, folder = run.config, run.data.steps, run.plan.machine, run.folder
     limited = config.hardware.micro_batch_size or config.hardware.micro_batch_tokens
     accumulation = f", accumulation {run.plan.accumulate_grad_batches}" if limited else ""
@@ -95,7 +96,7 @@ def _introduce(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> No
         f"[bold]{escape(str(folder.path))}[/]: {steps.total_steps} steps of {config.train.global_batch_size} samples",
         f"  model     {escape(_model_name(config.model))}, {parameters['total']:,} parameters,"
         f" {parameters['trainable']:,} trained",
-        *(f"  adapter   {escape(said)}" for said in _adapter_lines(config)),
+        *(f"  adapter   {escape(line)}" for line in _adapter_lines(config)),
         f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention "
         + run.plan.execution.attention
         + (", compiled" if run.plan.execution.compiled else "")
@@ -107,8 +108,8 @@ def _introduce(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> No
         f" after {steps.schedule.warmup_steps} steps of warm-up",
         *_group_lines(manifest["groups"]),
     ]
-    if start.set_aside:
-        lines.append(f"  kept      the unfinished run of this name is now {escape(str(start.set_aside))}")
+    if start.renamed_to:
+        lines.append(f"  kept      the unfinished run of this name is now {escape(str(start.renamed_to))}")
     for damage in start.damaged:
         lines.append(f"  [yellow]note[/]      {escape(damage)}")
         folder.append_event(start.step, "damaged", message=damage)
@@ -128,41 +129,41 @@ def _introduce(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> No
 
 
 def _model_name(model: ModelConfig) -> str:
-    """Say which model it is, and that its weights are random where they are."""
+    """Return the model's path or id, with a remark where its weights are random."""
     name = model.path or model.hub_id or "random weights"
     return f"{name}, random weights" if model.init == "random" and name != "random weights" else name
 
 
 def _adapter_lines(config: RunConfig) -> list[str]:
-    """Say what becomes of the adapter that the run starts from, and where its base is another than its own."""
+    """Return how the run uses the adapter it starts from, and a warning where the adapter names another base model."""
     if config.model.adapter_path is None:
         return []
-    what = "merged into the model" if config.adapter.kind == "none" else "continued"
+    what = "merged into the model" if config.adapter.kind == "none" else "trained further"
     named = read_saved_adapter(config.model.adapter_path).config.get("base_model_name_or_path")
     base = str(config.model.path or config.model.hub_id)
     lines = [f"{config.model.adapter_path}, {what}"]
     if named and Path(named).name != Path(base).name:
-        lines.append(f"it names the base {named}, and {base} is used")
+        lines.append(f"it names the base {named}, but the run uses {base}")
     return lines
 
 
-# More are listed in manifest.json.
+# manifest.json lists all groups.
 SHOWN_GROUPS = 8
 
 
 def _group_lines(groups: list[dict[str, Any]]) -> list[str]:
-    """Say which parameters train with which peak rate and decay."""
+    """Return a line for each parameter group, with its peak learning rate and weight decay."""
     lines = [
         f"  group     {group['name']:<20} {group['parameters']:>14,} parameters  {group['algorithm']:<5}"
-        f"  lr {group['lr']:<8.3g}  decay {group['weight_decay']:g}"
+        f"  lr {group['lr']:<8.3g}  weight decay {group['weight_decay']:g}"
         for group in groups[:SHOWN_GROUPS]
     ]
     if len(groups) > SHOWN_GROUPS:
-        lines.append(f"            … and {len(groups) - SHOWN_GROUPS} groups more, in manifest.json")
+        lines.append(f"            … and {len(groups) - SHOWN_GROUPS} more groups, in manifest.json")
     return lines
 
 
-ENDS: dict[type[BaseException], str] = {
+STATUS_OF_ERROR: dict[type[BaseException], str] = {
     Interrupted: "interrupted",
     KeyboardInterrupt: "interrupted",
     Preempted: "preempted",
@@ -172,8 +173,8 @@ ENDS: dict[type[BaseException], str] = {
 
 
 @contextmanager
-def recorded(folder: RunFolder) -> Iterator[None]:
-    """Write into summary.json how the training ended, whatever the end."""
+def recording_status(folder: RunFolder) -> Iterator[None]:
+    """Write into summary.json how the training ended, also where it failed."""
     began = time.perf_counter()
     earlier = folder.read_summary().get("wall_seconds") or 0.0
     status = "failed"
@@ -181,7 +182,7 @@ def recorded(folder: RunFolder) -> Iterator[None]:
         yield
         status = FINISHED
     except BaseException as error:
-        status = ENDS.get(type(error.error if isinstance(error, Leave) else error), "failed")
+        status = STATUS_OF_ERROR.get(type(error.error if isinstance(error, SignalExit) else error), "failed")
         raise
     finally:
         folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

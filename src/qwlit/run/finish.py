@@ -1,4 +1,4 @@
-"""After the last step: the best weights exported and put to the test, the summary, and where everything lies."""
+"""After the last step: export the best weights, answer validation prompts with them, and print the summary."""
 
 import re
 from typing import TYPE_CHECKING, Any
@@ -24,51 +24,51 @@ from qwlit.model.folder import ADAPTER_CONFIG
 from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
 from qwlit.run.model import load_model
+from qwlit.training.callbacks import TrainerWithCallbacks
 from qwlit.training.checkpointing.checkpoint import read_weights, step_of
-from qwlit.training.loop import Loop
 from qwlit.training.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
 
 Record = dict[str, Any]
-"""A row of samples.jsonl: prompt, answer, expected, exact."""
-PLACES = {
+"""A record of samples.jsonl: prompt, answer, expected, exact."""
+FILES = {
     "export": "the trained model for from_pretrained, the best by val/loss (LoRA: the adapter, see docs/models.md)",
-    "checkpoints/best": "its float32 weights and the optimizer's state",
-    "checkpoints/last": "the newest ones",
-    "samples.jsonl": "prompts, answers and what was expected",
+    "checkpoints/best": "the same model: float32 weights and optimizer state",
+    "checkpoints/last": "the newest checkpoint",
+    "samples.jsonl": "prompts, answers and expected answers",
     "metrics.jsonl": "loss, learning rate, gradient norm, tokens per second, by step",
     "trace.jsonl": "every step to the bit: samples, loss, gradient norm, weights",
     "events.jsonl": "checkpoints, skipped steps, notes",
-    "summary.json": "the figures above",
+    "summary.json": "the results above",
     "manifest.json": "versions, device, seed, fingerprints",
-    "config.yaml": "the settings; train config=FILE run.name=… runs them again",
+    "config.yaml": "the settings; train config=FILE run.name=… trains with them again",
 }
 
 
-def finish(run: "TrainingRun", loop: Loop) -> list[Record]:
-    """Export the best weights and let them answer validation prompts; return what they said."""
+def finish(run: "TrainingRun", training: TrainerWithCallbacks) -> list[Record]:
+    """Export the best weights and answer validation prompts with them; return the records of samples.jsonl."""
     folder, loss_model = run.folder, run.loss_model
     sharded = run.plan.machine.strategy == "fsdp"
     if sharded:
-        # The other ranks have left with their rows: the whole model is made anew, from the files.
+        # The other ranks have ended, and their shard slices with them: build the whole model again, from the files.
         loss_model = load_model(run.plan, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
-    _take_best_weights(loss_model, loop, always=sharded)
+    _take_best_weights(loss_model, training, always=sharded)
     export_model(loss_model.causal_lm, folder.path / "export", origin=_origin(run), end=end_of_answers(run))
     if not run.config.data.exact_match or run.data.split.validation is None:
         return []
-    # The trainer has moved the model to the CPU when it ended.
+    # The trainer moved the model to the CPU when it ended.
     try:
-        loss_model.to(loop.trainer.strategy.root_device)
-        with loop.trainer.precision_plugin.forward_context():
+        loss_model.to(training.trainer.strategy.root_device)
+        with training.trainer.precision_plugin.forward_context():
             records = _answer(run, loss_model)
     except torch.OutOfMemoryError:
-        message = "the device has no room for answering prompts; the run is done, and export/ whole"
-        folder.append_event(loop.trainer.global_step, "finding", message=message)
+        message = "too little device memory to answer prompts; the run is done and export/ is complete"
+        folder.append_event(training.trainer.global_step, "finding", message=message)
         console().print(f"  [yellow]note[/]      {message}")
         return []
-    folder.write_rows("samples.jsonl", records)
+    folder.write_records("samples.jsonl", records)
     folder.write_summary(exact_match=sum(record["exact"] for record in records) / len(records))
     return records
 
@@ -83,10 +83,10 @@ def _origin(run: "TrainingRun") -> Origin:
 
 
 def end_of_answers(run: "TrainingRun") -> End | None:
-    """Return the token that the model learned to end its answers with; None where the base's own end stays.
+    """Return the token that the model was trained to end its answers with; None: the base model's own end token holds.
 
-    Conversations end with the template's end of turn, whatever the base ended with. Plain text ends with
-    <|endoftext|>, which every base knows already unless it has no end at all.
+    Conversations end with the template's end of turn, whatever the end token of the base model is. Plain text ends
+    with <|endoftext|>; a pretrained base model already ends with it.
     """
     encoder, train = run.data.tokenized.encoder, run.data.split.train
     if encoder.tokenizer is None:
@@ -103,7 +103,7 @@ def end_of_answers(run: "TrainingRun") -> End | None:
 
 
 def _template_to_write(tokenizer: Any, family: Family) -> str | None:
-    """Return the template trained with, unless the tokenizer's folder has it already."""
+    """Return the chat template of the training, unless the tokenizer's folder already has it."""
     try:
         own = resolve_template(tokenizer, "auto")
     except DataError:
@@ -111,9 +111,9 @@ def _template_to_write(tokenizer: Any, family: Family) -> str | None:
     return None if own == family else chat_template(family)
 
 
-def _take_best_weights(loss_model: LossModel, loop: Loop, *, always: bool) -> None:
-    best = loop.checkpointing.best_checkpoint or (loop.checkpointing.newest_checkpoint if always else None)
-    if best is not None and (always or step_of(best) != loop.trainer.global_step):
+def _take_best_weights(loss_model: LossModel, training: TrainerWithCallbacks, *, always: bool) -> None:
+    best = training.checkpointing.best_checkpoint or (training.checkpointing.newest_checkpoint if always else None)
+    if best is not None and (always or step_of(best) != training.trainer.global_step):
         parameters = dict(loss_model.causal_lm.named_parameters())
         with torch.no_grad():
             for name, weight in read_weights(best):
@@ -142,13 +142,13 @@ def _answer(run: "TrainingRun", loss_model: LossModel) -> list[Record]:
     ]
 
 
-# Told by the answer: a Chinese character, or an English word and no such character.
+# The language of an answer: Chinese with a Chinese character, English with an English word and no such character.
 LANGUAGES = {"English": r"^[^\u4e00-\u9fff]*[A-Za-z]{3,}[^\u4e00-\u9fff]*<", "Chinese": r"[\u4e00-\u9fff]"}
 
 
-def show(loop: Loop, records: list[Record], folder: RunFolder) -> None:
-    """Print the figures, an answer in each language, and where everything lies."""
-    numbers: dict[str, Any] = loop.figures()
+def print_summary(training: TrainerWithCallbacks, records: list[Record], folder: RunFolder) -> None:
+    """Print the results, an answer in each language, and the files of the run."""
+    numbers: dict[str, Any] = training.figures()
     if records:
         numbers["exact_match"] = folder.read_summary()["exact_match"]
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -163,11 +163,11 @@ def show(loop: Loop, records: list[Record], folder: RunFolder) -> None:
         if example:
             screen.print(f"\n[bold]an answer in {language}[/]")
             screen.print(Text.assemble(example["prompt"], (example["answer"], "green")))
-    screen.print(f"\n[bold]where everything lies[/]  {escape(str(folder.path))}")
-    for name, what in PLACES.items():
+    screen.print(f"\n[bold]where the files are[/]  {escape(str(folder.path))}")
+    for name, what in FILES.items():
         if (folder.path / name).exists():
             screen.print(f"  {name:<18} {what}")
     export = folder.path / "export"
     if (export / ADAPTER_CONFIG).is_file() and (export / GENERATION_CONFIG).is_file():
-        # peft and transformers read the base's generation configuration, which may end elsewhere.
-        screen.print(f"\nto end answers where training did, generate with GenerationConfig.from_pretrained('{export}')")
+        # peft and transformers read the base model's generation configuration, which may have another end token.
+        screen.print(f"\nto end answers as trained, generate with GenerationConfig.from_pretrained('{export}')")

@@ -1,4 +1,4 @@
-"""Putting module, loop and loaders together, and training."""
+"""Build module, trainer and data loaders, and train."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError, QwlitError
-from qwlit.core.ranks import meet_others
+from qwlit.core.ranks import mark_process_group_joined
 from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.model.compile import failed_to_compile
 from qwlit.model.flops import count_flops
@@ -17,20 +17,20 @@ from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import start_adapter
 from qwlit.model.shard import shard_model
 from qwlit.run.resume import Start
-from qwlit.training.loop import Loop, LoopSettings, build_loop
+from qwlit.training.callbacks import CallbackSettings, TrainerWithCallbacks, build_trainer_with_callbacks
 from qwlit.training.loss_scale import LossScale
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
 from qwlit.training.resilience.rank_consistency import RankFacts, gather_facts
 from qwlit.training.tracking.wandb_run import WandbRun
-from qwlit.training.trainer import dismiss_other_ranks, forget_other_ranks, lost_rank
+from qwlit.training.trainer import kill_started_ranks, lost_rank, stop_watching_ranks
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
 
 
-def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> Loop:
-    """Train from `start` to the end; return the loop with what its callbacks saw."""
+def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> TrainerWithCallbacks:
+    """Train from `start` to the last step; return the trainer and the callbacks with results."""
     config, folder = run.config, run.folder
     module = CausalLMModule(
         run.loss_model,
@@ -41,50 +41,50 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
         loss_scale=LossScale() if run.plan.machine.precision == "16-mixed" else None,
         seed=config.seed,
     )
-    loop = build_loop(
+    training = build_trainer_with_callbacks(
         run.plan.machine,
         run.data.steps.milestones,
         folder,
         run.data.split.train,
         count_flops(run.loss_model.causal_lm),
-        LoopSettings(
+        CallbackSettings(
             config.guard,
             config.validation,
             config.checkpoint,
             config.profile,
             traced=config.determinism != "fast",
-            facts=_facts(run),
+            rank_facts=_rank_facts(run),
         ),
         wandb_run,
     )
-    if loop.trainer.world_size != run.plan.machine.world_size:
+    if training.trainer.world_size != run.plan.machine.world_size:
         raise ConfigError(
-            f"Lightning sees {loop.trainer.world_size} processes, the settings name {run.plan.machine.world_size};"
-            " start them with torchrun or srun, or let qwlit start them"
+            f"Lightning has {training.trainer.world_size} processes, but hardware.devices x hardware.num_nodes is"
+            f" {run.plan.machine.world_size}; start them with torchrun or srun, or let qwlit start them"
         )
     try:
-        _run(loop, module, *_loaders(run, loop.trainer.global_rank, start), start)
+        _run(training, module, *_loaders(run, training.trainer.global_rank, start), start)
     except torch.OutOfMemoryError:
-        raise out_of_memory(loop.trainer, module, config.hardware, run.plan.machine) from None
+        raise out_of_memory(training.trainer, module, config.hardware, run.plan.machine) from None
     except Exception as error:
         if not failed_to_compile(error):
             raise
         reason = str(error).strip().splitlines()[0]
         raise QwlitError(f"a decoder layer cannot be compiled ({reason}); set hardware.compile=false") from error
     finally:
-        folder.write_summary(**loop.figures())
-    return loop
+        folder.write_summary(**training.figures())
+    return training
 
 
-def _facts(run: "TrainingRun") -> RankFacts:
-    """Return what must be the same on all ranks; nothing where there is one."""
+def _rank_facts(run: "TrainingRun") -> RankFacts:
+    """Return what must be the same on all ranks; an empty dict where there is one rank."""
     if run.plan.machine.world_size == 1:
         return {}
     return gather_facts(str(mathematics(run.config)), run.data.split.fingerprint)
 
 
 def _loaders(run: "TrainingRun", rank: int, start: Start) -> tuple[Any, Any]:
-    """Return the steps from `start` on, and the validation set; None where it is never looked at."""
+    """Return the loaders of the steps after `start` and of the validation set; None where no step validates."""
     steps = train_loader(
         StepDataset(run.data.split.train, run.data.steps.step_plan, rank, run.data.pad_id),
         start_step=start.step,
@@ -106,33 +106,37 @@ def _loaders(run: "TrainingRun", rank: int, start: Start) -> tuple[Any, Any]:
 
 
 def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
-    """Shard the model, and only then read or draw the weights: no rank ever holds more of them than its own rows."""
+    """Shard the model and fill in its weights; no rank ever holds more than its own shard slices.
+
+    The order matters: the model is on the meta device until `shard_model` has split it, then each rank reads or draws
+    its slices. The adapter comes last: DoRA starts from the base weights, and merging an adapter changes them.
+    """
     shard_model(run.loss_model, mesh, bf16=run.plan.machine.precision == "bf16-mixed")
     fill_causal_lm(run.loss_model.causal_lm, run.config.model, seed=run.config.seed)
     start_adapter(run.loss_model.causal_lm, run.config.model)
 
 
-def _run(loop: Loop, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:
-    """Run the trainer, and leave the process group once all ranks have ended."""
-    if loop.trainer.world_size > 1:
-        meet_others()
+def _run(training: TrainerWithCallbacks, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:
+    """Run the trainer. If it fails, end the ranks that this process started; else leave the process group."""
+    if training.trainer.world_size > 1:
+        mark_process_group_joined()
     try:
-        loop.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
+        training.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
     except SystemExit as end:
-        # Lightning turns a Ctrl-C outside the step loop (while starting, or the second one) into an exit code of 1.
+        # Outside the steps, and at the second Ctrl-C, Lightning turns KeyboardInterrupt into SystemExit(1).
         if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     except QwlitError:
-        dismiss_other_ranks(loop.trainer)
+        kill_started_ranks(training.trainer)
         raise
     except RuntimeError as error:
-        lost = lost_rank(loop.trainer, error)
+        lost = lost_rank(training.trainer, error)
         if lost is None:
             raise
-        dismiss_other_ranks(loop.trainer)
+        kill_started_ranks(training.trainer)
         raise lost from None
-    forget_other_ranks(loop.trainer)
+    stop_watching_ranks(training.trainer)
     if dist.is_initialized():
-        # Left to the interpreter's end, gloo's threads can abort the process.
+        # If the group lives until the interpreter's shutdown, gloo's threads can abort the process.
         dist.destroy_process_group()

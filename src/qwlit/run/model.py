@@ -1,11 +1,11 @@
-"""The model of a planned run, with its weights."""
+"""Load the model of a planned run."""
 
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.planning.run_plan import RunPlan
 
 
 def load_model(plan: RunPlan, *, leave_empty: bool = False) -> LossModel:
-    """Load or make the weights, with adapter, dropout and attention as set; `leave_empty` to fill them when sharded."""
+    """Build the model with adapter, dropout and attention, and its weights; `leave_empty`: fill them after sharding."""
     config = plan.config
     return build_loss_model(
         config.model,

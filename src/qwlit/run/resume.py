@@ -1,4 +1,4 @@
-"""Whether a run of this name starts, goes on, or is refused."""
+"""Decide whether the run starts at step 0, resumes, or is refused."""
 
 import json
 import shutil
@@ -8,68 +8,76 @@ from typing import Any, Literal
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.slurm import job_id
-from qwlit.training.checkpointing.checkpoint import clear_leftovers, damage, list_checkpoints, step_of
+from qwlit.training.checkpointing.checkpoint import (
+    find_damage,
+    list_checkpoints,
+    remove_unfinished_checkpoints,
+    step_of,
+)
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where the run begins."""
+    """Where the run starts: at a checkpoint, or at step 0."""
 
     checkpoint: Path | None
-    set_aside: Path | None = None
+    renamed_to: Path | None = None
+    """The new name of an unfinished run that this one replaces."""
     damaged: tuple[str, ...] = ()
-    """What was wrong with newer checkpoints."""
+    """What is wrong with newer checkpoints."""
 
     @property
     def step(self) -> int:
         return step_of(self.checkpoint) if self.checkpoint else 0
 
 
-def refuse_taken(folder: RunFolder, *, overwrite: bool) -> None:
-    """Raise ConfigError when the place holds something else, or a finished run that nothing said to overwrite."""
+def refuse_occupied_folder(folder: RunFolder, *, overwrite: bool) -> None:
+    """Refuse a path that another program uses, or a finished run.
+
+    Raises:
+        ConfigError: the path holds something that is no run, or a finished run without `overwrite`.
+    """
     path = folder.path
-    if path.exists() and not folder.holds_run and not (path.is_dir() and _is_bare(folder)):
-        raise ConfigError(f"{path} exists and is no run; move it away, or set another run.name")
+    if path.exists() and not folder.holds_run and not (path.is_dir() and _is_empty(folder)):
+        raise ConfigError(f"{path} exists and is not a run; move it away, or set another run.name")
     if folder.status == FINISHED and not overwrite:
-        raise ConfigError(
-            f"{folder.path} is finished; train under another name with run.name=…, or again with run.overwrite=true"
-        )
+        raise ConfigError(f"{folder.path} is finished; set another run.name=…, or run.overwrite=true to train it again")
 
 
-def _is_bare(folder: RunFolder) -> bool:
-    """Whether the folder is empty, or as a kill -9 leaves it at the very beginning."""
+def _is_empty(folder: RunFolder) -> bool:
+    """Whether the folder is empty, or holds only the empty checkpoints folder that an early kill -9 leaves."""
     inside = [*folder.path.iterdir(), *(folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else [])]
     return inside in ([], [folder.checkpoints])
 
 
-def claim(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: bool) -> Start:
-    """Make the folder ready: anew, or at the newest good checkpoint of an unfinished run. For rank 0.
+def prepare_folder(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: bool) -> Start:
+    """Create the run folder, or find the newest good checkpoint of an unfinished run in it. For rank 0.
 
     Raises:
-        ConfigError: there are checkpoints, and none of them is good.
+        ConfigError: the run has checkpoints, and all of them are damaged.
     """
     aside = None
     if folder.holds_run:
         if overwrite:
             folder.delete()
         elif resume == "never":
-            aside = folder.set_aside()
+            aside = folder.rename_aside()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     folder.write_summary(status="running", job=job_id())
-    clear_leftovers(folder)
-    damaged = _walk_back(folder)
-    return Start(checkpoint=newest(folder), set_aside=aside, damaged=damaged)
+    remove_unfinished_checkpoints(folder)
+    damaged = _rename_damaged(folder)
+    return Start(checkpoint=newest(folder), renamed_to=aside, damaged=damaged)
 
 
-def _walk_back(folder: RunFolder) -> tuple[str, ...]:
-    """Put damaged checkpoints aside, the newest first, until one is good; return what was found.
+def _rename_damaged(folder: RunFolder) -> tuple[str, ...]:
+    """Rename damaged checkpoints, the newest first, until one is good; return what is wrong with each.
 
-    A flipped bit loads without a word in every format; only the checksum knows.
+    Every file format loads a flipped bit without an error; only the checksum detects it.
     """
     found: list[str] = []
     while checkpoint := newest(folder):
-        reason = damage(checkpoint)
+        reason = find_damage(checkpoint)
         if reason is None:
             return tuple(found)
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
@@ -79,51 +87,51 @@ def _walk_back(folder: RunFolder) -> tuple[str, ...]:
     if found:
         raise ConfigError(
             f"{folder.path} has no good checkpoint left: {'; '.join(found)}."
-            " Start anew with resume=never or run.overwrite=true"
+            " Start again with resume=never or run.overwrite=true"
         )
     return ()
 
 
 def newest(folder: RunFolder) -> Path | None:
-    """Return the newest whole checkpoint."""
+    """Return the newest complete checkpoint; None where there is none."""
     checkpoints = list_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
 
 
 def refuse_other_mathematics(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Compare the settings that shape what is computed, as dotted key → value.
+    """Compare the settings that decide what is computed, as dotted key → value.
 
     Raises:
-        ConfigError: naming up to three that differ, with both values.
+        ConfigError: settings differ; it names up to three of them with both values.
     """
     changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     if changed:
         named = ", ".join(f"{key} was {before.get(key)}, now {after.get(key)}" for key in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
-            f"this run began with other settings: {named}{more}."
-            " Go on with the old ones, or start anew with run.name=… or run.overwrite=true"
+            f"this run started with other settings: {named}{more}."
+            " Use the old values to resume, or start again with run.name=… or run.overwrite=true"
         )
 
 
 def refuse_other_content(folder: RunFolder, *, data: str, base: str | None) -> None:
-    """Refuse to go on with data, a tokenizer or a base model of other content.
+    """Refuse to resume where data, tokenizer or base model have changed.
 
     Args:
-        data, base: their fingerprints now.
+        data, base: the fingerprints of what this launch would use.
 
     Raises:
-        ConfigError: naming which of them changed.
+        ConfigError: one of them has changed, or manifest.json cannot be read.
     """
     manifest = folder.path / "manifest.json"
     try:
         earlier = json.loads(manifest.read_text(encoding="utf-8"))
         pairs = (("the data or the tokenizer", earlier["data"], data), ("the base model", earlier["base"], base))
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{manifest} cannot be read; start anew with run.name=… or run.overwrite=true") from None
+        raise ConfigError(f"{manifest} cannot be read; start again with run.name=… or run.overwrite=true") from None
     for what, before, now in pairs:
         if before != now:
             raise ConfigError(
-                f"{what} changed since {folder.path} began (fingerprint {before}, now {now});"
-                " bring the old one back, or start anew with run.name=… or run.overwrite=true"
+                f"{what} changed since {folder.path} started (fingerprint {before}, now {now});"
+                " restore the old content to resume, or start again with run.name=… or run.overwrite=true"
             )

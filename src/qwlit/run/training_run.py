@@ -1,4 +1,4 @@
-"""One training, from its settings to its summary."""
+"""Train: from the settings to the summary. `train` and `TrainingRun.execute` read from top to bottom."""
 
 import signal
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from qwlit.core.files import resolve_path
 from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
 from qwlit.core.slurm import torchrun_warning
 from qwlit.planning.run_plan import RunPlan, build_plan
-from qwlit.run.begin import begin, recorded
-from qwlit.run.finish import finish, show
+from qwlit.run.begin import begin, recording_status
+from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
-from qwlit.run.logged import logged_to_wandb, send_rest
 from qwlit.run.model import load_model
-from qwlit.run.resume import Start, newest, refuse_taken
+from qwlit.run.resume import Start, newest, refuse_occupied_folder
+from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.resilience.requeue_limit import counting_requeues
@@ -27,46 +27,50 @@ from qwlit.training.tracking.wandb_access import check_logger
 
 
 def train(composed: Composed) -> None:
-    """Train as the settings say: from the start, or from where an unfinished run of this name stopped.
+    """Train from the start, or resume an unfinished run of this name.
 
     Raises:
         QwlitError: see its subclasses in `core.errors`; each has the exit code that scripts rely on.
     """
     if under_agent() and is_rank_zero():
-        # Without its agent the trial would train for nobody, on a GPU that the next agent counts on.
+        # A trial whose agent was killed must end: the next agent uses the same GPU.
         die_with_parent(number=signal.SIGINT)
-    # Before CUDA starts, which reads its environment once.
+    # Before CUDA starts: CUDA reads the environment only once.
     prepare_determinism(composed.config.determinism)
     folder = RunFolder(resolve_path(composed.config.run.root) / str(composed.config.run.name))
-    is_requeued = folder.is_this_jobs
+    # Read this before rank 0 locks the folder and writes its own job into the summary.
+    is_requeued = folder.belongs_to_this_job
     if is_requeued:
-        composed = resuming(composed)
+        composed = resume_requeued(composed)
     is_done = is_requeued and folder.status == FINISHED
     if is_done and not is_rank_zero():
         return
-    with _held(folder, composed) as lock:
+    with _locked(folder, composed) as lock:
+        # Before the plan, which tokenizes the data and loads the model: a refusal must not come after hours of work.
         if is_rank_zero() and _nothing_to_do(folder, composed, is_done=is_done):
             return
+        # The other ranks waited for the lock, so they read the data that rank 0 has prepared.
         TrainingRun(build_plan(composed, console()), folder).execute(lock)
 
 
-def resuming(composed: Composed) -> Composed:
-    """A requeued job resumes: ignore `overwrite` and `resume`, which were typed for its first launch."""
+def resume_requeued(composed: Composed) -> Composed:
+    """A requeued job resumes: ignore `overwrite` and `resume` from the first launch."""
     run = replace(composed.config.run, overwrite=False)
     return replace(composed, config=replace(composed.config, run=run, resume="auto"))
 
 
 @contextmanager
-def _held(folder: RunFolder, composed: Composed) -> Iterator[RunLock]:
-    """Hold the run folder's lock, answer signals, and count requeues without progress while the block runs."""
+def _locked(folder: RunFolder, composed: Composed) -> Iterator[RunLock]:
+    """While the block runs, hold the run folder's lock, handle signals, and count requeues without progress."""
     limit = composed.config.slurm.max_requeues_in_place
     counting = counting_requeues(folder, lambda: Start(newest(folder)).step, limit)
+    # A signal raises Preempted out of the lock, and only then `counting` may refuse another requeue.
     with counting, answering_signals(), RunLock(folder) as lock:
         yield lock
 
 
 def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> bool:
-    """On rank 0: send what W&B did not get of a finished run, refuse a folder that is taken, check the logger.
+    """Return whether the run is finished, after sending W&B what it lacks of it; else check folder and logger. Rank 0.
 
     Raises:
         ConfigError: the folder holds something else or a finished run, or the logger cannot be used.
@@ -74,9 +78,9 @@ def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> b
     config = composed.config
     if is_done:
         console().print(f"{escape(str(folder.path))} is done")
-    if send_rest(config, folder) or is_done:
+    if send_missing_to_wandb(config, folder) or is_done:
         return True
-    refuse_taken(folder, overwrite=config.run.overwrite)
+    refuse_occupied_folder(folder, overwrite=config.run.overwrite)
     check_logger(config.logger)
     if warning := torchrun_warning():
         console().print(f"[yellow]note[/] {warning}")
@@ -84,24 +88,25 @@ def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> b
 
 
 class TrainingRun:
-    """A planned run, its folder, and the model that is trained."""
+    """A planned run, its folder and its model."""
 
     def __init__(self, plan: RunPlan, folder: RunFolder) -> None:
-        assert plan.data is not None, "only a preview leaves the data out"
+        assert plan.data is not None, "only a preview has no data"
         self.plan, self.folder = plan, folder
         self.config, self.data = plan.config, plan.data
-        # FSDP2 fills in the weights once the model is sharded, so that no rank ever holds all of them.
+        # Under FSDP2 `fit` fills in the weights after sharding, so that no rank ever holds all of them.
         self.loss_model = load_model(plan, leave_empty=plan.machine.strategy == "fsdp")
 
     def execute(self, lock: RunLock) -> None:
-        """Start or resume, fit, export and summarize."""
+        """Start or resume, fit, export and print the summary."""
         start = begin(self)
-        lock.announce()
-        # Around `recorded`: W&B gets the summary that says how the run ended.
-        with logged_to_wandb(self.config, self.folder) as wandb_run, recorded(self.folder):
+        # Rank 0 has written all files that the other ranks read; processes that Lightning starts need not wait.
+        lock.announce_ready()
+        # `recording_status` is the inner block: it writes the status, then W&B gets the summary with the status.
+        with logged_to_wandb(self.config, self.folder) as wandb_run, recording_status(self.folder):
             if wandb_run:
                 wandb_run.open(continues=start.checkpoint is not None)
-            loop = fit(self, start, wandb_run)
-            records = finish(self, loop) if is_rank_zero() else []
-        # Only now: the screen may be gone, and the run is not less done for it.
-        show(loop, records, self.folder)
+            training = fit(self, start, wandb_run)
+            records = finish(self, training) if is_rank_zero() else []
+        # Print last, when the run is recorded as done: printing fails where the terminal has gone.
+        print_summary(training, records, self.folder)

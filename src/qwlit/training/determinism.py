@@ -1,7 +1,7 @@
-"""Same answer twice: what must be set before the first kernel runs.
+"""Deterministic training: what must be set before the first kernel runs.
 
-fast: nothing is forced. reproducible: same machine, same numbers, with fast kernels where they are deterministic.
-strict: also float32 and eager attention (chosen in `machine`).
+fast: sets nothing. reproducible: the same machine gives the same numbers, with fast kernels where they are
+deterministic. strict: also float32 and eager attention (`machine` chooses them).
 """
 
 import os
@@ -13,13 +13,13 @@ from qwlit.training.config import Determinism
 
 
 def prepare_determinism(mode: Determinism) -> None:
-    """Set the environment before CUDA starts, and torch's switches."""
+    """Set environment variables, which CUDA reads when it starts, and torch's settings."""
     if mode == "fast":
         return
     # Fixed workspaces make cuBLAS pick the same algorithm each time:
     # https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # One ring in one order: the sum over ranks is then always taken the same way.
+    # One algorithm, so that NCCL always adds the ranks in the same order.
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -29,6 +29,6 @@ def prepare_determinism(mode: Determinism) -> None:
 
 
 def seed_micro_batch(seed: int, step: int, rank: int, micro: int) -> None:
-    """Seed torch's generators for one forward pass, so that dropout needs no stored state to resume."""
-    words = np.random.SeedSequence([seed, step, rank, micro]).generate_state(2, dtype=np.uint32)
-    torch.manual_seed((int(words[0]) << 32) | int(words[1]))
+    """Seed torch's generators for one forward pass, so that no checkpoint has to store their state for dropout."""
+    high, low = np.random.SeedSequence([seed, step, rank, micro]).generate_state(2, dtype=np.uint32)
+    torch.manual_seed((int(high) << 32) | int(low))

@@ -1,8 +1,8 @@
-"""Loss scaling for float16, whose smallest gradients would round to zero.
+"""Loss scaling for float16, in which small gradients would round to zero.
 
-The loss is multiplied by a large power of two, and the optimizer divides it out again inside its one pass. Where a
-gradient overflows, the step is skipped and the factor halved; after many good steps it is doubled. Unlike the rest of
-the step this waits for the device: the next factor depends on what came of this one.
+The module multiplies the loss by a large power of two, and the optimizer divides the gradients by it in its own pass.
+When a gradient overflows, the step is skipped and the factor halved; after many good steps it is doubled. Unlike the
+rest of the step this waits for the device, because the next factor depends on the result of this step.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LARGEST = 2.0**24
 
 @dataclass
 class LossScale:
-    """The factor on the loss, the same on all ranks, because they all see the same gradient norm."""
+    """The factor on the loss; it is the same on all ranks, because all of them have the same gradient norm."""
 
     factor: float = INITIAL
     good_steps: int = 0
@@ -22,11 +22,11 @@ class LossScale:
 
     @property
     def explains_overflow(self) -> bool:
-        """Whether a gradient that is not finite may be the factor's doing."""
+        """Whether the factor can be the reason for a gradient that is not finite."""
         return self.factor > 1.0
 
     def update(self, *, overflow: bool) -> None:
-        """Take in what came of a step."""
+        """Halve the factor after an overflow; double it after `GROWTH_STEPS` steps without one."""
         if overflow:
             self.factor, self.good_steps = max(1.0, self.factor / 2), 0
         elif self.good_steps + 1 >= GROWTH_STEPS:

@@ -1,4 +1,4 @@
-"""From a hardware profile to what this machine will really use; what it lacks is said in one line."""
+"""Resolve a hardware profile: replace every "auto" by what this machine has; refuse what the machine lacks."""
 
 import os
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from qwlit.training.config import Determinism, HardwareConfig
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware settings with every "auto" answered; strategy and memory by what fits (`config/memory.py`)."""
+    """The hardware settings without "auto"; `planning` sets strategy and activation checkpointing to what fits."""
 
     accelerator: Literal["cpu", "cuda"]
     device_name: str
@@ -26,15 +26,15 @@ class Machine:
     strategy: Literal["single", "ddp", "fsdp"]
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     has_bf16: bool
-    """Whether its devices compute in bfloat16 by themselves."""
+    """Whether its devices have native bfloat16."""
     peak_flops: float | None
-    """Dense bfloat16 peak of one device, FLOP/s; None where it is not known."""
+    """Dense bfloat16 peak of one device, FLOP/s; None where it is unknown."""
     activation_checkpointing: ActivationCheckpointing
     timeout_seconds: float
     num_workers: int
     pin_memory: bool
     device_memory: float = 0.0
-    """Bytes of one device; 0 where it is not known."""
+    """Memory of one device, bytes; 0 where it is unknown."""
 
     @property
     def world_size(self) -> int:
@@ -42,40 +42,44 @@ class Machine:
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """What frozen weights are kept in: they need no float32 copy to be trained."""
+        """The dtype of frozen weights, which need no float32 copy."""
         return torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What matrix products are computed in."""
+        """The dtype of matrix products."""
         return {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[self.precision]
 
 
 def resolve_machine(
     config: HardwareConfig, determinism: Determinism, *, profile: str, imagined: bool = False
 ) -> Machine:
-    """Answer every "auto" from what is here, but for strategy and memory, which depend on the model.
+    """Replace every "auto" by what this machine has, except strategy and memory, which depend on the model.
 
     Args:
         profile: the hardware profile's name, for the message.
-        imagined: take the profile's word for what there is, and for how processes are started.
+        imagined: assume the devices that the profile names, and do not check how the processes were launched.
 
     Raises:
-        ConfigError: the machine lacks what the profile asks for, or settings exclude each other.
+        ConfigError: the machine lacks what the profile requires, or settings exclude each other.
     """
     here = _imagine(config) if imagined and config.accelerator == "cuda" else detect_devices()
     accelerator = _accelerator(config, here, profile)
     devices = config.devices if config.devices != "auto" else (here.num_cuda if accelerator == "cuda" else 1)
     if accelerator == "cuda" and (devices > here.num_cuda or _too_small(config, here)):
-        raise ConfigError(f"hardware={profile} needs {_needed(config)} a node, here: {_seen(here)}. {_REMEDY}")
+        raise ConfigError(
+            f"hardware={profile} needs {_needed(config)} per node, but this machine has {_seen(here)}. {_REMEDY}"
+        )
     world_size = devices * config.num_nodes
     if not imagined:
         _check_launcher(devices, config.num_nodes)
     precision = _precision(config, accelerator, here, determinism)
     if config.strategy == "single" and world_size > 1:
-        raise ConfigError(f"hardware.strategy=single is one process, but {world_size} devices are set; use ddp or auto")
+        raise ConfigError(
+            f"hardware.strategy=single is for one process, but {world_size} devices are set; use ddp or auto"
+        )
     if config.strategy == "fsdp" and world_size == 1:
-        raise ConfigError("hardware.strategy=fsdp shards over several devices, but one is set; use auto")
+        raise ConfigError("hardware.strategy=fsdp shards over several devices, but one device is set; use auto")
     if config.strategy == "fsdp" and precision == "16-mixed":
         raise ConfigError(
             "hardware.strategy=fsdp has no loss scale for 16-mixed; set hardware.precision=bf16-mixed or 32-true"
@@ -95,38 +99,38 @@ def resolve_machine(
         timeout_seconds=config.timeout_seconds,
         num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,
         pin_memory=accelerator == "cuda" if config.pin_memory == "auto" else config.pin_memory,
-        # Processes on CPU share the host's.
+        # Processes on CPU share the host's memory.
         device_memory=here.memory_gb * 1e9 / (devices if accelerator == "cpu" else 1),
     )
 
 
-# Cards report about 1.06 times the GB they are sold with (an A100 of 40: 42.3e9 bytes), with ECC on up to 6 % less.
+# GPUs report about 1.06 times their nominal GB (an A100 of 40 GB: 42.3e9 bytes); with ECC on, up to 6 % less.
 REPORTED_SHARE, USABLE_SHARE = 1.06, 0.93
 
 
 def _imagine(config: HardwareConfig) -> Devices:
-    """Return the devices that a profile names. Without a name nothing is known of their speed or memory."""
+    """Return the devices that a profile names; without a name their speed and memory are unknown."""
     count = 1 if config.devices == "auto" else config.devices
     return Devices(count, config.gpu or "CUDA device", True, (config.gpu_memory_gb or 0) * REPORTED_SHARE)
 
 
-_REMEDY = "Use hardware=auto for what is here, or start with experiment=demo"
+_REMEDY = "Use hardware=auto for this machine, or start with experiment=demo"
 
 
 def _check_launcher(devices: int, num_nodes: int) -> None:
-    """Refuse a launch whose processes are not the ranks that the settings name: each would train something else."""
+    """Refuse a launch with another number of processes than the settings name: ranks would train different things."""
     world_size, launched = devices * num_nodes, launched_world_size()
     if launched is not None and launched != world_size:
         raise ConfigError(
             f"{launched} processes were launched, but hardware.devices={devices} x hardware.num_nodes={num_nodes}"
-            f" is {world_size}; make them agree"
+            f" is {world_size}; launch {world_size} processes or change these settings"
         )
     if launched is None and num_nodes > 1 and "MASTER_ADDR" not in os.environ:
-        raise ConfigError(f"hardware.num_nodes={num_nodes}: start one process a device with torchrun or srun")
+        raise ConfigError(f"hardware.num_nodes={num_nodes}: start one process per device with torchrun or srun")
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     if launched_by_srun() and tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        # Slurm could lay them out in any way.
-        raise ConfigError(f"{tasks} tasks were asked for by --ntasks alone; say --ntasks-per-node={devices} instead")
+        # With --ntasks alone Slurm may put any number of tasks on a node.
+        raise ConfigError(f"--ntasks={tasks} does not say how many tasks a node has; use --ntasks-per-node={devices}")
     if launched is None and tasks > 1 and not under_agent():
         raise ConfigError(f"this Slurm job has {tasks} tasks, but only one process was started; start it with srun")
 
@@ -148,7 +152,7 @@ def _accelerator(config: HardwareConfig, here: Devices, profile: str) -> Literal
     if config.accelerator == "auto":
         return "cuda" if here.num_cuda else "cpu"
     if config.accelerator == "cuda" and not here.num_cuda:
-        raise ConfigError(f"hardware={profile} needs {_needed(config)}, here: none. {_REMEDY}")
+        raise ConfigError(f"hardware={profile} needs {_needed(config)}, but this machine has none. {_REMEDY}")
     return config.accelerator
 
 
@@ -176,15 +180,15 @@ def _precision(
 def resolve_attention(
     asked: str, *, machine: Machine, determinism: Determinism, attention_dropout: float
 ) -> AttentionKernel:
-    """Choose the attention implementation. varlen is CUDA only, wants bf16, and has no dropout.
+    """Choose the attention kernel. varlen needs CUDA and bf16, and has no dropout.
 
     Raises:
-        ConfigError: the implementation asked for cannot do what the other settings need.
+        ConfigError: model.attention does not work with the other settings.
     """
     varlen_fits = machine.accelerator == "cuda" and machine.precision == "bf16-mixed" and attention_dropout == 0
     if determinism == "strict":
         if asked not in ("auto", "eager"):
-            raise ConfigError(f"determinism=strict computes attention eagerly, but model.attention={asked}; use auto")
+            raise ConfigError(f"determinism=strict needs eager attention, but model.attention={asked}; use auto")
         return "eager"
     if asked == "varlen" and not varlen_fits:
         raise ConfigError(
@@ -198,17 +202,17 @@ def resolve_attention(
 def resolve_compile(
     asked: bool | Literal["auto"], machine: Machine, obstacle: str | None, *, imagined: bool = False
 ) -> tuple[bool, str | None]:
-    """Decide whether decoder layers are compiled; "auto" does so on CUDA.
+    """Decide whether to compile the decoder layers; "auto" compiles on CUDA.
 
     Args:
-        obstacle: the setting that stands against it.
-        imagined: ask for no compiler here.
+        obstacle: the setting that prevents compiling.
+        imagined: do not look for a compiler on this machine.
 
     Returns:
-        The decision, and what has prevented it.
+        The decision, and the reason where something prevents compiling.
 
     Raises:
-        ConfigError: it is asked for, and something stands against it.
+        ConfigError: hardware.compile=true, but something prevents it.
     """
     wanted = machine.accelerator == "cuda" if asked == "auto" else asked
     if not wanted:
@@ -220,8 +224,8 @@ def resolve_compile(
 
 
 def _missing_compiler(machine: Machine) -> str | None:
-    """Return what torch needs and this machine lacks."""
-    # CUDA's kernels are Triton's, which compiles its launchers in C; the CPU's are C++.
+    """Return what torch.compile needs and this machine lacks; None where nothing is missing."""
+    # On CUDA, Triton needs a C compiler for its launchers; on CPU, torch generates C++.
     language, variable, names = ("C", "CC", ("cc", "gcc", "clang"))
     if machine.accelerator == "cpu":
         language, variable, names = ("C++", "CXX", ("c++", "g++", "clang++"))

@@ -1,7 +1,8 @@
 """The LightningModule: one Lightning batch is one optimizer step.
 
-Manual optimization, so that a step is a sum over its micro-batches divided once by the step's global count of
-supervised tokens: any layout over micro-batches and ranks gives the same gradient to rounding.
+It uses manual optimization. The loss of a step is the sum over all its micro-batches, divided once by the step's
+number of supervised tokens on all ranks. So every split into micro-batches and ranks gives the same gradient, up to
+rounding.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from qwlit.training.loss_scale import LossScale
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one step did, left on the device so that nothing waits for it."""
+    """The results of one step, on the device, so that the host does not wait for them."""
 
     loss_sum: Tensor
     """float32 scalar: sum over this rank's supervised tokens, nats."""
@@ -38,9 +39,9 @@ class StepOutcome:
     skipped: Tensor
     """float32 scalar: 1.0 where the optimizer skipped the step."""
     nonfinite: Tensor
-    """float32 scalar: 1.0 where it did so for a loss or gradient that no loss scale explains."""
+    """float32 scalar: 1.0 where loss or gradient was not finite and float16's loss scale was not the cause."""
     lr: float
-    """Of parameters without a rule of their own."""
+    """Learning rate of parameters without a rule of their own."""
 
 
 @dataclass
@@ -59,7 +60,7 @@ class ValidationSums:
 
 
 class CausalLMModule(lightning.LightningModule):
-    """Trains a LossModel by the step plan's batches."""
+    """Trains a LossModel with the batches of the step plan."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class CausalLMModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        # Only what is trained is saved: frozen weights come back from where they came.
+        # Checkpoints hold only trained weights; a resumed run loads frozen weights from the model folder again.
         self.strict_loading = False
         self.loss_model = loss_model
         self._optim = optim
@@ -87,8 +88,9 @@ class CausalLMModule(lightning.LightningModule):
         self.validation: ValidationSums
 
     def configure_model(self) -> None:
-        """Shard the model where the strategy is to; called once, when all ranks have met."""
+        """Shard the model under FSDP2. Lightning calls this once the process group exists, before the optimizer."""
         if self._shard is not None:
+            # The optimizer must get the sharded parameters, and Lightning may call this hook again.
             self._shard(self.device_mesh["data_parallel"])
             self._shard = None
 
@@ -102,12 +104,15 @@ class CausalLMModule(lightning.LightningModule):
         set_learning_rate(optimizer.optimizer, lr_multiplier)
         loss_sum = torch.zeros((), device=self.device)
         last = len(batch.micro_batches) - 1
+        # Every rank has the same number of micro-batches, so the collectives of forward and backward match.
         for number, micro in enumerate(batch.micro_batches):
             seed_micro_batch(self._seed, batch.step, self.global_rank, number)
             with self._gradient_sync(number == last):
                 loss_sum += self._backward(micro, batch.num_supervised_tokens)
         gradients = [p.grad for p in self.loss_model.parameters() if p.grad is not None]
         scale = self.loss_scale.factor if self.loss_scale else 1.0
+        # After the last backward pass every rank has the reduced gradients (FSDP2: its slices; full_tensor sums them),
+        # so every rank has the same norm and clips or skips alike. Nothing up to zero_grad waits for the device.
         grad_norm = full_tensor(nn.utils.get_total_norm(gradients, foreach=True)) / scale
         skipped = set_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm, scale)
         optimizer.step()
@@ -116,13 +121,15 @@ class CausalLMModule(lightning.LightningModule):
         self.outcome = StepOutcome(loss_sum, grad_norm, skipped, nonfinite, self._optim.lr * lr_multiplier)
 
     def _rescale(self, skipped: Tensor, loss_sum: Tensor) -> Tensor:
-        """Let the loss scale follow what came of the step; return whether anything else than it is at fault."""
+        """Update float16's loss scale after a step; return 1.0 where the loss scale does not explain the skip."""
         assert self.loss_scale is not None
         explained = self.loss_scale.explains_overflow
         self.loss_scale.update(overflow=bool(skipped))
         if not explained:
             return skipped
+        # The loss is computed before scaling: where it is not finite, a smaller scale does not help.
         nonfinite = (~torch.isfinite(loss_sum)).float()
+        # All ranks have the same loss scale, so all of them reach this collective.
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(nonfinite, torch.distributed.ReduceOp.MAX)
         return nonfinite
@@ -130,15 +137,15 @@ class CausalLMModule(lightning.LightningModule):
     def _backward(self, micro: MicroBatch, num_supervised_tokens: int) -> Tensor:
         """Accumulate this micro-batch's share of the step's gradient; return its loss sum."""
         loss_sum: Tensor = self.loss_model(micro).loss_sum
-        # DDP averages over ranks, hence the world size. A loss that is not finite makes the factor NaN, and with it
-        # every gradient on every rank, so that all of them see the same norm and skip together.
+        # DDP and FSDP2 average over ranks, so multiply by the world size. A loss that is not finite makes the factor
+        # NaN, and then every gradient on every rank is NaN: all ranks see the same norm and skip the step together.
         scale = self.loss_scale.factor if self.loss_scale else 1.0
         factor = scale * self.trainer.world_size / num_supervised_tokens + 0.0 * loss_sum.detach()
         self.manual_backward(loss_sum * factor)
         return loss_sum.detach()
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Let ranks exchange gradients in the last micro-batch only."""
+        """Under DDP, reduce the gradients over ranks only in the last micro-batch. FSDP2 reduces in each of them."""
         wrapper = self.trainer.model
         if enabled or not isinstance(wrapper, DistributedDataParallel):
             return nullcontext()
@@ -155,8 +162,10 @@ class CausalLMModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if isinstance(self.loss_model, FSDPModule):
-            # No backward pass follows that would do it, and what is saved next are the rows of each rank.
+            # FSDP2 keeps the root's weights whole after a forward pass until the backward pass, which validation does
+            # not have. A checkpoint may follow, and it must save shard slices.
             self.loss_model.reshard()
+        # Every rank ends its validation here, also a rank with fewer micro-batches.
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(self.validation.sums)
         self.log("val/loss", self.validation.loss)
@@ -171,7 +180,7 @@ class CausalLMModule(lightning.LightningModule):
             checkpoint["loss_scale"] = asdict(self.loss_scale)
 
     def trained_parameters(self) -> dict[str, Tensor]:
-        """Return what training changes, under the module's own names; tied weights stand once."""
+        """Return the trained parameters by the module's own names; tied weights occur once."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What to say and to leave behind when a device's memory does not suffice."""
+"""The error for a device that runs out of memory: what holds the memory, and what to change."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,26 +17,26 @@ SNAPSHOT = "memory_snapshot-rank{rank}.pickle"
 
 
 def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig, machine: Machine) -> ConfigError:
-    """Return the error that says what holds the memory and what to change, in the order in which to try.
+    """Return the error that says what holds the memory and which overrides to try, in order.
 
-    On CUDA what the allocator holds is written beside the checkpoints, for pytorch.org/memory_viz.
+    On CUDA it also writes a snapshot of the allocator into the run folder, for pytorch.org/memory_viz.
     """
     held = _holders(module, trainer.optimizers)
     total = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else sum(held.values())
     held["activations and buffers"] = max(0, total - sum(held.values()))
     largest = sorted(held.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in largest)
-    tries = " · ".join(remedies(hardware, machine)) or "recipe=lora, or a larger device"
+    overrides = " · ".join(remedies(hardware, machine)) or "recipe=lora, or a larger device"
     file = Path(trainer.default_root_dir) / SNAPSHOT.format(rank=trainer.global_rank)
     snapshot = f" The allocator's state is in {file.name}." if _write_snapshot(file) else ""
     return ConfigError(
         f"out of memory in step {trainer.global_step + 1} on {machine.device_name}: {named}."
-        f" Try in this order: {tries}.{snapshot} The last checkpoint stays; the same command goes on from it"
+        f" Try in this order: {overrides}.{snapshot} The run then resumes from its last checkpoint"
     )
 
 
 def remedies(hardware: HardwareConfig, machine: Machine) -> list[str]:
-    """Return overrides, the order being the tuning guide's: checkpointing, smaller micro-batches, bf16."""
+    """Return overrides in the order of the tuning guide: activation checkpointing, smaller micro-batches, bf16."""
     found = [f"hardware.activation_checkpointing={level}" for level in higher_levels(machine.activation_checkpointing)]
     for name in ("micro_batch_size", "micro_batch_tokens"):
         limit = getattr(hardware, name)
@@ -60,7 +60,7 @@ def _holders(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> 
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Return what this rank holds of the tensors."""
+    """Return the bytes of the tensors, or of this rank's shard slices of them."""
     return sum(local(t).numel() * t.element_size() for t in tensors)
 
 

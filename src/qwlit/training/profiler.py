@@ -1,4 +1,4 @@
-"""`profile.steps=[first,last]` writes a torch trace of these steps into the run folder."""
+"""`profile.steps=[first,last]`: write a torch trace of these steps into the run folder."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class ProfileSteps(Callback):
-    """Records steps first … last, counted from 1, into `profile/` as a Chrome trace."""
+    """Profiles the steps first … last, counted from 1, and writes a Chrome trace into `profile/`. On rank 0."""
 
     def __init__(self, steps: tuple[int, int], folder: Path) -> None:
         self._first, self._last = steps

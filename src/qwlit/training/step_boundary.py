@@ -1,4 +1,4 @@
-"""The step boundary: the one moment of a step at which the run may be saved or left."""
+"""The step boundary: the only point of a step at which the run may be saved or ended."""
 
 from typing import Any
 
@@ -10,18 +10,19 @@ from qwlit.training.module import CausalLMModule
 
 
 class BoundaryCallback(Callback):
-    """Calls `on_step_boundary` once a step, after the step's validation if one is due.
+    """Calls `on_step_boundary` once per step, after the step's validation where one is due.
 
-    A checkpoint written before that validation would lose its result on resume, so boundaries wait for it.
+    A resume from a checkpoint written before that validation would skip the validation.
     """
 
     def __init__(self, milestones: Milestones) -> None:
         self.milestones = milestones
 
     def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
-        """Do what is due after `step` steps have been made."""
+        """Do what is due after `step` steps."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Lightning calls this hook before the validation, so on a step with one `on_validation_end` is the boundary.
         if not self.milestones.validate(trainer.global_step):
             self.on_step_boundary(trainer, pl_module, trainer.global_step)
 
@@ -30,7 +31,7 @@ class BoundaryCallback(Callback):
 
 
 class ScheduleValidation(Callback):
-    """Points Lightning at the next step with a validation due, by its absolute number: it then survives a resume."""
+    """Tells Lightning the absolute number of the next step to validate, which stays correct after a resume."""
 
     def __init__(self, milestones: Milestones) -> None:
         self.milestones = milestones
@@ -42,7 +43,7 @@ class ScheduleValidation(Callback):
         self._aim(trainer)
 
     def _aim(self, trainer: Trainer) -> None:
-        # Past the last validation, a number no step reaches.
+        # After the last validation: a step number that the run does not reach.
         trainer.val_check_batch = (
             self.milestones.next_validation(trainer.global_step) or self.milestones.total_steps + 1
         )

@@ -1,4 +1,4 @@
-"""What the run measures: written to metrics.jsonl, kept for the summary, handed to the progress display."""
+"""Measure loss, gradient norm, throughput and memory; write metrics.jsonl and pass each record to the loggers."""
 
 import resource
 import sys
@@ -19,12 +19,13 @@ from qwlit.training.module import CausalLMModule
 from qwlit.training.tracking.run_folder import RunFolder
 
 GIB = 2**30
-Row = dict[str, float | None]
-Listener = Callable[[int, Row], None]
+Record = dict[str, float | None]
+"""A record of metrics.jsonl, without its step."""
+Listener = Callable[[int, Record], None]
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of the device; on CPU the process's peak resident set."""
+    """Return the peak memory of the device, GiB; on CPU the peak resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     # ru_maxrss is in KiB on Linux, in bytes on macOS (getrusage(2)).
@@ -33,7 +34,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Telemetry(Callback):
-    """Sums losses on the device between log points; one small reduction and copy at each of them."""
+    """Sums losses on the device; at a logged step it reduces the sum over ranks and copies it to the host."""
 
     def __init__(
         self,
@@ -43,11 +44,11 @@ class Telemetry(Callback):
         flops: Flops,
         peak_flops: float | None,
     ) -> None:
-        """`peak_flops` is that of all devices together, FLOP/s; None: no MFU."""
+        """`peak_flops`: the dense bf16 peak of all devices together, FLOP/s; None: no MFU."""
         self._milestones = milestones
         self._folder = folder
         self._listeners = listeners
-        self._reader: AsyncReadback[tuple[int, Row]] = AsyncReadback()
+        self._reader: AsyncReadback[tuple[int, Record]] = AsyncReadback()
         self._loss_sum: torch.Tensor | None = None
         self._restored_loss_sum = 0.0
         self._supervised = 0
@@ -59,7 +60,8 @@ class Telemetry(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._write(wait=True)
-        # Every rank is asked for its state, but only rank 0's is kept: it must hold the sum over all.
+        # Lightning asks every rank for its state, so the reduction below is safe. It keeps only rank 0's state, which
+        # must therefore hold the sum over all ranks.
         loss_sum = torch.zeros(()) if self._loss_sum is None else self._loss_sum.clone()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(loss_sum)
@@ -83,7 +85,7 @@ class Telemetry(Callback):
         return self._clock.overall()
 
     def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
-        # Rank 0 holds what was summed up before a resume, so that the reduction counts it once.
+        # Only rank 0 starts with the restored sum, so that the next reduction counts it once.
         start = self._restored_loss_sum if trainer.is_global_zero else 0.0
         self._loss_sum = torch.tensor(start, dtype=torch.float64, device=pl_module.device)
         self._clock.start()
@@ -111,39 +113,40 @@ class Telemetry(Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(loss_sum)
         tokens_per_second, flops_per_second = self._clock.lap()
-        row: Row = {
+        record: Record = {
             "optim/lr": module.outcome.lr,
             "throughput/tokens_per_second": tokens_per_second,
             "memory/peak_gib": peak_memory_gib(module.device),
         }
         if self._peak_flops and flops_per_second:
-            row["throughput/mfu"] = flops_per_second / self._peak_flops
+            record["throughput/mfu"] = flops_per_second / self._peak_flops
         values = torch.stack([loss_sum / self._supervised, module.outcome.grad_norm.double()])
-        self._reader.push((step, row), values)
+        # The numbers arrive later; `_write` completes the record with them.
+        self._reader.push((step, record), values)
         self._supervised = 0
 
     def _write(self, *, wait: bool) -> None:
-        for (step, row), (loss, grad_norm) in self._reader.pop(wait=wait):
-            complete = {"train/loss": loss, "optim/grad_norm": grad_norm, **row}
+        for (step, record), (loss, grad_norm) in self._reader.pop(wait=wait):
+            complete = {"train/loss": loss, "optim/grad_norm": grad_norm, **record}
             self.first_loss = loss if self.first_loss is None else self.first_loss
             self.last_loss = loss
             self._record(step, complete)
 
-    def _record(self, step: int, row: Row) -> None:
-        self._folder.append_metrics(step, **row)
+    def _record(self, step: int, record: Record) -> None:
+        self._folder.append_metrics(step, **record)
         for listener in self._listeners:
-            listener(step, row)
+            listener(step, record)
 
     def on_validation_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._clock.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         if trainer.should_stop and self._supervised:
-            # Early stopping has made this the last step.
+            # Early stopping ends the run at this step, and the last step is always logged.
             self._measure(trainer, pl_module, trainer.global_step)
         self._write(wait=True)
-        row: Row = {"val/loss": pl_module.validation.loss, "val/accuracy": pl_module.validation.accuracy}
-        self._record(trainer.global_step, row)
+        record: Record = {"val/loss": pl_module.validation.loss, "val/accuracy": pl_module.validation.accuracy}
+        self._record(trainer.global_step, record)
         self._clock.resume()
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
@@ -151,7 +154,7 @@ class Telemetry(Callback):
 
 
 class _Clock:
-    """Tokens over training time. Validation and compiling do not count, nor does the first step, which warms up."""
+    """Measures tokens per second of training, without validation, compiling, and the first step, which is slower."""
 
     def __init__(self) -> None:
         self._tokens = self._seconds = 0.0
@@ -183,7 +186,7 @@ class _Clock:
         self._lap_start += _now() - self._paused_at
 
     def lap(self) -> tuple[float | None, float | None]:
-        """Return tokens and FLOPs per second since the last lap, all ranks; None where nothing was timed yet."""
+        """Return tokens and FLOPs per second since the last call, all ranks; None where nothing was timed yet."""
         now = _now()
         seconds, tokens, flops = now - self._lap_start, self._lap_tokens, self._lap_flops
         self._tokens += tokens
@@ -196,5 +199,5 @@ class _Clock:
 
 
 def _now() -> float:
-    """Seconds on a clock that stands still while a layer is compiled."""
+    """Return seconds on a clock that stops while a layer is compiled."""
     return time.perf_counter() - compile_seconds()

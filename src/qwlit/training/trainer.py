@@ -1,4 +1,4 @@
-"""The Lightning Trainer as qwlit uses it: one epoch is the whole run, one batch is one step."""
+"""Build the Lightning Trainer, for which one epoch is the whole run and one batch is one step; detect lost ranks."""
 
 import logging
 import os
@@ -22,10 +22,10 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import launched_by_srun, launched_by_torchrun
-from qwlit.core.signals import ANSWERED
+from qwlit.core.signals import HANDLED_SIGNALS
 from qwlit.training.checkpointing.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
-from qwlit.training.resilience.hang_watchdog import VERDICT_SECONDS
+from qwlit.training.resilience.hang_watchdog import REPORT_SECONDS
 
 
 def build_trainer(
@@ -36,14 +36,14 @@ def build_trainer(
     folder: Path,
     record_failure: Callable[[], None] = lambda: None,
 ) -> Trainer:
-    """Build the Trainer; `record_failure` is called when the process must end where nothing can be raised."""
+    """Build the Trainer; a background thread calls `record_failure` before it ends the process."""
     _quieten_lightning()
     plugins: list[Any] = [] if machine.strategy == "fsdp" else [StepFolderIO()]
     if machine.precision == "16-mixed":
         plugins.append(_autocast_to_float16(machine.accelerator))
     if launched_by_srun():
-        # Lightning would save inside the signal handler; `preemption` saves at a step boundary. It would also start
-        # ranks of its own in a job that is named "interactive", as salloc's are.
+        # With auto_requeue Lightning saves inside its signal handler; `preemption` saves at a step boundary. Without
+        # this plugin Lightning would also start ranks itself in a job named "interactive", as salloc names its jobs.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     elif SLURMEnvironment.detect() and not launched_by_torchrun():
         plugins.append(LightningEnvironment())
@@ -52,13 +52,13 @@ def build_trainer(
         devices=machine.devices,
         num_nodes=machine.num_nodes,
         strategy=_strategy(machine, record_failure),
-        # The plugin for float16 stands in for the word.
+        # For float16 the plugin above sets the precision; Lightning accepts only one of the two.
         precision=None if machine.precision == "16-mixed" else machine.precision,
         max_steps=total_steps,
         callbacks=callbacks,
         plugins=plugins,
         default_root_dir=folder,
-        # Steps are validated by their absolute number (ScheduleValidation), not by a rhythm of Lightning's.
+        # ScheduleValidation validates at absolute step numbers; these two settings switch Lightning's own schedule off.
         check_val_every_n_epoch=None,
         val_check_interval=total_steps,
         num_sanity_val_steps=0,
@@ -68,16 +68,17 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # Lightning's SIGTERM handler enters a collective from wherever it was; ours are in `preemption`.
+    # Lightning's SIGTERM handler calls a collective inside the handler. `preemption` installs the handlers instead.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
 
 
 class _Launcher(_SubprocessScriptLauncher):
-    """Starts the other ranks deaf to Ctrl-C, SIGTERM and SIGUSR2 (an ignored signal stays ignored over exec).
+    """Starts the other ranks with Ctrl-C, SIGTERM and SIGUSR2 ignored (an ignored signal stays ignored over exec).
 
-    Until they train, rank 0 answers for them. Lightning's observer, which kills all when one has died, is given nothing
-    to watch: mostly a collective fails first, and says so in `lost_rank`. Where it hangs, `_watch` ends the job.
+    Until they train, rank 0 handles signals for them. Lightning's observer kills all ranks when one has ended; it gets
+    nothing to watch (`procs` is empty), so that a failing collective can report the rank first, in `lost_rank`. If the
+    collective hangs instead, `_watch` ends the job.
     """
 
     procs: list[Popen[bytes]]
@@ -88,7 +89,7 @@ class _Launcher(_SubprocessScriptLauncher):
         self.record_failure: Callable[[], None] = lambda: None
 
     def _call_children_scripts(self) -> None:
-        previous = {number: signal.signal(number, signal.SIG_IGN) for number in ANSWERED}
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in HANDLED_SIGNALS}
         try:
             super()._call_children_scripts()
         finally:
@@ -102,7 +103,7 @@ class _Launcher(_SubprocessScriptLauncher):
             child.send_signal(signum)
 
     def ends(self) -> dict[int, int]:
-        """Return how the ranks started here that did not end well have ended."""
+        """Return the exit codes of the ranks started here that failed."""
         codes = {rank: child.poll() for rank, child in enumerate(self.children, start=1)}
         return {rank: code for rank, code in codes.items() if code}
 
@@ -112,7 +113,7 @@ class _Launcher(_SubprocessScriptLauncher):
         time.sleep(GRACE_SECONDS)
         ends = self.ends()
         if not ends:
-            return  # training is over, and nobody waits for anybody
+            return  # `stop_watching_ranks` was called: the training is over
         lost = LostRank(ends)
         self.record_failure()
         print(f"qwlit: {lost}", file=sys.stderr)
@@ -132,18 +133,22 @@ class _OwnLauncher(ParallelStrategy):
 
 
 class _Replicated(_OwnLauncher, DDPStrategy):
-    """Every rank holds everything."""
+    """DDP: every rank holds all weights, gradients and moments."""
 
 
 class _Sharded(_OwnLauncher, ModelParallelStrategy):
-    """FSDP2: every rank holds some rows of everything, and writes and reads them itself."""
+    """FSDP2: every rank holds shard slices of all tensors, and writes and reads its own.
+
+    Lightning would gather the whole state dictionary on rank 0, or write torch's sharded format. These methods replace
+    both: the module adds its trained parameters, and `write_checkpoint` writes each rank's slices.
+    """
 
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # the module puts in what is trained
+        return {}  # CausalLMModule.on_save_checkpoint adds the trained parameters
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state: dict[str, Any] = optimizer.state_dict()
@@ -166,13 +171,13 @@ class _Sharded(_OwnLauncher, ModelParallelStrategy):
 
 
 def _autocast_to_float16(device: str) -> MixedPrecision:
-    """Lightning's float16 without its gradient scaler, which would hide from the step what the norm is."""
+    """Return Lightning's float16 plugin without its gradient scaler: qwlit needs the norm of the unscaled gradients."""
     precision = MixedPrecision("16-mixed", device)
     precision.scaler = None
     return precision
 
 
-# What gloo and NCCL say when the process at the other end is gone.
+# Parts of gloo's and NCCL's error messages when the process at the other end has ended.
 LOST_PEER = (
     "closed by peer",
     "reset by peer",
@@ -182,29 +187,31 @@ LOST_PEER = (
     "timed out",
 )
 LAUNCHER_SECONDS = 1.0
-# A collective whose peer is gone mostly fails at once; NCCL's may wait for its own time-out of many minutes.
+# A collective usually fails as soon as its peer has ended, but NCCL may wait for its time-out of many minutes.
 GRACE_SECONDS = 20.0
 
 
 class LostRank(QwlitError):
-    """Another rank has ended, and this one was waiting for it."""
+    """Another rank has ended, and this rank was waiting for it."""
 
     def __init__(self, ends: dict[int, int]) -> None:
         named = ", ".join(f"rank {rank} ended with {_end(code)}" for rank, code in ends.items())
-        # A rank that found the settings or the data wrong has said so itself.
-        found_fault = ConfigError.exit_code in ends.values()
-        self.exit_code = ConfigError.exit_code if found_fault else QwlitError.exit_code
-        remedy = "its own line says why" if found_fault else "the same command goes on from the newest checkpoint"
-        super().__init__(f"lost another rank: {named or 'see what the others say'}; {remedy}")
+        # A rank that found an error in the settings or the data has printed it.
+        bad_input = ConfigError.exit_code in ends.values()
+        self.exit_code = ConfigError.exit_code if bad_input else QwlitError.exit_code
+        resume = "run the same command to resume from the newest checkpoint"
+        remedy = "its own message says why" if bad_input else resume
+        super().__init__(f"lost another rank: {named or 'see the messages of the other ranks'}; {remedy}")
 
 
 def lost_rank(trainer: Trainer, error: RuntimeError) -> LostRank | None:
-    """Return what to say when a collective failed because another rank has ended, None for any other failure."""
-    if trainer.world_size == 1 or not any(words in str(error) for words in LOST_PEER):
+    """Return the error when a collective failed because another rank has ended; None for any other failure."""
+    if trainer.world_size == 1 or not any(part in str(error) for part in LOST_PEER):
         return None
-    # torchrun asks this one to leave as well, but that is not what happened.
+    # torchrun now sends SIGTERM to this rank too; it must not end as preempted.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    time.sleep(LAUNCHER_SECONDS)  # until the system knows how the process ended
+    # Wait until the operating system reports the exit code of the other rank.
+    time.sleep(LAUNCHER_SECONDS)
     launcher = trainer.strategy.launcher
     return LostRank(launcher.ends() if isinstance(launcher, _Launcher) else {})
 
@@ -213,14 +220,14 @@ def _end(code: int) -> str:
     return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "") if code < 0 else f"code {code}"
 
 
-def forget_other_ranks(trainer: Trainer) -> None:
-    """Let the ranks that this process has started end as they like: training is over."""
+def stop_watching_ranks(trainer: Trainer) -> None:
+    """Stop watching the ranks that this process has started: the training is over, and they may end."""
     if isinstance(trainer.strategy.launcher, _Launcher):
         trainer.strategy.launcher.children = []
 
 
-def dismiss_other_ranks(trainer: Trainer) -> None:
-    """End the ranks that this process has started: what they would still say is of no use."""
+def kill_started_ranks(trainer: Trainer) -> None:
+    """Kill the ranks that this process has started: the run has failed, and they would only add follow-up errors."""
     if isinstance(trainer.strategy.launcher, _Launcher):
         trainer.strategy.launcher.kill(signal.SIGKILL)
 
@@ -230,8 +237,8 @@ def _strategy(machine: Machine, record_failure: Callable[[], None]) -> Any:
         return "auto"
     group: dict[str, Any] = {
         "process_group_backend": "nccl" if machine.accelerator == "cuda" else "gloo",
-        # Who is missing, `stalls` knows and says before the group gives up.
-        "timeout": timedelta(seconds=machine.timeout_seconds + VERDICT_SECONDS),
+        # Longer than hang_watchdog's time-out, so that it can name the missing rank before the group's own error.
+        "timeout": timedelta(seconds=machine.timeout_seconds + REPORT_SECONDS),
     }
     strategy = (
         _Sharded(data_parallel_size=machine.world_size, tensor_parallel_size=1, **group)
@@ -243,12 +250,12 @@ def _strategy(machine: Machine, record_failure: Callable[[], None]) -> Any:
 
 
 def _quieten_lightning() -> None:
-    """Keep Lightning's banners and the advice that does not hold for this loop off the screen."""
-    # bitsandbytes misses an optional CPU kernel that nothing here uses.
+    """Silence Lightning's banners, and its advice that does not apply to this trainer."""
+    # bitsandbytes warns about a missing CPU kernel that qwlit does not use.
     for name in ("lightning.pytorch", "lightning.fabric", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
-        # Its successor is not in torch 2.11; the module has reduced val/loss over the ranks when it logs it.
+        # torch 2.11 does not have the replacement yet. For the next one: the module reduces val/loss before it logs it.
         ".*`broadcast_buffers` is deprecated.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*does not have many workers.*",

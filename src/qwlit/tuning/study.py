@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.files import is_held, locked
+from qwlit.core.files import is_locked, locked
 from qwlit.tuning.space import Space, grid_points
 from qwlit.tuning.sweep_file import EarlyTerminate, Sweep
 
@@ -150,7 +150,7 @@ class Study:
     def _is_owned(self, trial: FrozenTrial) -> bool:
         """Whether the process that took the trial still lives: it holds a lock as long as it does."""
         owner = trial.user_attrs.get("owner")
-        return owner is not None and self._owner_file(owner).exists() and is_held(self._owner_file(owner))
+        return owner is not None and self._owner_file(owner).exists() and is_locked(self._owner_file(owner))
 
     def _sampler(self, number: int) -> BaseSampler:
         """Draw trial `number` from the seed, its number and what is known: a restart draws the same."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwlit.core.children import start_child
 from qwlit.core.errors import Interrupted, Preempted
-from qwlit.core.files import is_held, read_json_lines
+from qwlit.core.files import is_locked, read_json_lines
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.study import Ticket
 from qwlit.tuning.sweep_file import Metric
@@ -54,7 +54,7 @@ class Tail:
 def start_training(words: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start `train` as a process of its own, which saves and leaves when this one is killed."""
     own = {key: value for key, value in os.environ.items() if not key.startswith(OF_THE_SWEEP)}
-    return start_child(["-m", "qwlit", "train", *words], log, own | environment, orphaned=signal.SIGTERM)
+    return start_child(["-m", "qwlit", "train", *words], log, own | environment, parent_death_signal=signal.SIGTERM)
 
 
 def last_words(log: Path) -> str | None:
@@ -166,7 +166,7 @@ class TrialRun:
 
     def is_free(self) -> bool:
         """Whether no other process trains here: an orphan may still be saving."""
-        return not is_held(self.run.lock_file)
+        return not is_locked(self.run.lock_file)
 
 
 def name_of(number: int) -> str:

@@ -118,7 +118,7 @@ def _start_agent(path: str, slot: dict[str, str], log: Path | None) -> subproces
     folder = Path(sys.executable).parent
     environment = os.environ | slot | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
     # Its trial saves and leaves when this process is killed. W&B's threads have ended by now.
-    return start_child([*AGENT, path], log, environment, orphaned=signal.SIGINT)
+    return start_child([*AGENT, path], log, environment, parent_death_signal=signal.SIGINT)
 
 
 def _stop(agents: list[subprocess.Popen[bytes]]) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints: written at step boundaries, with a checksum for each file; read whole or row by row."""
+"""Checkpoints: written at step boundaries, with a checksum for each file; read whole or by shard slice."""

@@ -1,7 +1,7 @@
-"""Checkpoints: folders that are either whole or not there.
+"""Checkpoints: folders that are either complete or absent.
 
-A checkpoint is written beside its place on the same file system, synced, and renamed into it. `MANIFEST.json` is
-written last inside it and lists every file with its size and sha256.
+A checkpoint is written into a temporary folder on the same file system, synced, and renamed. `MANIFEST.json` is the
+last file written and lists every other file with its size and sha256.
 """
 
 import hashlib
@@ -31,30 +31,30 @@ from qwlit.training.tracking.run_folder import RunFolder
 
 MANIFEST = "MANIFEST.json"
 WEIGHTS, MOMENTS = "model", "optimizer"
-"""File names before `.safetensors`, or before `-00001-of-00002.safetensors` where ranks wrote what each held."""
+"""File names before `.safetensors`, or before `-00001-of-00002.safetensors` where each rank wrote its shard slices."""
 STATE = "training_state.pt"
-# The module's names are this prefix and the Hugging Face name; files carry the latter.
+# The module's parameter names have this prefix before the Hugging Face name; the files have Hugging Face names.
 PREFIX = "loss_model.causal_lm."
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the number of steps made when `checkpoint` (step-000100) was written."""
+    """Return the number of steps done when `checkpoint` (step-000100) was written."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: RunFolder) -> list[Path]:
-    """Return the whole checkpoints, oldest first."""
-    whole = (p.parent for p in folder.checkpoints.glob(f"step-*/{MANIFEST}"))
-    return sorted((p for p in whole if p.name.removeprefix("step-").isdigit()), key=step_of)
+    """Return the complete checkpoints, oldest first."""
+    complete = (p.parent for p in folder.checkpoints.glob(f"step-*/{MANIFEST}"))
+    return sorted((p for p in complete if p.name.removeprefix("step-").isdigit()), key=step_of)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files by its own manifest, None where they are as they were written."""
+def find_damage(checkpoint: Path) -> str | None:
+    """Compare a checkpoint's files with its manifest; return what is wrong, None where nothing is."""
     try:
-        sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, seal in sealed.items():
-            if _described(checkpoint / name) != seal:
-                return f"{name} is not what was written"
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, description in files.items():
+            if _describe(checkpoint / name) != description:
+                return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -73,9 +73,11 @@ def write_checkpoint(checkpoint: dict[str, Any], final: Path, *, rank: int = 0, 
     """Write Lightning's checkpoint dictionary as a folder: tensors as safetensors, the rest as a torch file.
 
     Args:
-        rank, count: which of how many ranks this is that write together, each what it holds.
+        rank, count: this rank, and how many ranks write together; each writes its shard slices.
     """
     temporary = final.with_name(f".{final.name}.tmp")
+    # Rank 0 creates the folder, all ranks write into it, and rank 0 renames it when the last file is on the disk. The
+    # barriers keep this order; they are safe because all ranks save at the same step boundary.
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -85,18 +87,19 @@ def write_checkpoint(checkpoint: dict[str, Any], final: Path, *, rank: int = 0, 
     names = [name.removeprefix(PREFIX) for name in checkpoint["optimizer_parameters"]]
     state = {f"{key}.{names[i]}": v for i, values in optimizer["state"].items() for key, v in values.items()}
     moments = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    # bitsandbytes counts its steps in plain numbers.
+    # bitsandbytes counts its steps in Python numbers.
     numbers = {key: value for key, value in state.items() if key not in moments}
     written = [
         write_shard(temporary, stem, tensors, rank=rank, count=count)
         for stem, tensors in ((WEIGHTS, weights), (MOMENTS, moments))
     ]
-    files = _gather([{file.name: _seal(file) for file in written}], count)
+    shards = _gather([{file.name: _sync_and_describe(file) for file in written}], count)
     if rank == 0:
         kept = {"optimizer_groups": optimizer["param_groups"], "optimizer_numbers": numbers}
         torch.save(checkpoint | kept, temporary / STATE)
-        sealed = {name: seal for shard in files for name, seal in shard.items()} | {STATE: _seal(temporary / STATE)}
-        write_json_atomic(temporary / MANIFEST, {"step": checkpoint["global_step"], "files": sealed})
+        files = {name: description for shard in shards for name, description in shard.items()}
+        files[STATE] = _sync_and_describe(temporary / STATE)
+        write_json_atomic(temporary / MANIFEST, {"step": checkpoint["global_step"], "files": files})
         fsync_folder(temporary)
         temporary.rename(final)
         fsync_folder(final.parent)
@@ -109,7 +112,7 @@ def _wait_for_all(count: int) -> None:
 
 
 def _gather(mine: list[Any], count: int) -> list[Any]:
-    """Return what every rank has, on all of them."""
+    """Return the values of all ranks, on every rank."""
     if count == 1:
         return mine
     gathered: list[Any] = [None] * count
@@ -118,10 +121,10 @@ def _gather(mine: list[Any], count: int) -> list[Any]:
 
 
 def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
-    """Read what any number of ranks has written.
+    """Read a checkpoint that any number of ranks wrote.
 
     Args:
-        like: the parameters by name; tensors come sharded as they are. None: whole.
+        like: the parameters by name; the tensors get the same sharding. None: read whole tensors.
 
     Raises:
         ConfigError: the checkpoint is damaged.
@@ -132,7 +135,7 @@ def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -
         with ShardReader(folder, WEIGHTS) as weights, ShardReader(folder, MOMENTS) as moments:
 
             def read(reader: ShardReader, key: str, name: str) -> torch.Tensor:
-                # A count of steps is no row of anything.
+                # AdamW's step count is a scalar, so it is not sharded.
                 if like is None or key.startswith("step."):
                     return reader.read(key)
                 return reader.read_like(key, like[name])
@@ -148,13 +151,13 @@ def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -
                 state.setdefault(numbers[name], {})[kind] = value
     except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{folder} is damaged ({reason}); remove it to go on from the one before") from None
+        raise ConfigError(f"{folder} is damaged ({reason}); remove it to resume from the checkpoint before") from None
     checkpoint["optimizer_states"] = [{"state": state, "param_groups": checkpoint.pop("optimizer_groups")}]
     return checkpoint
 
 
 class StepFolderIO(CheckpointIO):
-    """Checkpoints of strategies in which rank 0 holds everything."""
+    """Lightning's checkpoint plugin for strategies in which rank 0 holds all tensors."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write_checkpoint(checkpoint, Path(path))
@@ -163,14 +166,14 @@ class StepFolderIO(CheckpointIO):
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        # Renamed first: a folder half deleted must not be taken for a checkpoint.
+        # Rename first: a half-deleted folder must not look like a checkpoint.
         doomed = Path(path).with_name(f".{Path(path).name}.tmp")
         Path(path).rename(doomed)
         shutil.rmtree(doomed)
 
 
-def clear_leftovers(folder: RunFolder) -> None:
-    """Remove what a kill -9 left half written or half deleted."""
+def remove_unfinished_checkpoints(folder: RunFolder) -> None:
+    """Remove checkpoints that a kill -9 left half written or half deleted."""
     for leftover in folder.checkpoints.glob(".*.tmp"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
@@ -181,35 +184,35 @@ def clear_leftovers(folder: RunFolder) -> None:
             shutil.rmtree(checkpoint)
 
 
-def _seal(path: Path) -> dict[str, Any]:
-    """Sync a file to the disk and describe it."""
+def _sync_and_describe(path: Path) -> dict[str, Any]:
+    """Sync a file to the disk; return its size and sha256."""
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
-    return _described(path)
+    return _describe(path)
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def point(folder: RunFolder, name: str, checkpoint: Path) -> None:
-    """Make `checkpoints/<name>` a link to `checkpoint`, in one move."""
+def link_checkpoint(folder: RunFolder, name: str, checkpoint: Path) -> None:
+    """Make `checkpoints/<name>` a link to `checkpoint`, atomically."""
     temporary = folder.checkpoints / f".{name}.{os.getpid()}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(checkpoint.name)
     temporary.replace(folder.checkpoints / name)
 
 
-def pointed(folder: RunFolder, name: str) -> Path | None:
-    """Return the checkpoint that `best` or `last` points to."""
+def linked_checkpoint(folder: RunFolder, name: str) -> Path | None:
+    """Return the checkpoint that the link `best` or `last` points to; None where there is no such link."""
     link = folder.checkpoints / name
     return link.resolve() if link.exists() else None
 
 
 class Checkpointing(BoundaryCallback):
-    """Saves when due, when val/loss is the best so far, and when asked to; keeps the newest and the best."""
+    """Saves at due steps, at the best val/loss so far, and on request; keeps the newest checkpoints and the best."""
 
     def __init__(
         self,
@@ -218,7 +221,7 @@ class Checkpointing(BoundaryCallback):
         folder: RunFolder,
         on_saved: Callable[[Path], None] | None = None,
     ) -> None:
-        """`on_saved` is told of every checkpoint on rank 0, before older ones are let go."""
+        """`on_saved` is called on rank 0 with every new checkpoint, before older ones are deleted."""
         super().__init__(milestones)
         self._keep_last = config.keep_last
         self._on_saved = on_saved
@@ -236,19 +239,19 @@ class Checkpointing(BoundaryCallback):
         self.best_step = state_dict["best_step"]
         self._stopped_early = state_dict["stopped_early"]
         if is_rank_zero():
-            # A kill between a save and its pointers leaves them behind.
-            point(self._folder, "last", list_checkpoints(self._folder)[-1])
+            # A kill after a save and before its links leaves the links at an older checkpoint.
+            link_checkpoint(self._folder, "last", list_checkpoints(self._folder)[-1])
             if self.best_step is not None:
-                point(self._folder, "best", self._path(self.best_step))
+                link_checkpoint(self._folder, "best", self._path(self.best_step))
 
     def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
-        # A run killed between early stopping and its end has nothing left to train.
+        # A run that was killed after early stopping and before its end must not train further.
         trainer.should_stop = trainer.should_stop or self._stopped_early
 
     def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
         self._stopped_early = trainer.should_stop
         improved = self.milestones.validate(step) and self._improved(module, step)
-        # Early stopping ends the run here, so here is the last step.
+        # If early stopping ends the run here, this is the last step, which is always saved.
         if improved or self.milestones.save(step) or trainer.should_stop:
             self.save(trainer, step)
 
@@ -260,15 +263,15 @@ class Checkpointing(BoundaryCallback):
         return True
 
     def save(self, trainer: Trainer, step: int) -> None:
-        """Write the checkpoint of this step, unless it is there, and let go of those no longer kept."""
+        """Write the checkpoint of this step, unless it exists; delete those beyond `keep_last`. All ranks call it."""
         if step == self._saved_step:
             return
         trainer.save_checkpoint(self._path(step))
         self._saved_step = step
         if is_rank_zero():
-            point(self._folder, "last", self._path(step))
+            link_checkpoint(self._folder, "last", self._path(step))
             if self.best_step == step:
-                point(self._folder, "best", self._path(step))
+                link_checkpoint(self._folder, "best", self._path(step))
             self._folder.append_event(step, "checkpoint", path=str(self._path(step).relative_to(self._folder.path)))
             if self._on_saved is not None:
                 self._on_saved(self._path(step))
@@ -276,12 +279,12 @@ class Checkpointing(BoundaryCallback):
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The checkpoint with the lowest val/loss, None before the first validation."""
+        """The checkpoint with the lowest val/loss; None before the first validation."""
         return None if self.best_step is None else self._path(self.best_step)
 
     @property
     def newest_checkpoint(self) -> Path:
-        """The checkpoint of the last step saved."""
+        """The newest checkpoint."""
         return list_checkpoints(self._folder)[-1]
 
     def _path(self, step: int) -> Path:

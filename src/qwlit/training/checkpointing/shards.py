@@ -1,6 +1,6 @@
-"""Named tensors in safetensors files: whole, or cut along their first dimension over the ranks that wrote them.
+"""Named tensors in safetensors files: whole, or one file per rank with that rank's shard slices (first dimension).
 
-What one number of ranks has written, any other reads: a rank asks for the rows that are its own today.
+Any number of ranks can read what any other number of ranks wrote: each rank reads the slice that it now holds.
 """
 
 import re
@@ -14,29 +14,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qwlit.core.sharding import local, own_rows
+from qwlit.core.sharding import local, own_slice_range
 
 
 def write_shard(folder: Path, stem: str, tensors: dict[str, Tensor], *, rank: int, count: int) -> Path:
-    """Write what this rank holds of the tensors; return the file."""
+    """Write this rank's shard slices of the tensors; return the file."""
     file = folder / (f"{stem}.safetensors" if count == 1 else f"{stem}-{rank + 1:05d}-of-{count:05d}.safetensors")
-    save_file(_apart({name: local(t).detach().contiguous() for name, t in tensors.items()}), file, {"format": "pt"})
+    save_file(_unshare({name: local(t).detach().contiguous() for name, t in tensors.items()}), file, {"format": "pt"})
     return file
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor memory of its own, as the file wants it: all of bitsandbytes' moments share one table."""
+def _unshare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory, which safetensors refuses: bitsandbytes' moments share one quantization table."""
     seen: set[int] = set()
-    apart = {}
+    unshared = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if storage in seen and tensor.numel() else tensor
+        unshared[name] = tensor.clone() if storage in seen and tensor.numel() else tensor
         seen.add(storage)
-    return apart
+    return unshared
 
 
 class ShardReader:
-    """Reads tensors that `write_shard` has written."""
+    """Reads tensors that `write_shard` wrote."""
 
     def __init__(self, folder: Path, stem: str) -> None:
         """Open the files.
@@ -48,7 +48,7 @@ class ShardReader:
         names = re.compile(rf"{stem}(-\d+-of-(?P<count>\d+))?\.safetensors")
         found = [(file, match) for file in sorted(folder.glob(f"{stem}*")) if (match := names.fullmatch(file.name))]
         if not found or len(found) != int(found[0][1]["count"] or 1):
-            raise FileNotFoundError(f"{len(found)} files of {stem} in {folder} are not all of them")
+            raise FileNotFoundError(f"{folder} has only {len(found)} of the {stem} files; some are missing")
         self._open = ExitStack()
         self._files: list[Any] = [self._open.enter_context(safe_open(str(file), framework="pt")) for file, _ in found]
 
@@ -66,22 +66,23 @@ class ShardReader:
         shards = [file.get_tensor(name) for file in self._files]
         return shards[0] if len(shards) == 1 or shards[0].ndim == 0 else torch.cat(shards)
 
-    def read_rows(self, name: str, first: int, end: int) -> Tensor:
-        """Return the rows from `first` to before `end`, from the files that have them."""
+    def read_slice(self, name: str, first: int, end: int) -> Tensor:
+        """Return the tensor from `first` to `end` (excluded) along its first dimension, from the files that have it."""
         parts, start = [], 0
         for file in self._files:
-            rows = file.get_slice(name)
-            size = rows.get_shape()[0]
+            shard = file.get_slice(name)
+            size = shard.get_shape()[0]
             if first < start + size and end > start:
-                parts.append(rows[max(first - start, 0) : min(end - start, size)])
+                parts.append(shard[max(first - start, 0) : min(end - start, size)])
             start += size
         return torch.cat(parts) if parts else self._files[0].get_slice(name)[0:0]
 
     def read_like(self, name: str, like: Tensor) -> Tensor:
-        """Return the tensor, sharded as `like` is where it is."""
+        """Return the tensor with the sharding of `like`: a DTensor of this rank's shard slice, or the whole tensor."""
         if not isinstance(like, DTensor):
             return self.read(name)
-        rows = self.read_rows(name, *own_rows(like)).to(like.device)
+        shard = self.read_slice(name, *own_slice_range(like)).to(like.device)
+        # FSDP2 may split unevenly, so from_local needs the full shape; run_check would be a collective.
         return DTensor.from_local(
-            rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )

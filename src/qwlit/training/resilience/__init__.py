@@ -1,1 +1,1 @@
-"""What keeps a run alive or ends it cleanly: guard, hang watchdog, signals and requeues, consistency of ranks."""
+"""What stops a failing run cleanly or lets it resume: guard, hang watchdog, preemption, requeues, rank consistency."""

@@ -1,4 +1,4 @@
-"""Watches for steps that the optimizer skipped because loss or gradient was not finite, and stops when they repeat."""
+"""Stop the run when loss or gradient is not finite in several steps in a row. The optimizer skips such steps."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ SAMPLES_NAMED = 4
 
 
 class Guard(Callback):
-    """Counts skipped steps. All ranks see the same numbers, so all stop at the same step."""
+    """Counts skipped steps. All ranks read the same numbers at the same step, so all stop at the same step."""
 
     def __init__(self, config: GuardConfig, folder: RunFolder, samples: Samples) -> None:
         self._config = config
@@ -29,6 +29,7 @@ class Guard(Callback):
         self.skipped_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
+        # The checkpoint must count the steps that are still on their way from the device.
         self._judge(wait=True)
         return {"in_a_row": self.in_a_row, "skipped_steps": self.skipped_steps}
 
@@ -62,5 +63,5 @@ class Guard(Callback):
         return (
             f"stopped at step {step}: loss or gradient not finite {self.in_a_row} times in a row;"
             f" no weight was changed by these steps. Samples of the last: {origins}{more}."
-            " Lower optim.lr, or check these rows"
+            " Lower optim.lr, or check these samples"
         )

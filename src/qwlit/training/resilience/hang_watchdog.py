@@ -1,8 +1,8 @@
-"""A rank that hangs makes all others wait for it: they find out which one it is, say so, and end the job.
+"""Find the rank that hangs, while all other ranks wait for it in a collective; name it and end the job.
 
-Each rank has a thread that notes every few seconds, in the store through which the ranks have met, that it is alive,
-how far it has come and where its main thread stands. When a rank has made no progress for too long, it reads what the
-others have noted. A rank that is not heard of, or that is not itself waiting for others, is the one missing.
+Each rank has a thread that writes a heartbeat every few seconds into the store of the process group: the rank's number
+of steps and the line that its main thread executes. When a rank has made no progress for too long, its thread reads the
+heartbeats of all ranks. The missing rank is one without new heartbeats, or one that does not wait for others itself.
 """
 
 import json
@@ -24,56 +24,57 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.distributed_c10d import _get_default_store
 
-# Assumption: a healthy host runs a thread at least that often, however busy it is.
-BEAT_SECONDS = 5.0
-SILENT_BEATS = 4
-# For finding out who is missing and saying so, before the process group gives up.
-VERDICT_SECONDS = 60.0
+# Assumption: a healthy host runs the thread at least this often, however busy it is.
+HEARTBEAT_SECONDS = 5.0
+SILENT_HEARTBEATS = 4
+# Time to find and report the missing rank before the process group's own time-out.
+REPORT_SECONDS = 60.0
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(lightning.__file__).parent))
-# Where a main thread stands that waits for other ranks: gradients are exchanged below the backward pass.
+# A main thread inside these files waits for other ranks: the backward pass exchanges the gradients.
 WAITING = (str(Path(torch.__file__).parent / "distributed"), str(Path(torch.autograd.__file__).parent))
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank notes of itself."""
+class Heartbeat:
+    """What a rank reports of itself."""
 
     number: int
     host: str
     step: int
-    """Optimizer steps made."""
+    """Optimizer steps done."""
     place: str
-    """Where its main thread stands, outside of libraries."""
+    """The line that its main thread executes, outside of torch and Lightning."""
     waits: bool
-    """Whether that is an exchange with the other ranks."""
+    """Whether the main thread waits for other ranks."""
 
 
-def stalled(beats: dict[int, Beat], silent: set[int]) -> str:
+def name_missing_ranks(beats: dict[int, Heartbeat], silent: set[int]) -> str:
     """Name the ranks that the others wait for.
 
     Args:
-        beats: by rank, what was last heard.
-        silent: ranks not heard of for a while.
+        beats: the last heartbeat of each rank.
+        silent: ranks without a new heartbeat.
     """
     if silent:
-        return "; ".join(f"{_who(rank, beats)} is not heard of since {_stand(beats[rank])}" for rank in sorted(silent))
+        return "; ".join(f"{_name(r, beats)} stopped sending heartbeats {_progress(beats[r])}" for r in sorted(silent))
     newest = max(beat.step for beat in beats.values())
     behind = [rank for rank, beat in beats.items() if beat.step < newest]
     elsewhere = [rank for rank, beat in beats.items() if not beat.waits]
+    # If no rank is behind, it is one that does not wait. If all wait or none does, nothing tells them apart: name all.
     missing = behind or (elsewhere if len(elsewhere) < len(beats) else []) or list(beats)
-    return "; ".join(f"{_who(rank, beats)} is {_stand(beats[rank])}" for rank in missing)
+    return "; ".join(f"{_name(rank, beats)} is {_progress(beats[rank])}" for rank in missing)
 
 
-def _who(rank: int, beats: dict[int, Beat]) -> str:
+def _name(rank: int, beats: dict[int, Heartbeat]) -> str:
     return f"rank {rank} ({beats[rank].host})"
 
 
-def _stand(beat: Beat) -> str:
+def _progress(beat: Heartbeat) -> str:
     return f"at step {beat.step}, {beat.place}"
 
 
 class HangWatchdog(Callback):
-    """Ends the job when no batch has been done for `timeout_seconds`, in one line that names the missing rank."""
+    """Ends the job when no batch ends within `timeout_seconds`, with one line that names the missing rank."""
 
     def __init__(self, timeout_seconds: float, record_failure: Callable[[], None]) -> None:
         self._timeout = timeout_seconds
@@ -85,10 +86,11 @@ class HangWatchdog(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
         if trainer.world_size > 1:
-            # A connection of its own: the threads of a process must not wait for each other's questions.
+            # A connection of its own: else this thread would wait while the main thread waits for the store.
             store: Any = _get_default_store().clone()  # type: ignore[attr-defined]
-            store.set_timeout(timedelta(seconds=2 * BEAT_SECONDS))
-            self._note(store, trainer.global_rank, 0)
+            store.set_timeout(timedelta(seconds=2 * HEARTBEAT_SECONDS))
+            # Every rank must have a heartbeat before any thread reads them.
+            self._publish(store, trainer.global_rank, 0)
             Thread(target=self._watch, args=(store, trainer.global_rank, trainer.world_size), daemon=True).start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -104,48 +106,52 @@ class HangWatchdog(Callback):
         self._over.set()
 
     def _watch(self, store: Any, rank: int, world_size: int) -> None:
-        beat_seconds = min(BEAT_SECONDS, self._timeout / 8)
+        beat_seconds = min(HEARTBEAT_SECONDS, self._timeout / 8)
         number, moved, seen = 0, time.monotonic(), -1
-        heard: list[dict[int, Beat]] = []
+        heard: list[dict[int, Heartbeat]] = []
         while not self._over.wait(beat_seconds):
             number += 1
             if self._batches != seen:
                 seen, moved, heard = self._batches, time.monotonic(), []
             late = time.monotonic() - moved > self._timeout
             try:
-                self._note(store, rank, number)
+                self._publish(store, rank, number)
                 if late:
                     heard.append({other: _read(store, other) for other in range(world_size)})
             except RuntimeError:
-                # The store lives in rank 0: it does not answer, or has ended, which others say.
+                # Rank 0 holds the store. Either it hangs, or it has ended, and then a collective reports that.
                 if late and not self._over.is_set():
                     self._end(rank, rank, "rank 0 does not answer")
-            if len(heard) > SILENT_BEATS and not self._over.is_set():
+            if len(heard) > SILENT_HEARTBEATS and not self._over.is_set():
                 silent = {other for other, beat in heard[-1].items() if beat.number == heard[0][other].number}
-                self._end(rank, min(heard[-1].keys() - silent), stalled(heard[-1], silent))
+                self._end(rank, min(heard[-1].keys() - silent), name_missing_ranks(heard[-1], silent))
 
-    def _note(self, store: Any, rank: int, number: int) -> None:
-        store.set(_key(rank), json.dumps(asdict(Beat(number, socket.gethostname(), self._step, *_place()))))
+    def _publish(self, store: Any, rank: int, number: int) -> None:
+        store.set(
+            _key(rank),
+            json.dumps(asdict(Heartbeat(number, socket.gethostname(), self._step, *_main_thread_position()))),
+        )
 
-    def _end(self, rank: int, speaker: int, missing: str) -> None:
-        # One of those who can still speak does; whoever hangs says nothing.
-        if rank == speaker:
+    def _end(self, rank: int, reporter: int, missing: str) -> None:
+        # The lowest rank that still sends heartbeats reports for all.
+        if rank == reporter:
             print(
                 f"qwlit: no progress for {self._timeout:g} s (hardware.timeout_seconds): {missing};"
-                " the same command goes on from the newest checkpoint",
+                " run the same command to resume from the newest checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
         if rank == 0:
             self._record_failure()
         else:
-            # Rank 0 takes those it has started with it, and is to speak and write first.
-            time.sleep(BEAT_SECONDS)
+            # Rank 0 must print and write first: a launcher ends all ranks as soon as one has ended.
+            time.sleep(HEARTBEAT_SECONDS)
+        # The main thread hangs in a collective, so no exception can end the process.
         os._exit(1)
 
 
-def _place() -> tuple[str, bool]:
-    """Return where the main thread stands, and whether it waits for other ranks there."""
+def _main_thread_position() -> tuple[str, bool]:
+    """Return the line that the main thread executes, and whether it waits for other ranks there."""
     frame = sys._current_frames().get(main_thread().ident or 0)
     stack = traceback.extract_stack(frame)
     own = [entry for entry in stack if not entry.filename.startswith(LIBRARIES)]
@@ -158,10 +164,10 @@ def _key(rank: int) -> str:
     return f"qwlit-beat-{rank}"
 
 
-def _read(store: Any, rank: int) -> Beat:
-    """Return what a rank has noted last.
+def _read(store: Any, rank: int) -> Heartbeat:
+    """Return the last heartbeat of a rank.
 
     Raises:
-        RuntimeError: the store does not answer, or the rank has not begun to train.
+        RuntimeError: the store does not answer, or the rank has not started to train.
     """
-    return Beat(**json.loads(store.get(_key(rank))))
+    return Heartbeat(**json.loads(store.get(_key(rank))))

@@ -1,4 +1,4 @@
-"""All ranks must train the same thing: other code, packages or data on one node would go unnoticed for days."""
+"""Check that all ranks have the same code, packages, settings and data, before the first step."""
 
 import hashlib
 import socket
@@ -28,10 +28,10 @@ def code_fingerprint() -> str:
 
 
 def gather_facts(settings: str, data: str) -> RankFacts:
-    """Return what must be the same everywhere.
+    """Return what must be the same on all ranks.
 
     Args:
-        settings: what shapes the mathematics.
+        settings: the settings that decide what is computed, as text.
         data: the fingerprint of the tokenized data.
     """
     versions = {name: metadata.version(name) for name in PACKAGES}
@@ -44,12 +44,13 @@ def gather_facts(settings: str, data: str) -> RankFacts:
 
 
 class RankConsistency(Callback):
-    """Compares the facts of all ranks once, before anything is trained."""
+    """Compares the facts of all ranks once, before the first step."""
 
     def __init__(self, facts: RankFacts) -> None:
         self._facts = facts
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        # A gloo group, so that the objects do not pass through the GPU. All ranks call `setup`, also one that differs.
         group = dist.new_group(backend="gloo")
         everywhere: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(everywhere, (socket.gethostname(), self._facts), group=group)
@@ -58,6 +59,6 @@ class RankConsistency(Callback):
             for name, value in facts.items():
                 if value != first[name]:
                     raise ConfigError(
-                        f"rank {rank} ({host}) differs from rank 0 in {name}: {value}, there {first[name]};"
+                        f"rank {rank} ({host}) differs from rank 0 in {name}: {value}, on rank 0 {first[name]};"
                         " every node needs the same installation and the same files"
                     )

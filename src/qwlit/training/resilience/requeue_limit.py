@@ -1,4 +1,4 @@
-"""How often a run was requeued without one step more: a job that only starts and stops would do so for ever."""
+"""Limit how often a run is requeued without a new step: else a job that only starts and stops would do so for ever."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from qwlit.training.tracking.run_folder import RunFolder
 
 @contextmanager
 def counting_requeues(folder: RunFolder, progress: Callable[[], int], most: int) -> Iterator[None]:
-    """While the block runs, let it be requeued only so often without progress (see `count_requeue`)."""
+    """Count the requeue when the block is preempted, and refuse too many without progress (see `count_requeue`)."""
     try:
         yield
     except Preempted as error:
@@ -22,18 +22,19 @@ def counting_requeues(folder: RunFolder, progress: Callable[[], int], most: int)
 
 
 def count_requeue(folder: RunFolder, progress: int, most: int) -> None:
-    """Note that the job is about to be requeued after `progress` steps.
+    """Record that the job is about to be requeued after `progress` steps.
 
     Raises:
-        QwlitError: it has been `most` times, with as many steps.
+        QwlitError: the job was already requeued `most` times after this many steps.
     """
-    # Beside the folder: it must outlast a start that never came to making one. Tasks of an array share a sweep's one.
+    # Beside the run folder, which may not exist yet when a start is preempted. The name has the job id, because the
+    # tasks of an array share the folder of a sweep.
     file = folder.lock_file.with_name(f"{folder.lock_file.name}.requeues-{job_id()}")
-    noted = read_json(file)
-    times = noted.get("times", 0) + 1 if noted.get("progress") == progress else 1
+    earlier = read_json(file)
+    times = earlier.get("times", 0) + 1 if earlier.get("progress") == progress else 1
     if times > most:
         raise QwlitError(
-            f"{folder.path} was requeued {most} times at step {progress} without one step more; it is left."
+            f"{folder.path} was requeued {most} times at step {progress} without a new step; it is not requeued again."
             " Raise slurm.time, or slurm.signal_seconds if it was killed while saving"
         )
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""What a run records: its folder, manifest, metrics, determinism trace, progress on the screen, and W&B."""
+"""What a run records: run folder, manifest, determinism trace, progress display, and W&B."""

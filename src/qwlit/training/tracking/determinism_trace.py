@@ -1,6 +1,6 @@
-"""trace.jsonl: what each step saw and did, to the bit, so that two runs can be compared step by step.
+"""trace.jsonl: samples, loss and gradient norm of each step, to the bit, to compare two runs step by step.
 
-Written under determinism=reproducible and strict, where waiting for the device is part of the bargain.
+Written under determinism=reproducible and strict. It makes the host wait for the device at every step.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def float_bits(value: float) -> str:
 
 
 def parameters_hash(tensors: dict[str, Tensor]) -> str:
-    """Return the sha256 of names and bytes, 16 hexadecimal digits of it."""
+    """Return 16 hexadecimal digits of the sha256 of names and bytes. A collective where tensors are sharded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -36,7 +36,10 @@ def parameters_hash(tensors: dict[str, Tensor]) -> str:
 
 
 class DeterminismTrace(Callback):
-    """One row a step: a hash of the sample ids, the bits of loss sum and gradient norm, now and then the weights'."""
+    """Writes a record per step: a hash of the sample ids, the bits of loss sum and gradient norm.
+
+    Every `PARAMETERS_EVERY` steps and at the last step it adds a hash of the weights.
+    """
 
     def __init__(self, milestones: Milestones, folder: RunFolder) -> None:
         self._milestones = milestones
@@ -50,11 +53,11 @@ class DeterminismTrace(Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(loss_sum)
         ids = struct.pack(f"<{len(batch.sample_ids)}q", *batch.sample_ids)
-        row = {
+        record = {
             "samples": hashlib.sha256(ids).hexdigest()[:16],
             "loss_sum": float_bits(float(loss_sum)),
             "grad_norm": float_bits(float(pl_module.outcome.grad_norm)),
         }
         if step % PARAMETERS_EVERY == 0 or step == self._milestones.total_steps:
-            row["parameters"] = parameters_hash(pl_module.trained_parameters())
-        self._folder.append_trace(step, row)
+            record["parameters"] = parameters_hash(pl_module.trained_parameters())
+        self._folder.append_trace(step, record)

@@ -1,4 +1,4 @@
-"""manifest.json: what a reader needs to judge or repeat a run. An allow-list: nothing of the environment is dumped."""
+"""manifest.json: what a reader needs to judge or repeat a run. Only listed facts, so that no secret gets into it."""
 
 import platform
 import subprocess
@@ -25,14 +25,14 @@ def _version(package: str) -> str | None:
 def _git_state(folder: Path) -> dict[str, Any] | None:
     """Return the commit of qwlit's own checkout and whether it has changes; None when installed from a wheel."""
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) not in folder.parents:
             return None
-        # A wheel inside somebody else's checkout says nothing about qwlit.
+        # Fails where qwlit is installed from a wheel inside the checkout of another project.
         git("ls-files", "--error-unmatch", "__init__.py")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
@@ -40,7 +40,7 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
-    """Join versions and device with the run's own facts (seeds, attention, fingerprints, parameters…)."""
+    """Return versions and device together with the run's own facts (seed, attention, fingerprints, parameters…)."""
     return {
         "qwlit": qwlit.__version__,
         "python": sys.version.split()[0],

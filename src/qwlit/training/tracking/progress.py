@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a bar on a terminal, plain lines elsewhere."""
+"""The progress display: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from typing import Any
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from qwlit.core.console import progress_bar
-from qwlit.training.telemetry import Row
+from qwlit.training.telemetry import Record
 
 SHOWN = {
     "train/loss": ("loss", ".4f"),
@@ -19,12 +19,12 @@ SHOWN = {
     "throughput/tokens_per_second": ("tok/s", ",.0f"),
     "throughput/mfu": ("mfu", ".1%"),
 }
-# What fits beside a bar in 80 columns.
+# These fit beside a bar in 80 columns.
 BAR = ("train/loss", "val/loss", "throughput/tokens_per_second")
 
 
 class ProgressDisplay(Callback):
-    """Steps, loss, validation loss, tokens per second and time left, on rank 0."""
+    """Shows steps, loss, validation loss, tokens per second and the time left, on rank 0."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
@@ -58,12 +58,12 @@ class ProgressDisplay(Callback):
             self._bar.stop()
             self._bar = None
 
-    def show(self, step: int, row: Row) -> None:
-        """Take in the numbers of a logged step or a validation."""
-        numbers = {name: value for name, value in row.items() if value is not None}
+    def show(self, step: int, record: Record) -> None:
+        """Show the numbers of a logged step or a validation."""
+        numbers = {name: value for name, value in record.items() if value is not None}
         self._numbers |= numbers
         if self._bar is None:
-            # Only what belongs to this step: the loss of an earlier one would be read as that of this one.
+            # Only the numbers of this step: a reader would take an older loss for the loss of this step.
             self._console.print(
                 f"step {step:>6}/{self._total}  {_text(numbers)}  eta {self._eta(step)}", highlight=False
             )

@@ -1,6 +1,6 @@
-"""The run folder: where a run lives, who may write to it, and whether it can go on.
+"""The run folder: its files, and the lock that lets only one launch write to it.
 
-Its files are a contract with other people's scripts; see docs/run-folder.md.
+Users' scripts read these files, so their names and fields are an interface; see docs/run-folder.md.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any, Self
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import (
     append_json_line,
-    is_held,
+    is_locked,
     locked,
     read_json,
     read_json_lines,
@@ -29,11 +29,12 @@ from qwlit.core.slurm import job_id, was_requeued
 
 FINISHED = "done"
 STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl")
+"""Files to which a run appends a record at a time."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and records of one run. Only rank 0 writes; on other ranks writing does nothing."""
+    """The paths and files of one run. Only rank 0 writes; on other ranks writing does nothing."""
 
     path: Path
 
@@ -47,12 +48,12 @@ class RunFolder:
 
     @property
     def lock_file(self) -> Path:
-        """Beside the folder, so that deleting or renaming it does not free its name under a running job."""
+        """The lock file, beside the folder: the name stays locked when the folder is deleted or renamed."""
         return self.path.parent / ".locks" / self.path.name
 
     @property
     def status(self) -> str | None:
-        """Status in summary.json; None where there is no run yet."""
+        """The status in summary.json; None where there is no run yet."""
         return self.read_summary().get("status")
 
     @property
@@ -60,8 +61,8 @@ class RunFolder:
         return self.status is not None or self.config_file.exists()
 
     @property
-    def is_this_jobs(self) -> bool:
-        """Whether a Slurm job that was requeued finds here what it began itself."""
+    def belongs_to_this_job(self) -> bool:
+        """Whether this is a requeued Slurm job, and an earlier start of the same job began this run."""
         return was_requeued() and self.read_summary().get("job") == job_id()
 
     def read_summary(self) -> dict[str, Any]:
@@ -84,31 +85,31 @@ class RunFolder:
         self._append("metrics.jsonl", {"step": step, **values})
 
     def append_event(self, step: int, event: str, **details: Any) -> None:
-        """Record what happened beside the training: skips, checkpoints, preemptions, warnings."""
+        """Record an event: a skipped step, a checkpoint, a preemption, a warning."""
         self._append("events.jsonl", {"step": step, "event": event, "time": round(time.time(), 3), **details})
 
-    def append_trace(self, step: int, row: dict[str, str]) -> None:
-        self._append("trace.jsonl", {"step": step, **row})
+    def append_trace(self, step: int, record: dict[str, str]) -> None:
+        self._append("trace.jsonl", {"step": step, **record})
 
-    def _append(self, name: str, row: dict[str, Any]) -> None:
+    def _append(self, name: str, record: dict[str, Any]) -> None:
         if is_rank_zero():
-            append_json_line(self.path / name, _jsonable(row))
+            append_json_line(self.path / name, _jsonable(record))
 
-    def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    def write_records(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         """Write a whole .jsonl file at once."""
-        self.write_text(name, "".join(json.dumps(_jsonable(row), ensure_ascii=False) + "\n" for row in rows))
+        self.write_text(name, "".join(json.dumps(_jsonable(r), ensure_ascii=False) + "\n" for r in records))
 
-    def cut_back(self, step: int) -> None:
-        """Drop what was recorded after `step`, because the run goes on from there."""
+    def drop_records_after(self, step: int) -> None:
+        """Delete the records after `step`, because the run resumes there and writes them again."""
         if is_rank_zero():
             for name in STREAMS:
                 if not (self.path / name).exists():
                     continue
-                rows = [row for row in read_json_lines(self.path / name) if isinstance(row.get("step"), int)]
-                self.write_rows(name, [row for row in rows if row["step"] <= step])
+                records = [r for r in read_json_lines(self.path / name) if isinstance(r.get("step"), int)]
+                self.write_records(name, [r for r in records if r["step"] <= step])
 
-    def set_aside(self) -> Path:
-        """Rename this folder to the next free `<name>.before-N` and return that."""
+    def rename_aside(self) -> Path:
+        """Rename this folder to the next free `<name>.before-N`; return the new path."""
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
             number += 1
@@ -116,7 +117,7 @@ class RunFolder:
         return aside
 
     def delete(self) -> None:
-        """Remove the run. Renamed first, so that a half-deleted folder is never taken for a run."""
+        """Delete the run. Rename it first, so that a half-deleted folder never looks like a run."""
         if self.path.is_symlink():
             self.path.unlink()
             return
@@ -126,7 +127,7 @@ class RunFolder:
 
 
 def _jsonable(value: Any) -> Any:
-    """Replace what JSON cannot say (NaN, infinity) by null."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -141,10 +142,14 @@ READY_VARIABLE = "QWLIT_RUN_READY"
 
 
 class RunLock:
-    """Held by rank 0 as long as it runs; the other ranks enter once it says that the folder is ready."""
+    """The lock of a run folder. Rank 0 holds it while it runs; the other ranks wait until rank 0 announces the folder.
+
+    The lock file's text tells the other ranks of the launch how far rank 0 is: the launch token and `BEGUN` when it has
+    the lock, the token alone when the folder is ready, the token and `ENDED` when it ended before that.
+    """
 
     POLL_SECONDS = 0.2
-    PATIENCE_SECONDS = 600
+    WAIT_SECONDS = 600
     TRIES, REQUEUED_TRIES = 5, 600
 
     def __init__(self, folder: RunFolder) -> None:
@@ -175,7 +180,7 @@ class RunLock:
         try:
             handle = self._held.enter_context(locked(self._path, blocking=False))
         except BlockingIOError:
-            if tries:  # perhaps only another rank's look at it, or this job's last life
+            if tries:  # another rank may be testing the lock, or the job's earlier start may still be ending
                 time.sleep(self.POLL_SECONDS / 2)
                 return self._acquire(tries - 1)
             raise ConfigError(
@@ -188,27 +193,27 @@ class RunLock:
         handle.flush()
         return None
 
-    def announce(self) -> None:
-        """On rank 0: all files that the other ranks read are there. Processes started from now on need not ask."""
+    def announce_ready(self) -> None:
+        """On rank 0: tell the other ranks that all files they read exist. Processes started from now on do not wait."""
         if is_rank_zero():
             self._announced = True
             self._path.write_text(launch_token(), encoding="utf-8")
             os.environ[READY_VARIABLE] = f"{os.getpid()} {self._folder.path}"
 
     def _wait(self) -> None:
-        """Return once rank 0 of this launch holds the lock and has announced.
+        """Wait until rank 0 of this launch holds the lock and has announced that the folder is ready.
 
         Raises:
-            ConfigError: rank 0 let go of the lock before it announced, or never took it.
+            ConfigError: rank 0 released the lock before that, or did not take it within `WAIT_SECONDS`.
         """
         token = launch_token()
-        give_up = time.monotonic() + self.PATIENCE_SECONDS
-        while not (taken := is_held(self._path)) or self._read() != token:
-            # Others may have held it before: this job's last life, while it still ended.
-            said = self._read()
-            ended = said == f"{token}{ENDED}" or (said == f"{token}{BEGUN}" and not taken)
-            if ended or (not said.startswith(token) and time.monotonic() > give_up):
-                raise ConfigError("rank 0 ended before the run began; its own message says why")
+        give_up = time.monotonic() + self.WAIT_SECONDS
+        while not (locked_now := is_locked(self._path)) or self._read() != token:
+            # A text with another token is from an earlier launch, such as the job's earlier start: keep waiting.
+            text = self._read()
+            ended = text == f"{token}{ENDED}" or (text == f"{token}{BEGUN}" and not locked_now)
+            if ended or (not text.startswith(token) and time.monotonic() > give_up):
+                raise ConfigError("rank 0 ended before the run started; its own message says why")
             time.sleep(self.POLL_SECONDS)
 
     def _read(self) -> str:

@@ -1,4 +1,4 @@
-"""Whether W&B is to be reached: its mode, an API key, a server that answers."""
+"""Check the access to W&B: its mode, the API key, and whether the server answers."""
 
 import contextlib
 import os
@@ -12,23 +12,23 @@ from qwlit.training.tracking.config import LoggerConfig
 
 @dataclass(frozen=True)
 class Access:
-    """How W&B takes what is logged."""
+    """How W&B stores what is logged."""
 
     mode: Literal["online", "offline", "disabled"]
     reason: str = ""
-    """Why it is not online."""
+    """Why the mode is not online."""
 
 
 def find_access(*, verify: bool = False) -> Access:
-    """Ask W&B's settings and credentials; with `verify` also its server, which may take 10 s.
+    """Read W&B's settings and credentials; with `verify` also ask its server, which may take 10 s.
 
     Raises:
-        ConfigError: the key is wrong, there is none though WANDB_MODE asks for one, or the server does not answer.
+        ConfigError: the key is wrong, WANDB_MODE needs a key and none is set, or the server does not answer.
     """
     import wandb
     from wandb.errors import AuthenticationError
 
-    # What a person has to know, we say; warnings and errors are still W&B's own.
+    # qwlit prints W&B's address itself; W&B still prints warnings and errors.
     settings = wandb.setup(wandb.Settings(quiet=True, show_info=False)).settings
     if settings.mode in ("disabled", "offline", "dryrun"):
         chosen: Any = "disabled" if settings.mode == "disabled" else "offline"
@@ -55,15 +55,15 @@ def project_of(logger: LoggerConfig) -> str:
 
 
 def check_logger(logger: LoggerConfig) -> None:
-    """Refuse now what would fail when the run begins, which may be hours of tokenizing later. For rank 0.
+    """Refuse now what would fail when the run starts, perhaps after hours of tokenizing. For rank 0.
 
     Raises:
-        ConfigError: W&B cannot be reached, or the settings do not go with how it is.
+        ConfigError: W&B cannot be reached, or the settings do not fit its mode.
     """
     if under_agent() and not logger.wandb:
         raise ConfigError(
-            "logger=none: this is a trial of a W&B sweep (WANDB_SWEEP_ID is set), which would see nothing of it;"
-            " write logger=wandb into the sweep's command"
+            "logger=none: this is a trial of a W&B sweep (WANDB_SWEEP_ID is set), and the sweep would get no metrics;"
+            " add logger=wandb to the sweep's command"
         )
     if not logger.wandb:
         return
@@ -74,10 +74,13 @@ def check_logger(logger: LoggerConfig) -> None:
     if access.mode == "online":
         return
     if under_agent():
-        raise ConfigError(f"this is a trial of a W&B sweep, which sees nothing of a run that is {_described(access)}")
+        raise ConfigError(
+            f"this is a trial of a W&B sweep, and the sweep gets no metrics while W&B is {_described(access)};"
+            " run `wandb login`, or unset WANDB_MODE"
+        )
     if logger.upload_checkpoints:
         raise ConfigError(
-            f"logger.upload_checkpoints=true needs W&B online, and it is {_described(access)}; set it false"
+            f"logger.upload_checkpoints=true needs W&B online, but W&B is {_described(access)}; set it to false"
         )
 
 
@@ -86,9 +89,9 @@ def _described(access: Access) -> str:
 
 
 def stop_client() -> None:
-    """End W&B's helper process. What it has not sent by now is not sent."""
+    """End W&B's helper process; it does not send what it has not sent yet."""
     import wandb
 
-    # It may have been killed, and then says so in one way or another.
+    # If the helper was killed, teardown raises one of several exceptions.
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()

@@ -1,7 +1,8 @@
 """The run on W&B.
 
-metrics.jsonl is the truth, and its row N is step N of W&B's own count: what W&B lost in an abrupt end is sent again,
-and what it has from beyond the checkpoint that a run goes on from is not.
+metrics.jsonl has all records, and its record N is step N of W&B's own count. A resumed run therefore knows which
+records W&B lost in an abrupt end (it sends them again), and which W&B already has from after the checkpoint (it skips
+them).
 """
 
 import os
@@ -14,10 +15,10 @@ from typing import Any
 from rich.markup import escape
 
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, Interrupted, Leave, Preempted, Pruned, one_line
+from qwlit.core.errors import ConfigError, Interrupted, Preempted, Pruned, SignalExit, one_line
 from qwlit.core.files import read_json, read_json_lines
 from qwlit.core.ranks import under_agent
-from qwlit.training.telemetry import Row
+from qwlit.training.telemetry import Record
 from qwlit.training.tracking.config import WANDB_CONFIG_KEY, LoggerConfig
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.training.tracking.wandb_access import Access, find_access, project_of, stop_client
@@ -25,14 +26,13 @@ from qwlit.training.tracking.wandb_uploads import Uploads
 
 INIT_SECONDS = 30
 FINISH_SECONDS = 30
-"""A run that is over does not hold its GPUs longer than this for a server that does not answer, and a requeue comes
-after it."""
+"""How long a finished run waits for a server that does not answer: it still occupies its GPUs, and a requeue waits."""
 CTRL_C = 255
 """The exit code that W&B shows as killed by the user."""
 
 
 class WandbRun:
-    """One run on W&B, over all processes that work on it. wandb.json says which, and whether it has got everything."""
+    """One run on W&B, also over several launches. wandb.json holds its id, and whether W&B has everything."""
 
     RECORD = "wandb.json"
 
@@ -44,7 +44,7 @@ class WandbRun:
         self._run: Any = None
         self._uploads: Uploads | None = None
         self._ahead = 0
-        """Rows that W&B has already, from beyond where this process goes on."""
+        """How many of the next records W&B already has, from before the resume."""
         self._lost = False
         self._ending = threading.Lock()
 
@@ -54,10 +54,10 @@ class WandbRun:
         return read_json(self._folder.path / self.RECORD)
 
     def open(self, *, continues: bool) -> None:
-        """Begin or go on, and say where.
+        """Open a new run or the run of an earlier launch, and print its address.
 
         Args:
-            continues: the run goes on from a checkpoint.
+            continues: the run resumes from a checkpoint.
 
         Raises:
             ConfigError: W&B cannot be reached.
@@ -76,15 +76,15 @@ class WandbRun:
         console().print(f"  wandb     {escape(self._run.url if access.mode == 'online' else offline)}")
 
     def _connect(self, access: Access, *, continues: bool) -> None:
-        """Open the run and send the rows of metrics.jsonl that W&B lacks."""
+        """Open the run and send the records of metrics.jsonl that W&B lacks."""
         run = self._run = self._init(access, self.record.get("id") if continues else None)
         run.define_metric("*", step_metric="step")
         self._access, self._lost = access, False
         self._write_record(complete=False)
-        rows = read_json_lines(self._folder.path / "metrics.jsonl")
-        self._ahead = max(0, run.starting_step - len(rows))
-        for row in rows[run.starting_step :]:
-            self._send(row)
+        records = read_json_lines(self._folder.path / "metrics.jsonl")
+        self._ahead = max(0, run.starting_step - len(records))
+        for record in records[run.starting_step :]:
+            self._send(record)
         if self._logger.upload_checkpoints:
             self._uploads = Uploads(run, self._folder)
 
@@ -101,11 +101,11 @@ class WandbRun:
         online = access.mode == "online"
         place: dict[str, Any] = {"project": project_of(logger), "entity": logger.entity, "id": id}
         if not online:
-            # Without a server to ask, the newest part holds all rows: a run by itself for `wandb sync`.
+            # Offline no server knows which records it has. So the newest folder gets all records, for `wandb sync`.
             for part in (folder / "wandb").glob(f"offline-run-*-{id}"):
                 shutil.rmtree(part)
         return wandb.init(
-            # Under an agent all this is in the environment.
+            # Under an agent, environment variables set these.
             **({} if under_agent() else place),
             dir=folder,
             mode=access.mode,
@@ -114,50 +114,50 @@ class WandbRun:
             tags=logger.tags,
             config={WANDB_CONFIG_KEY: self._settings},
             resume="allow" if online else None,
-            # Not the process's global run, so that another can take its place in `finish`.
+            # A run object of its own, because `finish` may have to open the run a second time.
             reinit="create_new",
             settings=wandb.Settings(
                 init_timeout=INIT_SECONDS,
                 finish_timeout=FINISH_SECONDS,
                 finish_timeout_raises=True,
-                # The screen is the user's; its lines say nothing that the rows do not.
+                # Do not upload the terminal's output: the records have the same numbers.
                 console="off",
                 stop_fn=_stop_trial if under_agent() else None,
             ),
         )
 
-    def log(self, step: int, row: Row) -> None:
-        """Take in a row of metrics.jsonl; hands it over in about 0.1 ms and does not wait."""
+    def log(self, step: int, record: Record) -> None:
+        """Pass a record of metrics.jsonl to W&B's helper process, in about 0.1 ms, without waiting for the server."""
         if self._ahead:
             self._ahead -= 1
         else:
-            self._send({"step": step, **row})
+            self._send({"step": step, **record})
 
-    def _send(self, row: dict[str, Any]) -> None:
+    def _send(self, record: dict[str, Any]) -> None:
         if self._run is None or self._lost:
             return
         try:
-            self._run.log({name: value for name, value in row.items() if value is not None})
+            self._run.log({name: value for name, value in record.items() if value is not None})
         except Exception:
-            # Its helper process is gone: no reason to end a training. `finish` sends what is missing.
+            # W&B's helper process has ended. The training continues, and `finish` sends the rest.
             self._lost = True
 
     def upload(self, checkpoint: Path) -> None:
-        """Take in a saved checkpoint, which may be deleted afterwards."""
+        """Queue a saved checkpoint for upload; the caller may delete it afterwards."""
         if self._uploads is not None:
             self._uploads.add(checkpoint)
 
     def finish(self, code: int, error: BaseException | None = None) -> None:
-        """Hand over the figures of summary.json and all that is not sent yet, and close the run.
+        """Send the results of summary.json and everything not sent yet, and close the run.
 
         Args:
-            code: what the process ends with.
-            error: what ended the run before its end.
+            code: the exit code of the process.
+            error: the error that ended the run early.
         """
         if isinstance(error, Interrupted | KeyboardInterrupt):
             code = CTRL_C
         if isinstance(error, Preempted | Pruned):
-            # It is leaving. The agent and W&B's server may both have asked.
+            # The process is already ending, and the agent and W&B's server may each send a SIGTERM.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with self._ending:
             if self._run is None:
@@ -168,14 +168,14 @@ class WandbRun:
                 except TimeoutError:
                     raise
                 except Exception:
-                    # Its helper process was killed, by a signal that went to all processes of a job, say. Another one
-                    # asks the server what it has, and sends the rest.
+                    # W&B's helper process was killed, for example by a signal to all processes of a job. A new one
+                    # asks the server which records it has, and sends the rest.
                     stop_client()
                     self._connect(find_access(), continues=True)
                     self._write_record(complete=self._close(code, error))
-            except (Exception, KeyboardInterrupt, Leave) as failure:
+            except (Exception, KeyboardInterrupt, SignalExit) as failure:
                 reason = one_line(str(failure)) or type(failure).__name__
-                message = f"W&B has not got everything ({reason}); the same command sends the rest"
+                message = f"W&B does not have everything ({reason}); run the same command to send the rest"
                 step = int(self._folder.read_summary().get("steps") or 0)
                 self._folder.append_event(step, "finding", message=message)
                 console().print(f"  [yellow]note[/]      {escape(message)}")
@@ -187,7 +187,7 @@ class WandbRun:
         """Return whether all checkpoints are uploaded as well."""
         if self._lost:
             raise ConnectionError
-        # A machine that is asked for back does not wait for long; who goes on with the run sends the rest.
+        # A preempted process has little time; the resumed run uploads the rest.
         uploaded = self._uploads is None or self._uploads.finish(wait=not isinstance(error, Preempted | Pruned))
         figures = self._folder.read_summary()
         self._run.summary.update({name: value for name, value in figures.items() if value is not None})
@@ -198,5 +198,5 @@ class WandbRun:
 
 
 def _stop_trial() -> None:
-    """Called from a thread of W&B's when the sweep or its user stops the run; by itself it would send Ctrl-C."""
+    """Called from W&B's thread when the sweep or its user stops the run. By default W&B would send a Ctrl-C instead."""
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Checkpoints as versions of one W&B artifact, sent beside the training."""
+"""Upload checkpoints to W&B during the training, as versions of one artifact."""
 
 import contextlib
 import os
@@ -11,16 +11,16 @@ from typing import Any
 from rich.markup import escape
 
 from qwlit.core.console import console
-from qwlit.core.errors import Leave, one_line
+from qwlit.core.errors import SignalExit, one_line
 from qwlit.core.files import read_json_lines
-from qwlit.training.checkpointing.checkpoint import list_checkpoints, pointed, step_of
+from qwlit.training.checkpointing.checkpoint import linked_checkpoint, list_checkpoints, step_of
 from qwlit.training.tracking.run_folder import RunFolder
 
 UPLOADED = "uploaded"
 
 
 class Uploads:
-    """Sends one checkpoint after another in a thread; begins with those that an earlier process did not get to."""
+    """Uploads one checkpoint after another in a thread, first those that an earlier launch did not upload."""
 
     def __init__(self, run: Any, folder: RunFolder) -> None:
         self._run = run
@@ -30,19 +30,19 @@ class Uploads:
         self._leaving = False
         shutil.rmtree(self._held, ignore_errors=True)
         events = read_json_lines(folder.path / "events.jsonl")
-        sent = {row["step"] for row in events if row.get("event") == UPLOADED}
+        sent = {event["step"] for event in events if event.get("event") == UPLOADED}
         for checkpoint in list_checkpoints(folder):
             if step_of(checkpoint) not in sent:
                 self.add(checkpoint)
         threading.Thread(target=self._work, daemon=True).start()
 
     def add(self, checkpoint: Path) -> None:
-        """Take in a checkpoint. Links hold its files, so that it may be deleted before it is sent."""
+        """Queue a checkpoint. Hard links keep its files, so that the run may delete it before the upload."""
         held = self._held / checkpoint.name
         held.mkdir(parents=True)
         for file in checkpoint.iterdir():
             _link(file, held / file.name)
-        pointers = [name for name in ("best", "last") if pointed(self._folder, name) == checkpoint.resolve()]
+        pointers = [name for name in ("best", "last") if linked_checkpoint(self._folder, name) == checkpoint.resolve()]
         self._waiting.put((held, [f"step-{step_of(checkpoint)}", *pointers]))
 
     def _work(self) -> None:
@@ -69,10 +69,11 @@ class Uploads:
         shutil.rmtree(held)
 
     def finish(self, *, wait: bool) -> bool:
-        """Wait until all is sent, or leave what is not; return whether all is."""
+        """Wait for all uploads, or with `wait=False` drop those that are queued; return whether all are done."""
         self._leaving = not wait
         if wait:
-            with contextlib.suppress(KeyboardInterrupt, Leave):  # a signal says that it takes too long
+            # A signal ends the waiting: the process must exit.
+            with contextlib.suppress(KeyboardInterrupt, SignalExit):
                 self._waiting.join()
         self._leaving = True
         return self._waiting.unfinished_tasks == 0
@@ -81,5 +82,5 @@ class Uploads:
 def _link(file: Path, link: Path) -> None:
     try:
         os.link(file, link)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         shutil.copy2(file, link)

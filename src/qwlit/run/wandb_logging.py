@@ -1,11 +1,11 @@
-"""Around the training: the run on W&B, which is told how it ended."""
+"""Open the run on W&B before the training, and close it with the training's result."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qwlit.config.compose import as_tree
 from qwlit.config.run import RunConfig
-from qwlit.core.errors import Leave, QwlitError
+from qwlit.core.errors import QwlitError, SignalExit
 from qwlit.core.ranks import is_rank_zero
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.training.tracking.wandb_run import WandbRun
@@ -13,7 +13,7 @@ from qwlit.training.tracking.wandb_run import WandbRun
 
 @contextmanager
 def logged_to_wandb(config: RunConfig, folder: RunFolder) -> Iterator[WandbRun | None]:
-    """Give the block a run on W&B to open, where the settings want one, and close it by how the block ends."""
+    """Yield a W&B run for the block to open (None without W&B or on other ranks); close it with the block's result."""
     if not config.logger.wandb or not is_rank_zero():
         yield None
         return
@@ -21,14 +21,14 @@ def logged_to_wandb(config: RunConfig, folder: RunFolder) -> Iterator[WandbRun |
     try:
         yield run
     except BaseException as raised:
-        error = raised.error if isinstance(raised, Leave) else raised
+        error = raised.error if isinstance(raised, SignalExit) else raised
         run.finish(error.exit_code if isinstance(error, QwlitError) else QwlitError.exit_code, error)
         raise
     run.finish(0)
 
 
-def send_rest(config: RunConfig, folder: RunFolder) -> bool:
-    """Send what W&B did not get of a finished run; return whether there was anything."""
+def send_missing_to_wandb(config: RunConfig, folder: RunFolder) -> bool:
+    """Send W&B what it lacks of a finished run; return whether it lacked anything."""
     if config.run.overwrite or not config.logger.wandb or folder.status != FINISHED:
         return False
     if WandbRun(config.logger, folder, {}).record.get("complete", True):

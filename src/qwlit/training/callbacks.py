@@ -1,4 +1,4 @@
-"""The training loop: the trainer with one callback per concern, in the order in which they must act."""
+"""The trainer with its callbacks, in the order in which the callbacks must act."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +31,8 @@ from qwlit.training.trainer import build_trainer
 
 
 @dataclass(frozen=True)
-class Loop:
-    """The trainer, and the callbacks that know something when it is over."""
+class TrainerWithCallbacks:
+    """The trainer, and the callbacks that hold results after the training."""
 
     trainer: Trainer
     telemetry: Telemetry
@@ -40,7 +40,7 @@ class Loop:
     checkpointing: Checkpointing
 
     def figures(self) -> dict[str, float | int | None]:
-        """Return what summary.json says of the training so far."""
+        """Return the results for summary.json, of the training so far."""
         return {
             "steps": self.trainer.global_step,
             "train_loss_first": self.telemetry.first_loss,
@@ -52,11 +52,11 @@ class Loop:
         }
 
 
-class Patience(EarlyStopping):
-    """Lightning's early stopping by val/loss, with the patience of the settings also after a resume."""
+class EarlyStoppingOnValLoss(EarlyStopping):
+    """Lightning's early stopping on val/loss; after a resume it keeps the patience of the settings."""
 
     def __init__(self, patience: int) -> None:
-        # A loss that is not finite counts as no better; Lightning would end the run at once, as if it were done.
+        # With check_finite Lightning would end the run at the first val/loss that is not finite, as if it were done.
         super().__init__("val/loss", patience=patience, check_finite=False)
         self._configured = patience
 
@@ -66,8 +66,8 @@ class Patience(EarlyStopping):
 
 
 @dataclass(frozen=True)
-class LoopSettings:
-    """What is set about the loop."""
+class CallbackSettings:
+    """The settings of the callbacks."""
 
     guard: GuardConfig
     validation: ValidationConfig
@@ -75,44 +75,48 @@ class LoopSettings:
     profile: ProfileConfig
     traced: bool
     """Write trace.jsonl."""
-    facts: RankFacts
+    rank_facts: RankFacts
     """What must be the same on all ranks."""
 
 
-def build_loop(
+def build_trainer_with_callbacks(
     machine: Machine,
     milestones: Milestones,
     folder: RunFolder,
     samples: Samples,
     flops: Flops,
-    settings: LoopSettings,
+    settings: CallbackSettings,
     wandb_run: WandbRun | None,
-) -> Loop:
-    """Put trainer and callbacks together."""
+) -> TrainerWithCallbacks:
+    """Build the callbacks and the trainer that calls them."""
     display = ProgressDisplay(console(), milestones.total_steps)
     peak_flops = machine.peak_flops and machine.peak_flops * machine.world_size
     listeners = (display.show, wandb_run.log) if wandb_run else (display.show,)
     telemetry = Telemetry(milestones, folder, listeners, flops, peak_flops)
-    watching = Guard(settings.guard, folder, samples)
+    guard = Guard(settings.guard, folder, samples)
     checkpointing = Checkpointing(settings.checkpoint, milestones, folder, wandb_run.upload if wandb_run else None)
-    # Early stopping first: the others must know that a step is the last. The checkpoint after all that it holds.
+    # Lightning calls the callbacks in this order, on every rank:
+    # - early stopping first, because the others must know whether this step is the last;
+    # - guard and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
+    # - signals last: StopOnSignal saves through `checkpointing` and then ends the run.
     callbacks: list[Callback] = []
     patience = settings.validation.early_stopping_patience
     if patience is not None and milestones.next_validation(0) is not None:
-        callbacks.append(Patience(patience))
-    callbacks += [watching, telemetry, ScheduleValidation(milestones), checkpointing, display]
+        callbacks.append(EarlyStoppingOnValLoss(patience))
+    callbacks += [guard, telemetry, ScheduleValidation(milestones), checkpointing, display]
     if settings.traced:
         callbacks.append(DeterminismTrace(milestones, folder))
     if settings.profile.steps is not None:
         callbacks.append(ProfileSteps(settings.profile.steps, folder.path / "profile"))
 
+    # For the threads that must end the process with os._exit, where no error handler runs any more.
     def record_failure() -> None:
         folder.write_summary(status="failed")
         if wandb_run:
             wandb_run.finish(QwlitError.exit_code)
 
     if machine.world_size > 1:
-        callbacks += [RankConsistency(settings.facts), HangWatchdog(machine.timeout_seconds, record_failure)]
+        callbacks += [RankConsistency(settings.rank_facts), HangWatchdog(machine.timeout_seconds, record_failure)]
     callbacks.append(StopOnSignal(milestones, checkpointing, folder))
     trainer = build_trainer(
         machine,
@@ -121,4 +125,4 @@ def build_loop(
         folder=folder.path,
         record_failure=record_failure,
     )
-    return Loop(trainer, telemetry, watching, checkpointing)
+    return TrainerWithCallbacks(trainer, telemetry, guard, checkpointing)
