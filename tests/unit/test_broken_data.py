@@ -1,4 +1,4 @@
-"""Whatever is wrong with rows or files: counted and put aside with its line and reason, or refused in one line."""
+"""Whatever is wrong with rows or files: counted and quarantined with its line and reason, or refused in one line."""
 
 import os
 import re
@@ -12,8 +12,8 @@ import pytest
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data import files, store_writer
 from qwlit.data.config import DataConfig
+from qwlit.data.encoded_batch import Account
 from qwlit.data.encoding import RowEncoder
-from qwlit.data.outcome import Account
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.splits import DataSplit, load_data
 from qwlit.data.store import SampleStore, build_store, check_account

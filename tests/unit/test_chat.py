@@ -306,5 +306,5 @@ def test_a_tokenizer_that_spells_a_control_token_with_letters_is_refused() -> No
 
 
 def test_qwen2_refuses_tools_row_by_row(real: Real) -> None:
-    with pytest.raises(RowError, match="no tools"):
+    with pytest.raises(RowError, match="does not support tools"):
         encode(encoder_of(real["qwen2"][1], "qwen2"), [USER, {"role": "assistant", "content": "x"}], [{"name": "add"}])

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from qwlit.data.conversation import parse_conversation
+from qwlit.data.encoded_batch import DTYPES, Account, EncodedBatch
 from qwlit.data.encoding import RowEncoder
-from qwlit.data.outcome import DTYPES, Account, Batch
 from qwlit.data.remarks import HISTORY_THINKING, TAGS_AS_TEXT
 from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row
 from qwlit.data.tokenizer import TextTokenizer
@@ -23,11 +23,11 @@ def tokenizer() -> TextTokenizer:
     return TextTokenizer(small_tokenizer("qwen3"))
 
 
-def encode(encoder: RowEncoder, *contents: Any) -> Batch:
+def encode(encoder: RowEncoder, *contents: Any) -> EncodedBatch:
     return encoder([c if isinstance(c, Reject) else Row(0, line, c) for line, c in enumerate(contents, start=1)])
 
 
-def samples(batch: Batch) -> list[tuple[list[int], list[int]]]:
+def samples(batch: EncodedBatch) -> list[tuple[list[int], list[int]]]:
     ends = np.cumsum(batch.arrays["lengths"])
     ids, masks = (np.split(batch.arrays[name], ends) for name in ("tokens", "mask"))
     assert ids.pop().size == masks.pop().size == 0
