@@ -301,7 +301,7 @@ OTHER_FORMATS: dict[str, Case] = {
     "labels: a string": tokenized("at position 1", input_ids=[1, 2], labels=[1, "2"]),
     "labels: a string of two lines": tokenized("at position 1", input_ids=[1, 2], labels=[1, "a\nb"]),
     "labels: all ignored": tokenized("nothing in it is supervised", input_ids=[1, 2], labels=[-100, -100]),
-    "labels: only the first learnt": tokenized("nothing in it is supervised", input_ids=[1, 2], labels=[1, -100]),
+    "labels: only the first supervised": tokenized("nothing in it is supervised", input_ids=[1, 2], labels=[1, -100]),
     "mask: too long": tokenized("as long as 'input_ids' (2)", input_ids=[1, 2], loss_mask=[0, 1, 1]),
     "mask: a number": tokenized("as long as 'input_ids' (2)", input_ids=[1, 2], loss_mask=1),
     "mask: 2": tokenized("only 0 and 1", input_ids=[1, 2], loss_mask=[0, 2]),
@@ -507,15 +507,15 @@ PLACES: dict[str, Case] = {
     "a glob that matches other files": Refused(
         lambda: beside("d/*", lines(GOOD, name="d/a.jsonl"), written("d/README.md", b"Hi")), ("d/README.md", ".jsonl")
     ),
-    "an empty folder": Refused(lambda: made("folder"), ("'folder' holds no .jsonl",)),
-    "an empty folder named like a file": Refused(lambda: made("x.jsonl"), ("'x.jsonl' holds no .jsonl",)),
+    "an empty folder": Refused(lambda: made("folder"), ("'folder' has no .jsonl",)),
+    "an empty folder named like a file": Refused(lambda: made("x.jsonl"), ("'x.jsonl' has no .jsonl",)),
     "a folder of folders": Refused(
-        lambda: beside("d", lines(GOOD, name="d/deep/a.jsonl")), ("'d' holds no .jsonl", "'d/**/*.jsonl'")
+        lambda: beside("d", lines(GOOD, name="d/deep/a.jsonl")), ("'d' has no .jsonl", "'d/**/*.jsonl'")
     ),
-    "a folder of other files": Refused(lambda: beside("d", written("d/a.md", b"Hi")), ("'d' holds no .jsonl",)),
+    "a folder of other files": Refused(lambda: beside("d", written("d/a.md", b"Hi")), ("'d' has no .jsonl",)),
     "a folder of mixed kinds": Refused(
         lambda: beside("d", lines(GOOD, name="d/a.jsonl"), written("d/README.txt", b"Hi")),
-        ("holds .jsonl and .txt",),
+        ("has .jsonl and .txt",),
     ),
     "a folder with an empty file": Refused(
         lambda: beside("d", lines(GOOD, name="d/a.jsonl"), written("d/b.jsonl", b"")), ("d/b.jsonl' has no rows",)

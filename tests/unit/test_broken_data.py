@@ -115,7 +115,7 @@ def test_control_tokens_in_a_text_stay_letters(place: str, tokenizer: TextTokeni
 
 
 @pytest.mark.parametrize("place", ["tools", "arguments", "role", "from", "labels", "x"])
-def test_nesting_of_any_depth_is_read_or_put_aside(place: str, tokenizer: TextTokenizer) -> None:
+def test_nesting_of_any_depth_is_read_or_quarantined(place: str, tokenizer: TextTokenizer) -> None:
     rows = {
         "tools": '{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"a": DEEP}]}',
         "arguments": '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": DEEP}}]}]}',

@@ -130,7 +130,7 @@ def test_tokenized_rows_by_labels_and_by_mask_are_the_same_sample() -> None:
     assert parse({"input_ids": [4, 5, 6], "loss_mask": [0, 0, 1], "labels": None}, loss_on="all") == expected
 
 
-def test_input_ids_alone_are_learnt_whole_with_loss_on_all_and_only_then() -> None:
+def test_input_ids_alone_are_supervised_whole_with_loss_on_all_and_only_then() -> None:
     row = {"input_ids": [4, 5, 6], "attention_mask": [1, 1, 1]}
     assert parse(row, loss_on="all") == EncodedSample([4, 5, 6], [0, 1, 1])
     assert "data.loss_on=all" in refused(row)
@@ -138,7 +138,7 @@ def test_input_ids_alone_are_learnt_whole_with_loss_on_all_and_only_then() -> No
     assert "without 'labels' or 'loss_mask'" in refused(row | {"labels": None}, loss_on="all")
 
 
-def test_the_first_token_is_never_learnt() -> None:
+def test_the_first_token_is_never_supervised() -> None:
     for key, value in {"labels": [4, 5], "loss_mask": [1, 1]}.items():
         assert parse({"input_ids": [4, 5], key: value}) == EncodedSample([4, 5], [0, 1])
 

@@ -434,7 +434,7 @@ def test_a_text_that_ends_in_blank_blocks_still_ends(tmp_path: Path) -> None:
     assert [document.is_last for document in documents] == [False] * (len(documents) - 1) + [True]  # type: ignore[union-attr]
 
 
-def test_text_of_nul_characters_is_put_aside(tmp_path: Path) -> None:
+def test_text_of_nul_characters_is_quarantined(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("plain text".encode("utf-16-le"))
     (row,) = RowReader(find_sources(str(tmp_path / "a.txt")))
     assert isinstance(row, Reject)

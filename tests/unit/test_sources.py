@@ -109,7 +109,7 @@ def test_files_of_several_kinds_are_asked_about(tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl", "README.txt", "b.json")
     for path in (tmp_path, tmp_path / "*"):
         with pytest.raises(
-            DataError, match=r"holds \.json and \.jsonl and \.txt files; name one kind, e\.g\. '.*/\*\.json'"
+            DataError, match=r"has \.json and \.jsonl and \.txt files; name one kind, e\.g\. '.*/\*\.json'"
         ):
             find_sources(str(path))
     touch(tmp_path / "tables", "a.csv", "b.parquet")
@@ -124,8 +124,8 @@ def test_files_of_several_kinds_are_asked_about(tmp_path: Path) -> None:
         ("rows.xlsx", r"must end in \.jsonl, \.json, \.parquet, \.csv, \.txt \(text ones also \.gz\)"),
         ("rows.parquet.gz", r"must end in \.jsonl"),
         ("rows.gz", r"must end in \.jsonl"),
-        ("empty", r"holds no \.jsonl, \.json, \.parquet, \.csv, \.txt file$"),
-        ("nested", r"holds no .* file; for folders in it write '.*nested/\*\*/\*\.jsonl'"),
+        ("empty", r"has no \.jsonl, \.json, \.parquet, \.csv, \.txt file$"),
+        ("nested", r"has no .* file; for folders in it write '.*nested/\*\*/\*\.jsonl'"),
         ("loop.jsonl", "loop.jsonl'"),
         ("*.csv", r"no file matches '.*\*\.csv'"),
         ("rows.*", r"matches .*rows\.(gz|xlsx|parquet\.gz), which does not end in \.jsonl"),

@@ -26,12 +26,14 @@ def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: i
     ids, masks = zip(*(samples.sample(i) for i in sample_ids), strict=True)
     lengths = [len(tokens) for tokens in ids]
     width = sum(lengths) if packing else max(lengths)
+    # Offsets into the flat array of tokens: packed samples follow each other, padded ones begin every `width` tokens.
     starts = np.cumsum([0, *lengths[:-1]]) if packing else np.arange(len(ids)) * width
     flat_ids = np.full(width if packing else width * len(ids), pad_id, dtype=np.int64)
     positions = np.zeros_like(flat_ids)
     label_positions, targets = [], []
     for start, tokens, mask in zip(starts, ids, masks, strict=True):
         flat_ids[start : start + len(tokens)] = tokens
+        # Positions restart at 0 in each sample, as if it were alone.
         positions[start : start + len(tokens)] = np.arange(len(tokens))
         # Position p predicts token p + 1, so a label position is one before its target. mask[0] is always 0.
         supervised = np.flatnonzero(mask[1:])
@@ -44,6 +46,7 @@ def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: i
         position_ids=torch.from_numpy(positions).view(shape),
         label_positions=torch.from_numpy(none if filler else np.concatenate(label_positions)),
         targets=torch.from_numpy(none if filler else np.concatenate(targets).astype(np.int64)),
+        # Attention uses these boundaries, so that a packed sample attends only to itself.
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packing else None,
         document_lengths=tuple(lengths) if packing else None,
         sample_ids=tuple(sample_ids),
@@ -67,6 +70,7 @@ class StepDataset(Dataset[StepBatch]):
             micro_batches=tuple(self._collate(ids, micro) for micro in self.plan.layout(ids)[self.rank]),
             num_supervised_tokens=int(self.samples.num_supervised(ids).sum()),
             num_tokens=int(lengths.sum()),
+            # Causal attention computes about T * T / 2 pairs for a sample of T tokens.
             num_token_pairs=float((lengths**2).sum()) / 2,
             sample_ids=tuple(ids.tolist()),
         )
@@ -99,7 +103,8 @@ def train_loader(
         torch.multiprocessing.set_sharing_strategy("file_system")
     return DataLoader(
         dataset,
-        batch_size=None,  # an item is already a batch
+        # An item is already a batch.
+        batch_size=None,
         sampler=_StepSampler(start_step, total_steps),
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -85,6 +85,7 @@ def message_list(values: object) -> list[Message]:
 
 def conversation_of(messages: list[Message], tools: object = None) -> Conversation:
     """Check messages and tools together, or raise RowError."""
+    # Merge first: an empty answer is allowed if a message with tool calls follows it.
     messages = _merge_calls(messages)
     if all(message.role != "assistant" for message in messages):
         raise RowError("no assistant message: there is no answer to train on")

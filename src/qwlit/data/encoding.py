@@ -66,6 +66,7 @@ class RowEncoder:
         rendered = [value for value in parsed if isinstance(value, list)]
         conversations = iter(self.chat.encode_batch(rendered) if self.chat else ())
         documents = iter(self._encode_documents([value for value in parsed if isinstance(value, Document)]))
+        # The results have the order of the rows, so the next result belongs to the next row of its kind.
         for value in parsed:
             if isinstance(value, list):
                 yield _Encoded(next(conversations))
@@ -86,6 +87,7 @@ class RowEncoder:
             if isinstance(value, Document):
                 refuse_half_characters(value.text)
                 row_remarks += [*document_remarks(value.text), *self._control_token_remarks([value.text])]
+            # Count remarks only when nothing below can raise RowError: a row that cannot be parsed has no remarks.
             if not isinstance(value, Conversation):
                 remark_counts.update(row_remarks)
                 return value

@@ -81,6 +81,7 @@ def _offline() -> Iterator[None]:
     import datasets.config
     import huggingface_hub.constants
 
+    # The libraries read their environment variables only at import, so change their constants instead.
     settings: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [module.HF_HUB_OFFLINE for module in settings]
     try:

@@ -89,6 +89,7 @@ def _opens_an_object(first_line: bytes) -> bool:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
+        # An error at the end of the line means that the object is only incomplete.
         return error.pos >= len(text)
     except (ValueError, RecursionError):
         pass

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from qwlit.core.errors import ConfigError
 from qwlit.data.samples import Indices
 
+# Positions per block of counts; see `_PartSequence`.
 BLOCK = 1024
 
 
@@ -63,6 +64,7 @@ class Order:
 
     def at(self, positions: Indices) -> Indices:
         """Return the sample ids at these positions, which count from 0 and ascend."""
+        # With one part, its own order is the whole order.
         if len(self.sizes) == 1:
             return self._draw(0, positions)
         epochs, within = np.divmod(positions, self.epoch_length)
@@ -73,6 +75,7 @@ class Order:
             parts, draws = self._part_sequence(int(epoch)).at(within[here_in_epoch])
             for part in np.unique(parts):
                 here = parts == part
+                # In earlier epochs the part has drawn epoch * quota samples; its own order continues from there.
                 out[here_in_epoch[here]] = starts[part] + self._draw(int(part), epoch * self.quotas[part] + draws[here])
         return out
 
@@ -91,6 +94,7 @@ class Order:
         if epoch not in self._sequences:
             parts = np.repeat(np.arange(len(self.quotas), dtype=np.int16), self.quotas)
             np.random.Generator(self._random_bits(len(self.sizes), epoch)).shuffle(parts)
+            # Steps come in order, so only one epoch is needed at a time.
             self._sequences.clear()
             self._sequences[epoch] = _PartSequence(parts, len(self.sizes))
         return self._sequences[epoch]

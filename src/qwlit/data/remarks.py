@@ -53,6 +53,7 @@ def remarks(conversation: Conversation, family: Family, supervision: Supervision
     if not family.thinking and any(message.reasoning for _, message, _, _ in answers):
         yield THINKING_LEFT_OUT
     texts = [message.content for message in conversation.messages if message.role != "assistant"]
+    # In a family with thinking, a <think> block at the start is reasoning, so check only the answer after it.
     texts += [answer if family.thinking else message.content for _, message, _, answer in answers]
     if any(map(_holds_tags, texts)):
         yield TAGS_AS_TEXT

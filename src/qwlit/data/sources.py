@@ -54,7 +54,7 @@ def _folder_files(path: str, root: Path) -> list[Source]:
     if not files:
         deeper = any(child.is_dir() and child.name[0] not in "._" for child in root.iterdir())
         hint = f"; for folders in it write '{path.rstrip('/')}/**/*.jsonl'" if deeper else ""
-        raise DataError(f"data folder '{path}' holds no {', '.join(KINDS)} file{hint}")
+        raise DataError(f"data folder '{path}' has no {', '.join(KINDS)} file{hint}")
     return _require_one_kind(path, files)
 
 
@@ -82,5 +82,5 @@ def _require_one_kind(path: str, files: list[File]) -> list[Source]:
         suffixes = sorted({file.suffix for file in files})
         folder = path.rpartition("/")[0] if "*" in path else path.rstrip("/")
         one_kind = f"{folder}/*{suffixes[0]}" if folder else f"*{suffixes[0]}"
-        raise DataError(f"'{path}' holds {' and '.join(suffixes)} files; name one kind, e.g. '{one_kind}'")
+        raise DataError(f"'{path}' has {' and '.join(suffixes)} files; name one kind, e.g. '{one_kind}'")
     return list(files)

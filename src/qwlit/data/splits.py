@@ -138,6 +138,7 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
     """
     for store in (*training, *validation):
         check_account(store, config)
+    # Compare each part only with earlier parts, so that the first copy of a sample stays.
     distinct_ids = [_ids_without_copies(store, training[:number]) for number, store in enumerate(training)]
     num_copies = sum(_count_missing(store, ids) for store, ids in zip(training, distinct_ids, strict=True))
     kept: list[Samples] = [*training]
@@ -146,6 +147,7 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
     held_out: list[Samples] = [*validation]
     if config.val_fraction > 0:
         candidates = distinct_ids if config.drop_duplicates else [None] * len(training)
+        # Split each part for itself: the mixture needs the number of training samples of each part.
         sides = [split_store(s, config.val_fraction, ids) for s, ids in zip(training, candidates, strict=True)]
         kept, held_out = [train for train, _ in sides], [val for _, val in sides]
         num_distinct = sum(len(np.unique(s.digests(slice(None), "rows"))) for s in training)
@@ -163,6 +165,7 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
         stores=(*training, *validation),
         val_fraction=config.val_fraction,
         num_duplicates_across_parts=num_copies,
+        # Compare tokens alone: with another mask, the model has still seen the text.
         num_leaked=sum(len(store) - len(_ids_without_copies(store, training, "tokens")) for store in validation),
     )
 

@@ -74,11 +74,13 @@ def assign_micro_batches(
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
+    # For equal lengths the index decides, so that all ranks compute the same order.
     return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
 def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
     """Put each sample, longest first, into the micro-batch with the fewest tokens: balanced, and nearly the fewest."""
+    # A round is one micro-batch on each rank. Start with the fewest rounds that the limits could allow.
     rounds = 1
     if limits.max_samples is not None:
         rounds = max(rounds, -(-len(lengths) // (limits.max_samples * world_size)))
@@ -93,14 +95,17 @@ def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> lis
 def _try_packed(lengths: Sequence[int], num_bins: int, limits: Limits) -> list[_Bin] | None:
     """Pack into `num_bins` micro-batches; return None if a sample does not fit into the one with the fewest tokens."""
     bins = [_Bin() for _ in range(num_bins)]
+    # A heap of (tokens, number): its first entry is the micro-batch with the fewest tokens.
     by_load = [(0, number) for number in range(num_bins)]
     for index in _longest_first(lengths):
         load, number = heapq.heappop(by_load)
+        # If the sample does not fit here, it fits nowhere: all other micro-batches have at least as many tokens.
         if limits.max_tokens is not None and load + lengths[index] > limits.max_tokens:
             return None
         chosen = bins[number]
         chosen.members.append(index)
         chosen.tokens += lengths[index]
+        # A micro-batch with `max_samples` samples does not return to the heap: it is full.
         if limits.max_samples is None or len(chosen.members) < limits.max_samples:
             heapq.heappush(by_load, (chosen.tokens, number))
     return bins

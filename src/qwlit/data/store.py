@@ -149,6 +149,7 @@ def is_tokenized(path: str, encoder: RowEncoder, *, cache_root: Path) -> bool:
 @contextmanager
 def _locked(path: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
     try:
+        # Try without waiting first, only to report that we wait.
         with locked(path, blocking=False):
             yield
             return

@@ -124,6 +124,7 @@ def write_store(
         temporary.rename(folder)
         fsync_folder(folder.parent)
     finally:
+        # After an error, stop the workers and leave no folder.
         batches.close()
         shutil.rmtree(temporary, ignore_errors=True)
 

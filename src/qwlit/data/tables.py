@@ -44,6 +44,7 @@ def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject
 
 def _csv_rows(handle: BinaryIO) -> Iterator[tuple[int, list[str], bytes, str | None]]:
     """Yield (line, cells, raw bytes, error). After a broken row, continue with the next line."""
+    # Lines that are read but not used yet: a broken row uses only its first line, and the others are parsed again.
     ahead: deque[bytes] = deque()
     line = 1
     while ahead or (more := handle.readline()):
@@ -109,6 +110,7 @@ def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Re
             yield from (Row(number, row, dict.fromkeys(names)) for row in range(1, table.metadata.num_rows + 1))
             return
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
+        # Rows can be large, so limit a batch by bytes too.
         rows_at_once = max(1, min(PARQUET_ROWS, PARQUET_BYTES * table.metadata.num_rows // max(1, sum(sizes))))
         unread = _unread_columns(table)
         for batch in table.iter_batches(rows_at_once, columns=known):
@@ -132,6 +134,7 @@ def _unread_columns(table: Any) -> tuple[str, ...]:
             if not counted or chunk.statistics.null_count < chunk.num_values:
                 filled.add(chunk.path_in_schema)
     # The chunks of a nested column have its name, a dot and the name of a field.
+    # Return one name more than the remarks may show, so that they say that there are further ones.
     return tuple(
         name
         for name, kind in zip(table.schema_arrow.names, table.schema_arrow.types, strict=True)
@@ -144,6 +147,7 @@ def _parquet_rows(number: int, line: int, batch: Any, unread: tuple[str, ...]) -
     try:
         rows: list[Any] = batch.to_pylist()
     except (ValueError, OverflowError):
+        # One cell cannot be converted: convert row by row, so that only its row is rejected.
         rows = [_parquet_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
     for index, columns in enumerate(rows, start=line + 1):
         is_broken = isinstance(columns, str)

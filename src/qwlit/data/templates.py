@@ -86,6 +86,7 @@ def render(conversation: Conversation, family: Family, supervision: Supervision)
     if supervision.thinking == "drop":
         conversation = replace(conversation, messages=tuple(m.without_thinking() for m in conversation.messages))
     _check(conversation, family)
+    # With loss_on=all, headers and other roles are in the loss too.
     supervises_all = supervision.loss_on == "all"
     return [
         piece._replace(supervised=True) if supervises_all and (message is None or message.is_supervised) else piece
@@ -137,6 +138,7 @@ def _turns(
 ) -> Iterator[tuple[Message | None, Iterator[Piece]]]:
     """Yield each message with its pieces. The message is None if the system turn is the template's own."""
     messages = conversation.messages
+    # Empty roles at both ends: roles[index] is the role before message `index`, roles[index + 2] the role after it.
     roles = ["", *(message.role for message in messages), ""]
     last_query = last_query_index(messages)
     last_answer = max(index for index, message in enumerate(messages) if message.role == "assistant")

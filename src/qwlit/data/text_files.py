@@ -13,6 +13,7 @@ TEXT_BLOCK_BYTES = 2**20
 def read_text(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
     """Read a document. A long one becomes several blocks; each begins at a line start, where no token crosses."""
     line, is_first = 1, True
+    # Read one block ahead, to know which block is the last.
     block, following = handle.read(TEXT_BLOCK_BYTES).removeprefix(BOM), handle.read(TEXT_BLOCK_BYTES)
     while block:
         end = _split_point(block) if following else len(block)

@@ -56,7 +56,7 @@ def parse_tokenized(row: dict[str, Any], vocab_size: int, loss_on: LossOn) -> En
     if not isinstance(mask, list) or len(mask) != len(ids):
         raise RowError(f"'loss_mask' must be a list as long as 'input_ids' ({len(ids)})")
     if not all(type(flag) is int and flag in (0, 1) for flag in mask):
-        raise RowError("'loss_mask' may hold only 0 and 1")
+        raise RowError("'loss_mask' may have only 0 and 1")
     return EncodedSample(ids, [0, *mask[1:]])
 
 

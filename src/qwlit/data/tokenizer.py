@@ -35,6 +35,7 @@ class TextTokenizer:
         backend = tokenizer.backend_tokenizer
         added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
         self.control_ids: dict[str, int] = {t.content: i for i, t in added.items() if _is_control(t)}
+        # The new tokenizer does not know the control tokens, so their names stay plain text.
         self._plain = Tokenizer(backend.model)
         if backend.normalizer is not None:
             self._plain.normalizer = backend.normalizer
@@ -42,6 +43,7 @@ class TextTokenizer:
             self._plain.pre_tokenizer = backend.pre_tokenizer
         if len(self.control_ids) < len(added):
             self._add_vocabulary(added)
+        # Everything that decides the ids of a text.
         parts = (json.dumps(self.control_ids, sort_keys=True), self._plain.to_str())
         self.fingerprint = hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
