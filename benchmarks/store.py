@@ -26,7 +26,7 @@ from qwlit.data.samples import Samples
 from qwlit.data.splits import split_store
 from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.data.store import build_store
-from qwlit.data.store_writer import Reading
+from qwlit.data.store_writer import BuildProgress
 from qwlit.data.templates import FAMILIES, Supervision
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import build_real_tokenizer
@@ -73,7 +73,7 @@ def encoder(folder: Path) -> RowEncoder:
 def build(folder: Path) -> dict[str, Any]:
     """Build the store, or find it."""
     encode = encoder(folder)
-    last: list[Reading] = []
+    last: list[BuildProgress] = []
     started = time.perf_counter()
     store = build_store(str(folder / "rows.jsonl"), encode, cache_root=folder / "cache", progress=last.append)
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Broken rows and files of every kind, and what must become of each: so many rows put aside, or one clear line."""
+"""Broken rows and files of every kind, and what must become of each: so many rows quarantined, or one clear line."""
 
 import datetime
 import gzip
@@ -26,7 +26,7 @@ CALL = {"name": "add", "arguments": {"a": 1}}
 TEN_MB = 10_000_000
 
 Rejected = dict[int, str]
-"""Line of each row put aside and a part of the reason."""
+"""Line of each quarantined row and a part of the reason."""
 
 NOT_ALL_UTF8 = pyarrow.Array.from_buffers(pyarrow.utf8(), 3, pyarrow.array([b"ab", b"a\xff", b"cd"]).buffers())
 
@@ -136,9 +136,9 @@ SYNTAX: dict[str, Case] = {
     "a line that is a number": row(b"3.5", "not a number"),
     "a line that is true": row(b"true", "not true or false"),
     "a line that is null": row(b"null", "not null"),
-    "NaN": row(b'{"messages": NaN}', "NaN is no JSON value"),
-    "Infinity": row(b'{"messages": [{"role": "user", "content": Infinity}]}', "Infinity is no JSON value"),
-    "minus infinity": row(b'{"messages": -Infinity}', "-Infinity is no JSON value"),
+    "NaN": row(b'{"messages": NaN}', "NaN is not a JSON value"),
+    "Infinity": row(b'{"messages": [{"role": "user", "content": Infinity}]}', "Infinity is not a JSON value"),
+    "minus infinity": row(b'{"messages": -Infinity}', "-Infinity is not a JSON value"),
     "1e999": row(b'{"messages": 1e999}', "the number 1e999 is too large"),
     "an integer of 5000 digits": row(b'{"messages": ' + b"9" * 5000 + b"}", "not readable as JSON"),
     "a token id of 4000 digits": row(b'{"input_ids": [1, ' + b"9" * 4000 + b'], "labels": [1, 2]}', "vocabulary"),
@@ -161,10 +161,10 @@ SYNTAX: dict[str, Case] = {
         [3],
         {2: "surrogate"},
     ),
-    "a key twice in the row": row(b'{"text": "a", "text": "b"}', "'text' stands twice"),
-    "a key twice in a message": row(b'{"messages": [{"role": "user", "role": "tool"}]}', "'role' stands twice"),
+    "a key twice in the row": row(b'{"text": "a", "text": "b"}', "'text' appears twice"),
+    "a key twice in a message": row(b'{"messages": [{"role": "user", "role": "tool"}]}', "'role' appears twice"),
     "deep nesting": row(b'{"messages": ' + deep(100_000) + b"}", "not readable as JSON"),
-    "deep nesting in a JSON text": row({"messages": deep(100_000).decode()}, "no JSON"),
+    "deep nesting in a JSON text": row({"messages": deep(100_000).decode()}, "not valid JSON"),
     "control characters": row(b'{"text": "a\x00\x1b\x07b"}', "not valid JSON"),
     "NUL bytes between rows": row(b"\x00" * 100, "not valid JSON"),
     "a line of 10 MB": row(b'{"text": "' + b"y" * TEN_MB + b'"}', "bytes long; a row may have 8,388,608"),
@@ -172,9 +172,9 @@ SYNTAX: dict[str, Case] = {
 CELL = b'"[{""from"": ""gpt"", ""value"": ""fine""}]"\n'
 
 CONVERSATIONS: dict[str, Case] = {
-    "no key": row({}, "unknown shape: keys none"),
-    "unknown keys": row({"question": "a", "answer": "b"}, "unknown shape: keys 'question', 'answer'"),
-    "messages a text that is no JSON": row({"messages": "Hi"}, "'messages' is a text, but no JSON"),
+    "no key": row({}, "unknown format: keys none"),
+    "unknown keys": row({"question": "a", "answer": "b"}, "unknown format: keys 'question', 'answer'"),
+    "messages a text that is no JSON": row({"messages": "Hi"}, "'messages' is a text, but not valid JSON"),
     "messages an empty text": row({"messages": ""}, "'messages' must be a list"),
     "messages an object": row({"messages": USER}, "'messages' must be a list"),
     "messages a number": row({"messages": 3}, "'messages' must be a list"),
@@ -202,15 +202,19 @@ CONVERSATIONS: dict[str, Case] = {
     "an audio part with text": row(chat(USER | {"content": [{"type": "audio", "text": "x"}]}, ANSWER), "type 'text'"),
     "a text part that is a number": row(chat(USER | {"content": [{"type": "text", "text": 3}]}, ANSWER), "type 'text'"),
     "an answer of null": row(chat(USER, {"role": "assistant", "content": None}), "message 2: 'content'"),
-    "an empty answer": row(chat(USER, {"role": "assistant", "content": ""}), "message 2: the assistant says nothing"),
+    "an empty answer": row(
+        chat(USER, {"role": "assistant", "content": ""}), "message 2: the assistant message is empty"
+    ),
     "a blank answer": row(
-        chat(USER, {"role": "assistant", "content": "　\n"}), "message 2: the assistant says nothing"
+        chat(USER, {"role": "assistant", "content": "　\n"}), "message 2: the assistant message is empty"
     ),
     "no answer": row(chat(USER), "no assistant message"),
     "only a system message": row(chat({"role": "system", "content": "x"}), "no assistant message"),
     "tool_calls an object": row(chat(USER, ANSWER | {"tool_calls": CALL}), "'tool_calls' must be a list"),
     "tool_calls a string": row(chat(USER, ANSWER | {"tool_calls": "add"}), "'tool_calls' must be a list"),
-    "tool_calls of the user": row(chat(USER | {"tool_calls": [CALL]}, ANSWER), "only an assistant has them"),
+    "tool_calls of the user": row(
+        chat(USER | {"tool_calls": [CALL]}, ANSWER), "only an assistant message may have them"
+    ),
     "a tool call that is a string": row(calling("add"), "a tool call must have a 'name'"),
     "a tool call without a name": row(calling({"function": {"arguments": {}}}), "a tool call must have a 'name'"),
     "a tool call whose name is a number": row(calling({"name": 1, "arguments": {}}), "a tool call must have a 'name'"),
@@ -225,7 +229,7 @@ CONVERSATIONS: dict[str, Case] = {
     "only reasoning, and it is dropped": row(
         chat(USER, {"role": "assistant", "reasoning_content": "hm"}), "data.thinking=drop", thinking="drop"
     ),
-    "tools a text that is no JSON": row(GOOD | {"tools": "add"}, "'tools' is a text, but no JSON"),
+    "tools a text that is no JSON": row(GOOD | {"tools": "add"}, "'tools' is a text, but not valid JSON"),
     "tools an object": row(GOOD | {"tools": {"name": "add"}}, "'tools' must be a list of objects"),
     "tools a list of names": row(GOOD | {"tools": ["add"]}, "'tools' must be a list of objects"),
     "tools a number": row(GOOD | {"tools": 3}, "'tools' must be a list of objects"),
@@ -241,34 +245,36 @@ def alpaca(**columns: Any) -> dict[str, Any]:
 
 
 OTHER_FORMATS: dict[str, Case] = {
-    "sharegpt: a text": row({"conversations": "Hi"}, "'conversations' is a text, but no JSON"),
+    "sharegpt: a text": row({"conversations": "Hi"}, "'conversations' is a text, but not valid JSON"),
     "sharegpt: an empty list": row({"conversations": []}, "at least one turn"),
     "sharegpt: a turn that is a string": row({"conversations": ["Hi"]}, "turn 1 must be an object"),
     "sharegpt: an unknown speaker": row(turns(("alien", "x"), ("gpt", "y")), "turn 1: from 'alien' is none of"),
     "sharegpt: a speaker that is a list": row(turns((["human"], "x"), ("gpt", "y")), "turn 1: from"),
     "sharegpt: a value of null": row(turns(("human", None), ("gpt", "y")), "turn 1: 'value' must be a string"),
     "sharegpt: a value that is a number": row(turns(("human", 3), ("gpt", "y")), "turn 1: 'value' must be a string"),
-    "sharegpt: a call that is no JSON": row(turns(("human", "x"), ("function_call", "add(1)")), "text, but no JSON"),
+    "sharegpt: a call that is no JSON": row(
+        turns(("human", "x"), ("function_call", "add(1)")), "text, but not valid JSON"
+    ),
     "sharegpt: a call without a name": row(turns(("human", "x"), ("function_call", "{}")), "must have a 'name'"),
     "sharegpt: an empty call": row(turns(("human", "x"), ("function_call", " ")), "must have a 'name'"),
-    "sharegpt: no call in the list": row(turns(("human", "x"), ("function_call", "[]")), "says nothing"),
+    "sharegpt: no call in the list": row(turns(("human", "x"), ("function_call", "[]")), "is empty"),
     "sharegpt: nobody answers": row(turns(("human", "x")), "no assistant message"),
     "sharegpt: a system that is a list": row(turns(("human", "x"), ("gpt", "y"), system=["z"]), "'system' must be"),
     "alpaca: an output of null": row(alpaca(output=None), "'output' must be a string, not null"),
-    "alpaca: an empty output": row(alpaca(output=""), "the assistant says nothing"),
+    "alpaca: an empty output": row(alpaca(output=""), "the assistant message is empty"),
     "alpaca: an instruction that is a list": row(alpaca(instruction=["Add."]), "'instruction' must be a string"),
     "alpaca: an input that is an object": row(alpaca(input={"a": 1}), "'input' must be a string"),
     "alpaca: nothing is asked": row(alpaca(instruction="", input=" "), "'instruction' and 'input' are both empty"),
     "alpaca: a history of strings": row(alpaca(history=["a", "b"]), "'history' must be a list of [question, answer]"),
     "alpaca: a history of triples": row(alpaca(history=[["a", "b", "c"]]), "'history' must be a list of"),
     "alpaca: a history with null": row(alpaca(history=[["a", None]]), "'history' must be a list of"),
-    "alpaca: a history that is no JSON": row(alpaca(history="a, b"), "'history' is a text, but no JSON"),
+    "alpaca: a history that is no JSON": row(alpaca(history="a, b"), "'history' is a text, but not valid JSON"),
     "prompt: a number": row({"prompt": 1, "completion": "b"}, "'prompt' must be a text or a list of messages"),
     "prompt: an empty list": row({"prompt": [], "completion": "b"}, "'prompt' must be a text or a list of messages"),
     "prompt: null": row({"prompt": None, "completion": "b"}, "'prompt' must be a text or a list of messages"),
     "completion: an object": row({"prompt": "a", "completion": ANSWER}, "'completion' must be a text or a list"),
     "completion: null": row({"prompt": "a", "completion": None}, "must be a text or a list of messages, not null"),
-    "completion: empty": row({"prompt": "a", "completion": ""}, "the assistant says nothing"),
+    "completion: empty": row({"prompt": "a", "completion": ""}, "the assistant message is empty"),
     "completion: the user's": row({"prompt": [USER], "completion": [USER]}, "no assistant message"),
     "text: null": row({"text": None}, "'text' must be a string, not null"),
     "text: empty": row({"text": ""}, "the text is empty"),
@@ -277,7 +283,7 @@ OTHER_FORMATS: dict[str, Case] = {
     "text: a list": row({"text": ["a"]}, "'text' must be a string, not a list"),
     "another format than the one set": row({"text": "a"}, "data.format=messages needs 'messages'", format="messages"),
     "messages where tokens are set": row(GOOD, "data.format=tokenized needs 'input_ids'", format="tokenized"),
-    "tokens: a text that is no JSON": tokenized("no JSON", input_ids="1 2", labels=[1, 2]),
+    "tokens: a text that is no JSON": tokenized("not valid JSON", input_ids="1 2", labels=[1, 2]),
     "tokens: an object": tokenized("list of whole numbers", input_ids={"a": 1}, labels=[1, 2]),
     "tokens: negative": tokenized("token id -2 is not within", input_ids=[1, -2], labels=[1, -2]),
     "tokens: beyond the vocabulary": tokenized("token id 700 is not within", input_ids=[1, 700], labels=[1, 700]),
@@ -285,17 +291,17 @@ OTHER_FORMATS: dict[str, Case] = {
     "tokens: fractions": tokenized("list of whole numbers", input_ids=[1, 2.0], labels=[1, 2]),
     "tokens: true": tokenized("list of whole numbers", input_ids=[1, True], labels=[1, 1]),
     "tokens: nested": tokenized("list of whole numbers", input_ids=[[1, 2]], labels=[[1, 2]]),
-    "tokens: one": tokenized("2 are the least", input_ids=[1], labels=[1]),
+    "tokens: one": tokenized("so it needs at least 2", input_ids=[1], labels=[1]),
     "tokens: none": tokenized("'input_ids'", input_ids=[], labels=[]),
     "tokens: null": tokenized("'input_ids' must be a list", input_ids=None, labels=[1, 2]),
     "labels: too few": tokenized("as long as 'input_ids' (2)", input_ids=[1, 2], labels=[1]),
     "labels: null": tokenized("without 'labels' or 'loss_mask'", input_ids=[1, 2], labels=None),
-    "labels: missing": tokenized("data.loss_on=all learns every token", input_ids=[1, 2]),
+    "labels: missing": tokenized("data.loss_on=all to supervise every token", input_ids=[1, 2]),
     "labels: another id": tokenized("neither the token 2 nor -100", input_ids=[1, 2], labels=[1, 3]),
     "labels: a string": tokenized("at position 1", input_ids=[1, 2], labels=[1, "2"]),
     "labels: a string of two lines": tokenized("at position 1", input_ids=[1, 2], labels=[1, "a\nb"]),
     "labels: all ignored": tokenized("nothing in it is supervised", input_ids=[1, 2], labels=[-100, -100]),
-    "labels: only the first learnt": tokenized("nothing in it is supervised", input_ids=[1, 2], labels=[1, -100]),
+    "labels: only the first supervised": tokenized("nothing in it is supervised", input_ids=[1, 2], labels=[1, -100]),
     "mask: too long": tokenized("as long as 'input_ids' (2)", input_ids=[1, 2], loss_mask=[0, 1, 1]),
     "mask: a number": tokenized("as long as 'input_ids' (2)", input_ids=[1, 2], loss_mask=1),
     "mask: 2": tokenized("only 0 and 1", input_ids=[1, 2], loss_mask=[0, 2]),
@@ -310,7 +316,7 @@ TABLES: dict[str, Case] = {
     "csv: too few cells": csv_row(b"Hi", "1 cells, but the first row names 2 columns"),
     "csv: a quote never closed": csv_row(b'Hi,"there', "not valid CSV"),
     "csv: text after a closing quote": csv_row(b'Hi,"the"re', "not valid CSV"),
-    "csv: an empty answer": csv_row(b"Hi,", "the assistant says nothing"),
+    "csv: an empty answer": csv_row(b"Hi,", "the assistant message is empty"),
     "csv: a cell of 10 MB": csv_row(b"Hi," + b"y" * TEN_MB, "bytes long; a row may have 8,388,608"),
     "csv: a quoted cell of many lines, 2 MB": table(
         GOOD_CSV + b'Hi,"' + (b"y" * 2**20 + b"\n") * 2 + b'"\n' + GOOD_CSV,
@@ -322,11 +328,11 @@ TABLES: dict[str, Case] = {
     "csv: blank lines": table(b"\n\r\n" + GOOD_CSV + b"  \n" + GOOD_CSV, [4, 6], {}),
     "csv: a byte order mark": file_rows("rows.csv", b'\xef\xbb\xbf"prompt",completion\nHi,there\n', [2], {}),
     "csv: only a first row": file("rows.csv", b"prompt,completion\n", "has no rows"),
-    "csv: no first row": file("rows.csv", b"Hi,there\n" * 2, "rows.csv:2", "unknown shape: keys 'Hi', 'there'"),
+    "csv: no first row": file("rows.csv", b"Hi,there\n" * 2, "rows.csv:2", "unknown format: keys 'Hi', 'there'"),
     "csv: a column twice": file("rows.csv", b"prompt,prompt\na,b\n", "must name the columns, each once"),
     "csv: a column without a name": file_rows("rows.csv", b",prompt,completion\n0,a,b\n", [2], {}),
     "csv: two columns of one name": file("rows.csv", b"prompt,prompt,\na,b,\n", "must name the columns"),
-    "csv: the wrong columns": file("rows.csv", b"a,b\n1,2\n", "rows.csv:2", "unknown shape: keys 'a', 'b'"),
+    "csv: the wrong columns": file("rows.csv", b"a,b\n1,2\n", "rows.csv:2", "unknown format: keys 'a', 'b'"),
     "csv: semicolons": file("rows.csv", b"prompt;completion\na;b\n", "rows.csv:2", "'prompt;completion'"),
     "csv: UTF-16": file("rows.csv", "prompt,completion\na,b\n".encode("utf-16"), "must name the columns"),
     "csv: a first row that is not UTF-8": file("rows.csv", b"prompt,completion\xff\na,b\n", "must name the columns"),
@@ -336,7 +342,7 @@ TABLES: dict[str, Case] = {
         "rows.csv",
         b'messages\n[oops\n"[{""role"": ""assistant"", ""content"": ""fine""}]"\n',
         [3],
-        {2: "'messages' is a text, but no JSON"},
+        {2: "'messages' is a text, but not valid JSON"},
     ),
     "parquet: messages null": parquet([GOOD, {"messages": None}, GOOD], [1, 3], {2: "'messages' must be a list"}),
     "parquet: messages that are bytes": parquet(
@@ -361,12 +367,14 @@ TABLES: dict[str, Case] = {
         {1: ""},
     ),
     "parquet: bytes in a tool definition": parquet([GOOD | {"tools": [{"name": b"\xff"}]}, GOOD], [2], {1: ""}),
-    "parquet: the wrong columns": file("a.parquet", parquet_bytes([{"a": 1}]), "a.parquet:1", "unknown shape"),
+    "parquet: the wrong columns": file("a.parquet", parquet_bytes([{"a": 1}]), "a.parquet:1", "unknown format"),
     "parquet: no rows": file("a.parquet", parquet_bytes(pyarrow.table({"text": []})), "has no rows"),
-    "parquet: an empty file": file("a.parquet", b"", "no whole Parquet file"),
-    "parquet: the end cut off": file("a.parquet", parquet_bytes([GOOD])[:-20], "no whole Parquet file"),
-    "parquet: garbage": file("a.parquet", random.Random(0).randbytes(999), "no whole Parquet file"),
-    "parquet: garbage between the marks": file("a.parquet", b"PAR1" + b"\x9c" * 99 + b"PAR1", "no whole Parquet file"),
+    "parquet: an empty file": file("a.parquet", b"", "not a complete Parquet file"),
+    "parquet: the end cut off": file("a.parquet", parquet_bytes([GOOD])[:-20], "not a complete Parquet file"),
+    "parquet: garbage": file("a.parquet", random.Random(0).randbytes(999), "not a complete Parquet file"),
+    "parquet: garbage between the marks": file(
+        "a.parquet", b"PAR1" + b"\x9c" * 99 + b"PAR1", "not a complete Parquet file"
+    ),
     "parquet: a cell that is not UTF-8": file_rows(
         "a.parquet", parquet_bytes(pyarrow.table({"text": NOT_ALL_UTF8})), [1, 3], {2: "a cell cannot be read"}
     ),
@@ -376,7 +384,7 @@ TABLES: dict[str, Case] = {
         [1],
         {},
     ),
-    "parquet: another kind of file": file("a.parquet", GOOD_LINE, "no whole Parquet file"),
+    "parquet: another kind of file": file("a.parquet", GOOD_LINE, "not a complete Parquet file"),
 }
 
 
@@ -411,7 +419,7 @@ FILES: dict[str, Case] = {
     "text that is not UTF-8": file("a.txt", b"once \xff upon", "a.txt:1", "not valid UTF-8 at byte 6"),
     "text after a MiB of blank lines": file_rows("a.txt", b"\n" * 2**20 + b"once upon a time", [1], {}),
     "an array cut off": file_rows(
-        "a.json", b"[" + GOOD_LINE + b"," + GOOD_LINE[:-5], [1], {2: "the JSON array breaks off here"}
+        "a.json", b"[" + GOOD_LINE + b"," + GOOD_LINE[:-5], [1], {2: "the JSON array is not valid from here on"}
     ),
     "an array without its bracket": file_rows("a.json", b"[" + GOOD_LINE, [1], {2: "',' or ']' expected"}),
     "an array without commas": file_rows(
@@ -499,15 +507,15 @@ PLACES: dict[str, Case] = {
     "a glob that matches other files": Refused(
         lambda: beside("d/*", lines(GOOD, name="d/a.jsonl"), written("d/README.md", b"Hi")), ("d/README.md", ".jsonl")
     ),
-    "an empty folder": Refused(lambda: made("folder"), ("'folder' holds no .jsonl",)),
-    "an empty folder named like a file": Refused(lambda: made("x.jsonl"), ("'x.jsonl' holds no .jsonl",)),
+    "an empty folder": Refused(lambda: made("folder"), ("'folder' has no .jsonl",)),
+    "an empty folder named like a file": Refused(lambda: made("x.jsonl"), ("'x.jsonl' has no .jsonl",)),
     "a folder of folders": Refused(
-        lambda: beside("d", lines(GOOD, name="d/deep/a.jsonl")), ("'d' holds no .jsonl", "'d/**/*.jsonl'")
+        lambda: beside("d", lines(GOOD, name="d/deep/a.jsonl")), ("'d' has no .jsonl", "'d/**/*.jsonl'")
     ),
-    "a folder of other files": Refused(lambda: beside("d", written("d/a.md", b"Hi")), ("'d' holds no .jsonl",)),
+    "a folder of other files": Refused(lambda: beside("d", written("d/a.md", b"Hi")), ("'d' has no .jsonl",)),
     "a folder of mixed kinds": Refused(
         lambda: beside("d", lines(GOOD, name="d/a.jsonl"), written("d/README.txt", b"Hi")),
-        ("holds .jsonl and .txt",),
+        ("has .jsonl and .txt",),
     ),
     "a folder with an empty file": Refused(
         lambda: beside("d", lines(GOOD, name="d/a.jsonl"), written("d/b.jsonl", b"")), ("d/b.jsonl' has no rows",)

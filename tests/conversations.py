@@ -84,8 +84,8 @@ EMPTY_BLOCK = "<think>\n\n</think>\n\n"
 ANSWER = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 
 
-def learnt_spans(rendered: str, loss_on: str, thinking: str) -> list[tuple[int, int]]:
-    """Return the stretches that are learnt of what a Jinja template rendered, found in the text alone."""
+def supervised_spans(rendered: str, loss_on: str, thinking: str) -> list[tuple[int, int]]:
+    """Return the supervised parts of what a Jinja template rendered, found in the text alone."""
     if loss_on == "all":
         return [(0, len(rendered))]
     spans = [match.span(1) for match in ANSWER.finditer(rendered)]

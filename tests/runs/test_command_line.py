@@ -54,7 +54,7 @@ def test_cfg_job_prints_the_settings_and_trains_nothing(tmp_path):
         (["inspect", *TINY, "sample=8000"], "sample=8000: there are 8000 samples, 0 to 7999"),
         (["inspect", *TINY, "data.loss_on=assistent"], "data.loss_on=assistent: .*Did you mean 'assistant'"),
         (["inspect", *TINY, "data.path=[]"], "data.path=.*the list is empty"),
-        (["inspect", *TINY, "data.path=[{path:a,weigth:2}]"], "'weigth' is no setting of a part"),
+        (["inspect", *TINY, "data.path=[{path:a,weigth:2}]"], "'weigth' is not a setting of a part"),
         (["inspect", *TINY, "data.path=[{path:a,weight:0}]"], "weight 0 of a must be a number above 0"),
         (["inspect", *TINY, "data.path=[{path:a,weight:1},b]"], "give every part a weight, or none"),
         (["inspect", *TINY, "data.val_path=[{path:a,weight:1}]"], "data.val_path takes no weights"),

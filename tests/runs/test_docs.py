@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from qwlit.config.compose import compose
-from qwlit.data.formats import KEYS, RowParser, recognise_format
+from qwlit.data.formats import REQUIRED_KEYS, RowParser, recognise_format
 from qwlit.data.rows import parse_json_object
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +50,10 @@ def test_the_rows_shown_are_read_and_every_format_is_described():
     shown = [parse_json_object(line.encode()) for line in re.search(r"```json\n(.*?)```", page, re.S)[1].splitlines()]
     for row in shown:
         RowParser("auto", 100, "assistant")(row)
-    assert {recognise_format(row) for row in shown} == set(KEYS) - {"tokenized"}
-    assert re.findall(r"^\| `(\w+)` \| `(?:messages|conv|input_ids|instr|prompt|text)", page, re.M) == list(KEYS)
+    assert {recognise_format(row) for row in shown} == set(REQUIRED_KEYS) - {"tokenized"}
+    assert re.findall(r"^\| `(\w+)` \| `(?:messages|conv|input_ids|instr|prompt|text)", page, re.M) == list(
+        REQUIRED_KEYS
+    )
 
 
 @pytest.mark.parametrize("file", SBATCH, ids=lambda file: file.name)

@@ -55,7 +55,7 @@ def test_a_person_sees_the_account_the_reasons_the_mask_the_lengths_and_the_pack
     assert done.returncode == 0, done.stderr
     for shown in (
         "5 rows = 3 accepted + 0 too long + 2 put aside; 0 truncated, 1 split, 0 duplicates",
-        "no assistant message: there is nothing to learn  rows.jsonl:2",
+        "no assistant message: there is no answer to train on  rows.jsonl:2",
         "rows.jsonl:5",
         "[[Hello↵\nthere<|im_end|>]]",
         "[[<think>↵\nyes↵\n</think>↵\n↵\n是的。<|im_end|>]]",

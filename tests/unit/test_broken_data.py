@@ -1,4 +1,4 @@
-"""Whatever is wrong with rows or files: counted and put aside with its line and reason, or refused in one line."""
+"""Whatever is wrong with rows or files: counted and quarantined with its line and reason, or refused in one line."""
 
 import os
 import re
@@ -12,8 +12,8 @@ import pytest
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data import files, store_writer
 from qwlit.data.config import DataConfig
+from qwlit.data.encoded_batch import Account
 from qwlit.data.encoding import RowEncoder
-from qwlit.data.outcome import Account
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.splits import DataSplit, load_data
 from qwlit.data.store import SampleStore, build_store, check_account
@@ -115,7 +115,7 @@ def test_control_tokens_in_a_text_stay_letters(place: str, tokenizer: TextTokeni
 
 
 @pytest.mark.parametrize("place", ["tools", "arguments", "role", "from", "labels", "x"])
-def test_nesting_of_any_depth_is_read_or_put_aside(place: str, tokenizer: TextTokenizer) -> None:
+def test_nesting_of_any_depth_is_read_or_quarantined(place: str, tokenizer: TextTokenizer) -> None:
     rows = {
         "tools": '{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"a": DEEP}]}',
         "arguments": '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": DEEP}}]}]}',

@@ -17,7 +17,7 @@ from qwlit.data.formats import EncodedSample
 from qwlit.data.rows import RowError
 from qwlit.data.templates import Supervision
 from qwlit.data.tokenizer import TextTokenizer
-from tests.conversations import Messages, conversation, learnt_spans, without_reasoning
+from tests.conversations import Messages, conversation, supervised_spans, without_reasoning
 from tests.real_tokenizer import JINJA, added_tokens, small_tokenizer
 
 FAMILIES = tuple(JINJA)
@@ -45,7 +45,7 @@ def encode(encoder: ChatEncoder, messages: Messages, tools: Any = None) -> Encod
     return encoder.encode(parse_conversation(messages, tools))
 
 
-def learnt(tokenizer: Any, sample: EncodedSample) -> str:
+def supervised_text(tokenizer: Any, sample: EncodedSample) -> str:
     return tokenizer.decode([token for token, flag in zip(sample.input_ids, sample.loss_mask, strict=True) if flag])
 
 
@@ -78,7 +78,7 @@ def test_ids_equal_apply_chat_template_with_a_small_vocabulary(family: str, extr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_token_is_learnt_where_the_settings_say_so_of_all_its_characters(real: Real, family: str) -> None:
+def test_a_token_is_supervised_where_the_settings_say_so_of_all_its_characters(real: Real, family: str) -> None:
     tokenizer, text_tokenizer = real[family]
     for messages, tools in generated(family, range(40)):
         kept, dropped = (
@@ -91,7 +91,7 @@ def test_a_token_is_learnt_where_the_settings_say_so_of_all_its_characters(real:
             for supervision in (s for s in SUPERVISIONS if text == (dropped if s.thinking == "drop" else kept)):
                 sample = encode(encoder_of(text_tokenizer, family, supervision), messages, tools)
                 letters = np.zeros(len(text) + 1, dtype=int)
-                for start, end in learnt_spans(text, supervision.loss_on, supervision.thinking):
+                for start, end in supervised_spans(text, supervision.loss_on, supervision.thinking):
                     letters[start:end] = 1
                 mask = [int(letters[start:end].all()) for start, end in offsets]
                 assert sample == EncodedSample(whole.input_ids, [0, *mask[1:]]), (supervision, messages)
@@ -110,7 +110,7 @@ def test_what_stands_before_the_last_answer_is_the_prompt_of_inference(real: Rea
         if without_reasoning([last])[0]["content"][0].isspace() and not reasons:
             continue
         sample = encode(encoder, messages, tools)
-        # A model that has learnt to write the empty block is asked as one that thinks.
+        # A model that was trained to write the empty block gets the prompt of a model with thinking.
         enabled = reasons or thinking == "keep"
         prompt = tokenizer.apply_chat_template(
             before, tools=tools, add_generation_prompt=True, enable_thinking=enabled, return_dict=False
@@ -165,29 +165,29 @@ def test_message_text_never_becomes_a_control_token(real: Real, family: str) -> 
     assert count[tags] == count["plain"]
 
 
-def test_what_is_learnt_is_the_answer_and_its_end(real: Real) -> None:
+def test_what_is_supervised_is_the_answer_and_its_end(real: Real) -> None:
     for family, (tokenizer, text_tokenizer) in real.items():
         messages = [USER, {"role": "assistant", "content": "你好🎉\n"}, USER, {"role": "assistant", "content": " Yes."}]
         sample = encode(encoder_of(text_tokenizer, family), messages)
-        assert learnt(tokenizer, sample) == "你好🎉\n<|im_end|> Yes.<|im_end|>", family
+        assert supervised_text(tokenizer, sample) == "你好🎉\n<|im_end|> Yes.<|im_end|>", family
 
 
-def test_a_token_that_straddles_the_boundary_is_not_learnt(real: Real) -> None:
+def test_a_token_that_straddles_the_boundary_is_not_supervised(real: Real) -> None:
     # The header's newline and the answer's merge into one token: learning it would teach the header.
     tokenizer, text_tokenizer = real["qwen2"]
     sample = encode(encoder_of(text_tokenizer, "qwen2"), [USER, {"role": "assistant", "content": "\n\nYes."}])
-    assert learnt(tokenizer, sample) == "Yes.<|im_end|>"
+    assert supervised_text(tokenizer, sample) == "Yes.<|im_end|>"
     assert 1406 in sample.input_ids  # "\n\n\n"
 
 
-def test_a_character_split_over_tokens_is_learnt_whole(real: Real) -> None:
+def test_a_character_split_over_tokens_is_supervised_whole(real: Real) -> None:
     tokenizer, text_tokenizer = real["qwen3"]
     messages = [USER, {"role": "assistant", "content": "𓀀", "reasoning_content": "𓂀"}]
     sample = encode(encoder_of(text_tokenizer, "qwen3"), messages)
-    assert learnt(tokenizer, sample) == "<think>\n𓂀\n</think>\n\n𓀀<|im_end|>"
+    assert supervised_text(tokenizer, sample) == "<think>\n𓂀\n</think>\n\n𓀀<|im_end|>"
 
 
-def test_with_loss_on_all_every_token_but_the_first_is_learnt(real: Real) -> None:
+def test_with_loss_on_all_every_token_but_the_first_is_supervised(real: Real) -> None:
     for family, (_, text_tokenizer) in real.items():
         encoder = encoder_of(text_tokenizer, family, Supervision("all"))
         sample = encode(encoder, [USER, {"role": "assistant", "content": "Yes."}])
@@ -306,5 +306,5 @@ def test_a_tokenizer_that_spells_a_control_token_with_letters_is_refused() -> No
 
 
 def test_qwen2_refuses_tools_row_by_row(real: Real) -> None:
-    with pytest.raises(RowError, match="no tools"):
+    with pytest.raises(RowError, match="does not support tools"):
         encode(encoder_of(real["qwen2"][1], "qwen2"), [USER, {"role": "assistant", "content": "x"}], [{"name": "add"}])

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from qwlit.data.conversation import parse_conversation
+from qwlit.data.encoded_batch import DTYPES, Account, EncodedBatch
 from qwlit.data.encoding import RowEncoder
-from qwlit.data.outcome import DTYPES, Account, Batch
 from qwlit.data.remarks import HISTORY_THINKING, TAGS_AS_TEXT
 from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row
 from qwlit.data.tokenizer import TextTokenizer
@@ -23,11 +23,11 @@ def tokenizer() -> TextTokenizer:
     return TextTokenizer(small_tokenizer("qwen3"))
 
 
-def encode(encoder: RowEncoder, *contents: Any) -> Batch:
+def encode(encoder: RowEncoder, *contents: Any) -> EncodedBatch:
     return encoder([c if isinstance(c, Reject) else Row(0, line, c) for line, c in enumerate(contents, start=1)])
 
 
-def samples(batch: Batch) -> list[tuple[list[int], list[int]]]:
+def samples(batch: EncodedBatch) -> list[tuple[list[int], list[int]]]:
     ends = np.cumsum(batch.arrays["lengths"])
     ids, masks = (np.split(batch.arrays[name], ends) for name in ("tokens", "mask"))
     assert ids.pop().size == masks.pop().size == 0
@@ -55,7 +55,7 @@ def test_every_kind_of_row_becomes_a_sample(tokenizer: TextTokenizer) -> None:
     assert (batch.rejects, batch.stop) == ([], None)
 
 
-def test_the_arrays_say_of_each_sample_how_long_it_is_what_is_learnt_and_where_it_stood(
+def test_the_arrays_say_of_each_sample_how_long_it_is_what_is_supervised_and_where_it_stood(
     tokenizer: TextTokenizer,
 ) -> None:
     encoder = row_encoder(tokenizer, max_seq_len=20, too_long="split")
@@ -124,9 +124,9 @@ def test_split_makes_every_token_but_the_first_a_target_exactly_once(
     ids, mask = whole(encoder, row)
     batch = encode(encoder, row)
     start = 0
-    for piece, learnt in _with_those_left_out(samples(batch), ids, mask, limit):
+    for piece, mask_part in _with_those_left_out(samples(batch), ids, mask, limit):
         assert piece == ids[start : start + limit]
-        assert learnt == [0, *mask[start + 1 : start + limit]]
+        assert mask_part == [0, *mask[start + 1 : start + limit]]
         start += len(piece) - 1
     assert start == len(ids) - 1
     assert batch.arrays["num_supervised"].sum() == sum(mask)
@@ -134,12 +134,12 @@ def test_split_makes_every_token_but_the_first_a_target_exactly_once(
 
 
 def _with_those_left_out(found: list[Any], ids: list[int], mask: list[int], limit: int) -> list[Any]:
-    """Put back the pieces of which nothing is learnt: they are no samples."""
+    """Put back the pieces without a supervised token: they are not samples."""
     pieces = []
     left = iter(found)
     for start in range(0, len(ids) - 1, limit - 1):
-        learnt = [0, *mask[start + 1 : start + limit]]
-        pieces.append(next(left) if any(learnt) else (ids[start : start + limit], learnt))
+        mask_part = [0, *mask[start + 1 : start + limit]]
+        pieces.append(next(left) if any(mask_part) else (ids[start : start + limit], mask_part))
     assert next(left, None) is None
     return pieces
 
@@ -201,7 +201,7 @@ def test_a_text_in_blocks_is_an_error_where_long_ones_are(tokenizer: TextTokeniz
         ("truncate", [0] * 10 + [1] * 10, "nothing in it is supervised within its first 8 tokens"),
     ],
 )
-def test_a_row_of_which_nothing_is_learnt_is_put_aside(too_long: str, mask: list[int], reason: str) -> None:
+def test_a_row_with_nothing_supervised_is_quarantined(too_long: str, mask: list[int], reason: str) -> None:
     row = {"input_ids": list(range(len(mask))), "loss_mask": mask}
     batch = encode(row_encoder(too_long=too_long, max_seq_len=8), tokens(1), row)
     assert batch.account == Account(read=2, accepted=1, quarantined=1)
@@ -209,7 +209,7 @@ def test_a_row_of_which_nothing_is_learnt_is_put_aside(too_long: str, mask: list
     assert len(samples(batch)) == 1
 
 
-def test_pieces_of_which_nothing_is_learnt_are_no_samples_of_a_row_that_is_split() -> None:
+def test_pieces_with_nothing_supervised_are_no_samples_of_a_row_that_is_split() -> None:
     row = {"input_ids": list(range(20)), "loss_mask": [0] * 9 + [1] + [0] * 10}
     batch = encode(row_encoder(too_long="split", max_seq_len=8), row)
     assert samples(batch) == [(list(range(7, 15)), [0, 0, 1, 0, 0, 0, 0, 0])]
@@ -264,7 +264,7 @@ def test_remarkable_rows_are_counted(tokenizer: TextTokenizer) -> None:
     assert batch.remarks == {HISTORY_THINKING: 2, TAGS_AS_TEXT: 1}
 
 
-def test_the_settings_of_what_is_learnt_reach_the_samples(tokenizer: TextTokenizer) -> None:
+def test_the_settings_of_what_is_supervised_reach_the_samples(tokenizer: TextTokenizer) -> None:
     row = {"messages": messages("One.")["messages"] * 2}
     shares = {
         loss_on: encode(row_encoder(tokenizer, loss_on=loss_on), row).arrays["num_supervised"].tolist()

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from qwlit.data.conversation import Conversation, Message, ToolCall
-from qwlit.data.formats import KEYS, EncodedSample, RowParser, recognise_format
+from qwlit.data.formats import REQUIRED_KEYS, EncodedSample, RowParser, recognise_format
 from qwlit.data.rows import Document, RowError
 
 MESSAGES: list[dict[str, Any]] = [
@@ -96,7 +96,7 @@ def test_json_texts_in_the_cells_of_a_table_are_read(key: str) -> None:
     row = {key: json.dumps(turns), "tools": json.dumps(TOOLS), "system": ""}
     assert parse(row) == parse({key: turns, "tools": TOOLS})
     assert parse(row | {"tools": ""}) == parse({key: turns})
-    assert "is a text, but no JSON" in refused({key: "[{"})
+    assert "is a text, but not valid JSON" in refused({key: "[{"})
 
 
 def test_numbers_in_the_cells_of_a_table_are_read() -> None:
@@ -130,7 +130,7 @@ def test_tokenized_rows_by_labels_and_by_mask_are_the_same_sample() -> None:
     assert parse({"input_ids": [4, 5, 6], "loss_mask": [0, 0, 1], "labels": None}, loss_on="all") == expected
 
 
-def test_input_ids_alone_are_learnt_whole_with_loss_on_all_and_only_then() -> None:
+def test_input_ids_alone_are_supervised_whole_with_loss_on_all_and_only_then() -> None:
     row = {"input_ids": [4, 5, 6], "attention_mask": [1, 1, 1]}
     assert parse(row, loss_on="all") == EncodedSample([4, 5, 6], [0, 1, 1])
     assert "data.loss_on=all" in refused(row)
@@ -138,7 +138,7 @@ def test_input_ids_alone_are_learnt_whole_with_loss_on_all_and_only_then() -> No
     assert "without 'labels' or 'loss_mask'" in refused(row | {"labels": None}, loss_on="all")
 
 
-def test_the_first_token_is_never_learnt() -> None:
+def test_the_first_token_is_never_supervised() -> None:
     for key, value in {"labels": [4, 5], "loss_mask": [1, 1]}.items():
         assert parse({"input_ids": [4, 5], key: value}) == EncodedSample([4, 5], [0, 1])
 
@@ -154,7 +154,7 @@ FILLED: dict[str, dict[str, Any]] = {
 
 
 def test_a_row_with_the_keys_of_several_formats_is_the_first_one_that_has_values() -> None:
-    assert list(FILLED) == list(KEYS)
+    assert list(FILLED) == list(REQUIRED_KEYS)
     names = list(FILLED)
     for number, name in enumerate(names):
         later = {key: value for other in names[number:] for key, value in FILLED[other].items()}
@@ -187,10 +187,10 @@ def test_prose_is_refused_where_another_format_is_set(name: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, "unknown shape: keys none; expected 'messages', or 'conversations'"),
-        ({"prompt": "a", "answer": "b"}, "unknown shape: keys 'prompt', 'answer'"),
-        ({f"{'k' * 500}{i}": 1 for i in range(50)}, "unknown shape"),
-        ({"messages": "Hi"}, "'messages' is a text, but no JSON"),
+        ({}, "unknown format: keys none; expected 'messages', or 'conversations'"),
+        ({"prompt": "a", "answer": "b"}, "unknown format: keys 'prompt', 'answer'"),
+        ({f"{'k' * 500}{i}": 1 for i in range(50)}, "unknown format"),
+        ({"messages": "Hi"}, "'messages' is a text, but not valid JSON"),
         ({"messages": '"Hi"'}, "'messages' must be a list"),
         ({"messages": [USER]}, "no assistant message"),
         ({"conversations": {}}, "'conversations' must be a list"),
@@ -199,29 +199,29 @@ def test_prose_is_refused_where_another_format_is_set(name: Any) -> None:
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 1: from"),
         ({"conversations": [{"from": "human", "value": None}]}, "turn 1: 'value' must be a string, not null"),
         ({"conversations": SHAREGPT[1:2]}, "no assistant message"),
-        ({"conversations": [{"from": "gpt", "value": ""}]}, "message 1: the assistant says nothing"),
+        ({"conversations": [{"from": "gpt", "value": ""}]}, "message 1: the assistant message is empty"),
         ({"conversations": [{"from": "function_call", "value": "add"}]}, "turn 1: a function call is a text"),
         ({"conversations": [{"from": "function_call", "value": "3"}]}, "turn 1: a tool call must have a 'name'"),
         ({"conversations": SHAREGPT, "system": 3}, "'system' must be a string, not a number"),
         ({"instruction": "One?", "output": None}, "'output' must be a string, not null"),
         ({"instruction": None, "output": "x"}, "'instruction' must be a string, not null"),
         ({"instruction": " ", "output": "x"}, "'instruction' and 'input' are both empty"),
-        ({"instruction": "One?", "output": ""}, "the assistant says nothing"),
+        ({"instruction": "One?", "output": ""}, "the assistant message is empty"),
         (PAIR | {"input": 3}, "'input' must be a string, not a number"),
         (PAIR | {"history": [["a"]]}, "'history' must be a list of [question, answer] pairs"),
         (PAIR | {"history": [["a", 3]]}, "'history' must be a list of [question, answer] pairs"),
-        (PAIR | {"history": "["}, "'history' is a text, but no JSON"),
+        (PAIR | {"history": "["}, "'history' is a text, but not valid JSON"),
         ({"prompt": "One?", "completion": None}, "'response' must be a text or a list of messages, not null"),
         ({"prompt": [], "completion": "x"}, "'prompt' must be a text or a list of messages, not a list"),
         ({"prompt": "One?", "completion": [USER]}, "no assistant message"),
-        ({"prompt": "One?", "completion": " "}, "the assistant says nothing"),
+        ({"prompt": "One?", "completion": " "}, "the assistant message is empty"),
         ({"text": None}, "'text' must be a string, not null"),
         ({"text": ["x"]}, "'text' must be a string, not a list"),
         ({"text": " \n"}, "the text is empty"),
         ({"input_ids": "12", "labels": [1, 2]}, "list of whole numbers"),
         ({"input_ids": [1, 2.0], "labels": [1, 2]}, "list of whole numbers"),
         ({"input_ids": [1, True], "labels": [1, 1]}, "list of whole numbers"),
-        ({"input_ids": [1], "labels": [1]}, "2 are the least"),
+        ({"input_ids": [1], "labels": [1]}, "so it needs at least 2"),
         ({"input_ids": [1, -2], "labels": [1, -2]}, "token id -2 is not within"),
         ({"input_ids": [1, 10], "labels": [1, 10]}, "token id 10 is not within the vocabulary of 10"),
         ({"input_ids": [1, 2], "labels": [1, 2], "loss_mask": [0, 1]}, "keep one"),

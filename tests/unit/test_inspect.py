@@ -26,7 +26,7 @@ def test_the_histogram_counts_every_sample_once_by_doubling_lengths() -> None:
 
 def test_stretches_part_where_the_mask_changes_and_around_control_tokens() -> None:
     found = list(stretches([9, 1, 2, 3, 9, 9, 4], [0, 0, 1, 1, 1, 1, 0], {9}))
-    assert [(s.start, s.ids, s.kind, s.learnt) for s in found] == [
+    assert [(s.start, s.ids, s.kind, s.supervised) for s in found] == [
         (0, (9,), "control", False),
         (1, (1,), "text", False),
         (2, (2, 3), "text", True),

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from qwlit.data.conversation import Message, ToolCall
+from qwlit.data.encoded_batch import EncodedBatch
 from qwlit.data.formats import RowParser
-from qwlit.data.outcome import Batch
 from qwlit.data.remarks import (
-    ANSWERS_IN_A_ROW,
     BARE_TOOLS,
+    CONSECUTIVE_ANSWERS,
+    CONTROL_TOKENS_AS_TEXT,
     MARKED_QUESTION,
     NO_EMPTY_BLOCK,
     PLACEHOLDER_AS_TEXT,
     TAGS_AS_TEXT,
-    WRITTEN_OUT,
 )
 from qwlit.data.rows import Document, Row
 from qwlit.data.tokenizer import TextTokenizer
@@ -47,7 +47,7 @@ def case(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (CASES / name).read_text(encoding="utf-8").splitlines()]
 
 
-def encode(tokenizer: TextTokenizer, *rows: Any, **config: Any) -> Batch:
+def encode(tokenizer: TextTokenizer, *rows: Any, **config: Any) -> EncodedBatch:
     return row_encoder(tokenizer, **config)([Row(0, line, row) for line, row in enumerate(rows, start=1)])
 
 
@@ -59,7 +59,7 @@ def test_answers_marked_as_unwanted_are_refused_with_the_way_out() -> None:
     rows = case("rows_kto.jsonl")
     assert parse(rows.pop(1)).messages[1].content == "Four."
     for row in rows:
-        assert "marked as unwanted" in (reason := refused(row)) and "leave such rows out" in reason
+        assert "marked as unwanted" in (reason := refused(row)) and "remove such rows" in reason
 
 
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
@@ -105,7 +105,7 @@ def test_an_answer_that_was_not_chosen_is_unwanted_and_one_that_was_not_rejected
 def test_rows_with_images_are_refused_with_the_way_out() -> None:
     for row in case("rows_images.jsonl"):
         for one in (row, {key: value for key, value in row.items() if not key.startswith("image")}):
-            assert "training reads text alone" in (reason := refused(one)) and "leave such rows out" in reason
+            assert "training reads only text" in (reason := refused(one)) and "remove such rows" in reason
 
 
 @pytest.mark.parametrize("key", ["images", "image", "videos", "video", "audios", "audio"])
@@ -116,7 +116,7 @@ def test_media_of_a_row_or_a_message_are_refused_but_empty_ones(key: str) -> Non
         assert f"turn 1: has '{key}'" in refused({"conversations": [HUMAN | {key: value}, GPT]})
     for value in (None, "", [], "[]", {"bytes": b"", "path": None}, [{"path": ""}]):
         assert parse(CHAT | {key: value}) == parse(CHAT)
-        assert RowParser("auto", 10, "assistant").unread(CHAT | {key: value}) == []
+        assert RowParser("auto", 10, "assistant").unread_keys(CHAT | {key: value}) == []
 
 
 @pytest.mark.parametrize("tag", ["<image>", "<video>", "<audio>", "<image 1>", "<image_2>"])
@@ -132,7 +132,7 @@ def test_a_placeholder_at_an_end_of_what_is_asked_is_refused_and_elsewhere_named
             PAIR | {"prompt": text},
             ALPACA | {"instruction": text},
         ):
-            assert f"{tag} stands for what is not text" in refused(row)
+            assert f"{tag} is a placeholder for something that is not text" in refused(row)
     asked = {"messages": [USER | {"content": f"Explain {tag} in HTML."}, FOUR]}
     inside = [
         {"messages": [USER, FOUR | {"content": f"{tag} opens it."}]},
@@ -140,7 +140,7 @@ def test_a_placeholder_at_an_end_of_what_is_asked_is_refused_and_elsewhere_named
         Document(f"{tag} opens it."),
     ]
     if "image" in tag:
-        assert f"{tag} stands for what is not text" in refused(asked), "<image> is no HTML"
+        assert f"{tag} is a placeholder for something that is not text" in refused(asked), "<image> is no HTML"
     else:
         inside.append(asked)
     assert encode(tokenizer, *inside).remarks == {PLACEHOLDER_AS_TEXT: len(inside)}
@@ -208,7 +208,7 @@ def test_with_loss_on_all_a_turn_marked_otherwise_is_still_not_supervised(tokeni
 def test_a_system_column_and_a_system_turn_are_one_or_refused() -> None:
     same, other = case("rows_two_systems.jsonl")
     assert [m.role for m in parse(same).messages] == ["system", "user", "assistant"]
-    assert "has a system column and a system turn that differ; keep one" in refused(other)
+    assert "has a 'system' column and a system turn that differ; keep one" in refused(other)
     prompt = {
         "prompt": [{"role": "developer", "content": "Be brief."}, USER],
         "completion": "Four.",
@@ -255,7 +255,7 @@ def test_a_text_before_a_call_and_calls_in_a_row_are_one_answer(tokenizer: TextT
 def test_marks_of_one_answer_in_several_turns_must_agree() -> None:
     for first, second in ((0, 1), (1, 0), (0, None), (None, 0)):
         row = {"conversations": [HUMAN, GPT | {"weight": first}, CALL | {"weight": second}]}
-        assert "message 3: is one answer with the message before it, but marked otherwise" in refused(row)
+        assert "message 3: belongs to the answer before it, but its mark differs" in refused(row)
     for first, second in ((0, 0), (1, 1), (1, None), (None, 1)):
         row = {"conversations": [HUMAN, GPT | {"weight": first}, CALL | {"weight": second}]}
         assert supervised(parse(row).messages) == [first != 0]
@@ -301,7 +301,7 @@ def test_what_stands_twice_is_refused() -> None:
 
 def test_control_tokens_written_out_stay_letters_and_are_named(tokenizer: TextTokenizer) -> None:
     batch = encode(tokenizer, *case("rows_rendered.jsonl"))
-    assert batch.remarks == {WRITTEN_OUT: 3}
+    assert batch.remarks == {CONTROL_TOKENS_AS_TEXT: 3}
     ids = batch.arrays["tokens"].tolist()
     assert ids.count(tokenizer.control_ids["<|im_start|>"]) == 2  # of the third row's own two turns
     places = [
@@ -310,7 +310,7 @@ def test_control_tokens_written_out_stay_letters_and_are_named(tokenizer: TextTo
         CHAT | {"tools": [WRAPPED, {"type": "function", "function": {"name": "<|endoftext|>"}}]},
         Document("a <|im_end|>"),
     ]
-    assert encode(tokenizer, *places).remarks == {WRITTEN_OUT: 4}
+    assert encode(tokenizer, *places).remarks == {CONTROL_TOKENS_AS_TEXT: 4}
     others = [{"text": text} for text in ("<|fim_suffix|>", "a <| b |> c", "<|im_start", "im_start|>")]
     assert not encode(tokenizer, *others).remarks
 
@@ -409,8 +409,8 @@ def test_remarks_of_batches_add_up_and_only_key_names_are_limited() -> None:
 
 @pytest.mark.parametrize("text", ["look at <image> and say", "<img>https://a/b.png</img>\nWhat?", "What is <IMAGE>?"])
 def test_a_placeholder_for_a_picture_is_refused_wherever_it_stands(text: str) -> None:
-    assert "stands for what is not text" in refused({"messages": [USER | {"content": text}, FOUR]})
-    assert "stands for what is not text" in refused(ALPACA | {"instruction": text, "input": "x"})
+    assert "is a placeholder for something that is not text" in refused({"messages": [USER | {"content": text}, FOUR]})
+    assert "is a placeholder for something that is not text" in refused(ALPACA | {"instruction": text, "input": "x"})
 
 
 @pytest.mark.parametrize("key", ["image_path", "image_url", "video_path", "audio_url", "pixel_values"])
@@ -423,8 +423,8 @@ def test_a_row_that_is_marked_as_not_to_be_trained_on_is_refused(row: dict[str, 
     for key in ("weight", "loss", "train", "loss_weight"):
         for value in (0, 0.0, False, "false"):
             assert f"'{key}' is {value}: the row is marked as not to be trained on" in refused(row | {key: value})
-        assert RowParser("auto", 10, "assistant").unread(row | {key: True}) == []
-        assert RowParser("auto", 10, "assistant").unread(row | {key: 0.7}) == [key]
+        assert RowParser("auto", 10, "assistant").unread_keys(row | {key: True}) == []
+        assert RowParser("auto", 10, "assistant").unread_keys(row | {key: 0.7}) == [key]
 
 
 def test_an_answer_and_the_calls_after_it_are_one_turn_in_messages_too() -> None:
@@ -441,4 +441,4 @@ def test_an_answer_and_the_calls_after_it_are_one_turn_in_messages_too() -> None
 
 
 def test_answers_directly_after_one_another_are_named(tokenizer: TextTokenizer) -> None:
-    assert encode(tokenizer, {"messages": [USER, FOUR, FOUR]}).remarks[ANSWERS_IN_A_ROW] == 1
+    assert encode(tokenizer, {"messages": [USER, FOUR, FOUR]}).remarks[CONSECUTIVE_ANSWERS] == 1

@@ -124,5 +124,5 @@ def test_a_weight_too_small_to_matter_is_an_error() -> None:
 
 
 def test_a_part_without_samples_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="part 2 has no sample to draw; leave it out"):
+    with pytest.raises(ConfigError, match="part 2 has no sample to draw; remove it"):
         Order.weighted(0, (10, 0), (1.0, 1.0))

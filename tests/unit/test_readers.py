@@ -56,7 +56,7 @@ BROKEN_LINES = {
     "invalid UTF-8": (b'{"messages": "\xff"}', "not valid UTF-8 at byte 15"),
     "UTF-16": (LINE.decode().encode("utf-16-le"), "not valid"),
     "a list": (b"[1, 2]", "must be a JSON object, not a list"),
-    "a key twice": (b'{"x": 1, "x": 2}', "stands twice"),
+    "a key twice": (b'{"x": 1, "x": 2}', "appears twice"),
     "an endless number": (b'{"x": 1e999}', "too large"),
     "deep nesting": (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not readable as JSON"),
     "too long": (b'{"x": "' + b"y" * MAX_ROW_BYTES + b'"}', f"{MAX_ROW_BYTES + 10:,} bytes long"),
@@ -136,16 +136,16 @@ def test_a_first_line_of_numbers_longer_than_the_look_ahead_is_a_line(digits: in
 
 
 def test_an_object_over_many_lines_may_be_as_large_as_a_row(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"one JSON object of over 8,388,608 bytes; write one a line"):
+    with pytest.raises(DataError, match=r"one JSON object of over 8,388,608 bytes; write one object per line"):
         read(written(tmp_path, b'{\n"x": "' + b"y" * MAX_ROW_BYTES + b'"}', "rows.json"))
 
 
 @pytest.mark.parametrize(
     ("array", "good", "reasons"),
     [
-        (b"[%s, %s", 2, ["breaks off"]),
-        (b'[%s, %s, {"messages": [', 2, ["breaks off"]),
-        (b"[%s %s]", 1, ["breaks off"]),
+        (b"[%s, %s", 2, ["is not valid from here on"]),
+        (b'[%s, %s, {"messages": [', 2, ["is not valid from here on"]),
+        (b"[%s %s]", 1, ["is not valid from here on"]),
         (b"[%s, %s] trailing", 2, ["text after"]),
         (b'[%s, NaN, {"x": NaN}, 3, %s]', 2, ["NaN", "NaN", "not a number"]),
         (b'[%s, {"x": "\xff"}, {"x": "\\ud800"}, %s]', 2, ["UTF-8", "surrogate"]),
@@ -225,7 +225,7 @@ def test_the_hash_of_a_broken_row_is_of_its_raw_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("header", [b"a,a", b'a,"b', b"a,\xff", b"a,b\r1,2"])
 def test_a_first_row_that_names_no_columns_is_an_error(header: bytes, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows\.csv': the first row must name the columns, each once; it reads b'a,"):
+    with pytest.raises(DataError, match=r"rows\.csv': the first row must name the columns, each once, but it is b'a,"):
         read(written(tmp_path, header + b"\n1,2\n", "rows.csv"))
 
 
@@ -354,7 +354,9 @@ def test_a_damaged_table_is_an_error(table: Path) -> None:
     whole = table.read_bytes()
     for damaged in (b"", whole[:-20], b"PAR1 no more", whole[:300] + bytes(900) + whole[1200:]):
         table.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"rows\.parquet' is no whole Parquet file, broken after row \d+: [^\n]+$"):
+        with pytest.raises(
+            DataError, match=r"rows\.parquet' is not a complete Parquet file \(error after row \d+\): [^\n]+$"
+        ):
             read(table)
 
 
@@ -432,7 +434,7 @@ def test_a_text_that_ends_in_blank_blocks_still_ends(tmp_path: Path) -> None:
     assert [document.is_last for document in documents] == [False] * (len(documents) - 1) + [True]  # type: ignore[union-attr]
 
 
-def test_text_of_nul_characters_is_put_aside(tmp_path: Path) -> None:
+def test_text_of_nul_characters_is_quarantined(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("plain text".encode("utf-16-le"))
     (row,) = RowReader(find_sources(str(tmp_path / "a.txt")))
     assert isinstance(row, Reject)

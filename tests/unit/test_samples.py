@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from qwlit.data import samples as samples_module
-from qwlit.data.samples import Chosen, Joined, Samples, chunks, count_tokens, join, longest
+from qwlit.data.samples import ConcatSamples, Samples, SampleSubset, chunks, concat, count_tokens, longest
 from tests.stores import build, first_tokens, lengths, num_supervised, tokens, write
 
 
@@ -24,7 +24,7 @@ def parts(tmp_path: Path) -> list[Samples]:
 
 def test_some_of_the_samples_in_the_order_chosen(parts: list[Samples]) -> None:
     whole = parts[3]
-    chosen = Chosen(whole, np.array([7, 3, 3, 19], dtype=np.int32))
+    chosen = SampleSubset(whole, np.array([7, 3, 3, 19], dtype=np.int32))
     assert len(chosen) == 4
     assert first_tokens(chosen) == [first_tokens(whole)[i] for i in (7, 3, 3, 19)]
     assert lengths(chosen) == [lengths(whole)[i] for i in (7, 3, 3, 19)]
@@ -33,8 +33,8 @@ def test_some_of_the_samples_in_the_order_chosen(parts: list[Samples]) -> None:
 
 
 def test_parts_laid_end_to_end_are_numbered_through(parts: list[Samples]) -> None:
-    joined = join(parts)
-    assert isinstance(joined, Joined)
+    joined = concat(parts)
+    assert isinstance(joined, ConcatSamples)
     assert len(joined) == 26
     assert first_tokens(joined) == list(range(26))
     assert lengths(joined) == [3 + index for index in range(26)]
@@ -45,12 +45,12 @@ def test_parts_laid_end_to_end_are_numbered_through(parts: list[Samples]) -> Non
 
 
 def test_one_part_is_itself(parts: list[Samples]) -> None:
-    assert join(parts[:1]) is parts[0]
+    assert concat(parts[:1]) is parts[0]
 
 
 def test_views_can_be_nested_and_sent_to_other_processes(parts: list[Samples]) -> None:
-    chosen = [Chosen(part, np.arange(len(part), dtype=np.int32)[::2]) for part in parts]
-    joined = join(chosen)
+    chosen = [SampleSubset(part, np.arange(len(part), dtype=np.int32)[::2]) for part in parts]
+    joined = concat(chosen)
     assert first_tokens(joined) == [0, 2, 4, 5, *range(6, 26, 2)]
     loaded = pickle.loads(pickle.dumps(joined))
     assert first_tokens(loaded) == first_tokens(joined)
@@ -62,7 +62,7 @@ def test_sums_over_all_samples_do_not_depend_on_how_many_are_looked_at_a_time(
     chunk: int, parts: list[Samples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(samples_module, "CHUNK", chunk)
-    joined = join(parts)
+    joined = concat(parts)
     assert np.concatenate(list(chunks(joined))).tolist() == list(range(26))
     assert longest(joined) == 28
     assert count_tokens(joined) == (sum(range(3, 29)), sum(range(2, 28)))

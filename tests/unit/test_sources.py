@@ -10,7 +10,7 @@ import pytest
 
 from qwlit.core.errors import DataError
 from qwlit.data.config import DataConfig, DataPart, parts_of
-from qwlit.data.hub import HubData, SavedData, rows_of
+from qwlit.data.hub import HubData, SavedData, iter_rows
 from qwlit.data.sources import File, find_sources
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import small_tokenizer
@@ -88,14 +88,14 @@ def test_links_that_lead_in_circles_do_not_multiply_files_or_hang(tmp_path: Path
     for name in ("up", "again"):
         (tmp_path / "d" / name).symlink_to(tmp_path / "d")
     assert [str(source) for source in find_sources(str(tmp_path / "**" / "*.jsonl"))] == [f"{tmp_path}/d/a.jsonl"]
-    with pytest.raises(DataError, match="is no pattern"):
+    with pytest.raises(DataError, match="is not a valid glob pattern"):
         find_sources(str(tmp_path / "a**b" / "*.jsonl"))
 
 
 def test_a_link_to_nowhere_in_a_folder_is_not_left_out_silently(tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl")
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    with pytest.raises(DataError, match=r"b\.jsonl is a link that leads nowhere"):
+    with pytest.raises(DataError, match=r"b\.jsonl is a broken link"):
         find_sources(str(tmp_path))
 
 
@@ -109,7 +109,7 @@ def test_files_of_several_kinds_are_asked_about(tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl", "README.txt", "b.json")
     for path in (tmp_path, tmp_path / "*"):
         with pytest.raises(
-            DataError, match=r"holds \.json and \.jsonl and \.txt files; name one kind, e\.g\. '.*/\*\.json'"
+            DataError, match=r"has \.json and \.jsonl and \.txt files; name one kind, e\.g\. '.*/\*\.json'"
         ):
             find_sources(str(path))
     touch(tmp_path / "tables", "a.csv", "b.parquet")
@@ -124,8 +124,8 @@ def test_files_of_several_kinds_are_asked_about(tmp_path: Path) -> None:
         ("rows.xlsx", r"must end in \.jsonl, \.json, \.parquet, \.csv, \.txt \(text ones also \.gz\)"),
         ("rows.parquet.gz", r"must end in \.jsonl"),
         ("rows.gz", r"must end in \.jsonl"),
-        ("empty", r"holds no \.jsonl, \.json, \.parquet, \.csv, \.txt file$"),
-        ("nested", r"holds no .* file; for folders in it write '.*nested/\*\*/\*\.jsonl'"),
+        ("empty", r"has no \.jsonl, \.json, \.parquet, \.csv, \.txt file$"),
+        ("nested", r"has no .* file; for folders in it write '.*nested/\*\*/\*\.jsonl'"),
         ("loop.jsonl", "loop.jsonl'"),
         ("*.csv", r"no file matches '.*\*\.csv'"),
         ("rows.*", r"matches .*rows\.(gz|xlsx|parquet\.gz), which does not end in \.jsonl"),
@@ -190,7 +190,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_the_remedy(hub: Any) -> N
     with pytest.raises(DataError) as raised:
         HubData("org/name", None, "train").load()
     assert str(raised.value).startswith(
-        "hf:org/name:train cannot be loaded (the hub cannot be reached: no route to host); where the hub cannot"
+        "hf:org/name:train cannot be loaded (the hub cannot be reached: no route to host); if the hub cannot"
     )
     assert "\n" not in str(raised.value)
 
@@ -308,7 +308,7 @@ def test_a_path_is_one_part_and_a_list_several() -> None:
         ([{"path": "a.jsonl", "weight": float("inf")}], "must be a number above 0"),
         ([{"path": "a.jsonl", "weight": float("nan")}], "must be a number above 0"),
         ([{"path": "a.jsonl", "weight": "3"}], "must be a number above 0"),
-        ([{"path": "a.jsonl", "wieght": 3}], "'wieght' is no setting of a part"),
+        ([{"path": "a.jsonl", "wieght": 3}], "'wieght' is not a setting of a part"),
     ],
 )
 def test_a_list_that_cannot_be_read_is_an_error(path: Any, message: str) -> None:
@@ -344,7 +344,7 @@ def test_a_folder_written_by_save_to_disk_is_its_rows(saved: Path, path: str, fo
 
     (source,) = find_sources(str(saved / path))
     assert source == SavedData(saved / folder)
-    assert list(rows_of(source)) == list(load_from_disk(str(saved / folder))) and size == len(source.load())
+    assert list(iter_rows(source)) == list(load_from_disk(str(saved / folder))) and size == len(source.load())
     assert source.estimated_bytes() > 0
     store = build(saved / path, TextTokenizer(small_tokenizer("qwen3")), cache_root=saved / "cache")
     assert (store.account.accepted, store.remarks) == (size, {"a row key that is not read: 'id'": size})
@@ -378,7 +378,7 @@ def test_a_saved_folder_whose_formatting_hides_columns_is_read_whole(saved: Path
 
     load_from_disk(str(saved / "one")).with_format("numpy", columns=["id"]).save_to_disk(str(saved / "formatted"))
     (source,) = find_sources(str(saved / "formatted"))
-    assert next(rows_of(source)) == {"text": "0 二", "id": 0}
+    assert next(iter_rows(source)) == {"text": "0 二", "id": 0}
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "state"])

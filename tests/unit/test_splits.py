@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qwlit.core.errors import ConfigError, DataError
+from qwlit.data.encoded_batch import Account
 from qwlit.data.order import Order
-from qwlit.data.outcome import Account
 from qwlit.data.samples import Samples
 from qwlit.data.splits import DataSplit, load_data, open_stores, split_store
 from qwlit.data.store import SampleStore
@@ -203,7 +203,7 @@ def test_copies_in_other_parts_are_counted_and_dropped_and_leaks_are_said(tmp_pa
     files = [str(write(tmp_path / name, part)) for name, part in (("a.jsonl", rows), ("b.jsonl", rows[5:] + rows[:1]))]
     data = load(tmp_path, path=files, val_path=files[1])
     assert (data.totals["duplicates"], len(data.train)) == (6, 16)
-    assert data.remarks == ["6 validation samples are also trained on: val/loss will flatter"]
+    assert data.remarks == ["6 validation samples are also in the training data: val/loss will be too low"]
     dropped = load(tmp_path, path=[*files, str(write(tmp_path / "c.jsonl", [tokens(99)]))], drop_duplicates=True)
     assert len(dropped.train) == 11
     with pytest.raises(DataError, match=r"gone\.jsonl' does not exist"):

@@ -13,11 +13,11 @@ import pytest
 from qwlit.core.errors import DataError
 from qwlit.data import store_writer
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.outcome import Account
+from qwlit.data.encoded_batch import Account
 from qwlit.data.remarks import TAGS_AS_TEXT
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.store import SampleStore, check_account
-from qwlit.data.store_writer import Reading
+from qwlit.data.store_writer import BuildProgress
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import small_tokenizer
 from tests.stores import build, first_tokens, lengths, messages, num_supervised, row_encoder, tokens, write
@@ -54,8 +54,10 @@ def test_samples_come_back_with_mask_counts_and_origin(tmp_path: Path, tokenizer
 
 
 def test_every_row_is_accepted_too_long_or_quarantined(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    nothing_learnt = {"input_ids": [1, 2, 3], "loss_mask": [1, 0, 0]}
-    path = write(tmp_path / "rows.jsonl", [tokens(1), tokens(2, 40), messages("long " * 40), nothing_learnt, b"{", {}])
+    nothing_supervised = {"input_ids": [1, 2, 3], "loss_mask": [1, 0, 0]}
+    path = write(
+        tmp_path / "rows.jsonl", [tokens(1), tokens(2, 40), messages("long " * 40), nothing_supervised, b"{", {}]
+    )
     store = build(path, tokenizer, max_seq_len=30)
     assert store.account == Account(read=6, accepted=1, too_long=2, quarantined=3)
     quarantine = list(store.quarantine())
@@ -97,7 +99,7 @@ def test_a_folder_or_a_glob_is_one_store(name: str, tmp_path: Path) -> None:
 def test_the_second_start_reads_nothing_and_finds_the_data_wherever_it_lies(tmp_path: Path) -> None:
     rows = [tokens(i % 700) for i in range(2500)]
     path = write(tmp_path / "old" / "rows.jsonl", rows)
-    told: list[Reading] = []
+    told: list[BuildProgress] = []
     first = build(path, progress=told.append)
     assert [(reading.rows, reading.tokens, reading.finished) for reading in told] == [
         *((2000, 12000, False), (2500, 15000, False), (2500, 15000, True))
@@ -152,7 +154,7 @@ def test_samples_with_the_same_tokens_are_counted_and_left_out_where_asked(tmp_p
 
 def test_bad_rows_above_the_ratio_stop_with_the_first_three_and_the_remedy(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [tokens(i) for i in range(16)] + [b"{", {}, b"[]", {"messages": 1}])
-    expected = rf"4 of 20 rows.*{path}:17: not valid JSON.*:18: unknown shape.*:19: a row must be.*data\.max_bad_ratio"
+    expected = rf"4 of 20 rows.*{path}:17: not valid JSON.*:18: unknown format.*:19: a row must be.*data\.max_bad_ratio"
     for _ in range(2):  # built now, then found
         with pytest.raises(DataError, match=expected):
             check(build(path))
@@ -193,7 +195,7 @@ def test_messages_without_a_tokenizer_are_an_error(tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [tokens(i % 700) for i in range(2500)])
 
-    def change(reading: Reading) -> None:
+    def change(reading: BuildProgress) -> None:
         with path.open("ab") as handle:
             handle.write(b"\n" + json.dumps(tokens(1)).encode())
 
@@ -225,12 +227,14 @@ def test_a_store_without_its_quarantine_is_damaged(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [tokens(1)])
-    with pytest.raises(DataError, match=r"cannot be kept in .*rows\.jsonl/cache: .*; make room, or set run\.root"):
+    with pytest.raises(
+        DataError, match=r"cannot be written to .*rows\.jsonl/cache: .*; free disk space, or set run\.root"
+    ):
         build(path, cache_root=path / "cache")
 
 
 def _build_slowly(path: Path, started: Any) -> None:
-    def wait(reading: Reading) -> None:
+    def wait(reading: BuildProgress) -> None:
         started.set()
         time.sleep(60)
 
@@ -252,7 +256,7 @@ def test_a_killed_build_leaves_nothing_half_valid(tmp_path: Path) -> None:
 
 
 def _build_and_count(path: Path, built: Any) -> None:
-    def count(reading: Reading) -> None:
+    def count(reading: BuildProgress) -> None:
         with built.get_lock():
             built.value += reading.finished
 

@@ -19,7 +19,7 @@ from qwlit.data.remarks import (
 )
 from qwlit.data.rows import RowError
 from qwlit.data.templates import END, FAMILIES, Piece, Supervision, render
-from tests.conversations import Messages, conversation, learnt_spans, without_reasoning
+from tests.conversations import Messages, conversation, supervised_spans, without_reasoning
 from tests.real_tokenizer import JINJA, SYSTEM_QWEN2, SYSTEM_QWEN2_5, small_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -42,7 +42,7 @@ def text_of(rendered: list[Piece]) -> str:
     return "".join(piece.text for piece in rendered)
 
 
-def learnt(rendered: list[Piece]) -> str:
+def supervised_text(rendered: list[Piece]) -> str:
     return "".join(piece.text for piece in rendered if piece.supervised)
 
 
@@ -60,7 +60,7 @@ def test_pieces_join_to_what_the_jinja_template_renders(family: str) -> None:
 @pytest.mark.parametrize("thinking", THINKING)
 @pytest.mark.parametrize("loss_on", LOSS_ON)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_learnt_is_what_the_settings_say_of_what_the_jinja_template_renders(
+def test_supervised_is_what_the_settings_say_of_what_the_jinja_template_renders(
     family: str, loss_on: str, thinking: str
 ) -> None:
     for seed in range(60):
@@ -68,22 +68,22 @@ def test_learnt_is_what_the_settings_say_of_what_the_jinja_template_renders(
         rendered = pieces(messages, family, tools, loss_on=loss_on, thinking=thinking)
         text = jinja(JINJA[family])(without_reasoning(messages) if thinking == "drop" else messages, tools)
         assert text_of(rendered) == text, seed
-        expected = [text[start:end] for start, end in learnt_spans(text, loss_on, thinking)]
-        assert learnt(rendered) == "".join(expected), seed
+        expected = [text[start:end] for start, end in supervised_spans(text, loss_on, thinking)]
+        assert supervised_text(rendered) == "".join(expected), seed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_answers_and_their_end_are_learnt(family: str) -> None:
+def test_only_answers_and_their_end_are_supervised(family: str) -> None:
     messages = [USER, ONE, USER, {"role": "assistant", "content": "Two.\n"}]
-    assert learnt(pieces(messages, family)) == f"One.{END}Two.\n{END}"
-    assert learnt(pieces(messages, family, loss_on="last_assistant")) == f"Two.\n{END}"
+    assert supervised_text(pieces(messages, family)) == f"One.{END}Two.\n{END}"
+    assert supervised_text(pieces(messages, family, loss_on="last_assistant")) == f"Two.\n{END}"
     assert all(piece.supervised for piece in pieces(messages, family, loss_on="all"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_answer_is_learnt_also_where_the_conversation_goes_on(family: str) -> None:
+def test_the_last_answer_is_supervised_also_where_the_conversation_goes_on(family: str) -> None:
     messages = [USER, ONE, USER, {"role": "assistant", "content": "Two."}, USER]
-    assert learnt(pieces(messages, family, loss_on="last_assistant", thinking="keep")) == f"Two.{END}"
+    assert supervised_text(pieces(messages, family, loss_on="last_assistant", thinking="keep")) == f"Two.{END}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,30 +100,30 @@ def test_thinking_before_the_last_question_is_stripped() -> None:
     first = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nOne."}
     rendered = pieces([USER, first, USER, {"role": "assistant", "content": "Two."}], "qwen3")
     assert "hm" not in text_of(rendered)
-    assert learnt(rendered) == f"One.{END}Two.{END}"
+    assert supervised_text(rendered) == f"One.{END}Two.{END}"
 
 
-def test_thinking_is_learnt_with_its_tags() -> None:
+def test_thinking_is_supervised_with_its_tags() -> None:
     rendered = pieces([USER, ONE | {"reasoning_content": "hm"}], "qwen3")
-    assert learnt(rendered) == f"<think>\nhm\n</think>\n\nOne.{END}"
+    assert supervised_text(rendered) == f"<think>\nhm\n</think>\n\nOne.{END}"
     inline = pieces([USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nOne."}], "qwen3")
     assert inline == rendered
     assert pieces([USER, ONE | {"reasoning_content": "hm"}], "qwen3", thinking="keep") == rendered
 
 
 @pytest.mark.parametrize("extra", [{}, {"reasoning_content": ""}, {"reasoning_content": "\n"}])
-def test_an_empty_think_block_is_read_and_learnt_only_where_it_is_kept(extra: dict[str, str]) -> None:
+def test_an_empty_think_block_is_read_and_supervised_only_where_it_is_kept(extra: dict[str, str]) -> None:
     block = "<think>\n\n</think>\n\n"
     for thinking, expected in (("mask_empty", "One."), ("drop", "One."), ("keep", f"{block}One.")):
         rendered = pieces([USER, ONE | extra], "qwen3", thinking=thinking)
         assert text_of(rendered).endswith(f"{block}One.{END}\n")
-        assert learnt(rendered) == expected + END
+        assert supervised_text(rendered) == expected + END
 
 
-def test_an_empty_block_outside_the_last_answer_is_not_learnt_where_only_that_is() -> None:
+def test_an_empty_block_outside_the_last_answer_is_not_supervised_where_only_that_is() -> None:
     messages = [USER, ONE | {"tool_calls": [CALL], "reasoning_content": "hm"}, {"role": "tool", "content": "1"}, ONE]
     rendered = pieces(messages, "qwen3", loss_on="last_assistant", thinking="keep")
-    assert learnt(rendered) == f"<think>\n\n</think>\n\nOne.{END}"
+    assert supervised_text(rendered) == f"<think>\n\n</think>\n\nOne.{END}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,21 +137,21 @@ def test_drop_takes_reasoning_out_wherever_it_stands(family: str) -> None:
 
 def test_drop_refuses_an_answer_of_reasoning_alone() -> None:
     for answer in ({"content": "", "reasoning_content": "hm"}, {"content": "<think>hm</think>"}):
-        with pytest.raises(RowError, match=r"only reasoning, which data\.thinking=drop takes out"):
+        with pytest.raises(RowError, match=r"only reasoning, which data\.thinking=drop removes"):
             pieces([USER, {"role": "assistant", **answer}], "qwen3", thinking="drop")
 
 
 @pytest.mark.parametrize("content", ["hm</think>One.", "So <think>hm</think> One.", "</think><think>", "<think>One."])
 def test_think_tags_that_open_no_answer_or_never_close_are_text(content: str) -> None:
     rendered = pieces([USER, {"role": "assistant", "content": content}], "qwen3")
-    assert learnt(rendered) == content + END
+    assert supervised_text(rendered) == content + END
     assert [p.text for p in rendered if p.control].count("<think>") == 1
     assert pieces([USER, {"role": "assistant", "content": content}], "qwen3", thinking="drop") == rendered
 
 
 def test_only_the_first_closing_tag_ends_the_reasoning() -> None:
     rendered = pieces([USER, {"role": "assistant", "content": "<think>hm</think>One </think> two."}], "qwen3")
-    assert learnt(rendered) == f"<think>\nhm\n</think>\n\nOne </think> two.{END}"
+    assert supervised_text(rendered) == f"<think>\nhm\n</think>\n\nOne </think> two.{END}"
 
 
 def test_a_users_text_in_response_tags_is_an_ordinary_question() -> None:
@@ -162,7 +162,7 @@ def test_a_users_text_in_response_tags_is_an_ordinary_question() -> None:
 
 
 @pytest.mark.parametrize("family", WITH_TOOLS)
-def test_tool_calls_are_learnt_and_responses_are_not(family: str) -> None:
+def test_tool_calls_are_supervised_and_responses_are_not(family: str) -> None:
     messages = [
         USER,
         {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
@@ -172,8 +172,8 @@ def test_tool_calls_are_learnt_and_responses_are_not(family: str) -> None:
     ]
     written = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     rendered = pieces(messages, family)
-    assert learnt(rendered) == f"{written}\n{written}{END}Five.{END}"
-    assert learnt(pieces(messages, family, loss_on="last_assistant")) == f"Five.{END}"
+    assert supervised_text(rendered) == f"{written}\n{written}{END}Five.{END}"
+    assert supervised_text(pieces(messages, family, loss_on="last_assistant")) == f"Five.{END}"
     response = "<tool_response>\n{}\n</tool_response>"
     assert f"user\n{response.format(2)}\n{response.format(3)}{END}" in text_of(rendered)
 
@@ -208,9 +208,9 @@ def _without_tags(value: Any, tags: str) -> Any:
 
 
 def test_qwen2_refuses_tools_and_families_without_thinking_an_answer_of_reasoning_only() -> None:
-    with pytest.raises(RowError, match="knows no tools"):
+    with pytest.raises(RowError, match="does not support tools"):
         pieces([USER, ONE], "qwen2", [{"name": "add"}])
-    with pytest.raises(RowError, match="knows no tools"):
+    with pytest.raises(RowError, match="does not support tools"):
         pieces([USER, {"role": "tool", "content": "1"}, ONE], "qwen2")
     for family in ("qwen2", "qwen2_5", "qwen3_2507"):
         with pytest.raises(RowError, match=f"only reasoning, which template {family} leaves out"):
@@ -244,12 +244,12 @@ def test_what_a_template_does_to_an_answer_is_remarked_on(family: str, answer: A
     )
 
 
-def test_an_earlier_answer_of_reasoning_alone_would_be_learnt_as_empty_and_is_refused() -> None:
+def test_an_earlier_answer_of_reasoning_alone_would_be_supervised_as_empty_and_is_refused() -> None:
     for thought in ({"content": "<think>a</think>"}, {"content": "", "reasoning_content": "a"}):
         messages = [USER, {"role": "assistant", **thought}, USER, {"role": "assistant", "content": "z"}]
         with pytest.raises(RowError, match="only reasoning, which template qwen3 leaves out"):
             pieces(messages, "qwen3")
-        assert learnt(pieces(messages[:2], "qwen3")) == f"<think>\na\n</think>\n\n{END}"
+        assert supervised_text(pieces(messages[:2], "qwen3")) == f"<think>\na\n</think>\n\n{END}"
 
 
 def test_what_json_cannot_say_is_no_argument() -> None:
@@ -273,7 +273,7 @@ def test_an_unknown_or_missing_template_is_refused_with_the_remedy() -> None:
     others.append(JINJA["qwen2_5"].replace(f"else '{SYSTEM_QWEN2_5}'", "else ('With.' if tools else 'Without.')"))
     for template in others:
         with pytest.raises(
-            DataError, match=r"none of qwen3, qwen3_2507, qwen2_5, qwen2_5_base, qwen2;.*data\.template="
+            DataError, match=r"known: qwen3, qwen3_2507, qwen2_5, qwen2_5_base, qwen2\);.*data\.template="
         ):
             recognise_template(jinja(template))
 
@@ -314,7 +314,7 @@ def test_a_family_with_another_default_system_text_is_recognised_and_written_as_
         assert text_of(render(conversation, found, Supervision())) == jinja(template)(messages, tools), seed
 
 
-def test_what_the_settings_leave_unlearnt_anyway_is_not_remarked_on() -> None:
+def test_what_the_settings_leave_unsupervised_anyway_is_not_remarked_on() -> None:
     conversation = parse_conversation([USER, ONE | {"reasoning_content": "hm"}, USER, ONE])
     remarked = {
         supervision: list(remarks(conversation, FAMILIES["qwen3"], supervision, from_table=False))
@@ -361,11 +361,11 @@ def test_keys_that_nobody_reads_and_arguments_that_get_quoted_are_remarked_on() 
     ]
 
 
-def test_an_answer_of_weight_0_is_read_and_not_learnt() -> None:
+def test_an_answer_of_weight_0_is_read_and_not_supervised() -> None:
     bad = {"role": "assistant", "content": "Bad.", "weight": 0}
     rendered = pieces([USER, bad, USER, ONE | {"weight": 1}], "qwen3")
     assert "Bad." in text_of(rendered)
-    assert learnt(rendered) == f"One.{END}"
+    assert supervised_text(rendered) == f"One.{END}"
 
 
 def test_nulls_that_a_table_fills_in_are_remarked_on() -> None:
@@ -380,5 +380,5 @@ def test_of_several_templates_the_default_one_counts() -> None:
     tokenizer.chat_template = {"default": JINJA["qwen3"], "tool_use": "{{ 'something else' }}"}
     assert resolve_template(tokenizer, "auto").name == "qwen3"
     tokenizer.chat_template = {"tool_use": JINJA["qwen3"]}
-    with pytest.raises(DataError, match="several chat templates and none called default"):
+    with pytest.raises(DataError, match="several chat templates, but none called 'default'"):
         resolve_template(tokenizer, "auto")

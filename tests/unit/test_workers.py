@@ -70,7 +70,7 @@ def test_an_exception_in_a_worker_arrives_where_its_result_would_have() -> None:
 
 
 def test_a_killed_worker_is_one_line() -> None:
-    with pytest.raises(DataError, match=r"^a process that tokenizes was killed; is there memory enough\?$"):
+    with pytest.raises(DataError, match=r"^a tokenizing process was killed; is there enough memory\?$"):
         list(map_in_order(square, [1, 77, *range(2, 30)], 2))
 
 

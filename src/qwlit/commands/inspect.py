@@ -185,13 +185,13 @@ def _show_sample(samples: "Samples", number: int, tokenized: "TokenizedData", sc
     text = Text()
     was_learnt = False
     for stretch in stretches(input_ids, loss_mask, _control_ids(tokenized)):
-        if not colours and stretch.learnt != was_learnt:
-            text.append("[[" if stretch.learnt else "]]")
-        was_learnt = stretch.learnt
-        style = "green" if stretch.learnt else "dim"
+        if not colours and stretch.supervised != was_learnt:
+            text.append("[[" if stretch.supervised else "]]")
+        was_learnt = stretch.supervised
+        style = "green" if stretch.supervised else "dim"
         shown = _decode(tokenized, stretch.ids)
         # A line break is a token like others: whether it is learnt should show.
-        shown = shown.replace("\n", "↵\n") if stretch.learnt else shown
+        shown = shown.replace("\n", "↵\n") if stretch.supervised else shown
         text.append(shown, f"{style} reverse" if stretch.kind == "control" else style)
     text.append("]]" if was_learnt and not colours else "")
     screen.print(text)

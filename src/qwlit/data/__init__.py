@@ -1,1 +1,1 @@
-"""From files to optimizer steps: sources, templates, store, step plan, batches."""
+"""From data files to optimizer steps: sources, rows, templates, store, step plan, batches."""

@@ -1,6 +1,6 @@
-"""From planned samples to tensors: collation, and the loaders that the trainer iterates.
+"""Collate planned samples into tensors, and build the loaders that the trainer iterates over.
 
-Shapes: B rows of T positions (packed: B = 1), N supervised targets.
+Shapes: B sequences of T positions (packed: B = 1), N supervised targets.
 """
 
 from collections.abc import Iterator
@@ -19,31 +19,34 @@ from qwlit.data.step_plan import Limits, MicroLayout, StepPlan, assign_micro_bat
 
 
 def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: int, filler: bool) -> MicroBatch:
-    """Lay samples end to end (packing) or into right-padded rows.
+    """Pack samples end to end, or pad each on the right.
 
-    A filler's targets are dropped: it costs a small forward pass and adds exactly nothing.
+    A filler has no targets: it costs a small forward pass and adds exactly 0 to the loss.
     """
     ids, masks = zip(*(samples.sample(i) for i in sample_ids), strict=True)
-    lengths = [len(row) for row in ids]
+    lengths = [len(tokens) for tokens in ids]
     width = sum(lengths) if packing else max(lengths)
+    # Offsets into the flat array of tokens: packed samples follow each other, padded ones begin every `width` tokens.
     starts = np.cumsum([0, *lengths[:-1]]) if packing else np.arange(len(ids)) * width
     flat_ids = np.full(width if packing else width * len(ids), pad_id, dtype=np.int64)
     positions = np.zeros_like(flat_ids)
-    rows, targets = [], []
-    for start, row, mask in zip(starts, ids, masks, strict=True):
-        flat_ids[start : start + len(row)] = row
-        positions[start : start + len(row)] = np.arange(len(row))
-        # Position p predicts token p + 1; the first token of a sample is nobody's target (mask[0] is always 0).
+    label_positions, targets = [], []
+    for start, tokens, mask in zip(starts, ids, masks, strict=True):
+        flat_ids[start : start + len(tokens)] = tokens
+        # Positions restart at 0 in each sample, as if it were alone.
+        positions[start : start + len(tokens)] = np.arange(len(tokens))
+        # Position p predicts token p + 1, so a label position is one before its target. mask[0] is always 0.
         supervised = np.flatnonzero(mask[1:])
-        rows.append(start + supervised)
-        targets.append(row[1:][supervised])
+        label_positions.append(start + supervised)
+        targets.append(tokens[1:][supervised])
     none = np.zeros(0, dtype=np.int64)
     shape = (1, width) if packing else (len(ids), width)
     return MicroBatch(
         input_ids=torch.from_numpy(flat_ids).view(shape),
         position_ids=torch.from_numpy(positions).view(shape),
-        label_positions=torch.from_numpy(none if filler else np.concatenate(rows)),
+        label_positions=torch.from_numpy(none if filler else np.concatenate(label_positions)),
         targets=torch.from_numpy(none if filler else np.concatenate(targets).astype(np.int64)),
+        # Attention uses these boundaries, so that a packed sample attends only to itself.
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packing else None,
         document_lengths=tuple(lengths) if packing else None,
         sample_ids=tuple(sample_ids),
@@ -52,7 +55,7 @@ def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: i
 
 @dataclass
 class StepDataset(Dataset[StepBatch]):
-    """Indexed by step: one item is one rank's share of one optimizer step."""
+    """One item per step: the share of one rank in that optimizer step."""
 
     samples: Samples
     plan: StepPlan
@@ -67,6 +70,7 @@ class StepDataset(Dataset[StepBatch]):
             micro_batches=tuple(self._collate(ids, micro) for micro in self.plan.layout(ids)[self.rank]),
             num_supervised_tokens=int(self.samples.num_supervised(ids).sum()),
             num_tokens=int(lengths.sum()),
+            # Causal attention computes about T * T / 2 pairs for a sample of T tokens.
             num_token_pairs=float((lengths**2).sum()) / 2,
             sample_ids=tuple(ids.tolist()),
         )
@@ -77,8 +81,8 @@ class StepDataset(Dataset[StepBatch]):
 
 
 @dataclass
-class _StepsFrom(Sampler[int]):
-    """Steps `start` to `total`. Its length is the whole run's, because Lightning counts from step 0 after a resume."""
+class _StepSampler(Sampler[int]):
+    """Steps `start` to `total`. Its length is `total`, because Lightning counts from step 0 after a resume too."""
 
     start: int
     total: int
@@ -93,30 +97,31 @@ class _StepsFrom(Sampler[int]):
 def train_loader(
     dataset: StepDataset, *, start_step: int, total_steps: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[StepBatch]:
-    """One item a step, from `start_step` to the run's end; `batch_size=None` because a step is already a batch."""
+    """Load one item per step, from `start_step` to the end of the run."""
     if num_workers:
-        # By default every tensor that a worker sends takes a file descriptor: a step of 64 micro-batches has hundreds.
+        # By default each tensor from a worker needs a file descriptor, and a step of 64 micro-batches has hundreds.
         torch.multiprocessing.set_sharing_strategy("file_system")
     return DataLoader(
         dataset,
+        # An item is already a batch.
         batch_size=None,
-        sampler=_StepsFrom(start_step, total_steps),
+        sampler=_StepSampler(start_step, total_steps),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_serve if num_workers else None,
+        worker_init_fn=_init_worker if num_workers else None,
     )
 
 
-def _serve(worker: int) -> None:
-    """Leave signals to the training: Slurm sends them to every process, and a dead worker would end the run unsaved."""
+def _init_worker(worker: int) -> None:
+    """Ignore signals, which Slurm sends to every process: a dead worker would end the run before it saves."""
     ignore_signals()
     die_with_parent()
 
 
 @dataclass
 class ValidationDataset(Dataset[MicroBatch]):
-    """One rank's share of the validation set: each sample on exactly one rank, equally many items on each."""
+    """The validation samples of one rank. Each sample is on one rank, and all ranks have equally many items."""
 
     samples: Samples
     layout: list[MicroLayout]
@@ -134,7 +139,7 @@ class ValidationDataset(Dataset[MicroBatch]):
 def validation_loader(
     samples: Samples, *, rank: int, world_size: int, limits: Limits, packing: bool, pad_id: int
 ) -> DataLoader[MicroBatch]:
-    # Without a row limit the whole set would be one micro-batch; 64 rows keep a laptop busy and fit it.
+    # Without a limit on samples the whole set would be one micro-batch. 64 samples use a laptop well and fit into it.
     limits = Limits(max_samples=limits.max_samples or 64, max_tokens=limits.max_tokens)
     layout = assign_micro_batches(
         samples.lengths(np.arange(len(samples))).tolist(), world_size, limits, packing=packing

@@ -1,8 +1,7 @@
-"""Conversations to tokens and a loss mask, with the ids that the model's own chat template would give.
+"""Encode conversations as tokens and a loss mask, with the same ids as the model's own chat template.
 
-Each stretch of text between two control tokens is tokenized as one string with the parsing of special tokens off: so
-newlines merge across the role header as they do when the rendered conversation is tokenized whole, and no text can
-become a control token.
+We tokenize all text between two control tokens as one string, and do not parse special tokens in it. So newlines merge
+across the role header as if the whole rendered conversation were tokenized, and no text becomes a control token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ __all__ = ["ChatEncoder", "resolve_template"]
 
 
 class _Segment(NamedTuple):
-    """A control token, or a stretch of text between two."""
+    """A control token, or all text between two control tokens."""
 
     token_id: int | None
     text: str
@@ -34,7 +33,7 @@ class ChatEncoder:
     """Encodes conversations with one tokenizer and one template family."""
 
     def __init__(self, tokenizer: TextTokenizer, family: Family, supervision: Supervision) -> None:
-        """Take a family; see `resolve_template`.
+        """Use `family` as the template; see `resolve_template`.
 
         Raises:
             DataError: the vocabulary lacks the tokens that open and close a turn.
@@ -56,7 +55,7 @@ class ChatEncoder:
         return self._tokenizer.control_ids[END]
 
     def render(self, conversation: Conversation) -> list[Piece]:
-        """Write the conversation down, or raise RowError where the template cannot express it."""
+        """Render the conversation, or raise RowError if the template cannot express it."""
         return render(conversation, self.family, self.supervision)
 
     def encode(self, conversation: Conversation) -> EncodedSample:
@@ -64,20 +63,20 @@ class ChatEncoder:
         return self.encode_batch([self.render(conversation)])[0]
 
     def encode_batch(self, rendered: Iterable[list[Piece]]) -> list[EncodedSample]:
-        """Encode rendered conversations on all cores."""
+        """Encode rendered conversations, on all cores."""
         segmented = [list(self._segments(pieces)) for pieces in rendered]
-        # Headers repeat in every turn: each text is tokenized once.
+        # Headers repeat in every turn, so tokenize each different text only once.
         texts = list(dict.fromkeys(s.text for segments in segmented for s in segments if s.token_id is None))
         encodings = dict(zip(texts, self._tokenizer.encode_with_offsets(texts), strict=True))
         return [_join(segments, encodings) for segments in segmented]
 
     def _segments(self, pieces: Sequence[Piece]) -> Iterator[_Segment]:
-        # A control token that the vocabulary lacks is text to its tokenizer, and so it is here.
+        # A control token that is not in the vocabulary is plain text to the tokenizer, so treat it as text here too.
         ids = self._tokenizer.control_ids
         for token_id, group in groupby(pieces, key=lambda p: ids.get(p.text) if p.control else None):
             if token_id is None:
-                stretch = tuple(group)
-                yield _Segment(None, "".join([piece.text for piece in stretch]), stretch)
+                texts = tuple(group)
+                yield _Segment(None, "".join([piece.text for piece in texts]), texts)
             else:
                 yield from (_Segment(token_id, piece.text, (piece,)) for piece in group)
 
@@ -93,13 +92,15 @@ def _join(segments: list[_Segment], encodings: dict[str, "Encoding"]) -> Encoded
             encoding = encodings[segment.text]
             ids += encoding.ids
             mask += _token_mask(encoding, segment.pieces)
+    # No token precedes the first one, so nothing can predict it.
     mask[0] = 0
     return EncodedSample(ids, mask)
 
 
 def _token_mask(encoding: "Encoding", pieces: tuple[Piece, ...]) -> list[int]:
-    """Return for each token whether all its characters are supervised: one that straddles the boundary is not."""
+    """Return 1 for each token whose characters are all supervised; a token across the boundary gets 0."""
     if len({piece.supervised for piece in pieces}) == 1:
         return [int(pieces[0].supervised)] * len(encoding.ids)
+    # Offsets map each token to its characters: only they show where a token crosses from header to answer.
     supervised = b"".join(bytes([piece.supervised]) * len(piece.text) for piece in pieces)
     return [int(start < end and 0 not in supervised[start:end]) for start, end in encoding.offsets]

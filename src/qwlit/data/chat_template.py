@@ -1,6 +1,6 @@
-"""The chat template of a family as Jinja, so that a trained model is served with what it was trained with.
+"""Write the chat template of a family as Jinja, so that inference uses the same template as training.
 
-One template serves all families; a few variables at its head say which one it is.
+One Jinja template is for all families; a few variables at its start select the family.
 """
 
 import json
@@ -13,9 +13,9 @@ BODY = "qwlit:chat_templates/chatml.jinja"
 
 
 def chat_template(family: Family) -> str:
-    """Return Jinja that renders conversations as `templates.render` writes them, and the prompt for an answer.
+    """Return a Jinja template that renders conversations and prompts in the same way as `templates.render`.
 
-    Variables that it reads: messages, tools, add_generation_prompt, and enable_thinking in families that think.
+    Its variables are messages, tools, add_generation_prompt, and enable_thinking in families with thinking.
     """
     variables = {
         "default_system": family.default_system,
@@ -28,5 +28,5 @@ def chat_template(family: Family) -> str:
 
 
 def _literal(value: str | bool | None) -> str:
-    """Return the value as Jinja writes it; its text has the escapes of Python, which JSON's are but for `/`."""
+    """Return the value as a Jinja literal. Jinja has the escapes of Python; JSON has the same ones, except for `/`."""
     return "none" if value is None else json.dumps(value, ensure_ascii=False)

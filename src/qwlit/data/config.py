@@ -15,16 +15,16 @@ TooLong = Literal["auto", "drop", "truncate", "split", "error"]
 
 @config_dataclass
 class DataPart:
-    """One item of a list of data."""
+    """One entry of the list in `data.path`."""
 
     path: str
-    """As `data.path`."""
+    """Same forms as `data.path`."""
     weight: PositiveFloat | None = None
-    """Share of training samples drawn from here, relative to the other weights. All parts have one, or none."""
+    """Share of training samples from this part, relative to the other weights. All parts have a weight, or none."""
 
 
 def _as_parts(value: Any) -> Any:
-    """Turn a list's items into parts; a plain path is one without a weight."""
+    """Convert the items of a list to parts; a plain path becomes a part without a weight."""
     if not isinstance(value, list | tuple):
         return value
     if not value:
@@ -36,9 +36,9 @@ def _as_part(item: Any) -> DataPart:
     if isinstance(item, str):
         return DataPart(path=item)
     if not isinstance(item, dict) or not isinstance(item.get("path"), str):
-        raise ValueError(f"{_typed(item)} is neither a path nor {{path:…,weight:…}}")
+        raise ValueError(f"{_as_typed(item)} is neither a path nor {{path:…,weight:…}}")
     if unknown := item.keys() - {"path", "weight"}:
-        raise ValueError(f"'{min(unknown)}' is no setting of a part; write {{path:…,weight:…}}")
+        raise ValueError(f"'{min(unknown)}' is not a setting of a part; write {{path:…,weight:…}}")
     weight = item.get("weight")
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if weight is not None and not (is_number and 0 < weight < float("inf")):
@@ -46,11 +46,11 @@ def _as_part(item: Any) -> DataPart:
     return DataPart(path=item["path"], weight=weight)
 
 
-def _typed(item: Any) -> str:
-    """Return the item as one types it."""
+def _as_typed(item: Any) -> str:
+    """Return the item as the user types it on the command line."""
     if isinstance(item, dict):
-        return "{" + ",".join(f"{key}:{_typed(value)}" for key, value in item.items()) + "}"
-    return "[" + ",".join(map(_typed, item)) + "]" if isinstance(item, list) else str(item)
+        return "{" + ",".join(f"{key}:{_as_typed(value)}" for key, value in item.items()) + "}"
+    return "[" + ",".join(map(_as_typed, item)) + "]" if isinstance(item, list) else str(item)
 
 
 DataPath = Annotated[str | tuple[DataPart, ...] | None, BeforeValidator(_as_parts)]
@@ -61,47 +61,47 @@ class DataConfig:
     """Which rows to train on and how they become tokens."""
 
     path: DataPath = None
-    """A file (.jsonl .json .parquet .csv .txt, the text ones also .gz), a folder of them or of `save_to_disk`, a glob,
-    hf:ORG/NAME[:SPLIT], or a list: [a.jsonl,b.parquet] joins, [{path:a.jsonl,weight:3},{path:b.csv,weight:1}] mixes by
-    weight. `qwlit:demo/train.jsonl` is the bundled corpus."""
+    """A file (.jsonl .json .parquet .csv .txt; text formats also .gz), a folder of such files or from `save_to_disk`, a
+    glob, hf:ORG/NAME[:SPLIT], or a list: [a.jsonl,b.parquet] joins, [{path:a.jsonl,weight:3},{path:b.csv,weight:1}]
+    mixes by weight. `qwlit:demo/train.jsonl` is the bundled corpus."""
     val_path: DataPath = None
-    """Rows to validate on, read like `path`. null: see `val_fraction`."""
+    """Rows to validate on, in the same forms as `path`. null: see `val_fraction`."""
     val_fraction: Probability = 0.0
-    """Share of rows (0 to 1) held out where there is no `val_path`. A hash of the row's tokens chooses, so that a row
-    stays on its side when others come or go, and copies of it never stand on both sides. Of .txt files samples are
-    held out, not files."""
+    """Share of rows (0 to 1) held out for validation if there is no `val_path`. A hash of the row's tokens decides: a
+    row stays on its side when other rows are added or removed, and all copies of a row are on one side. From .txt
+    files, qwlit holds out samples, not whole files."""
     format: RowFormat = "auto"
-    """What a row is. `auto` tells by its keys; a set format reads only its own keys."""
+    """Format of the rows. `auto` finds it by the keys of each row; a fixed format reads only its own keys."""
     template: TemplateName = "auto"
-    """How a conversation is written down. `auto` recognises the tokenizer's own template, with whatever default system
-    text, and refuses an unknown one."""
+    """Chat template. `auto` recognises the tokenizer's own template, with any default system text, and refuses an
+    unknown template."""
     loss_on: LossOn = "assistant"
-    """What is learnt of a conversation: every answer with its end of turn, only the last answer, or every token
-    but the turns that a row marks as not supervised.
-    Plain text is learnt whole; tokenized rows bring their own mask (alone, with `all`)."""
+    """What is supervised in a conversation: every answer with its end-of-turn token, only the last answer, or every
+    token except the turns that a row marks as not supervised. All of a plain text is supervised; tokenized rows have
+    their own mask, and need `all` if they have none."""
     thinking: Thinking = "mask_empty"
-    """Reasoning in answers. `mask_empty` learns it where there is some; the empty block that the template puts before
-    an answer without is read, not learnt, as at inference it stands in the prompt. `keep` learns the empty block too:
-    the model then leaves thinking out by itself. `drop` takes all reasoning out."""
+    """Reasoning in answers. `mask_empty` supervises it where the row has some. Before an answer without reasoning the
+    template puts an empty block; the model only reads it, because at inference it is part of the prompt. `keep`
+    supervises the empty block too: the model then learns to skip thinking. `drop` removes all reasoning."""
     packing: Flag = True
-    """Lay samples end to end, each seeing only itself: nothing is padded. False gives right-padded rows."""
+    """Pack samples end to end, each attending only to itself, without padding. False: pad each sample on the right."""
     max_seq_len: TwoOrMore = 2048
-    """Tokens a sample may have; see `too_long`. 2048 holds most conversations."""
+    """Most tokens that a sample may have; see `too_long`. Most conversations fit into 2048."""
     too_long: TooLong = "auto"
-    """What becomes of longer rows: left out and counted, cut at the end, cut into several samples, or the run is
-    refused. `auto` splits plain text and drops the rest."""
+    """What qwlit does with longer rows: drop and count them, truncate them at the end, split them into several samples,
+    or refuse the run. `auto` splits plain text and drops other rows."""
     drop_duplicates: Flag = False
-    """Train once on samples with the same tokens and loss mask. They are counted in any case."""
+    """Train only once on samples with the same tokens and loss mask. qwlit counts duplicates in any case."""
     max_bad_ratio: Ratio = 0.01
-    """Share of unusable rows (0 to 1) above which the run is refused; up to three are always let pass."""
+    """Largest share of unusable rows (0 to 1) with which a run may start; up to three rows are always allowed."""
     strict: Flag = False
-    """Stop at the first unusable row instead of putting it aside."""
+    """Stop at the first unusable row instead of quarantining it."""
     exact_match: NonNegativeInt = 0
-    """Validation rows answered greedily at the end and compared exactly. 0: none, for prose has many good answers."""
+    """Validation samples that the model answers greedily at the end, for exact comparison. 0: none, for free text."""
 
 
 def parts_of(path: DataPath) -> tuple[DataPart, ...]:
-    """Return the parts of a setting: a single path is one."""
+    """Return the parts of a path setting; a single path is one part."""
     if path is None:
         return ()
     return (DataPart(path=path),) if isinstance(path, str) else path

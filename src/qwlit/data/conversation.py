@@ -1,19 +1,19 @@
-"""A conversation and its parts, checked one by one."""
+"""A conversation: its data classes, and the functions that parse and check one."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwlit.core.errors import nearest
-from qwlit.data.meaning import MARK_KEYS, mark_of, refuse_other_meaning, refuse_placeholder
+from qwlit.data.meaning import MARK_KEYS, refuse_other_meaning, refuse_placeholder, turn_mark
 from qwlit.data.rows import RowError, kind_of, parse_json
 from qwlit.data.unread import has_value
 
 ROLES = ("system", "user", "assistant", "tool")
-# OpenAI's older and newer names for the same.
+# Older and newer names from OpenAI for the same roles.
 ROLE_NAMES = {"function": "tool", "developer": "system"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 MESSAGE_KEYS = {"role", "content", "tool_calls", "function_call", *MARK_KEYS, *REASONING_KEYS}
-# Names of speakers and calls, which no Qwen template writes down.
+# No Qwen template uses these keys, so they need no remark.
 MESSAGE_KEYS |= {"name", "tool_call_id", "id"}
 PART_KEYS = {"type", "text", "value"}
 THINK, END_THINK = "<think>", "</think>"
@@ -23,7 +23,7 @@ THINK, END_THINK = "<think>", "</think>"
 class ToolCall:
     name: str
     arguments: dict[str, Any] | str
-    """As the row has them: an object, or JSON text of one. Templates write the two differently."""
+    """Unchanged from the row: an object, or JSON text of one. Some templates write the two differently."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Message:
     role: str
     content: str
     reasoning: str | None = None
-    """None where the row has no `reasoning_content`; then a <think> block may open the content."""
+    """None if the row has no `reasoning_content`; then the content may begin with a <think> block."""
     tool_calls: tuple[ToolCall, ...] = ()
     mark: bool | None = None
-    """Whether the row marks it as supervised; None where it does not say."""
-    not_read: tuple[str, ...] = ()
-    """Keys of the row's message that nobody knows."""
+    """Whether the row marks the turn as supervised; None if it has no mark."""
+    unread_keys: tuple[str, ...] = ()
+    """Keys with a value that qwlit does not read."""
 
     @property
     def is_supervised(self) -> bool:
-        """Whether the row leaves it to the settings; an answer marked otherwise is read, not supervised."""
+        """False if the row marks the turn as not supervised; otherwise `data.loss_on` decides."""
         return self.mark is not False
 
     def split_thinking(self) -> tuple[str, str]:
-        """Return reasoning and answer. A <think> block that opens the content is reasoning; elsewhere it is text."""
+        """Return reasoning and answer. A <think> block at the start of the content is reasoning, elsewhere text."""
         if self.reasoning is not None or not self.content.lstrip().startswith(THINK) or END_THINK not in self.content:
             return self.reasoning or "", self.content
         thought, _, answer = self.content.lstrip().removeprefix(THINK).partition(END_THINK)
@@ -54,8 +54,9 @@ class Message:
         return replace(self, reasoning=None, content=self.split_thinking()[1])
 
     @property
-    def says_something(self) -> bool:
-        return bool(self.content.strip() or self.tool_calls or (self.reasoning or "").strip())
+    def is_empty(self) -> bool:
+        """Whether the message has no text, no tool calls and no reasoning."""
+        return not (self.content.strip() or self.tool_calls or (self.reasoning or "").strip())
 
 
 @dataclass(frozen=True)
@@ -63,81 +64,83 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     has_bare_tools: bool = field(default=False, compare=False)
-    """Some of the tools were definitions without {"type": "function"} around them."""
+    """Whether the row had a tool without {"type": "function", …} around it."""
 
 
-def parse_conversation(rows: object, tools: object = None) -> Conversation:
-    """Check a list of messages and the tools they may use.
+def parse_conversation(messages: object, tools: object = None) -> Conversation:
+    """Check a list of messages and their tools.
 
     Raises:
-        RowError: naming the message and what is wrong with it.
+        RowError: a message is wrong; the text has its number and the reason.
     """
-    return conversation_of(message_list(rows), tools)
+    return conversation_of(message_list(messages), tools)
 
 
-def message_list(rows: object) -> list[Message]:
-    """Check a list of messages one by one, or raise RowError."""
-    if not isinstance(rows, list) or not rows:
-        raise RowError(f"'messages' must be a list with at least one message, not {seen(rows)}")
-    return [_message(f"message {number}", row) for number, row in enumerate(rows, start=1)]
+def message_list(values: object) -> list[Message]:
+    """Parse and check a list of messages, or raise RowError."""
+    if not isinstance(values, list) or not values:
+        raise RowError(f"'messages' must be a list with at least one message, not {kind_or_empty(values)}")
+    return [_message(f"message {number}", value) for number, value in enumerate(values, start=1)]
 
 
 def conversation_of(messages: list[Message], tools: object = None) -> Conversation:
-    """Put messages and tools together, or raise RowError."""
-    messages = _join_calls(messages)
+    """Check messages and tools together, or raise RowError."""
+    # Merge first: an empty answer is allowed if a message with tool calls follows it.
+    messages = _merge_calls(messages)
     if all(message.role != "assistant" for message in messages):
-        raise RowError("no assistant message: there is nothing to learn")
+        raise RowError("no assistant message: there is no answer to train on")
     for number, message in enumerate(messages, start=1):
-        if message.role == "assistant" and not message.says_something:
-            raise RowError(f"message {number}: the assistant says nothing")
+        if message.role == "assistant" and message.is_empty:
+            raise RowError(f"message {number}: the assistant message is empty")
         if message.role in ("user", "system"):
             refuse_placeholder(f"message {number}", message.content)
     given = parse_tools(tools)
-    wrapped = tuple(map(_wrapped, given))
+    wrapped = tuple(map(_wrap_tool, given))
     return Conversation(tuple(messages), wrapped, has_bare_tools=wrapped != given)
 
 
-def _join_calls(messages: list[Message]) -> list[Message]:
-    """Join a message that only calls tools to the answer directly before it: the model writes both in one turn.
+def _merge_calls(messages: list[Message]) -> list[Message]:
+    """Merge a message with only tool calls into the answer directly before it: the model writes both in one turn.
 
     Raises:
-        RowError: the two are marked differently.
+        RowError: the two have different marks.
     """
-    joined: list[Message] = []
+    merged: list[Message] = []
     for number, message in enumerate(messages, start=1):
         only_calls = message.tool_calls and not message.content.strip() and not message.reasoning
-        if only_calls and joined and joined[-1].role == "assistant":
-            joined[-1] = _joined(f"message {number}", joined[-1], message)
+        if only_calls and merged and merged[-1].role == "assistant":
+            merged[-1] = _merge(f"message {number}", merged[-1], message)
         else:
-            joined.append(message)
-    return joined
+            merged.append(message)
+    return merged
 
 
-def _joined(where: str, answer: Message, call: Message) -> Message:
+def _merge(where: str, answer: Message, call: Message) -> Message:
     if answer.is_supervised != call.is_supervised:
-        raise RowError(f"{where}: is one answer with the message before it, but marked otherwise; mark both alike")
+        raise RowError(f"{where}: belongs to the answer before it, but its mark differs; mark both in the same way")
     return replace(
         answer,
         tool_calls=answer.tool_calls + call.tool_calls,
         mark=call.mark if answer.mark is None else answer.mark,
-        not_read=answer.not_read + call.not_read,
+        unread_keys=answer.unread_keys + call.unread_keys,
     )
 
 
-def seen(value: object) -> str:
+def kind_or_empty(value: object) -> str:
+    """Return the type in words; for an empty list say that it is empty."""
     return "an empty one" if value == [] else kind_of(value)
 
 
 def parse_tools(tools: object) -> tuple[dict[str, Any], ...]:
-    """Read tool definitions: a list of objects, or JSON text of one."""
+    """Parse tool definitions: a list of objects, or JSON text of one."""
     value = from_json_text(tools, "'tools'") or []
     if not isinstance(value, list | tuple) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("'tools' must be a list of objects")
     return tuple(value)
 
 
-def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return the definition as {"type": "function", "function": …}, the form in which servers render it."""
+def _wrap_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return the tool as {"type": "function", "function": …}, the form that inference servers pass to the template."""
     if tool.get("type") not in (None, "function"):
         return tool
     if isinstance(tool.get("function"), dict):
@@ -148,51 +151,53 @@ def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_json_text(value: object, what: str) -> Any:
-    """Return what a JSON text holds (a CSV has nothing but texts); anything else, and an empty text, as it is."""
+    """Parse a JSON text (CSV cells can only be texts). Return other values unchanged, and None for an empty text."""
     if not isinstance(value, str) or not value.strip():
         return None if isinstance(value, str) else value
     try:
         return parse_json(value)
     except RowError as error:
         reason = str(error).removeprefix("not valid JSON: ")
-        raise RowError(f"{what} is a text, but no JSON: {reason}") from None
+        raise RowError(f"{what} is a text, but not valid JSON: {reason}") from None
 
 
-def _message(where: str, row: object) -> Message:
-    if not isinstance(row, dict):
-        raise RowError(f"{where} must be an object, not {kind_of(row)}")
-    role = ROLE_NAMES.get(str(row.get("role")), row.get("role"))
+def _message(where: str, message: object) -> Message:
+    if not isinstance(message, dict):
+        raise RowError(f"{where} must be an object, not {kind_of(message)}")
+    role = ROLE_NAMES.get(str(message.get("role")), message.get("role"))
     if role not in ROLES:
         raise RowError(f"{where}: role {str(role)[:30]!r} is none of {', '.join(ROLES)}.{nearest(str(role), ROLES)}")
-    refuse_other_meaning(row, has_answer=role == "assistant", where=f"{where}: ")
-    reasoning = _reasoning(where, role, row)
-    tool_calls = _tool_calls(where, role, row)
-    silent = row.get("content") is None and (tool_calls or reasoning)
-    content = "" if silent else _content(where, row.get("content"))
-    not_read = [str(key) for key, value in row.items() if key not in MESSAGE_KEYS and has_value(value)]
-    not_read += _unread_of_parts(row.get("content"))
-    return Message(role, content, reasoning, tool_calls, mark=mark_of(where, row), not_read=tuple(sorted(not_read)))
+    refuse_other_meaning(message, has_answer=role == "assistant", where=f"{where}: ")
+    reasoning = _reasoning(where, role, message)
+    tool_calls = _tool_calls(where, role, message)
+    may_lack_content = message.get("content") is None and (tool_calls or reasoning)
+    content = "" if may_lack_content else _content(where, message.get("content"))
+    unread_keys = [str(key) for key, value in message.items() if key not in MESSAGE_KEYS and has_value(value)]
+    unread_keys += _unread_of_parts(message.get("content"))
+    return Message(
+        role, content, reasoning, tool_calls, mark=turn_mark(where, message), unread_keys=tuple(sorted(unread_keys))
+    )
 
 
-def _tool_calls(where: str, role: str, row: dict[str, Any]) -> tuple[ToolCall, ...]:
-    if row.get("tool_calls") and row.get("function_call"):
+def _tool_calls(where: str, role: str, message: dict[str, Any]) -> tuple[ToolCall, ...]:
+    if message.get("tool_calls") and message.get("function_call"):
         raise RowError(f"{where}: has both 'tool_calls' and 'function_call'; keep one")
-    calls = row.get("tool_calls") or ([row["function_call"]] if row.get("function_call") else [])
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
     if not isinstance(calls, list) or (calls and role != "assistant"):
-        raise RowError(f"{where}: 'tool_calls' must be a list, and only an assistant has them")
+        raise RowError(f"{where}: 'tool_calls' must be a list, and only an assistant message may have them")
     return tuple(parse_tool_call(where, call) for call in calls)
 
 
-def _reasoning(where: str, role: str, row: dict[str, Any]) -> str | None:
-    found = {key: row[key] for key in REASONING_KEYS if row.get(key) is not None}
-    for key, reasoning in found.items():
+def _reasoning(where: str, role: str, message: dict[str, Any]) -> str | None:
+    values = {key: message[key] for key in REASONING_KEYS if message.get(key) is not None}
+    for key, reasoning in values.items():
         if not isinstance(reasoning, str):
             raise RowError(f"{where}: '{key}' must be a string, not {kind_of(reasoning)}")
         if role != "assistant":
-            raise RowError(f"{where}: only an assistant has '{key}'")
-    if len(found) > 1:
-        raise RowError(f"{where}: has {' and '.join(found)}; keep one")
-    return next(iter(found.values()), None)
+            raise RowError(f"{where}: only an assistant message may have '{key}'")
+    if len(values) > 1:
+        raise RowError(f"{where}: has {' and '.join(values)}; keep one")
+    return next(iter(values.values()), None)
 
 
 def _content(where: str, content: object) -> str:
@@ -211,7 +216,7 @@ def _content(where: str, content: object) -> str:
 
 
 def _part_text(part: dict[str, Any]) -> object:
-    """Return a part's `text`, or ms-swift's and others' `value`."""
+    """Return the `text` of a part, or its `value`, which ms-swift and other tools write."""
     return part["text"] if part.get("text") is not None else part.get("value")
 
 
@@ -224,7 +229,7 @@ def _unread_of_parts(content: object) -> list[str]:
 
 
 def parse_tool_call(where: str, call: object) -> ToolCall:
-    """Read {"name": …, "arguments": …}, alone or under "function", or raise RowError."""
+    """Parse {"name": …, "arguments": …}, directly or under "function", or raise RowError."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError(f"{where}: a tool call must have a 'name' and 'arguments'")

@@ -1,4 +1,4 @@
-"""Rows to samples: parsed, tokenized, fitted to the length limit, and every row accounted for."""
+"""Encode rows as samples: parse, tokenize, apply the length limit, and count every row."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import DataConfig
 from qwlit.data.conversation import Conversation
+from qwlit.data.encoded_batch import Account, BatchBuilder, EncodedBatch, FatalRow
 from qwlit.data.formats import RowParser
-from qwlit.data.outcome import Account, Batch, Filling, Stop
-from qwlit.data.remarks import WRITTEN_OUT, document_remarks, remarks
+from qwlit.data.remarks import CONTROL_TOKENS_AS_TEXT, document_remarks, remarks
 from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_half_characters
 from qwlit.data.templates import Piece
 from qwlit.data.tokenized import EncodedSample
@@ -20,50 +20,54 @@ from qwlit.data.unread import row_key_remarks
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Turns rows into samples. It can be sent to other processes."""
+    """Encodes rows as samples. It can be pickled, for worker processes."""
 
     config: DataConfig
     vocab_size: int
-    """The model's; every token id must lie below it."""
+    """Vocabulary size of the model; every token id must be below it."""
     tokenizer: TextTokenizer | None
-    """None where only tokenized rows are expected."""
+    """None if the data may have only tokenized rows."""
     chat: ChatEncoder | None
-    """None where only text or tokenized rows are expected."""
+    """None if the data may have only text or tokenized rows."""
     refusal: str | None
-    """Why there is no tokenizer or no chat template."""
+    """Why there is no tokenizer or no chat template; None if there are both."""
 
     @property
     def fingerprint(self) -> list[Any]:
-        """Everything but the rows that decides what is stored."""
+        """Everything that decides what is stored, except for the rows."""
         config = self.config
         shape = [config.format, config.max_seq_len, config.too_long, config.drop_duplicates, config.loss_on]
         chat = [self.chat.template, self.chat.family.default_system, config.thinking] if self.chat else None
         return [*shape, self.vocab_size, self.tokenizer.fingerprint if self.tokenizer else None, chat]
 
-    def __call__(self, rows: Sequence[Row | Reject]) -> Batch:
+    def __call__(self, rows: Sequence[Row | Reject]) -> EncodedBatch:
         """Encode rows.
 
         Raises:
-            NeedsTokenizer: a text or a conversation, and nothing to encode it with.
+            NeedsTokenizer: a row is a text or a conversation, but there is no tokenizer or chat template.
         """
-        batch = Filling(Account(read=len(rows)))
+        batch = BatchBuilder(Account(read=len(rows)))
         for row, outcome in zip(rows, self._encode(rows, batch.remarks), strict=True):
-            result = self._fit(row, outcome, batch.account) if isinstance(outcome, _Encoded) else outcome
+            result = self._apply_length_limit(row, outcome, batch.account) if isinstance(outcome, _Encoded) else outcome
             if isinstance(result, Reject) and self.config.strict:
-                result = Stop(row.source, row.line, f"{result.reason} (data.strict=true stops at the first bad row)")
-            if isinstance(result, Stop):
+                result = FatalRow(
+                    row.source, row.line, f"{result.reason} (data.strict=true stops at the first bad row)"
+                )
+            if isinstance(result, FatalRow):
                 return batch.finish(result)
             batch.add(row, result)
         return batch.finish()
 
-    def _encode(self, rows: Sequence[Row | Reject], remarked: Counter[str]) -> Iterator["_Encoded | Reject"]:
-        """Yield for each row its sample of any length, or the reason that it has none."""
+    def _encode(self, rows: Sequence[Row | Reject], remark_counts: Counter[str]) -> Iterator["_Encoded | Reject"]:
+        """Yield for each row its sample, of any length, or its reject."""
         parser = RowParser(self.config.format, self.vocab_size, self.config.loss_on)
-        read = [self._read(row, parser, remarked) for row in rows]
-        rendered = [value for value in read if isinstance(value, list)]
+        parsed = [self._parse(row, parser, remark_counts) for row in rows]
+        # All conversations, and all documents, of the batch go to the tokenizer in one call: it then uses all cores.
+        rendered = [value for value in parsed if isinstance(value, list)]
         conversations = iter(self.chat.encode_batch(rendered) if self.chat else ())
-        documents = iter(self._encode_documents([value for value in read if isinstance(value, Document)]))
-        for value in read:
+        documents = iter(self._encode_documents([value for value in parsed if isinstance(value, Document)]))
+        # The results have the order of the rows, so the next result belongs to the next row of its kind.
+        for value in parsed:
             if isinstance(value, list):
                 yield _Encoded(next(conversations))
             elif isinstance(value, Document):
@@ -71,39 +75,40 @@ class RowEncoder:
             else:
                 yield value if isinstance(value, Reject) else _Encoded(value)
 
-    def _read(
-        self, row: Row | Reject, parser: RowParser, remarked: Counter[str]
+    def _parse(
+        self, row: Row | Reject, parser: RowParser, remark_counts: Counter[str]
     ) -> list[Piece] | Document | EncodedSample | Reject:
         if isinstance(row, Reject):
             return row
         try:
             raw = row.value()
             value = parser(raw)
-            found = [*row_key_remarks([*parser.unread(raw), *row.unread_columns])]
+            row_remarks = [*row_key_remarks([*parser.unread_keys(raw), *row.unread_columns])]
             if isinstance(value, Document):
                 refuse_half_characters(value.text)
-                found += [*document_remarks(value.text), *self._written_out([value.text])]
+                row_remarks += [*document_remarks(value.text), *self._control_token_remarks([value.text])]
+            # Count remarks only when nothing below can raise RowError: a row that cannot be parsed has no remarks.
             if not isinstance(value, Conversation):
-                remarked.update(found)
+                remark_counts.update(row_remarks)
                 return value
             if self.chat is None:
                 raise NeedsTokenizer(self.refusal or "conversations need a tokenizer with a chat template")
             pieces = self.chat.render(value)
             refuse_half_characters("".join([piece.text for piece in pieces]))
             from_table = isinstance(row.content, dict)
-            found += remarks(value, self.chat.family, self.chat.supervision, from_table=from_table)
-            found += self._written_out(piece.text for piece in pieces if not piece.control)
-            remarked.update(found)
+            row_remarks += remarks(value, self.chat.family, self.chat.supervision, from_table=from_table)
+            row_remarks += self._control_token_remarks(piece.text for piece in pieces if not piece.control)
+            remark_counts.update(row_remarks)
             return pieces
         except RowError as error:
             return row.reject(str(error))
 
-    def _written_out(self, texts: Iterable[str]) -> list[str]:
+    def _control_token_remarks(self, texts: Iterable[str]) -> list[str]:
         tokenizer = self.tokenizer
-        return [WRITTEN_OUT] if tokenizer and any(map(tokenizer.spells_control_tokens, texts)) else []
+        return [CONTROL_TOKENS_AS_TEXT] if tokenizer and any(map(tokenizer.spells_control_tokens, texts)) else []
 
     def _encode_documents(self, documents: list[Document]) -> list[EncodedSample]:
-        """Learn every token of a text, and the end-of-text token after its last block."""
+        """Encode texts with every token supervised, and with the end-of-text token after the last block."""
         if not documents:
             return []
         if self.tokenizer is None:
@@ -113,34 +118,39 @@ class RowEncoder:
         ids = [tokens + [end] * document.is_last for tokens, document in zip(encoded, documents, strict=True)]
         return [EncodedSample(tokens, [0] + [1] * (len(tokens) - 1)) for tokens in ids]
 
-    def _fit(self, row: Row | Reject, encoded: "_Encoded", account: Account) -> list[EncodedSample] | Reject | Stop:
-        """Apply data.too_long, and put aside what has nothing left to learn."""
+    def _apply_length_limit(
+        self, row: Row | Reject, encoded: "_Encoded", account: Account
+    ) -> list[EncodedSample] | Reject | FatalRow:
+        """Apply data.too_long, and reject a row that has no supervised token left."""
         assert isinstance(row, Row)
         sample, document, limit = encoded.sample, encoded.document, self.config.max_seq_len
         policy = self.config.too_long
         if policy == "auto":
             policy = "split" if document else "drop"
         samples, where = [sample], ""
+        # A block of a long text file counts as too long even if it is short, because the whole file is.
         if len(sample.input_ids) > limit or (document and not document.is_whole):
             if policy == "error":
                 size = f"{len(sample.input_ids):,} tokens" if not document or document.is_whole else "a long text"
-                return Stop(row.source, row.line, f"{size}; data.max_seq_len={limit} (data.too_long=error stops at it)")
+                return FatalRow(
+                    row.source, row.line, f"{size}; data.max_seq_len={limit} (data.too_long=error stops at it)"
+                )
             if policy == "drop" or (policy == "truncate" and document and not document.is_first):
                 account.too_long += 1
                 return []
-            samples = [sample.cut(0, limit)] if policy == "truncate" else sample.split(limit)
+            samples = [sample.slice(0, limit)] if policy == "truncate" else sample.split(limit)
             where = f" within its first {limit} tokens" if policy == "truncate" else ""
-        if not (learnt := [piece for piece in samples if 1 in piece.loss_mask]):
+        if not (supervised := [piece for piece in samples if 1 in piece.loss_mask]):
             return row.reject(f"nothing in it is supervised{where}")
         account.truncated += bool(where)
         account.split += len(samples) > 1
-        return learnt
+        return supervised
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A row's tokens, before the length limit."""
+    """The tokens of a row, before the length limit."""
 
     sample: EncodedSample
     document: Document | None = None
-    """The plain text that it was, if it was."""
+    """The plain text, if the row was one."""

@@ -1,4 +1,4 @@
-"""Data files on disk, and the digests of their content."""
+"""Data files on disk, and SHA-256 digests of their content."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ from qwlit.core.files import write_json_atomic
 JSON, TABLE, TEXT = "JSON", "table", "text"
 KINDS = {".jsonl": JSON, ".json": JSON, ".parquet": TABLE, ".csv": TABLE, ".txt": TEXT}
 COMPRESSED = ".gz"
-# Assumption: text in gzip or Parquet takes about a fifth of its size.
+# Assumption: gzip or Parquet reduces text to about a fifth of its size.
 TYPICAL_COMPRESSION = 5
-# A file changed within so short a time of being hashed might change again without its time stamp telling.
+# A file changed so shortly before we hashed it may change again and keep the same time stamp: do not cache its digest.
 RACY_SECONDS = 2.0
 
 
@@ -30,7 +30,7 @@ class File:
 
     @property
     def suffix(self) -> str:
-        """The ending that tells what is in it, without `.gz`."""
+        """Lower-case suffix of the format, without `.gz`."""
         name = self.path.name.lower().removesuffix(COMPRESSED)
         return Path(name).suffix
 
@@ -53,10 +53,10 @@ class File:
         return self.num_bytes() * (TYPICAL_COMPRESSION if self.is_compressed or self.suffix == ".parquet" else 1)
 
     def digest(self, cache_root: Path) -> str:
-        """Return the SHA-256 of the content; kept in `cache_root`, so that an unchanged file is not read again."""
+        """Return the SHA-256 of the content; `cache_root` keeps it, so an unchanged file is read only once."""
         try:
-            if (found := self.known_digest(cache_root)) is not None:
-                return found
+            if (known := self.known_digest(cache_root)) is not None:
+                return known
             stat = self.path.stat()
             with self.path.open("rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -64,18 +64,18 @@ class File:
             raise DataError(f"data file '{self}' cannot be read: {error.strerror}") from error
         if time.time() - stat.st_ctime > RACY_SECONDS:
             cache_root.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(self._note(cache_root), {"stamp": _stamp(stat), "sha256": digest})
+            write_json_atomic(self._cache_entry(cache_root), {"stamp": _stamp(stat), "sha256": digest})
         return digest
 
     def known_digest(self, cache_root: Path) -> str | None:
-        """Return the digest if an unchanged file has been read before."""
+        """Return the cached digest; None if the file is new or has changed."""
         try:
-            entry = json.loads(self._note(cache_root).read_text(encoding="utf-8"))
+            entry = json.loads(self._cache_entry(cache_root).read_text(encoding="utf-8"))
             return str(entry["sha256"]) if entry["stamp"] == _stamp(self.path.stat()) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _note(self, cache_root: Path) -> Path:
+    def _cache_entry(self, cache_root: Path) -> Path:
         return cache_root / f"{hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:32]}.digest"
 
 

@@ -1,4 +1,4 @@
-"""The shapes a row may have: told by its keys, read into a conversation, a document or a tokenized sample."""
+"""Row formats: recognise a row by its keys and parse it into a conversation, a document or a tokenized sample."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from qwlit.data.conversation import (
     Message,
     conversation_of,
     from_json_text,
+    kind_or_empty,
     message_list,
     parse_tools,
-    seen,
 )
-from qwlit.data.meaning import LABEL_KEYS, MARK_KEYS, MEANING_KEYS, label_of, marks_row, refuse_other_meaning
+from qwlit.data.meaning import LABEL_KEYS, MARK_KEYS, MEANING_KEYS, label_value, refuse_other_meaning, row_mark
 from qwlit.data.rows import Document, RowError, kind_of
 from qwlit.data.sharegpt import parse_turns
 from qwlit.data.tokenized import EncodedSample, parse_tokenized
@@ -25,74 +25,76 @@ Columns = dict[str, Any]
 
 @dataclass(frozen=True)
 class RowParser:
-    """Reads rows of one format, or of whichever format each is."""
+    """Parses rows of one format, or with `auto` of the format that each row has."""
 
     row_format: RowFormat
     vocab_size: int
-    """Token ids of tokenized rows must lie below it."""
+    """Token ids of tokenized rows must be below it."""
     loss_on: LossOn
 
     def __call__(self, value: Columns | Document) -> Conversation | Document | EncodedSample:
-        """Read a row.
+        """Parse a row.
 
         Raises:
-            RowError: it has no known shape, another one than the format set, or something in it is wrong.
+            RowError: the row has no known format, not the format that `row_format` requires, or wrong content.
         """
         if isinstance(value, Document):
             value = {"text": value}
-        found = recognise_format(value)
-        name = found if self.row_format == "auto" else self.row_format
-        refuse_other_meaning(value, has_answer=name not in WITHOUT_ANSWER)
+        recognised = recognise_format(value)
+        name = recognised if self.row_format == "auto" else self.row_format
+        refuse_other_meaning(value, has_answer=name not in FORMATS_WITHOUT_ANSWER)
         if name is None:
-            raise RowError(f"unknown shape: {_keys(value)}; expected {', or '.join(map(_wanted, KEYS))}")
+            expected = ", or ".join(map(_name_required_keys, REQUIRED_KEYS))
+            raise RowError(f"unknown format: {_name_keys(value)}; expected {expected}")
         if not _has_keys(value, name):
-            looks = f"; this row looks like {found}" if found else ""
-            raise RowError(f"data.format={name} needs {_wanted(name)}; the row has {_keys(value)}{looks}")
+            hint = f"; this row looks like {recognised}" if recognised else ""
+            needed = _name_required_keys(name)
+            raise RowError(f"data.format={name} needs {needed}; the row has {_name_keys(value)}{hint}")
         if name == "tokenized":
             return parse_tokenized(value, self.vocab_size, self.loss_on)
         return PARSERS[name](value)
 
-    def unread(self, value: Columns | Document) -> list[str]:
-        """Return the keys with values that reading the row left out; the row must be one that can be read."""
+    def unread_keys(self, value: Columns | Document) -> list[str]:
+        """Return the keys with a value that the parser does not use. The row must be one that it can parse."""
         if isinstance(value, Document):
             return []
         name = recognise_format(value) if self.row_format == "auto" else self.row_format
-        read = READ[name or "text"] - ({"response"} if _answer_key(value) == "completion" else set())
-        # Of the keys that change the meaning only labels may hold something that is not obeyed: a class, for one.
-        has_answer = name not in WITHOUT_ANSWER
-        obeyed = MEANING_KEYS - {k for k in LABEL_KEYS if label_of(value.get(k), has_answer=has_answer) is None}
-        obeyed |= {key for key in MARK_KEYS if marks_row(value.get(key))}
+        read = READ_KEYS[name or "text"] - ({"response"} if _answer_key(value) == "completion" else set())
+        # `label` may have another meaning, such as a class number: then the parser ignores it, and it counts as unread.
+        has_answer = name not in FORMATS_WITHOUT_ANSWER
+        obeyed = MEANING_KEYS - {k for k in LABEL_KEYS if label_value(value.get(k), has_answer=has_answer) is None}
+        obeyed |= {key for key in MARK_KEYS if row_mark(value.get(key))}
         return [key for key, cell in value.items() if key not in read and key not in obeyed and has_value(cell)]
 
 
 def parse_messages(row: Columns) -> Conversation:
-    """`messages`: role, content, reasoning_content, tool_calls, weight; `system`, `tools`."""
+    """Parse `messages`: role, content, reasoning_content, tool_calls, weight; `system`, `tools`."""
     return _conversation(row, from_json_text(row["messages"], "'messages'"))
 
 
 def parse_sharegpt(row: Columns) -> Conversation:
-    """`conversations`: from, value (or role, content), weight; `system`, `tools`."""
+    """Parse `conversations`: from, value (or role, content), weight; `system`, `tools`."""
     turns = from_json_text(row["conversations"], "'conversations'")
     if not isinstance(turns, list) or not turns:
-        raise RowError(f"'conversations' must be a list with at least one turn, not {seen(turns)}")
+        raise RowError(f"'conversations' must be a list with at least one turn, not {kind_or_empty(turns)}")
     if all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns):
         return _conversation(row, turns)
-    return _complete(row, parse_turns(turns))
+    return _with_system_and_tools(row, parse_turns(turns))
 
 
 def _conversation(row: Columns, messages: Any) -> Conversation:
-    return _complete(row, message_list(messages))
+    return _with_system_and_tools(row, message_list(messages))
 
 
-def _complete(row: Columns, messages: list[Message]) -> Conversation:
-    """Put the row's own system text before the messages, and its tools beside them."""
+def _with_system_and_tools(row: Columns, messages: list[Message]) -> Conversation:
+    """Build the conversation, with the system text and the tools from the row's own columns."""
     system = row.get("system")
     if not isinstance(system, str | None):
         raise RowError(f"'system' must be a string, not {kind_of(system)}")
     if system and messages[0].role != "system":
         messages = [Message("system", system), *messages]
     elif system and messages[0].content.strip() != system.strip():
-        raise RowError("has a system column and a system turn that differ; keep one")
+        raise RowError("has a 'system' column and a system turn that differ; keep one")
     tools, functions = parse_tools(row.get("tools")), parse_tools(row.get("functions"))
     if tools and functions:
         raise RowError("has both 'tools' and 'functions'; keep one")
@@ -100,7 +102,7 @@ def _complete(row: Columns, messages: list[Message]) -> Conversation:
 
 
 def parse_alpaca(row: Columns) -> Conversation:
-    """`instruction`, `input`, `output`; `history` (pairs of question and answer), `system`, `tools`."""
+    """Parse `instruction`, `input`, `output`; `history` (pairs of question and answer), `system`, `tools`."""
     texts = {key: _text(row, key) for key in ("instruction", "input", "output")}
     history = from_json_text(row.get("history"), "'history'") or []
     if not isinstance(history, list) or not all(
@@ -112,7 +114,7 @@ def parse_alpaca(row: Columns) -> Conversation:
         raise RowError("'instruction' and 'input' are both empty")
     pairs = [*history, [question, texts["output"]]]
     turns = [Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return _complete(row, turns)
+    return _with_system_and_tools(row, turns)
 
 
 def _text(row: Columns, key: str) -> str:
@@ -125,7 +127,7 @@ def _text(row: Columns, key: str) -> str:
 
 
 def parse_prompt_completion(row: Columns) -> Conversation:
-    """`prompt` with `completion` or `response`: two texts, or two lists of messages; `system`, `tools`."""
+    """Parse `prompt` with `completion` or `response`: two texts, or two lists of messages; `system`, `tools`."""
     return _conversation(row, _messages(row, "prompt", "user") + _messages(row, _answer_key(row), "assistant"))
 
 
@@ -143,7 +145,7 @@ def _messages(row: Columns, key: str, role: str) -> list[Any]:
 
 
 def parse_text(row: Columns) -> Document:
-    """`text`: a document."""
+    """Parse `text`: a document."""
     text = row["text"]
     if isinstance(text, Document):
         return text
@@ -154,7 +156,7 @@ def parse_text(row: Columns) -> Document:
     return Document(text)
 
 
-KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
+REQUIRED_KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations",),),
     "tokenized": (("input_ids",),),
@@ -162,19 +164,19 @@ KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     "prompt_completion": (("prompt",), ("completion", "response")),
     "text": (("text",),),
 }
-"""What a row of each format has: of every group at least one key. A row with the keys of several is the first."""
+"""Required keys of each format: at least one key of every group. If a row fits several formats, the first one wins."""
 
-WITHOUT_ANSWER = ("text", "tokenized")
-_BESIDE = {"system", "tools", "functions"}
-READ: dict[str, set[str]] = {
-    "messages": {"messages", *_BESIDE},
-    "sharegpt": {"conversations", *_BESIDE},
+FORMATS_WITHOUT_ANSWER = ("text", "tokenized")
+_CONVERSATION_KEYS = {"system", "tools", "functions"}
+READ_KEYS: dict[str, set[str]] = {
+    "messages": {"messages", *_CONVERSATION_KEYS},
+    "sharegpt": {"conversations", *_CONVERSATION_KEYS},
     "tokenized": {"input_ids", "labels", "loss_mask"},
-    "alpaca": {"instruction", "input", "output", "history", *_BESIDE},
-    "prompt_completion": {"prompt", "completion", "response", *_BESIDE},
+    "alpaca": {"instruction", "input", "output", "history", *_CONVERSATION_KEYS},
+    "prompt_completion": {"prompt", "completion", "response", *_CONVERSATION_KEYS},
     "text": {"text"},
 }
-"""What is read of a row of each format."""
+"""All keys that the parser of each format reads."""
 
 PARSERS: dict[str, Callable[[Columns], Conversation | Document]] = {
     "messages": parse_messages,
@@ -186,18 +188,18 @@ PARSERS: dict[str, Callable[[Columns], Conversation | Document]] = {
 
 
 def recognise_format(row: Columns) -> str | None:
-    """Return the first format whose keys the row has, with values rather than nulls where there is a choice."""
+    """Return the first format whose required keys have a value; if there is none, the first whose keys exist at all."""
     filled = {key: value for key, value in row.items() if value is not None}
-    return next((name for candidate in (filled, row) for name in KEYS if _has_keys(candidate, name)), None)
+    return next((name for candidate in (filled, row) for name in REQUIRED_KEYS if _has_keys(candidate, name)), None)
 
 
 def _has_keys(row: Columns, name: str) -> bool:
-    return all(any(key in row for key in group) for group in KEYS[name])
+    return all(any(key in row for key in group) for group in REQUIRED_KEYS[name])
 
 
-def _wanted(name: str) -> str:
-    return " and ".join(" or ".join(f"'{key}'" for key in group) for group in KEYS[name])
+def _name_required_keys(name: str) -> str:
+    return " and ".join(" or ".join(f"'{key}'" for key in group) for group in REQUIRED_KEYS[name])
 
 
-def _keys(row: Columns) -> str:
+def _name_keys(row: Columns) -> str:
     return "keys " + (", ".join(repr(str(key)[:30]) for key in list(row)[:8]) or "none")

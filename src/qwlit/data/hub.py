@@ -1,4 +1,4 @@
-"""Data read through the library `datasets`: of the Hugging Face hub, and folders that its `save_to_disk` wrote."""
+"""Read data with the library `datasets`: from the Hugging Face hub, and from folders that `save_to_disk` wrote."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ DEFAULT_SPLIT = "train"
 
 @dataclass(frozen=True)
 class HubData:
-    """A split of a data set on the hub, read through the library `datasets`."""
+    """One split of a data set on the hub."""
 
     name: str
     """ORG/NAME, or a folder that `datasets` can load."""
@@ -33,54 +33,55 @@ class HubData:
         return f"{HUB}{'/'.join(filter(None, (self.name, self.config)))}:{self.split}"
 
     def estimated_bytes(self) -> float:
-        return float("inf")  # known only once it is here, and seldom small
+        return float("inf")  # known only after the download, and usually large
 
     def digest(self, cache_root: Path) -> str:
         """Return the library's fingerprint of the data."""
         return f"{self.split} {self.load()._fingerprint}"
 
     def load(self) -> Any:
-        """Return the split as a sequence of rows: from the hub, or where it cannot be reached from the cache.
+        """Return the split as a sequence of rows, from the hub or, if the hub cannot be reached, from the local cache.
 
         Raises:
-            DataError: neither has such data.
+            DataError: neither has this data.
         """
         import datasets
 
         datasets.disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         logging.getLogger("datasets").setLevel(logging.ERROR)
-        unreachable = None if Path(self.name).is_dir() else self._probe()
+        unreachable = None if Path(self.name).is_dir() else self._why_unreachable()
         try:
             with _offline() if unreachable else nullcontext():
                 return datasets.load_dataset(self.name, self.config, split=self.split)
-        except Exception as error:  # of the network, of the hub, of the data set's own files
+        except Exception as error:  # the network, the hub, or the files of the data set
             reason = (unreachable or str(error) or type(error).__name__).splitlines()[0][:200]
             raise DataError(
-                f"{self} cannot be loaded ({reason}); where the hub cannot be reached, set data.path to files,"
-                " or HF_HOME to a cache that holds it"
+                f"{self} cannot be loaded ({reason}); if the hub cannot be reached, set data.path to files,"
+                " or HF_HOME to a cache that has it"
             ) from None
 
-    def _probe(self) -> str | None:
-        """Return why the hub cannot be asked for the data: left alone, the library retries for half a minute."""
+    def _why_unreachable(self) -> str | None:
+        """Return why the hub cannot be reached, None if it can. Without this check `datasets` retries for 30 s."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
             call_with_timeout(PROBE_SECONDS, lambda: HfApi().dataset_info(self.name, timeout=PROBE_SECONDS))
         except HfHubHTTPError:
-            return None  # it was reached; the library knows best what its answer means
-        except Exception as error:  # whatever HTTP library the hub client uses has its own family of errors
+            return None  # the hub answered: `datasets` reports what is wrong
+        except Exception as error:  # the error type depends on the HTTP library of the hub client
             return f"the hub cannot be reached: {(str(error) or type(error).__name__).splitlines()[0]}"
         return None
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Let the libraries look into their caches only."""
+    """Let `datasets` and `huggingface_hub` read only their caches."""
     import datasets.config
     import huggingface_hub.constants
 
+    # The libraries read their environment variables only at import, so change their constants instead.
     settings: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [module.HF_HUB_OFFLINE for module in settings]
     try:
@@ -92,7 +93,8 @@ def _offline() -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def hub_data(path: str) -> HubData:
+def parse_hub_path(path: str) -> HubData:
+    """Parse hf:ORG/NAME[/CONFIG][:SPLIT], or raise DataError."""
     match = re.fullmatch(r"([^:]+)(?::(.+))?", path.removeprefix(HUB))
     if match is None:
         raise DataError(f"data.path={path}: write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT")
@@ -106,7 +108,7 @@ def hub_data(path: str) -> HubData:
 
 @dataclass(frozen=True)
 class SavedData:
-    """A folder that `datasets.save_to_disk` wrote: Arrow files and what belongs together."""
+    """A folder that `datasets.save_to_disk` wrote: Arrow files, and a JSON file that lists them."""
 
     path: Path
 
@@ -118,10 +120,10 @@ class SavedData:
         return self.path.name
 
     def _arrow_files(self) -> list[File]:
-        """Return its Arrow files in their order.
+        """Return the Arrow files in their order.
 
         Raises:
-            DataError: the folder does not say which they are.
+            DataError: the JSON file that lists them is damaged.
         """
         try:
             state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
@@ -138,7 +140,7 @@ class SavedData:
         return hashlib.sha256(json.dumps(digests).encode("utf-8")).hexdigest()
 
     def known_digest(self, cache_root: Path) -> str | None:
-        """Return the digest if unchanged files have been read before."""
+        """Return the cached digest; None if a file is new or has changed."""
         known = all(file.known_digest(cache_root) for file in self._arrow_files())
         return self.digest(cache_root) if known else None
 
@@ -152,18 +154,18 @@ class SavedData:
 
         datasets.disable_progress_bars()
         try:
-            # The columns and the form that were chosen when it was saved are no part of the data.
+            # A saved data set may hide columns or convert them; format None returns all of them as Python values.
             return datasets.load_from_disk(str(self.path)).with_format(None)
-        except Exception as error:  # whatever pyarrow or the library makes of damage
+        except Exception as error:  # pyarrow and `datasets` raise many types for damaged files
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise DataError(f"data folder '{self}' cannot be loaded by datasets.load_from_disk: {reason}") from None
 
 
-def saved_data(path: str, root: Path) -> SavedData | None:
-    """Return the data set that `save_to_disk` wrote into the folder, of several splits `train`; None if it wrote none.
+def find_saved_data(path: str, root: Path) -> SavedData | None:
+    """Return the data set that `save_to_disk` wrote into the folder, or its split `train`; None for other folders.
 
     Raises:
-        DataError: there are splits, but no `train`.
+        DataError: the folder has several splits, but none called `train`.
     """
     if (root / STATE).is_file() and (root / INFO).is_file():
         return SavedData(root)
@@ -172,17 +174,18 @@ def saved_data(path: str, root: Path) -> SavedData | None:
     if (root / DEFAULT_SPLIT / STATE).is_file():
         return SavedData(root / DEFAULT_SPLIT)
     splits = sorted(child.name for child in root.iterdir() if (child / STATE).is_file())
-    named = ", ".join(f"{path.rstrip('/')}/{name}" for name in splits) or "none of whose folders is here"
+    named = ", ".join(f"{path.rstrip('/')}/{name}" for name in splits) or "but the folder of every split is missing"
     raise DataError(f"data folder '{path}' is a DatasetDict without the split '{DEFAULT_SPLIT}'; name one: {named}")
 
 
-def rows_of(source: HubData | SavedData) -> Iterator[dict[str, Any]]:
-    """Yield the rows, images and audio as they are stored: rows with them are refused, and need no decoder.
+def iter_rows(source: HubData | SavedData) -> Iterator[dict[str, Any]]:
+    """Yield the rows.
 
     Raises:
-        DataError: they cannot be loaded, or not to their end.
+        DataError: the data set cannot be loaded, or cannot be read to its end.
     """
     dataset = source.load()
+    # Rows with images or audio are quarantined, so do not decode them: that would need more libraries.
     for column, feature in dataset.features.items():
         if hasattr(feature, "decode") and type(feature).__name__ != "Json":
             dataset = dataset.cast_column(column, replace(feature, decode=False))
@@ -191,6 +194,6 @@ def rows_of(source: HubData | SavedData) -> Iterator[dict[str, Any]]:
         for row in dataset:
             yield row
             number += 1
-    except Exception as error:  # whatever pyarrow or a feature of the library raises
+    except Exception as error:  # pyarrow and the features of `datasets` raise many types
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DataError(f"{source} cannot be read after row {number}: {reason}") from None

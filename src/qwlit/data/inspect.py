@@ -1,4 +1,4 @@
-"""What a person wants to see of tokenized data: what is learnt, how long samples are, what was put aside."""
+"""What `inspect` shows of tokenized data: supervised tokens and lengths of samples."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -15,27 +15,29 @@ SHORTEST_BIN = 16
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring tokens of one kind."""
+    """Consecutive tokens of one kind: one control token, or text that is all supervised or all not."""
 
     start: int
     """Position of the first token."""
     ids: tuple[int, ...]
     kind: Literal["text", "control"]
-    learnt: bool
+    supervised: bool
 
 
 def stretches(input_ids: Iterable[int], loss_mask: Iterable[int], control_ids: Collection[int]) -> Iterator[Stretch]:
-    """Cut a sample where learnt tokens begin or end, and around control tokens."""
+    """Divide a sample where supervised tokens begin or end, and around each control token."""
     tokens = list(enumerate(zip(map(int, input_ids), map(bool, loss_mask), strict=True)))
-    # Control tokens stand alone: each is one to the model.
-    for (learnt, control), group in groupby(tokens, key=lambda t: (t[1][1], t[0] if t[1][0] in control_ids else None)):
+    # The position in the key puts each control token into a group of its own.
+    for (supervised, control), group in groupby(
+        tokens, key=lambda t: (t[1][1], t[0] if t[1][0] in control_ids else None)
+    ):
         members = list(group)
         ids = tuple(token for _, (token, _) in members)
-        yield Stretch(members[0][0], ids, "text" if control is None else "control", learnt)
+        yield Stretch(members[0][0], ids, "text" if control is None else "control", supervised)
 
 
 def length_histogram(samples: Samples) -> list[tuple[int, int, int]]:
-    """Return (shortest, longest, number of samples) by doubling lengths, from the first to the last that has any."""
+    """Return bins (shortest, longest, number of samples) of doubling lengths in tokens; none is empty at the ends."""
     counts: Counter[int] = Counter()
     for ids in chunks(samples):
         exponents = np.ceil(np.log2(np.maximum(samples.lengths(ids), SHORTEST_BIN))).astype(int)

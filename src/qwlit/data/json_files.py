@@ -1,4 +1,4 @@
-"""The rows of JSON files: an object a line, an array, or one object over many lines."""
+"""Read the rows of JSON files: one object per line, an array, or one object over many lines."""
 
 import hashlib
 import json
@@ -16,30 +16,30 @@ SPACES = b" \t\r\n" + BOM
 
 
 def read_json_lines(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
-    """Read an object a line, or the array that some call .jsonl."""
+    """Read one object per line, or an array, which some data sets also save as .jsonl."""
     is_array = _is_array(_first_line(handle), handle)
     handle.seek(0)
     yield from _read_array(number, handle) if is_array else _read_lines(number, handle)
 
 
 def _first_line(handle: BinaryIO) -> bytes:
-    """Return the start of the first line that is not blank, without the spaces around it."""
+    """Return the first line that is not blank, without spaces around it, at most MAX_ROW_BYTES long."""
     lines = iter(lambda: handle.readline(MAX_ROW_BYTES), b"")
     return next((line for line in lines if line.strip(SPACES)), b"").strip(SPACES)
 
 
 def _is_array(first_line: bytes, handle: BinaryIO) -> bool:
-    """Whether the file is one array: lists on lines of their own are rows, each bad for itself.
+    """Return whether the file is one array. If each line is a list, each is a bad row instead.
 
     Args:
-        handle: stands after the first line.
+        handle: positioned after the first line.
     """
     if not re.match(rb"\[\s*(\{|\]|$)", first_line):
         return False
     try:
         json.loads(first_line)
     except (ValueError, RecursionError):
-        return True  # it goes on in the next line
+        return True  # the array continues on the next line
     return not any(line.strip() for line in iter(lambda: handle.readline(MAX_ROW_BYTES), b""))
 
 
@@ -55,7 +55,7 @@ def _read_lines(number: int, handle: BinaryIO) -> Iterator[Row | Reject]:
 
 
 def _skip_long_line(number: int, line: int, head: bytes, handle: BinaryIO) -> Reject:
-    """Read to the line's end in pieces, so that no line can fill the memory."""
+    """Read to the end of the line in pieces: a line of any length needs little memory."""
     digest, size, piece = hashlib.sha256(head), len(head), head
     while piece and not piece.endswith(b"\n"):
         piece = handle.readline(MAX_ROW_BYTES)
@@ -65,7 +65,7 @@ def _skip_long_line(number: int, line: int, head: bytes, handle: BinaryIO) -> Re
 
 
 def read_json(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
-    """Read an array, an object a line, or one object over many lines."""
+    """Read an array, one object per line, or one object over many lines."""
     first_line = _first_line(handle)
     handle.seek(0)
     if first_line.startswith(b"["):
@@ -73,20 +73,23 @@ def read_json(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Rejec
     elif len(first_line) < MAX_ROW_BYTES // 2 and _opens_an_object(first_line):
         content = handle.read(MAX_ROW_BYTES + 1)
         if len(content) > MAX_ROW_BYTES:
-            raise DataError(f"data file '{file}' is one JSON object of over {MAX_ROW_BYTES:,} bytes; write one a line")
+            raise DataError(
+                f"data file '{file}' is one JSON object of over {MAX_ROW_BYTES:,} bytes; write one object per line"
+            )
         yield Row(number, 1, content)
     else:
         yield from _read_lines(number, handle)
 
 
 def _opens_an_object(first_line: bytes) -> bool:
-    """Whether the line begins an object that goes on in the next: `{`, or `{"messages": [`."""
+    """Return whether the line begins an object that continues on the next line: `{`, or `{"messages": [`."""
     text = first_line.decode("utf-8", "replace")
     if not text.startswith("{"):
         return False
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
+        # An error at the end of the line means that the object is only incomplete.
         return error.pos >= len(text)
     except (ValueError, RecursionError):
         pass
@@ -94,7 +97,7 @@ def _opens_an_object(first_line: bytes) -> bool:
 
 
 def _read_array(number: int, handle: BinaryIO) -> Iterator[Row | Reject]:
-    # Bytes that are not UTF-8 survive the round trip, so that only the element that holds them is rejected.
+    # surrogateescape keeps bytes that are not UTF-8, so only the element with such bytes is rejected, not the file.
     text = handle.read().removeprefix(BOM).decode("utf-8", "surrogateescape")
     for index, (element, broken) in enumerate(_array_elements(text), start=1):
         row = Row(number, index, element.encode("utf-8", "surrogateescape"))
@@ -102,20 +105,20 @@ def _read_array(number: int, handle: BinaryIO) -> Iterator[Row | Reject]:
 
 
 def _array_elements(text: str) -> Iterator[tuple[str, str | None]]:
-    """Yield the raw text of each element, and where the array breaks off its rest with the reason."""
-    # Only where an element ends matters here, not what its numbers are: Python refuses to read very long ones.
+    """Yield (raw text, None) for each element; if the array is not valid, (rest of the text, reason) at the end."""
+    # Here we need only the end of each element. `len` avoids converting numbers: Python refuses very long integers.
     decoder = json.JSONDecoder(parse_int=len, parse_float=len)
     position = _after_space(text, _after_space(text, 0) + 1)
     while text[position : position + 1] != "]":
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            yield text[position:], f"the JSON array breaks off here: {getattr(error, 'msg', 'not readable')}"
+            yield text[position:], f"the JSON array is not valid from here on: {getattr(error, 'msg', 'not readable')}"
             return
         yield text[position:end], None
         position = _after_space(text, end)
         if text[position : position + 1] not in {",", "]"}:
-            yield text[position:], "the JSON array breaks off here: ',' or ']' expected"
+            yield text[position:], "the JSON array is not valid from here on: ',' or ']' expected"
             return
         if text[position] == ",":
             position = _after_space(text, position + 1)

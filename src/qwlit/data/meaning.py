@@ -1,4 +1,4 @@
-"""Keys and texts that change what a row means: obeyed here, or the row is refused with the way out."""
+"""Keys and texts that change the meaning of a row: follow them, or refuse the row and give the remedy."""
 
 import re
 from collections.abc import Mapping
@@ -13,27 +13,27 @@ PREFERENCE_KEYS = frozenset(
     | {f"{which}_{answer}" for which in ("chosen", "rejected") for answer in _ANSWERS}
     | {f"{answer}_{which}" for which in ("chosen", "rejected") for answer in _ANSWERS}
 )
-"""Of TRL, LLaMA-Factory, ms-swift and OpenAI, and what follows their spelling."""
+"""Keys of TRL, LLaMA-Factory, ms-swift and OpenAI, and keys with the same spelling pattern."""
 _MEDIA = ("image", "video", "audio")
 _ENDINGS = ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")
 MEDIA_KEYS = frozenset({"pixel_values", *(f"{medium}{ending}" for medium in _MEDIA for ending in _ENDINGS)})
 MARK_KEYS = ("weight", "loss", "train", "loss_weight")
 _MARKS = frozenset(MARK_KEYS)
 MEANING_KEYS = frozenset(LABEL_KEYS) | PREFERENCE_KEYS | MEDIA_KEYS
-# A number may follow; anything else between the brackets is HTML.
+# A number may follow the name, as in <image 1>; anything else between the brackets is HTML.
 _PLACEHOLDER = re.compile(r"<(?:image|video|audio)(?:[ _-]?\d+)?>|<img>[^<]*</img>", re.IGNORECASE)
-# <image> is no HTML, and <img> has no end there; <video> and <audio> may be HTML but for where they stand.
-_STANDS_FOR_A_PICTURE = re.compile(r"<image(?:[ _-]?\d+)?>|<img>[^<]*</img>", re.IGNORECASE)
-_AT_AN_END = re.compile(rf"\A\s*(?:{_PLACEHOLDER.pattern})|(?:{_PLACEHOLDER.pattern})\s*\Z", re.IGNORECASE)
-# A CSV holds texts alone.
+# HTML has no <image>, and its <img> has no end tag. <video> and <audio> may be HTML, unless they begin or end a text.
+_IMAGE_PLACEHOLDER = re.compile(r"<image(?:[ _-]?\d+)?>|<img>[^<]*</img>", re.IGNORECASE)
+_PLACEHOLDER_AT_AN_END = re.compile(rf"\A\s*(?:{_PLACEHOLDER.pattern})|(?:{_PLACEHOLDER.pattern})\s*\Z", re.IGNORECASE)
+# All cells of a CSV file are texts.
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 def refuse_other_meaning(row: Mapping[str, Any], *, has_answer: bool, where: str = "") -> None:
-    """Raise RowError where a key says that the row, or with `where` a turn of it, is no text to imitate.
+    """Raise RowError if a key says that the model must not imitate the row (with `where`: one turn of the row).
 
     Args:
-        has_answer: it is a conversation; in a document or tokens the number 0 as a label names a class.
+        has_answer: the row is a conversation. In a document or tokenized row, the label 0 is the number of a class.
     """
     if not where:
         _refuse_marked_row(row)
@@ -41,56 +41,56 @@ def refuse_other_meaning(row: Mapping[str, Any], *, has_answer: bool, where: str
         return
     for key in sorted(row.keys() & MEANING_KEYS):
         value = row[key]
-        # As a label `chosen` says so in words only: its numbers are places in a list.
+        # `chosen` is a label only as true or false: as a number it is an index into a list of answers.
         is_label = key in LABEL_KEYS or key == "chosen"
-        if is_label and label_of(value, has_answer=has_answer and key != "chosen") is False:
+        if is_label and label_value(value, has_answer=has_answer and key != "chosen") is False:
             raise RowError(
                 f"{where}'{key}' is false: the answer is marked as unwanted, and training would teach it;"
-                f" leave such rows out, or the key '{key}' if it means something else"
+                f" remove such rows, or remove the key '{key}' if it means something else"
             )
         if key not in LABEL_KEYS and not _is_empty(value):
             raise RowError(where + (_media(key) if key in MEDIA_KEYS else _preference(key)))
 
 
-def marks_row(value: object) -> bool | None:
-    """Return whether a mark says that the row is to be trained on; None where it says neither, as a weight of 0.7."""
-    return _flag(value)
+def row_mark(value: object) -> bool | None:
+    """Return whether a mark includes the row in training; None if it says neither, such as a weight of 0.7."""
+    return _as_flag(value)
 
 
 def _refuse_marked_row(row: Mapping[str, Any]) -> None:
     for key in MARK_KEYS:
-        if marks_row(row.get(key)) is False:
-            raise RowError(f"'{key}' is {row[key]}: the row is marked as not to be trained on; leave such rows out")
+        if row_mark(row.get(key)) is False:
+            raise RowError(f"'{key}' is {row[key]}: the row is marked as not to be trained on; remove such rows")
 
 
 def _media(key: str) -> str:
     return (
-        f"has '{key}', and training reads text alone: its text is about what the model would not see;"
-        f" leave such rows out, or the key '{key}' if the text stands for itself"
+        f"has '{key}', but training reads only text, and the model would not see what the text is about;"
+        f" remove such rows, or remove the key '{key}' if the text makes sense without it"
     )
 
 
 def _preference(key: str) -> str:
     return (
         f"is a preference row ('{key}'): supervised fine-tuning reads one answer;"
-        " keep the wanted answer as the last message (or 'completion', or 'output') and leave the other keys out"
+        " keep the wanted answer as the last message (or 'completion', or 'output') and remove the other keys"
     )
 
 
-def label_of(value: object, *, has_answer: bool) -> bool | None:
-    """Return what a label says of the answer: wanted, unwanted, or None where it means something else."""
-    says = isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
-    return _flag(value) if has_answer or says else None
+def label_value(value: object, *, has_answer: bool) -> bool | None:
+    """Return whether a label marks the answer as wanted or unwanted; None if the label means something else."""
+    is_boolean = isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+    return _as_flag(value) if has_answer or is_boolean else None
 
 
-def _flag(value: object) -> bool | None:
+def _as_flag(value: object) -> bool | None:
     if isinstance(value, str):
         return _FLAGS.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
 def _is_empty(value: object) -> bool:
-    """Whether there is nothing in it; tables fill objects up with nulls, and a CSV spells false as text."""
+    """Return whether the value is empty; tables fill objects with nulls, and a CSV file writes false as text."""
     if isinstance(value, dict):
         return all(map(_is_empty, value.values()))
     if isinstance(value, list | tuple):
@@ -103,11 +103,11 @@ def _is_empty(value: object) -> bool:
     )
 
 
-def mark_of(where: str, turn: Mapping[str, Any]) -> bool | None:
-    """Return whether a turn is marked as supervised; None where it has no mark.
+def turn_mark(where: str, turn: Mapping[str, Any]) -> bool | None:
+    """Return whether a turn is marked as supervised; None if it has no mark.
 
     Raises:
-        RowError: a mark is neither, or two of them disagree.
+        RowError: a mark is neither true nor false, or two marks disagree.
     """
     if _MARKS.isdisjoint(turn):
         return None
@@ -126,15 +126,15 @@ def _mark(where: str, key: str, value: object) -> bool:
 
 
 def refuse_placeholder(where: str, text: str) -> None:
-    """Raise RowError where what a user or the system says has a placeholder for a picture, or opens or ends with one
-    for sound or video: elsewhere those may be HTML."""
-    if "<" in text and (found := _STANDS_FOR_A_PICTURE.search(text) or _AT_AN_END.search(text)):
+    """Raise RowError if a question or system text has an image placeholder, or begins or ends with one for video or
+    audio: elsewhere <video> and <audio> may be HTML."""
+    if "<" in text and (match := _IMAGE_PLACEHOLDER.search(text) or _PLACEHOLDER_AT_AN_END.search(text)):
         raise RowError(
-            f"{where}: {found.group().strip()} stands for what is not text, and training reads text alone;"
-            " leave such rows out, or the placeholder if the text stands for itself"
+            f"{where}: {match.group().strip()} is a placeholder for something that is not text;"
+            " training reads only text: remove such rows, or remove the placeholder if the text makes sense without it"
         )
 
 
 def holds_placeholder(text: str) -> bool:
-    """Whether a placeholder stands anywhere in the text."""
+    """Return whether the text has a placeholder anywhere."""
     return "<" in text and _PLACEHOLDER.search(text) is not None

@@ -1,4 +1,4 @@
-"""The endless order in which training meets samples: a pure function of the seed and the position."""
+"""The infinite order in which training uses the samples: a pure function of seed and position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,26 +10,27 @@ from numpy.typing import NDArray
 from qwlit.core.errors import ConfigError
 from qwlit.data.samples import Indices
 
+# Positions per block of counts; see `_PartSequence`.
 BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Order:
-    """Epochs laid end to end, each a fresh shuffle.
+    """Epochs one after the other, each with a new shuffle.
 
-    An epoch draws `quotas[p]` samples of part p, which has `sizes[p]`. Each part goes through its samples in its own
-    endless order, so that none is seen twice before all are seen once. Samples are numbered through all parts.
+    An epoch draws `quotas[p]` samples from part p, which has `sizes[p]` samples. Each part has its own infinite order,
+    so no sample is used twice before all samples of its part are used once. Ids run through all parts.
     """
 
     seed: int
     sizes: tuple[int, ...]
     quotas: tuple[int, ...]
     _shuffles: dict[int, tuple[int, NDArray[np.int32]]] = field(default_factory=dict, compare=False, repr=False)
-    _turns: dict[int, "_Turns"] = field(default_factory=dict, compare=False, repr=False)
+    _sequences: dict[int, "_PartSequence"] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def plain(cls, seed: int, num_samples: int) -> "Order":
-        """Every sample once an epoch."""
+        """Draw every sample once per epoch."""
         return cls(seed, (num_samples,), (num_samples,))
 
     @classmethod
@@ -37,14 +38,14 @@ class Order:
         """Draw from each part in proportion to its weight; an epoch has as many samples as there are.
 
         Raises:
-            ConfigError: a weight is so small that its part would never be seen.
+            ConfigError: a weight is so small that an epoch has no sample of its part, or a part has no samples.
         """
         if 0 in sizes:
-            raise ConfigError(f"data.path: part {sizes.index(0) + 1} has no sample to draw; leave it out")
+            raise ConfigError(f"data.path: part {sizes.index(0) + 1} has no sample to draw; remove it")
         num_samples = sum(sizes)
         exact = [num_samples * weight / sum(weights) for weight in weights]
         quotas = [int(share) for share in exact]
-        # What rounding down left over goes to the largest remainders.
+        # Rounding down leaves some samples over: give one each to the parts with the largest remainders.
         by_remainder = sorted(range(len(sizes)), key=lambda p: (quotas[p] - exact[p], p))
         for part in by_remainder[: num_samples - sum(quotas)]:
             quotas[part] += 1
@@ -52,32 +53,34 @@ class Order:
             part = quotas.index(0)
             raise ConfigError(
                 f"data.path: weight {weights[part]:g} of part {part + 1} gives it none of an epoch's {num_samples:,}"
-                " samples; raise it, or leave the part out"
+                " samples; raise it, or remove the part"
             )
         return cls(seed, tuple(sizes), tuple(quotas))
 
     @property
     def epoch_length(self) -> int:
-        """Samples an epoch."""
+        """Samples per epoch."""
         return sum(self.quotas)
 
     def at(self, positions: Indices) -> Indices:
-        """Return the samples at these positions, counted from 0 and ascending."""
+        """Return the sample ids at these positions, which count from 0 and ascend."""
+        # With one part, its own order is the whole order.
         if len(self.sizes) == 1:
             return self._draw(0, positions)
         epochs, within = np.divmod(positions, self.epoch_length)
         out = np.empty(len(positions), dtype=np.int64)
         starts = [0, *accumulate(self.sizes)]
         for epoch in np.unique(epochs):
-            places = np.flatnonzero(epochs == epoch)
-            owners, ranks = self._turns_of(int(epoch)).at(within[places])
-            for part in np.unique(owners):
-                here = owners == part
-                out[places[here]] = starts[part] + self._draw(int(part), epoch * self.quotas[part] + ranks[here])
+            here_in_epoch = np.flatnonzero(epochs == epoch)
+            parts, draws = self._part_sequence(int(epoch)).at(within[here_in_epoch])
+            for part in np.unique(parts):
+                here = parts == part
+                # In earlier epochs the part has drawn epoch * quota samples; its own order continues from there.
+                out[here_in_epoch[here]] = starts[part] + self._draw(int(part), epoch * self.quotas[part] + draws[here])
         return out
 
     def _draw(self, part: int, draws: Indices) -> Indices:
-        """Return what the part's own order has at these places, numbered within the part."""
+        """Return the samples at these positions of the part's own order, numbered within the part."""
         size = self.sizes[part]
         epochs, within = np.divmod(draws, size)
         out = np.empty(len(draws), dtype=np.int64)
@@ -86,45 +89,54 @@ class Order:
             out[here] = self._shuffle(part, int(epoch), size)[within[here]]
         return out
 
-    def _turns_of(self, epoch: int) -> "_Turns":
-        """Return whose turn it is at each position of the epoch, and keep it until another is asked for."""
-        if epoch not in self._turns:
-            turns = np.repeat(np.arange(len(self.quotas), dtype=np.int16), self.quotas)
-            np.random.Generator(self._bits(len(self.sizes), epoch)).shuffle(turns)
-            self._turns.clear()
-            self._turns[epoch] = _Turns(turns, len(self.sizes))
-        return self._turns[epoch]
+    def _part_sequence(self, epoch: int) -> "_PartSequence":
+        """Return which part each position of the epoch draws from. Cache it until another epoch is needed."""
+        if epoch not in self._sequences:
+            parts = np.repeat(np.arange(len(self.quotas), dtype=np.int16), self.quotas)
+            np.random.Generator(self._random_bits(len(self.sizes), epoch)).shuffle(parts)
+            # Steps come in order, so only one epoch is needed at a time.
+            self._sequences.clear()
+            self._sequences[epoch] = _PartSequence(parts, len(self.sizes))
+        return self._sequences[epoch]
 
-    def _bits(self, stream: int, epoch: int) -> np.random.Philox:
-        """Return random bits: Philox is keyed, so epochs need no predecessor; its counter sets streams far apart."""
+    def _random_bits(self, stream: int, epoch: int) -> np.random.Philox:
+        """Return a random generator for one stream (a part, or the sequence of parts) in one epoch.
+
+        Philox takes a key, so epoch 7 needs no draws of epochs 0 to 6: a resumed run starts at any position. Different
+        counters keep the streams independent.
+        """
         return np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=[0, 0, 0, stream])
 
     def _shuffle(self, part: int, epoch: int, size: int) -> NDArray[np.int32]:
-        """Return one shuffle, (size,), and keep it until the part's next: steps come in order."""
+        """Return one shuffle, (size,). Cache only the last one of each part, because steps come in order."""
         known = self._shuffles.get(part)
         if known is None or known[0] != epoch:
             shuffled = np.arange(size, dtype=np.int32)
-            np.random.Generator(self._bits(part, epoch)).shuffle(shuffled)
+            np.random.Generator(self._random_bits(part, epoch)).shuffle(shuffled)
             known = self._shuffles[part] = (epoch, shuffled)
         return known[1]
 
 
-class _Turns:
-    """Which part each position of one epoch draws from, and how often the part has been drawn from before."""
+class _PartSequence:
+    """For each position of one epoch: its part, and how many draws from this part come before it.
 
-    def __init__(self, owners: NDArray[np.int16], num_parts: int) -> None:
-        self._owners, self._num_parts = owners, num_parts
-        blocks = [owners[start : start + BLOCK] for start in range(0, len(owners), BLOCK)]
+    Counting these draws from the start would need the whole epoch at each step. So we store the counts at the start of
+    each block, and count only from there.
+    """
+
+    def __init__(self, parts: NDArray[np.int16], num_parts: int) -> None:
+        self._parts, self._num_parts = parts, num_parts
+        blocks = [parts[start : start + BLOCK] for start in range(0, len(parts), BLOCK)]
         counts = [np.bincount(block, minlength=num_parts) for block in blocks]
-        self._before = np.cumsum([np.zeros(num_parts, dtype=np.int64), *counts], axis=0)
+        self._draws_before_block = np.cumsum([np.zeros(num_parts, dtype=np.int64), *counts], axis=0)
 
     def at(self, positions: Indices) -> tuple[NDArray[np.int16], Indices]:
-        """Return owners and ranks at these positions of the epoch, ascending."""
+        """Return the parts at these ascending positions, and for each the number of earlier draws from its part."""
         block, last = int(positions[0]) // BLOCK, int(positions[-1])
-        owners = self._owners[block * BLOCK : last + 1]
-        ranks = np.empty(len(owners), dtype=np.int64)
+        parts = self._parts[block * BLOCK : last + 1]
+        draws = np.empty(len(parts), dtype=np.int64)
         for part in range(self._num_parts):
-            here = owners == part
-            ranks[here] = self._before[block, part] + np.arange(np.count_nonzero(here))
+            here = parts == part
+            draws[here] = self._draws_before_block[block, part] + np.arange(np.count_nonzero(here))
         chosen = positions - block * BLOCK
-        return owners[chosen], ranks[chosen]
+        return parts[chosen], draws[chosen]

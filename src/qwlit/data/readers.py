@@ -1,4 +1,4 @@
-"""The rows of all sources in order. Every row comes out, as a row or with the reason why not."""
+"""Read the rows of all sources in order. Each row becomes a `Row`, or a `Reject` with the reason."""
 
 import gzip
 import zlib
@@ -7,7 +7,7 @@ from typing import BinaryIO, cast
 
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
-from qwlit.data.hub import HubData, SavedData, rows_of
+from qwlit.data.hub import HubData, SavedData, iter_rows
 from qwlit.data.json_files import read_json, read_json_lines
 from qwlit.data.rows import Reject, Row
 from qwlit.data.sources import Source
@@ -24,26 +24,26 @@ READERS = {
 
 
 class RowReader:
-    """Yields every row of every source in order; empty lines are no rows."""
+    """Yields every row of every source in order; empty lines are not rows."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
         self.num_bytes = sum(source.num_bytes() for source in sources if isinstance(source, File))
         self.estimated_bytes = sum(source.estimated_bytes() for source in sources)
-        """Of the rows, where they are compressed on disk."""
+        """Size of the rows after decompression, in bytes."""
         self._finished_bytes = 0
         self._handle: BinaryIO | None = None
 
     @property
     def num_bytes_read(self) -> int:
-        """How far into the files the reader is, in bytes on disk."""
+        """Bytes read so far, counted on disk (compressed)."""
         return self._finished_bytes + (self._handle.tell() if self._handle else 0)
 
     def __iter__(self) -> Iterator[Row | Reject]:
-        """Read.
+        """Yield the rows.
 
         Raises:
-            DataError: a file cannot be read to its end, or has no rows at all.
+            DataError: a file cannot be read to its end, or has no rows.
         """
         for number, source in enumerate(self._sources):
             empty = True
@@ -71,5 +71,5 @@ class RowReader:
 
 
 def _read_data_set(number: int, source: HubData | SavedData) -> Iterator[Row | Reject]:
-    for line, columns in enumerate(rows_of(source), start=1):
+    for line, columns in enumerate(iter_rows(source), start=1):
         yield Row(number, line, columns).within_limit()

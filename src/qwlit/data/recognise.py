@@ -1,4 +1,4 @@
-"""Which family's template a tokenizer has, told by what it renders."""
+"""Recognise the template family of a tokenizer by what its template renders."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +34,7 @@ _PROBES: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]] | None], ...] = 
 )
 
 _TEXT_CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
-# Arguments as JSON text: Qwen2.5 quotes them, Qwen3 writes them as they stand.
+# Arguments as JSON text: Qwen2.5 quotes them, Qwen3 writes them unchanged.
 _TEXT_ARGUMENTS = [_TOOL_CHAT[0], {"role": "assistant", "content": "Adding.", "tool_calls": [_TEXT_CALL]}]
 
 RenderJinja = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], str]
@@ -42,76 +42,79 @@ _Probe = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
 
 
 def resolve_template(tokenizer: Any, template_name: str) -> Family:
-    """Return the template family to use: the one named, or with `auto` the tokenizer's own.
+    """Return the template family: the one that `template_name` names, or for `auto` the tokenizer's own.
 
     Raises:
-        DataError: `auto`, and the tokenizer has no chat template or an unknown one.
+        DataError: for `auto`, if the tokenizer has no chat template or an unknown one.
     """
     if template_name != "auto":
         return FAMILIES[template_name]
     if not tokenizer.chat_template:
         return recognise_template(None)
-    # Of several templates the one for conversations; transformers would take another one for tools.
+    # If there are several, use "default" for all conversations; transformers would use "tool_use" for tools.
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
     if own is None:
-        raise DataError(f"the tokenizer has several chat templates and none called default; {REMEDY}")
+        raise DataError(f"the tokenizer has several chat templates, but none called 'default'; {REMEDY}")
     return recognise_template(
         lambda messages, tools: tokenizer.apply_chat_template(messages, tools=tools, chat_template=own, tokenize=False)
     )
 
 
 def recognise_template(render_jinja: RenderJinja | None) -> Family:
-    """Return the family whose pieces join to exactly what the tokenizer's own Jinja renders for a few conversations.
+    """Return the family that renders a few test conversations exactly as the tokenizer's own Jinja template does.
 
-    Where all but the default system text is a family's, as in Qwen2.5-Math, the family is returned with that text.
+    If only the default system text differs, as in Qwen2.5-Math, return the family with that text.
 
     Args:
         render_jinja: (messages, tools) -> text; None for a tokenizer without a chat template.
 
     Raises:
-        DataError: there is no template, or it is none of the known ones.
+        DataError: there is no template, or an unknown one.
     """
     if render_jinja is None:
         raise DataError(f"the tokenizer has no chat template; {REMEDY}")
     for family in FAMILIES.values():
-        if _agrees(family, render_jinja, _PROBES):
+        if _renders_the_same(family, render_jinja, _PROBES):
             return family
-    # The families' own texts tell some of them apart; without that the arguments' spelling does.
+    # Try again with the template's own system text. Now that text cannot distinguish the families, so a probe with
+    # arguments as JSON text does.
     default = _default_system(render_jinja)
     for family in FAMILIES.values():
-        other = replace(family, default_system=default)
-        # A template that writes tools in a way of its own is no family's, not the one's that knows no tools.
+        candidate = replace(family, default_system=default)
+        # A family without tools skips the tool probes: it must not match a template that writes tools in another way.
         if not family.tools and _writes_tools(render_jinja):
             continue
-        if _agrees(other, render_jinja, (*_PROBES, (_TEXT_ARGUMENTS, [_TOOL]))):
-            return other
-    raise DataError(f"the tokenizer's chat template is none of {', '.join(FAMILIES)}; to train with one, {REMEDY}")
+        if _renders_the_same(candidate, render_jinja, (*_PROBES, (_TEXT_ARGUMENTS, [_TOOL]))):
+            return candidate
+    raise DataError(
+        f"the tokenizer's chat template is unknown (known: {', '.join(FAMILIES)}); to train with a known one, {REMEDY}"
+    )
 
 
 def _default_system(render_jinja: RenderJinja) -> str | None:
-    """Return the system text that the template writes into a conversation without one; None where it writes none."""
+    """Return the system text that the template adds to a conversation without one; None if it adds none."""
     try:
         rendered = render_jinja(_CHAT, None)
-    except Exception:  # a template of strangers may fail in any way; then it agrees with no family
+    except Exception:  # an unknown template can raise anything; then it matches no family
         return None
     head = f"{START}system\n"
     return rendered.removeprefix(head).partition(END)[0] if rendered.startswith(head) else None
 
 
-def _agrees(family: Family, render_jinja: RenderJinja, probes: tuple[_Probe, ...]) -> bool:
+def _renders_the_same(family: Family, render_jinja: RenderJinja, probes: tuple[_Probe, ...]) -> bool:
     try:
         return all(
-            render_jinja(messages, tools) == _rendered(family, messages, tools)
+            render_jinja(messages, tools) == _render_text(family, messages, tools)
             for messages, tools in probes
             if family.tools or not tools
         )
-    except Exception:  # a template of strangers may fail in any way: then it is not this one
+    except Exception:  # an unknown template can raise anything; then it is not this family
         return False
 
 
-def _rendered(family: Family, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+def _render_text(family: Family, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
     conversation = parse_conversation(messages, tools)
     return "".join(piece.text for piece in render(conversation, family, Supervision()))
 
@@ -119,5 +122,5 @@ def _rendered(family: Family, messages: list[dict[str, Any]], tools: list[dict[s
 def _writes_tools(render_jinja: RenderJinja) -> bool:
     try:
         return render_jinja(_CHAT, [_TOOL]) != render_jinja(_CHAT, None)
-    except Exception:  # a template of strangers may fail in any way
+    except Exception:  # an unknown template can raise anything
         return True

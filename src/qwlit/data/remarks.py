@@ -1,4 +1,4 @@
-"""What a careful reader of the data would remark on, row by row."""
+"""Remarks on rows that are used, but may not mean what the user expects."""
 
 import re
 from collections.abc import Iterator
@@ -10,82 +10,88 @@ from qwlit.data.meaning import holds_placeholder
 from qwlit.data.templates import END_RESPONSE, END_TOOL_CALL, RESPONSE, TOOL_CALL, Family, Supervision, last_query_index
 from qwlit.data.unread import message_key_remarks
 
-HISTORY_THINKING = "reasoning in earlier turns, which the template takes out: those answers are learnt without it"
-THINKING_LEFT_OUT = "reasoning_content, which the template has no place for"
-TAGS_AS_TEXT = "<think> or <tool_call> tags inside a text, where they are letters and no structure"
-QUOTED_ARGUMENTS = "tool arguments as JSON text, which this template writes in quotes, as the official one does"
-NULLS_FROM_TABLE = "null in tool arguments or tools from a table, where missing and null are one: use JSON text there"
-BARE_TOOLS = 'bare tool definitions, which are wrapped as {"type": "function", "function": …}, as servers do'
-MARKED_QUESTION = "a mark to supervise a turn that is no answer: only answers are, with data.loss_on=all every turn"
-ANSWERS_IN_A_ROW = "answers directly after one another: each ends its turn; join them if they are one answer"
+HISTORY_THINKING = "reasoning in earlier turns, which the template removes: those answers are supervised without it"
+THINKING_LEFT_OUT = "reasoning_content, which this template cannot write: it is left out"
+TAGS_AS_TEXT = "<think> or <tool_call> tags inside a text: they are encoded as plain text, not as control tokens"
+QUOTED_ARGUMENTS = "tool arguments as JSON text, which this template writes in quotes, like the official template"
+NULLS_FROM_TABLE = (
+    "null in tool arguments or tools from a table, which cannot mark a key as missing: use JSON text there"
+)
+BARE_TOOLS = 'bare tool definitions, which are wrapped as {"type": "function", "function": …}, as inference servers do'
+MARKED_QUESTION = "a mark to supervise a turn that is not an answer: qwlit ignores it unless data.loss_on=all"
+CONSECUTIVE_ANSWERS = "consecutive answers: each becomes a turn with its own end; join them if they are one answer"
 ANSWER_FIRST = "an answer before any question: are the speakers swapped?"
-PLACEHOLDER_AS_TEXT = "<image>, <video> or <audio> inside a text, where it is letters: training reads text alone"
-WRITTEN_OUT = (
-    "control tokens such as <|im_start|> written out in a text: the model is trained on their letters, not on the"
-    " tokens; give the conversation as messages, or the tokens as input_ids"
+PLACEHOLDER_AS_TEXT = (
+    "<image>, <video> or <audio> inside a text: it is encoded as plain text, because training reads only text"
+)
+CONTROL_TOKENS_AS_TEXT = (
+    "control tokens such as <|im_start|> inside a text: they are encoded as plain text, not as control tokens;"
+    " give the conversation as messages, or the tokens as input_ids"
 )
 NO_EMPTY_BLOCK = (
-    "answers or calls without reasoning before the last one: training has no empty think block before them, inference"
-    " with thinking off has one; data.loss_on=last_assistant supervises only the last answer"
+    "answers or calls without reasoning before the last one: training puts no empty think block before them, but"
+    " inference with thinking off does; data.loss_on=last_assistant supervises only the last answer"
 )
 _TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, RESPONSE, END_RESPONSE)))
 
 
 def remarks(conversation: Conversation, family: Family, supervision: Supervision, *, from_table: bool) -> Iterator[str]:
-    """Yield what a careful reader would want to know of how the template takes this conversation."""
+    """Yield remarks on how the template writes this conversation."""
     if from_table and (conversation.tools or any(m.tool_calls for m in conversation.messages)):
         arguments = [call.arguments for message in conversation.messages for call in message.tool_calls]
         if _holds_null([*arguments, *conversation.tools]):
             yield NULLS_FROM_TABLE
-    yield from message_key_remarks(key for message in conversation.messages for key in message.not_read)
-    yield from _what_was_done(conversation, supervision)
+    yield from message_key_remarks(key for message in conversation.messages for key in message.unread_keys)
+    yield from _reading_remarks(conversation, supervision)
     if not family.json_text_arguments and any(
         isinstance(call.arguments, str) for message in conversation.messages for call in message.tool_calls
     ):
         yield QUOTED_ARGUMENTS
     answers = [(i, m, *m.split_thinking()) for i, m in enumerate(conversation.messages) if m.role == "assistant"]
     if family.thinking:
-        yield from _without_block(conversation, supervision)
+        yield from _think_block_remarks(conversation, supervision)
     if not family.thinking and any(message.reasoning for _, message, _, _ in answers):
         yield THINKING_LEFT_OUT
     texts = [message.content for message in conversation.messages if message.role != "assistant"]
+    # In a family with thinking, a <think> block at the start is reasoning, so check only the answer after it.
     texts += [answer if family.thinking else message.content for _, message, _, answer in answers]
     if any(map(_holds_tags, texts)):
         yield TAGS_AS_TEXT
 
 
-def _what_was_done(conversation: Conversation, supervision: Supervision) -> Iterator[str]:
-    """Yield how the row was read where another reader would read it otherwise."""
+def _reading_remarks(conversation: Conversation, supervision: Supervision) -> Iterator[str]:
+    """Yield remarks on a row that other tools may read differently."""
     if conversation.has_bare_tools:
         yield BARE_TOOLS
     if supervision.loss_on != "all" and any(m.mark and m.role != "assistant" for m in conversation.messages):
         yield MARKED_QUESTION
     roles = [message.role for message in conversation.messages]
     if any(pair == ("assistant", "assistant") for pair in pairwise(roles)):
-        yield ANSWERS_IN_A_ROW
+        yield CONSECUTIVE_ANSWERS
     if next(role for role in roles if role != "system") == "assistant":
         yield ANSWER_FIRST
     if any(holds_placeholder(message.content) for message in conversation.messages):
         yield PLACEHOLDER_AS_TEXT
 
 
-def _without_block(conversation: Conversation, supervision: Supervision) -> Iterator[str]:
-    """Yield whether supervised answers have no think block, with reasoning that the template takes out or with none."""
+def _think_block_remarks(conversation: Conversation, supervision: Supervision) -> Iterator[str]:
+    """Yield remarks on supervised answers that the template writes without a think block."""
     messages = conversation.messages
     last_query = last_query_index(messages)
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     supervised = answers[-1:] if supervision.loss_on == "last_assistant" else answers
-    dropped = supervision.thinking == "drop"
-    reasons = {i: not dropped and bool(messages[i].split_thinking()[0]) for i in supervised}
-    unmarked = [i for i in supervised if messages[i].is_supervised]
-    if any(reasons[i] and i <= last_query for i in unmarked):
+    drops_thinking = supervision.thinking == "drop"
+    has_reasoning = {i: not drops_thinking and bool(messages[i].split_thinking()[0]) for i in supervised}
+    # A turn that the row marks as not supervised needs no remark.
+    in_loss = [i for i in supervised if messages[i].is_supervised]
+    if any(has_reasoning[i] and i <= last_query for i in in_loss):
         yield HISTORY_THINKING
-    if any(not reasons[i] and (i <= last_query or i < len(messages) - 1) for i in unmarked):
+    if any(not has_reasoning[i] and (i <= last_query or i < len(messages) - 1) for i in in_loss):
         yield NO_EMPTY_BLOCK
 
 
 def document_remarks(text: str) -> Iterator[str]:
-    """Yield what a careful reader would want to know of a document."""
+    """Yield remarks on a document."""
     if holds_placeholder(text):
         yield PLACEHOLDER_AS_TEXT
     if _holds_tags(text):

@@ -1,4 +1,4 @@
-"""A row as it is read, before anybody knows what it means, and the ways in which it can be refused."""
+"""A row as the reader returns it, before its format is known, and the reasons to reject it."""
 
 import hashlib
 import json
@@ -8,23 +8,23 @@ from typing import Any, NoReturn
 
 from qwlit.core.errors import DataError, one_line
 
-# A longer row is a broken file far more often than a conversation, and would be too long to train on in any case.
+# A longer row usually comes from a broken file; a real conversation of this size would be too long to train on.
 MAX_ROW_BYTES = 8 * 2**20
 MAX_REASON = 300
 BOM = b"\xef\xbb\xbf"
 
 
 class RowError(ValueError):
-    """One row cannot be used; the message is the reason that its quarantine records."""
+    """A row cannot be used; the quarantine file records the message as the reason."""
 
 
 class NeedsTokenizer(DataError):
-    """Text where there is no tokenizer to encode it."""
+    """A row has text, but there is no tokenizer to encode it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain text to learn whole; a long file's comes in several blocks."""
+    """Plain text in which every token is supervised; a long file becomes several blocks."""
 
     text: str
     is_first: bool = True
@@ -37,27 +37,27 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A row put aside."""
+    """A quarantined row."""
 
     source: int
     line: int
     reason: str
     sha256: str
-    """Of the row's raw bytes (of a table's row: of its JSON), to find it again after lines have moved."""
+    """Of the raw bytes (for a table: of the row as JSON), to find the row again after lines have moved."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row, its meaning not yet looked at."""
+    """A row, not parsed yet."""
 
     source: int
-    """Number of its file among the data's."""
+    """Index of its file in the list of sources."""
     line: int
-    """Counted from 1; in a JSON array or a table the element's number, in a text file the block's first line."""
+    """Line, counted from 1; in a JSON array or table the element's number, in a text file the block's first line."""
     content: bytes | dict[str, Any] | Document
-    """A JSON text, a table's row by column name, or plain text."""
+    """JSON text, a row of a table by column name, or plain text."""
     unread_columns: tuple[str, ...] = ()
-    """Names of the table's columns that were not even loaded, for no format knows them."""
+    """Columns of the table that the reader did not load, because no format uses them."""
 
     def reject(self, reason: str) -> Reject:
         return Reject(self.source, self.line, one_line(reason, MAX_REASON), hashlib.sha256(self._raw()).hexdigest())
@@ -66,17 +66,17 @@ class Row:
         """Return the JSON object, the columns or the text.
 
         Raises:
-            RowError: it is no JSON object.
+            RowError: it is not a JSON object.
         """
         return parse_json_object(self.content) if isinstance(self.content, bytes) else self.content
 
     def within_limit(self) -> "Row | Reject":
-        """Return the row, or where it is longer than a row may be its rejection."""
+        """Return the row, or its reject if it is larger than MAX_ROW_BYTES."""
         size = self.num_bytes()
         return self.reject(too_long(size)) if size > MAX_ROW_BYTES else self
 
     def num_bytes(self) -> int:
-        """Return about how large the row is."""
+        """Return the approximate size in bytes."""
         if isinstance(self.content, dict):
             return _size(self.content)
         return len(self.content if isinstance(self.content, bytes) else self.content.text)
@@ -90,7 +90,7 @@ class Row:
 
 
 def _size(value: object) -> int:
-    """Return about how many bytes the value would have as JSON."""
+    """Return the approximate size of the value as JSON, in bytes."""
     if isinstance(value, str | bytes):
         return len(value)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -98,7 +98,7 @@ def _size(value: object) -> int:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise RowError(f"not valid JSON: {name} is no JSON value")
+    raise RowError(f"not valid JSON: {name} is not a JSON value")
 
 
 def _finite(text: str) -> float:
@@ -112,7 +112,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise RowError(f"the key {twice[:30]!r} stands twice in one object")
+        raise RowError(f"the key {twice[:30]!r} appears twice in one object")
     return value
 
 
@@ -123,10 +123,11 @@ def parse_json(text: str) -> Any:
     """Parse a JSON text.
 
     Raises:
-        RowError: it is none, or holds what no JSON may: NaN, a key twice, half a character.
+        RowError: it is not valid JSON, or has NaN, a key twice or half of a surrogate pair.
     """
     try:
         value = _DECODER.decode(text)
+        # Only an escape such as \ud800 can make half of a surrogate pair: without \u skip this slow check.
         if "\\u" in text:
             refuse_half_characters(json.dumps(value, ensure_ascii=False))
     except RowError:
@@ -139,11 +140,11 @@ def parse_json(text: str) -> Any:
 
 
 def refuse_half_characters(text: str) -> None:
-    """Raise RowError where the text cannot be written as UTF-8."""
+    """Raise RowError if the text cannot be encoded as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+        raise RowError("has half of a surrogate pair (\\ud800 to \\udfff), which is not a character") from None
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def too_long(size: int) -> str:
 
 
 def kind_of(value: object) -> str:
-    """Name a JSON value's kind for a message."""
+    """Return the type of a JSON value in words, for an error message."""
     names = {
         dict: "an object",
         list: "a list",

@@ -1,4 +1,4 @@
-"""Samples by number: some of a store's, or several stores' laid end to end, nothing copied but the choice."""
+"""Access to samples by number: a subset of a store, or several stores in a row, without copying any tokens."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -18,24 +18,24 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-        """Return each sample's tokens."""
+        """Return the number of tokens of each sample."""
         ...
 
     def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-        """Return each sample's supervised tokens."""
+        """Return the number of supervised tokens of each sample."""
         ...
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Return the sample's tokens and loss mask, (T,) each, read-only views."""
+        """Return the tokens and the loss mask of a sample, (T,) each, as read-only views."""
         ...
 
     def origin(self, index: int) -> str:
-        """Return "file:line" of the row that the sample was."""
+        """Return "file:line" of the row that the sample comes from."""
         ...
 
 
 def chunks(samples: Samples) -> Iterator[Indices]:
-    """Yield all ids in order, few enough at a time to compute with them in memory."""
+    """Yield all ids in order, at most CHUNK at a time, to limit memory."""
     for start in range(0, len(samples), CHUNK):
         yield np.arange(start, min(start + CHUNK, len(samples)))
 
@@ -45,25 +45,25 @@ def longest(samples: Samples) -> int:
 
 
 def count_tokens(samples: Samples) -> tuple[int, int]:
-    """Return all tokens and all supervised tokens."""
+    """Return the number of all tokens and of all supervised tokens."""
     counts = [(samples.lengths(ids).sum(), samples.num_supervised(ids).sum()) for ids in chunks(samples)]
     return int(sum(tokens for tokens, _ in counts)), int(sum(supervised for _, supervised in counts))
 
 
-# Enough to meet a kind of row that is one in a hundred, and read in a moment.
-LOOKED_AT = 1000
+# With 1000 samples we almost certainly find a kind of row that is 1 % of the data, and reading them takes a moment.
+NUM_PROBED = 1000
 
 
 def supervises(samples: Samples, token: int) -> bool:
-    """Whether the token is in the loss of any sample, of the first and of others evenly spaced after it."""
-    for index in range(0, len(samples), max(1, len(samples) // LOOKED_AT)):
+    """Return whether the token is supervised in any of about NUM_PROBED samples, evenly spaced from the first."""
+    for index in range(0, len(samples), max(1, len(samples) // NUM_PROBED)):
         ids, mask = samples.sample(index)
         if bool(((ids == token) & (mask == 1)).any()):
             return True
     return False
 
 
-class Chosen:
+class SampleSubset:
     """Some of the samples, in the order of `indices`."""
 
     def __init__(self, samples: Samples, indices: NDArray[np.int32]) -> None:
@@ -85,8 +85,8 @@ class Chosen:
         return self._samples.origin(int(self._indices[index]))
 
 
-class Joined:
-    """Several parts as one."""
+class ConcatSamples:
+    """Several parts one after the other, numbered through."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
         self._parts = tuple(parts)
@@ -110,17 +110,17 @@ class Joined:
         return out
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        part, inner = self._find(index)
+        part, inner = self._locate(index)
         return part.sample(inner)
 
     def origin(self, index: int) -> str:
-        part, inner = self._find(index)
+        part, inner = self._locate(index)
         return part.origin(inner)
 
-    def _find(self, index: int) -> tuple[Samples, int]:
+    def _locate(self, index: int) -> tuple[Samples, int]:
         number = bisect_right(self._starts, index) - 1
         return self._parts[number], index - self._starts[number]
 
 
-def join(parts: Sequence[Samples]) -> Samples:
-    return parts[0] if len(parts) == 1 else Joined(parts)
+def concat(parts: Sequence[Samples]) -> Samples:
+    return parts[0] if len(parts) == 1 else ConcatSamples(parts)

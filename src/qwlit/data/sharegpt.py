@@ -1,9 +1,9 @@
-"""The turns of ShareGPT: speakers instead of roles, and calls as turns of their own."""
+"""Parse ShareGPT turns, which have speakers instead of roles, and separate turns for tool calls."""
 
 from typing import Any
 
 from qwlit.data.conversation import Message, from_json_text, parse_tool_call
-from qwlit.data.meaning import MARK_KEYS, mark_of, refuse_other_meaning
+from qwlit.data.meaning import MARK_KEYS, refuse_other_meaning, turn_mark
 from qwlit.data.rows import RowError, kind_of
 from qwlit.data.unread import has_value
 
@@ -18,10 +18,10 @@ TURN_KEYS = {"from", "value", *MARK_KEYS}
 
 
 def parse_turns(turns: list[Any]) -> list[Message]:
-    """Read turns; a call is a message of its own, which `conversation_of` joins to the answer before it.
+    """Parse turns. A call becomes a separate message, which `conversation_of` merges into the answer before it.
 
     Raises:
-        RowError: naming the turn and what is wrong with it.
+        RowError: a turn is wrong; the text has its number and the reason.
     """
     return [_turn(f"turn {number}", turn) for number, turn in enumerate(turns, start=1)]
 
@@ -36,11 +36,11 @@ def _turn(where: str, turn: object) -> Message:
     refuse_other_meaning(turn, has_answer=role in ("assistant", "call"), where=f"{where}: ")
     if not isinstance(text, str):
         raise RowError(f"{where}: 'value' must be a string, not {kind_of(text)}")
-    not_read = tuple(sorted(str(key) for key, value in turn.items() if key not in TURN_KEYS and has_value(value)))
-    mark = mark_of(where, turn)
+    unread_keys = tuple(sorted(str(key) for key, value in turn.items() if key not in TURN_KEYS and has_value(value)))
+    mark = turn_mark(where, turn)
     if role != "call":
-        return Message(role, text, mark=mark, not_read=not_read)
+        return Message(role, text, mark=mark, unread_keys=unread_keys)
     calls = from_json_text(text, f"{where}: a function call")
     listed = calls if isinstance(calls, list) else [calls]
     tool_calls = tuple(parse_tool_call(where, call) for call in listed)
-    return Message("assistant", "", None, tool_calls, mark=mark, not_read=not_read)
+    return Message("assistant", "", None, tool_calls, mark=mark, unread_keys=unread_keys)

@@ -1,4 +1,4 @@
-"""What `data.path` names: files, folders, globs, and data sets of the Hugging Face hub."""
+"""Find the sources that `data.path` names: files, folders, globs, and data sets of the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from qwlit.core.errors import DataError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.data.files import COMPRESSED, KINDS, File
-from qwlit.data.hub import HUB, HubData, SavedData, hub_data, saved_data
+from qwlit.data.hub import HUB, HubData, SavedData, find_saved_data, parse_hub_path
 
 __all__ = ["File", "HubData", "SavedData", "Source", "find_sources"]
 
@@ -14,30 +14,30 @@ Source = File | HubData | SavedData
 
 
 def find_sources(path: str) -> list[Source]:
-    """Return what `path` names: a file, a folder's data files in sorted order, a glob's, or a data set
-    of the hub or in a folder written by `save_to_disk`.
+    """Return the sources that `path` names: one file, the sorted data files of a folder or glob, or one data set
+    from the hub or from a folder that `save_to_disk` wrote.
 
     Raises:
-        DataError: nothing is there, or nothing of a known kind, or files of several kinds.
+        DataError: the path does not exist, has no file of a known kind, or has files of several kinds.
     """
     if not path:
         raise DataError("data.path or data.val_path: a path is empty")
     if path.startswith(HUB):
-        return [hub_data(path)]
+        return [parse_hub_path(path)]
     root = resolve_path(path)
     try:
         if root.is_dir():
-            saved = saved_data(path, root)
-            return [saved] if saved else _folder(path, root)
+            saved = find_saved_data(path, root)
+            return [saved] if saved else _folder_files(path, root)
         if root.is_file():
             file = File(root)
             if not file.is_readable_kind:
                 raise DataError(f"data file '{path}' must end in {', '.join(KINDS)} (text ones also {COMPRESSED})")
             return [file]
         if re.search(r"[*?\[]", path):
-            return _glob(path, root)
+            return _glob_files(path, root)
         if root.is_symlink() or root.exists():
-            what = "a link that leads nowhere" if root.is_symlink() else "neither a file nor a folder"
+            what = "a broken link" if root.is_symlink() else "neither a file nor a folder"
             raise DataError(f"data.path or data.val_path: '{path}' is {what}")
         names = [child.name for child in root.parent.iterdir()] if root.parent.is_dir() else []
     except OSError as error:
@@ -45,42 +45,42 @@ def find_sources(path: str) -> list[Source]:
     raise DataError(f"data.path or data.val_path: '{path}' does not exist.{nearest(root.name, names)}")
 
 
-def _folder(path: str, root: Path) -> list[Source]:
+def _folder_files(path: str, root: Path) -> list[Source]:
     children = [File(child) for child in sorted(root.iterdir()) if child.name[0] not in "._"]
     named = [file for file in children if file.is_readable_kind]
-    if lost := [file for file in named if not file.path.exists()]:
-        raise DataError(f"data folder '{path}': {lost[0]} is a link that leads nowhere")
+    if broken := [file for file in named if not file.path.exists()]:
+        raise DataError(f"data folder '{path}': {broken[0]} is a broken link")
     files = [file for file in named if file.path.is_file()]
     if not files:
         deeper = any(child.is_dir() and child.name[0] not in "._" for child in root.iterdir())
         hint = f"; for folders in it write '{path.rstrip('/')}/**/*.jsonl'" if deeper else ""
-        raise DataError(f"data folder '{path}' holds no {', '.join(KINDS)} file{hint}")
-    return _of_one_kind(path, files)
+        raise DataError(f"data folder '{path}' has no {', '.join(KINDS)} file{hint}")
+    return _require_one_kind(path, files)
 
 
-def _glob(path: str, root: Path) -> list[Source]:
-    # pathlib's ** does not follow links to folders, which may lead in circles.
+def _glob_files(path: str, root: Path) -> list[Source]:
+    # pathlib's ** does not follow links to folders, so a circle of links cannot hang it.
     start = Path(root.anchor)
     try:
-        found = sorted(start.glob(str(root.relative_to(start))))
+        matches = sorted(start.glob(str(root.relative_to(start))))
     except (ValueError, NotImplementedError) as error:
-        raise DataError(f"data.path or data.val_path: '{path}' is no pattern: {error}") from None
-    # Like folders, and like a shell, a pattern takes hidden files and folders only where it names them.
-    found = [child for child in found if not any(p[0] in "._" for p in child.parts if p not in root.parts)]
-    files = [File(child) for child in {child.resolve(): child for child in found if child.is_file()}.values()]
+        raise DataError(f"data.path or data.val_path: '{path}' is not a valid glob pattern: {error}") from None
+    # As in a shell, a pattern matches hidden files and folders only if it names them.
+    matches = [child for child in matches if not any(p[0] in "._" for p in child.parts if p not in root.parts)]
+    files = [File(child) for child in {child.resolve(): child for child in matches if child.is_file()}.values()]
     if not files:
         raise DataError(f"data.path or data.val_path: no file matches '{path}'")
     if unknown := [file for file in files if not file.is_readable_kind]:
         raise DataError(f"'{path}' matches {unknown[0]}, which does not end in {', '.join(KINDS)}")
-    return _of_one_kind(path, files)
+    return _require_one_kind(path, files)
 
 
-def _of_one_kind(path: str, files: list[File]) -> list[Source]:
-    """A README.txt beside the rows is not data; rather ask than train on it."""
+def _require_one_kind(path: str, files: list[File]) -> list[Source]:
+    """Refuse files of several kinds: a README.txt beside the data files must not become training data."""
     kinds = {KINDS[file.suffix] for file in files}
     if len(kinds) > 1:
         suffixes = sorted({file.suffix for file in files})
         folder = path.rpartition("/")[0] if "*" in path else path.rstrip("/")
         one_kind = f"{folder}/*{suffixes[0]}" if folder else f"*{suffixes[0]}"
-        raise DataError(f"'{path}' holds {' and '.join(suffixes)} files; name one kind, e.g. '{one_kind}'")
+        raise DataError(f"'{path}' has {' and '.join(suffixes)} files; name one kind, e.g. '{one_kind}'")
     return list(files)

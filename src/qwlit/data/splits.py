@@ -1,4 +1,4 @@
-"""The training and the validation samples that the settings name, and in which shares training draws them."""
+"""Split the data into training and validation samples, and define the share of each part in training."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,28 +13,28 @@ from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.config import DataConfig, DataPart, parts_of
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.order import Order
-from qwlit.data.samples import CHUNK, Chosen, Samples, count_tokens, join
+from qwlit.data.samples import CHUNK, Samples, SampleSubset, concat, count_tokens
 from qwlit.data.sources import find_sources
 from qwlit.data.store import DigestOf, SampleStore, build_store, check_account
-from qwlit.data.store_writer import Progress
+from qwlit.data.store_writer import ProgressCallback
 from qwlit.data.unread import OTHER_KEYS
 
 
 @dataclass(frozen=True)
 class DataSplit:
-    """What there is to train and to validate on."""
+    """The samples for training and for validation."""
 
     train: Samples
     validation: Samples | None
     parts: tuple[tuple[DataPart, int], ...]
-    """The training data as set, each with its number of training samples."""
+    """The parts of `data.path`, each with its number of training samples."""
     stores: tuple[SampleStore, ...]
-    """The stores behind them: one a part."""
+    """One store for each part of `data.path`, then one for each part of `data.val_path`."""
     val_fraction: float
-    num_copies_across: int
-    """Training samples with the tokens and loss mask of one in an earlier part."""
+    num_duplicates_across_parts: int
+    """Different training samples that also occur, with the same tokens and loss mask, in an earlier part."""
     num_leaked: int
-    """Validation samples whose tokens are also there to train on."""
+    """Validation samples whose tokens are also in the training data."""
 
     def order(self, seed: int) -> Order:
         """Return the order in which training meets the samples.
@@ -49,13 +49,13 @@ class DataSplit:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Rows read and what became of them: read = accepted + too_long + quarantined."""
+        """Counts of rows over all stores: read = accepted + too_long + quarantined."""
         accounts = [asdict(store.account) for store in self.stores]
         totals = {name: sum(account[name] for account in accounts) for name in accounts[0]}
-        return totals | {"duplicates": totals["duplicates"] + self.num_copies_across}
+        return totals | {"duplicates": totals["duplicates"] + self.num_duplicates_across_parts}
 
     def describe(self) -> str:
-        """Say in a line what there is."""
+        """Return one line with the number of samples, tokens and special rows."""
         tokens, supervised = count_tokens(self.train)
         validation = f"{len(self.validation):,} to validate" if self.validation is not None else "no validation set"
         totals = self.totals
@@ -65,7 +65,7 @@ class DataSplit:
         return "; ".join((share, validation, *special))
 
     def describe_shares(self, seed: int) -> list[str]:
-        """Say for each weighted part how many of its samples an epoch has."""
+        """Return one line for each weighted part: how many of its samples an epoch has."""
         if self.parts[0][0].weight is None:
             return []
         return [
@@ -75,21 +75,24 @@ class DataSplit:
 
     @property
     def remarks(self) -> list[str]:
-        """What a careful reader of the data would remark on."""
+        """Remarks on the data, each with the number of rows."""
         counts: Counter[str] = sum((store.remarks for store in self.stores), Counter())
-        # A row with several of the keys that are not named is counted for each.
-        found = [f"{'up to ' * (text == OTHER_KEYS)}{number:,} rows have {text}" for text, number in counts.items()]
+        # OTHER_KEYS counts a row once for each unnamed key, so its number is an upper limit.
+        texts = [f"{'up to ' * (text == OTHER_KEYS)}{number:,} rows have {text}" for text, number in counts.items()]
         if self.num_leaked:
-            found.append(f"{self.num_leaked:,} validation samples are also trained on: val/loss will flatter")
-        return found
+            texts.append(
+                f"{self.num_leaked:,} validation samples are also in the training data: val/loss will be too low"
+            )
+        return texts
 
     def quarantine(self) -> Iterator[dict[str, Any]]:
+        """Yield all quarantined rows; see `SampleStore.quarantine`."""
         for store in self.stores:
             yield from store.quarantine()
 
     @property
     def fingerprint(self) -> str:
-        """Name all that decides which samples there are and how often each is met."""
+        """A name for everything that decides which samples training uses and how often."""
         parts = [store.fingerprint[:16] for store in self.stores]
         weights = [f"{part.weight:g}" for part, _ in self.parts if part.weight is not None]
         held_out = [f"/{self.val_fraction:g}"] if self.val_fraction else []
@@ -101,13 +104,13 @@ def open_stores(
     encoder: RowEncoder,
     *,
     cache_root: Path,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     waiting: Callable[[], None] | None = None,
 ) -> tuple[list[SampleStore], list[SampleStore]]:
-    """Return the stores of `data.path` and of `data.val_path`, one a part, tokenizing what is not yet tokenized.
+    """Return the stores of `data.path` and of `data.val_path`, one per part. Tokenize parts that have no store yet.
 
     Raises:
-        ConfigError: only some parts have weights, or parts to validate on do.
+        ConfigError: only some parts have weights, or a part of `data.val_path` has one.
         DataError: see `build_store`.
     """
     parts = parts_of(config.path)
@@ -119,7 +122,7 @@ def open_stores(
         raise ConfigError("data.val_path takes no weights: every row is validated once")
 
     for part in (*parts, *parts_of(config.val_path)):
-        find_sources(part.path)  # a wrong name should not be found out after hours of tokenizing another part
+        find_sources(part.path)  # report a wrong path now, not after hours of tokenizing another part
 
     def build(part: DataPart) -> SampleStore:
         return build_store(part.path, encoder, cache_root=cache_root, progress=progress, waiting=waiting)
@@ -128,81 +131,86 @@ def open_stores(
 
 
 def split_data(config: DataConfig, training: list[SampleStore], validation: list[SampleStore]) -> DataSplit:
-    """Judge the stores, and hold out what is not for training.
+    """Check the stores, and hold out the validation samples.
 
     Raises:
-        DataError: too many bad rows, or a side without samples.
+        DataError: too many bad rows, or training or validation has no samples.
     """
     for store in (*training, *validation):
         check_account(store, config)
-    first = [_without_copies(store, training[:number]) for number, store in enumerate(training)]
-    num_copies = sum(_num_copies(store, ids) for store, ids in zip(training, first, strict=True))
+    # Compare each part only with earlier parts, so that the first copy of a sample stays.
+    distinct_ids = [_ids_without_copies(store, training[:number]) for number, store in enumerate(training)]
+    num_copies = sum(_count_missing(store, ids) for store, ids in zip(training, distinct_ids, strict=True))
     kept: list[Samples] = [*training]
     if config.drop_duplicates and num_copies:
-        kept = [Chosen(store, ids) for store, ids in zip(training, first, strict=True)]
+        kept = [SampleSubset(store, ids) for store, ids in zip(training, distinct_ids, strict=True)]
     held_out: list[Samples] = [*validation]
     if config.val_fraction > 0:
-        dropped = first if config.drop_duplicates else [None] * len(training)
-        sides = [split_store(s, config.val_fraction, ids) for s, ids in zip(training, dropped, strict=True)]
+        candidates = distinct_ids if config.drop_duplicates else [None] * len(training)
+        # Split each part for itself: the mixture needs the number of training samples of each part.
+        sides = [split_store(s, config.val_fraction, ids) for s, ids in zip(training, candidates, strict=True)]
         kept, held_out = [train for train, _ in sides], [val for _, val in sides]
-        distinct = sum(len(np.unique(s.digests(slice(None), "rows"))) for s in training)
+        num_distinct = sum(len(np.unique(s.digests(slice(None), "rows"))) for s in training)
         for side, parts in (("training", kept), ("validation", held_out)):
             if not any(len(part) for part in parts):
-                samples = f"{sum(map(len, training))} samples ({distinct} different ones; copies stay on one side)"
+                samples = f"{sum(map(len, training))} samples ({num_distinct} different ones; copies stay on one side)"
                 raise DataError(
                     f"data.val_fraction={config.val_fraction} of {samples} leaves none for {side};"
                     " choose another fraction, or set data.val_path"
                 )
     return DataSplit(
-        train=join(kept),
-        validation=join(held_out) if held_out else None,
+        train=concat(kept),
+        validation=concat(held_out) if held_out else None,
         parts=tuple((part, len(samples)) for part, samples in zip(parts_of(config.path), kept, strict=True)),
         stores=(*training, *validation),
         val_fraction=config.val_fraction,
-        num_copies_across=num_copies,
-        num_leaked=sum(len(store) - len(_without_copies(store, training, "tokens")) for store in validation),
+        num_duplicates_across_parts=num_copies,
+        # Compare tokens alone: with another mask, the model has still seen the text.
+        num_leaked=sum(len(store) - len(_ids_without_copies(store, training, "tokens")) for store in validation),
     )
 
 
 def load_data(
-    config: DataConfig, encoder: RowEncoder, *, cache_root: Path, progress: Progress | None = None
+    config: DataConfig, encoder: RowEncoder, *, cache_root: Path, progress: ProgressCallback | None = None
 ) -> DataSplit:
-    """Tokenize what is not yet tokenized, and split; see `open_stores` and `split_data`."""
+    """Open or build the stores, and split them; see `open_stores` and `split_data`."""
     return split_data(config, *open_stores(config, encoder, cache_root=cache_root, progress=progress))
 
 
-def _without_copies(store: SampleStore, earlier: list[SampleStore], of: DigestOf = "samples") -> NDArray[np.int32]:
-    """Return the samples that no earlier part has; `of` the tokens, those whose tokens none has."""
+def _ids_without_copies(store: SampleStore, earlier: list[SampleStore], of: DigestOf = "samples") -> NDArray[np.int32]:
+    """Return the ids of samples that no earlier part has. `of` selects what to compare: tokens and mask, or tokens."""
     ids = np.arange(len(store), dtype=np.int32)
     for other in earlier:
         ids = ids[~np.isin(store.digests(ids, of), other.digests(slice(None), of))]
     return ids
 
 
-def _num_copies(store: SampleStore, without: NDArray[np.int32]) -> int:
-    """Return how many different samples are missing from `without`: a part's own copies are in its account."""
-    missing = np.setdiff1d(np.arange(len(store), dtype=np.int32), without, assume_unique=True)
+def _count_missing(store: SampleStore, kept_ids: NDArray[np.int32]) -> int:
+    """Return how many different samples are not in `kept_ids`; copies within the part are in its own account."""
+    missing = np.setdiff1d(np.arange(len(store), dtype=np.int32), kept_ids, assume_unique=True)
     return len(np.unique(store.digests(missing)))
 
 
 def split_store(
     store: SampleStore, val_fraction: float, among: NDArray[np.int32] | None = None
-) -> tuple[Chosen, Chosen]:
-    """Split the samples (or those `among` them) into training and validation by a hash of each row's tokens."""
+) -> tuple[SampleSubset, SampleSubset]:
+    """Split the samples (or only those with ids in `among`) into training and validation by a hash of the tokens."""
     sides: tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]] = ([], [])
     for start in range(0, len(store), CHUNK):
         ids = np.arange(start, min(start + CHUNK, len(store)), dtype=np.int32)
         if among is not None:
             ids = among[(among >= start) & (among < start + CHUNK)]
+        # The digest is of tokens only and the same for all samples of a row, so copies and pieces stay on one side.
+        # It depends on no other row, so a row keeps its side when the data changes.
         held_out = _mix(store.digests(ids, "rows")) < np.uint64(val_fraction * 2.0**64)
         sides[0].append(ids[~held_out])
         sides[1].append(ids[held_out])
-    train, val = (Chosen(store, np.concatenate(side)) for side in sides)
+    train, val = (SampleSubset(store, np.concatenate(side)) for side in sides)
     return train, val
 
 
 def _mix(digests: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64: any flip of the input flips half of the output bits."""
+    """Apply the finalizer of splitmix64: each input bit changes about half of the output bits."""
     mixed = digests
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

@@ -1,8 +1,8 @@
-"""Which samples each optimizer step trains on, and how they are laid into micro-batches: pure functions, no state.
+"""Decide which samples each optimizer step has, and in which micro-batches: pure functions without state.
 
 Step t trains on the samples at positions t * G to (t + 1) * G of the order, where G is `global_batch_size`. Every rank
-computes the whole layout from the stored lengths alone, so nothing is communicated, and resuming needs nothing but the
-step number.
+computes the whole layout from the stored lengths alone. So the ranks need no communication, and a resumed run needs
+only the step number.
 """
 
 import heapq
@@ -18,15 +18,15 @@ from qwlit.data.samples import Indices, Samples, longest
 
 @dataclass(frozen=True)
 class Limits:
-    """What one rank can hold in one forward pass."""
+    """Limits of one micro-batch: what one rank runs in one forward pass."""
 
     max_samples: int | None = None
-    """`micro_batch_size`: samples."""
+    """`micro_batch_size`, in samples."""
     max_tokens: int | None = None
-    """`micro_batch_tokens`: tokens, padding included where there is any."""
+    """`micro_batch_tokens`, in tokens, including padding."""
 
     def check(self, samples: Samples) -> None:
-        """Raise ConfigError when a sample does not fit `max_tokens` even alone."""
+        """Raise ConfigError if one sample alone has more than `max_tokens`."""
         if self.max_tokens is not None and (most := longest(samples)) > self.max_tokens:
             raise ConfigError(
                 f"hardware.micro_batch_tokens={self.max_tokens}: the longest sample has {most} tokens;"
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass
 class _Bin:
-    """A micro-batch being filled."""
+    """A micro-batch that is not complete yet."""
 
     members: list[int] = field(default_factory=list)
     tokens: int = 0
@@ -44,7 +44,10 @@ class _Bin:
 
 @dataclass(frozen=True)
 class MicroLayout:
-    """One micro-batch: positions in the step's list of samples; a filler only keeps the ranks in step."""
+    """One micro-batch: indices into the step's list of samples.
+
+    A filler adds nothing to the loss; it only gives every rank the same number of micro-batches.
+    """
 
     members: tuple[int, ...]
     filler: bool = False
@@ -59,22 +62,25 @@ def assign_micro_batches(
         lengths: tokens of each of the step's samples.
 
     Returns:
-        For each rank its micro-batches. A rank short of samples gets a filler: the shortest sample with zero loss.
+        The micro-batches of each rank. A rank with too few samples gets a filler: the shortest sample with zero loss.
     """
     fill = _fill_packed if packing else _fill_padded
     bins = fill(lengths, world_size, limits)
     shortest = min(range(len(lengths)), key=lambda i: (lengths[i], i))
     layouts = [MicroLayout(tuple(sorted(b.members))) for b in bins]
+    # All ranks need the same number: each forward and backward pass has collective operations, which wait for all.
     layouts += [MicroLayout((shortest,), filler=True)] * (-len(layouts) % world_size)
     return [layouts[rank::world_size] for rank in range(world_size)]
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
+    # For equal lengths the index decides, so that all ranks compute the same order.
     return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
 def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
-    """Longest sample first, each into the emptiest micro-batch with room: balanced, and close to the fewest."""
+    """Put each sample, longest first, into the micro-batch with the fewest tokens: balanced, and nearly the fewest."""
+    # A round is one micro-batch on each rank. Start with the fewest rounds that the limits could allow.
     rounds = 1
     if limits.max_samples is not None:
         rounds = max(rounds, -(-len(lengths) // (limits.max_samples * world_size)))
@@ -82,34 +88,38 @@ def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> lis
         rounds = max(rounds, -(-sum(lengths) // (limits.max_tokens * world_size)))
     while (bins := _try_packed(lengths, rounds * world_size, limits)) is None:
         rounds += 1
-    # Heaviest first, so that dealing them out round-robin gives ranks like loads and fillers stand last.
+    # Most tokens first: dealing them out to the ranks in turn then gives similar loads, and fillers come last.
     return sorted((b for b in bins if b.members), key=lambda b: (-b.tokens, b.members[0]))
 
 
 def _try_packed(lengths: Sequence[int], num_bins: int, limits: Limits) -> list[_Bin] | None:
+    """Pack into `num_bins` micro-batches; return None if a sample does not fit into the one with the fewest tokens."""
     bins = [_Bin() for _ in range(num_bins)]
+    # A heap of (tokens, number): its first entry is the micro-batch with the fewest tokens.
     by_load = [(0, number) for number in range(num_bins)]
     for index in _longest_first(lengths):
         load, number = heapq.heappop(by_load)
+        # If the sample does not fit here, it fits nowhere: all other micro-batches have at least as many tokens.
         if limits.max_tokens is not None and load + lengths[index] > limits.max_tokens:
             return None
         chosen = bins[number]
         chosen.members.append(index)
         chosen.tokens += lengths[index]
+        # A micro-batch with `max_samples` samples does not return to the heap: it is full.
         if limits.max_samples is None or len(chosen.members) < limits.max_samples:
             heapq.heappush(by_load, (chosen.tokens, number))
     return bins
 
 
 def _fill_padded(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
-    """Neighbours in length share a micro-batch, so that little is padded."""
+    """Put samples of similar length into one micro-batch, so that there is little padding."""
     order = _longest_first(lengths)
-    rows = min(limits.max_samples or len(order), -(-len(order) // world_size))
+    max_members = min(limits.max_samples or len(order), -(-len(order) // world_size))
     bins: list[_Bin] = []
     for index in order:
         # Longest first: a micro-batch is as wide as its first member.
         width = lengths[bins[-1].members[0]] if bins else 0
-        full = not bins or len(bins[-1].members) >= rows
+        full = not bins or len(bins[-1].members) >= max_members
         if full or (limits.max_tokens is not None and width * (len(bins[-1].members) + 1) > limits.max_tokens):
             bins.append(_Bin())
         bins[-1].members.append(index)
@@ -118,7 +128,7 @@ def _fill_padded(lengths: Sequence[int], world_size: int, limits: Limits) -> lis
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The run's steps over one data set."""
+    """The steps of a run over one data set."""
 
     train: Samples
     order: Order
@@ -128,23 +138,23 @@ class StepPlan:
     packing: bool
 
     def samples(self, step: int) -> Indices:
-        """Return step `step`'s sample ids, (G,), in the plan's order."""
+        """Return the sample ids of a step, (G,), in the order of the plan."""
         first = step * self.global_batch_size
         return self.order.at(np.arange(first, first + self.global_batch_size))
 
     def layout(self, samples: Indices) -> list[list[MicroLayout]]:
-        """Return every rank's micro-batches for these samples."""
+        """Return the micro-batches of every rank for these samples."""
         return assign_micro_batches(
             self.train.lengths(samples).tolist(), self.world_size, self.limits, packing=self.packing
         )
 
     def steps_of_epochs(self, epochs: int) -> int:
-        """Return the step at which `epochs` epochs have been seen: ceil(epochs * N / G)."""
+        """Return the number of steps that finish `epochs` epochs: ceil(epochs * N / G)."""
         return -(-epochs * self.order.epoch_length // self.global_batch_size)
 
     def next_epoch_end(self, step: int) -> int:
         """Return the first step after `step` at which an epoch ends."""
-        seen = step * self.global_batch_size // self.order.epoch_length
-        while (end := self.steps_of_epochs(seen)) <= step:
-            seen += 1
+        epochs = step * self.global_batch_size // self.order.epoch_length
+        while (end := self.steps_of_epochs(epochs)) <= step:
+            epochs += 1
         return end

@@ -1,6 +1,6 @@
-"""Samples tokenized once into memory-mapped arrays, in a folder named by a fingerprint of all that shapes them.
+"""Store tokenized samples in memory-mapped arrays, in a folder named by a fingerprint of everything that decides them.
 
-Every row read is accepted, too long or quarantined; nothing else can happen to it. N samples of T tokens each.
+Every row is exactly one of: accepted, too long, quarantined. N samples of T tokens each.
 """
 
 import hashlib
@@ -18,36 +18,36 @@ from numpy.typing import NDArray
 from qwlit.core.errors import DataError, one_line
 from qwlit.core.files import locked
 from qwlit.data.config import DataConfig
+from qwlit.data.encoded_batch import Account
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.hub import HubData
-from qwlit.data.outcome import Account
 from qwlit.data.sources import Source, find_sources
-from qwlit.data.store_writer import ARRAYS, QUARANTINE, STORE_VERSION, Progress, write_store
+from qwlit.data.store_writer import ARRAYS, QUARANTINE, STORE_VERSION, ProgressCallback, write_store
 
-# So few bad rows never stop a run, or one typo would in a small data set.
+# This many bad rows never stop a run; otherwise one typo would stop a run on a small data set.
 BAD_ROWS_ALLOWED = 3
 DigestOf = Literal["samples", "tokens", "rows"]
 REASONS_NAMED, LONGEST_NAMED = 3, 250
 
 
 class SampleStore:
-    """A finished store, opened for reading; the arrays stay on disk until they are touched."""
+    """A finished store, open for reading. The arrays stay on disk until a sample is read."""
 
     def __init__(self, folder: Path, path: str, sources: list[Source]) -> None:
-        """Open `folder`; `path` names the data it was made of and `sources` are they, wherever they lie today."""
+        """Open `folder`. `path` is the setting, and `sources` are its files at their present place."""
         self.folder, self._sources = folder, sources
         self.path = path
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.fingerprint: str = meta["fingerprint"]
         self.account = Account(**meta["account"])
         self.remarks: Counter[str] = Counter(meta["remarks"])
-        (folder / QUARANTINE).stat()
+        (folder / QUARANTINE).stat()  # a missing file must be an error now, not when someone reads it
         self._arrays: dict[str, NDArray[Any]] = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS
         }
 
     def __reduce__(self) -> tuple[type["SampleStore"], tuple[Path, str, list[Source]]]:
-        # A worker process opens the files itself instead of receiving copies of them.
+        # Pickle only the paths: a worker process then maps the files itself, and no array is copied.
         return SampleStore, (self.folder, self.path, self._sources)
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class SampleStore:
         return f"{self._sources[self._arrays['sources'][index]]}:{self._arrays['lines'][index]}"
 
     def quarantine(self) -> Iterator[dict[str, Any]]:
-        """Yield every row put aside: file, line, reason, sha256."""
+        """Yield every quarantined row: file, line, reason, sha256."""
         with (self.folder / QUARANTINE).open(encoding="utf-8") as handle:
             for line in handle:
                 reject = json.loads(line)
@@ -92,20 +92,21 @@ def build_store(
     encoder: RowEncoder,
     *,
     cache_root: Path,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     waiting: Callable[[], None] | None = None,
 ) -> SampleStore:
-    """Return the store of the rows under `path`, built now unless it has been before.
+    """Return the store of the rows in `path`; build it if it does not exist.
 
-    Processes that start together build it once; one that is killed leaves nothing that looks finished.
+    If several processes start together, one builds it and the others wait. A killed process leaves no folder that
+    looks finished.
 
     Args:
-        encoder: turns rows into samples.
-        progress: called now and then while it is built.
-        waiting: called when another process is building it.
+        encoder: encodes rows as samples.
+        progress: called after each batch of rows.
+        waiting: called if another process is building the store.
 
     Raises:
-        DataError: a file cannot be read, a row ends the reading (data.strict, data.too_long=error), the cache cannot
+        DataError: a file cannot be read, a row stops the run (data.strict, data.too_long=error), the cache cannot
             be written, or (NeedsTokenizer) there is text and no tokenizer.
     """
     sources = find_sources(path)
@@ -113,6 +114,7 @@ def build_store(
         fingerprint = _fingerprint(sources, encoder, cache_root)
         folder = cache_root / fingerprint[:32]
         if not folder.is_dir():
+            # Check again under the lock: another process may have built the store while we waited for it.
             with _locked(cache_root / f"{folder.name}.lock", waiting):
                 if not folder.is_dir():
                     write_store(
@@ -125,18 +127,19 @@ def build_store(
                     )
     except OSError as error:
         raise DataError(
-            f"the tokenized data cannot be kept in {cache_root}: {error.strerror or error}; make room, or set run.root"
+            f"the tokenized data cannot be written to {cache_root}: {error.strerror or error};"
+            " free disk space, or set run.root"
         ) from None
     try:
         return SampleStore(folder, path, sources)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         raise DataError(
-            f"the tokenized data in {folder} is damaged; delete that folder, and it is made again"
+            f"the tokenized data in {folder} is damaged; delete that folder, and qwlit builds it again"
         ) from None
 
 
 def is_tokenized(path: str, encoder: RowEncoder, *, cache_root: Path) -> bool:
-    """Tell whether `build_store` would find its work done; reads no data."""
+    """Return whether the store exists already, without reading any data."""
     sources = find_sources(path)
     if not all(not isinstance(source, HubData) and source.known_digest(cache_root) for source in sources):
         return False
@@ -146,6 +149,7 @@ def is_tokenized(path: str, encoder: RowEncoder, *, cache_root: Path) -> bool:
 @contextmanager
 def _locked(path: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
     try:
+        # Try without waiting first, only to report that we wait.
         with locked(path, blocking=False):
             yield
             return
@@ -157,7 +161,7 @@ def _locked(path: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
 
 
 def _fingerprint(sources: list[Source], encoder: RowEncoder, cache_root: Path) -> str:
-    """Hash everything that decides what is stored; of files the content and the names, not where they lie."""
+    """Hash everything that decides what is stored: of a file its name and content, but not its folder."""
     parts = [STORE_VERSION, encoder.fingerprint, [[source.name, source.digest(cache_root)] for source in sources]]
     return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
 
@@ -169,7 +173,7 @@ class Rejection:
     reason: str
     number: int
     first: dict[str, Any]
-    """The first of them: file, line, reason, sha256."""
+    """The first of these rows: file, line, reason, sha256."""
 
     def __str__(self) -> str:
         more = f" and {self.number - 1:,} more" if self.number > 1 else ""
@@ -177,7 +181,7 @@ class Rejection:
 
 
 def rejections(stores: Iterable[SampleStore]) -> list[Rejection]:
-    """Return why rows were quarantined, the most frequent reason first."""
+    """Return the reasons why rows are quarantined, the most frequent first."""
     first: dict[str, dict[str, Any]] = {}
     numbers: Counter[str] = Counter()
     for store in stores:
@@ -188,10 +192,10 @@ def rejections(stores: Iterable[SampleStore]) -> list[Rejection]:
 
 
 def check_account(store: SampleStore, config: DataConfig) -> None:
-    """Judge what became of a store's rows.
+    """Check the counts of a store.
 
     Raises:
-        DataError: more rows are bad than the configuration lets pass (with `strict`: one), or no sample is left.
+        DataError: more rows are bad than the configuration allows (with `strict`: one), or no sample is left.
     """
     account = store.account
     if account.quarantined and config.strict:
@@ -201,8 +205,8 @@ def check_account(store: SampleStore, config: DataConfig) -> None:
     if account.quarantined > max(config.max_bad_ratio * account.read, BAD_ROWS_ALLOWED):
         raise DataError(
             f"{account.quarantined} of {account.read} rows cannot be used: {'; '.join(reasons)}."
-            f" All are in {store.folder / QUARANTINE}. Fix them, or raise"
-            f" data.max_bad_ratio, which is {config.max_bad_ratio:g}"
+            f" All are in {store.folder / QUARANTINE}. Fix them, or set a higher limit than"
+            f" data.max_bad_ratio={config.max_bad_ratio:g}"
         )
     if not account.accepted:
         if account.too_long:

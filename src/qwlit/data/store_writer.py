@@ -1,4 +1,4 @@
-"""Writes a store: rows in, growing arrays out, and a finished folder only when the last row is in it."""
+"""Write a store: encode rows, append to arrays in a temporary folder, and rename the folder after the last row."""
 
 import json
 import os
@@ -17,58 +17,60 @@ from numpy.typing import NDArray
 
 from qwlit.core.errors import DataError
 from qwlit.core.files import fsync_folder, write_json_atomic
+from qwlit.data.encoded_batch import DTYPES, Account, EncodedBatch
 from qwlit.data.encoding import RowEncoder
-from qwlit.data.outcome import DTYPES, Account, Batch
 from qwlit.data.readers import RowReader
 from qwlit.data.rows import Reject, Row
 from qwlit.data.sources import Source
 from qwlit.data.unread import add_remarks
 from qwlit.data.workers import map_in_order, num_cores
 
-# Part of the fingerprint: raise it whenever the same rows would be stored differently.
+# Part of the fingerprint: raise it when a change stores the same rows differently.
 STORE_VERSION = 4
-# Enough rows to be worth sending to another process, and few enough bytes for their tokens to fit in memory.
+# Enough rows to be worth sending to another process, but few enough bytes that their tokens fit in memory.
 BATCH_ROWS, BATCH_BYTES = 2000, 2 * 2**20
-# Below, the processes take longer to start than the work; measured: one starts in about a second with Qwen's
-# vocabulary and tokenizes 2 MiB of conversations in another.
+# For less data, starting the processes takes longer than the work. Measured: with Qwen's vocabulary one process starts
+# in about 1 s, and tokenizes 2 MiB of conversations in another 1 s.
 BYTES_WORTH_WORKERS = 8 * 2**20
 ENDS = "ends"
 QUARANTINE = "quarantine.jsonl"
 ARRAYS = {**DTYPES, ENDS: "<i8"}
-PER_SAMPLE = [name for name in ARRAYS if name not in ("tokens", "mask")]
+PER_SAMPLE_ARRAYS = [name for name in ARRAYS if name not in ("tokens", "mask")]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How far a build is."""
+class BuildProgress:
+    """How much of a store is built."""
 
     rows: int
     tokens: int
     bytes_read: int
     bytes_in_all: int
-    """0 where nobody knows."""
+    """0 if it is unknown."""
     tokens_per_second: float
     finished: bool = False
     cores: int = 1
 
 
-Progress = Callable[[Reading], None]
+ProgressCallback = Callable[[BuildProgress], None]
 
 
-class Clock:
-    """Tells `progress` how a build goes."""
+class ProgressReporter:
+    """Calls `progress` with the state of the build."""
 
-    def __init__(self, reader: RowReader, cores: int, progress: Progress | None) -> None:
+    def __init__(self, reader: RowReader, cores: int, progress: ProgressCallback | None) -> None:
         self._reader, self._cores, self._progress = reader, cores, progress
         self._started = time.perf_counter()
 
-    def tell(self, rows: int, tokens: int, *, finished: bool = False) -> Reading:
-        rate = tokens / max(1e-9, time.perf_counter() - self._started)
+    def report(self, rows: int, tokens: int, *, finished: bool = False) -> BuildProgress:
+        tokens_per_second = tokens / max(1e-9, time.perf_counter() - self._started)
         reader = self._reader
-        reading = Reading(rows, tokens, reader.num_bytes_read, reader.num_bytes, rate, finished, self._cores)
+        state = BuildProgress(
+            rows, tokens, reader.num_bytes_read, reader.num_bytes, tokens_per_second, finished, self._cores
+        )
         if self._progress:
-            self._progress(reading)
-        return reading
+            self._progress(state)
+        return state
 
 
 def write_store(
@@ -76,18 +78,19 @@ def write_store(
     fingerprint: str,
     sources: Sequence[Source],
     encode: RowEncoder,
-    progress: Progress | None,
-    still_the_same: Callable[[], bool],
+    progress: ProgressCallback | None,
+    is_unchanged: Callable[[], bool],
 ) -> None:
     """Read, encode and store every row of `sources`. The caller holds the lock on `folder`.
 
     Args:
-        still_the_same: asked at the end whether the sources are what the fingerprint was taken of.
+        is_unchanged: called at the end; returns whether the sources still have the fingerprint.
 
     Raises:
-        DataError: a file cannot be read or changed meanwhile, a row ends the reading (data.strict,
+        DataError: a file cannot be read or has changed meanwhile, a row stops the run (data.strict,
             data.too_long=error), or (NeedsTokenizer) there is text and no tokenizer.
     """
+    # A killed process leaves its temporary folder. We hold the lock, so no living process uses it.
     for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(abandoned, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -95,18 +98,18 @@ def write_store(
     reader = RowReader(sources)
     cores = num_cores()
     workers = cores if reader.estimated_bytes >= BYTES_WORTH_WORKERS else 1
-    clock = Clock(reader, cores, progress)
-    batches = map_in_order(encode, _batches(reader), workers)
+    reporter = ProgressReporter(reader, cores, progress)
+    batches = map_in_order(encode, _row_batches(reader), workers)
     try:
         with _StoreWriter(temporary) as writer:
             for batch in batches:
                 if batch.stop:
                     raise DataError(f"{sources[batch.stop.source]}:{batch.stop.line}: {batch.stop.reason}")
                 writer.add(batch)
-                clock.tell(writer.account.read, writer.num_tokens)
-            reading = clock.tell(writer.account.read, writer.num_tokens, finished=True)
+                reporter.report(writer.account.read, writer.num_tokens)
+            reading = reporter.report(writer.account.read, writer.num_tokens, finished=True)
         account = writer.account
-        account.duplicates = _mark_duplicates(temporary, drop=encode.config.drop_duplicates)
+        account.duplicates = _count_duplicates(temporary, drop=encode.config.drop_duplicates)
         meta = {
             "fingerprint": fingerprint,
             "account": asdict(account),
@@ -115,16 +118,18 @@ def write_store(
             "cores": cores,
         }
         write_json_atomic(temporary / "meta.json", meta)
-        if not still_the_same():
+        if not is_unchanged():
             raise DataError(f"'{sources[0]}' or a file beside it changed while it was read; start again")
+        # Renaming is atomic: a folder with the final name is always complete.
         temporary.rename(folder)
         fsync_folder(folder.parent)
     finally:
+        # After an error, stop the workers and leave no folder.
         batches.close()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _batches(rows: Iterable[Row | Reject]) -> Iterator[list[Row | Reject]]:
+def _row_batches(rows: Iterable[Row | Reject]) -> Iterator[list[Row | Reject]]:
     batch: list[Row | Reject] = []
     size = 0
     for row in rows:
@@ -138,7 +143,7 @@ def _batches(rows: Iterable[Row | Reject]) -> Iterator[list[Row | Reject]]:
 
 
 class _GrowingArray:
-    """A one-dimensional .npy file that is written front to back."""
+    """A one-dimensional .npy file to which values are appended."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self._handle = path.open("w+b")
@@ -147,7 +152,7 @@ class _GrowingArray:
         self._write_header()
 
     def _write_header(self) -> None:
-        # numpy pads the header for the length to grow in place.
+        # numpy pads the header, so the final length fits into the same bytes.
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
         self._handle.seek(0)
         npy.write_array_header_1_0(self._handle, header)  # type: ignore[no-untyped-call]
@@ -164,7 +169,7 @@ class _GrowingArray:
 
 
 class _StoreWriter:
-    """Keeps the arrays, the quarantine and the account in step."""
+    """Writes the arrays and the quarantine file, and adds up the account."""
 
     def __init__(self, folder: Path) -> None:
         self.num_tokens = 0
@@ -182,7 +187,7 @@ class _StoreWriter:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         self.account.add(batch.account)
         add_remarks(self.remarks, batch.remarks)
         for name, values in batch.arrays.items():
@@ -193,13 +198,16 @@ class _StoreWriter:
             self._quarantine.write(json.dumps(asdict(reject)) + "\n")
 
 
-def _mark_duplicates(folder: Path, *, drop: bool) -> int:
-    """Count samples with the tokens and mask of an earlier one, and with `drop` take them out; the tokens stay."""
+def _count_duplicates(folder: Path, *, drop: bool) -> int:
+    """Count samples with the tokens and mask of an earlier one; `drop` removes them.
+
+    Only the arrays with one number per sample shrink: the tokens stay on disk, but no sample points to them.
+    """
     digests = np.load(folder / "digests.npy")
     _, first = np.unique(digests, return_index=True)
     duplicates = len(digests) - len(first)
     if drop and duplicates:
-        kept = np.sort(first)
-        for name in PER_SAMPLE:
+        kept = np.sort(first)  # `np.unique` sorts by digest; keep the order of the data
+        for name in PER_SAMPLE_ARRAYS:
             np.save(folder / f"{name}.npy", np.load(folder / f"{name}.npy")[kept])
     return duplicates

@@ -1,4 +1,4 @@
-"""The rows of tables, CSV and Parquet, by the names of their columns."""
+"""Read the rows of tables, CSV and Parquet, as dictionaries by column name."""
 
 import csv
 from collections import deque
@@ -8,29 +8,29 @@ from typing import Any, BinaryIO
 
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
-from qwlit.data.formats import READ
+from qwlit.data.formats import READ_KEYS
 from qwlit.data.meaning import MARK_KEYS, MEANING_KEYS
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, Reject, Row, too_long
 from qwlit.data.unread import MAX_NAMED
 
-# A quoted cell may hold line breaks; one that goes on for longer was never closed.
+# A quoted cell may contain line breaks. In a longer row, the closing quote is missing.
 MAX_CSV_ROW_BYTES = 2**20
 PARQUET_ROWS, PARQUET_BYTES = 1000, 16 * 2**20
-# What formats read, and what changes a row's meaning.
-KNOWN_COLUMNS = MEANING_KEYS.union(MARK_KEYS, *READ.values())
+# The columns that formats read, and those that change the meaning of a row.
+KNOWN_COLUMNS = MEANING_KEYS.union(MARK_KEYS, *READ_KEYS.values())
 
 
 def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
-    """Read a table of texts whose first row names the columns. A row that cannot be read costs no other one."""
+    """Read a CSV file whose first row names the columns. A broken row does not affect the other rows."""
     rows = _csv_rows(handle)
     first = next(rows, None)
     if first is None:
         return
-    # An index that pandas has written has no name.
+    # pandas writes its index as a column without a name.
     header = [name.strip() or f"column {number}" for number, name in enumerate(first[1], start=1)]
     if first[3] or len(set(header)) < len(header):
         raise DataError(
-            f"data file '{file}': the first row must name the columns, each once; it reads {first[2][:80]!r}"
+            f"data file '{file}': the first row must name the columns, each once, but it is {first[2][:80]!r}"
         )
     for line, cells, raw, broken in rows:
         if broken:
@@ -43,7 +43,8 @@ def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject
 
 
 def _csv_rows(handle: BinaryIO) -> Iterator[tuple[int, list[str], bytes, str | None]]:
-    """Yield (line, cells, raw bytes, what is wrong). After a broken row reading goes on with the very next line."""
+    """Yield (line, cells, raw bytes, error). After a broken row, continue with the next line."""
+    # Lines that are read but not used yet: a broken row uses only its first line, and the others are parsed again.
     ahead: deque[bytes] = deque()
     line = 1
     while ahead or (more := handle.readline()):
@@ -62,7 +63,11 @@ def _csv_rows(handle: BinaryIO) -> Iterator[tuple[int, list[str], bytes, str | N
 
 
 def _csv_row(ahead: deque[bytes], handle: BinaryIO) -> tuple[list[str], int, str | None]:
-    """Parse the row that begins with the first line of `ahead`, reading on into `ahead` as far as its quotes go."""
+    """Parse the row that begins with the first line of `ahead`; append further lines if a quoted cell continues there.
+
+    Returns:
+        The cells, the number of lines that the row has, and the error.
+    """
     if len(ahead[0]) > MAX_ROW_BYTES:
         return [], 1, too_long(len(ahead[0]))
     csv.field_size_limit(MAX_ROW_BYTES)
@@ -87,7 +92,7 @@ def _lines(ahead: deque[bytes], handle: BinaryIO) -> Iterator[str]:
 
 
 def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
-    """Read a Parquet table row by row, and of its columns only those that formats know.
+    """Read a Parquet table row by row, only the columns that a format uses.
 
     Raises:
         DataError: the file is damaged.
@@ -101,10 +106,11 @@ def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Re
         names = table.schema_arrow.names
         known = [name for name in names if name in KNOWN_COLUMNS]
         if not known:
-            # Every row will be refused for its columns' names: there is nothing to read.
+            # No format fits, so every row will be quarantined: its column names are enough for the reason.
             yield from (Row(number, row, dict.fromkeys(names)) for row in range(1, table.metadata.num_rows + 1))
             return
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
+        # Rows can be large, so limit a batch by bytes too.
         rows_at_once = max(1, min(PARQUET_ROWS, PARQUET_BYTES * table.metadata.num_rows // max(1, sum(sizes))))
         unread = _unread_columns(table)
         for batch in table.iter_batches(rows_at_once, columns=known):
@@ -113,11 +119,13 @@ def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Re
                 yield row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0][:150]
-        raise DataError(f"data file '{file}' is no whole Parquet file, broken after row {line}: {reason}") from None
+        raise DataError(
+            f"data file '{file}' is not a complete Parquet file (error after row {line}): {reason}"
+        ) from None
 
 
 def _unread_columns(table: Any) -> tuple[str, ...]:
-    """Return the columns that no format knows but those that hold nothing, as far as the file tells."""
+    """Return the columns that no format uses, without those that are empty according to the file's statistics."""
     metadata = table.metadata
     filled = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
@@ -125,7 +133,8 @@ def _unread_columns(table: Any) -> tuple[str, ...]:
             counted = chunk.statistics is not None and chunk.statistics.has_null_count
             if not counted or chunk.statistics.null_count < chunk.num_values:
                 filled.add(chunk.path_in_schema)
-    # A nested column's chunks are named after it with a dot.
+    # The chunks of a nested column have its name, a dot and the name of a field.
+    # Return one name more than the remarks may show, so that they say that there are further ones.
     return tuple(
         name
         for name, kind in zip(table.schema_arrow.names, table.schema_arrow.types, strict=True)
@@ -134,10 +143,11 @@ def _unread_columns(table: Any) -> tuple[str, ...]:
 
 
 def _parquet_rows(number: int, line: int, batch: Any, unread: tuple[str, ...]) -> Iterator[Row | Reject]:
-    """Yield the batch's rows, the first being `line` + 1; where one cell cannot be read, its row alone is refused."""
+    """Yield the rows of the batch, numbered from `line` + 1. A cell that cannot be read rejects only its own row."""
     try:
         rows: list[Any] = batch.to_pylist()
     except (ValueError, OverflowError):
+        # One cell cannot be converted: convert row by row, so that only its row is rejected.
         rows = [_parquet_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
     for index, columns in enumerate(rows, start=line + 1):
         is_broken = isinstance(columns, str)
@@ -147,9 +157,9 @@ def _parquet_rows(number: int, line: int, batch: Any, unread: tuple[str, ...]) -
             yield Row(number, index, columns, unread).within_limit()
 
 
-def _parquet_row(one: Any) -> dict[str, Any] | str:
+def _parquet_row(one_row: Any) -> dict[str, Any] | str:
     try:
-        (columns,) = one.to_pylist()
+        (columns,) = one_row.to_pylist()
     except (ValueError, OverflowError) as error:
         return f"a cell cannot be read: {error}"
     return dict(columns)

@@ -1,8 +1,8 @@
-"""How the Qwen families write a conversation down, piece by piece.
+"""Render conversations in the format of a Qwen family, as a list of pieces.
 
-A piece is either text or a control token, and either learnt or only read. The pieces' texts, joined, equal what the
-official chat template of the family renders. Only a template makes control pieces: what stands in a message is always
-text, whatever it looks like.
+A piece is text or a control token, and it is supervised or only read. Together, the texts of the pieces equal what the
+official chat template of the family renders. Only a template makes control pieces: the content of a message is always
+text, even if it looks like a control token.
 """
 
 import json
@@ -21,17 +21,17 @@ RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"
 
 
 class Piece(NamedTuple):
-    """A stretch of the rendered conversation."""
+    """A part of the rendered conversation."""
 
     text: str
     control: bool
-    """The text is one control token, where the vocabulary has it."""
+    """Whether the text is one control token, if the vocabulary has it."""
     supervised: bool
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What of a conversation is learnt; see the settings of the same names."""
+    """What is supervised in a conversation; see the settings with the same names."""
 
     loss_on: LossOn = "assistant"
     thinking: Thinking = "mask_empty"
@@ -39,29 +39,29 @@ class Supervision:
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one family's template apart; all are ChatML."""
+    """The differences between the templates of the families, which are all ChatML."""
 
     name: str
-    """As `data.template` has it."""
+    """Value of `data.template`."""
     default_system: str | None
-    """The system message of a conversation that has none."""
+    """The system text for a conversation without one."""
     tools: bool = False
     thinking: bool = False
     json_text_arguments: bool = False
-    """Arguments given as JSON text are written as they stand; otherwise as a quoted JSON string, as the official
-    template does."""
+    """True: write arguments that are JSON text unchanged. False: write them as a quoted JSON string, like the official
+    template."""
 
 
 FAMILIES = {
     family.name: family
     for family in (
         Family("qwen3", None, tools=True, thinking=True, json_text_arguments=True),
-        # Qwen3-…-Instruct-2507: the non-thinking models. The thinking ones of that date write as qwen3 does.
+        # Qwen3-…-Instruct-2507, the models without thinking. The thinking models of that date use the template qwen3.
         Family("qwen3_2507", None, tools=True, json_text_arguments=True),
         Family("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", tools=True),
         # The base models of Qwen2.5.
         Family("qwen2_5_base", "You are a helpful assistant.", tools=True),
-        # Last: it is told by what it does with conversations alone.
+        # Keep it last: it skips the tool probes, so the template of qwen2_5_base would match it too.
         Family("qwen2", "You are a helpful assistant."),
     )
 }
@@ -78,17 +78,18 @@ TOOLS_TAIL = (
 
 
 def render(conversation: Conversation, family: Family, supervision: Supervision) -> list[Piece]:
-    """Write the conversation down as the family does.
+    """Render the conversation with the template of the family.
 
     Raises:
-        RowError: the family would leave out what the conversation is about.
+        RowError: the template would leave out a tool or a whole answer.
     """
     if supervision.thinking == "drop":
         conversation = replace(conversation, messages=tuple(m.without_thinking() for m in conversation.messages))
     _check(conversation, family)
-    learns_all = supervision.loss_on == "all"
+    # With loss_on=all, headers and other roles are in the loss too.
+    supervises_all = supervision.loss_on == "all"
     return [
-        piece._replace(supervised=True) if learns_all and (message is None or message.is_supervised) else piece
+        piece._replace(supervised=True) if supervises_all and (message is None or message.is_supervised) else piece
         for message, turn in _turns(conversation, family, supervision)
         for piece in turn
         if piece.text
@@ -98,15 +99,15 @@ def render(conversation: Conversation, family: Family, supervision: Supervision)
 def _check(conversation: Conversation, family: Family) -> None:
     messages = conversation.messages
     if not family.tools and (conversation.tools or any(m.role == "tool" or m.tool_calls for m in messages)):
-        raise RowError(f"template {family.name} knows no tools")
+        raise RowError(f"template {family.name} does not support tools")
     answers = [m for m in messages if m.role == "assistant"]
-    if not all(m.says_something for m in answers):
-        raise RowError("an assistant message holds only reasoning, which data.thinking=drop takes out")
-    # Reasoning stands in the answers to the last query only, and in some families nowhere.
+    if any(m.is_empty for m in answers):
+        raise RowError("an assistant message has only reasoning, which data.thinking=drop removes")
+    # The template writes reasoning only into answers after the last query; some families never write it.
     shown_after = last_query_index(messages) if family.thinking else len(messages)
     for message in messages[: shown_after + 1]:
         if message.role == "assistant" and not (message.split_thinking()[1].strip() or message.tool_calls):
-            raise RowError(f"an assistant message holds only reasoning, which template {family.name} leaves out")
+            raise RowError(f"an assistant message has only reasoning, which template {family.name} leaves out")
 
 
 def _text(text: str, supervised: bool = False) -> Piece:
@@ -125,8 +126,8 @@ def _json(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """Which parts of one answer are learnt."""
+class _AnswerMask:
+    """Which parts of one answer are supervised."""
 
     answer: bool
     empty_block: bool
@@ -135,41 +136,42 @@ class _Mark:
 def _turns(
     conversation: Conversation, family: Family, supervision: Supervision
 ) -> Iterator[tuple[Message | None, Iterator[Piece]]]:
-    """Yield each message with its pieces; the system turn may be the template's own."""
+    """Yield each message with its pieces. The message is None if the system turn is the template's own."""
     messages = conversation.messages
+    # Empty roles at both ends: roles[index] is the role before message `index`, roles[index + 2] the role after it.
     roles = ["", *(message.role for message in messages), ""]
     last_query = last_query_index(messages)
     last_answer = max(index for index, message in enumerate(messages) if message.role == "assistant")
-    yield (messages[0] if messages[0].role == "system" else None), _system(conversation, family)
+    yield (messages[0] if messages[0].role == "system" else None), _system_turn(conversation, family)
     for index, message in enumerate(messages):
         if message.role == "assistant":
-            learnt = message.is_supervised and (supervision.loss_on != "last_assistant" or index == last_answer)
-            # An empty block stands in the prompt where thinking is off: the model reads it and need not write it.
-            mark = _Mark(learnt, learnt and supervision.thinking == "keep")
-            yield message, _answer(message, family, index > last_query, index == len(messages) - 1, mark)
+            supervised = message.is_supervised and (supervision.loss_on != "last_assistant" or index == last_answer)
+            # At inference without thinking, the prompt has the empty block: the model reads it and does not write it.
+            mark = _AnswerMask(supervised, supervised and supervision.thinking == "keep")
+            yield message, _answer_turn(message, family, index > last_query, index == len(messages) - 1, mark)
         elif message.role == "tool":
-            # Responses that follow each other share one turn of the user.
-            yield message, _response(message, opens=roles[index] != "tool", closes=roles[index + 2] != "tool")
+            # Consecutive tool responses share one turn of the user.
+            yield message, _tool_response(message, opens=roles[index] != "tool", closes=roles[index + 2] != "tool")
         elif message.role == "user" or index > 0:
-            yield message, _said(message)
+            yield message, _plain_turn(message)
 
 
-def _said(message: Message) -> Iterator[Piece]:
+def _plain_turn(message: Message) -> Iterator[Piece]:
     yield from (_control(START), _text(f"{message.role}\n{message.content}"), _control(END), _text("\n"))
 
 
-def _response(message: Message, *, opens: bool, closes: bool) -> Iterator[Piece]:
+def _tool_response(message: Message, *, opens: bool, closes: bool) -> Iterator[Piece]:
     yield from (_control(START), _text("user")) if opens else ()
     yield from (_text("\n"), _control(RESPONSE), _text(f"\n{message.content}\n"), _control(END_RESPONSE))
     yield from (_control(END), _text("\n")) if closes else ()
 
 
 def last_query_index(messages: tuple[Message, ...]) -> int:
-    """Return the index of the last message of a user; the last message's where there is none."""
+    """Return the index of the last user message; if there is none, of the last message."""
     return max((i for i, message in enumerate(messages) if message.role == "user"), default=len(messages) - 1)
 
 
-def _system(conversation: Conversation, family: Family) -> Iterator[Piece]:
+def _system_turn(conversation: Conversation, family: Family) -> Iterator[Piece]:
     first = conversation.messages[0]
     system = first.content if first.role == "system" else family.default_system
     if system is None and not conversation.tools:
@@ -179,34 +181,37 @@ def _system(conversation: Conversation, family: Family) -> Iterator[Piece]:
         yield _text(system)
     if conversation.tools:
         yield _text("\n\n" if system is not None else "")
-        yield from _wording(TOOLS_HEAD)
+        yield from _template_text(TOOLS_HEAD)
         yield from (_text(f"\n{_json(tool)}") for tool in conversation.tools)
-        yield from _wording(TOOLS_TAIL)
+        yield from _template_text(TOOLS_TAIL)
     yield from (_control(END), _text("\n"))
 
 
-def _wording(text: str) -> Iterator[Piece]:
-    """The template's own words, in which the names of the tags are control tokens to a tokenizer."""
+def _template_text(text: str) -> Iterator[Piece]:
+    """Yield the template's own text: only here, the tag names are control tokens."""
     for part in re.split(f"({TOOL_CALL}|{END_TOOL_CALL})", text):
         yield Piece(part, control=part in (TOOL_CALL, END_TOOL_CALL), supervised=False)
 
 
-def _answer(message: Message, family: Family, after_query: bool, is_last: bool, mark: _Mark) -> Iterator[Piece]:
+def _answer_turn(
+    message: Message, family: Family, after_query: bool, is_last: bool, mark: _AnswerMask
+) -> Iterator[Piece]:
     reasoning, content = message.split_thinking() if family.thinking else ("", message.content)
-    learnt, shown = mark.answer, content
+    supervised, shown = mark.answer, content
     yield from (_control(START), _text("assistant\n"))
+    # The template writes a block only after the last query, and an empty block only into the last message.
     if family.thinking and after_query and (is_last or reasoning):
         reasoning, shown = reasoning.strip("\n"), content.lstrip("\n")
-        block = learnt if reasoning else mark.empty_block
+        block = supervised if reasoning else mark.empty_block
         yield from (_control(THINK, block), _text(f"\n{reasoning}\n", block))
         yield from (_control(END_THINK, block), _text("\n\n", block))
-    yield _text(shown, learnt)
+    yield _text(shown, supervised)
     for number, call in enumerate(message.tool_calls):
-        yield _text("\n" if content or number else "", learnt)
-        yield _control(TOOL_CALL, learnt)
-        yield _text(f'\n{{"name": "{call.name}", "arguments": {_arguments(call, family)}}}\n', learnt)
-        yield _control(END_TOOL_CALL, learnt)
-    yield from (_control(END, learnt), _text("\n"))
+        yield _text("\n" if content or number else "", supervised)
+        yield _control(TOOL_CALL, supervised)
+        yield _text(f'\n{{"name": "{call.name}", "arguments": {_arguments(call, family)}}}\n', supervised)
+        yield _control(END_TOOL_CALL, supervised)
+    yield from (_control(END, supervised), _text("\n"))
 
 
 def _arguments(call: ToolCall, family: Family) -> str:

@@ -1,4 +1,4 @@
-"""The blocks of plain text files."""
+"""Read plain text files in blocks."""
 
 import re
 from collections.abc import Iterator
@@ -11,15 +11,16 @@ TEXT_BLOCK_BYTES = 2**20
 
 
 def read_text(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
-    """Read a document; a long one comes in blocks that begin with a line, where no token straddles."""
+    """Read a document. A long one becomes several blocks; each begins at a line start, where no token crosses."""
     line, is_first = 1, True
+    # Read one block ahead, to know which block is the last.
     block, following = handle.read(TEXT_BLOCK_BYTES).removeprefix(BOM), handle.read(TEXT_BLOCK_BYTES)
     while block:
-        cut = _last_cut(block) if following else len(block)
-        if cut is None:
+        end = _split_point(block) if following else len(block)
+        if end is None:
             block, following = block + following, handle.read(TEXT_BLOCK_BYTES)
             continue
-        block, rest = block[:cut], block[cut:]
+        block, rest = block[:end], block[end:]
         if block.strip() or not is_first:
             yield _text_row(number, line, block, is_first=is_first, is_last=not following)
             is_first = False
@@ -27,14 +28,17 @@ def read_text(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Rejec
         block, following = rest + following, handle.read(TEXT_BLOCK_BYTES)
 
 
-# After a line break and before a character that is no space (but an ideographic one, with which Chinese paragraphs
-# begin) the pre-tokenizers of Qwen always part.
+# Qwen's pre-tokenizers always split after a line break if the next character is not a space. (An ideographic space is
+# allowed: Chinese paragraphs begin with it.) So splitting a file there does not change its tokens.
 LINE_START = re.compile(rb"\n(?=(?:\xe3\x80\x80)*(?:[^\s\x80-\xff]|[\xc3-\xe0\xe4-\xf4]|\xe3(?!\x80\x80|\x80?\Z)))")
 CHARACTER_START = re.compile(rb"[\x00-\x7f\xc2-\xf4]")
 
 
-def _last_cut(block: bytes) -> int | None:
-    """Return where the block's last line starts; in text without lines, after many blocks, its last character."""
+def _split_point(block: bytes) -> int | None:
+    """Return where the last line of the block starts, None if there is no line start in its second half.
+
+    In a text without lines, return the start of the last character once the block is larger than MAX_ROW_BYTES.
+    """
     starts = [match.end() for match in LINE_START.finditer(block, len(block) - TEXT_BLOCK_BYTES // 2)]
     if not starts and len(block) > MAX_ROW_BYTES:
         starts = [match.start() for match in CHARACTER_START.finditer(block, len(block) - 8)]
@@ -48,5 +52,5 @@ def _text_row(number: int, line: int, block: bytes, *, is_first: bool, is_last: 
         kind = ", but it looks like UTF-16" if block[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         return Row(number, line, block).reject(f"not valid UTF-8 at byte {error.start + 1}{kind}")
     if "\0" in text:
-        return Row(number, line, block).reject("holds NUL characters, as UTF-16 does; write it as UTF-8")
+        return Row(number, line, block).reject("has NUL characters, as UTF-16 text does; save the file as UTF-8")
     return Row(number, line, Document(text, is_first, is_last))

@@ -1,4 +1,4 @@
-"""A tokenizer to which text is only text: no stretch of it can become a control token."""
+"""A tokenizer that never makes a control token from plain text."""
 
 import hashlib
 import json
@@ -13,28 +13,29 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = {"<|im_start|>", "<|im_end|>", END_OF_TEXT}
-# Published as added tokens that are not special; only a template or a tokenized row writes them.
+# Qwen publishes these as added tokens that are not special. Only a template or a tokenized row may produce them.
 STRUCTURAL = {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"}
 STRUCTURAL |= {f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")}
 
 
 class TextTokenizer:
-    """A Hugging Face fast tokenizer without its control tokens, and their ids apart.
+    """A Hugging Face fast tokenizer without its control tokens, whose ids are in `control_ids`.
 
-    Control tokens are the added tokens that are special or the Qwen families' own. Other added tokens are vocabulary,
-    as for the tokenizer itself: text that holds them gets their ids.
+    Control tokens are the added tokens that are special or in STRUCTURAL. Other added tokens are vocabulary, as in the
+    tokenizer itself: text that contains them gets their ids.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Take the tokenizer's parts.
+        """Copy model, normalizer and pre-tokenizer.
 
-        The post-processor stays behind too: it may trim spaces off the offsets, from which loss masks are read.
+        Leave out the post-processor: it may trim spaces from the offsets, and we compute loss masks from offsets.
         """
         from tokenizers import Tokenizer
 
         backend = tokenizer.backend_tokenizer
         added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
         self.control_ids: dict[str, int] = {t.content: i for i, t in added.items() if _is_control(t)}
+        # The new tokenizer does not know the control tokens, so their names stay plain text.
         self._plain = Tokenizer(backend.model)
         if backend.normalizer is not None:
             self._plain.normalizer = backend.normalizer
@@ -42,45 +43,50 @@ class TextTokenizer:
             self._plain.pre_tokenizer = backend.pre_tokenizer
         if len(self.control_ids) < len(added):
             self._add_vocabulary(added)
+        # Everything that decides the ids of a text.
         parts = (json.dumps(self.control_ids, sort_keys=True), self._plain.to_str())
         self.fingerprint = hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         end = self.control_ids.get(END_OF_TEXT, tokenizer.eos_token_id)
         self._end_of_text_id: int | None = end
-        named = {content for content in self.control_ids if content.startswith("<|") and content.endswith("|>")}
-        self._spelled = re.compile("|".join(map(re.escape, sorted(named | CHAT_TOKENS))))
-        self._refuse_text_that_controls()
+        names = {content for content in self.control_ids if content.startswith("<|") and content.endswith("|>")}
+        self._control_names = re.compile("|".join(map(re.escape, sorted(names | CHAT_TOKENS))))
+        self._check_that_text_stays_text()
 
     def spells_control_tokens(self, text: str) -> bool:
-        """Whether the text holds a control token's name, `<|im_start|>` or another of that form."""
-        return "<|" in text and self._spelled.search(text) is not None
+        """Return whether the text contains the name of a control token of the form `<|im_start|>`."""
+        return "<|" in text and self._control_names.search(text) is not None
 
     def _add_vocabulary(self, added: "dict[int, AddedToken]") -> None:
-        """Add all added tokens, since their ids follow their order, the control tokens as special ones that stay text.
+        """Add all added tokens, with control tokens as special ones, which `encode_special_tokens` keeps as text.
+
+        Control tokens must be added too, because the ids of added tokens follow from their order.
 
         Raises:
-            DataError: the ids come out otherwise.
+            DataError: the ids differ from those of the original tokenizer.
         """
-        self._plain.add_tokens([_copy(token, special=_is_control(token)) for _, token in sorted(added.items())])
+        self._plain.add_tokens([_copy_token(token, special=_is_control(token)) for _, token in sorted(added.items())])
         self._plain.encode_special_tokens = True
-        found = {token.content: i for i, token in self._plain.get_added_tokens_decoder().items()}
-        if found != (expected := {token.content: i for i, token in added.items()}):
-            wrong = next(content for content, i in expected.items() if found.get(content) != i)
+        actual = {token.content: i for i, token in self._plain.get_added_tokens_decoder().items()}
+        if actual != (expected := {token.content: i for i, token in added.items()}):
+            wrong = next(content for content, i in expected.items() if actual.get(content) != i)
             raise DataError(
-                f"the tokenizer's added token {wrong!r} has id {expected[wrong]}, which its place among"
-                " the added tokens does not give; save the tokenizer again, without gaps between their ids"
+                f"the tokenizer's added token {wrong!r} has id {expected[wrong]}, but its position among"
+                " the added tokens gives another id; save the tokenizer again, without gaps between their ids"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what the library does not pickle: without it a worker would make control tokens from text."""
+        """Set `encode_special_tokens` again: pickling loses it, and workers would make control tokens from text."""
         self.__dict__.update(state)
         self._plain.encode_special_tokens = True
 
-    def _refuse_text_that_controls(self) -> None:
-        """A vocabulary trained on text full of control tokens may build one out of plain letters.
+    def _check_that_text_stays_text(self) -> None:
+        """Check that encoding the name of a control token as plain text does not give its id.
+
+        A vocabulary that was trained on text with control tokens can contain them as plain words.
 
         Raises:
-            DataError: this one does.
+            DataError: the text of a control token becomes the token itself.
         """
         tags = [content for content in self.control_ids if content.startswith("<") and content.endswith(">")]
         for content in tags:
@@ -89,21 +95,21 @@ class TextTokenizer:
 
     @property
     def end_of_text_id(self) -> int:
-        """The token that stands between documents.
+        """The token between documents.
 
         Raises:
             DataError: the vocabulary has none.
         """
         if self._end_of_text_id is None:
-            raise DataError(f"the tokenizer has no {END_OF_TEXT} and no other end-of-text token to part documents with")
+            raise DataError(f"the tokenizer has no {END_OF_TEXT} and no other end-of-text token to separate documents")
         return self._end_of_text_id
 
     def encode_with_offsets(self, texts: Sequence[str]) -> "list[Encoding]":
-        """Encode on all cores."""
+        """Encode on all cores; return ids and character offsets."""
         return self._plain.encode_batch(list(texts), add_special_tokens=False)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode on all cores, ids alone."""
+        """Encode on all cores; return only ids, which is faster."""
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
@@ -111,7 +117,7 @@ def _is_control(token: "AddedToken") -> bool:
     return token.special or token.content in STRUCTURAL
 
 
-def _copy(token: "AddedToken", *, special: bool) -> "AddedToken":
+def _copy_token(token: "AddedToken", *, special: bool) -> "AddedToken":
     from tokenizers import AddedToken
 
     flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}

@@ -1,4 +1,4 @@
-"""A function applied to batches on all cores, the results in order."""
+"""Apply a function to batches in several processes, and return the results in order."""
 
 import os
 import signal
@@ -21,23 +21,23 @@ _function: Callable[[Any], Any]
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use; Slurm and containers give fewer than the machine has."""
+    """Return how many cores this process may use; Slurm and containers may allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], num_workers: int
 ) -> Generator[Result, None, None]:
-    """Yield `function(item)` for each item, in order; at most two items a worker wait at a time.
+    """Yield `function(item)` for each item, in order. At most two items per worker wait, to limit memory.
 
     Raises:
-        DataError: a worker was killed, which mostly means that memory ran out.
+        DataError: a worker was killed, usually because memory ran out.
     """
     if num_workers <= 1:
         yield from map(function, items)
         return
-    # Not fork: the threads of torch and of the tokenizer do not survive it.
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start, (function, os.getpid()))
+    # Not fork: a forked child has no copies of the threads of torch and of the tokenizer, and can hang.
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker, (function, os.getpid()))
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -47,20 +47,20 @@ def map_in_order(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        # A signal to the whole job kills workers too; let this process answer it first.
+        # A signal to the whole job kills workers too: wait, so that this process can handle the signal first.
         time.sleep(SIGNAL_SECONDS)
-        raise DataError("a process that tokenizes was killed; is there memory enough?") from None
+        raise DataError("a tokenizing process was killed; is there enough memory?") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(function: Callable[[Any], Any], parent: int) -> None:
+def _start_worker(function: Callable[[Any], Any], parent: int) -> None:
     global _function  # noqa: PLW0603 - sent once to each process instead of with each item
     ignore_signals()
-    # The pool's own way to end them.
+    # The pool ends its workers with SIGTERM.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(parent)
-    # One core each.
+    # There is one worker per core, so each must use only one.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _function = function
 

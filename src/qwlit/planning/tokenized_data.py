@@ -16,7 +16,7 @@ from qwlit.data.encoding import RowEncoder
 from qwlit.data.sources import find_sources
 from qwlit.data.splits import open_stores
 from qwlit.data.store import SampleStore, is_tokenized
-from qwlit.data.store_writer import Reading
+from qwlit.data.store_writer import BuildProgress
 from qwlit.data.templates import Supervision
 from qwlit.data.tokenizer import TextTokenizer
 from qwlit.model.load import check_vocabulary, load_tokenizer, vocabulary_size
@@ -47,7 +47,7 @@ def load_tokenized_data(config: RunConfig, screen: Console) -> TokenizedData:
         raise ConfigError(f"data.exact_match={config.data.exact_match} answers conversations, but {encoder.refusal}")
     with measuring("tokenizing", screen) as show:
 
-        def progress(reading: Reading) -> None:
+        def progress(reading: BuildProgress) -> None:
             rate = f"{reading.tokens_per_second / reading.cores:,.0f} tokens/s a core, {reading.cores} cores"
             text = f"{reading.rows:,} rows, {reading.tokens:,} tokens, {rate}"
             show(reading.bytes_read, reading.bytes_in_all, text, finished=reading.finished)

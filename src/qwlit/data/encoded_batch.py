@@ -1,4 +1,4 @@
-"""What became of some rows: samples as arrays, rejects with their reasons, remarks, and the account of all."""
+"""The result of encoding a batch of rows: samples as arrays, rejects with reasons, remarks, and an account."""
 
 import hashlib
 from collections import Counter
@@ -22,25 +22,26 @@ DTYPES = {
     "sources": "<i4",
     "lines": "<i4",
 }
-"""The arrays of a batch: tokens and mask of all samples end to end, the others one number a sample.
+"""The arrays of a batch: tokens and mask of all samples end to end; the other arrays have one number per sample.
 
-A sample's digest is of tokens and mask: with another mask it teaches something else. A row's digest is of its first
-sample's tokens, so that the samples a row was cut into share it, and so do copies with another mask; a text file's each
-have their own."""
+`digests` hashes tokens and mask, to find duplicates: with another mask, equal tokens teach something else.
+`token_digests` hashes the tokens alone, to find validation samples that are also in the training data.
+`row_digests` decides between training and validation. It hashes the tokens of the row's first sample, so all samples of
+a split row have the same one, and so have copies with another mask. Each sample of a text file has its own."""
 
 
 @dataclass
 class Account:
-    """What became of every row: accepted + too_long + quarantined = read."""
+    """Counts of rows: accepted + too_long + quarantined = read."""
 
     read: int = 0
     accepted: int = 0
     too_long: int = 0
     quarantined: int = 0
     truncated: int = 0
-    """Accepted rows cut at the end."""
+    """Accepted rows that were truncated at the end."""
     split: int = 0
-    """Accepted rows cut into several samples."""
+    """Accepted rows that were split into several samples."""
     duplicates: int = 0
     """Samples with the same tokens and loss mask as an earlier one."""
 
@@ -50,8 +51,8 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Stop:
-    """A row that ends the reading: the first bad one where data.strict=true, or too long where that is an error."""
+class FatalRow:
+    """A row that stops the run: the first bad row with data.strict=true, or a long row with data.too_long=error."""
 
     source: int
     line: int
@@ -59,20 +60,20 @@ class Stop:
 
 
 @dataclass
-class Batch:
-    """What became of some rows."""
+class EncodedBatch:
+    """The result of encoding some rows."""
 
     arrays: dict[str, NDArray[Any]]
     account: Account
     rejects: list[Reject]
     remarks: Counter[str]
-    """Rows by what is remarkable in them."""
-    stop: Stop | None = None
+    """Number of rows for each remark."""
+    stop: FatalRow | None = None
 
 
 @dataclass
-class Filling:
-    """A batch being filled."""
+class BatchBuilder:
+    """Collects the results of rows into an EncodedBatch."""
 
     account: Account
     rejects: list[Reject] = field(default_factory=list)
@@ -87,19 +88,20 @@ class Filling:
         self._samples += result
         self._origins += [row] * len(result)
 
-    def finish(self, stop: Stop | None = None) -> Batch:
+    def finish(self, stop: FatalRow | None = None) -> EncodedBatch:
         account = self.account
         account.quarantined = len(self.rejects)
         account.accepted = account.read - account.too_long - account.quarantined
-        return Batch(self._arrays(), account, self.rejects, self.remarks, stop)
+        return EncodedBatch(self._arrays(), account, self.rejects, self.remarks, stop)
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         tokens = [np.array(sample.input_ids, dtype=np.int32) for sample in self._samples]
         digests = [_digest(ids.tobytes()) for ids in tokens]
         masks = [bytes(sample.loss_mask) for sample in self._samples]
-        firsts: dict[int, bytes] = {}
+        # Samples of one row share its first digest; rows are identified by their object, which `_origins` keeps alive.
+        first_digests: dict[int, bytes] = {}
         row_digests = [
-            digest if _is_text_file(row) else firsts.setdefault(id(row), digest)
+            digest if _is_text_file(row) else first_digests.setdefault(id(row), digest)
             for row, digest in zip(self._origins, digests, strict=True)
         ]
         columns: dict[str, Any] = {
