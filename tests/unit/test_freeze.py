@@ -38,7 +38,7 @@ def test_a_tied_head_freezes_with_the_embedding_and_an_untied_one_by_itself():
     assert not tied.lm_head.weight.requires_grad
     untied = frozen(tied=False, parameters=("head",))
     assert names(untied) == {"lm_head.weight"}
-    with pytest.raises(ConfigError, match="This head is the embedding"):
+    with pytest.raises(ConfigError, match="The head is tied to the embedding"):
         frozen(parameters=("head",))
 
 
