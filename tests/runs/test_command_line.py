@@ -48,7 +48,7 @@ def test_cfg_job_prints_the_settings_and_trains_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "no such verb. Did you mean 'train'"),
+        (["trian"], "no such subcommand. Did you mean 'train'"),
         (["inspect", *TINY, "output=jsn"], "output=jsn: choose one of text, json.*'json'"),
         (["inspect", *TINY, "sample=first"], "sample=first: give a sample's number"),
         (["inspect", *TINY, "sample=8000"], "sample=8000: there are 8000 samples, 0 to 7999"),

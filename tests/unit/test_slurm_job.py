@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwlit.__main__ import _report
-from qwlit.cluster.script import ASK_FOR_REQUEUE, NAME_JOB, Work, check_slurm, render
+from qwlit.cluster.script import ASK_FOR_REQUEUE, NAME_JOB, SlurmJob, check_slurm, render
 from qwlit.config.compose import compose
 from qwlit.core import signals
 from qwlit.core.errors import ConfigError, Preempted
@@ -189,7 +189,7 @@ def test_files_to_be_edited_ask_for_the_requeue_as_submitted_ones_do(file):
 
 def test_a_container_sees_the_working_folder_and_what_else_is_named():
     words = ["hardware=a100", "slurm.container=/images/a b.sqsh", "slurm.mounts=[/data:/data]"]
-    text = render(compose(words).config, Work("n", "t", ["train"]), python="x", folder=Path("/home/me"))
+    text = render(compose(words).config, SlurmJob("n", "t", ["train"]), python="x", folder=Path("/home/me"))
     assert (
         " --container-image='/images/a b.sqsh' --container-mounts=/home/me:/home/me,/data:/data"
         " --container-workdir=/home/me python -m qwlit train"

@@ -15,10 +15,10 @@ import yaml
 from qwlit.config.compose import compose, conf_dir
 from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError
-from qwlit.tuning.best import as_experiment, as_overrides
+from qwlit.tuning.best import as_experiment, fewest_overrides
 from qwlit.tuning.lr_range import judge
-from qwlit.tuning.slots import share_out
-from qwlit.tuning.space import as_words, build_space, check_space, grid_points
+from qwlit.tuning.slots import allocate_slots
+from qwlit.tuning.space import format_overrides, build_space, check_space, grid_points
 from qwlit.tuning.study import Study
 from qwlit.tuning.sweep_file import read_sweep, sweep_names
 from qwlit.tuning.trial import Tail
@@ -122,7 +122,9 @@ def test_an_unknown_sweep_names_the_nearest(tmp_path):
 
 
 def test_values_are_written_as_train_reads_them():
-    words = as_words({"optim.amsgrad": True, "train.max_grad_norm": None, "optim.betas": [0.9, 0.95], "optim.lr": 3e-5})
+    words = format_overrides(
+        {"optim.amsgrad": True, "train.max_grad_norm": None, "optim.betas": [0.9, 0.95], "optim.lr": 3e-5}
+    )
     assert words == ["optim.amsgrad=true", "train.max_grad_norm=null", "optim.betas=[0.9,0.95]", "optim.lr=3e-05"]
     config = compose(["recipe=full_sft", *words]).config
     assert (config.optim.amsgrad, config.train.max_grad_norm, config.optim.betas) == (True, None, (0.9, 0.95))
@@ -243,13 +245,13 @@ def test_the_best_trials_file_composes_to_the_same_run(tmp_path):
     folder.mkdir()
     for number, words in enumerate(cases):
         composed = compose(words)
-        groups, settings = as_overrides(composed.choices, composed.config, [])
+        groups, settings = fewest_overrides(composed.choices, composed.config, [])
         (folder / f"best{number}.yaml").write_text(as_experiment(groups, settings, "The best."), encoding="utf-8")
         again = compose([f"experiment=best{number}", f"hydra.searchpath=[file://{tmp_path}]"]).config
         expected = composed.config
-        assert mathematics(compose([f"{n}={c}" for n, c in groups.items()] + as_words(settings)).config) == mathematics(
-            expected
-        )
+        assert mathematics(
+            compose([f"{n}={c}" for n, c in groups.items()] + format_overrides(settings)).config
+        ) == mathematics(expected)
         assert mathematics(again) == mathematics(expected)
         assert again.data == expected.data
         assert again.hardware == expected.hardware
@@ -275,18 +277,18 @@ def test_places_for_trials_share_gpus_and_cores(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert share_out(None, "auto", word="jobs") == [{}]
-    assert share_out(3, "auto", word="jobs") == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert allocate_slots(None, "auto", option="jobs") == [{}]
+    assert allocate_slots(3, "auto", option="jobs") == [{"OMP_NUM_THREADS": "2"}] * 3
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in share_out(None, "auto", word="jobs")] == ["0", "1", "2", "3"]
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in share_out(2, "auto", word="jobs")] == ["0,1", "2,3"]
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in share_out(None, 2, word="jobs")] == ["0,1", "2,3"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in allocate_slots(None, "auto", option="jobs")] == ["0", "1", "2", "3"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in allocate_slots(2, "auto", option="jobs")] == ["0,1", "2,3"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in allocate_slots(None, 2, option="jobs")] == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert share_out(None, 4, word="jobs") == [{"CUDA_VISIBLE_DEVICES": "4,5,6,7"}]
+    assert allocate_slots(None, 4, option="jobs") == [{"CUDA_VISIBLE_DEVICES": "4,5,6,7"}]
     with pytest.raises(ConfigError, match=r"jobs=3 takes 6 GPUs at hardware\.devices=2, and there are 4"):
-        share_out(3, 2, word="jobs")
+        allocate_slots(3, 2, option="jobs")
     with pytest.raises(ConfigError, match="there are 4"):
-        share_out(None, 8, word="jobs")
+        allocate_slots(None, 8, option="jobs")
 
 
 def test_the_range_test_suggests_where_the_loss_falls_fastest_and_stays_below_where_it_turns():

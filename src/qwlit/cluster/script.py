@@ -40,14 +40,14 @@ INTERACTIVE = ("bash", "interactive")
 
 
 @dataclass(frozen=True)
-class Work:
+class SlurmJob:
     """What the job runs."""
 
     name: str
     """Of the job and of its log."""
     title: str
     """Words of `submit`, for the reader of the file."""
-    verb_words: list[str]
+    arguments: list[str]
     """Words after `python -m qwlit`; shell variables among them are kept."""
     ranks_by_srun: bool = True
     """One task a device, started by srun; False: one task, which starts its own processes."""
@@ -57,7 +57,7 @@ class Work:
     """Shell lines that set variables for the words."""
 
 
-def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
+def render(config: RunConfig, job: SlurmJob, *, python: str, folder: Path) -> str:
     """Write the batch file.
 
     Args:
@@ -70,12 +70,12 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
     slurm = config.slurm
     interpreter = "python" if slurm.container else shlex.quote(python)
     container = _container(slurm, folder) if slurm.container else ""
-    command = " ".join([interpreter, "-m", "qwlit", *work.verb_words])
+    command = " ".join([interpreter, "-m", "qwlit", *job.arguments])
     lines = [
         "#!/bin/bash",
-        f"# Written by: qwlit submit {one_line(work.title)}",
+        f"# Written by: qwlit submit {one_line(job.title)}",
         "# Preempted, or out of time, the job is requeued and the run goes on from its newest checkpoint.",
-        *(f"#SBATCH {shlex.quote(option)}" for option in _options(config, work)),
+        *(f"#SBATCH {shlex.quote(option)}" for option in _options(config, job)),
         "",
         "# What fails before the run ends the job. No -u: other people's set-up lines read variables that are not set.",
         "set -e",
@@ -83,12 +83,12 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
         "trap : USR2 TERM",
         f"cd {shlex.quote(str(folder))}",
         *slurm.setup,
-        *work.before,
+        *job.before,
         "",
         *NAME_JOB.splitlines(),
         "",
         "# srun starts the ranks, one a device, ends all when one has failed, and waits for rank 0, which exports."
-        if work.ranks_by_srun
+        if job.ranks_by_srun
         else "# One task: it starts its own processes.",
         # By itself srun gives a task one core since Slurm 22.05.
         "code=0",
@@ -104,18 +104,18 @@ def _container(slurm: SlurmConfig, folder: Path) -> str:
     return "".join(f" --container-{key}={shlex.quote(value)}" for key, value in options.items())
 
 
-def _options(config: RunConfig, work: Work) -> list[str]:
+def _options(config: RunConfig, job: SlurmJob) -> list[str]:
     slurm, hardware = config.slurm, config.hardware
-    output = "%x-%A_%a.out" if work.array else "%x-%j.out"
+    output = "%x-%A_%a.out" if job.array else "%x-%j.out"
     chosen = {
-        "job-name": f"{work.name}-run" if work.name in INTERACTIVE else work.name,
-        **_shape(hardware, work),
+        "job-name": f"{job.name}-run" if job.name in INTERACTIVE else job.name,
+        **_shape(hardware, job),
         "time": slurm.time,
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": slurm.constraint,
-        "array": work.array,
+        "array": job.array,
         "signal": f"USR2@{slurm.signal_seconds}",
         "output": output,
         "open-mode": "append",
@@ -123,7 +123,7 @@ def _options(config: RunConfig, work: Work) -> list[str]:
     return [f"--{key}={value}" for key, value in chosen.items() if value is not None] + ["--requeue", *slurm.options]
 
 
-def _shape(hardware: HardwareConfig, work: Work) -> dict[str, object]:
+def _shape(hardware: HardwareConfig, job: SlurmJob) -> dict[str, object]:
     """Return nodes, tasks, GPUs, cores and memory."""
     if hardware.devices == "auto":
         raise ConfigError(
@@ -132,7 +132,7 @@ def _shape(hardware: HardwareConfig, work: Work) -> dict[str, object]:
         )
     uses_gpus = hardware.accelerator != "cpu"
     workers = hardware.num_workers if hardware.num_workers != "auto" else AUTO_WORKERS * uses_gpus
-    tasks = hardware.devices if work.ranks_by_srun else 1
+    tasks = hardware.devices if job.ranks_by_srun else 1
     return {
         "nodes": hardware.num_nodes,
         "ntasks-per-node": tasks,

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from qwlit.config.explain import explain
 from qwlit.config.relations import TEXTS, check_relations
 from qwlit.config.run import RunConfig
-from qwlit.config.trial import settings_among, trial_name
+from qwlit.config.trial import agent_overrides, trial_name
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.lists import read_list
@@ -67,7 +67,7 @@ def compose(overrides: list[str]) -> Composed:
     Raises:
         ConfigError: naming the field, the rule and the nearest valid name.
     """
-    parsed = _parse(settings_among(overrides) if under_agent() else overrides)
+    parsed = _parse(agent_overrides(overrides) if under_agent() else overrides)
     typed = {o.key_or_group: o for o in parsed}
     base = typed.pop("config", None)
     tree, choices = _from_run(base.value(), typed) if base else _from_groups(typed)

@@ -12,7 +12,7 @@ LONGEST = 199
 NONE = re.compile(r"(?<=[=\[, ])None(?=$|[\], ])")
 
 
-def settings_among(words: list[str]) -> list[str]:
+def agent_overrides(words: list[str]) -> list[str]:
     """Return the words that are settings, as they would be typed."""
     return [NONE.sub("null", word) for word in words if word.partition("=")[0] not in NO_SETTINGS]
 

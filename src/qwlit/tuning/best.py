@@ -12,7 +12,7 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import write_text_atomic
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.record import RECORD, read_record
-from qwlit.tuning.space import as_words
+from qwlit.tuning.space import format_overrides
 from qwlit.tuning.sweep_file import Metric, Sweep
 from qwlit.tuning.trial import best_value
 
@@ -34,12 +34,12 @@ def write_best(folder: Path, sweep: Sweep, words: list[str]) -> tuple[Path, list
     run, value = _recorded_best(folder) if (folder / RECORD).exists() else _best_of_runs(folder, metric)
     config = compose([f"config={run.config_file}"]).config
     choices = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))["choices"]
-    groups, settings = as_overrides(choices, config, [w for w in words if w.startswith("hydra.searchpath=")])
+    groups, settings = fewest_overrides(choices, config, [w for w in words if w.startswith("hydra.searchpath=")])
     file = folder / "conf" / "experiment" / f"{folder.name}_best.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     title = f"The best of sweep {folder.name}: {run.path.name}, {metric.name} {value:.6g}."
     write_text_atomic(file, as_experiment(groups, settings, title))
-    return file, [f"{name}={choice}" for name, choice in groups.items()] + as_words(settings)
+    return file, [f"{name}={choice}" for name, choice in groups.items()] + format_overrides(settings)
 
 
 def _recorded_best(folder: Path) -> tuple[RunFolder, float]:
@@ -61,7 +61,9 @@ def _best_of_runs(folder: Path, metric: Metric) -> tuple[RunFolder, float]:
     return next(run for run, value in values.items() if value == best), best
 
 
-def as_overrides(choices: dict[str, str], config: RunConfig, words: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
+def fewest_overrides(
+    choices: dict[str, str], config: RunConfig, words: list[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the fewest group choices, and then settings, that make `config` out of the defaults."""
     own_data = choices.get("data") == "files"
     groups = {"data": "files"} if own_data else {}

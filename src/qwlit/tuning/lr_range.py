@@ -16,7 +16,7 @@ from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
 from qwlit.core.files import resolve_path, write_json_atomic
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.tracking.run_folder import RunFolder
-from qwlit.tuning.trial import Tail, last_words, start_training
+from qwlit.tuning.trial import Tail, last_message, start_training
 
 STEPS, FEWEST, HIGHEST = 100, 20, 0.1
 # As fastai's finder: a moving average that forgets a tenth a step, over when it is four times the best.
@@ -100,7 +100,7 @@ def find_lr(words: list[str], screen: Console) -> tuple[RangeTest, RunFolder]:
     test = read_range_test(folder)
     # Ended by us or by the guard, it has seen the end of what the run bears.
     if code not in (0, Preempted.exit_code, GuardStop.exit_code) or len(test.rates) < FEWEST // 2:
-        error = QwlitError(f"the range test measured {len(test.rates)} steps only: {last_words(log)}")
+        error = QwlitError(f"the range test measured {len(test.rates)} steps only: {last_message(log)}")
         error.exit_code = code if code > 0 else QwlitError.exit_code
         raise error
     log.replace(folder.path / "train.log")

@@ -17,8 +17,8 @@ from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.display import SweepDisplay
 from qwlit.tuning.record import header, refuse_other_sweep, steps_made, write_record
-from qwlit.tuning.slots import share_out
-from qwlit.tuning.space import Space, as_words, build_space, check_space, grid_points
+from qwlit.tuning.slots import allocate_slots
+from qwlit.tuning.space import Space, format_overrides, build_space, check_space, grid_points
 from qwlit.tuning.study import Outcome, Study
 from qwlit.tuning.sweep_file import Metric, Sweep
 from qwlit.tuning.trial import TrialRun
@@ -57,7 +57,7 @@ def run_local(sweep: Sweep, words: list[str], *, trials: int | None, jobs: int |
     check_metric(sweep, config)
     if config.hardware.num_nodes > 1:
         raise ConfigError("hardware.num_nodes: a trial of a local sweep runs on one machine; use backend=wandb")
-    slots = share_out(jobs, config.hardware.devices, word="jobs")
+    slots = allocate_slots(jobs, config.hardware.devices, option="jobs")
     limit = number_of_trials(sweep, space, trials)
     head = header(folder.name, sweep, config, fixed)
     if folder.exists():
@@ -168,7 +168,7 @@ class _Search:
             ticket = self._study.next()
             if ticket is None:
                 break
-            words = [*self._head["words"], *as_words(ticket.parameters)]
+            words = [*self._head["words"], *format_overrides(ticket.parameters)]
             trial = TrialRun(ticket, words, self._metric, self._folder, slot)
             self._running[index] = trial
             self._display.began(ticket)
@@ -261,7 +261,7 @@ def _outcome(trial: TrialRun, code: int) -> tuple[Outcome, float | None, str | N
         return "pruned", value, f"not among the best at value {trial.pruned_at} of {trial.metric}"
     if code == 0:
         return _end(trial, value)
-    reason = trial.last_words() or "it said nothing"
+    reason = trial.last_message() or "it said nothing"
     if code == GuardStop.exit_code:
         return "diverged", value, reason
     if code < 0:

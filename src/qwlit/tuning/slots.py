@@ -6,7 +6,7 @@ from typing import Literal
 from qwlit.core.errors import ConfigError
 
 
-def share_out(asked: int | None, devices: int | Literal["auto"], *, word: str) -> list[dict[str, str]]:
+def allocate_slots(asked: int | None, devices: int | Literal["auto"], *, word: str) -> list[dict[str, str]]:
     """Return the environment of each place.
 
     Args:

@@ -18,7 +18,7 @@ DIGITS = 12
 Space = dict[str, "BaseDistribution"]
 
 
-def as_words(parameters: Mapping[str, Any]) -> list[str]:
+def format_overrides(parameters: Mapping[str, Any]) -> list[str]:
     """Return a trial's parameters as overrides of `train`."""
     return [f"{name}={_written(value)}" for name, value in parameters.items()]
 
@@ -126,11 +126,11 @@ def check_space(sweep: Sweep, words: list[str]) -> Composed:
             )
         if name.startswith(("run.", "slurm.")):
             raise ConfigError(f"{sweep.path}: parameters.{name}: where a trial lies is the sweep's to say")
-    composed = compose([*words, *as_words(_first(sweep))])
+    composed = compose([*words, *format_overrides(_first(sweep))])
     for name, parameter in sweep.document.parameters.items():
         for value in _ends(parameter):
             try:
-                compose([*words, *as_words(_first(sweep) | {name: value})])
+                compose([*words, *format_overrides(_first(sweep) | {name: value})])
             except ConfigError as error:
                 raise ConfigError(f"{sweep.path}: parameters.{name}: {error}") from None
     return composed

@@ -57,7 +57,7 @@ def start_training(words: list[str], log: Path, environment: dict[str, str]) -> 
     return start_child(["-m", "qwlit", "train", *words], log, own | environment, orphaned=signal.SIGTERM)
 
 
-def last_words(log: Path) -> str | None:
+def last_message(log: Path) -> str | None:
     """Return what a training said of its end."""
     try:
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -161,8 +161,8 @@ class TrialRun:
         if self._process is not None:
             self._process.wait()
 
-    def last_words(self) -> str | None:
-        return last_words(self._log)
+    def last_message(self) -> str | None:
+        return last_message(self._log)
 
     def is_free(self) -> bool:
         """Whether no other process trains here: an orphan may still be saving."""

@@ -19,7 +19,7 @@ from qwlit.core.errors import ConfigError, Interrupted, Preempted, QwlitError, o
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.tracking.wandb_access import find_access, project_of, stop_client
 from qwlit.tuning.optuna_search import check_metric, sweep_folder
-from qwlit.tuning.slots import share_out
+from qwlit.tuning.slots import allocate_slots
 from qwlit.tuning.space import check_space
 from qwlit.tuning.sweep_file import Sweep
 
@@ -45,7 +45,7 @@ def run_wandb(sweep: Sweep, words: list[str], *, trials: int | None, agents: int
     if not config.logger.wandb:
         raise ConfigError(f"logger=none: W&B would see nothing of the trials; write logger=wandb into {sweep.path}")
     check_metric(sweep, config)
-    slots = [] if agents == 0 else share_out(agents, config.hardware.devices, word="agents")
+    slots = [] if agents == 0 else allocate_slots(agents, config.hardware.devices, option="agents")
     folder = sweep_folder(sweep, composed, words)
     fixed = [word for word in words if word.partition("=")[0] not in ("run.name", "run.root")]
     path, url = _create(sweep, [*fixed, f"run.root={folder}"], config, trials)
