@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import yaml
 
+from qwlit.report.comparability import comparison_warnings
 from qwlit.report.compare import Ledger, build_ledger
 from qwlit.report.importance import importance
 from qwlit.report.page import build_page
-from qwlit.report.comparability import comparison_warnings
 from qwlit.report.table import columns
 from qwlit.training.tracking.run_folder import RunFolder
 

@@ -110,9 +110,9 @@ def _requeue(subcommand: str, error: Preempted) -> None:
 
 def _run(subcommand: str, arguments: list[str]) -> int:
     if subcommand not in SUBCOMMANDS:
-        raise ConfigError(
-            f"no such subcommand.{nearest(subcommand, SUBCOMMANDS)} Subcommands: {', '.join(SUBCOMMANDS)}; see python -m qwlit --help"
-        )
+        known = ", ".join(SUBCOMMANDS)
+        hint = nearest(subcommand, SUBCOMMANDS)
+        raise ConfigError(f"no such subcommand.{hint} Subcommands: {known}; see python -m qwlit --help")
     if subcommand in PREEMPTED_SUBCOMMANDS:
         # A signal may arrive before the subcommand is imported, or after everything is saved: note it, do not die.
         for number in (signal.SIGTERM, signal.SIGUSR2):

@@ -125,7 +125,7 @@ def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(p
     condemned = [json.loads(line) for line in (folder / "journal.log").read_text().splitlines()]
     condemned = {entry["trial_id"] for entry in condemned if "pruned_at" in entry.get("user_attr", {})}
     assert condemned == {t["number"] for t in trials.values() if t["state"] == "pruned"}
-    assert condemned, "of three rates one learns nothing"
+    assert condemned, "of three learning rates one learns nothing"
     for trial in trials.values():
         if trial["state"] == "pruned":
             run = folder / trial["run"]
@@ -183,7 +183,7 @@ def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(place):
     parent.send_signal(signal.SIGINT)
     said, _ = parent.communicate(timeout=60)
     assert parent.returncode == 130
-    assert "the same command goes on" in said
+    assert "the same command resumes the sweep" in said
     assert summary(run)["status"] == "preempted"
     assert record_of(run.parent)["trials"][0]["state"] == "running"
     reached = summary(run)["steps"]
@@ -207,9 +207,9 @@ def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(place):
         (["sweep=lorra", "backend=optuna"], "Did you mean 'lora'"),
         (["backend=optuna"], "sweep is not set"),
         (["action=find_lr", "trials=3"], "has no effect with action=find_lr"),
-        (["action=find_lr", *WORDS, "train.max_steps=5"], "needs 20 steps at least"),
+        (["action=find_lr", *WORDS, "train.max_steps=5"], "needs at least 20 steps"),
         (["action=find_lr", *WORDS, "scheduler.warmup_ratio=0.1"], "schedule of its own"),
-        (["sweep=search.yaml", "backend=optuna", "trials=2", "optim.lr=0.5"], "is what"),
+        (["sweep=search.yaml", "backend=optuna", "trials=2", "optim.lr=0.5"], "is a parameter of the sweep"),
         (["sweep=search.yaml", "backend=optuna", "trials=2", "data.val_fraction=0.0"], "set data.val_path or"),
         (
             ["sweep=search.yaml", "backend=optuna", "trials=2", "validation={every_steps: null, each_epoch: false}"],
@@ -264,5 +264,5 @@ def test_the_range_test_finds_a_rate_at_which_the_demo_learns(place):
     (taken / "config.yaml").write_text("a run of somebody's")
     refused = qwlit(["sweep", "action=find_lr", *words, "run.name=mine"], place)
     assert refused.returncode == 2
-    assert "is no range test" in refused.stderr
+    assert "is not a range test" in refused.stderr
     assert (taken / "config.yaml").exists()

@@ -10,9 +10,9 @@ import yaml
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked, read_json_lines
 from qwlit.core.lists import read_list
+from qwlit.report.comparability import comparison_warnings
 from qwlit.report.find import find_runs
 from qwlit.report.importance import importance
-from qwlit.report.comparability import comparison_warnings
 from qwlit.report.table import columns
 from qwlit.training.tracking.run_folder import RunFolder
 from tests.reports import column, ledger_of, names, page_of, searched, write_run, write_sweep

@@ -64,10 +64,10 @@ def main(arguments: list[str]) -> int:
 
 def _report(runs: str, baseline: str | None, page: str | None, *, as_json: bool) -> None:
     from qwlit.core.files import resolve_path
+    from qwlit.report.comparability import comparison_warnings
     from qwlit.report.compare import build_ledger
     from qwlit.report.importance import importance
     from qwlit.report.page import FILE, write_page
-    from qwlit.report.comparability import comparison_warnings
 
     names = read_list(runs)
     if not names:

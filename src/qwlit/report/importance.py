@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwlit.report.comparability import comparable
 from qwlit.report.compare import Ledger, canonical
 from qwlit.report.find import number_or_none
-from qwlit.report.comparability import comparable
 from qwlit.report.runs import Run
 
 if TYPE_CHECKING:

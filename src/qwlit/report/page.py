@@ -68,7 +68,7 @@ def headline(ledger: Ledger) -> str:
 
 
 def _colours(ledger: Ledger) -> dict[str, str]:
-    """Give the baseline black and each of the best runs a colour. The others stay grey: forty colours are unreadable."""
+    """Give the baseline black and each of the best runs a colour. The others are grey."""
     if len(ledger.runs) == 1:
         return {ledger.runs[0].name: PALETTE[0]}
     others = [run.name for run in ledger.runs if run is not ledger.baseline]
