@@ -51,7 +51,7 @@ class RangeTest:
         if self.steepest is None:
             return (
                 "the loss did not fall by more than its noise at any learning rate;"
-                " try larger batches (train.global_batch_size), more steps (train.max_steps) or another range (optim.lr)"
+                " try larger batches (train.global_batch_size), more steps (train.max_steps) or another optim.lr"
             )
         if self.lowest is None:
             return f"the loss fell fastest at {self.steepest:.1e} and still fell at the highest; try a higher optim.lr"

@@ -230,8 +230,8 @@ class _Search:
             self._has_trained = True
         if self._false_starts >= MOST_FALSE_STARTS and not self._has_trained:
             raise ConfigError(
-                f"the first {MOST_FALSE_STARTS} trials could not begin, the sweep is stopped: {reason}. Correct this, and"
-                f" set another run.name or delete {self._folder}: failed trials are not tried again"
+                f"the first {MOST_FALSE_STARTS} trials could not begin, the sweep is stopped: {reason}. Correct this,"
+                f" and set another run.name or delete {self._folder}: failed trials are not tried again"
             )
 
     def _stop_trials(self, screen: Console) -> None:

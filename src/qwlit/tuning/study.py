@@ -1,4 +1,4 @@
-"""The trials of a local sweep: Optuna draws them; a journal keeps them after kill -9 and shares them between machines."""
+"""The trials of a local sweep: Optuna draws them, and a journal keeps them after kill -9 for all machines."""
 
 import contextlib
 import fcntl
@@ -153,7 +153,7 @@ class Study:
         return owner is not None and self._owner_file(owner).exists() and is_held(self._owner_file(owner))
 
     def _sampler(self, number: int) -> BaseSampler:
-        """Return the sampler for trial `number`, seeded by the study's seed and the number: a restart draws the same."""
+        """Return the sampler of trial `number`, seeded by the study's seed and the number: a restart draws the same."""
         seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
         if self._sweep.document.method == "grid":
             return GridSampler(grid_points(self._space), seed=self._seed)

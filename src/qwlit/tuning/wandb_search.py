@@ -118,7 +118,7 @@ def _start_agent(path: str, slot: dict[str, str], log: Path | None) -> subproces
     # The agent starts trials as `python` from PATH: put this environment's python first.
     folder = Path(sys.executable).parent
     environment = os.environ | slot | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
-    # If this process is killed, the agent gets SIGINT and its trial saves. W&B's threads have ended, so forking is safe.
+    # If this process is killed, the agent gets SIGINT and its trial saves. W&B's threads have ended: forking is safe.
     return start_child([*AGENT, path], log, environment, orphaned=signal.SIGINT)
 
 
