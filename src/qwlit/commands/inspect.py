@@ -183,17 +183,17 @@ def _show_sample(samples: "Samples", number: int, tokenized: "TokenizedData", sc
     screen.print(f"\n[bold]sample {number}[/]  {escape(samples.origin(number))}  {counts}")
     colours = screen.is_terminal and not screen.no_color
     text = Text()
-    was_learnt = False
+    was_supervised = False
     for stretch in stretches(input_ids, loss_mask, _control_ids(tokenized)):
-        if not colours and stretch.learnt != was_learnt:
+        if not colours and stretch.learnt != was_supervised:
             text.append("[[" if stretch.learnt else "]]")
-        was_learnt = stretch.learnt
+        was_supervised = stretch.learnt
         style = "green" if stretch.learnt else "dim"
         shown = _decode(tokenized, stretch.ids)
         # A line break is a token too: make visible that it is supervised.
         shown = shown.replace("\n", "↵\n") if stretch.learnt else shown
         text.append(shown, f"{style} reverse" if stretch.kind == "control" else style)
-    text.append("]]" if was_learnt and not colours else "")
+    text.append("]]" if was_supervised and not colours else "")
     screen.print(text)
 
 

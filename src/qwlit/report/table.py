@@ -32,7 +32,7 @@ class Column:
     title: str
     cells: list[str]
     marked: list[bool]
-    kind: Literal["number", "word", "text"] = "number"
+    kind: Literal["number", "name", "text"] = "number"
 
     @property
     def title_lines(self) -> list[str]:
@@ -50,8 +50,8 @@ def columns(ledger: Ledger, *, most_listed: int | None = None) -> list[Column]:
     names = [
         f"{run.name}\u00a0{BEST}" if run is ledger.best and len(ledger.runs) > 1 else run.name for run in ledger.runs
     ]
-    first = Column("run", names, [run is ledger.best for run in ledger.runs], "word")
-    status = _column("status", [run.status for run in ledger.runs], "word")
+    first = Column("run", names, [run is ledger.best for run in ledger.runs], "name")
+    status = _column("status", [run.status for run in ledger.runs], "name")
     figures = [_column(title, [text(run) for run in ledger.runs]) for title, text in _figures(ledger)]
     known = [column for column in figures if any(cell != UNKNOWN for cell in column.cells)]
     # The changed settings come next to the metric that they changed.
@@ -64,7 +64,7 @@ def columns(ledger: Ledger, *, most_listed: int | None = None) -> list[Column]:
     return [first, status, *ranked, *beside, *rest, *([told] if any(told.cells) else []), *changes]
 
 
-def _column(title: str, cells: list[str], kind: Literal["number", "word", "text"] = "number") -> Column:
+def _column(title: str, cells: list[str], kind: Literal["number", "name", "text"] = "number") -> Column:
     return Column(title, cells, [False] * len(cells), kind)
 
 
