@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import yaml
 
+from qwlit.report.comparability import comparison_warnings
 from qwlit.report.compare import Ledger, build_ledger
 from qwlit.report.importance import importance
 from qwlit.report.page import build_page
-from qwlit.report.remarks import remarks
 from qwlit.report.table import columns
 from qwlit.training.tracking.run_folder import RunFolder
 
@@ -78,7 +78,7 @@ def column(ledger, title):
 
 
 def page_of(ledger: Ledger) -> str:
-    return build_page(ledger, remarks(ledger), importance(ledger))
+    return build_page(ledger, comparison_warnings(ledger), importance(ledger))
 
 
 def searched(tmp_path, number=30, *, early=lambda lr: False):

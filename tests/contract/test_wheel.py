@@ -27,7 +27,11 @@ def test_settings_and_the_demo_are_inside(site):
     inside = {str(p.relative_to(site)) for p in site.rglob("*") if p.is_file()}
     for file in (ROOT / "conf").rglob("*.yaml"):
         assert f"qwlit/conf/{file.relative_to(ROOT / 'conf')}" in inside
-    assert {"qwlit/resources/demo/train.jsonl", "qwlit/resources/demo/tokenizer/tokenizer.json"} <= inside
+    assert {
+        "qwlit/resources/report.html.jinja",
+        "qwlit/resources/demo/train.jsonl",
+        "qwlit/resources/demo/tokenizer/tokenizer.json",
+    } <= inside
     assert not any(name.startswith(("tests", "conf")) for name in inside)
 
 

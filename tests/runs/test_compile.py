@@ -23,7 +23,7 @@ def test_compiled_and_sharded_layers_train_as_one_plain_process_does_and_answer_
 
 def test_what_cannot_be_one_graph_is_refused_in_one_line(tmp_path):
     for words, said in [
-        (["model=demo"], "packed samples under sdpa attention are attended to one by one"),
+        (["model=demo"], "sdpa attention is computed one packed sample at a time"),
         (
             ["data.packing=false", "hardware.activation_checkpointing=offload"],
             "hardware.activation_checkpointing=offload",

@@ -46,7 +46,7 @@ def test_json_is_one_line_a_sample_with_its_mask_and_nothing_else(folder):
         assert sample["loss_mask"][0] == 0
         assert sum(sample["loss_mask"]) == sample["num_supervised_tokens"] > 0
     assert len(samples) > 3
-    assert "5 rows = 3 accepted + 0 too long + 2 put aside" in done.stderr
+    assert "5 rows = 3 accepted + 0 too long + 2 quarantined" in done.stderr
     assert json.loads(inspect(folder, "output=json", "sample=1").stdout) == samples[1]
 
 
@@ -54,14 +54,14 @@ def test_a_person_sees_the_account_the_reasons_the_mask_the_lengths_and_the_pack
     done = inspect(folder)
     assert done.returncode == 0, done.stderr
     for shown in (
-        "5 rows = 3 accepted + 0 too long + 2 put aside; 0 truncated, 1 split, 0 duplicates",
+        "5 rows = 3 accepted + 0 too long + 2 quarantined; 0 truncated, 1 split, 0 duplicates",
         "no assistant message: there is no answer to train on  rows.jsonl:2",
         "rows.jsonl:5",
         "[[Hello↵\nthere<|im_end|>]]",
         "[[<think>↵\nyes↵\n</think>↵\n↵\n是的。<|im_end|>]]",
         "<think>sure?</think>",
         "1 rows have reasoning in earlier turns",
-        "tokens a sample",
+        "tokens per sample",
         "step 1: ",
         "template qwen3, loss on assistant, thinking mask_empty",
     ):
@@ -93,8 +93,8 @@ def test_keys_that_are_not_read_and_rows_that_mean_something_else_are_shown(fold
 def test_one_sample_is_shown_token_by_token(folder):
     done = inspect(folder, "sample=0")
     assert done.returncode == 0
-    assert "yes     '<|im_end|>'" in done.stdout
-    assert "put aside" not in done.stdout
+    assert "yes         '<|im_end|>'" in done.stdout
+    assert "quarantined" not in done.stdout
 
 
 def test_what_train_would_refuse_is_shown_first_and_then_refused_alike(folder):
@@ -102,7 +102,7 @@ def test_what_train_would_refuse_is_shown_first_and_then_refused_alike(folder):
         handle.write("\n1\n2\n3")
     done = inspect(folder)
     assert done.returncode == 2
-    assert "8 rows = 3 accepted + 0 too long + 5 put aside" in done.stdout
+    assert "8 rows = 3 accepted + 0 too long + 5 quarantined" in done.stdout
     assert done.stderr.count("\n") == 1
     said = done.stderr.removeprefix("qwlit inspect")
     assert said.startswith(": 5 of 8 rows cannot be used: rows.jsonl:6 and 2 more: ")

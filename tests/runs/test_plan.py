@@ -172,7 +172,7 @@ def test_train_refuses_what_a_rule_condemns_before_it_reads_data_and_allows_it_b
     words = ["model=qwen3_0_6b", "hardware=cpu", "optim.lr=3e-4", "data.path=none.jsonl"]
     done = qwlit(["train", *words], tmp_path)
     assert done.returncode == 2
-    assert "above 0.0001 they diverge; set optim.lr=1e-5, or model.init=random" in done.stderr
+    assert "pretrained weights diverge above 0.0001; set optim.lr=1e-5, or model.init=random" in done.stderr
     done = qwlit(["train", *words, "preflight.allow=[full_lr]"], tmp_path)
     assert done.returncode == 2 and "none.jsonl" in done.stderr
 

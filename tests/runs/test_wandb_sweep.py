@@ -160,7 +160,7 @@ def test_agents_and_trials_end_with_the_sweep_and_the_trial_is_saved(number, cha
         time.sleep(0.05)
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     if number == signal.SIGINT:
-        assert "the sweep goes on by: python -m wandb agent --forward-signals tester/qwlit/sweep0" in said
+        assert "resume the sweep with: python -m wandb agent --forward-signals tester/qwlit/sweep0" in said
     assert stub.only_run().exit_code == 255, "W&B says: killed by the user"
     (folder,) = trial_folders(tmp_path).values()
     assert summary(folder)["status"] == "interrupted" and sent(stub.only_run()) == recorded(folder)
@@ -174,7 +174,7 @@ def test_what_no_agent_could_run_is_refused_and_agents_0_only_tells_how(chat, st
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         return done.stderr
 
-    assert "no API key, `wandb login` sets one); or take backend=optuna" in refused(nobody)
+    assert "no API key, `wandb login` sets one); or use backend=optuna" in refused(nobody)
     assert "write logger=wandb into" in refused(online, "logger=none")
     assert not stub.sweeps
     done = here(["sweep", "sweep=search.yaml", "agents=0", "trials=7"], tmp_path, online)

@@ -114,7 +114,7 @@ def test_no_rule_finds_fault_with_a_recipe_as_it_is(recipe, model, hardware):
 def test_pretraining_is_of_random_weights_and_refused_of_published_ones():
     assert names(facts(["recipe=pretrain", "model.init=random", "hardware=h100"], steps=20_000)) <= {"not_compiled"}
     with pytest.raises(
-        ConfigError, match=r"optim.lr=0.0003 trains pretrained weights themselves.*preflight.allow=\[full_lr\]"
+        ConfigError, match=r"optim.lr=0.0003 is too high for full fine-tuning.*preflight.allow=\[full_lr\]"
     ):
         refuse(find(facts(["recipe=pretrain"], steps=20_000)))
 
@@ -122,7 +122,7 @@ def test_pretraining_is_of_random_weights_and_refused_of_published_ones():
 @pytest.mark.parametrize("rule", ["lr:0.01", "lr_multiplier:100"])
 def test_a_groups_rate_is_judged_as_the_runs_is(rule):
     (finding, *_) = find(facts([f"optim.groups=[{{match:attention,{rule}}}]"]))
-    assert finding.name == "full_lr" and finding.message.startswith("a group's rate of ")
+    assert finding.name == "full_lr" and finding.message.startswith("a group's learning rate of ")
 
 
 def test_intervals_longer_than_the_run_are_none():

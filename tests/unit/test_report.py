@@ -10,9 +10,9 @@ import yaml
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked, read_json_lines
 from qwlit.core.lists import read_list
+from qwlit.report.comparability import comparison_warnings
 from qwlit.report.find import find_runs
 from qwlit.report.importance import importance
-from qwlit.report.remarks import remarks
 from qwlit.report.table import columns
 from qwlit.training.tracking.run_folder import RunFolder
 from tests.reports import column, ledger_of, names, page_of, searched, write_run, write_sweep
@@ -51,10 +51,10 @@ def test_a_name_with_glob_characters_is_a_name(tmp_path):
         ("lroa-*", r"lroa-\* matches no run\. Did you mean 'lora'\?"),
         ("nowhere/at/all", r"there is no such folder\.$"),
         ("lora,lora", r"runs=\[a,b\]"),
-        ("empty", r"empty is no run: it has no config\.yaml"),
-        (".", r"is no run: it holds runs: name them with .*/\*"),
+        ("empty", r"empty is not a run: it has no config\.yaml"),
+        (".", r"is not a run: it contains runs: name them with .*/\*"),
         ("file", r"is a file; name the run's folder"),
-        ("broken", r"sweep\.json cannot be read as a sweep's"),
+        ("broken", r"sweep\.json is not a readable sweep\.json"),
         ("bare", r"the sweep has no trials yet"),
     ],
 )
@@ -105,7 +105,7 @@ def test_the_baseline_is_named_or_a_folder_that_joins_the_list(tmp_path):
     ledger = ledger_of(tmp_path / "a", tmp_path / "b", baseline=str(tmp_path / "other"))
     assert (ledger.baseline.name, names(ledger)) == ("other", ["a", "b", "other"])
     assert len(ledger_of(tmp_path / "a", tmp_path / "b", baseline=str(tmp_path / "a")).runs) == 2
-    with pytest.raises(ConfigError, match=r"baseline=oter: no run of that name is listed\. Listed are a, b\."):
+    with pytest.raises(ConfigError, match=r"baseline=oter: no listed run has this name\. Listed are a, b\."):
         ledger_of(tmp_path / "a", tmp_path / "b", baseline="oter")
 
 
@@ -192,7 +192,7 @@ def test_a_text_with_other_line_ends_is_one_line_of_json(tmp_path):
 
 
 def test_alike_runs_get_no_remark(tmp_path):
-    assert remarks(ledger_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", {"optim.lr": 2}))) == []
+    assert comparison_warnings(ledger_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", {"optim.lr": 2}))) == []
 
 
 @pytest.mark.parametrize(
@@ -212,36 +212,36 @@ def test_alike_runs_get_no_remark(tmp_path):
 )
 def test_what_stands_in_the_way_of_a_comparison_is_said_and_nothing_else(other, said, tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", {"optim.lr": 2}, manifest=other)
-    (remark,) = remarks(ledger_of(a, b))
+    (remark,) = comparison_warnings(ledger_of(a, b))
     assert re.search(said, remark), remark
 
 
 def test_a_held_out_share_is_part_of_what_is_validated_on(tmp_path):
     held_out = {"data": "aa11/0.1"}
     a, b = write_run(tmp_path / "a", manifest=held_out), write_run(tmp_path / "b", manifest={"data": "aa11/0.2"})
-    assert any("validation sets differ" in remark for remark in remarks(ledger_of(a, b)))
+    assert any("validation sets differ" in remark for remark in comparison_warnings(ledger_of(a, b)))
     c = write_run(tmp_path / "c", {"optim.lr": 2}, manifest=held_out)
-    assert remarks(ledger_of(a, c)) == []
+    assert comparison_warnings(ledger_of(a, c)) == []
 
 
 def test_losses_of_other_validation_data_are_no_measure_of_noise(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", val=1.5, manifest={"data": "aa11+cc33"})
-    (remark,) = remarks(ledger_of(a, b))
+    (remark,) = comparison_warnings(ledger_of(a, b))
     assert "validation sets differ" in remark
 
 
 def test_noise_is_of_runs_that_finished_and_said_once(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", val=1.5)
     killed = write_run(tmp_path / "c", val=9.0, summary={"status": "running"})
-    (remark,) = remarks(ledger_of(a, b, killed))
-    assert "same settings and seed, a, b lie 0.5 apart in val/loss" in remark
+    (remark,) = comparison_warnings(ledger_of(a, b, killed))
+    assert "same settings and seed, a, b differ by 0.5 in val/loss" in remark
 
 
 def test_where_there_is_no_manifest_nothing_is_claimed(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", {"optim.lr": 2})
     (b / "manifest.json").unlink()
-    (remark,) = remarks(ledger_of(a, b))
-    assert "want of manifest.json" in remark and remark.endswith(": b")
+    (remark,) = comparison_warnings(ledger_of(a, b))
+    assert "have no manifest.json" in remark and remark.endswith(": b")
 
 
 def test_repeats_say_how_far_noise_goes(tmp_path):
@@ -252,9 +252,9 @@ def test_repeats_say_how_far_noise_goes(tmp_path):
     for name in "abc":
         config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config | {"optim": {"lr": 2}}))
-    same, seeds = remarks(ledger_of(*(tmp_path / name for name in "abcde")))
-    assert "same settings and seed, a, b lie 0.03 apart" in same
-    assert "other seeds, a, b, c lie 0.2 apart" in seeds
+    same, seeds = comparison_warnings(ledger_of(*(tmp_path / name for name in "abcde")))
+    assert "same settings and seed, a, b differ by 0.03" in same
+    assert "other seeds, a, b, c differ by 0.2" in seeds
 
 
 def test_a_sweep_stands_for_its_trials_the_finished_ones_first(tmp_path):
@@ -297,7 +297,7 @@ def test_the_setting_that_decides_the_metric_comes_first_and_constants_are_left_
 
 
 def test_pruned_trials_count_as_not_among_the_best(tmp_path):
-    """Among the finished ones alone the rate would hardly matter: those with a bad one were pruned."""
+    """Among finished runs alone, the learning rate hardly matters: runs with a bad one were pruned."""
     ledger = ledger_of(searched(tmp_path, early=lambda lr: lr < 3e-4))
     judged = importance(ledger)
     assert (judged.num_runs, judged.num_ended_early) == (30, sum(run.status == "pruned" for run in ledger.runs))
@@ -305,7 +305,7 @@ def test_pruned_trials_count_as_not_among_the_best(tmp_path):
 
 
 def test_pruned_trials_are_never_taken_for_the_best(tmp_path):
-    """If they were, it would be the decay that matters: only they have a high one."""
+    """If they were, weight decay would matter: only they have a high one."""
     draw = random.Random(2)
     trials = []
     for number in range(40):
@@ -321,7 +321,7 @@ def test_pruned_trials_are_never_taken_for_the_best(tmp_path):
 
 
 def test_a_metric_to_maximize_is_judged_from_its_other_end(tmp_path):
-    """Only the best end says which setting it takes to get there: below 0.5 the metric is noise of the decay."""
+    """Only the best end says which setting it takes to get there: below 0.5 only weight decay changes the metric."""
     draw = random.Random(1)
     trials = []
     for number in range(40):

@@ -20,7 +20,7 @@ from tests.reports import Page, assert_self_contained, ledger_of, page_of, searc
 
 
 def command(*words):
-    """Run the verb; return what it printed."""
+    """Run the subcommand; return what it printed."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert main(list(words)) == 0
@@ -49,7 +49,7 @@ def test_a_sweeps_page_has_curves_bars_and_slices_with_every_choice_as_text(tmp_
     assert "Which settings mattered" in page.text and "val/loss against each setting" in page.text
     slices = Page(text[text.index("against each setting") : text.index(">Curves<")]).text
     assert "中文" in slices and "<i>" in slices and "constant" not in slices
-    # Ticks of a log axis: a rate's.
+    # Ticks of a log axis: those of the learning rate.
     assert "5e-5" in slices and "5e-4" in slices
 
 
@@ -130,7 +130,7 @@ def test_a_narrow_screen_leaves_figures_out_and_says_so(tmp_path, monkeypatch):
         monkeypatch.setattr(report, "console", lambda file=file, width=width: Screen(file=file, width=width))
         command(words)
         shown[width] = file.getvalue()
-    assert "no room here for train/loss, steps, time:" in shown[60] and "no room" not in shown[200]
+    assert "too narrow for train/loss, steps, time:" in shown[60] and "too narrow" not in shown[200]
     for text in ("1.0000", "+1.0000", "1 skipped"):
         assert text in shown[60] and text in shown[200]
     assert "0:01:01" in shown[200] and "0:01:01" not in shown[60]
@@ -142,11 +142,11 @@ def test_a_narrow_screen_leaves_figures_out_and_says_so(tmp_path, monkeypatch):
         ([], r"runs is not set; name run folders"),
         (["runs=[]"], r"is empty; name run folders"),
         (["runs=a", "base=b"], r"base=b: there is no 'base' here\. Did you mean 'baseline'\?"),
-        (["runs/a"], r"'runs/a' is no word of report\..* runs=\[a,b\]"),
+        (["runs/a"], r"'runs/a' is not an option of report; .* runs=\[a,b\]"),
         (["runs=a", "output=jsn"], r"output=jsn: choose one of text, json"),
     ],
 )
-def test_wrong_words_are_refused(words, said):
+def test_wrong_options_are_refused(words, said):
     with pytest.raises(ConfigError, match=said):
         main(words)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwlit.__main__ import _report
-from qwlit.cluster.script import ASK_FOR_REQUEUE, NAME_JOB, Work, check_slurm, render
+from qwlit.cluster.script import ASK_FOR_REQUEUE, NAME_JOB, SlurmJob, check_slurm, render
 from qwlit.config.compose import compose
 from qwlit.core import signals
 from qwlit.core.errors import ConfigError, Preempted
@@ -189,7 +189,7 @@ def test_files_to_be_edited_ask_for_the_requeue_as_submitted_ones_do(file):
 
 def test_a_container_sees_the_working_folder_and_what_else_is_named():
     words = ["hardware=a100", "slurm.container=/images/a b.sqsh", "slurm.mounts=[/data:/data]"]
-    text = render(compose(words).config, Work("n", "t", ["train"]), python="x", folder=Path("/home/me"))
+    text = render(compose(words).config, SlurmJob("n", "t", ["train"]), python="x", folder=Path("/home/me"))
     assert (
         " --container-image='/images/a b.sqsh' --container-mounts=/home/me:/home/me,/data:/data"
         " --container-workdir=/home/me python -m qwlit train"
@@ -204,12 +204,12 @@ def test_a_container_sees_the_working_folder_and_what_else_is_named():
         (["slurm.options=['-t 5']"], "slurm.time"),
         (["slurm.options=[-J,name]"], "run.name"),
         (["slurm.options=[--array=1-3]"], "seeds"),
-        (["slurm.options=[--no-requeue]"], "not to be chosen"),
-        (["slurm.options=[--gres=shm:1,x:2]"], "quote what has a comma"),
+        (["slurm.options=[--no-requeue]"], "cannot be changed"),
+        (["slurm.options=[--gres=shm:1,x:2]"], "quote a value with a comma"),
         (["slurm.options=[--gres=gpu:1]"], "hardware.devices"),
         (["slurm.options=[--mem-per-cpu=1G]"], "hardware.host_memory_gb"),
         (["slurm.options=[mem=5]"], "write --name=value"),
-        (["slurm.time=2", "slurm.signal_seconds=120"], "no less than slurm.time=2"),
+        (["slurm.time=2", "slurm.signal_seconds=120"], "not less than slurm.time=2"),
     ],
 )
 def test_options_that_would_break_the_job_are_refused(words, says):
@@ -229,5 +229,5 @@ def test_texts_that_look_like_numbers_stay_as_they_are_typed(tmp_path):
     # YAML takes a clock time for a number to the base of sixty: twelve hours would become thirty days.
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "mine.yaml").write_text("defaults: [default]\ntime: 12:00:00\n")
-    with pytest.raises(ConfigError, match=r"slurm\.time=43200: quote it"):
+    with pytest.raises(ConfigError, match=r"slurm\.time=43200: write it in quotes"):
         compose(["slurm=mine", f"hydra.searchpath=[file://{tmp_path}]"])

@@ -1,4 +1,4 @@
-"""Words and names of a W&B sweep's trials."""
+"""Overrides and names of a W&B sweep's trials."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_without_an_agent_names_stay_what_they_are(monkeypatch):
     assert compose(["recipe=lora"]).config.run.name == "qwen3_0_6b-lora-demo"
 
 
-def test_a_whole_wandb_config_as_words_is_read_like_the_sweeps_own_values(agent):
+def test_a_whole_wandb_config_as_arguments_is_read_like_the_sweeps_own_values(agent):
     values = ["optim.lr=0.0002", "train.max_grad_norm=None", "validation.early_stopping_patience=3"]
     typed = ["optim.lr=0.0002", "train.max_grad_norm=null", "validation.early_stopping_patience=3"]
     whole = [

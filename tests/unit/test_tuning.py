@@ -1,4 +1,4 @@
-"""Sweep files, what they may try, the study's memory, the best trial's file, the range test's judgement."""
+"""Sweep files, what they may try, the study's journal, the best trial's file, the range test's suggestion."""
 
 import json
 import math
@@ -15,10 +15,10 @@ import yaml
 from qwlit.config.compose import compose, conf_dir
 from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError
-from qwlit.tuning.best import as_experiment, as_overrides
-from qwlit.tuning.lr_range import judge
-from qwlit.tuning.slots import share_out
-from qwlit.tuning.space import as_words, build_space, check_space, grid_points
+from qwlit.tuning.best import as_experiment, fewest_overrides
+from qwlit.tuning.lr_range import evaluate
+from qwlit.tuning.slots import allocate_slots
+from qwlit.tuning.space import build_space, check_space, format_overrides, grid_points
 from qwlit.tuning.study import Study
 from qwlit.tuning.sweep_file import read_sweep, sweep_names
 from qwlit.tuning.trial import Tail
@@ -46,7 +46,7 @@ def study_of(folder, sweep, *, trials=20, seed=0):
 @pytest.mark.parametrize("name", sweep_names())
 def test_every_parameter_of_every_sweep_names_a_setting_that_exists(name):
     sweep = read_sweep(name)
-    check_space(sweep, [*sweep.words, "data.path=x.jsonl", "data.val_fraction=0.1"])
+    check_space(sweep, [*sweep.overrides, "data.path=x.jsonl", "data.val_fraction=0.1"])
     build_space(sweep)
 
 
@@ -57,7 +57,7 @@ def test_the_guides_ranges_and_full_fine_tunings_own_are_searched():
     guide = {"optim.weight_decay": (0.01, 0.1, "uniform"), "scheduler.warmup_ratio": (0.05, 0.2, "uniform")}
     assert ranges("lora") == guide | {"optim.lr": (1e-5, 5e-4, "log_uniform_values")}
     assert ranges("full_sft") == guide | {"optim.lr": (1e-6, 1e-4, "log_uniform_values")}
-    assert "train.max_epochs=3" in read_sweep("lora").words
+    assert "train.max_epochs=3" in read_sweep("lora").overrides
     assert read_sweep("presets").document.parameters["experiment"].values == [
         "conservative",
         "balanced",
@@ -72,14 +72,14 @@ def test_the_guides_ranges_and_full_fine_tunings_own_are_searched():
         ({"parameters": {"optim.lrr": {"values": [1]}}}, "optim.lrr: no such setting. Did you mean 'optim.lr'"),
         ({"parameters": {"optim.lr": {"values": [1e-4, -1.0]}}}, "optim.lr=-1.0"),
         ({"parameters": {"optim.lr": {"min": 1, "max": 0.1}}}, "min 1 is above max 0.1"),
-        ({"parameters": {"optim.lr": {"max": 3}}}, "a range has min and max"),
+        ({"parameters": {"optim.lr": {"max": 3}}}, "a range needs both min and max"),
         ({"parameters": {"optim.lr": {}}}, "give one of value, values, or min and max"),
         ({"parameters": {"optim.lr": {"value": 1, "min": 1, "max": 2}}}, "give one of value"),
-        ({"parameters": {"optim.lr": {"values": [1e-4], "probabilities": [1.0]}}}, "only W&B draws by them"),
+        ({"parameters": {"optim.lr": {"values": [1e-4], "probabilities": [1.0]}}}, "only W&B supports them"),
         ({"parameters": {"optim.lr": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 0}}}, "above 0"),
-        ({"parameters": {"run.name": {"values": ["a", "b"]}}}, "where a trial lies is the sweep's"),
+        ({"parameters": {"run.name": {"values": ["a", "b"]}}}, "the sweep itself sets where a trial runs"),
         ({"parameters": {"optim.lr": {"minn": 1}}}, "no such entry. Did you mean 'min'"),
-        ({"parameters": {"optim.lr": {"distribution": "beta"}}}, "only W&B draws from it"),
+        ({"parameters": {"optim.lr": {"distribution": "beta"}}}, "only W&B supports it"),
         ({"parameters": {"optim.lr": {"distribution": "log_uniform_values", "min": 0, "max": 1}}}, "above 0"),
         ({"parameters": {}}, "parameters is empty"),
         ({"method": "grid"}, "a grid needs values"),
@@ -95,7 +95,7 @@ def test_what_is_wrong_with_a_sweep_is_said_in_one_line(tmp_path, entries, said)
     with pytest.raises(ConfigError) as caught:
         sweep = sweep_of(tmp_path, **entries)
         build_space(sweep)
-        check_space(sweep, [*sweep.words, "data.path=x.jsonl"])
+        check_space(sweep, [*sweep.overrides, "data.path=x.jsonl"])
         study_of(tmp_path / "s", sweep)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def test_multiples_of_q_are_w_and_bs_and_whole_where_q_is(tmp_path):
     sweep = sweep_of(tmp_path, method="grid", parameters=parameters)
     points = grid_points(build_space(sweep))
     assert points == {"optim.weight_decay": [0.0, 0.1, 0.2, 0.3], "train.global_batch_size": [8, 16, 24, 32]}
-    check_space(sweep, [*sweep.words, "data.path=x.jsonl"])
+    check_space(sweep, [*sweep.overrides, "data.path=x.jsonl"])
     study = study_of(tmp_path / "s", sweep, trials=16)
     drawn = [study.next().parameters for _ in range(16)]
     assert {p["optim.weight_decay"] for p in drawn} == {0.0, 0.1, 0.2, 0.3}
@@ -122,7 +122,9 @@ def test_an_unknown_sweep_names_the_nearest(tmp_path):
 
 
 def test_values_are_written_as_train_reads_them():
-    words = as_words({"optim.amsgrad": True, "train.max_grad_norm": None, "optim.betas": [0.9, 0.95], "optim.lr": 3e-5})
+    words = format_overrides(
+        {"optim.amsgrad": True, "train.max_grad_norm": None, "optim.betas": [0.9, 0.95], "optim.lr": 3e-5}
+    )
     assert words == ["optim.amsgrad=true", "train.max_grad_norm=null", "optim.betas=[0.9,0.95]", "optim.lr=3e-05"]
     config = compose(["recipe=full_sft", *words]).config
     assert (config.optim.amsgrad, config.train.max_grad_norm, config.optim.betas) == (True, None, (0.9, 0.95))
@@ -193,9 +195,9 @@ def test_a_trial_is_pruned_by_the_rule_of_the_file_and_this_outlives_the_parent(
     study = study_of(tmp_path / "s", sweep)
     for value in (1.0, 0.9, 0.8, 2.0):
         ticket = study.next()
-        assert not study.report(ticket.number, 1, value), "nobody is judged before min_iter"
-        condemned = study.report(ticket.number, 2, value)
-        assert condemned == (value == 2.0)
+        assert not study.report(ticket.number, 1, value), "no trial is pruned before min_iter"
+        pruned = study.report(ticket.number, 2, value)
+        assert pruned == (value == 2.0)
     study.close()
     again = study_of(tmp_path / "s", sweep)
     adopted = [again.next() for _ in range(4)]
@@ -209,7 +211,7 @@ def _die_while_asking(folder, sweep):
         study.next()
 
 
-def test_kill_minus_nine_while_asking_leaves_a_study_that_goes_on(tmp_path):
+def test_kill_minus_nine_while_asking_leaves_a_study_that_resumes(tmp_path):
     sweep = sweep_of(tmp_path, parameters={f"optim.p{i}": {"min": 0.0, "max": 1.0} for i in range(5)})
     context = multiprocessing.get_context("spawn")
     journal = tmp_path / "s" / "journal.log"
@@ -243,13 +245,13 @@ def test_the_best_trials_file_composes_to_the_same_run(tmp_path):
     folder.mkdir()
     for number, words in enumerate(cases):
         composed = compose(words)
-        groups, settings = as_overrides(composed.choices, composed.config, [])
+        groups, settings = fewest_overrides(composed.choices, composed.config, [])
         (folder / f"best{number}.yaml").write_text(as_experiment(groups, settings, "The best."), encoding="utf-8")
         again = compose([f"experiment=best{number}", f"hydra.searchpath=[file://{tmp_path}]"]).config
         expected = composed.config
-        assert mathematics(compose([f"{n}={c}" for n, c in groups.items()] + as_words(settings)).config) == mathematics(
-            expected
-        )
+        assert mathematics(
+            compose([f"{n}={c}" for n, c in groups.items()] + format_overrides(settings)).config
+        ) == mathematics(expected)
         assert mathematics(again) == mathematics(expected)
         assert again.data == expected.data
         assert again.hardware == expected.hardware
@@ -275,37 +277,37 @@ def test_places_for_trials_share_gpus_and_cores(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert share_out(None, "auto", word="jobs") == [{}]
-    assert share_out(3, "auto", word="jobs") == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert allocate_slots(None, "auto", option="jobs") == [{}]
+    assert allocate_slots(3, "auto", option="jobs") == [{"OMP_NUM_THREADS": "2"}] * 3
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in share_out(None, "auto", word="jobs")] == ["0", "1", "2", "3"]
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in share_out(2, "auto", word="jobs")] == ["0,1", "2,3"]
-    assert [s["CUDA_VISIBLE_DEVICES"] for s in share_out(None, 2, word="jobs")] == ["0,1", "2,3"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in allocate_slots(None, "auto", option="jobs")] == ["0", "1", "2", "3"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in allocate_slots(2, "auto", option="jobs")] == ["0,1", "2,3"]
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in allocate_slots(None, 2, option="jobs")] == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert share_out(None, 4, word="jobs") == [{"CUDA_VISIBLE_DEVICES": "4,5,6,7"}]
+    assert allocate_slots(None, 4, option="jobs") == [{"CUDA_VISIBLE_DEVICES": "4,5,6,7"}]
     with pytest.raises(ConfigError, match=r"jobs=3 takes 6 GPUs at hardware\.devices=2, and there are 4"):
-        share_out(3, 2, word="jobs")
+        allocate_slots(3, 2, option="jobs")
     with pytest.raises(ConfigError, match="there are 4"):
-        share_out(None, 8, word="jobs")
+        allocate_slots(None, 8, option="jobs")
 
 
 def test_the_range_test_suggests_where_the_loss_falls_fastest_and_stays_below_where_it_turns():
-    rates = [10 ** (-6 + 5 * i / 99) for i in range(100)]
+    lrs = [10 ** (-6 + 5 * i / 99) for i in range(100)]
     # A loss that falls around 1e-4 and climbs beyond 1e-2.
-    losses = [3 - 2 / (1 + math.exp(-4 * (math.log10(r) + 4))) + 50 * max(0.0, r - 1e-2) for r in rates]
-    test = judge(rates, losses)
+    losses = [3 - 2 / (1 + math.exp(-4 * (math.log10(r) + 4))) + 50 * max(0.0, r - 1e-2) for r in lrs]
+    test = evaluate(lrs, losses)
     assert 3e-5 < test.steepest < 4e-4
     assert 1e-3 < test.lowest < 3e-2
     assert test.suggestion <= test.lowest / 3
-    still = judge(rates, [3 - 0.01 * i for i in range(100)])
+    still = evaluate(lrs, [3 - 0.01 * i for i in range(100)])
     assert still.lowest is None
     assert "still fell at the highest" in still.reason()
     noise = random.Random(0)
-    assert all(judge(rates, [5 + noise.gauss(0, 0.3) for _ in rates]).suggestion is None for _ in range(50))
-    assert judge(rates, [5.0] * 100).suggestion is None
-    flat = judge(rates, [3 + 0.01 * i for i in range(100)])
+    assert all(evaluate(lrs, [5 + noise.gauss(0, 0.3) for _ in lrs]).suggestion is None for _ in range(50))
+    assert evaluate(lrs, [5.0] * 100).suggestion is None
+    flat = evaluate(lrs, [3 + 0.01 * i for i in range(100)])
     assert flat.suggestion is None
-    assert "fell at no rate" in flat.reason()
+    assert "did not fall by more than its noise" in flat.reason()
 
 
 def test_sweep_files_are_w_and_bs_own_format_with_nothing_of_ours():

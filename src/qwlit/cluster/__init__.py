@@ -1,1 +1,1 @@
-"""Slurm: the job that trains a run, written from its settings."""
+"""Slurm: write the batch file of a run from its settings."""

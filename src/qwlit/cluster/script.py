@@ -1,4 +1,4 @@
-"""The batch file of a run: readable, and fit to be kept and edited."""
+"""Write the batch file of a run so that a user can read, keep and edit it."""
 
 import re
 import shlex
@@ -11,86 +11,86 @@ from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.slurm import time_limit_seconds
 from qwlit.training.config import HardwareConfig
 
-# hardware.num_workers=auto with CUDA (training/machine.py).
+# The value of hardware.num_workers=auto with CUDA (training/machine.py).
 AUTO_WORKERS = 4
-# Requeues of a job that is told to leave before Python listens: nobody counts its progress. An assumption.
+# How often a job may be requeued that Slurm signals before Python listens. Its progress is not counted. An assumption.
 MOST_EARLY_REQUEUES = 20
-# Both also in the files in slurm/, before and after srun.
+# The files in slurm/ contain both texts as well, before and after srun.
 NAME_JOB = """\
-# A task of an array is called by both its numbers.
+# A task of an array has an ID of two numbers.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-# The run asks for its requeue by itself. Where it finds no scontrol, as in a container, it makes this file.
+# The run requeues its job itself. If it finds no scontrol, as in a container, it creates this file instead.
 export QWLIT_REQUEUE_FILE="$PWD/.requeue-$job"
 rm -f "$QWLIT_REQUEUE_FILE"
 """
 ASK_FOR_REQUEUE = f"""\
-# 140: told to leave before Python could listen. PreemptTime: Slurm makes room for another job; the run was not ready.
+# Code 140: a signal came before Python listened. PreemptTime: Slurm preempts the job, and the run could not requeue.
 facts=$(scontrol show job --oneliner "$job" || true)
 again=no
 if [ -e "$QWLIT_REQUEUE_FILE" ]; then again=yes; rm -f "$QWLIT_REQUEUE_FILE"; fi
 if [ "$code" -eq 140 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_EARLY_REQUEUES} ]; then again=yes; fi
 if [ "$code" -ne 0 ] && [[ $facts == *PreemptTime=2* ]]; then again=yes; fi
-# What somebody cancelled is not running any more.
+# Never requeue a job that a user cancelled: it is no longer running.
 if [ "$again" = yes ] && [[ $facts =~ JobState=(RUNNING|SIGNALING) ]]; then scontrol requeue "$job" || true; fi
 exit "$code"
 """
-# Slurm's own names for a job in a shell; Lightning would take them for a session that is typed into.
+# Slurm's own names for interactive jobs: Lightning would treat the job as interactive.
 INTERACTIVE = ("bash", "interactive")
 
 
 @dataclass(frozen=True)
-class Work:
+class SlurmJob:
     """What the job runs."""
 
     name: str
-    """Of the job and of its log."""
+    """Name of the job and of its log file."""
     title: str
-    """Words of `submit`, for the reader of the file."""
-    verb_words: list[str]
-    """Words after `python -m qwlit`; shell variables among them are kept."""
+    """The arguments of `submit`, as a comment in the file."""
+    arguments: list[str]
+    """Arguments of `python -m qwlit`, quoted for the shell; they may contain shell variables."""
     ranks_by_srun: bool = True
-    """One task a device, started by srun; False: one task, which starts its own processes."""
+    """True: srun starts one task per device. False: one task, which starts its own processes."""
     array: str | None = None
-    """Slurm's --array."""
+    """Value of Slurm's --array."""
     before: tuple[str, ...] = ()
-    """Shell lines that set variables for the words."""
+    """Shell lines that set the variables used in `arguments`."""
 
 
-def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
-    """Write the batch file.
+def render(config: RunConfig, job: SlurmJob, *, python: str, folder: Path) -> str:
+    """Return the text of the batch file.
 
     Args:
-        python: the interpreter that has qwlit; a container's own is `python`.
-        folder: where the command was typed: relative paths are meant from there.
+        python: interpreter with qwlit installed; in a container, `python` is used instead.
+        folder: the current folder, which relative paths refer to.
 
     Raises:
-        ConfigError: the settings name no number of devices.
+        ConfigError: the settings give no number of devices.
     """
     slurm = config.slurm
     interpreter = "python" if slurm.container else shlex.quote(python)
     container = _container(slurm, folder) if slurm.container else ""
-    command = " ".join([interpreter, "-m", "qwlit", *work.verb_words])
+    command = " ".join([interpreter, "-m", "qwlit", *job.arguments])
     lines = [
         "#!/bin/bash",
-        f"# Written by: qwlit submit {one_line(work.title)}",
-        "# Preempted, or out of time, the job is requeued and the run goes on from its newest checkpoint.",
-        *(f"#SBATCH {shlex.quote(option)}" for option in _options(config, work)),
+        f"# Written by: qwlit submit {one_line(job.title)}",
+        "# When Slurm preempts it or its time is over, the job is requeued and resumes from its newest checkpoint.",
+        *(f"#SBATCH {shlex.quote(option)}" for option in _options(config, job)),
         "",
-        "# What fails before the run ends the job. No -u: other people's set-up lines read variables that are not set.",
+        "# A failing line before the run ends the job. No -u: users' set-up lines may read variables that are not set.",
         "set -e",
-        "# The shell outlives the signals: it waits for the run, which saves.",
+        "# The shell ignores these signals and waits for the run, which saves a checkpoint.",
         "trap : USR2 TERM",
         f"cd {shlex.quote(str(folder))}",
         *slurm.setup,
-        *work.before,
+        *job.before,
         "",
         *NAME_JOB.splitlines(),
         "",
-        "# srun starts the ranks, one a device, ends all when one has failed, and waits for rank 0, which exports."
-        if work.ranks_by_srun
-        else "# One task: it starts its own processes.",
-        # By itself srun gives a task one core since Slurm 22.05.
+        "# srun starts one rank per device, ends all if one fails, and waits for rank 0, which exports the model."
+        if job.ranks_by_srun
+        else "# One task, which starts its own processes.",
+        # Since Slurm 22.05, srun gives a task only one core unless told otherwise.
         "code=0",
         f'srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task="$SLURM_CPUS_PER_TASK"{container} {command} || code=$?',
     ]
@@ -98,24 +98,24 @@ def render(config: RunConfig, work: Work, *, python: str, folder: Path) -> str:
 
 
 def _container(slurm: SlurmConfig, folder: Path) -> str:
-    """Return Pyxis' options: by itself an image sees nothing of the host, and starts in a folder of its own."""
+    """Return Pyxis' options. By default an image sees no host folder and starts in a folder of its own."""
     mounts = ",".join([f"{folder}:{folder}", *slurm.mounts])
     options = {"image": str(slurm.container), "mounts": mounts, "workdir": str(folder)}
     return "".join(f" --container-{key}={shlex.quote(value)}" for key, value in options.items())
 
 
-def _options(config: RunConfig, work: Work) -> list[str]:
+def _options(config: RunConfig, job: SlurmJob) -> list[str]:
     slurm, hardware = config.slurm, config.hardware
-    output = "%x-%A_%a.out" if work.array else "%x-%j.out"
+    output = "%x-%A_%a.out" if job.array else "%x-%j.out"
     chosen = {
-        "job-name": f"{work.name}-run" if work.name in INTERACTIVE else work.name,
-        **_shape(hardware, work),
+        "job-name": f"{job.name}-run" if job.name in INTERACTIVE else job.name,
+        **_shape(hardware, job),
         "time": slurm.time,
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": slurm.constraint,
-        "array": work.array,
+        "array": job.array,
         "signal": f"USR2@{slurm.signal_seconds}",
         "output": output,
         "open-mode": "append",
@@ -123,16 +123,16 @@ def _options(config: RunConfig, work: Work) -> list[str]:
     return [f"--{key}={value}" for key, value in chosen.items() if value is not None] + ["--requeue", *slurm.options]
 
 
-def _shape(hardware: HardwareConfig, work: Work) -> dict[str, object]:
+def _shape(hardware: HardwareConfig, job: SlurmJob) -> dict[str, object]:
     """Return nodes, tasks, GPUs, cores and memory."""
     if hardware.devices == "auto":
         raise ConfigError(
-            "hardware.devices=auto: a job must say how many it wants; choose a hardware profile, e.g. hardware=a100x4,"
-            " or type hardware.devices"
+            "hardware.devices=auto: a Slurm job needs a number of devices; choose a hardware profile, e.g."
+            " hardware=a100x4, or set hardware.devices"
         )
     uses_gpus = hardware.accelerator != "cpu"
     workers = hardware.num_workers if hardware.num_workers != "auto" else AUTO_WORKERS * uses_gpus
-    tasks = hardware.devices if work.ranks_by_srun else 1
+    tasks = hardware.devices if job.ranks_by_srun else 1
     return {
         "nodes": hardware.num_nodes,
         "ntasks-per-node": tasks,
@@ -142,11 +142,12 @@ def _shape(hardware: HardwareConfig, work: Work) -> dict[str, object]:
     }
 
 
-def quoted(words: list[str]) -> list[str]:
-    return [shlex.quote(word) for word in words]
+def quoted(arguments: list[str]) -> list[str]:
+    """Quote each argument for the shell."""
+    return [shlex.quote(argument) for argument in arguments]
 
 
-# What the file sets itself, by the setting that decides it; short forms beside it.
+# Option of sbatch that the file sets itself → the setting that decides it. SHORT: the options' short forms.
 OWNED = {
     "nodes": "hardware.num_nodes",
     "ntasks": "hardware.devices",
@@ -185,26 +186,26 @@ ALWAYS = ("requeue", "no-requeue", "open-mode")
 
 
 def check_slurm(config: SlurmConfig) -> None:
-    """Refuse options that the file sets itself, and a time limit that leaves no time to train.
+    """Refuse sbatch options that the file sets itself, and a time limit that leaves no time to train.
 
     Raises:
-        ConfigError: naming the option and the setting to use.
+        ConfigError: such an option, with the setting to use instead; or `signal_seconds` reaches the time limit.
     """
     for option in config.options:
         if not re.match(r"--?[A-Za-z]", option):
             raise ConfigError(
-                f"slurm.options: '{option}' is no option of sbatch; write --name=value, and quote what has a comma"
+                f"slurm.options: '{option}' is not an sbatch option; write --name=value, and quote a value with a comma"
             )
         name = option[2:].partition("=")[0] if option.startswith("--") else SHORT.get(option[1], option[1])
         if name in ALWAYS:
-            raise ConfigError(f"slurm.options: --{name} is not to be chosen; a job that is requeued depends on it")
+            raise ConfigError(f"slurm.options: --{name} cannot be changed: requeueing depends on it; leave it out")
         if name == "gres" and "gpu" in option:
             name = "gpus"
         if name in OWNED:
-            raise ConfigError(f"slurm.options: {option} would be set twice; set {OWNED[name]}")
+            raise ConfigError(f"slurm.options: {option} would be set twice; set {OWNED[name]} instead")
     limit = time_limit_seconds(config.time)
     if limit is not None and limit <= config.signal_seconds:
         raise ConfigError(
-            f"slurm.signal_seconds={config.signal_seconds} is no less than slurm.time={config.time} ({limit} s):"
-            " the run would be told to save as it starts; raise slurm.time"
+            f"slurm.signal_seconds={config.signal_seconds} is not less than slurm.time={config.time} ({limit} s):"
+            " the run would have to save as soon as it starts; raise slurm.time"
         )

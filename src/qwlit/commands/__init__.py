@@ -1,1 +1,1 @@
-"""One module per verb: parse, call, print."""
+"""One module per subcommand: parse, call, print."""

@@ -1,4 +1,4 @@
-"""`--help` of the verbs, made from the dataclasses, so that it cannot be out of date."""
+"""The `--help` texts of the subcommands, built from the settings' dataclasses so that they are never out of date."""
 
 import dataclasses
 import textwrap
@@ -14,49 +14,49 @@ NAME_WIDTH = 38
 INSPECT_INTRO = """\
 python -m qwlit inspect [output=text|json] [sample=N] [group=choice ...] [key=value ...]
 
-Shows what `train` with the same words would train on: which tokens are learnt (green, or in [[ ]] without colours),
-lengths, packing of the first steps, and the rows that cannot be used with their reasons. Trains nothing, needs no GPU
-and no weights, only the tokenizer.
+Shows what `train` with the same overrides would train on: the supervised tokens (green, or in [[ ]] without colours),
+lengths, packing of the first steps, and quarantined rows with their reasons. Trains nothing. Needs no GPU and no
+weights, only the tokenizer.
 
   inspect experiment=demo
   inspect data.path=chat.jsonl model.path=FOLDER sample=3        one sample, token by token
-  inspect data.path=chat.jsonl output=json                       one line a sample: sample, input_ids, loss_mask,
-                                                                 num_supervised_tokens; all else goes to stderr
+  inspect data.path=chat.jsonl output=json                       one line per sample: sample, input_ids, loss_mask,
+                                                                 num_supervised_tokens; the rest goes to stderr
 
-Groups: group=choice takes a file of settings
+Groups: group=choice loads a file of settings
 """
 
 PLAN_INTRO = """\
 python -m qwlit plan [output=text|json] [mfu=0.4] [group=choice ...] [key=value ...]
 
-Says what `train` with the same words would do, without doing it: parameters, memory by what holds it against the
-device's, micro-batches, steps, schedule, time, and what the preflight rules find. The hardware profile is taken at its
-word: needs no GPU, no weights and no network. What needs data or tokenizer is "not checked" where they are not here.
+Says what `train` with the same overrides would do, without training: parameters, memory by component against the
+device's memory, micro-batches, steps, schedule, time, and the preflight findings. It believes the hardware profile and
+needs no GPU, no weights and no network. What depends on data or tokenizer is "not checked" if they are not available.
 
   plan hardware=a100x4 recipe=full_sft
   plan hardware=rtx4090 recipe=qlora model=qwen2_5_7b data.path=chat.jsonl
   plan hardware=h100 mfu=0.5                                     the time at half of the devices' peak
-  plan hardware=a100 output=json                                 for machines
+  plan hardware=a100 output=json                                 for scripts
 
-Groups: group=choice takes a file of settings
+Groups: group=choice loads a file of settings
 """
 
 SUBMIT_INTRO = """\
 python -m qwlit submit [dry_run=true] [seeds=[0,1,2]] [slurm.key=value ...] [group=choice ...] [key=value ...]
 python -m qwlit submit sweep=NAME|FILE trials=N tasks=N [dry_run=true] [key=value ...]
 
-Writes the Slurm job that trains what `train` with the same words would train, and hands it to sbatch. Nodes, tasks,
-GPUs, cores and memory follow from the hardware profile. Before its time limit, or when its nodes are wanted by others,
-the job saves, is requeued, and goes on as the same run until it is done.
+Writes the Slurm job that runs `train` with the same overrides, and passes it to sbatch. Nodes, tasks, GPUs, cores and
+memory follow from the hardware profile. Before its time limit, or when Slurm preempts it, the job saves a checkpoint
+and is requeued; the same run resumes, until it is done.
 
   submit hardware=a100x4 recipe=full_sft slurm.partition=gpu slurm.time=12:00:00
   submit hardware=a100x4 recipe=full_sft dry_run=true                    print the file, submit nothing
-  submit hardware=a100 recipe=lora seeds=[0,1,2]                         an array: one run a seed
+  submit hardware=a100 recipe=lora seeds=[0,1,2]                         an array: one run per seed
   submit sweep=lora trials=20 tasks=4 hardware=a100 data.path=…          a sweep whose trials four tasks share
 
-Where partition, account and set-up lines are always the same, keep them in a file: slurm=NAME (see docs/slurm.md).
+If partition, account and set-up lines are always the same, keep them in a file: slurm=NAME (see docs/slurm.md).
 
-Groups: group=choice takes a file of settings
+Groups: group=choice loads a file of settings
 """
 
 SWEEP_INTRO = """\
@@ -64,29 +64,31 @@ python -m qwlit sweep sweep=NAME|FILE [backend=wandb|optuna] [trials=N] [agents=
 python -m qwlit sweep sweep=NAME|FILE action=best [run.name=… run.root=…]
 python -m qwlit sweep action=find_lr [key=value ...]
 
-Searches for settings. Every trial is an ordinary run of `train` with the sweep's own words, then these, then what is
-tried. One file, in W&B's format, for both backends; the same command goes on with a sweep that was interrupted.
+Searches for settings. Every trial is an ordinary run of `train`. Its overrides are those of the sweep file, then those
+typed here, then the values being tried. Both backends read the same file, in W&B's format. The same command resumes an
+interrupted sweep.
 
-  sweep sweep=lora data.path=chat.jsonl data.val_fraction=0.05                   W&B: makes the sweep, starts agents
+  sweep sweep=lora data.path=chat.jsonl data.val_fraction=0.05                   W&B: creates the sweep, starts agents
   sweep sweep=lora backend=optuna trials=20 jobs=2 data.path=… data.val_fraction=0.05    no account, no server
   sweep sweep=presets backend=optuna                                             the guide's four settings, once each
   sweep sweep=lora action=best                                                   the best trial as an experiment file
-  sweep action=find_lr recipe=lora data.path=chat.jsonl                          which rates does the run bear
+  sweep action=find_lr recipe=lora data.path=chat.jsonl                          a learning-rate range test
 
   sweep=    {sweeps}; or the path of a file
-  trials=   how many in all; a grid has an end of its own
-  agents=   wandb: agents started here, one per GPU; 0 prints how to start them
-  jobs=     optuna: trials side by side, one per GPU. Several machines that share the folder may run the same command
+  trials=   number of trials in all; a grid needs none
+  agents=   wandb: number of agents to start here, by default one per GPU; 0 prints how to start them
+  jobs=     optuna: trials that run at the same time, by default one per GPU. Several machines that share the folder
+            may run the same command
 
-The sweep lies in run.root/NAME (or run.root/run.name): sweep.json, and a run a trial.
+The sweep's folder is run.root/NAME (or run.root/run.name): sweep.json, and one run per trial.
 
-Groups: group=choice takes a file of settings
+Groups: group=choice loads a file of settings
 """
 
 TRAIN_INTRO = """\
 python -m qwlit train [group=choice ...] [key=value ...]
 
-Trains a model. The same command goes on with an unfinished run of the same name.
+Trains a model. The same command resumes an unfinished run of the same name.
 
   train experiment=demo                                          two minutes, no network, no GPU
   train hardware=a100x4 recipe=full_sft                          four A100s, Qwen3-0.6B from the hub
@@ -94,7 +96,7 @@ Trains a model. The same command goes on with an unfinished run of the same name
   train config=runs/NAME/config.yaml run.name=again              an earlier run's settings
   train ... --cfg job                                            print the settings, train nothing
 
-Groups: group=choice takes a file of settings
+Groups: group=choice loads a file of settings
 """
 
 
@@ -131,7 +133,7 @@ def _groups_and_settings(prefixes: tuple[str, ...]) -> str:
         for key, value, doc in _fields(RunConfig, defaults, "")
         if key.startswith(prefixes)
     )
-    return f"{groups}\nSettings: key=value, with the value they have when nothing is typed\n{settings}"
+    return f"{groups}\nSettings: key=value, shown with their defaults\n{settings}"
 
 
 def _fields(owner: Any, values: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:

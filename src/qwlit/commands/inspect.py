@@ -1,4 +1,4 @@
-"""`inspect`: shows the data as the model will see it, and trains nothing."""
+"""`inspect`: show the data as the model will see it, without training."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from qwlit.commands.help import inspect_help
-from qwlit.commands.words import own_words
+from qwlit.commands.options import own_options
 from qwlit.config.compose import compose
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, one_line
@@ -30,16 +30,16 @@ LONGEST_SYSTEM_TEXT = 200
 
 
 def main(arguments: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments):
+    if "-h" in arguments or "--help" in arguments:
         print(inspect_help(), end="")
         return 0
-    own, overrides = own_words(arguments, {"output": OUTPUTS, "sample": None})
+    own, overrides = own_options(arguments, {"output": OUTPUTS, "sample": None})
     sample = _sample(own["sample"] or None)
     config = compose(overrides).config
     try:
         inspect(config, str(own["output"]), sample)
     except BrokenPipeError:
-        # The reader has seen enough (`| head`).
+        # The reader closed the pipe (`| head`). Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -51,10 +51,10 @@ def _sample(text: str | None) -> int | None:
 
 
 def inspect(config: "RunConfig", output: str, sample: int | None) -> None:
-    """Tokenize what is not yet tokenized and show it: samples as JSON lines, or everything a person wants to see.
+    """Tokenize the data if needed and show them: samples as JSON lines, or a page for a person.
 
     Raises:
-        ConfigError, DataError: what `train` would say of the same data; what was put aside is shown before.
+        ConfigError, DataError: as `train` would raise on the same data. Quarantined rows are printed first.
     """
     from qwlit.data.splits import split_data
     from qwlit.planning.tokenized_data import load_tokenized_data
@@ -92,19 +92,19 @@ def _json_lines(samples: "Samples", numbers: Any) -> Iterator[str]:
 
 
 def _show_account(tokenized: "TokenizedData", screen: Console) -> None:
-    """Print what became of every row, and why rows were put aside."""
+    """Print how many rows were accepted, too long or quarantined, and the reasons."""
     from qwlit.data.store import rejections
 
     stores = [("data.path", store) for store in tokenized.training]
     stores += [("data.val_path", store) for store in tokenized.validation]
     for setting, store in stores:
         account = store.account
-        parts = f"{account.accepted:,} accepted + {account.too_long:,} too long + {account.quarantined:,} put aside"
+        parts = f"{account.accepted:,} accepted + {account.too_long:,} too long + {account.quarantined:,} quarantined"
         more = [f"{getattr(account, name):,} {name}" for name in ("truncated", "split", "duplicates")]
         screen.print(f"[bold]{setting}[/]  {escape(store.path)}: {account.read:,} rows = {parts}; {', '.join(more)}")
     found = rejections(store for _, store in stores)
     if found:
-        screen.print("\n[bold]put aside[/]")
+        screen.print("\n[bold]quarantined[/]")
     for rejection in found[:REASONS_SHOWN]:
         place = f"{rejection.first['file']}:{rejection.first['line']}"
         screen.print(f"  {rejection.number:>7,}  {escape(rejection.reason)}  [dim]{escape(place)}[/]")
@@ -114,9 +114,9 @@ def _show_account(tokenized: "TokenizedData", screen: Console) -> None:
 
 
 def _show_data(data: "DataSplit", tokenized: "TokenizedData", config: "RunConfig", screen: Console) -> None:
-    """Print what is learnt of the data, how long the samples are, and how the first steps are laid out."""
+    """Print what the loss covers, the lengths of the samples, and the micro-batches of the first steps."""
     chat = tokenized.encoder.chat
-    screen.print(f"\n[bold]to train on[/]  {data.describe()}")
+    screen.print(f"\n[bold]training data[/]  {data.describe()}")
     if chat is not None:
         supervision = chat.supervision
         template = f"{chat.template}{_other_system_text(chat.family)}"
@@ -128,7 +128,7 @@ def _show_data(data: "DataSplit", tokenized: "TokenizedData", config: "RunConfig
 
 
 def _other_system_text(family: "Family") -> str:
-    """Return what a tokenizer's template says where a conversation has no system turn, if it is not the family's."""
+    """Describe the template's default system text if it is not the family's default, else return ""."""
     from qwlit.data.templates import FAMILIES
 
     text = family.default_system
@@ -142,7 +142,7 @@ def _other_system_text(family: "Family") -> str:
 def _show_lengths(samples: "Samples", screen: Console) -> None:
     from qwlit.data.inspect import length_histogram
 
-    screen.print("\n[bold]tokens a sample[/]")
+    screen.print("\n[bold]tokens per sample[/]")
     histogram = length_histogram(samples)
     most = max(number for _, _, number in histogram)
     for shortest, longest, number in histogram:
@@ -151,7 +151,7 @@ def _show_lengths(samples: "Samples", screen: Console) -> None:
 
 
 def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None:
-    """Print the first steps' micro-batches, each sample as wide as it is long."""
+    """Print the micro-batches of the first steps as bars; a sample's part of the bar is proportional to its length."""
     from qwlit.planning.steps import build_step_plan
 
     hardware = config.hardware
@@ -162,8 +162,8 @@ def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None
     screen.print(f"\n[bold]the first steps[/]  {plan.global_batch_size} samples each, on {on}, {how}")
     for step in range(STEPS_SHOWN):
         ids = plan.samples(step)
-        learnt = int(data.train.num_supervised(ids).sum())
-        screen.print(f"  step {step + 1}: {int(data.train.lengths(ids).sum()):,} tokens, {learnt:,} learnt")
+        supervised = int(data.train.num_supervised(ids).sum())
+        screen.print(f"  step {step + 1}: {int(data.train.lengths(ids).sum()):,} tokens, {supervised:,} supervised")
         layout = [(rank, micro) for rank, micros in enumerate(plan.layout(ids)) for micro in micros if not micro.filler]
         sums = [int(data.train.lengths(ids[list(micro.members)]).sum()) for _, micro in layout]
         for (rank, micro), tokens in zip(layout, sums, strict=True):
@@ -175,34 +175,34 @@ def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None
 
 
 def _show_sample(samples: "Samples", number: int, tokenized: "TokenizedData", screen: Console) -> None:
-    """Print a sample's text: what is learnt in green, or in double brackets where there are no colours."""
+    """Print a sample's text. Supervised tokens are green, or in double brackets on a screen without colours."""
     from qwlit.data.inspect import stretches
 
     input_ids, loss_mask = samples.sample(number)
-    counts = f"{len(input_ids):,} tokens, {int(loss_mask.sum()):,} learnt"
+    counts = f"{len(input_ids):,} tokens, {int(loss_mask.sum()):,} supervised"
     screen.print(f"\n[bold]sample {number}[/]  {escape(samples.origin(number))}  {counts}")
     colours = screen.is_terminal and not screen.no_color
     text = Text()
-    was_learnt = False
+    was_supervised = False
     for stretch in stretches(input_ids, loss_mask, _control_ids(tokenized)):
-        if not colours and stretch.supervised != was_learnt:
+        if not colours and stretch.supervised != was_supervised:
             text.append("[[" if stretch.supervised else "]]")
-        was_learnt = stretch.supervised
+        was_supervised = stretch.supervised
         style = "green" if stretch.supervised else "dim"
         shown = _decode(tokenized, stretch.ids)
-        # A line break is a token like others: whether it is learnt should show.
+        # A line break is a token too: make visible that it is supervised.
         shown = shown.replace("\n", "↵\n") if stretch.supervised else shown
         text.append(shown, f"{style} reverse" if stretch.kind == "control" else style)
-    text.append("]]" if was_learnt and not colours else "")
+    text.append("]]" if was_supervised and not colours else "")
     screen.print(text)
 
 
 def _show_tokens(samples: "Samples", number: int, tokenized: "TokenizedData", screen: Console) -> None:
-    screen.print("\n[bold]position      id  learnt  token[/]")
+    screen.print("\n[bold]position      id  supervised  token[/]")
     input_ids, loss_mask = samples.sample(number)
-    for position, (token, learnt) in enumerate(zip(input_ids.tolist(), loss_mask.tolist(), strict=True)):
-        mark = "[green]yes[/]" if learnt else "   "
-        screen.print(f"{position:>8}  {token:>6}  {mark}     {escape(repr(_decode(tokenized, (token,))))}")
+    for position, (token, supervised) in enumerate(zip(input_ids.tolist(), loss_mask.tolist(), strict=True)):
+        mark = "[green]yes[/]" if supervised else "   "
+        screen.print(f"{position:>8}  {token:>6}  {mark}         {escape(repr(_decode(tokenized, (token,))))}")
 
 
 def _control_ids(tokenized: "TokenizedData") -> set[int]:

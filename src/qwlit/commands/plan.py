@@ -1,4 +1,4 @@
-"""`plan`: says what `train` with the same words would do, without doing it."""
+"""`plan`: say what `train` with the same overrides would do, without training."""
 
 import gc
 import json
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qwlit.commands.help import plan_help
-from qwlit.commands.words import own_words
+from qwlit.commands.options import own_options
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 GIB = 2**30
 OUTPUTS = ("text", "json")
 BAR_WIDTH, CURVE_WIDTH = 30, 60
-# What large, well-fed runs reach on such devices (FLOPs counted as here): PaLM 46 %, torchtitan 33-39 %.
+# MFU of large runs that do not wait for data, with FLOPs counted as here: PaLM 46 %, torchtitan 33-39 %.
 USUAL_MFU = 0.4
 
 
 def main(arguments: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments):
+    if "-h" in arguments or "--help" in arguments:
         print(plan_help(), end="")
         return 0
-    own, overrides = own_words(arguments, {"output": OUTPUTS, "mfu": None})
+    own, overrides = own_options(arguments, {"output": OUTPUTS, "mfu": None})
     mfu = _mfu(own["mfu"])
     if "torch" not in sys.modules:
-        # bitsandbytes compiles functions when it is imported, which takes a second, and nothing is computed here.
+        # `plan` computes nothing, and bitsandbytes needs a second to compile functions when it is imported.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Nearly all that is made lives to the end.
+    # Nearly every object lives until the end, so garbage collection only costs time.
     gc.disable()
     try:
         from qwlit.config.compose import compose
@@ -61,12 +61,12 @@ def _mfu(text: str | None) -> float:
     except ValueError:
         mfu = 0.0
     if not 0 < mfu <= 1:
-        raise ConfigError(f"mfu={text}: give the share of the devices' peak that a run reaches, above 0 to 1")
+        raise ConfigError(f"mfu={text}: give the share of the devices' peak that a run reaches, above 0 and at most 1")
     return mfu
 
 
 def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, Any]:
-    """Return the plan as machines read it; null is what is not known."""
+    """Return the plan for scripts; unknown values are null."""
     memory, batches = plan.memory, plan.batches
     config, machine, schedule = plan.config, plan.machine, plan.schedule
     groups = plan.setup.groups
@@ -113,7 +113,7 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
 
 
 def show(plan: "RunPlan", remedies: "list[Remedy]", mfu: float, screen: Console) -> None:
-    """Print the plan as a person reads it."""
+    """Print the plan for a person."""
     machine = plan.machine
     compiled = ", layers compiled" if plan.execution.compiled else ""
     screen.print(f"[bold]{escape(str(plan.config.run.name))}[/]  on {machine.world_size} x {machine.device_name}")
@@ -130,9 +130,9 @@ def show(plan: "RunPlan", remedies: "list[Remedy]", mfu: float, screen: Console)
 def _show_parameters(plan: "RunPlan", screen: Console) -> None:
     trained = plan.setup.num_trainable
     total = plan.setup.num_parameters
-    screen.print(f"\n[bold]parameters[/]  {total:,}, of them trained {trained:,} ({trained / total:.2%})")
+    screen.print(f"\n[bold]parameters[/]  {total:,}; trainable {trained:,} ({trained / total:.2%})")
     table = Table(box=None, pad_edge=False, padding=(0, 2))
-    for column in ("  group", "parameters", "lr", "decay"):
+    for column in ("  group", "parameters", "lr", "weight decay"):
         table.add_column(column, justify="left" if column == "  group" else "right")
     for group in plan.setup.groups:
         table.add_row(f"  {group.name}", f"{group.size:,}", f"{group.lr:.3g}", f"{group.weight_decay:g}")
@@ -144,14 +144,16 @@ def _show_memory(plan: "RunPlan", remedies: "list[Remedy]", screen: Console) -> 
     there = f" of {memory.device / GIB:.1f}" if memory.device else ""
     verdict = {True: "[green]fits[/]", False: "[red]does not fit[/]", None: "device not known"}[memory.fits]
     screen.print(
-        f"\n[bold]memory[/]  {memory.total / GIB:.2f}{there} GiB a device, {verdict}; fullest at {memory.moment}"
+        f"\n[bold]memory[/]  {memory.total / GIB:.2f}{there} GiB per device, {verdict}; peak at {memory.moment}"
     )
     scale = max(memory.device, memory.total)
     for name, size in memory.components.items():
         bar = "▇" * round(BAR_WIDTH * size / scale)
         screen.print(f"  {name:<22}{size / GIB:>8.2f} GiB  [cyan]{bar}[/]")
     if memory.fits is False:
-        screen.print("  what would fit, cheapest first:" if remedies else "  nothing tried here would fit")
+        screen.print(
+            "  overrides that would fit, cheapest first:" if remedies else "  no override tried here would fit"
+        )
         for overrides, smaller in remedies:
             screen.print(f"    {' '.join(overrides):<58} {smaller.total / GIB:.1f} GiB")
 
@@ -163,7 +165,7 @@ def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
     limits += [f"{hardware.micro_batch_tokens:,} tokens"] if hardware.micro_batch_tokens else []
     seen = f" ({'/'.join(f'{n:g}' for n in batches.accumulation)} min/median/max)" if plan.data else ""
     screen.print(
-        f"\n[bold]steps[/]  {config.train.global_batch_size} samples each, over {machine.world_size} x"
+        f"\n[bold]steps[/]  {config.train.global_batch_size} samples each, in {machine.world_size} x"
         f" {plan.accumulate_grad_batches} micro-batches{seen} of at most {' or '.join(limits) or 'any size'}"
     )
     if schedule is None:
@@ -179,7 +181,7 @@ def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
         screen.print(f"  data  {plan.data.split.describe()}{padding}")
     elif schedule is not None:
         screen.print(f"  data not checked: {escape(plan.not_checked or '')}")
-    screen.print(f"  {plan.flops_per_token / 1e9:.3f} GFLOP a token", end="")
+    screen.print(f"  {plan.flops_per_token / 1e9:.3f} GFLOP per token", end="")
     seconds = plan.seconds(mfu)
     if plan.num_tokens is not None:
         at_most = "" if plan.data else "at most "
@@ -190,7 +192,7 @@ def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
 
 
 def _curve(schedule: "Schedule") -> str:
-    """Draw the learning rate over the run."""
+    """Draw the learning rate over the run, one character per sampled step."""
     width = min(CURVE_WIDTH, schedule.total_steps)
     steps = [number * (schedule.total_steps - 1) // max(1, width - 1) for number in range(width)]
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * schedule.lr_multiplier(step)))] for step in steps)

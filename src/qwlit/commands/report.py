@@ -1,10 +1,10 @@
-"""`report`: the ledger of runs, on the terminal and as a page."""
+"""`report`: compare runs, on the terminal and as an HTML page."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwlit.commands.words import own_words
+from qwlit.commands.options import own_options
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
 from qwlit.core.lists import read_list
@@ -19,43 +19,43 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("text", "json")
 JUDGED = 4
-"""The first columns, which every screen has room for: name, status, metric and difference."""
+"""Number of leading columns that are always shown: name, status, metric and difference."""
 MOST_LISTED = 6
-"""Settings that a row names where too many differ for a column each; the page has all."""
+"""Settings listed per run if too many differ for one column each; the page lists all."""
 GAP, FOLDED = 2, 20
-"""Characters between columns, and those that a folded text takes at least."""
-WORDS = {"runs": None, "baseline": None, "output": OUTPUTS, "page": None}
+"""Characters between two columns, and the smallest width of a column of folded text."""
+OPTIONS = {"runs": None, "baseline": None, "output": OUTPUTS, "page": None}
 
 HELP = """\
 python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
 
-The ledger of runs: what differed in their settings, what came of it, what happened on the way, the best first; and
-report.html with curves, and from four runs on which settings mattered. Reads run folders, runs nothing.
+The ledger of runs, the best first: how their settings, results and events differ. Also writes report.html with curves
+and, from four runs on, which settings mattered. Reads run folders and trains nothing.
 
   report runs=runs/demo                          one run: its curves, events and samples
-  report runs=[runs/a,runs/b]                    what b did differently, and what came of it
-  report 'runs=[runs/lora-*]' baseline=lora-2e-4 all of a name, against one of them
-  report runs=runs/lora                          a sweep: its trials, which settings mattered and where
-  report 'runs=[runs/*]' output=json             for machines, one document; the page is written as well
+  report runs=[runs/a,runs/b]                    how b differs from a in settings and results
+  report 'runs=[runs/lora-*]' baseline=lora-2e-4 all runs with such a name, against one of them
+  report runs=runs/lora                          a sweep: its trials, and which settings mattered
+  report 'runs=[runs/*]' output=json             one JSON document for scripts; the page is written as well
 
-  runs       run folders, sweep folders and globs, as a list or a single one
-  baseline   name or folder of the run that the others are measured against; by default the first one named, of a
-             sweep its best trial
+  runs       run folders, sweep folders and globs: a list, or a single one
+  baseline   name or folder of the run that the others are compared with; by default the first run named, or the best
+             trial of a sweep
   output     text, or json
-  page       where the page goes; by default report.html in the run's folder, in the sweep's, or in the folder that all
-             runs are in
+  page       file to write; by default report.html in the run's folder, the sweep's folder, or the common parent folder
+             of all runs
 
-Runs that cannot be compared (other validation data, device, precision or code) are said to be so.
+Warns about runs that cannot be compared: other validation data, device, precision or code.
 """
 
 
 def main(arguments: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments):
+    if "-h" in arguments or "--help" in arguments:
         print(HELP, end="")
         return 0
-    own, rest = own_words(arguments, WORDS)
+    own, rest = own_options(arguments, OPTIONS)
     if rest:
-        raise ConfigError(f"'{rest[0]}' is no word of report. Runs are named runs=[a,b]")
+        raise ConfigError(f"'{rest[0]}' is not an option of report; name runs as runs=[a,b]")
     if not own["runs"]:
         raise ConfigError("runs is not set; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
     _report(own["runs"], own["baseline"] or None, own["page"] or None, as_json=own["output"] == "json")
@@ -64,29 +64,29 @@ def main(arguments: list[str]) -> int:
 
 def _report(runs: str, baseline: str | None, page: str | None, *, as_json: bool) -> None:
     from qwlit.core.files import resolve_path
+    from qwlit.report.comparability import comparison_warnings
     from qwlit.report.compare import build_ledger
     from qwlit.report.importance import importance
     from qwlit.report.page import FILE, write_page
-    from qwlit.report.remarks import remarks
 
-    words = read_list(runs)
-    if not words:
+    names = read_list(runs)
+    if not names:
         raise ConfigError(f"runs={runs} is empty; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
     try:
-        ledger = build_ledger(words, baseline)
+        ledger = build_ledger(names, baseline)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
-    remarked, judged = remarks(ledger), importance(ledger)
-    place = resolve_path(page) if page else ledger.home / FILE
-    write_page(ledger, remarked, judged, place)
+    warnings, shares = comparison_warnings(ledger), importance(ledger)
+    file = resolve_path(page) if page else ledger.home / FILE
+    write_page(ledger, warnings, shares, file)
     if as_json:
-        print(json.dumps(_as_json(ledger, remarked, judged, place), indent=1, ensure_ascii=False))
+        print(json.dumps(_as_json(ledger, warnings, shares, file), indent=1, ensure_ascii=False))
     else:
-        _show(ledger, remarked, judged, place, console())
+        _show(ledger, warnings, shares, file, console())
 
 
-def _as_json(ledger: "Ledger", remarked: list[str], judged: "Importance | None", place: Path) -> dict[str, Any]:
-    """Return the ledger as machines read it; null is what is not known."""
+def _as_json(ledger: "Ledger", warnings: list[str], shares: "Importance | None", file: Path) -> dict[str, Any]:
+    """Return the ledger for scripts; unknown values are null."""
     from dataclasses import asdict
 
     from qwlit.report.table import EVENTS
@@ -96,7 +96,7 @@ def _as_json(ledger: "Ledger", remarked: list[str], judged: "Importance | None",
         "best": ledger.best.name if ledger.best else None,
         "baseline": ledger.baseline.name,
         "differing": list(ledger.differing),
-        "remarks": remarked,
+        "remarks": warnings,
         "runs": [
             {
                 "name": run.name,
@@ -111,34 +111,34 @@ def _as_json(ledger: "Ledger", remarked: list[str], judged: "Importance | None",
             }
             for run in ledger.runs
         ],
-        "importance": None if judged is None else {"shares": judged.shares, "caveats": judged.caveats},
-        "page": str(place),
+        "importance": None if shares is None else {"shares": shares.shares, "caveats": shares.caveats},
+        "page": str(file),
     }
 
 
-def _show(ledger: "Ledger", remarked: list[str], judged: "Importance | None", place: Path, screen: "Console") -> None:
-    """Print the ledger as a person reads it."""
+def _show(ledger: "Ledger", warnings: list[str], shares: "Importance | None", file: Path, screen: "Console") -> None:
+    """Print the ledger for a person."""
     from rich.markup import escape
 
     from qwlit.report.page import headline
 
     screen.print(f"[bold]{escape(headline(ledger))}[/]\n")
     _show_table(ledger, screen)
-    if judged is not None:
+    if shares is not None:
         screen.print("\n[bold]which settings mattered[/]")
-        for key, share in judged.shares.items():
+        for key, share in shares.shares.items():
             screen.print(f"  {escape(key):<30}{share:>6.2f}  [cyan]{'▇' * round(30 * share)}[/]")
-        for text in judged.caveats:
+        for text in shares.caveats:
             screen.print(f"  [dim]{escape(text)}[/]")
-    if remarked:
+    if warnings:
         screen.print("\n[bold]before you compare[/]")
-    for text in remarked:
+    for text in warnings:
         screen.print(f"  [yellow]{escape(text)}[/]")
-    screen.print(f"\n[bold]page[/]  {escape(str(place))}")
+    screen.print(f"\n[bold]page[/]  {escape(str(file))}")
 
 
 def _show_table(ledger: "Ledger", screen: "Console") -> None:
-    """Print the columns that the screen has room for, leaving out figures from the right."""
+    """Print the table; on a narrow screen leave out columns of numbers, from the right."""
     from qwlit.report.table import columns
 
     parts = columns(ledger, most_listed=MOST_LISTED)
@@ -151,11 +151,11 @@ def _show_table(ledger: "Ledger", screen: "Console") -> None:
         left_out.insert(0, figures[-1].title)
     screen.print(_table(ledger, parts), soft_wrap=False)
     if left_out:
-        screen.print(f"[dim]no room here for {', '.join(left_out)}: they are in the page[/]")
+        screen.print(f"[dim]the screen is too narrow for {', '.join(left_out)}: see the page[/]")
 
 
 def _width(part: "Column") -> int:
-    """Return the characters that a column takes at least: texts are folded, what is short is not."""
+    """Return the smallest width of a column in characters: only columns of text are folded."""
     from rich.cells import cell_len
 
     widest = max(cell_len(line) for text in (*part.title_lines, *part.cells) for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""`submit`: writes the Slurm job of a run, of its seeds, or of a sweep, and hands it to sbatch."""
+"""`submit`: write the Slurm job of a run, of its seeds, or of a sweep, and pass it to sbatch."""
 
 import os
 import shutil
@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qwlit.cluster.script import Work, check_slurm, quoted, render
+from qwlit.cluster.script import SlurmJob, check_slurm, quoted, render
 from qwlit.commands.help import submit_help
-from qwlit.commands.words import own_words, whole_number
+from qwlit.commands.options import own_options, whole_number
 from qwlit.config.compose import compose
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, QwlitError
@@ -16,108 +16,112 @@ from qwlit.core.files import resolve_path, write_text_atomic
 
 OWN = {"dry_run": ("false", "true"), "seeds": None, "sweep": None, "trials": None, "tasks": None}
 SCRIPTS = ".slurm"
-"""Folder beside the runs for the files as they were submitted."""
+"""Folder in run.root that keeps the submitted files."""
 
 
 def main(arguments: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments):
+    if "-h" in arguments or "--help" in arguments:
         print(submit_help(), end="")
         return 0
-    own, words = own_words(arguments, OWN)
-    config, work = _sweep(own, words) if own["sweep"] else _runs(own, words)
+    own, overrides = own_options(arguments, OWN)
+    config, job = _sweep(own, overrides) if own["sweep"] else _runs(own, overrides)
     check_slurm(config.slurm)
-    text = render(config, work, python=sys.executable, folder=Path.cwd())
+    text = render(config, job, python=sys.executable, folder=Path.cwd())
     if own["dry_run"] == "true":
         print(text, end="")
         return 0
-    _submit(resolve_path(config.run.root) / SCRIPTS / f"{work.name}.sbatch", text)
+    _submit(resolve_path(config.run.root) / SCRIPTS / f"{job.name}.sbatch", text)
     return 0
 
 
-def _runs(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Work]:
-    """One run, or the same run with several seeds as an array."""
+def _runs(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig, SlurmJob]:
+    """Describe the job of one run, or an array of the same run with several seeds."""
     for key in ("trials", "tasks"):
         if own[key] is not None:
-            raise ConfigError(f"{key} is of sweeps; say sweep=NAME as well")
-    config = compose(words).config
-    _refuse_hopeless(words)
-    # The name is said, so that a requeue finds the run whatever is derived then.
+            raise ConfigError(f"{key} is an option for sweeps; set sweep=NAME as well, or leave it out")
+    config = compose(overrides).config
+    _run_preflight(overrides)
+    # Write the name into the job: a requeued job must find the same run even if the default name would change.
     name = str(config.run.name)
-    named = [*words, f"run.name={name}"]
+    named = [*overrides, f"run.name={name}"]
     if own["seeds"] is None:
-        return config, Work(name, " ".join(words), ["train", *quoted(named)])
+        return config, SlurmJob(name, " ".join(overrides), ["train", *quoted(named)])
     seeds = _seeds(own["seeds"])
     chosen = "${seeds[$SLURM_ARRAY_TASK_ID]}"
-    return config, Work(
+    return config, SlurmJob(
         name,
-        f"seeds={own['seeds']} {' '.join(words)}",
-        ["train", *quoted(words), f"seed={chosen}", f"run.name={name}-seed{chosen}"],
+        f"seeds={own['seeds']} {' '.join(overrides)}",
+        ["train", *quoted(overrides), f"seed={chosen}", f"run.name={name}-seed{chosen}"],
         array=f"0-{len(seeds) - 1}",
         before=(f"seeds=({' '.join(str(seed) for seed in seeds)})",),
     )
 
 
-def _sweep(own: dict[str, str | None], words: list[str]) -> tuple[RunConfig, Work]:
-    """A local sweep whose trials are shared by the tasks of an array, each with the devices of one trial."""
+def _sweep(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig, SlurmJob]:
+    """Describe an array whose tasks share the trials of a local sweep. Each task has the devices of one trial."""
     from qwlit.tuning.optuna_search import check_metric, number_of_trials, sweep_folder
     from qwlit.tuning.space import build_space, check_space
     from qwlit.tuning.sweep_file import read_sweep
 
     if own["seeds"] is not None:
-        raise ConfigError("seeds is of runs; a sweep tries what its file says")
+        raise ConfigError("seeds is an option for runs; a sweep tries what its file lists. Leave seeds out")
     sweep = read_sweep(str(own["sweep"]))
-    composed = check_space(sweep, [*sweep.words, "logger=none", *words])
-    config, name = composed.config, sweep_folder(sweep, composed, words).name
+    composed = check_space(sweep, [*sweep.overrides, "logger=none", *overrides])
+    config, name = composed.config, sweep_folder(sweep, composed, overrides).name
     if config.hardware.num_nodes > 1:
-        raise ConfigError("hardware.num_nodes: a trial of a sweep runs on one node")
+        raise ConfigError("hardware.num_nodes: a trial of a sweep runs on one node; set hardware.num_nodes=1")
     check_metric(sweep, config)
     trials = whole_number(own, "trials")
     limit = number_of_trials(sweep, build_space(sweep), trials)
     tasks = whole_number(own, "tasks") or 1
     if tasks > limit:
-        raise ConfigError(f"tasks={tasks} is more than the sweep has trials, {limit}; each task runs one at a time")
-    said = [] if trials is None else [f"trials={trials}"]
-    sweep_words = ["sweep", *quoted([f"sweep={own['sweep']}", "backend=optuna", *said, "jobs=1", *words])]
-    title = " ".join([f"sweep={own['sweep']}", *said, f"tasks={tasks}", *words])
-    return config, Work(name, title, sweep_words, ranks_by_srun=False, array=f"0-{tasks - 1}")
+        raise ConfigError(
+            f"tasks={tasks}: the sweep has only {limit} trials, and each task runs one at a time; lower it"
+        )
+    limited = [] if trials is None else [f"trials={trials}"]
+    arguments = ["sweep", *quoted([f"sweep={own['sweep']}", "backend=optuna", *limited, "jobs=1", *overrides])]
+    title = " ".join([f"sweep={own['sweep']}", *limited, f"tasks={tasks}", *overrides])
+    return config, SlurmJob(name, title, arguments, ranks_by_srun=False, array=f"0-{tasks - 1}")
 
 
 def _seeds(text: str) -> list[int]:
-    words = text.removeprefix("[").removesuffix("]").split(",")
-    if not all(word.strip().isdecimal() for word in words):
+    items = text.removeprefix("[").removesuffix("]").split(",")
+    if not all(item.strip().isdecimal() for item in items):
         raise ConfigError(f"seeds={text}: give a list of whole numbers, seeds=[0,1,2]")
-    seeds = [int(word) for word in words]
+    seeds = [int(item) for item in items]
     if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds={text}: each seed once")
+        raise ConfigError(f"seeds={text}: a seed is repeated; give each seed once")
     return seeds
 
 
-def _refuse_hopeless(words: list[str]) -> None:
-    """Refuse now what `train` would refuse after hours in the queue.
+def _run_preflight(overrides: list[str]) -> None:
+    """Refuse now what `train` would refuse only after hours in the queue.
 
     Raises:
-        ConfigError: as `train` would.
+        ConfigError: a preflight rule refuses the run.
     """
     from qwlit.planning.facts import facts_of
     from qwlit.planning.preflight import find, refuse
     from qwlit.planning.setup import resolve_setup
 
-    refuse(find(facts_of(resolve_setup(compose(words), imagined=True))))
+    refuse(find(facts_of(resolve_setup(compose(overrides), imagined=True))))
 
 
 def _submit(file: Path, text: str) -> None:
-    """Keep the text in `file`, and hand that to sbatch; Slurm's own line is the last.
+    """Write the text to `file` and pass it to sbatch. The last line printed is Slurm's own.
 
     Raises:
-        QwlitError: there is no sbatch, or it refused.
+        QwlitError: there is no sbatch, or it refused the job.
     """
     if shutil.which("sbatch") is None:
-        raise ConfigError("there is no sbatch here; dry_run=true prints the file, to be submitted where there is one")
+        raise ConfigError(
+            "there is no sbatch on this machine; print the file with dry_run=true and submit it elsewhere"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(file, text)
     print(f"written to {file}")
     sys.stdout.flush()
-    # What is said of the submitter's own job would be taken for the new one's.
+    # Inside another Slurm job, sbatch would apply that job's SLURM_ variables to the new one.
     kept = {"SLURM_CONF", "SLURM_CLUSTERS"}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key in kept}
     done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True, check=False, env=environment)

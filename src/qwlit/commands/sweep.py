@@ -1,4 +1,4 @@
-"""`sweep`: searches for settings by one file, with W&B's agents or with Optuna on this machine."""
+"""`sweep`: search for settings as a sweep file describes, with W&B's agents or with Optuna on this machine."""
 
 import shlex
 from typing import Any
@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qwlit.commands.help import sweep_help
-from qwlit.commands.words import own_words, whole_number
+from qwlit.commands.options import own_options, whole_number
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, QwlitError, nearest
 
@@ -17,66 +17,70 @@ SHOWN = 5
 
 
 def main(arguments: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments):
+    if "-h" in arguments or "--help" in arguments:
         print(sweep_help(), end="")
         return 0
-    own, words = own_words(
+    own, overrides = own_options(
         arguments,
         {"sweep": None, "backend": BACKENDS, "action": ACTIONS, "trials": None, "jobs": None, "agents": None},
     )
-    for word in words:
-        if word.startswith("-"):
-            raise ConfigError(f"{word}: no such option.{nearest(word, ['--help'])} Settings are key=value")
-    idle = {"find_lr": ("sweep", "trials", "jobs", "agents"), "best": ("trials", "jobs", "agents"), "run": ()}
-    for key in idle[str(own["action"])]:
+    for override in overrides:
+        if override.startswith("-"):
+            raise ConfigError(f"{override}: no such option.{nearest(override, ['--help'])} Settings are key=value")
+    unused = {"find_lr": ("sweep", "trials", "jobs", "agents"), "best": ("trials", "jobs", "agents"), "run": ()}
+    for key in unused[str(own["action"])]:
         if own[key] is not None:
-            raise ConfigError(f"{key}={own[key]} means nothing to action={own['action']}; leave it out")
+            raise ConfigError(f"{key}={own[key]} has no effect with action={own['action']}; leave it out")
     if own["action"] == "find_lr":
-        return _find_lr(words)
+        return _find_lr(overrides)
     if own["sweep"] is None:
         from qwlit.tuning.sweep_file import sweep_names
 
         raise ConfigError(f"sweep is not set; choose one of {', '.join(sweep_names())}, or give a file's path")
     if own["action"] == "best":
-        return _best(own["sweep"], words)
-    return _run(own, words)
+        return _best(own["sweep"], overrides)
+    return _run(own, overrides)
 
 
-def _run(own: dict[str, str | None], words: list[str]) -> int:
+def _run(own: dict[str, str | None], overrides: list[str]) -> int:
     from qwlit.tuning.sweep_file import read_sweep
 
     sweep = read_sweep(str(own["sweep"]))
     trials = whole_number(own, "trials")
     if own["backend"] == "wandb":
         if own["jobs"] is not None:
-            raise ConfigError("jobs is of backend=optuna; with W&B's agents say agents=N, one trial each at a time")
+            raise ConfigError(
+                "jobs is an option of backend=optuna; with W&B set agents=N, one trial per agent at a time"
+            )
         from qwlit.tuning.wandb_search import run_wandb
 
-        run_wandb(sweep, words, trials=trials, agents=whole_number(own, "agents", least=0))
+        run_wandb(sweep, overrides, trials=trials, agents=whole_number(own, "agents", least=0))
         return 0
     if own["agents"] is not None:
-        raise ConfigError("agents is of backend=wandb; with backend=optuna say jobs=N, trials side by side")
+        raise ConfigError(
+            "agents is an option of backend=wandb; with backend=optuna set jobs=N, trials at the same time"
+        )
     from qwlit.tuning.optuna_search import run_local
     from qwlit.tuning.record import read_record
 
-    folder = run_local(sweep, words, trials=trials, jobs=whole_number(own, "jobs"))
+    folder = run_local(sweep, overrides, trials=trials, jobs=whole_number(own, "jobs"))
     record = read_record(folder)
     _show(record)
     screen = console()
-    screen.print(f"\n[bold]where everything lies[/]  {escape(str(folder))}")
-    screen.print("  sweep.json   every trial: settings, value, how it ended; trial-… are ordinary runs")
-    screen.print(f"  report runs={escape(str(folder))}   curves, what differed, which settings mattered")
-    place = [word for word in words if word.lstrip("+").startswith(("run.name=", "run.root="))]
+    screen.print(f"\n[bold]sweep folder[/]  {escape(str(folder))}")
+    screen.print("  sweep.json   the settings, value and end of every trial; trial-… are ordinary runs")
+    screen.print(f"  report runs={escape(str(folder))}   curves, differences, which settings mattered")
+    place = [override for override in overrides if override.lstrip("+").startswith(("run.name=", "run.root="))]
     best = shlex.join([f"sweep={own['sweep']}", "action=best", *place])
-    screen.print(f"  sweep {escape(best)}   the best trial as an experiment file")
+    screen.print(f"  sweep {escape(best)}   writes the best trial as an experiment file")
     if record["best"] is None and not any(trial["state"] == "running" for trial in record["trials"]):
         reasons = [trial["reason"] for trial in record["trials"] if trial["reason"]]
-        raise QwlitError(f"no trial ended well: {reasons[0] if reasons else 'there was none'}")
+        raise QwlitError(f"no trial finished with a value: {reasons[0] if reasons else 'there was none'}")
     return 0
 
 
 def _show(record: dict[str, Any]) -> None:
-    """Print how many trials ended how, and the best ones."""
+    """Print how many trials ended in each state, and the best ones."""
     trials, metric = record["trials"], record["metric"]
     ends = [trial["state"] for trial in trials]
     counts = ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
@@ -95,17 +99,18 @@ def _show(record: dict[str, Any]) -> None:
     screen.print(table)
 
 
-def _best(name: str, words: list[str]) -> int:
+def _best(name: str, overrides: list[str]) -> int:
     from qwlit.config.compose import compose
     from qwlit.tuning.best import write_best
     from qwlit.tuning.optuna_search import sweep_folder
     from qwlit.tuning.sweep_file import read_sweep
 
     sweep = read_sweep(name)
-    folder = sweep_folder(sweep, compose([*sweep.words, *words]), words)
-    file, overrides = write_best(folder, sweep, words)
-    print(shlex.join(overrides))
-    searched = [word.partition("=")[2].strip("[]") for word in words if word.startswith("hydra.searchpath=")]
+    folder = sweep_folder(sweep, compose([*sweep.overrides, *overrides]), overrides)
+    file, best = write_best(folder, sweep, overrides)
+    print(shlex.join(best))
+    typed = [override for override in overrides if override.startswith("hydra.searchpath=")]
+    searched = [override.partition("=")[2].strip("[]") for override in typed]
     folders = ",".join([*searched, f"'file://{file.parents[1].resolve()}'"])
     again = shlex.join([f"experiment={file.stem}", f"hydra.searchpath=[{folders}]"])
     console(stderr=True).print(
@@ -114,10 +119,10 @@ def _best(name: str, words: list[str]) -> int:
     return 0
 
 
-def _find_lr(words: list[str]) -> int:
+def _find_lr(overrides: list[str]) -> int:
     from qwlit.tuning.lr_range import find_lr
 
-    test, folder = find_lr(words, console())
+    test, folder = find_lr(overrides, console())
     screen = console()
     if test.suggestion is None:
         screen.print(f"[bold]no suggestion[/]: {test.reason()}")

@@ -6,7 +6,7 @@ from qwlit.core.errors import ConfigError, nearest
 
 
 def main(arguments: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments):
+    if "-h" in arguments or "--help" in arguments:
         print(train_help(), end="")
         return 0
     overrides, show_config = _split_options(arguments)
@@ -21,15 +21,16 @@ def main(arguments: list[str]) -> int:
 
 
 def _split_options(arguments: list[str]) -> tuple[list[str], bool]:
-    """Take `--cfg job` out of the words; everything else is an override."""
-    words = list(arguments)
-    show_config = "--cfg" in words
+    """Separate `--cfg job` from the overrides. Return the overrides, and whether to print the settings only."""
+    overrides = list(arguments)
+    show_config = "--cfg" in overrides
     if show_config:
-        at = words.index("--cfg")
-        if words[at + 1 : at + 2] != ["job"]:
-            raise ConfigError("--cfg takes one word: --cfg job prints the composed settings")
-        del words[at : at + 2]
-    for word in words:
-        if word.startswith("-"):
-            raise ConfigError(f"{word}: no such option.{nearest(word, ['--help', '--cfg'])} Settings are key=value")
-    return words, show_config
+        at = overrides.index("--cfg")
+        if overrides[at + 1 : at + 2] != ["job"]:
+            raise ConfigError("--cfg takes one value: --cfg job prints the composed settings")
+        del overrides[at : at + 2]
+    for override in overrides:
+        if override.startswith("-"):
+            hint = nearest(override, ["--help", "--cfg"])
+            raise ConfigError(f"{override}: no such option.{hint} Settings are key=value")
+    return overrides, show_config

@@ -1,1 +1,1 @@
-"""RunConfig: composing, checking and deriving what crosses components."""
+"""RunConfig: compose, check and explain the settings of a run."""

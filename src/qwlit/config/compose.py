@@ -1,7 +1,7 @@
-"""From command-line overrides to a checked RunConfig. Whatever is wrong is said in one line.
+"""Turn command-line overrides into a checked RunConfig. Any mistake raises ConfigError with one line.
 
-Hydra composes groups and files; every value override is forced in (`++`), so that a wrong name is not Hydra's to
-report but falls to the one check of the whole tree against the dataclasses, which knows the nearest valid name.
+Hydra composes groups and files. Every value override is passed with `++`, so that Hydra accepts any name. The one check
+of the whole tree against the dataclasses then reports wrong names, with the nearest valid name.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from qwlit.config.explain import explain
 from qwlit.config.relations import TEXTS, check_relations
 from qwlit.config.run import RunConfig
-from qwlit.config.trial import settings_among, trial_name
+from qwlit.config.trial import agent_overrides, trial_name
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.lists import read_list
@@ -34,11 +34,11 @@ from qwlit.model.folder import base_of, is_adapter
 
 MAIN = "train"
 SWEEPS = "sweep"
-"""Folder of files for the verb of that name; no group of settings."""
+"""Folder of sweep files for the subcommand `sweep`; not a group of settings."""
 
 
 def conf_dir() -> Path:
-    """Return the folder of YAML files: `qwlit/conf` in a wheel, `conf/` at the top of a checkout."""
+    """Return the folder of the YAML files: `qwlit/conf` in a wheel, `conf/` in a checkout."""
     package = Path(__file__).parents[1]
     for candidate in (package / "conf", package.parents[1] / "conf"):
         if (candidate / f"{MAIN}.yaml").is_file():
@@ -48,15 +48,15 @@ def conf_dir() -> Path:
 
 @dataclass(frozen=True)
 class Composed:
-    """A checked configuration and where it came from."""
+    """A checked configuration and the group choices that it was composed from."""
 
     config: RunConfig
     choices: dict[str, str]
-    """Group → chosen file, e.g. recipe → full_sft; empty when an earlier run's config.yaml was given."""
+    """Group → chosen file, e.g. recipe → full_sft; empty if `config=` named an earlier run's config.yaml."""
 
 
 def group_options() -> dict[str, list[str]]:
-    """Return every group with its choices, as the packaged folder has them."""
+    """Return every group of the packaged folder with its choices."""
     groups = sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name != SWEEPS)
     return {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in groups}
 
@@ -67,12 +67,12 @@ def compose(overrides: list[str]) -> Composed:
     Raises:
         ConfigError: naming the field, the rule and the nearest valid name.
     """
-    parsed = _parse(settings_among(overrides) if under_agent() else overrides)
+    parsed = _parse(agent_overrides(overrides) if under_agent() else overrides)
     typed = {o.key_or_group: o for o in parsed}
     base = typed.pop("config", None)
     tree, choices = _from_run(base.value(), typed) if base else _from_groups(typed)
-    _settle_pairs(tree, typed)
-    _settle_model(tree, typed, choices.get("model"))
+    _clear_alternatives(tree, typed)
+    _replace_architecture(tree, typed, choices.get("model"))
     config = check(tree)
     check_relations(config)
     config = _with_default_name(config, choices)
@@ -82,39 +82,39 @@ def compose(overrides: list[str]) -> Composed:
 
 
 def _parse(overrides: list[str]) -> list[Override]:
-    """Parse overrides. Of a key typed twice the later one counts, so that scripts can pass "$@" on."""
+    """Parse the overrides and refuse Hydra's forms that a run cannot use: several values, and deletions."""
     parsed = []
     for text in overrides:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(f"'{text}': overrides have the form key=value, e.g. optim.lr=1e-5")
         override = _read(text)
         if override.is_sweep_override():
-            raise ConfigError(f"'{text}' names several values; train takes one, a list is written [a,b]")
+            raise ConfigError(f"'{text}' gives several values, but a run takes one; write a list as [a,b]")
         if override.is_delete():
-            raise ConfigError(f"'{text}': settings cannot be deleted; set the value you want")
+            raise ConfigError(f"'{text}': settings cannot be deleted; set a value instead")
         parsed.append(override)
     return parsed
 
 
 LISTS = {"data.path", "data.val_path"}
-"""Texts that may also be lists."""
+"""Settings of text that may also be lists."""
 OF_TEXTS = {"slurm.options", "slurm.setup", "slurm.mounts"}
-"""Lists in the words of other programs: Hydra's grammar cannot read [--mem=5G]."""
-# Hydra's grammar has ASCII letters only: in a list, what it cannot read is quoted for it.
+"""Lists of text for other programs: Hydra's grammar cannot read [--mem=5G]."""
+# Hydra's grammar knows only ASCII letters, so list items with other letters are quoted.
 FOREIGN = re.compile(r"""[^\[\]{},:'"\s]*[^\x00-\x7f][^\[\]{},:'"]*""")
 
 
 def _read(text: str) -> Override:
-    """Read one override; a value that Hydra's grammar has no letters for (data.path=数据.jsonl) is text."""
+    """Read one override. A value that Hydra's grammar cannot read (data.path=数据.jsonl) is quoted and read as text."""
     parser = OverridesParser.create()
     key, _, value = text.partition("=")
     if key.lstrip("+") in LISTS and value.startswith("{"):
-        raise ConfigError(f"'{text}': parts are a list, [{{path:…,weight:…}},…]")
+        raise ConfigError(f"'{text}': give the parts as a list, [{{path:…,weight:…}},…]")
     if key.lstrip("+") in LISTS and value.startswith("["):
         text = f"{key}={FOREIGN.sub(lambda match: repr(match.group()), value)}"
     try:
         override = parser.parse_override(text)
-        # 2024_01 is a name here, though it is a number in YAML.
+        # For a text setting, 2024_01 is a name, although YAML reads a number: quote it below.
         is_list = override.key_or_group in LISTS and isinstance(override.value(), list)
         if override.key_or_group not in TEXTS or is_list or isinstance(override.value(), str | None):
             return override
@@ -135,26 +135,26 @@ def _quoted(text: str) -> str:
 
 
 def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Compose group files and values by Hydra."""
+    """Compose the group files and the typed values with Hydra. Return the tree and the chosen files."""
     if "data.path" in typed and "data" not in typed:
-        # One's own data also replaces the demo's validation set and its exact-match check.
+        # The user's own data also replace the demo's validation set and its exact-match check.
         typed = {"data": _parse(["data=files"])[0], **typed}
     if "model.hub_id" in typed and "model" not in typed:
-        # A packaged file of the same hub id knows the architecture without asking the hub.
+        # The packaged file with this hub id has the architecture, so the hub is not needed.
         wanted = typed["model.hub_id"].value()
         for name, hub_id in _packaged_hub_ids().items():
             if hub_id is not None and hub_id == wanted:
                 typed["model"] = _parse([f"model={name}"])[0]
     for folder in typed["hydra.searchpath"].value() if "hydra.searchpath" in typed else []:
         if str(folder).startswith("file://") and not Path(str(folder).removeprefix("file://")).is_dir():
-            raise ConfigError(f"hydra.searchpath: {folder} is no folder")
+            raise ConfigError(f"hydra.searchpath: {folder} is not a folder; give an existing one")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
-            # experiment=null is what stands there anyway, and Hydra cannot be told so.
+            # experiment=null is the default, and Hydra refuses it as an override.
             chosen = [o for o in typed.values() if (o.key_or_group, o.value()) != ("experiment", None)]
-            words = [_as_hydra(o, user_files="hydra.searchpath" in typed) for o in chosen]
-            composed = hydra_compose(MAIN, words, return_hydra_config=True)
+            overrides = [_as_hydra(o, user_files="hydra.searchpath" in typed) for o in chosen]
+            composed = hydra_compose(MAIN, overrides, return_hydra_config=True)
             choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
             tree: Any = OmegaConf.to_container(
                 OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]), resolve=True
@@ -165,7 +165,7 @@ def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _as_hydra(override: Override, *, user_files: bool) -> str:
-    """Return the override as Hydra should see it: group choices checked, values forced in."""
+    """Return the override for Hydra: check a group choice, and prefix a value with `++`."""
     key, line = override.key_or_group, str(override.input_line).lstrip("+")
     if key.startswith("hydra."):
         return line
@@ -175,7 +175,7 @@ def _as_hydra(override: Override, *, user_files: bool) -> str:
     choice = override.value()
     if choice is None and key != "experiment":
         raise ConfigError(f"{key}=null: choose one of {', '.join(options)}")
-    # With files of the user's own, only Hydra knows all choices.
+    # If the user adds a folder of own files, only Hydra knows all choices.
     if choice is not None and choice not in options and not user_files:
         hint = nearest(str(choice), options) or f" Choose one of {', '.join(options)}."
         raise ConfigError(f"{key}={choice}: no such {key}.{hint}")
@@ -183,7 +183,7 @@ def _as_hydra(override: Override, *, user_files: bool) -> str:
 
 
 def _from_run(path: Any, typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Take an earlier run's resolved config.yaml, with single values changed."""
+    """Load an earlier run's config.yaml and apply the typed values."""
     file = resolve_path(str(path))
     if not file.is_file():
         raise ConfigError(f"config={path}: no such file; give a run's config.yaml")
@@ -193,7 +193,7 @@ def _from_run(path: Any, typed: dict[str, Override]) -> tuple[dict[str, Any], di
             raise ConfigError(f"config={path} is not a run's config.yaml")
         for key, override in typed.items():
             if key in group_options() and "." not in key:
-                raise ConfigError(f"{key}={override.value()}: config={path} has made every choice; set single values")
+                raise ConfigError(f"{key}={override.value()}: config={path} has fixed all groups; set single values")
             OmegaConf.update(tree, key, override.value(), force_add=True)
         container: Any = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -204,8 +204,11 @@ def _from_run(path: Any, typed: dict[str, Override]) -> tuple[dict[str, Any], di
 PAIRS = (("scheduler.warmup_steps", "scheduler.warmup_ratio"), ("train.max_steps", "train.max_epochs"))
 
 
-def _settle_pairs(tree: dict[str, Any], typed: dict[str, Override]) -> None:
-    """Let a typed value clear the recipe's value for the same thing."""
+def _clear_alternatives(tree: dict[str, Any], typed: dict[str, Override]) -> None:
+    """Let a typed value clear the recipe's other key of the pair, e.g. warmup_steps clears warmup_ratio.
+
+    A typed warm-up also lifts the recipe's cap on it.
+    """
     if all(key in typed and typed[key].value() is not None for key in PAIRS[0]):
         raise ConfigError("scheduler.warmup_steps and scheduler.warmup_ratio are both set; give one of them")
     for pair in PAIRS:
@@ -220,16 +223,16 @@ def _settle_pairs(tree: dict[str, Any], typed: dict[str, Override]) -> None:
 
 
 def _packaged_hub_ids() -> dict[str, str | None]:
-    """Return the hub id of every packaged model file, by the file's name."""
+    """Return name → hub id of every packaged model file."""
     files = (conf_dir() / "model").glob("*.yaml")
     return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")).get("hub_id") for file in files}
 
 
-def _settle_model(tree: dict[str, Any], typed: dict[str, Override], chosen: str | None) -> None:
-    """Let a folder or a hub id replace the chosen model file, whose architecture describes another model.
+def _replace_architecture(tree: dict[str, Any], typed: dict[str, Override], chosen: str | None) -> None:
+    """Drop the architecture of the chosen model file if a folder or another hub id names the model.
 
     Raises:
-        ConfigError: a typed architecture has no effect, or an adapter's base is not here.
+        ConfigError: a typed architecture would have no effect, or the base of an adapter was not found.
     """
     model = tree.get("model")
     if not isinstance(model, dict):
@@ -238,7 +241,7 @@ def _settle_model(tree: dict[str, Any], typed: dict[str, Override], chosen: str 
     is_other = hub_id is not None and ("model.hub_id" in typed or chosen is not None)
     if is_other and chosen is not None:
         hub_ids = _packaged_hub_ids()
-        # A file of the user's own names its own hub id.
+        # A model file of the user has its own hub id and architecture.
         is_other = chosen in hub_ids and hub_ids[chosen] != hub_id
     if not path and not is_other:
         return
@@ -255,10 +258,10 @@ def _settle_model(tree: dict[str, Any], typed: dict[str, Override], chosen: str 
 
 
 def check(tree: dict[str, Any]) -> RunConfig:
-    """Check a whole tree against the dataclasses.
+    """Check the whole tree against the dataclasses.
 
     Raises:
-        ConfigError: for the first thing that is wrong.
+        ConfigError: for the first mistake.
     """
     try:
         return TypeAdapter(RunConfig).validate_python(tree)
@@ -267,18 +270,18 @@ def check(tree: dict[str, Any]) -> RunConfig:
 
 
 def dump(config: RunConfig) -> str:
-    """Return the configuration as YAML that `config=` reads back to the same."""
+    """Return the configuration as YAML; `config=` reads it back to an equal one."""
     return yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def as_tree(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as JSON has it."""
+    """Return the configuration as nested dicts of JSON values."""
     tree: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
     return tree
 
 
 def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:
-    """Name the run after its experiment, or model-recipe-data; the same command then finds the same run."""
+    """Name the run after its experiment, or model-recipe-data, so that the same command finds the same run."""
     if config.run.name is not None:
         return config
     data, model = choices.get("data", "data"), choices.get("model", "model")

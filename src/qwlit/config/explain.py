@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one line."""
+"""Explain in one line what is wrong with a configuration."""
 
 import dataclasses
 import re
@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import nearest
 
-# What pydantic says of Python's types, for somebody who types settings.
-PLAIN_WORDS = {
+# pydantic's phrases about Python types → phrases about typed settings.
+PLAIN_PHRASES = {
     "a valid tuple": "a list, [first,second]",
     "^field required": "give two values, [first,second]",
     r"a dictionary or an instance of \w+": "settings, key by key",
@@ -18,12 +18,12 @@ PLAIN_WORDS = {
 
 
 RENAMED = {"hardware.memory": "hardware.activation_checkpointing"}
-"""Old names of settings, for people who know them."""
+"""Old name of a setting → its new name, for the error message."""
 
 
 def explain(error: ValidationError, groups: list[str]) -> str:
-    """Turn pydantic's first finding into one line: field, rule, nearest name among settings and `groups`."""
-    # A name written wrong is also a name missing: the former says more.
+    """Turn pydantic's first error into one line: field, rule, and the nearest name among settings and `groups`."""
+    # A misspelled name gives two errors, an unknown and a missing name. The unknown one is more helpful.
     findings = sorted(error.errors(), key=lambda finding: finding["type"] != "unexpected_keyword_argument")
     finding = findings[0]
     owner, names = _trace([str(part) for part in finding["loc"]])
@@ -41,7 +41,7 @@ def explain(error: ValidationError, groups: list[str]) -> str:
         return f"{field} is not set"
     rule = finding["msg"].removeprefix("Value error, ")
     rule = rule[0].lower() + rule[1:]
-    for jargon, plain in PLAIN_WORDS.items():
+    for jargon, plain in PLAIN_PHRASES.items():
         rule = re.sub(jargon, plain, rule)
     value = finding["input"]
     hint = nearest(str(value), re.findall(r"'([^']+)'", rule)) if finding["type"] == "literal_error" else ""
@@ -49,17 +49,17 @@ def explain(error: ValidationError, groups: list[str]) -> str:
 
 
 def _as_typed(value: Any) -> str:
-    """Return the value as one types it: null and true, not None and True; one line."""
+    """Return the value on one line as a user types it: null and true, not None and True."""
     known = {None: "null", True: "true", False: "false"}
     shown = known[value] if value is None or isinstance(value, bool) else str(value)
     return " ".join(shown.split())
 
 
 def _trace(location: list[str]) -> tuple[Any, list[str]]:
-    """Follow pydantic's location through the dataclasses, leaving out the names it gives to members of a union.
+    """Follow pydantic's location through the dataclasses, without its names for the members of a union.
 
     Returns:
-        The innermost dataclass on the way, and the setting's dotted name in parts.
+        The innermost dataclass reached, and the parts of the setting's dotted name.
     """
     owner: Any = RunConfig
     names: list[str] = []

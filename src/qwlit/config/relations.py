@@ -1,4 +1,4 @@
-"""What no single setting can know: settings that exclude, need or contradict each other."""
+"""Check settings against each other: one may exclude, need or contradict another."""
 
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
@@ -15,14 +15,14 @@ TEXTS = {
     "data.path",
     "data.val_path",
 } | {f"slurm.{name}" for name in ("partition", "account", "qos", "constraint", "time", "container")}
-"""Settings that are text even where they look like a number, and are never empty."""
+"""Settings that are text even if they look like a number, and that must not be empty."""
 
 
 def check_relations(config: RunConfig) -> None:
     """Check settings against each other.
 
     Raises:
-        ConfigError: naming both, and the remedy.
+        ConfigError: naming both settings and the remedy.
     """
     for check in (_texts, _length, _schedule, _data, _optimizer, _adapter, _dropout, _profile, _logger):
         check(config)
@@ -56,43 +56,47 @@ def _data(config: RunConfig) -> None:
         raise ConfigError("data.val_path and data.val_fraction are both set; give one of them")
     if data.exact_match and data.val_path is None and data.val_fraction == 0:
         raise ConfigError(
-            f"data.exact_match={data.exact_match} answers validation rows; set data.val_path or val_fraction"
+            f"data.exact_match={data.exact_match} answers validation samples; set data.val_path or val_fraction"
         )
 
 
 def _optimizer(config: RunConfig) -> None:
     optim = config.optim
     if optim.amsgrad and optim.name != "adamw":
-        raise ConfigError(f"optim.amsgrad=true is of adamw, but optim.name={optim.name}; set optim=adamw")
+        raise ConfigError(f"optim.amsgrad=true works only with adamw, but optim.name={optim.name}; set optim=adamw")
     if optim.nesterov and optim.momentum == 0 and optim.name in ("muon", "sgd"):
-        raise ConfigError("optim.nesterov=true looks ahead along the momentum, but optim.momentum=0; set one of them")
+        raise ConfigError("optim.nesterov=true needs momentum, but optim.momentum=0; change one of them")
     if config.determinism == "strict" and optim.name in (*BITSANDBYTES, "muon"):
         raise ConfigError(
-            f"determinism=strict trains in float32, but optim.name={optim.name} computes in fewer bits; set optim=adamw"
+            f"determinism=strict trains in float32, but optim.name={optim.name} uses fewer bits; set optim=adamw"
         )
 
 
 def _adapter(config: RunConfig) -> None:
     adapter, freeze = config.adapter, config.freeze
     if config.model.adapter_path and config.model.init == "random":
-        raise ConfigError("model.adapter_path is on top of a trained model, but model.init=random; set it pretrained")
+        raise ConfigError("model.adapter_path needs trained weights, but model.init=random; set model.init=pretrained")
     if adapter.kind == "none":
         for key, usual in vars(AdapterConfig()).items():
             if getattr(adapter, key) != usual:
-                raise ConfigError(f"adapter.{key} is for a frozen model with adapters; set recipe=qlora or recipe=lora")
+                raise ConfigError(
+                    f"adapter.{key} needs adapters, but adapter.kind=none; set recipe=qlora or recipe=lora"
+                )
         if config.dropout.lora:
-            raise ConfigError(f"dropout.lora={config.dropout.lora}: there are no adapters; set it 0, or recipe=lora")
+            raise ConfigError(f"dropout.lora={config.dropout.lora}: there are no adapters; set it to 0, or recipe=lora")
     elif freeze != FreezeConfig():
-        raise ConfigError("freeze.* is for training without adapters: with adapter.kind=lora all else is frozen anyway")
+        raise ConfigError("freeze.* has no effect with adapter.kind=lora, which freezes the whole base; leave it out")
     if adapter.quantization != "none" and config.determinism == "strict":
-        raise ConfigError("determinism=strict trains in float32, but adapter.quantization=nf4 has 4 bits; set it none")
+        raise ConfigError(
+            "determinism=strict trains in float32, but adapter.quantization=nf4 has 4 bits; set it to none"
+        )
 
 
 def _dropout(config: RunConfig) -> None:
     dropout = config.dropout
     if dropout.layers is not None and not (dropout.attention or dropout.feed_forward or dropout.residual):
         raise ConfigError(
-            "dropout.layers says where, but attention, feed_forward and residual are all 0; set one of them"
+            "dropout.layers is set, but dropout.attention, feed_forward and residual are all 0; set one of them"
         )
 
 

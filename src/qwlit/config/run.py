@@ -1,4 +1,4 @@
-"""RunConfig: every setting of a run, each beside the component that owns it."""
+"""RunConfig: all settings of a run. Each section is defined beside the code that uses it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +23,9 @@ class RunConfig:
     seed: NonNegativeInt
     """Seeds the weights, the order of samples and dropout."""
     resume: Literal["auto", "never"]
-    """auto: go on with an unfinished run of this name. never: set it aside and start anew."""
+    """auto: resume an unfinished run of this name. never: keep it under another name and start a new one."""
     determinism: Determinism
-    """fast: nothing forced. reproducible: same machine, same numbers. strict: also float32 and eager attention."""
+    """fast: no constraint. reproducible: same machine, same numbers. strict: also float32 and eager attention."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -46,9 +46,9 @@ class RunConfig:
 
 
 MATHEMATICS = ("seed", "model", "data", "train", "optim", "scheduler", "dropout", "freeze", "adapter")
-"""Sections that shape what is computed: a run goes on only with the same ones."""
+"""Sections that shape the computation: a run resumes only with the same values."""
 NO_MATHEMATICS = {
-    # The data is known by its content, wherever it lies.
+    # Data are compared by their content, so the path may change.
     "data.path",
     "data.val_path",
     "data.strict",
@@ -56,13 +56,13 @@ NO_MATHEMATICS = {
     "data.exact_match",
     "model.attention",
 }
-"""Settings in these sections that do not."""
+"""Settings in these sections that do not shape the computation."""
 FOLDERS = {"model.path", "model.adapter_path", "model.tokenizer"}
-"""Settings of which only the last part counts, so that a run can go on where the disk has another name."""
+"""Settings whose last path part alone is compared, so that a run can resume on a machine with other paths."""
 
 
 def mathematics(config: RunConfig) -> dict[str, Any]:
-    """Return what shapes the computation, as dotted key → value."""
+    """Return the settings that shape the computation, as dotted key → value."""
     tree = asdict(config)
     values = flatten({section: tree[section] for section in MATHEMATICS})
     kept = {key: value for key, value in values.items() if key not in NO_MATHEMATICS}
@@ -71,7 +71,7 @@ def mathematics(config: RunConfig) -> dict[str, Any]:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return a tree's leaves as dotted key → value."""
+    """Return the leaves of nested dicts as dotted key → value."""
     if not isinstance(tree, dict):
         return {prefix.rstrip("."): tree}
     return {key: value for name, item in tree.items() for key, value in flatten(item, f"{prefix}{name}.").items()}

@@ -1,4 +1,4 @@
-"""What a user can set about the run folder, the Slurm job and preflight: settings whose code is above this layer."""
+"""Settings of the run folder, the Slurm job and preflight. The code that uses them is in higher layers."""
 
 import re
 from typing import Annotated, Any
@@ -11,25 +11,27 @@ from qwlit.core.slurm import time_limit_seconds
 
 def _folder_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.=,+-]{0,199}", name):
-        raise ValueError("a run's name is one folder: letters, digits and _ . = , + -; set run.root for another place")
+        raise ValueError(
+            "a run's name is one folder of letters, digits and _ . = , + -; set run.root for another place"
+        )
     return name
 
 
 @config_dataclass
 class RunSettings:
-    """Where the run lives."""
+    """The run folder."""
 
     name: Annotated[str, AfterValidator(_folder_name)] | None = None
-    """Folder under run.root; by default the experiment's name, or model-recipe-data. The same name continues a run."""
+    """Folder under run.root; by default the experiment's name, or model-recipe-data. The same name resumes a run."""
     root: str = "runs"
-    """Folder that holds the runs, relative to the current one."""
+    """Folder that contains the runs, relative to the current folder."""
     overwrite: Flag = False
-    """Delete an existing run of this name and start anew."""
+    """Delete an existing run of this name and start a new one."""
 
 
 def _slurm_time(value: Any) -> Any:
     if isinstance(value, int):
-        raise ValueError('quote it, "12:00:00": YAML reads a clock time as a number')
+        raise ValueError('write it in quotes, "12:00:00": YAML reads a clock time as a number')
     if isinstance(value, str):
         time_limit_seconds(value)
     return value
@@ -37,7 +39,7 @@ def _slurm_time(value: Any) -> Any:
 
 def _one_line(text: str) -> str:
     if "\n" in text:
-        raise ValueError("one line each")
+        raise ValueError("must be one line; give several lines as a list")
     return text
 
 
@@ -49,7 +51,7 @@ class SlurmConfig:
     """The Slurm job that `submit` writes. Nodes, tasks, GPUs, cores and memory follow from the hardware profile."""
 
     partition: Line | None = None
-    """Partition; null: the cluster's default. So are account, qos and constraint."""
+    """Partition; null: the cluster's default. The same holds for account, qos and constraint."""
     account: Line | None = None
     """Account to charge."""
     qos: Line | None = None
@@ -57,24 +59,24 @@ class SlurmConfig:
     constraint: Line | None = None
     """Features that the nodes must have."""
     time: Annotated[str, BeforeValidator(_slurm_time)] = "24:00:00"
-    """Time limit of one piece of the run; it is requeued and goes on until it is done."""
+    """Time limit of one job; the job is requeued and the run resumes until it is done."""
     signal_seconds: Annotated[int, Field(ge=10, le=65535, strict=True)] = 120
-    """How long before the time limit the run is told to save: one step, one checkpoint and some."""
+    """Seconds before the time limit at which the run is told to save: enough for one step and one checkpoint."""
     max_requeues_in_place: PositiveInt = 3
-    """A run that is requeued so often without one step more is left: it would loop for ever."""
+    """After this many requeues without a new step, the run is not requeued again; it would loop forever."""
     container: Line | None = None
-    """Image for Pyxis' --container-image; its own python is used. null: no container, this environment."""
+    """Image for Pyxis' --container-image; the image's python is used. null: no container, the current environment."""
     mounts: tuple[Line, ...] = ()
-    """What the container sees of the host beside the working folder, as /from:/to."""
+    """Host folders that the container sees beside the working folder, as /from:/to."""
     setup: tuple[Line, ...] = ()
-    """Shell lines before training, e.g. ["module load cuda"]; variables as $NAME."""
+    """Shell lines before training, e.g. ["module load cuda"]; they may use variables as $NAME."""
     options: tuple[Line, ...] = ()
-    """Further options of sbatch, e.g. [--exclusive,--mem=64G]."""
+    """More options of sbatch, e.g. [--exclusive,--mem=64G]."""
 
 
 @config_dataclass
 class PreflightConfig:
-    """Rules that are known from how runs die; `plan` lists what they find."""
+    """Rules drawn from runs that failed; `plan` lists their findings."""
 
     allow: tuple[str, ...] = ()
-    """Names of rules that would refuse this run and shall only warn, e.g. [full_lr]."""
+    """Names of rules that only warn instead of refusing this run, e.g. [full_lr]."""

@@ -1,23 +1,23 @@
-"""Trials of a W&B sweep: what their agent writes into the words, and what tells their run folders apart."""
+"""Trials of a W&B sweep: the overrides that the agent passes, and the names of the run folders."""
 
 import os
 import re
 
 from qwlit.training.tracking.config import WANDB_CONFIG_KEY
 
-# A trial that is resumed gets its whole W&B config as arguments: beside the sweep's values ours and the client's own.
+# The agent passes the whole W&B config of a resumed trial: also the keys of qwlit and of the client.
 NO_SETTINGS = (WANDB_CONFIG_KEY, "_wandb", "wandb_version")
 LONGEST = 199
-# Python's way to write what YAML calls null, alone or inside a list.
+# The agent writes Python's None, alone or inside a list, where YAML needs null.
 NONE = re.compile(r"(?<=[=\[, ])None(?=$|[\], ])")
 
 
-def settings_among(words: list[str]) -> list[str]:
-    """Return the words that are settings, as they would be typed."""
-    return [NONE.sub("null", word) for word in words if word.partition("=")[0] not in NO_SETTINGS]
+def agent_overrides(arguments: list[str]) -> list[str]:
+    """Return those of the agent's arguments that are settings, written as a user types them."""
+    return [NONE.sub("null", argument) for argument in arguments if argument.partition("=")[0] not in NO_SETTINGS]
 
 
 def trial_name(name: str) -> str:
-    """Return a name of the trial's own, which a resumed trial finds again."""
+    """Return a run name that is unique to the trial; a resumed trial gets the same name."""
     id = os.environ["WANDB_RUN_ID"]
     return f"{name[: LONGEST - len(id)]}-{id}"

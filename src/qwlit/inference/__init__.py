@@ -1,1 +1,1 @@
-"""Using a trained model."""
+"""Use a trained model: generate answers, export it."""

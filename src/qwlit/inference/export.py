@@ -1,6 +1,6 @@
-"""The trained model as a folder that other tools load: transformers 4 and 5, peft for a LoRA adapter, vLLM, llama.cpp.
+"""Export the trained model as a folder for other tools: transformers 4 and 5, peft (LoRA adapters), vLLM, llama.cpp.
 
-The base's own files are copied; only what training changed is written anew.
+Files of the base model are copied; only files that training changed are written.
 """
 
 import os
@@ -17,26 +17,26 @@ from qwlit.model.families.decoder import HEAD
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS, PREFIX
 
 MAX_SHARD_SIZE = "5GB"
-"""Of one safetensors file, as transformers has it."""
+"""Largest size of one safetensors file."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the parts of a model came from that training does not change."""
+    """The sources of the parts of a model that training does not change."""
 
     model: Path | None
-    """Folder of the base model; None where its weights were random."""
+    """Folder of the base model; None if its weights were random."""
     tokenizer: Path | None
-    """Folder of the tokenizer; None where the rows were tokens already and nobody named one."""
+    """Folder of the tokenizer; None if the rows were tokens already and the settings name no tokenizer."""
     base: str | None
-    """What an adapter's configuration names as its base: an absolute path or a hub id; None for random weights."""
+    """The base model in an adapter's configuration: an absolute path or a hub id; None for random weights."""
 
 
 def export_model(model: PreTrainedModel, folder: Path, *, origin: Origin, end: End | None) -> None:
-    """Write the whole model in the dtype its checkpoint came in, or only its adapter in float32.
+    """Write the whole model in the dtype of its original checkpoint, or only its adapter in float32.
 
     Args:
-        end: how the answers end that it was trained on; None where it was not trained on any.
+        end: how the answers in the training data end; None if there were none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
@@ -52,8 +52,10 @@ def export_model(model: PreTrainedModel, folder: Path, *, origin: Origin, end: E
 
 
 def _let_others_read(folder: Path) -> None:
-    """Give weights the permissions of any new file: safetensors lets only the owner read them, and a server often runs
-    as somebody else."""
+    """Give the weights the usual permissions of a new file.
+
+    safetensors lets only the owner read them, and an inference server often runs as another user.
+    """
     mask = os.umask(0)
     os.umask(mask)
     for file in folder.glob("*.safetensors"):
@@ -63,7 +65,7 @@ def _let_others_read(folder: Path) -> None:
 def _export_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     state = model.state_dict()
     if model.config.tie_word_embeddings:
-        # It is the embedding; a second name would be a second copy in another dtype.
+        # A tied head is the embedding. Converted below under its own name, it would become a second copy.
         del state[HEAD]
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
     save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
@@ -76,6 +78,6 @@ def _export_adapter(model: PreTrainedModel, folder: Path, base: str | None) -> N
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
-    # peft reads the names its wrapper gives; here the layers stand in the model itself.
+    # peft expects the names of its wrapper model; here the adapters are inside the model itself, without the prefix.
     state = {f"{PREFIX}{name}": t.detach().cpu() for name, t in get_peft_model_state_dict(model).items()}
     save_file(state, folder / ADAPTER_WEIGHTS)

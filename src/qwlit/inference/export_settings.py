@@ -1,4 +1,4 @@
-"""The JSON files and the tokenizer of an exported model, readable by transformers 4 and 5 and what builds on them."""
+"""Write the JSON files and the tokenizer of an exported model for transformers 4 and 5 and tools built on them."""
 
 import json
 import shutil
@@ -32,24 +32,25 @@ COPIED = (
 
 @dataclass(frozen=True)
 class End:
-    """How the answers end that a model was trained on, and the template they were written in."""
+    """How the answers in the training data end, and their chat template."""
 
     token: str
-    """The token that ends an answer: <|im_end|> of conversations, <|endoftext|> of plain text."""
+    """The token that ends an answer: <|im_end|> in conversations, <|endoftext|> in plain text."""
     token_id: int
     other_end_ids: tuple[int, ...]
-    """Ids that end a text as well, such as that of <|endoftext|>."""
+    """Other ids that also end a text, such as that of <|endoftext|>."""
     chat_template: str | None
-    """Jinja of the template trained with; None where the tokenizer's folder has that very template, or none was."""
+    """Jinja text of training's template; None if it is the one in the tokenizer's folder, or none was used."""
 
 
 def write_config(
     config: "PretrainedConfig", folder: Path, *, base: Path | None, dtype: torch.dtype, end: End | None
 ) -> None:
-    """Write config.json: the base's own values, in both spellings, with the dtype of the weights and the new end.
+    """Write config.json: the base model's values with the dtype of the weights and the new end token.
 
-    transformers 4, and servers built on it, read `rope_theta`, `rope_scaling` and `torch_dtype` at the top level and
-    fall back to a base of 10,000 where they are missing; transformers 5 reads `rope_parameters` and `dtype`.
+    The RoPE and dtype values are written under both names. transformers 4, and servers built on it, read `rope_theta`,
+    `rope_scaling` and `torch_dtype` at the top level, and assume a RoPE base of 10,000 if they are missing.
+    transformers 5 reads `rope_parameters` and `dtype`.
     """
     values = read_json(base / "config.json") if base else json.loads(config.to_json_string(use_diff=True))
     rope = dict(config.rope_parameters or {})
@@ -58,11 +59,11 @@ def write_config(
         values["rope_scaling"] = rope
     name = str(dtype).removeprefix("torch.")
     values |= {"torch_dtype": name} | {key: name for key in DTYPE_KEYS if key in values}
-    # Training folders often have it off; whoever generates with the exported model wants it.
+    # Folders of models in training often turn the KV cache off; generation needs it.
     values["use_cache"] = True
     values.setdefault("architectures", config.architectures)
     if not values.get("quantization_config"):
-        # Empty, transformers 5 refuses to load it.
+        # transformers 5 refuses to load a model whose quantization_config is empty.
         values.pop("quantization_config", None)
     if end:
         values["eos_token_id"] = end.token_id
@@ -70,7 +71,7 @@ def write_config(
 
 
 def write_generation_config(config: "PretrainedConfig", folder: Path, *, base: Path | None, end: End | None) -> None:
-    """Write generation_config.json: the base's own values, and what ends a text with the trained end first."""
+    """Write generation_config.json: the base model's values, with the trained end token first among the end tokens."""
     values = read_json(base / GENERATION_CONFIG) if base and (base / GENERATION_CONFIG).is_file() else {}
     if end is None and not values:
         return
@@ -87,7 +88,7 @@ def _as_list(value: Any) -> list[int]:
 
 
 def write_tokenizer(folder: Path, source: Path, *, end: End | None) -> None:
-    """Copy the tokenizer's own files, and set in them the end and the template that the model was trained with."""
+    """Copy the tokenizer's files, and set the end token and the chat template that training used."""
     for name in COPIED:
         (folder / name).unlink(missing_ok=True)
         if (source / name).is_file():
@@ -108,12 +109,12 @@ def write_tokenizer(folder: Path, source: Path, *, end: End | None) -> None:
         write_text_atomic(folder / CHAT_TEMPLATE, end.chat_template)
         _change(folder / TOKENIZER_CONFIG, lambda values: {k: v for k, v in values.items() if k != "chat_template"})
     else:
-        # Where published folders have it; every version of transformers and llama.cpp's converter look here.
+        # Published folders have it here, and every version of transformers and llama.cpp's converter reads it.
         _change(folder / TOKENIZER_CONFIG, lambda values: values | {"chat_template": end.chat_template})
 
 
 def _change(file: Path, change: Callable[[Values], Values]) -> None:
-    """Rewrite a JSON file where the change makes a difference, so that a copied file stays as it was otherwise."""
+    """Rewrite a JSON file only if `change` changes its values, so that other copied files stay byte for byte equal."""
     values = read_json(file) if file.is_file() else {}
     changed = change(dict(values))
     if changed != values:
@@ -121,13 +122,13 @@ def _change(file: Path, change: Callable[[Values], Values]) -> None:
 
 
 def _for_transformers_4(values: Values) -> Values:
-    """Undo what transformers 5 writes and transformers 4 cannot read: a list of extra tokens, and traces of saving."""
+    """Replace entries of transformers 5 that transformers 4 cannot read, such as a list of extra special tokens."""
     extra = values.get("extra_special_tokens")
     if isinstance(extra, list):
         del values["extra_special_tokens"]
         values.setdefault("additional_special_tokens", extra)
-    for trace in ("is_local", "local_files_only"):
-        values.pop(trace, None)
+    for name in ("is_local", "local_files_only"):
+        values.pop(name, None)
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
     return values

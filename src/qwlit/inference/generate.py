@@ -1,4 +1,4 @@
-"""Answering prompts with a trained model."""
+"""Answer prompts with a trained model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from qwlit.data.samples import Samples
 from qwlit.model.attention import generation_attention
 
 BATCH = 50
-# Room beyond the longest expected answer, so that one which does not stop by itself is seen as such.
+# Tokens beyond the longest expected answer, so that an answer that does not stop by itself is not an exact match.
 SLACK_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Question:
-    """A sample cut before its last answer."""
+    """A sample, split before its last answer."""
 
     sample: int
     prompt: list[int]
     answer: list[int]
-    """The expected tokens, the end of turn included."""
+    """The expected tokens, including the end-of-turn token."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What the model said to a question."""
+    """A question with the model's answer."""
 
     question: Question
     tokens: list[int]
-    """Generated tokens up to and with the first end of turn."""
+    """Generated tokens, up to and including the first end-of-turn token."""
 
     @property
     def exact(self) -> bool:
@@ -38,7 +38,7 @@ class Answered:
 
 
 def questions(samples: Samples, limit: int) -> list[Question]:
-    """Cut the first `limit` samples before their last supervised stretch."""
+    """Split each of the first `limit` samples before its last run of supervised tokens."""
     asked = []
     for number in range(min(limit, len(samples))):
         ids, mask = samples.sample(number)
@@ -53,9 +53,9 @@ def questions(samples: Samples, limit: int) -> list[Question]:
 def answer_greedily(
     model: PreTrainedModel, asked: list[Question], *, end_of_turn_id: int, pad_id: int
 ) -> Iterator[Answered]:
-    """Answer each question with the likeliest token at every position, until the end of turn.
+    """Answer each question greedily, until the end-of-turn token.
 
-    Questions of like length share a batch; the answers come in that order.
+    Questions are sorted by length, so that a batch needs little padding. The answers come in that order.
     """
     by_length = sorted(asked, key=lambda q: len(q.prompt))
     model.eval()
@@ -75,7 +75,7 @@ def _answer_batch(
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
-        # A checkpoint's own generation settings are for sampling.
+        # Not the checkpoint's own generation settings: they are for sampling.
         generation_config=GenerationConfig(
             max_new_tokens=max(len(q.answer) for q in asked) + SLACK_TOKENS,
             do_sample=False,

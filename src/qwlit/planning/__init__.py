@@ -1,1 +1,1 @@
-"""From a RunConfig to a RunPlan: what depends on machine, model and data, resolved once, before anything is trained."""
+"""From a RunConfig to a RunPlan: resolve once, before training, everything that depends on machine, model and data."""

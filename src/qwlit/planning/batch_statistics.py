@@ -1,4 +1,4 @@
-"""Statistics of the run's steps: how many micro-batches they have, and how large the largest is."""
+"""Statistics of the steps of a run: the number of micro-batches, and the size of the largest one."""
 
 from dataclasses import dataclass, replace
 from statistics import median
@@ -9,34 +9,35 @@ from qwlit.config.run import RunConfig
 from qwlit.data.step_plan import StepPlan
 from qwlit.planning.memory.state import MicroShape
 
-# Of longer runs so many steps and samples are looked at, spread evenly: half a second.
+# Of a longer run, only this many steps and samples are measured, evenly spread; it takes half a second.
 MOST_STEPS, MOST_SAMPLES = 2000, 200_000
 
 
 @dataclass(frozen=True)
 class BatchStatistics:
-    """What the steps of a run are like."""
+    """Sizes and averages over the steps of a run."""
 
     largest: MicroShape
-    """The micro-batch that takes the most memory."""
+    """An upper bound on all micro-batches: the largest value of each field."""
     accumulation: tuple[int, float, int]
-    """Micro-batches of a device and step: fewest, median, most."""
+    """Micro-batches per rank and step: minimum, median, maximum."""
     tokens_per_step: float
+    """Average over the steps, of all ranks together."""
     supervised_share: float
-    """Of the tokens."""
+    """Supervised tokens / tokens, 0 to 1."""
     pairs_per_token: float
-    """Tokens that one looks back upon, on average."""
+    """Earlier tokens that a token attends to, on average."""
     padding_share: float | None
-    """Of the positions computed."""
+    """Padding / positions computed, 0 to 1; None if not known."""
 
 
 def measure_batches(plan: StepPlan, total_steps: int) -> BatchStatistics:
-    """Lay out the steps (of long runs a part) and note the largest micro-batch."""
+    """Assign the samples of the steps (of a long run, of some steps) to micro-batches and measure them."""
     counts, tokens, positions = [], [], []
     num_supervised, num_pairs = 0, 0.0
     largest = MicroShape(0, 0, 0.0, plan.packing)
-    num_looked_at = min(total_steps, MOST_STEPS, max(1, MOST_SAMPLES // plan.global_batch_size))
-    for step in np.unique(np.linspace(0, total_steps - 1, num_looked_at).astype(int)).tolist():
+    num_measured = min(total_steps, MOST_STEPS, max(1, MOST_SAMPLES // plan.global_batch_size))
+    for step in np.unique(np.linspace(0, total_steps - 1, num_measured).astype(int)).tolist():
         ids = plan.samples(step)
         lengths, supervised = plan.train.lengths(ids), plan.train.num_supervised(ids)
         layout = plan.layout(ids)
@@ -69,13 +70,13 @@ def measure_batches(plan: StepPlan, total_steps: int) -> BatchStatistics:
 
 
 def assume_batches(config: RunConfig, world_size: int) -> BatchStatistics:
-    """Assume the most, where the data are not known: samples of `data.max_seq_len` tokens, all supervised."""
+    """Assume the largest batches if the data are not known: samples of `data.max_seq_len` tokens, all supervised."""
     hardware, length = config.hardware, config.data.max_seq_len
-    each = -(-config.train.global_batch_size // world_size)
-    rows = min(each, hardware.micro_batch_size or each)
+    per_rank = -(-config.train.global_batch_size // world_size)
+    samples = min(per_rank, hardware.micro_batch_size or per_rank)
     if hardware.micro_batch_tokens is not None:
-        rows = min(rows, max(1, hardware.micro_batch_tokens // length))
-    tokens, count = rows * length, -(-each // rows)
+        samples = min(samples, max(1, hardware.micro_batch_tokens // length))
+    tokens, count = samples * length, -(-per_rank // samples)
     return BatchStatistics(
         largest=MicroShape(tokens, tokens, float(tokens * length), config.data.packing, accumulates=count > 1),
         accumulation=(count, count, count),

@@ -1,4 +1,4 @@
-"""What the preflight rules may look at, gathered from wherever it is known."""
+"""Collect the facts that the preflight rules read."""
 
 from transformers import PreTrainedTokenizerFast
 
@@ -19,9 +19,9 @@ def facts_of(
     data: DataSplit | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> PreflightFacts:
-    """Gather what the rules look at; what is None was not reachable."""
+    """Collect the facts. Arguments that are None were not available; rules about them find nothing."""
     if memory is None:
-        # Whatever the batches are, the state is the same.
+        # The rules without data read only the state's memory, which does not depend on the batches.
         _, memory = setup.settle(assume_batches(setup.config, setup.machine.world_size).largest)
     return PreflightFacts(
         config=setup.config,

@@ -1,4 +1,4 @@
-"""What would make a run fit that does not: overrides, cheapest first."""
+"""Find overrides that make a run fit into memory, the cheapest first."""
 
 from dataclasses import replace
 
@@ -16,17 +16,17 @@ Remedy = tuple[list[str], MemoryEstimate]
 
 
 def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
-    """Try what makes a run smaller, cheapest first, and return what fits; nothing where the run itself does.
+    """Try overrides that reduce memory, the cheapest first, and return those that fit; [] if the run itself fits.
 
     Args:
-        overrides: those that the plan was composed of.
+        overrides: the overrides that `plan` was composed from.
     """
     if plan.memory.fits is not False:
         return []
     found: list[Remedy] = []
     for more in _smaller(plan.setup.composed):
         if any(set(fitting) <= set(more) for fitting, _ in found):
-            continue  # less would do
+            continue  # a part of these overrides is enough
         try:
             setup = resolve_setup(_changed(overrides, plan.setup.composed, more), imagined=True)
             world_size = setup.machine.world_size
@@ -46,7 +46,7 @@ def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
 
 
 def _changed(typed: list[str], composed: Composed, overrides: list[str]) -> Composed:
-    """Return the settings with more overrides. Composing takes a fifth of a second, so single values are put in."""
+    """Apply more overrides. Composing takes 0.2 s, so replace single values directly and compose only for a recipe."""
     if any(override.startswith("recipe=") for override in overrides):
         return compose([*typed, *overrides])
     config = composed.config
@@ -59,23 +59,23 @@ def _changed(typed: list[str], composed: Composed, overrides: list[str]) -> Comp
 
 
 def _smaller(composed: Composed) -> list[list[str]]:
-    """List overrides, from what costs only time to what trains something else, to more machines."""
+    """List overrides to try: those that only cost time, then another optimizer or recipe, then more devices."""
     config = composed.config
     hardware = config.hardware
     on_cpu, from_scratch = hardware.accelerator == "cpu", config.model.init == "random"
     current = hardware.activation_checkpointing
     levels = () if current == "auto" else higher_levels(current)
-    one_row = [] if hardware.micro_batch_size == 1 else ["hardware.micro_batch_size=1"]
+    one_sample = [] if hardware.micro_batch_size == 1 else ["hardware.micro_batch_size=1"]
     tokens = hardware.micro_batch_tokens
     ways = [["hardware.strategy=auto"]] if hardware.strategy == "ddp" else []
     ways += [[f"hardware.activation_checkpointing={level}"] for level in levels]
     ways += [[f"hardware.micro_batch_tokens={tokens // part}"] for part in (2, 4) if tokens and tokens >= 2 * part]
-    ways += [one_row] if one_row else []
+    ways += [one_sample] if one_sample else []
     if composed.choices:
         optimizers = ["adamw_8bit"] if on_cpu else ["adamw_8bit", "paged_adamw_8bit"]
         recipes = [] if from_scratch else ["recipe=lora", "recipe=qlora"]
         for way in (*(f"optim={name}" for name in optimizers), *recipes):
-            ways += [[way], [way, *one_row]]
+            ways += [[way], [way, *one_sample]]
     devices = hardware.devices
     first = 1 if devices == "auto" else devices
     return ways + [[f"hardware.devices={count}"] for count in (2, 4, 8) if count > first and not on_cpu]

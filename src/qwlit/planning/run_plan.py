@@ -1,4 +1,4 @@
-"""RunPlan: everything about a run that is known before its weights are loaded. `train` and `plan` start from it."""
+"""RunPlan: everything that is known about a run before its weights are loaded. `train` and `plan` start from it."""
 
 from dataclasses import dataclass, replace
 
@@ -24,13 +24,13 @@ from qwlit.planning.steps import PlannedSteps, accumulation, plan_steps
 from qwlit.planning.tokenized_data import TokenizedData, is_small_or_tokenized, load_tokenized_data
 from qwlit.training.machine import Machine
 
-# Read and tokenized in a second or two; more is left to `inspect` and `train`.
+# `plan` tokenizes at most this much, which takes a second or two; it leaves more to `inspect` and `train`.
 MOST_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class PlannedData:
-    """The data, and the steps that go through them."""
+    """The data and the steps of the run."""
 
     tokenized: TokenizedData
     split: DataSplit
@@ -45,18 +45,18 @@ class PlannedData:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run before it is made."""
+    """Everything about a run but its weights."""
 
     setup: Setup
     batches: BatchStatistics
     memory: MemoryEstimate
     flops: Flops
     data: PlannedData | None
-    """None only for `plan`, where the data were not looked at."""
+    """None only for `plan`, if it did not read the data."""
     not_checked: str | None
-    """Why data and tokenizer were not looked at."""
+    """Why data and tokenizer were not read; None if they were."""
     schedule: Schedule | None
-    """With the number of steps; None where it is not known."""
+    """Learning-rate schedule with the number of steps; None if that is not known."""
     findings: list[Finding]
 
     @property
@@ -73,7 +73,7 @@ class RunPlan:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """Micro-batches of a device and step: as set, or of a step in the middle."""
+        """Micro-batches per rank and step: from micro_batch_size, or the median if micro_batch_tokens is set."""
         hardware = self.config.hardware
         if hardware.micro_batch_tokens is None:
             size = self.config.train.global_batch_size
@@ -82,18 +82,18 @@ class RunPlan:
 
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward, over the steps looked at."""
+        """FLOPs of forward and backward pass per token, averaged over the measured steps."""
         flops, batches = self.flops, self.batches
         supervised = batches.supervised_share * flops.per_supervised_token
         return flops.per_token + supervised + batches.pairs_per_token * flops.per_token_pair
 
     @property
     def num_tokens(self) -> float | None:
-        """Of the whole run, repeated ones counted again; at most so many where the data are not known."""
+        """Tokens of the whole run, counted again in each epoch. An upper bound if the data are not known."""
         return None if self.schedule is None else self.schedule.total_steps * self.batches.tokens_per_step
 
     def seconds(self, mfu: float) -> float | None:
-        """Return the training time at that share of the devices' peak; None where steps or peak are not known."""
+        """Return the training time at this share of the devices' peak; None if the steps or the peak are not known."""
         machine = self.machine
         if self.num_tokens is None or machine.peak_flops is None:
             return None
@@ -101,21 +101,21 @@ class RunPlan:
 
 
 def build_plan(composed: Composed, screen: Console, *, preview: bool = False) -> RunPlan:
-    """Resolve everything that the run needs but the weights; tokenize what is not yet tokenized.
+    """Resolve everything that the run needs but the weights; tokenize data that are not tokenized yet.
 
     Args:
-        screen: shows how the tokenizing goes.
-        preview: take the hardware profile's word for the machine, leave out data that are not here or too many to
-            tokenize in passing, and keep findings instead of refusing the run.
+        screen: shows the progress of tokenizing.
+        preview: believe the hardware profile instead of looking at the machine, skip data that are missing or large,
+            and keep the findings instead of refusing the run.
 
     Raises:
-        ConfigError, DataError: something that is asked for is not here, or wrong; or a preflight rule refuses the run.
+        ConfigError, DataError: a setting, file or device is missing or wrong, or a preflight rule refuses the run.
     """
     config = composed.config
     forget_meta_models()
     setup = resolve_setup(composed, imagined=preview)
     if not preview:
-        # What the settings alone condemn need not wait for the tokenizer.
+        # Refuse what the settings alone make impossible before tokenizing for a long time.
         refuse(find(facts_of(setup)))
     tokenized, not_checked = _reachable_data(config, screen) if preview else (load_tokenized_data(config, screen), None)
     data = None if tokenized is None else _plan_data(setup, tokenized)
@@ -139,21 +139,25 @@ def _plan_data(setup: Setup, tokenized: TokenizedData) -> PlannedData:
 
 
 def _reachable_data(config: RunConfig, screen: Console) -> tuple[TokenizedData | None, str | None]:
-    """Return the tokenized data, or why they are not looked at; data that are here and unusable are an error."""
+    """Return the tokenized data, or the reason for not reading them.
+
+    Raises:
+        DataError: the data are here but cannot be used.
+    """
     try:
         if not is_small_or_tokenized(config, MOST_BYTES):
-            return None, "the data are not tokenized yet, and many; `inspect` or `train` with the same words does it"
+            return None, "the data are large and not tokenized yet; run `inspect` or `train` with the same overrides"
     except DataError as error:
-        return None, str(error)  # they may be where it will run
+        return None, str(error)  # the data may be on the machine that will train
     try:
-        # Nothing will be answered, so that rows of tokens need no tokenizer.
+        # `plan` answers no prompts, so rows that are tokens already need no tokenizer.
         return load_tokenized_data(replace(config, data=replace(config.data, exact_match=0)), screen), None
     except (ConfigError, NeedsTokenizer) as error:
         return None, str(error)
 
 
 def _schedule_by_rows(config: RunConfig) -> Schedule | None:
-    """Count rows instead of samples, where they are few enough to count; as if every one of them was used."""
+    """Estimate the steps from the number of rows, as if every row became one sample; None if there are too many."""
     train = config.train
     asked = [train.max_steps] if train.max_steps else []
     rows = _count_rows(config)

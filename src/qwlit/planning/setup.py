@@ -1,4 +1,4 @@
-"""What follows from settings and machine alone: before tokenizer, data and weights."""
+"""Resolve what follows from settings and machine alone, without tokenizer, data and weights."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -21,28 +21,28 @@ from qwlit.training.machine import Machine, resolve_attention, resolve_compile, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# `plan` asks again and again, with other hardware.
+# `plan` tries many hardware settings with the same model.
 _meta_model = lru_cache(maxsize=4)(build_meta_model)
 
 
 def forget_meta_models() -> None:
-    """Let the next setup read the model's folder anew: in a notebook it may have changed."""
+    """Make the next setup read the model's folder again: in a notebook it may have changed."""
     _meta_model.cache_clear()
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A training without its data: the model's shape, the machine, and how the one runs on the other."""
+    """A run without its data: the model's shape, the machine, and how the model runs on it."""
 
     composed: Composed
     model: "PreTrainedModel"
-    """On the meta device, with adapters and frozen as it will be."""
+    """On the meta device, with its adapters and frozen parameters."""
     groups: list[ParameterGroup]
-    """Parameters by learning rate and weight decay."""
+    """Trainable parameters by learning rate and weight decay."""
     machine: Machine
     execution: Execution
     compile_obstacle: str | None
-    """What has kept "auto" from compiling the layers."""
+    """Why hardware.compile=auto does not compile the layers; None if it does or was not asked."""
 
     @property
     def config(self) -> RunConfig:
@@ -57,12 +57,12 @@ class Setup:
         return sum(group.size for group in self.groups)
 
     def settle(self, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
-        """Choose strategy and activation checkpointing by what fits, where they are "auto"."""
+        """Replace "auto" for strategy and activation checkpointing by the first choice that fits."""
         machine, execution, estimate = settle_memory(
             self.config, self.model, self.groups, self.machine, self.execution, micro
         )
         if execution.compiled and machine.activation_checkpointing == "offload":
-            # Decided before it was known that only this fits.
+            # `compiled` was chosen before the memory estimate: offload cannot be compiled.
             execution = replace(execution, compiled=False)
         return replace(self, machine=machine, execution=execution), estimate
 
@@ -71,10 +71,10 @@ def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
     """Resolve what depends on the machine, and match every pattern against the model's parameters.
 
     Args:
-        imagined: take the hardware profile's word for what there is.
+        imagined: believe the hardware profile instead of looking at the machine.
 
     Raises:
-        ConfigError: something that is asked for is not here, or a pattern matches nothing.
+        ConfigError: a device or a model file is missing, settings cannot be combined, or a pattern matches nothing.
     """
     config = composed.config
     check_allowed(config.preflight.allow)
@@ -96,9 +96,9 @@ def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
     compiled, obstacle = resolve_compile(
         config.hardware.compile, machine, _why_not_compiled(config, machine, attention), imagined=imagined
     )
-    # What freeze.* keeps is exported with the rest, so it stays what it was to the bit.
+    # Without an adapter, frozen parameters are exported too, so they keep float32 and stay equal to the bit.
     frozen = torch.float32 if config.adapter.kind == "none" else machine.frozen_dtype
-    # Before hours of tokenizing: a name that matches nothing is known from the shape alone.
+    # The model's shape is enough to find patterns that match nothing, before hours of tokenizing.
     unquantized = replace(config.adapter, quantization="none")
     model = _meta_model(config.model, unquantized, config.dropout, config.freeze)
     if config.adapter.quantization == "nf4":
@@ -114,15 +114,15 @@ def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
 
 
 def _why_not_compiled(config: RunConfig, machine: Machine, attention: AttentionKernel) -> str | None:
-    """Return the setting under which a layer is not one graph for all batches."""
+    """Return the setting that keeps a layer from being one graph for all batches, or None."""
     if config.determinism == "strict":
-        return "determinism=strict computes layers as they are written"
+        return "determinism=strict does not compile layers"
     if machine.activation_checkpointing == "offload":
         return "hardware.activation_checkpointing=offload moves tensors in the middle of a layer"
     if config.adapter.use_dora:
         return "peft's DoRA (adapter.use_dora=true) cannot be traced"
     if config.data.packing and attention != "varlen" and config.dropout.attention:
-        return f"dropout.attention={config.dropout.attention:g} has packed samples attended to one by one"
+        return f"dropout.attention={config.dropout.attention:g} computes attention one packed sample at a time"
     if config.data.packing and attention != "varlen":
-        return f"packed samples under {attention} attention are attended to one by one"
+        return f"{attention} attention is computed one packed sample at a time"
     return None

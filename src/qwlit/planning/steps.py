@@ -1,4 +1,4 @@
-"""The steps of a run, once data and machine are known: their number, the schedule, and when what is due."""
+"""Plan the steps of a run from data and machine: their number, the schedule, and the steps that validate and save."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from qwlit.training.milestones import DueSteps, Milestones
 
 @dataclass(frozen=True)
 class PlannedSteps:
-    """Which samples each step has, and what happens after which step."""
+    """The samples of each step, the schedule, and the steps after which the run validates, saves and logs."""
 
     step_plan: StepPlan
     schedule: Schedule
@@ -25,7 +25,7 @@ class PlannedSteps:
 
 
 def build_step_plan(config: RunConfig, data: DataSplit, world_size: int) -> StepPlan:
-    """Assign the samples of each step to so many ranks, within the hardware's limits."""
+    """Return the plan that assigns each step's samples to ranks and micro-batches, within the hardware's limits."""
     hardware = config.hardware
     return StepPlan(
         train=data.train,
@@ -41,7 +41,7 @@ def plan_steps(config: RunConfig, data: DataSplit, world_size: int) -> PlannedSt
     """Plan all steps of the run.
 
     Raises:
-        ConfigError: a sample is longer than a micro-batch may be.
+        ConfigError: a sample is longer than hardware.micro_batch_tokens.
     """
     step_plan = build_step_plan(config, data, world_size)
     for samples in (data.train, data.validation):
@@ -53,12 +53,12 @@ def plan_steps(config: RunConfig, data: DataSplit, world_size: int) -> PlannedSt
 
 
 def accumulation(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int | None:
-    """Return ceil(G / (micro_batch_size * world_size)), the micro-batches each rank runs a step."""
+    """Return ceil(G / (micro_batch_size * world_size)): micro-batches per rank and step."""
     return None if micro_batch_size is None else -(-global_batch_size // (micro_batch_size * world_size))
 
 
 def _total_steps(config: RunConfig, plan: StepPlan) -> int:
-    """Whichever of max_steps and max_epochs comes first."""
+    """Return the smaller of train.max_steps and the steps of train.max_epochs."""
     train = config.train
     asked = [train.max_steps] if train.max_steps else []
     if train.max_epochs:

@@ -1,4 +1,4 @@
-"""The tokenizer and the tokenized data that the settings name: what training and inspection both begin with."""
+"""Load the tokenizer and the tokenized data that the settings name, for training and for `inspect`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,26 +21,26 @@ from qwlit.data.templates import Supervision
 from qwlit.data.tokenizer import TextTokenizer
 from qwlit.model.load import check_vocabulary, load_tokenizer, vocabulary_size
 
-# Beside the runs, so that the ranks of every node see it; hidden, so that runs/* are runs.
+# In run.root, so that the ranks of every node see it; hidden, so that runs/* matches only runs.
 STORE_FOLDER = ".store"
 
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """Data as tokens, nothing held out and nothing judged yet."""
+    """Data as tokens, before validation samples are held out and before the ratio of bad rows is checked."""
 
     tokenizer: PreTrainedTokenizerFast | None
-    """None when the rows are tokens already and the model has no tokenizer."""
+    """None if the rows are tokens already and the model has no tokenizer."""
     encoder: RowEncoder
     training: list[SampleStore]
     validation: list[SampleStore]
 
 
 def load_tokenized_data(config: RunConfig, screen: Console) -> TokenizedData:
-    """Load the tokenizer, which rows that are tokens already can do without, and tokenize what is not yet tokenized.
+    """Load the tokenizer, and tokenize data that are not tokenized yet. Rows of tokens need no tokenizer.
 
     Raises:
-        ConfigError, DataError: data or tokenizer are not here, or wrong.
+        ConfigError, DataError: data or tokenizer are missing or wrong.
     """
     tokenizer, encoder = _encoder(config)
     if config.data.exact_match and encoder.chat is None:
@@ -48,8 +48,8 @@ def load_tokenized_data(config: RunConfig, screen: Console) -> TokenizedData:
     with measuring("tokenizing", screen) as show:
 
         def progress(reading: BuildProgress) -> None:
-            rate = f"{reading.tokens_per_second / reading.cores:,.0f} tokens/s a core, {reading.cores} cores"
-            text = f"{reading.rows:,} rows, {reading.tokens:,} tokens, {rate}"
+            speed = f"{reading.tokens_per_second / reading.cores:,.0f} tokens/s per core, {reading.cores} cores"
+            text = f"{reading.rows:,} rows, {reading.tokens:,} tokens, {speed}"
             show(reading.bytes_read, reading.bytes_in_all, text, finished=reading.finished)
 
         stores = open_stores(
@@ -57,16 +57,16 @@ def load_tokenized_data(config: RunConfig, screen: Console) -> TokenizedData:
             encoder,
             cache_root=_cache_root(config),
             progress=progress,
-            waiting=lambda: screen.print("waiting for another process that tokenizes the same data"),
+            waiting=lambda: screen.print("waiting for another process that is tokenizing the same data"),
         )
     return TokenizedData(tokenizer, encoder, *stores)
 
 
 def is_small_or_tokenized(config: RunConfig, most_bytes: int) -> bool:
-    """Tell whether `load_tokenized_data` takes a moment only: the data are few, or tokenized already.
+    """Tell whether `load_tokenized_data` is quick: the data are small, or tokenized already.
 
     Raises:
-        DataError: there are no such data.
+        DataError: the data do not exist.
     """
     paths = [part.path for part in (*parts_of(config.data.path), *parts_of(config.data.val_path))]
     sources = [source for path in paths for source in find_sources(path)]

@@ -1,1 +1,1 @@
-"""The ledger: what runs were, how they differed and what came of it. Reads run folders, never runs."""
+"""The ledger: how runs differ in settings, results and events. Reads run folders and trains nothing."""

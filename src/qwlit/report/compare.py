@@ -1,4 +1,4 @@
-"""The ledger: runs in order of what came of them, what they differ in, and the one they are measured against."""
+"""The ledger: runs ordered by their metric, the settings in which they differ, and the baseline."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,27 +9,27 @@ from typing import Any
 from qwlit.config.run import MATHEMATICS, NO_MATHEMATICS
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
-from qwlit.report.find import Found, Metric, Sweep, find_runs
+from qwlit.report.find import Found, RankingMetric, SweepFolder, find_runs
 from qwlit.report.runs import Run, read_runs
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Runs, the best first."""
+    """Runs, the best first, and what is needed to compare them."""
 
     runs: tuple[Run, ...]
     baseline: Run
-    metric: Metric
-    sweep: Sweep | None
-    """Where all runs are trials of one."""
+    metric: RankingMetric
+    sweep: SweepFolder | None
+    """The sweep, if all runs are trials of one sweep."""
     differing: tuple[str, ...]
-    """Settings of which there are several values among the runs."""
+    """Settings that have several values among the runs."""
 
     def value(self, run: Run) -> float | None:
         return run.value(self.metric)
 
     def delta(self, run: Run) -> float | None:
-        """Return by how much the run's value is above the baseline's."""
+        """Return the run's value minus the baseline's."""
         value, reference = self.value(run), self.value(self.baseline)
         return None if value is None or reference is None else value - reference
 
@@ -39,20 +39,20 @@ class Ledger:
 
     @property
     def searched(self) -> tuple[str, ...]:
-        """Return the settings that the sweep varied; without a sweep, those of the mathematics that differ."""
+        """Return the settings that the sweep varied; without a sweep, the differing ones that shape the computation."""
         if self.sweep is None:
             return tuple(key for key in self.differing if _shapes(key) and key != "seed")
         drawn = {key for run in self.runs if run.trial for key in run.trial.params}
         return tuple(key for key in self.differing if key in drawn)
 
     def same(self, run: Run, key: str) -> bool:
-        """Whether a setting is what it is in the baseline; what an older run does not know counts as the same."""
+        """Whether a setting has the baseline's value. A setting that an older run does not have counts as the same."""
         settings, reference = run.settings, self.baseline.settings
         return key not in settings or key not in reference or canonical(settings[key]) == canonical(reference[key])
 
     @property
     def home(self) -> Path:
-        """Return the folder that belongs to what was asked for: the run's, the sweep's, or the runs' common parent."""
+        """Return the folder for the page: the run's, the sweep's, or the common parent of all runs."""
         if self.sweep is not None:
             return self.sweep.path
         if len(self.runs) == 1 and self.runs[0].path is not None:
@@ -68,16 +68,17 @@ def _place(run: Run) -> Path:
     return run.trial.sweep.path / run.name
 
 
-def build_ledger(words: list[str], baseline: str | None) -> Ledger:
-    """Read the runs that `words` name and put them in order.
+def build_ledger(paths: list[str], baseline: str | None) -> Ledger:
+    """Read the runs at `paths` and order them.
 
     Args:
-        baseline: a listed run's name, or the folder of one; None: the first run named, of a sweep its best trial.
+        paths: run folders, sweep folders and globs.
+        baseline: name of a listed run, or a run folder. None: the first run named, or the best trial of a sweep.
 
     Raises:
-        ConfigError: a word names no run, or `baseline` none or several.
+        ConfigError: a path matches no run, or `baseline` matches none or several.
     """
-    found = find_runs(words)
+    found = find_runs(paths)
     runs = read_runs(found)
     chosen = next((run for run in runs if run.name == baseline), None)
     if baseline is not None and chosen is None:
@@ -99,21 +100,21 @@ def _folder_of(baseline: str, runs: list[Run]) -> list[Found]:
     if not resolve_path(baseline).is_dir():
         names = [run.name for run in runs]
         listed = nearest(baseline, names) or f" Listed are {', '.join(names[:5])}{' …' * (len(names) > 5)}."
-        raise ConfigError(f"baseline={baseline}: no run of that name is listed.{listed}")
+        raise ConfigError(f"baseline={baseline}: no listed run has this name.{listed}")
     found = find_runs([baseline])
     if len(found) > 1:
-        raise ConfigError(f"baseline={baseline} stands for {len(found)} runs; name one of them")
+        raise ConfigError(f"baseline={baseline} matches {len(found)} runs; name one of them")
     return found
 
 
-def _metric(runs: Iterable[Run]) -> Metric:
-    """Return what the runs were searched by, where that is one thing, else the validation loss."""
-    metrics = {run.trial.sweep.metric if run.trial else Metric() for run in runs}
-    return metrics.pop() if len(metrics) == 1 else Metric()
+def _metric(runs: Iterable[Run]) -> RankingMetric:
+    """Return the metric of the runs' sweeps if they share one, else the validation loss."""
+    metrics = {run.trial.sweep.metric if run.trial else RankingMetric() for run in runs}
+    return metrics.pop() if len(metrics) == 1 else RankingMetric()
 
 
-def _rank(run: Run, metric: Metric) -> tuple[bool, bool, float, str]:
-    """Order by the metric; a trial that was cut short after those that were not, its value being of another step."""
+def _rank(run: Run, metric: RankingMetric) -> tuple[bool, bool, float, str]:
+    """Sort by the metric. Unfinished trials come last: their value was measured at an earlier step."""
     value = run.value(metric)
     signed = 0.0 if value is None else value if metric.minimize else -value
     return run.trial is not None and not run.settled, value is None, signed, run.name
@@ -126,9 +127,9 @@ def _default_baseline(first: Run, ordered: list[Run]) -> Run:
 
 
 def _differing(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Return the settings with several values; a key that a run lacks says nothing.
+    """Return the settings with several values. A run without the key does not count.
 
-    Those that a sweep drew come first, then those that shape what is computed.
+    Settings that a sweep drew come first, then those that shape the computation.
     """
     values: dict[str, set[str]] = {}
     for run in runs:
@@ -140,12 +141,12 @@ def _differing(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def _shapes(key: str) -> bool:
-    """Whether a setting shapes what is computed; of the data it is the path that says what they are."""
+    """Whether a setting shapes the computation. `data.path` does here, because it names the data."""
     return key.partition(".")[0] in MATHEMATICS and key not in NO_MATHEMATICS - {"data.path"}
 
 
 def canonical(value: Any) -> str:
-    """Return a text that is the same for the same setting: 1 and 1.0 are."""
+    """Return equal texts for equal settings: 1 and 1.0 are equal."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""Curves of runs over their steps. Names are kept out of the pictures: the page has the legend."""
+"""Curves of runs over their steps. The drawings contain no run names: the page has the legend."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_POINTS = 300
-"""A curve of more is thinned: a screen has no more columns."""
+"""Curves with more points are thinned: a screen does not show more."""
 FEW_POINTS = 12
-"""A curve of fewer shows each."""
+"""Curves with at most this many points have a marker at each."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity, one line a run."""
+    """The drawing of one quantity, with one line per run."""
 
     key: str
     title: str
     unit: str
     peaks: bool = False
-    """Thinning keeps the highest value of each stretch, not its mean: a single spike is what one looks for."""
-    judged_by: Literal["values", "spikes", "peaks", "nothing"] = "values"
-    """What decides whether the axis is logarithmic: a gradient near 0 is no reason, nor is a schedule's end."""
+    """Thinning keeps the maximum of each stretch of steps, not the mean, so that a single spike stays visible."""
+    log_axis_by: Literal["values", "spikes", "peaks", "nothing"] = "values"
+    """Which values decide about a logarithmic axis: a gradient norm near 0 or the end of a schedule should not."""
     with_events: bool = False
 
 
@@ -36,20 +36,20 @@ PANELS = (
     Panel("val/loss", "Validation loss", "nats per supervised token"),
     Panel("train/loss", "Training loss", "nats per supervised token", with_events=True),
     Panel(
-        "optim/grad_norm", "Gradient norm, before clipping", "norm", peaks=True, judged_by="spikes", with_events=True
+        "optim/grad_norm", "Gradient norm, before clipping", "norm", peaks=True, log_axis_by="spikes", with_events=True
     ),
-    Panel("optim/lr", "Learning rate", "rate", peaks=True, judged_by="peaks"),
-    Panel("throughput/tokens_per_second", "Throughput", "tokens per second", judged_by="nothing"),
+    Panel("optim/lr", "Learning rate", "learning rate", peaks=True, log_axis_by="peaks"),
+    Panel("throughput/tokens_per_second", "Throughput", "tokens per second", log_axis_by="nothing"),
 )
 MARKS = {"skip": ("skipped step", ALARM), "rollback": ("rollback", BLACK), "resumed": ("resumed", PALETTE[2])}
 
 
 def draw_curves(panel: Panel, runs: Sequence[Run], colours: Mapping[str, str]) -> str | None:
-    """Draw a panel as SVG; None where no run has that quantity.
+    """Draw a panel as SVG. Return None if no run has the quantity.
 
     Args:
-        runs: the best first, which is drawn on top.
-        colours: of runs by name; the others are grey.
+        runs: the best first; it is drawn on top.
+        colours: run name → colour; other runs are grey.
     """
     drawn = [run for run in runs if run.series.get(panel.key)]
     if not drawn:
@@ -65,7 +65,7 @@ def draw_curves(panel: Panel, runs: Sequence[Run], colours: Mapping[str, str]) -
 
 
 def thin(series: Series, *, peaks: bool = False) -> Series:
-    """Return at most `MOST_POINTS` points: the mean of each stretch of steps, or its highest value."""
+    """Return about `MOST_POINTS` points at most: the mean of each stretch of steps, or its maximum."""
     if len(series) <= MOST_POINTS:
         return series
     first = series[0][0]
@@ -96,24 +96,24 @@ def _settle_axes(axes: "Axes", panel: Panel, values: list[list[float]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=(1, 2, 2.5, 5, 10)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     peaks, together = [max(each) for each in values], [value for each in values for value in each]
-    if panel.judged_by == "peaks" and spreads(peaks):
+    if panel.log_axis_by == "peaks" and spreads(peaks):
         axes.set_ylim(bottom=min(peaks) / LOG_SPREAD)
         set_log(axes, "y")
-    elif panel.judged_by == "spikes" and spreads(together, above=median(together)):
+    elif panel.log_axis_by == "spikes" and spreads(together, above=median(together)):
         axes.set_ylim(bottom=median(together) / LOG_SPREAD)
         set_log(axes, "y")
-    elif panel.judged_by == "values" and spreads(together):
+    elif panel.log_axis_by == "values" and spreads(together):
         set_log(axes, "y")
     else:
-        if panel.judged_by != "values":
+        if panel.log_axis_by != "values":
             axes.set_ylim(0, 1.05 * max(together) or 1)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
 
 
 def _mark_events(axes: "Axes", run: Run) -> None:
-    """Draw a line where a step was skipped, rolled back or gone on from."""
+    """Draw a vertical line at each skipped step, rollback and resume."""
     for event, (label, colour) in MARKS.items():
-        steps = [row["step"] for row in run.events if row.get("event") == event and isinstance(row.get("step"), int)]
+        steps = [e["step"] for e in run.events if e.get("event") == event and isinstance(e.get("step"), int)]
         for number, step in enumerate(steps):
             axes.axvline(step, color=colour, linewidth=0.8, linestyle=":", label=label if number == 0 else None)
     if axes.get_legend_handles_labels()[0]:

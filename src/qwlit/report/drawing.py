@@ -1,4 +1,4 @@
-"""What all pictures of a report share: one style, axes that suit the numbers, and SVG that can stand in a page."""
+"""What all drawings of a report share: one style, suitable axes, and SVG for embedding in the page."""
 
 import io
 import re
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; their yellow is too pale for lines.
+# Okabe and Ito's colours: people with any colour vision can distinguish them. Without yellow, too pale for lines.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BLACK, GREY, ALARM = "#000000", "#BDBDBD", "#D55E00"
 LOG_SPREAD = 20
-"""A quantity whose largest value is more than so many times its smallest is shown on a log axis."""
+"""A quantity gets a log axis if its largest value is more than this many times its smallest."""
 
-WIDEST = 110
-"""Pixels an inch of a picture takes in the page at most, so that letters are of one size."""
+PIXELS_PER_INCH = 110
+"""Largest size of a drawing in the page, so that the letters of all drawings have one size."""
 
 STYLE: Any = {
     "axes.edgecolor": "#888888",
@@ -32,9 +32,9 @@ STYLE: Any = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    # Text stays text: the reader's own fonts have the characters that matplotlib's lack.
+    # Keep text as text: the reader's fonts have characters that matplotlib's font lacks.
     "svg.fonttype": "none",
-    # A dollar sign in a setting is a dollar sign.
+    # A dollar sign in a setting does not start a formula.
     "text.parse_math": False,
     "xtick.color": "#555555",
     "ytick.color": "#555555",
@@ -43,43 +43,43 @@ STYLE: Any = {
 
 @contextmanager
 def figure(name: str, width: float, height: float) -> Iterator["Figure"]:
-    """Yield an empty figure, width and height in inches; `name` keeps its ids apart from other figures' in the page."""
+    """Yield an empty figure, width and height in inches. `name` makes its SVG ids unique within the page."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
-        # Missing from matplotlib's font is not missing from the reader's.
+        # The reader's fonts draw the text, so matplotlib's missing glyphs do not matter.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield Figure(figsize=(width, height))
 
 
 def to_svg(drawn: "Figure") -> str:
-    """Return the figure as an element of a page: as wide as there is room, without a file's head and metadata."""
+    """Return the figure as an <svg> element that fills the available width, without XML header and metadata."""
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")), transparent=True)
     text = buffer.getvalue()
     svg = text[text.index("<svg") :]
-    width = f"max-width:{drawn.get_figwidth() * WIDEST:.0f}px"
+    width = f"max-width:{drawn.get_figwidth() * PIXELS_PER_INCH:.0f}px"
     return re.sub(
         r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" style="{width}" role="img">', svg, count=1
     )
 
 
 def spreads(values: Iterable[float], *, above: float | None = None) -> bool:
-    """Whether the values are better told apart by factors; `above`: counted from there, not from the smallest."""
+    """Whether a log axis suits the values: their range, counted from `above` or the smallest, spans a large factor."""
     values = list(values)
     low = min(values, default=0.0)
     return low > 0 and max(values) > LOG_SPREAD * (low if above is None else above)
 
 
 def set_log(axes: "Axes", which: str) -> None:
-    """Make an axis logarithmic, with plain numbers at its ticks."""
+    """Make the axis "x" or "y" logarithmic, with plain numbers at its ticks."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     axis = getattr(axes, f"{which}axis")
     axes.set(**{f"{which}scale": "log"})
     low, high = getattr(axes, f"get_{which}lim")()
-    # Within two decades the powers of ten alone would leave the axis bare.
+    # Within about two decades, powers of ten alone would give too few ticks.
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
     axis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""Which runs are meant: run folders, globs, and sweep folders, which stand for their trials."""
+"""Find the runs that the user names: run folders, globs, and sweep folders with their trials."""
 
 import glob
 import json
@@ -16,8 +16,8 @@ SWEEP_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)
-class Metric:
-    """What runs are ordered by: a column of metrics.jsonl, or an entry of summary.json."""
+class RankingMetric:
+    """The metric that orders the runs: a key of metrics.jsonl or of summary.json."""
 
     name: str = "val/loss"
     minimize: bool = True
@@ -28,19 +28,19 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepFolder:
     """A folder of trials."""
 
     path: Path
     name: str
-    metric: Metric
+    metric: RankingMetric
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the sweep knows of one of its runs."""
+    """What sweep.json records about one trial."""
 
-    sweep: Sweep
+    sweep: SweepFolder
     number: int
     state: str
     """done, pruned, failed, diverged or running"""
@@ -51,41 +51,41 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """A run, or a trial of which there is only what the sweep says: it ended before it had a folder."""
+    """A run, or a trial that ended before it had a run folder (`exists` is False)."""
 
     place: Path
     exists: bool = True
     trial: Trial | None = None
 
 
-def find_runs(words: Iterable[str]) -> list[Found]:
+def find_runs(names: Iterable[str]) -> list[Found]:
     """Return the runs in the order in which they are named, each once.
 
     Raises:
-        ConfigError: a word names nothing, or something that is no run.
+        ConfigError: a name matches nothing, or something that is not a run.
     """
     found: dict[Path, Found] = {}
-    for word in words:
-        for run in _named(word):
+    for name in names:
+        for run in _find(name):
             found.setdefault(run.place.resolve(), run)
     return list(found.values())
 
 
-def _named(word: str) -> list[Found]:
-    path = resolve_path(word)
+def _find(name: str) -> list[Found]:
+    path = resolve_path(name)
     if path.is_dir():
         return _inside(path) or _refuse(path)
     if glob.has_magic(str(path)):
-        # Path.glob would also take hidden folders, such as one that is just being deleted.
+        # Not Path.glob: it also matches hidden folders, such as one that is being deleted.
         matches = sorted(glob.glob(str(path)))  # noqa: PTH207
         runs = [run for match in matches for run in _inside(Path(match))]
         if runs:
             return runs
-        raise ConfigError(f"runs={word} matches no run.{_similar(path)}")
+        raise ConfigError(f"runs={name} matches no run.{_similar(path)}")
     if path.exists():
-        raise ConfigError(f"runs={word} is a file; name the run's folder")
-    hint = " Several runs are written runs=[a,b]." if "," in word else _similar(path)
-    raise ConfigError(f"runs={word}: there is no such folder.{hint}")
+        raise ConfigError(f"runs={name} is a file; name the run's folder")
+    hint = " Several runs are written runs=[a,b]." if "," in name else _similar(path)
+    raise ConfigError(f"runs={name}: there is no such folder.{hint}")
 
 
 def _inside(path: Path) -> list[Found]:
@@ -104,8 +104,8 @@ def _is_run(path: Path) -> bool:
 
 def _refuse(path: Path) -> list[Found]:
     holds_runs = any(_is_run(child) or _is_sweep(child) for child in path.iterdir())
-    remedy = f"it holds runs: name them with {path}/*" if holds_runs else "it has no config.yaml and no summary.json"
-    raise ConfigError(f"runs={path} is no run: {remedy}")
+    remedy = f"it contains runs: name them with {path}/*" if holds_runs else "it has no config.yaml and no summary.json"
+    raise ConfigError(f"runs={path} is not a run: {remedy}")
 
 
 def _similar(path: Path) -> str:
@@ -118,17 +118,17 @@ def _trials(path: Path) -> list[Found]:
     file = path / SWEEP_FILE
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        metric = Metric(str(document["metric"]["name"]), document["metric"].get("goal") != "maximize")
-        sweep = Sweep(path, str(document.get("name") or path.name), metric)
+        metric = RankingMetric(str(document["metric"]["name"]), document["metric"].get("goal") != "maximize")
+        sweep = SweepFolder(path, str(document.get("name") or path.name), metric)
         found = [_trial(sweep, entry) for entry in document["trials"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{file} cannot be read as a sweep's; name its runs one by one, or {path}/*") from None
+        raise ConfigError(f"{file} is not a readable sweep.json; name its runs one by one, or {path}/*") from None
     if not found:
         raise ConfigError(f"runs={path}: the sweep has no trials yet")
     return found
 
 
-def _trial(sweep: Sweep, entry: Mapping[str, Any]) -> Found:
+def _trial(sweep: SweepFolder, entry: Mapping[str, Any]) -> Found:
     number = int(entry["number"])
     folder = sweep.path / str(entry.get("run") or f"trial-{number:04d}")
     trial = Trial(
@@ -143,7 +143,7 @@ def _trial(sweep: Sweep, entry: Mapping[str, Any]) -> Found:
 
 
 def number_or_none(value: Any) -> float | None:
-    """Return a finite number; None for anything else: JSON writes NaN as null, and a broken file holds whatever."""
+    """Return a finite number as float, and None for anything else: null stands for NaN, and files may be broken."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

@@ -1,13 +1,13 @@
-"""Which settings mattered: Optuna's PED-ANOVA over the runs, with what it can and cannot say."""
+"""Which settings mattered: Optuna's PED-ANOVA over the runs, and its limits."""
 
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwlit.report.comparability import comparable
 from qwlit.report.compare import Ledger, canonical
 from qwlit.report.find import number_or_none
-from qwlit.report.remarks import comparable
 from qwlit.report.runs import Run
 
 if TYPE_CHECKING:
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 FEWEST_RUNS = 4
 FEW_RUNS = 10
-"""Below this the shares are a hint at most."""
+"""With fewer runs, the shares are only a hint."""
 ENDED_EARLY = ("pruned", "diverged")
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Shares of the settings in whether a run is among the best; they sum to 1, the largest first."""
+    """How much each setting decides whether a run is among the best: shares that sum to 1, the largest first."""
 
     shares: dict[str, float]
     num_runs: int
@@ -29,41 +29,41 @@ class Importance:
     num_ended_early: int
     num_left_out: int
     together: tuple[tuple[str, ...], ...]
-    """Settings that always changed with one another: the first of each stands for all."""
+    """Groups of settings that always changed together; `shares` has the first of each group."""
 
     @property
     def caveats(self) -> list[str]:
-        """Say what was computed, of what, and how far to trust it."""
+        """Say what was computed, from which runs, and how reliable it is."""
         texts = [
             f"Optuna's PED-ANOVA: in which settings the best {self.num_best} of {self.num_runs} runs"
-            " are unlike the others. Shares of 1; not by how much the metric moves."
+            " differ from the others. Shares sum to 1; they do not say by how much the metric changes."
         ]
         if self.num_runs < FEW_RUNS:
-            texts.append(f"{self.num_runs} runs are few: take it as a hint, not as a finding.")
+            texts.append(f"{self.num_runs} runs are few: take the shares as a hint.")
         if self.num_ended_early:
-            texts.append(f"Pruned and diverged ones ({self.num_ended_early}) count as not among the best.")
+            texts.append(f"Pruned and diverged runs ({self.num_ended_early}) count as not among the best.")
         if self.num_left_out:
-            texts.append(f"Left out are those that failed or have not finished ({self.num_left_out}).")
-        texts += [f"{', '.join(keys)} always changed together and cannot be told apart." for keys in self.together]
+            texts.append(f"Failed and unfinished runs ({self.num_left_out}) are left out.")
+        texts += [f"{', '.join(keys)} always changed together and cannot be separated." for keys in self.together]
         return texts
 
 
 def importance(ledger: Ledger) -> Importance | None:
-    """Judge the settings; None with fewer than four runs to judge by, or where nothing differs or can be compared."""
+    """Compute the shares. Return None for fewer than four runs, without differences, or if runs are not comparable."""
     ended = [run for run in ledger.runs if run.settled and ledger.value(run) is not None]
     early = [run for run in ledger.runs if not run.settled and run.status in ENDED_EARLY]
     runs = [*ended, *early]
-    keys, together = _tellable(ledger.searched, runs)
+    keys, together = _separable(ledger.searched, runs)
     if len(runs) < FEWEST_RUNS or len(ended) < 2 or not keys or not comparable(runs):
         return None
-    # A tenth of many runs, five of some (as the evaluator's authors advise), half of few; never one that ended early.
+    # A tenth of many runs, at least 5 (as the evaluator's authors advise), half of few; no run that ended early.
     num_best = min(max(len(runs) // 10, min(5, len(runs) // 2)), len(ended))
     shares = _evaluate(ledger, ended, early, keys, num_best)
     return Importance(shares, len(runs), num_best, len(early), len(ledger.runs) - len(runs), together)
 
 
-def _tellable(keys: Iterable[str], runs: list[Run]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
-    """Return the settings that differ among `runs`, and those groups whose members changed only together."""
+def _separable(keys: Iterable[str], runs: list[Run]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
+    """Return the settings that differ among `runs`, and the groups of settings that changed only together."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for key in keys:
         values = [canonical(run.settings.get(key)) for run in runs]
@@ -71,7 +71,7 @@ def _tellable(keys: Iterable[str], runs: list[Run]) -> tuple[list[str], tuple[tu
         if 1 < len(set(values)) < len(runs):
             groups.setdefault(pattern, []).append(key)
         elif len(set(values)) > 1:
-            # Different in each run, as a draw from a range is: that says nothing about two of them.
+            # A setting with another value in each run, as drawn from a range, is never "the same" as a second one.
             groups[(-1, len(groups))] = [key]
     return [group[0] for group in groups.values()], tuple(tuple(g) for g in groups.values() if len(g) > 1)
 
@@ -81,13 +81,13 @@ def _evaluate(ledger: Ledger, ended: list[Run], early: list[Run], keys: list[str
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     values = [float(ledger.value(run) or 0.0) for run in ended]
-    # The evaluator only asks who is among the best, so any value behind all the others will do.
-    behind = max(values) + 1 if ledger.metric.minimize else min(values) - 1
+    # The evaluator only asks which runs are among the best, so runs that ended early get any worse value.
+    worse = max(values) + 1 if ledger.metric.minimize else min(values) - 1
     runs = [*ended, *early]
     scales = {key: distribution([run.settings[key] for run in runs if key in run.settings], key) for key in keys}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="minimize" if ledger.metric.minimize else "maximize")
-    for run, value in zip(runs, [*values, *[behind] * len(early)], strict=True):
+    for run, value in zip(runs, [*values, *[worse] * len(early)], strict=True):
         there = [key for key in keys if key in run.settings]
         study.add_trial(
             optuna.create_trial(
@@ -103,17 +103,17 @@ def _evaluate(ledger: Ledger, ended: list[Run], early: list[Run], keys: list[str
 
 
 def is_scale(values: list[Any]) -> bool:
-    """Whether a setting is a quantity, and not one of a few choices."""
+    """Whether a setting is a quantity and not one of a few choices."""
     return all(number_or_none(value) is not None for value in values) and len(set(values)) > 2
 
 
 def is_log(values: list[float], key: str) -> bool:
-    """Whether a setting is thought of in factors: a learning rate, and whatever spans more than a decade."""
+    """Whether a log scale suits a setting: a learning rate, or values that span more than a factor of ten."""
     return min(values) > 0 and (key.endswith("lr") or max(values) / min(values) > 10)
 
 
 def distribution(values: list[Any], key: str) -> "BaseDistribution":
-    """Return the range or the choices that the runs show."""
+    """Return the range or the choices that appear among the runs."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if is_scale(values):
@@ -122,7 +122,7 @@ def distribution(values: list[Any], key: str) -> "BaseDistribution":
 
 
 def plain(value: Any, scale: "BaseDistribution") -> Any:
-    """Return a setting as its distribution takes it."""
+    """Return a setting in the form that its distribution accepts."""
     from optuna.distributions import FloatDistribution
 
     return float(value) if isinstance(scale, FloatDistribution) else canonical(value)

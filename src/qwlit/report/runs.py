@@ -1,4 +1,4 @@
-"""One run as the ledger sees it, read from its folder, whatever state that is in."""
+"""One run, read from its folder. Missing and broken files are read as empty."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ import yaml
 
 from qwlit.config.run import flatten
 from qwlit.core.files import is_locked, read_json, read_json_lines
-from qwlit.report.find import Found, Metric, Trial, number_or_none
+from qwlit.report.find import Found, RankingMetric, Trial, number_or_none
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
 Series = list[tuple[int, float]]
-"""Step and value, where the value was a finite number."""
+"""(step, value) pairs; values that are not finite numbers are left out."""
 
 PATHS = ("path", "val_path", "tokenizer")
-"""Last parts of the settings that name files, which lie elsewhere on another disk."""
+"""Last parts of the settings that name files: only the file name is compared, the folder differs between machines."""
 UNFINISHED = ("running", "killed")
-"""Statuses under which summary.json still says what an earlier attempt left there."""
+"""With these statuses, summary.json still has the figures of an earlier attempt."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What came of a run; None where it is not known."""
+    """The results of a run; None if not known."""
 
     val_loss: float | None
     """The lowest."""
@@ -38,14 +38,14 @@ class Figures:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, or a trial that ended before it had a folder."""
+    """A run, or a trial that ended before it had a folder (`path` is None)."""
 
     name: str
     path: Path | None
     trial: Trial | None
     status: str
     settings: Mapping[str, Any]
-    """Dotted key → value, without run.*; paths by their last part."""
+    """Dotted key → value, without run.*; of a path, only the file name."""
     manifest: Mapping[str, Any]
     summary: Mapping[str, Any]
     series: Mapping[str, Series]
@@ -54,23 +54,23 @@ class Run:
 
     @property
     def settled(self) -> bool:
-        """Whether it came to the end it was meant for."""
+        """Whether the run finished all its steps."""
         return (self.trial.state if self.trial else self.status) == FINISHED
 
-    def value(self, metric: Metric) -> float | None:
-        """Return the best value of the metric, from the sweep, metrics.jsonl or else summary.json."""
+    def value(self, metric: RankingMetric) -> float | None:
+        """Return the best value of the metric: from the sweep, else metrics.jsonl, else summary.json."""
         if self.trial is not None and self.trial.value is not None and self.trial.sweep.metric == metric:
             return self.trial.value
-        if metric == Metric():
+        if metric == RankingMetric():
             return self.figures.val_loss
         values = [value for _, value in self.series.get(metric.name, ())]
         return metric.best(values) if values else number_or_none(self.summary.get(metric.name))
 
     def count(self, event: str) -> int:
-        return sum(row.get("event") == event for row in self.events)
+        return sum(record.get("event") == event for record in self.events)
 
     def last_step(self, event: str) -> int | None:
-        steps = [row.get("step") for row in self.events if row.get("event") == event]
+        steps = [record.get("step") for record in self.events if record.get("event") == event]
         return steps[-1] if steps and isinstance(steps[-1], int) else None
 
 
@@ -80,7 +80,7 @@ def read_runs(found: Iterable[Found]) -> list[Run]:
 
 
 def _names(found: list[Found]) -> list[str]:
-    """Name each run by its folder; where two have the same one, by as much of the path as tells them apart."""
+    """Name each run by its folder. If two runs share a name, use as many parent folders as make the names unique."""
     parts = [run.place.absolute().parts for run in found]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts):
@@ -109,7 +109,7 @@ def _read(found: Found, name: str) -> Run:
 
 
 def _status(path: Path, summary: Mapping[str, Any]) -> str:
-    """Return how it ended; a run that says it is running and is held by nobody was killed."""
+    """Return the status. A run whose summary says "running" while no process holds its lock was killed."""
     status = summary.get("status")
     if status != "running":
         return str(status or "unknown")
@@ -119,12 +119,12 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
     try:
         return "running" if is_locked(lock) else "killed"
     except OSError:
-        # On a disk where nothing can be locked.
+        # The file system does not support locks.
         return "running"
 
 
 def _tree(file: Path) -> dict[str, Any]:
-    """Read config.yaml as it stands: an older version's settings are as good as ours."""
+    """Read config.yaml without checking it: it may be from another version of qwlit."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -145,19 +145,19 @@ def _last_part(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) else value
 
 
-def _series(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
+def _series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
     series: dict[str, Series] = {}
-    for row in rows:
-        step = row.get("step")
+    for record in records:
+        step = record.get("step")
         if isinstance(step, int):
-            for key, value in row.items():
+            for key, value in record.items():
                 if key != "step" and (number := number_or_none(value)) is not None:
                     series.setdefault(key, []).append((step, number))
     return series
 
 
 def _figures(summary: Mapping[str, Any], series: Mapping[str, Series]) -> Figures:
-    """Take each figure from the summary; where it is not there, from the metrics."""
+    """Take each figure from the summary, or compute it from the metrics if the summary lacks it."""
 
     def values(key: str) -> list[float]:
         return [value for _, value in series.get(key, ())]

@@ -1,89 +1,87 @@
-"""What the page says of a single run: how it was computed, what happened, what it answered."""
+"""What the page shows of a single run: how it was computed, its settings, its events and its answers."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from qwlit.core.files import read_json_lines
-from qwlit.report.elements import Html, element, join, table
-from qwlit.report.remarks import CONDITIONS
+from qwlit.report.comparability import CONDITIONS
 from qwlit.report.runs import Run
 from qwlit.report.table import show_setting
 
-MOST_ROWS = 100
+MOST_LINES = 100
 ANSWERED = ("prompt", "answer", "expected")
-OUTLINE = ("step", "event", "time")
+OWN_COLUMNS = ("step", "event", "time")
 GROUPS = ("experiment", "model", "data", "recipe", "hardware", "optim", "scheduler", "dropout")
 
 
-def describe(run: Run) -> list[Html]:
-    return [part for part in (_conditions(run), _settings(run), _events(run), _samples(run)) if part]
+@dataclass(frozen=True)
+class TextTable:
+    """A table of texts, and a note about it."""
+
+    titles: list[str]
+    lines: list[list[str]]
+    note: str
 
 
-def _conditions(run: Run) -> Html | None:
-    """State what decides the last digits: nobody can repeat a run without it."""
-    facts = {c.title: value for c in CONDITIONS if c.shown and (value := c.read(run))}
+@dataclass(frozen=True)
+class RunDetails:
+    """Everything the page shows of a single run only."""
+
+    conditions: dict[str, str]
+    """What a reader needs to repeat the run to the last digit: device, precision, versions, seed."""
+    settings: dict[str, str]
+    events: TextTable | None
+    samples: TextTable | None
+
+
+def describe(run: Run) -> RunDetails:
+    """Collect the details of a run; what its folder lacks is empty or None."""
+    settings = {key: show_setting(value) for key, value in run.settings.items()}
+    return RunDetails(_conditions(run), settings, _events(run), _samples(run))
+
+
+def _conditions(run: Run) -> dict[str, str]:
+    conditions = {c.title: value for c in CONDITIONS if c.shown and (value := c.read(run))}
     choices = run.manifest.get("choices")
     if isinstance(choices, Mapping):
         chosen = {group: choices[group] for group in GROUPS if choices.get(group)}
-        facts["choices"] = " ".join(f"{group}={choice}" for group, choice in chosen.items())
-    facts |= {"seed": str(seed)} if (seed := run.manifest.get("seed")) is not None else {}
-    return _pairs("How it was computed", facts) if facts else None
+        conditions["choices"] = " ".join(f"{group}={choice}" for group, choice in chosen.items())
+    seed = run.manifest.get("seed")
+    return conditions if seed is None else conditions | {"seed": str(seed)}
 
 
-def _settings(run: Run) -> Html | None:
-    settings = {key: show_setting(value) for key, value in run.settings.items()}
-    return _folded("All settings", _pairs(None, settings)) if settings else None
-
-
-def _pairs(title: str | None, facts: Mapping[str, str]) -> Html:
-    entries = [join(element("dt", name), element("dd", text)) for name, text in facts.items() if text]
-    return join(element("h2", title) if title else None, element("dl", *entries))
-
-
-def _folded(title: str, content: Html) -> Html:
-    return element("details", element("summary", title), content)
-
-
-def _events(run: Run) -> Html | None:
-    told = [row for row in run.events if row.get("event") != "checkpoint"]
-    kept = run.count("checkpoint")
+def _events(run: Run) -> TextTable | None:
+    """List all events but checkpoints, which are only counted."""
     if not run.events:
         return None
-    rows = [
-        element("tr", element("td", str(row.get("step", ""))), *(element("td", t, class_="text") for t in _tell(row)))
-        for row in told[:MOST_ROWS]
-    ]
-    titles = [element("th", "step"), *(element("th", title, class_="text") for title in ("when", "event", ""))]
-    more = f", and {len(told) - MOST_ROWS} events more" if len(told) > MOST_ROWS else ""
-    return join(
-        element("h2", "What happened"),
-        table(titles, rows) if rows else None,
-        element("p", f"{kept} checkpoint{'s' * (kept != 1)}{more}", class_="notes"),
-    )
+    listed = [event for event in run.events if event.get("event") != "checkpoint"]
+    num_checkpoints = run.count("checkpoint")
+    more = f", and {len(listed) - MOST_LINES} more events" if len(listed) > MOST_LINES else ""
+    note = f"{num_checkpoints} checkpoint{'s' * (num_checkpoints != 1)}{more}"
+    return TextTable(["step", "when", "event", ""], [_event_line(event) for event in listed[:MOST_LINES]], note)
 
 
-def _tell(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return when, what and the rest of an event."""
-    when, rest = row.get("time"), [f"{name}: {value}" for name, value in row.items() if name not in OUTLINE]
+def _event_line(event: Mapping[str, Any]) -> list[str]:
+    """Return step, time, kind and the remaining entries of an event."""
+    when, rest = event.get("time"), [f"{name}: {value}" for name, value in event.items() if name not in OWN_COLUMNS]
     try:
         moment = datetime.fromtimestamp(when).strftime("%Y-%m-%d %H:%M:%S") if when else ""
     except (TypeError, ValueError, OverflowError, OSError):
         moment = ""
-    return moment, str(row.get("event", "")), "; ".join(rest)
+    return [str(event.get("step", "")), moment, str(event.get("event", "")), "; ".join(rest)]
 
 
-def _samples(run: Run) -> Html | None:
+def _samples(run: Run) -> TextTable | None:
     samples = read_json_lines(run.path / "samples.jsonl") if run.path else []
     if not samples:
         return None
     keys: list[str] = [key for key in ANSWERED if key in samples[0]] or list(samples[0])
-    rows = []
-    for sample in samples[:MOST_ROWS]:
-        right = sample.get("exact")
-        mark = {True: "✓", False: "✗"}.get(right, "") if isinstance(right, bool) else ""
-        texts = (element("td", str(sample.get(key, "")), class_="sample") for key in keys)
-        rows.append(element("tr", element("td", mark), *texts))
-    titles = [element("th", ""), *(element("th", key, class_="text") for key in keys)]
-    more = f"the first {MOST_ROWS} of {len(samples)}" if len(samples) > MOST_ROWS else f"{len(samples)}"
-    return join(element("h2", "Samples"), _folded(f"{more} answers", table(titles, rows)))
+    lines = []
+    for sample in samples[:MOST_LINES]:
+        exact = sample.get("exact")
+        mark = ("✓" if exact else "✗") if isinstance(exact, bool) else ""
+        lines.append([mark, *(str(sample.get(key, "")) for key in keys)])
+    number = f"the first {MOST_LINES} of {len(samples)}" if len(samples) > MOST_LINES else f"{len(samples)}"
+    return TextTable(["", *keys], lines, f"{number} answers")

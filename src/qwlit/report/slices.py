@@ -1,4 +1,4 @@
-"""The metric against each setting that was searched: where the good runs lie, and where the edge of the range is."""
+"""The metric against each searched setting: which values are good, and whether the best is at the edge of the range."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ LONGEST_LABEL = 16
 
 
 def draw_slices(ledger: Ledger, keys: Sequence[str]) -> str | None:
-    """Draw one panel a setting as SVG; None where no run has a value."""
+    """Draw one panel per setting as SVG. Return None if no run has a value."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -47,7 +47,7 @@ def draw_slices(ledger: Ledger, keys: Sequence[str]) -> str | None:
 
 
 def _order(ledger: Ledger) -> list[Run]:
-    """Return the runs as they were made, as far as that is known."""
+    """Return the runs in the order in which they were made, as far as it is known."""
 
     def when(run: Run) -> tuple[float, str]:
         began = run.events[0].get("time") if run.events else None
@@ -64,7 +64,7 @@ def _draw(axes: "Axes", key: str, ledger: Ledger, order: list[Run], colours: Any
     for (number, run), place in zip(there, places, strict=True):
         value, colour = ledger.value(run), colours.to_rgba(number)
         if value is None:
-            # On the upper or lower edge, whichever is the bad one.
+            # No value: a cross on the upper or lower edge, whichever means worse.
             edge = 1.0 if ledger.metric.minimize else 0.0
             axes.plot(place, edge, "x", color=ALARM, transform=axes.get_xaxis_transform(), clip_on=False, markersize=5)
         elif run.settled:
@@ -77,7 +77,7 @@ def _draw(axes: "Axes", key: str, ledger: Ledger, order: list[Run], colours: Any
 
 
 def _places(axes: "Axes", key: str, settings: list[Any]) -> list[float]:
-    """Make the axis that suits the setting, and return where on it each value is."""
+    """Set up the x axis for the setting, and return the position of each value on it."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     if is_scale(settings):
@@ -101,15 +101,13 @@ def _explain(picture: "Figure", panels: Any, colours: Any, order: list[Run]) -> 
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    bar = picture.colorbar(
-        colours, ax=panels, label="order in which they were made", pad=0.01, fraction=0.03, aspect=40
-    )
+    bar = picture.colorbar(colours, ax=panels, label="order of the runs", pad=0.01, fraction=0.03, aspect=40)
     bar.locator = MaxNLocator(integer=True, nbins=6)
     bar.outline.set_visible(False)
     style: dict[str, Any] = {"linestyle": "", "color": "#555555", "markersize": 5}
     kinds = [Line2D([], [], marker="o", label="finished", **style)]
     if any(not run.settled for run in order):
-        kinds.append(Line2D([], [], marker="v", markerfacecolor="none", label="cut short (pruned, killed …)", **style))
+        kinds.append(Line2D([], [], marker="v", markerfacecolor="none", label="unfinished (pruned, killed …)", **style))
         kinds.append(Line2D([], [], marker="x", label="no value (failed, diverged …)", **style | {"color": ALARM}))
     kinds.append(Line2D([], [], marker="o", markerfacecolor="none", label="best", **style | {"markersize": 9}))
     picture.legend(handles=kinds, loc="outside upper left", ncols=len(kinds))

@@ -1,4 +1,4 @@
-"""The ledger as columns of text, for the terminal and for the page alike."""
+"""The ledger as columns of text, for the terminal and for the page."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from qwlit.report.drawing import plain_number
 from qwlit.report.runs import Figures, Run
 
 MOST_SETTINGS = 8
-"""With more settings that differ, each row lists its own instead of a column for each."""
+"""If more settings differ, each run lists its own changes in one column instead of one column per setting."""
 LONG_KEY = 14
 UNKNOWN, BEST = "–", "★"
 EVENTS = {
@@ -22,49 +22,49 @@ EVENTS = {
     "interrupted": "interrupted {n}x",
     "resumed": "resumed {n}x",
 }
-"""What happened to a run's stability, by the name it has in events.jsonl."""
+"""How the stability column counts an event of events.jsonl, by the event's name."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A title and, a row each, a text and whether it stands out."""
+    """A title, and for each run a text and whether it is highlighted."""
 
     title: str
     cells: list[str]
     marked: list[bool]
-    kind: Literal["number", "word", "text"] = "number"
+    kind: Literal["number", "name", "text"] = "number"
 
     @property
     def title_lines(self) -> list[str]:
-        """Return the title, of a long dotted key its section first, so that the column need not be so wide."""
+        """Return the title as lines. A long dotted key is split after its section, to keep the column narrow."""
         section, dot, name = self.title.rpartition(".")
         return [section + dot, name] if dot and len(self.title) > LONG_KEY else [self.title]
 
 
 def columns(ledger: Ledger, *, most_listed: int | None = None) -> list[Column]:
-    """Return the ledger's columns; those of which nothing is known are left out.
+    """Return the ledger's columns, without those that have no known value.
 
     Args:
-        most_listed: settings that a row names, where each row lists its own.
+        most_listed: how many changed settings a run lists if they share one column; None: all.
     """
     names = [
         f"{run.name}\u00a0{BEST}" if run is ledger.best and len(ledger.runs) > 1 else run.name for run in ledger.runs
     ]
-    first = Column("run", names, [run is ledger.best for run in ledger.runs], "word")
-    status = _column("status", [run.status for run in ledger.runs], "word")
+    first = Column("run", names, [run is ledger.best for run in ledger.runs], "name")
+    status = _column("status", [run.status for run in ledger.runs], "name")
     figures = [_column(title, [text(run) for run in ledger.runs]) for title, text in _figures(ledger)]
     known = [column for column in figures if any(cell != UNKNOWN for cell in column.cells)]
-    # What was changed stands beside what came of it.
-    judged = [column for column in known if column.title in (ledger.metric.name, "Δ")]
-    rest = [column for column in known if column not in judged]
+    # The changed settings come next to the metric that they changed.
+    ranked = [column for column in known if column.title in (ledger.metric.name, "Δ")]
+    rest = [column for column in known if column not in ranked]
     told = _column("stability", [stability(run) for run in ledger.runs], "text")
     settings = _settings(ledger, most_listed)
     changes = [column for column in settings if column.kind == "text"]
     beside = [column for column in settings if column.kind != "text"]
-    return [first, status, *judged, *beside, *rest, *([told] if any(told.cells) else []), *changes]
+    return [first, status, *ranked, *beside, *rest, *([told] if any(told.cells) else []), *changes]
 
 
-def _column(title: str, cells: list[str], kind: Literal["number", "word", "text"] = "number") -> Column:
+def _column(title: str, cells: list[str], kind: Literal["number", "name", "text"] = "number") -> Column:
     return Column(title, cells, [False] * len(cells), kind)
 
 
@@ -98,28 +98,28 @@ def _duration(seconds: float) -> str:
 
 
 def _places(values: Iterable[float | None]) -> int:
-    """Return as many decimal places as give the smallest value four digits, four at least."""
+    """Return how many decimal places show four digits of the smallest value, at least four and at most eight."""
     small = min((abs(value) for value in values if value), default=1.0)
     return min(8, max(4, 3 - math.floor(math.log10(small))))
 
 
 def show_value(value: float | None, places: int = 4, sign: str = "") -> str:
-    """Write a loss, or a difference of two."""
+    """Format a loss, or the difference of two losses."""
     if value is None:
         return UNKNOWN
     return f"{value:{sign}.{places}f}" if abs(value) < 1e4 else f"{value:{sign}.3g}"
 
 
 def stability(run: Run) -> str:
-    """Say what happened beside the training, and why it ended where it did not end well."""
+    """Summarize skips, rollbacks, interruptions and resumes, and why the run stopped early."""
     parts = []
     for event, text in EVENTS.items():
-        # Rank 0 may have been killed between counting and writing, or the other way round.
+        # Rank 0 may have been killed after it wrote one of the two files and before the other: take the larger count.
         counted = {"skip": "skipped_steps", "rollback": "rollbacks"}.get(event, "")
         summed = run.summary.get(counted)
         number = max(run.count(event), summed if isinstance(summed, int) else 0)
         if event == "preempted" and run.status == "pruned":
-            number -= 1  # That is how a sweep ends a trial.
+            number -= 1  # A sweep preempts a trial to prune it.
         if number > 0:
             parts.append(text.format(n=number, s="s" * (number > 1)))
     if run.status == "stopped":
@@ -139,7 +139,7 @@ def _settings(ledger: Ledger, most_listed: int | None) -> list[Column]:
         Column(
             key,
             [show_setting(run.settings[key]) if key in run.settings else UNKNOWN for run in ledger.runs],
-            # In a sweep nearly all are, and marks on everything mark nothing.
+            # In a sweep nearly all settings differ from the baseline, so highlighting them would not help.
             [ledger.sweep is None and not ledger.same(run, key) for run in ledger.runs],
         )
         for key in ledger.differing
@@ -154,11 +154,11 @@ def _others(ledger: Ledger, run: Run, most_listed: int | None) -> str:
 
 
 def show_setting(value: Any) -> str:
-    """Write a setting as one types it, numbers to four digits."""
+    """Format a setting as a user types it, numbers with four digits."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
-        # 2e-4 and not 0.0002, as rates are spoken of, but 10000.
+        # Small numbers as 2e-4, the usual form of learning rates; large ones as 10000.
         return plain_number(value) if abs(value) < 1e-3 else f"{value:.{10 if value.is_integer() else 4}g}"
     if isinstance(value, list):
         return f"[{','.join(map(show_setting, value))}]"

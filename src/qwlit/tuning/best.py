@@ -1,4 +1,4 @@
-"""The best trial as an experiment file: what `train experiment=…` needs to train it again."""
+"""Write the best trial as an experiment file, so that `train experiment=…` trains it again."""
 
 import json
 from pathlib import Path
@@ -12,34 +12,36 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import write_text_atomic
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.record import RECORD, read_record
-from qwlit.tuning.space import as_words
+from qwlit.tuning.space import format_overrides
 from qwlit.tuning.sweep_file import Metric, Sweep
 from qwlit.tuning.trial import best_value
 
-# Where a run lies, logs and waits is not what it is. An experiment is what the others make together.
+# These sections say where a run is stored, logged and queued; they are no part of an experiment.
 NOT_TAKEN = {"run", "logger", "slurm"}
+# The file written is itself an experiment, so it chooses the other groups only.
 NO_GROUPS = NOT_TAKEN | {"experiment"}
 
 
-def write_best(folder: Path, sweep: Sweep, words: list[str]) -> tuple[Path, list[str]]:
-    """Write `<folder>/conf/experiment/<name>_best.yaml`; return it, and the overrides that say the same.
+def write_best(folder: Path, sweep: Sweep, overrides: list[str]) -> tuple[Path, list[str]]:
+    """Write `<folder>/conf/experiment/<name>_best.yaml`. Return the file, and overrides with the same effect.
 
     Args:
-        words: as typed; of these `hydra.searchpath` is needed to read the trial's choices again.
+        overrides: as typed. Only `hydra.searchpath` is used: the trial's group choices may be files found there.
 
     Raises:
-        ConfigError: no trial of the sweep has ended well.
+        ConfigError: no trial of the sweep finished with a value.
     """
     metric = sweep.document.metric
     run, value = _recorded_best(folder) if (folder / RECORD).exists() else _best_of_runs(folder, metric)
     config = compose([f"config={run.config_file}"]).config
     choices = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))["choices"]
-    groups, settings = as_overrides(choices, config, [w for w in words if w.startswith("hydra.searchpath=")])
+    searchpath = [override for override in overrides if override.startswith("hydra.searchpath=")]
+    groups, settings = fewest_overrides(choices, config, searchpath)
     file = folder / "conf" / "experiment" / f"{folder.name}_best.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     title = f"The best of sweep {folder.name}: {run.path.name}, {metric.name} {value:.6g}."
     write_text_atomic(file, as_experiment(groups, settings, title))
-    return file, [f"{name}={choice}" for name, choice in groups.items()] + as_words(settings)
+    return file, [f"{name}={choice}" for name, choice in groups.items()] + format_overrides(settings)
 
 
 def _recorded_best(folder: Path) -> tuple[RunFolder, float]:
@@ -47,39 +49,41 @@ def _recorded_best(folder: Path) -> tuple[RunFolder, float]:
     best = next((trial for trial in record["trials"] if trial["number"] == record["best"]), None)
     if best is None:
         states = sorted({str(trial["state"]) for trial in record["trials"]}) or ["none"]
-        raise ConfigError(f"{folder} has no trial that ended well yet (states: {', '.join(states)})")
+        raise ConfigError(f"{folder} has no finished trial yet (states: {', '.join(states)}); run the sweep first")
     return RunFolder(folder / best["run"]), best["value"]
 
 
 def _best_of_runs(folder: Path, metric: Metric) -> tuple[RunFolder, float]:
-    """Of a W&B sweep: its trials on this machine are the runs in its folder."""
+    """Return the best trial of a W&B sweep among its runs on this machine, with its value."""
     runs = [RunFolder(path) for path in sorted(folder.glob("*")) if path.is_dir()]
     values = {run: value for run in runs if run.status == FINISHED and (value := best_value(run, metric)) is not None}
     best = metric.best(values.values())
     if best is None:
-        raise ConfigError(f"{folder} holds no sweep with a trial that ended well; name it by run.name=… and run.root=…")
+        raise ConfigError(f"{folder} holds no sweep with a finished trial; name the sweep by run.name=… and run.root=…")
     return next(run for run, value in values.items() if value == best), best
 
 
-def as_overrides(choices: dict[str, str], config: RunConfig, words: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the fewest group choices, and then settings, that make `config` out of the defaults."""
+def fewest_overrides(
+    choices: dict[str, str], config: RunConfig, searchpath: list[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the fewest group choices and single settings that turn the defaults into `config`."""
     own_data = choices.get("data") == "files"
     groups = {"data": "files"} if own_data else {}
     data = ["data.path=x"] if own_data else []
 
     def composed() -> Any:
-        return compose([*words, *(f"{name}={choice}" for name, choice in groups.items()), *data])
+        return compose([*searchpath, *(f"{name}={choice}" for name, choice in groups.items()), *data])
 
-    # The recipe first: it chooses others.
+    # The recipe first, because it chooses other groups.
     for name in sorted(choices.keys() - NO_GROUPS, key=lambda name: (name != "recipe", name)):
         if composed().choices.get(name) != choices[name]:
             groups[name] = choices[name]
     before, after = (_settings(c) for c in (composed().config, config))
-    # The placeholder stood for it; and a typed warm-up lifts the recipe's cap on it.
-    said = ({"data.path"} if own_data else set()) | {"scheduler.max_warmup_ratio"}
-    settings = {key: value for key, value in after.items() if before.get(key) != value or key in said}
+    # Always write data.path, which was the placeholder x, and the warm-up cap, which a typed warm-up would lift.
+    always = ({"data.path"} if own_data else set()) | {"scheduler.max_warmup_ratio"}
+    settings = {key: value for key, value in after.items() if before.get(key) != value or key in always}
     if "data.path" in settings:
-        # Typed alone it would replace the demo's validation set.
+        # data.path without a data group would also replace the demo's validation set.
         groups.setdefault("data", choices.get("data", "files"))
     return groups, settings
 

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a bar and the running trials on a terminal, one line an event elsewhere."""
+"""Show a sweep to a person: one line per event, and on a terminal also a bar with the running trials."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -18,12 +18,12 @@ COLOURS = {"done": "green", "pruned": "yellow", "diverged": "red", "failed": "re
 
 
 class SweepDisplay:
-    """Lines as trials begin and end; on a terminal a bar below them."""
+    """Print a line when a trial begins or ends; on a terminal, draw a bar below the lines."""
 
     def __init__(self, screen: Console, metric: Metric, limit: int) -> None:
         self._screen = screen
         self._metric = metric
-        # Refreshed by hand: trials are forked, and that wants no threads beside it.
+        # No refresh thread: the parent forks to start trials, and forking beside threads is unsafe.
         options = {"auto_refresh": False, "transient": True, "disable": not screen.is_terminal}
         self._bar = progress_bar("trials", MofNCompleteColumn(), screen, **options)
         self._task = self._bar.add_task("", total=limit)
@@ -45,7 +45,7 @@ class SweepDisplay:
         )
 
     def show(self, trials: Sequence[dict[str, Any]] | None, running: "Sequence[TrialRun | None]") -> None:
-        """Refresh the bar; with the record's `trials` where one has begun or ended."""
+        """Refresh the bar. Pass the trials of sweep.json if one of them has begun or ended."""
         if trials is not None:
             ended = sum(trial["state"] != "running" for trial in trials)
             self._bar.update(self._task, completed=ended)
@@ -55,7 +55,7 @@ class SweepDisplay:
 
 
 def describe(parameters: dict[str, Any]) -> str:
-    """Return a trial's parameters in a line."""
+    """Return a trial's parameters as one line."""
     return "  ".join(
         f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in parameters.items()
     )

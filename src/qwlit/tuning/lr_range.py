@@ -1,4 +1,4 @@
-"""The learning-rate range test (Smith 2017): a short training whose rate rises every step shows what it bears."""
+"""The learning-rate range test (Smith 2017): a short run whose learning rate rises at every step."""
 
 import math
 import shutil
@@ -16,32 +16,33 @@ from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
 from qwlit.core.files import resolve_path, write_json_atomic
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.tracking.run_folder import RunFolder
-from qwlit.tuning.trial import Tail, last_words, start_training
+from qwlit.tuning.trial import Tail, last_message, start_training
 
-STEPS, FEWEST, HIGHEST = 100, 20, 0.1
-# As fastai's finder: a moving average that forgets a tenth a step, over when it is four times the best.
+STEPS, FEWEST_STEPS, HIGHEST_LR = 100, 20, 0.1
+# As in fastai's finder: smooth with a moving average of this weight; stop at four times the lowest smoothed loss.
 SMOOTHING, DIVERGED = 0.9, 4.0
-# The first steps tell the noise of the samples, not of the rate.
-SETTLING = 0.1
+# Ignore this share of the steps at the start: there the loss shows the noise of the samples only.
+IGNORED_SHARE = 0.1
+# A fall of the loss counts if it exceeds this many standard deviations of the noise.
 NOISE = 2.0
 POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Losses at rising rates, and what they say."""
+    """Losses at rising learning rates, and the learning rates that they suggest."""
 
-    rates: list[float]
+    lrs: list[float]
     losses: list[float]
     smoothed: list[float]
     steepest: float | None
-    """Rate at which the smoothed loss fell fastest per decade; None where it never fell."""
+    """Learning rate at which the smoothed loss fell fastest per decade; None if it never fell."""
     lowest: float | None
-    """Rate at which it was lowest: beyond it, steps are too long. None where it still fell at the highest."""
+    """Learning rate with the lowest smoothed loss; None if the loss still fell at the highest learning rate."""
 
     @property
     def suggestion(self) -> float | None:
-        """Return the steepest rate, but never more than a third of the one at which the loss turned."""
+        """Return `steepest`, but at most a third of `lowest`, beyond which the loss rises."""
         if self.steepest is None:
             return None
         return float(f"{min(self.steepest, self.lowest / 3 if self.lowest else self.steepest):.1e}")
@@ -49,35 +50,36 @@ class RangeTest:
     def reason(self) -> str:
         if self.steepest is None:
             return (
-                "the loss fell at no rate by more than it scatters;"
-                " try larger steps (train.global_batch_size), more of them (train.max_steps), or other rates (optim.lr)"
+                "the loss did not fall by more than its noise at any learning rate;"
+                " try larger batches (train.global_batch_size), more steps (train.max_steps) or another optim.lr"
             )
         if self.lowest is None:
             return f"the loss fell fastest at {self.steepest:.1e} and still fell at the highest; try a higher optim.lr"
         return (
-            f"the loss fell fastest at {self.steepest:.1e} and turned at {self.lowest:.1e};"
-            " the suggestion is the first, or a third of the second if that is less"
+            f"the loss fell fastest at {self.steepest:.1e} and was lowest at {self.lowest:.1e};"
+            " the suggestion is the first value, or a third of the second if that is smaller"
         )
 
 
-def find_lr(words: list[str], screen: Console) -> tuple[RangeTest, RunFolder]:
-    """Train with a rising rate and read what came of it.
+def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder]:
+    """Train with a rising learning rate and evaluate the losses.
 
     Args:
-        words: overrides of `train`; `optim.lr` is the highest rate, `train.max_steps` the number of steps.
+        overrides: of `train`. `optim.lr` is the highest learning rate, `train.max_steps` the number of steps.
 
     Raises:
-        QwlitError: the training could not begin; or too little of it was measured.
+        ConfigError: the overrides do not fit a range test.
+        QwlitError: the training could not begin, or ended after too few steps.
     """
-    composed = compose(words)
+    composed = compose(overrides)
     name = f"{composed.config.run.name}-lr"
     folder = RunFolder(resolve_path(composed.config.run.root) / name)
-    typed = {word.partition("=")[0].lstrip("+") for word in words}
+    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
     if typed & {"scheduler.warmup_steps", "scheduler.warmup_ratio", "scheduler", "scheduler.name"}:
         raise ConfigError("the range test has a schedule of its own, without warm-up; leave scheduler.* out")
-    defaults = {"optim.lr": f"{HIGHEST}", "train.max_steps": f"{STEPS}", "preflight.allow": "[full_lr]"}
+    defaults = {"optim.lr": f"{HIGHEST_LR}", "train.max_steps": f"{STEPS}", "preflight.allow": "[full_lr]"}
     overrides = [
-        *words,
+        *overrides,
         *(f"{key}={value}" for key, value in defaults.items() if key not in typed),
         *([] if "scheduler.min_lr_ratio" in typed else ["scheduler.min_lr_ratio=1e-6"]),
         "scheduler.name=range_test",
@@ -93,14 +95,14 @@ def find_lr(words: list[str], screen: Console) -> tuple[RangeTest, RunFolder]:
         f"run.name={name}",
     ]
     steps = compose(overrides).config.train.max_steps or STEPS
-    if steps < FEWEST:
-        raise ConfigError(f"train.max_steps={steps}: a range test needs {FEWEST} steps at least")
-    _make_room(folder)
+    if steps < FEWEST_STEPS:
+        raise ConfigError(f"train.max_steps={steps}: a range test needs at least {FEWEST_STEPS} steps")
+    _delete_earlier_test(folder)
     code, log = _train(overrides, folder, steps, screen)
     test = read_range_test(folder)
-    # Ended by us or by the guard, it has seen the end of what the run bears.
-    if code not in (0, Preempted.exit_code, GuardStop.exit_code) or len(test.rates) < FEWEST // 2:
-        error = QwlitError(f"the range test measured {len(test.rates)} steps only: {last_words(log)}")
+    # Stopped by `_train` or by the guard, the run has reached learning rates that are too high: that is a result.
+    if code not in (0, Preempted.exit_code, GuardStop.exit_code) or len(test.lrs) < FEWEST_STEPS // 2:
+        error = QwlitError(f"the range test measured only {len(test.lrs)} steps: {last_message(log)}")
         error.exit_code = code if code > 0 else QwlitError.exit_code
         raise error
     log.replace(folder.path / "train.log")
@@ -109,27 +111,27 @@ def find_lr(words: list[str], screen: Console) -> tuple[RangeTest, RunFolder]:
     draw(test, folder.path / "lr_range.png")
     write_json_atomic(
         folder.path / "lr_range.json",
-        {"suggestion": test.suggestion, "reason": test.reason(), "lr": test.rates, "loss": test.losses},
+        {"suggestion": test.suggestion, "reason": test.reason(), "lr": test.lrs, "loss": test.losses},
     )
     return test, folder
 
 
-def _make_room(folder: RunFolder) -> None:
+def _delete_earlier_test(folder: RunFolder) -> None:
     """Delete an earlier range test of this name, and nothing else.
 
     Raises:
-        ConfigError: something else lies there.
+        ConfigError: the folder contains something else.
     """
     if not folder.path.exists():
         return
     config = folder.config_file.read_text(encoding="utf-8") if folder.config_file.exists() else ""
     if "name: range_test" not in config and any(folder.path.iterdir()):
-        raise ConfigError(f"{folder.path} exists and is no range test; move it away, or set another run.name")
+        raise ConfigError(f"{folder.path} exists and is not a range test; move it away, or set another run.name")
     folder.delete()
 
 
 def _train(overrides: list[str], folder: RunFolder, steps: int, screen: Console) -> tuple[int, Path]:
-    """Run the training until it ends or the loss has gone; return its exit code and what it said."""
+    """Run the training until it ends or the loss diverges. Return its exit code and its log."""
     log = folder.path.with_name(f".{folder.path.name}.log")
     tail = Tail(folder.path / "metrics.jsonl")
     log.unlink(missing_ok=True)
@@ -137,9 +139,9 @@ def _train(overrides: list[str], folder: RunFolder, steps: int, screen: Console)
     with measuring("range test", screen) as show, answering_signals():
         try:
             while process.poll() is None:
-                rows = tail.read()
-                show(len(rows), steps, f"{len(rows)} steps")
-                if _has_diverged([row["train/loss"] for row in rows if "train/loss" in row]):
+                records = tail.read()
+                show(len(records), steps, f"{len(records)} steps")
+                if _has_diverged([record["train/loss"] for record in records if "train/loss" in record]):
                     process.terminate()
                 time.sleep(POLL_SECONDS)
         finally:
@@ -155,13 +157,13 @@ def _has_diverged(losses: Sequence[float | None]) -> bool:
 
 
 def read_range_test(folder: RunFolder) -> RangeTest:
-    """Read what a run with rising rates has measured."""
-    rows = [row for row in Tail(folder.path / "metrics.jsonl").read() if row.get("train/loss") is not None]
-    return judge([row["optim/lr"] for row in rows], [row["train/loss"] for row in rows])
+    """Evaluate the metrics of a run with a rising learning rate."""
+    records = [r for r in Tail(folder.path / "metrics.jsonl").read() if r.get("train/loss") is not None]
+    return evaluate([record["optim/lr"] for record in records], [record["train/loss"] for record in records])
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """Return the exponential moving average, corrected for its start at 0."""
+    """Return the exponential moving average, with bias correction for its start at 0."""
     average, smoothed = 0.0, []
     for count, loss in enumerate(losses, start=1):
         average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -169,40 +171,40 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def judge(rates: list[float], losses: list[float]) -> RangeTest:
-    """Find where the smoothed loss falls fastest per decade of the rate, and where it turns."""
+def evaluate(lrs: list[float], losses: list[float]) -> RangeTest:
+    """Find where the smoothed loss falls fastest per decade of the learning rate, and where it is lowest."""
     smoothed = smooth(losses)
-    first = int(SETTLING * len(rates))
-    if len(rates) - first < 3:
-        return RangeTest(rates, losses, smoothed, None, None)
-    turn = min(range(first, len(rates)), key=smoothed.__getitem__)
+    first = int(IGNORED_SHARE * len(lrs))
+    if len(lrs) - first < 3:
+        return RangeTest(lrs, losses, smoothed, None, None)
+    turn = min(range(first, len(lrs)), key=smoothed.__getitem__)
     slopes = {
-        i: (smoothed[i + 1] - smoothed[i - 1]) / math.log10(rates[i + 1] / rates[i - 1])
-        for i in range(max(1, first), min(turn + 1, len(rates) - 1))
+        i: (smoothed[i + 1] - smoothed[i - 1]) / math.log10(lrs[i + 1] / lrs[i - 1])
+        for i in range(max(1, first), min(turn + 1, len(lrs) - 1))
     }
     steepest = min(slopes, key=slopes.__getitem__, default=None)
-    until = slice(first, max(turn, first + len(rates) // 4))
-    scatter = statistics.pstdev(loss - level for loss, level in zip(losses[until], smoothed[until], strict=True))
+    until = slice(first, max(turn, first + len(lrs) // 4))
+    noise = statistics.pstdev(loss - level for loss, level in zip(losses[until], smoothed[until], strict=True))
     fall = smoothed[first] - smoothed[turn]
-    # The average wanders, too: of noise alone it hardly ever falls by twice the scatter.
-    if steepest is None or fall <= max(NOISE * scatter, 1e-6 * abs(smoothed[first])):
-        return RangeTest(rates, losses, smoothed, None, None)
-    return RangeTest(rates, losses, smoothed, rates[steepest], rates[turn] if turn < len(rates) - 1 else None)
+    # Noise moves the average too, but almost never by twice its standard deviation.
+    if steepest is None or fall <= max(NOISE * noise, 1e-6 * abs(smoothed[first])):
+        return RangeTest(lrs, losses, smoothed, None, None)
+    return RangeTest(lrs, losses, smoothed, lrs[steepest], lrs[turn] if turn < len(lrs) - 1 else None)
 
 
 def draw(test: RangeTest, file: Path) -> None:
-    """Draw loss against rate."""
+    """Draw the loss against the learning rate into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(test.rates, test.losses, color="0.8", linewidth=1, label="each step")
-    axes.plot(test.rates, test.smoothed, color="C0", linewidth=2, label="smoothed")
+    axes.plot(test.lrs, test.losses, color="0.8", linewidth=1, label="each step")
+    axes.plot(test.lrs, test.smoothed, color="C0", linewidth=2, label="smoothed")
     if test.suggestion is not None:
         axes.axvline(test.suggestion, color="C1", linestyle="--", label=f"suggestion {test.suggestion:.1e}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats a supervised token")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats per supervised token")
     lowest, first = min(test.smoothed), test.smoothed[0]
     axes.set_ylim(lowest - 0.1 * (first - lowest + 0.1), first + 0.3 * (first - lowest + 0.1))
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""A sweep on this machine: Optuna draws, every trial is a process and an ordinary run, nothing needs an account."""
+"""A sweep on this machine, without an account: Optuna draws the settings, each trial is a process and a normal run."""
 
 import signal
 import time
@@ -17,15 +17,15 @@ from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.display import SweepDisplay
 from qwlit.tuning.record import header, refuse_other_sweep, steps_made, write_record
-from qwlit.tuning.slots import share_out
-from qwlit.tuning.space import Space, as_words, build_space, check_space, grid_points
+from qwlit.tuning.slots import allocate_slots
+from qwlit.tuning.space import Space, build_space, check_space, format_overrides, grid_points
 from qwlit.tuning.study import Outcome, Study
 from qwlit.tuning.sweep_file import Metric, Sweep
 from qwlit.tuning.trial import TrialRun
 
 POLL_SECONDS = 0.25
-# A fault that every trial has: so many of the first ones could not even begin.
-HOPELESS = 3
+# If this many of the first trials cannot begin, all trials have the same fault, and the sweep stops.
+MOST_FALSE_STARTS = 3
 METRICS = (
     "val/loss",
     "val/accuracy",
@@ -35,29 +35,29 @@ METRICS = (
     "memory/peak_gib",
     "wall_seconds",
 )
-"""Columns of metrics.jsonl and entries of summary.json that can be searched for."""
+"""Keys of metrics.jsonl and of summary.json that a sweep can optimize."""
 
 
-def run_local(sweep: Sweep, words: list[str], *, trials: int | None, jobs: int | None) -> Path:
-    """Run the sweep until all its trials have ended, or the rest of an interrupted one; return its folder.
+def run_local(sweep: Sweep, overrides: list[str], *, trials: int | None, jobs: int | None) -> Path:
+    """Run the sweep, or resume an interrupted one, until all its trials have ended. Return its folder.
 
     Args:
-        words: overrides that every trial has, after those of the sweep's own command.
-        trials: how many in all, over every machine and restart.
-        jobs: how many side by side.
+        overrides: of every trial, after those in the sweep file's command.
+        trials: number of trials in all, over every machine and restart.
+        jobs: number of trials that run at the same time.
 
     Raises:
-        ConfigError: the sweep cannot be run as it is written.
+        ConfigError: the sweep cannot run as it is written.
     """
-    fixed = [*sweep.words, "logger=none", *words]
+    fixed = [*sweep.overrides, "logger=none", *overrides]
     space = build_space(sweep)
     composed = check_space(sweep, fixed)
     config = composed.config
-    folder = sweep_folder(sweep, composed, words)
+    folder = sweep_folder(sweep, composed, overrides)
     check_metric(sweep, config)
     if config.hardware.num_nodes > 1:
         raise ConfigError("hardware.num_nodes: a trial of a local sweep runs on one machine; use backend=wandb")
-    slots = share_out(jobs, config.hardware.devices, word="jobs")
+    slots = allocate_slots(jobs, config.hardware.devices, option="jobs")
     limit = number_of_trials(sweep, space, trials)
     head = header(folder.name, sweep, config, fixed)
     if folder.exists():
@@ -76,39 +76,39 @@ def run_local(sweep: Sweep, words: list[str], *, trials: int | None, jobs: int |
     return folder
 
 
-def sweep_folder(sweep: Sweep, composed: Composed, words: list[str]) -> Path:
-    """Return run.root/NAME: the sweep's own name, or the run.name that was typed."""
-    named = any(word.partition("=")[0].lstrip("+") == "run.name" for word in words)
+def sweep_folder(sweep: Sweep, composed: Composed, overrides: list[str]) -> Path:
+    """Return run.root/NAME, where NAME is the typed run.name, or else the sweep's name."""
+    named = any(override.partition("=")[0].lstrip("+") == "run.name" for override in overrides)
     return resolve_path(composed.config.run.root) / (str(composed.config.run.name) if named else sweep.name)
 
 
 def check_metric(sweep: Sweep, config: RunConfig) -> None:
-    """Refuse a search for what no trial will measure.
+    """Refuse a metric that no trial will measure.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: naming the setting to change.
     """
     data, name = config.data, sweep.document.metric.name
     if name not in METRICS:
         raise ConfigError(
-            f"{sweep.path}: metric.name={name} is nothing that a run measures.{nearest(name, METRICS)}"
+            f"{sweep.path}: metric.name={name}: no run measures this.{nearest(name, METRICS)}"
             f" Known: {', '.join(METRICS)}"
         )
     if name == "exact_match" and not data.exact_match:
-        raise ConfigError("exact_match is what the sweep looks for; set data.exact_match to a number of rows")
+        raise ConfigError("the sweep's metric is exact_match; set data.exact_match to a number of samples")
     if not name.startswith("val"):
         return
     if data.val_path is None and not data.val_fraction:
-        raise ConfigError(f"{name} is what the sweep looks for; set data.val_path or data.val_fraction")
+        raise ConfigError(f"the sweep's metric is {name}; set data.val_path or data.val_fraction")
     if not config.validation.each_epoch and config.validation.every_steps is None:
-        raise ConfigError(f"{name} is what the sweep looks for; set validation.each_epoch=true or every_steps")
+        raise ConfigError(f"the sweep's metric is {name}; set validation.each_epoch=true or every_steps")
 
 
 def number_of_trials(sweep: Sweep, space: Space, trials: int | None) -> int:
-    """Return how many trials there are in all.
+    """Return the number of trials in all.
 
     Raises:
-        ConfigError: nobody says, and the method has no end of its own.
+        ConfigError: neither `trials` nor the file gives a number, and the method is not a grid.
     """
     asked = trials or sweep.document.run_cap
     if sweep.document.method == "grid":
@@ -117,12 +117,12 @@ def number_of_trials(sweep: Sweep, space: Space, trials: int | None) -> int:
             points *= len(values)
         return min(points, asked or points)
     if asked is None:
-        raise ConfigError(f"trials is not set, and a {sweep.document.method} search has no end of its own; trials=20")
+        raise ConfigError(f"trials is not set, and a {sweep.document.method} search needs it; set e.g. trials=20")
     return asked
 
 
 class _Search:
-    """Keeps the slots busy until nothing is left to try."""
+    """Runs trials in the slots until none is left."""
 
     def __init__(
         self,
@@ -143,14 +143,14 @@ class _Search:
         self._false_starts, self._has_trained = 0, False
 
     def run(self) -> None:
-        """Return when every trial has an end, or only other machines' are still on their way."""
+        """Return when every trial has ended, except those that other machines run."""
         try:
             with self._display:
                 while self._fill() or any(self._running):
-                    self._look()
+                    self._check_trials()
                     time.sleep(POLL_SECONDS)
         except BaseException:
-            self._leave(console())
+            self._stop_trials(console())
             raise
         finally:
             self._write()
@@ -160,7 +160,7 @@ class _Search:
         self._display.show(trials, self._running)
 
     def _fill(self) -> bool:
-        """Give every free slot a trial; return whether one was started."""
+        """Start a trial in every free slot. Return whether one was started."""
         started = False
         for index, slot in enumerate(self._slots):
             if self._running[index] is not None:
@@ -168,8 +168,8 @@ class _Search:
             ticket = self._study.next()
             if ticket is None:
                 break
-            words = [*self._head["words"], *as_words(ticket.parameters)]
-            trial = TrialRun(ticket, words, self._metric, self._folder, slot)
+            overrides = [*self._head["words"], *format_overrides(ticket.parameters)]
+            trial = TrialRun(ticket, overrides, self._metric, self._folder, slot)
             self._running[index] = trial
             self._display.began(ticket)
             started = True
@@ -177,42 +177,48 @@ class _Search:
             self._write()
         return started
 
-    def _look(self) -> None:
-        """Report what the trials have measured, and close those that have ended."""
+    def _check_trials(self) -> None:
+        """Report the trials' new values to the study, and close the trials that have ended."""
         for index, trial in enumerate(self._running):
             if trial is None:
                 continue
-            code = self._code(trial)
+            code = self._exit_code(trial)
             self._report(trial)
             if code is not None:
                 self._running[index] = None
-                self._settle(trial, code)
+                self._close(trial, code)
                 self._write()
         self._display.show(None, self._running)
 
-    def _code(self, trial: TrialRun) -> int | None:
+    def _exit_code(self, trial: TrialRun) -> int | None:
+        """Return the exit code of a trial that has ended; start one that has not been started."""
         if trial.is_done:
-            # Also where an earlier parent died between its end and its entry in the journal.
+            # The trial may have finished under an earlier parent that died before it wrote this to the journal.
             trial.wait()
             return 0
         if not trial.was_never_started:
             return trial.poll()
         if trial.pruned_at is not None:
             return Preempted.exit_code
-        if trial.is_free():  # else an orphan of the last parent's is still saving
+        if trial.is_free():  # else a process of the last parent is still saving
             trial.start()
         return None
 
     def _report(self, trial: TrialRun) -> None:
         values = trial.values()
-        # As far as it was judged: a trial that is told to end may measure once more.
+        # Not beyond the value at which it was pruned: a trial may measure once more before it ends.
         while trial.num_reported < len(values) and trial.pruned_at is None:
             trial.num_reported += 1
             if self._study.report(trial.ticket.number, trial.num_reported, values[trial.num_reported - 1]):
                 trial.pruned_at = trial.num_reported
                 trial.stop()
 
-    def _settle(self, trial: TrialRun, code: int) -> None:
+    def _close(self, trial: TrialRun, code: int) -> None:
+        """Record how a trial ended.
+
+        Raises:
+            ConfigError: none of the first trials could begin.
+        """
         outcome, value, reason = _outcome(trial, code)
         if outcome == "pruned":
             trial.run.write_summary(status="pruned")
@@ -222,49 +228,50 @@ class _Search:
             self._false_starts += 1
         else:
             self._has_trained = True
-        if self._false_starts >= HOPELESS and not self._has_trained:
+        if self._false_starts >= MOST_FALSE_STARTS and not self._has_trained:
             raise ConfigError(
-                f"the first {HOPELESS} trials could not begin, the sweep is stopped: {reason}."
-                f" Set it right, and another run.name or delete {self._folder}: trials that failed are not tried again"
+                f"the first {MOST_FALSE_STARTS} trials could not begin, the sweep is stopped: {reason}. Correct this,"
+                f" and set another run.name or delete {self._folder}: failed trials are not tried again"
             )
 
-    def _leave(self, screen: Console) -> None:
-        """Let the trials save, and wait for them; a second Ctrl-C kills them."""
-        left = [trial for trial in self._running if trial is not None]
-        for trial in left:
+    def _stop_trials(self, screen: Console) -> None:
+        """Tell the running trials to save, and wait for them; a second Ctrl-C kills them."""
+        running = [trial for trial in self._running if trial is not None]
+        for trial in running:
             trial.stop()
         try:
-            if left:
-                screen.print(f"waiting for {len(left)} trial{'s' * (len(left) > 1)} to save; the same command goes on")
-            for trial in left:
+            if running:
+                count = f"{len(running)} trial{'s' * (len(running) > 1)}"
+                screen.print(f"waiting for {count} to save; the same command resumes the sweep")
+            for trial in running:
                 trial.wait()
         except BaseException:
-            for trial in left:
+            for trial in running:
                 trial.stop(signal.SIGKILL)
             raise
 
 
 def _end(trial: TrialRun, value: float | None) -> tuple[Outcome, float | None, str | None]:
-    """Return what a trial is that trained to its end."""
+    """Return outcome, value and reason of a trial that finished its training."""
     if trial.has_diverged:
         return "diverged", value, f"the last {trial.metric} is not a finite number"
     if value is None:
-        return "failed", None, f"it never measured {trial.metric}"
+        return "failed", None, f"the trial never measured {trial.metric}"
     return "done", value, None
 
 
 def _outcome(trial: TrialRun, code: int) -> tuple[Outcome, float | None, str | None]:
-    """Return how a trial ended, its value and the reason."""
+    """Return outcome, value and reason of a trial that has ended."""
     value = trial.best()
     if trial.pruned_at is not None:
-        # Also if it came to its end before it could be stopped: what a seed draws must not hang on that.
+        # Even if it finished before it could be stopped: later draws must not depend on that race.
         return "pruned", value, f"not among the best at value {trial.pruned_at} of {trial.metric}"
     if code == 0:
         return _end(trial, value)
-    reason = trial.last_words() or "it said nothing"
+    reason = trial.last_message() or "the trial printed nothing"
     if code == GuardStop.exit_code:
         return "diverged", value, reason
     if code < 0:
         name = signal.Signals(-code).name
-        return "failed", value, f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}, again and again"
+        return "failed", value, f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''} several times"
     return "failed", value, reason

@@ -1,4 +1,4 @@
-"""sweep.json: what a sweep has tried and what came of it, for `report`, for `action=best` and for people's scripts."""
+"""sweep.json: the trials of a sweep and their results, for `report`, `action=best` and users' scripts."""
 
 import json
 from dataclasses import asdict
@@ -15,29 +15,29 @@ from qwlit.tuning.sweep_file import Metric, Sweep
 from qwlit.tuning.trial import name_of
 
 RECORD = "sweep.json"
-# What changes nothing about which trials there are.
+# Entries of the sweep file that may change when a sweep resumes: they do not change its trials.
 NOT_COMPARED = ("name", "description", "project", "entity", "run_cap", "command")
 
 
-def header(name: str, sweep: Sweep, config: RunConfig, words: list[str]) -> dict[str, Any]:
-    """Return what of a sweep never changes; `words` are the overrides that every trial has."""
+def header(name: str, sweep: Sweep, config: RunConfig, overrides: list[str]) -> dict[str, Any]:
+    """Return the entries of sweep.json that never change. `overrides` are those of every trial (key "words")."""
     metric = sweep.document.metric
     entries = {
         "name": name,
         "method": sweep.document.method,
         "metric": {"name": metric.name, "goal": metric.goal},
         "seed": config.seed,
-        "words": words,
+        "words": overrides,
         "file": {key: value for key, value in sweep.raw.items() if key not in NOT_COMPARED},
         "settings": mathematics(config) | _compared(config),
     }
-    # As it will be read again: JSON knows no tuples.
+    # Turn tuples into lists, so that the entries equal those read back from JSON.
     plain: dict[str, Any] = json.loads(json.dumps(entries))
     return plain
 
 
 def _compared(config: RunConfig) -> dict[str, Any]:
-    """Return what beside the mathematics must be alike, or values could not be compared."""
+    """Return the other settings that must be equal, or the trials' values could not be compared."""
     data, validation = config.data, config.validation
     return {
         "data.path": [asdict(part) for part in parts_of(data.path)],
@@ -77,10 +77,10 @@ def _entry(folder: Path, metric: Metric, trial: Any) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read a sweep's sweep.json.
+    """Read sweep.json.
 
     Raises:
-        ConfigError: there is none, or it is broken.
+        ConfigError: the file is missing or broken.
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -89,24 +89,24 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / RECORD} cannot be read: {error}") from None
     if not isinstance(record, dict) or not {"name", "metric", "trials", "best"} <= record.keys():
-        raise ConfigError(f"{folder / RECORD} is no sweep's record")
+        raise ConfigError(f"{folder / RECORD} is not the record of a sweep")
     return record
 
 
 def steps_made(folder: Path) -> int:
-    """Return the steps of all trials: what a sweep has come to."""
+    """Return the sum of the steps of all trials, as a measure of progress."""
     return sum(trial["steps"] or 0 for trial in read_record(folder)["trials"]) if (folder / RECORD).exists() else 0
 
 
 def refuse_other_sweep(folder: Path, head: dict[str, Any]) -> None:
-    """Go on only with the sweep that the folder holds.
+    """Refuse to resume another sweep than the one in the folder.
 
     Raises:
-        ConfigError: it holds something else, or a sweep of another file, seed or other settings.
+        ConfigError: the folder holds something else, or a sweep with another file, seed or other settings.
     """
     if not (folder / RECORD).exists():
         if (folder / "journal.log").exists() or not any(folder.iterdir()):
-            return  # killed at the very beginning
+            return  # the sweep was killed before it wrote sweep.json
         raise ConfigError(f"{folder} exists and holds no sweep; move it away, or set run.name=…")
     earlier = read_record(folder)
     for part in ("file", "settings"):

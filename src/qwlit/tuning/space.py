@@ -1,4 +1,4 @@
-"""What a sweep may try: its parameters as Optuna's distributions, and what it tried as words of `train`."""
+"""The search space of a sweep: its parameters as Optuna distributions, and drawn values as overrides of `train`."""
 
 import json
 import math
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 RANGES = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values")
 DIGITS = 12
-"""Of a multiple of q: 0.1 x 3 is to be 0.3."""
+"""Decimal places of a multiple of q, so that 0.1 x 3 is 0.3."""
 Space = dict[str, "BaseDistribution"]
 
 
-def as_words(parameters: Mapping[str, Any]) -> list[str]:
+def format_overrides(parameters: Mapping[str, Any]) -> list[str]:
     """Return a trial's parameters as overrides of `train`."""
     return [f"{name}={_written(value)}" for name, value in parameters.items()]
 
@@ -32,10 +32,10 @@ def _written(value: Any) -> str:
 
 
 def build_space(sweep: Sweep) -> Space:
-    """Translate the parameters.
+    """Translate the sweep file's parameters to Optuna distributions.
 
     Raises:
-        ConfigError: a distribution that only W&B draws from, or bounds that do not make one.
+        ConfigError: only W&B supports the distribution, or its bounds are invalid.
     """
     return {name: _distribution(sweep, name, p) for name, p in sorted(sweep.document.parameters.items())}
 
@@ -47,24 +47,26 @@ def _distribution(sweep: Sweep, name: str, parameter: Parameter) -> "BaseDistrib
     kind = parameter.distribution or _implied(parameter)
     if kind in ("constant", "categorical"):
         if parameter.probabilities is not None:
-            raise ConfigError(f"{where}.probabilities: only W&B draws by them; leave them out, or use backend=wandb")
+            raise ConfigError(f"{where}.probabilities: only W&B supports them; leave them out, or use backend=wandb")
         choices = parameter.values if kind == "categorical" else [parameter.value]
         if choices is None:
             raise ConfigError(f"{where}: {kind} needs values")
-        # Optuna knows no lists.
+        # Optuna's choices cannot be lists.
         return CategoricalDistribution([_written(c) if isinstance(c, list) else c for c in choices])
     if kind not in RANGES:
         known = ", ".join(("constant", "categorical", *RANGES))
-        raise ConfigError(f"{where}.distribution={kind}: only W&B draws from it; here: {known}, or backend=wandb")
+        raise ConfigError(f"{where}.distribution={kind}: only W&B supports it; use {known}, or backend=wandb")
     if sweep.document.method == "grid" and kind not in ("int_uniform", "q_uniform"):
-        raise ConfigError(f"{where}: a grid needs values=[…], a range has no end of points; or set method: random")
+        raise ConfigError(
+            f"{where}: a grid needs values=[…], because a range has infinitely many; or set method: random"
+        )
     low, high = parameter.min, parameter.max
     if low is None or high is None:
         raise ConfigError(f"{where}: give value, values, or min and max")
     if kind == "log_uniform":
         low, high = math.exp(low), math.exp(high)
     if kind.startswith("log_uniform") and low <= 0:
-        raise ConfigError(f"{where}: min={low:g}, and a log scale begins above 0")
+        raise ConfigError(f"{where}: min={low:g}, but a log scale needs min above 0")
     if kind == "q_uniform":
         return _multiples(where, parameter)
     if kind == "int_uniform":
@@ -73,12 +75,12 @@ def _distribution(sweep: Sweep, name: str, parameter: Parameter) -> "BaseDistrib
 
 
 def _multiples(where: str, parameter: Parameter) -> "BaseDistribution":
-    """As W&B draws q_uniform: multiples of q, whole numbers where q is one."""
+    """Return W&B's q_uniform: multiples of q, which are whole numbers if q is one."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
     low, high, q = parameter.min or 0, parameter.max or 0, 1 if parameter.q is None else parameter.q
     if q <= 0:
-        raise ConfigError(f"{where}.q={q:g}: values are multiples of it; give a number above 0")
+        raise ConfigError(f"{where}.q={q:g}: values are multiples of q; give a number above 0")
     first, last = math.ceil(low / q - 1e-9), math.floor(high / q + 1e-9)
     if first > last:
         raise ConfigError(f"{where}: there is no multiple of q={q:g} between {low:g} and {high:g}")
@@ -88,7 +90,7 @@ def _multiples(where: str, parameter: Parameter) -> "BaseDistribution":
 
 
 def _implied(parameter: Parameter) -> str:
-    """Return the distribution that W&B takes where none is named."""
+    """Return the distribution that W&B assumes if the file names none."""
     if parameter.values is not None:
         return "categorical"
     if parameter.min is None:
@@ -112,25 +114,23 @@ def grid_points(space: Space) -> dict[str, list[Any]]:
     return points
 
 
-def check_space(sweep: Sweep, words: list[str]) -> Composed:
-    """Compose `train` with every end and every choice, so that no trial can fail by a name or a value.
+def check_space(sweep: Sweep, overrides: list[str]) -> Composed:
+    """Compose `train` with every choice and both ends of every range, so that no trial fails by a name or a value.
 
     Raises:
-        ConfigError: naming the parameter and what is wrong with it.
+        ConfigError: naming the parameter and the mistake.
     """
-    typed = {word.partition("=")[0].lstrip("+") for word in words if word not in sweep.words}
+    typed = {override.partition("=")[0].lstrip("+") for override in overrides if override not in sweep.overrides}
     for name in sweep.document.parameters:
         if name in typed:
-            raise ConfigError(
-                f"{name} is what the sweep tries ({sweep.path}); leave it out, or take it out of the file"
-            )
+            raise ConfigError(f"{name} is a parameter of the sweep ({sweep.path}); leave it out here or in the file")
         if name.startswith(("run.", "slurm.")):
-            raise ConfigError(f"{sweep.path}: parameters.{name}: where a trial lies is the sweep's to say")
-    composed = compose([*words, *as_words(_first(sweep))])
+            raise ConfigError(f"{sweep.path}: parameters.{name}: the sweep itself sets where a trial runs; remove it")
+    composed = compose([*overrides, *format_overrides(_first(sweep))])
     for name, parameter in sweep.document.parameters.items():
         for value in _ends(parameter):
             try:
-                compose([*words, *as_words(_first(sweep) | {name: value})])
+                compose([*overrides, *format_overrides(_first(sweep) | {name: value})])
             except ConfigError as error:
                 raise ConfigError(f"{sweep.path}: parameters.{name}: {error}") from None
     return composed
@@ -142,7 +142,7 @@ def _first(sweep: Sweep) -> dict[str, Any]:
 
 
 def _ends(parameter: Parameter) -> Iterable[Any]:
-    """Return a parameter's choices, or the ends of its range; of W&B's bell curves the middle, if any."""
+    """Return a parameter's choices, or the ends of its range; for W&B's normal distributions, the mean."""
     if parameter.values is not None:
         return parameter.values
     if parameter.min is not None and parameter.max is not None:

@@ -1,4 +1,4 @@
-"""The trials of a local sweep: asked of Optuna, kept in a journal that survives kill -9, shared by several machines."""
+"""The trials of a local sweep: Optuna draws them, and a journal keeps them after kill -9 for all machines."""
 
 import contextlib
 import fcntl
@@ -22,7 +22,7 @@ from qwlit.tuning.space import Space, grid_points
 from qwlit.tuning.sweep_file import EarlyTerminate, Sweep
 
 Outcome = Literal["done", "pruned", "diverged", "failed"]
-# A diverged trial is no hole: TPE should keep away from there. It takes pruned trials as worse than any finished one.
+# Diverged trials count as pruned: TPE ranks pruned trials below all finished ones, so it avoids such settings.
 STATES = {
     "done": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -34,18 +34,18 @@ STUDY = "sweep"
 
 @dataclass(frozen=True)
 class Ticket:
-    """A trial that this process is to run."""
+    """A trial that this process has to run."""
 
     number: int
     parameters: dict[str, Any]
     pruned_at: int | None
-    """Value of the metric at which it was already told to end, when its last parent died meanwhile."""
+    """Which value of the metric pruned the trial (counted from 1), if its last parent died before closing it."""
     num_reported: int
-    """Values of the metric that are known already."""
+    """Number of values of the metric that the study already has."""
 
 
 class _FileLock:
-    """The journal's lock, freed by the system when its holder is killed (Optuna's own would stay for 30 s)."""
+    """The journal's lock. The system frees it when its holder is killed; Optuna's own lock would stay for 30 s."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -62,10 +62,10 @@ class _FileLock:
 
 
 class Study:
-    """One sweep's trials. Every change is in the journal before it counts."""
+    """The trials of one sweep. Every change is written to the journal before it takes effect."""
 
     def __init__(self, folder: Path, sweep: Sweep, space: Space, *, trials: int, seed: int) -> None:
-        """`trials` is the number in all, over every machine and restart."""
+        """Open or create the study. `trials` is the number in all, over every machine and restart."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._folder = folder
         self._sweep = sweep
@@ -74,7 +74,7 @@ class Study:
         self._seed = seed
         journal = folder / "journal.log"
         lock = _FileLock(folder / ".journal.lock")
-        _mend(journal, lock)
+        _cut_unfinished_line(journal, lock)
         self._storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))  # type: ignore[arg-type]
         goal = sweep.document.metric.goal
         self._study = optuna.create_study(
@@ -90,7 +90,7 @@ class Study:
         self._alive.enter_context(locked(self._owner_file(self._owner)))
 
     def close(self) -> None:
-        """Let go of the trials that this process runs: whoever comes next goes on with them."""
+        """Release the trials that this process runs, so that another process can resume them."""
         self._alive.close()
         self._owner_file(self._owner).unlink(missing_ok=True)
 
@@ -99,7 +99,7 @@ class Study:
         return self._study.get_trials(deepcopy=False)
 
     def next(self) -> Ticket | None:
-        """Return a trial that nobody runs, else a new one; None when there are enough."""
+        """Return an unfinished trial that no process runs, else a new trial; None if there are enough."""
         with self._exclusively():
             trials = self.trials
             orphan = next((t for t in trials if t.state == TrialState.RUNNING and not self._is_owned(t)), None)
@@ -107,7 +107,7 @@ class Study:
                 return None
             number = len(trials) if orphan is None else orphan.number
             self._study.sampler = self._sampler(number)
-            # An orphan's parent may have died before all parameters were drawn; those drawn come back as they are.
+            # Its last parent may have died before it drew all parameters: Optuna returns those already drawn.
             trial = Trial(self._study, self._trial_id(number)) if orphan else self._study.ask()
             parameters = {name: _draw(trial, name, self._space) for name in self._space}
             trial.set_user_attr("owner", self._owner)
@@ -116,24 +116,24 @@ class Study:
             return Ticket(number, parameters, kept.get("pruned_at"), reported)
 
     def report(self, number: int, count: int, value: float) -> bool:
-        """Note the `count`-th value of the metric; return whether the trial is to end for it."""
+        """Record the `count`-th value of the metric. Return whether the trial is to be pruned."""
         if not math.isfinite(value):
-            return False  # the guard's to judge
+            return False  # the guard handles values that are not finite
         trial_id = self._trial_id(number)
         self._storage.set_trial_intermediate_value(trial_id, count, value)
         with self._exclusively():
-            condemned = self._study.pruner.prune(self._study, self._storage.get_trial(trial_id))
-        if condemned:
+            pruned = self._study.pruner.prune(self._study, self._storage.get_trial(trial_id))
+        if pruned:
             self._storage.set_trial_user_attr(trial_id, "pruned_at", count)
-        return condemned
+        return pruned
 
     def finish(self, number: int, outcome: Outcome, value: float | None, reason: str | None) -> None:
-        """Close a trial; with a value if it is done."""
+        """Close a trial. Only a trial that is done has a value."""
         trial_id = self._trial_id(number)
         self._storage.set_trial_user_attr(trial_id, "outcome", outcome)
         if reason:
             self._storage.set_trial_user_attr(trial_id, "reason", reason)
-        # Not `tell`: at the grid's last point it wants to stop a loop that is not there.
+        # Not `Study.tell`: after the grid's last point it would stop Optuna's own loop, which is not used here.
         values = [value] if outcome == "done" and value is not None else None
         self._storage.set_trial_state_values(trial_id, STATES[outcome], values)
 
@@ -141,19 +141,19 @@ class Study:
         return self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
 
     def _exclusively(self) -> contextlib.AbstractContextManager[Any]:
-        """Ask one at a time, over all machines: no point of a grid is drawn twice, no trial too many."""
+        """Lock the study over all machines, so that no grid point is drawn twice and no trial is one too many."""
         return locked(self._folder / ".ask.lock")
 
     def _owner_file(self, owner: str) -> Path:
         return self._folder / ".owners" / owner
 
     def _is_owned(self, trial: FrozenTrial) -> bool:
-        """Whether the process that took the trial still lives: it holds a lock as long as it does."""
+        """Whether the process that took the trial is alive: it holds a lock until it ends."""
         owner = trial.user_attrs.get("owner")
         return owner is not None and self._owner_file(owner).exists() and is_locked(self._owner_file(owner))
 
     def _sampler(self, number: int) -> BaseSampler:
-        """Draw trial `number` from the seed, its number and what is known: a restart draws the same."""
+        """Return the sampler of trial `number`, seeded by the study's seed and the number: a restart draws the same."""
         seed = int(np.random.SeedSequence((self._seed, number)).generate_state(1)[0])
         if self._sweep.document.method == "grid":
             return GridSampler(grid_points(self._space), seed=self._seed)
@@ -173,11 +173,11 @@ def _draw(trial: Trial, name: str, space: Space) -> Any:
 
 
 def _pruner(rule: EarlyTerminate | None) -> BasePruner:
-    """W&B's hyperband looks at min_iter · eta^k values, as successive halving does (Li et al. 2020, ASHA)."""
+    """Return the pruner that decides after min_iter · eta^k values, as W&B's hyperband does (ASHA, Li et al. 2020)."""
     if rule is None:
         return NopPruner()
     if rule.strict:
-        raise ConfigError("early_terminate.strict=true is W&B's alone; leave it out, or use backend=wandb")
+        raise ConfigError("early_terminate.strict=true: only W&B supports it; leave it out, or use backend=wandb")
     if rule.min_iter is not None:
         first = rule.min_iter
     elif rule.max_iter is not None:
@@ -187,8 +187,8 @@ def _pruner(rule: EarlyTerminate | None) -> BasePruner:
     return SuccessiveHalvingPruner(min_resource=first, reduction_factor=rule.eta)
 
 
-def _mend(journal: Path, lock: _FileLock) -> None:
-    """Cut off a last line that was never finished: the next one would be written onto it."""
+def _cut_unfinished_line(journal: Path, lock: _FileLock) -> None:
+    """Remove a last line without its end, left by a kill or a full disk: the next line would be appended to it."""
     if not journal.exists():
         return
     lock.acquire()

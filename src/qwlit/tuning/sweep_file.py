@@ -1,4 +1,4 @@
-"""A sweep file: W&B's own format, so that `wandb sweep FILE` takes it as well."""
+"""Read a sweep file. It has W&B's own format, so that `wandb sweep FILE` accepts it as well."""
 
 import math
 import re
@@ -20,7 +20,7 @@ Scalar = str | int | float | bool | None
 
 @config_dataclass
 class Parameter:
-    """What a setting may be: one `value`, one of `values`, or a distribution."""
+    """The values to try for a setting: one `value`, a list of `values`, or a distribution."""
 
     value: Scalar | list[Scalar] = None
     values: list[Scalar | list[Scalar]] | None = None
@@ -35,22 +35,22 @@ class Parameter:
 
 @config_dataclass
 class Metric:
-    """What is to be best: a column of metrics.jsonl, or an entry of summary.json."""
+    """The metric to optimize: a key of metrics.jsonl or of summary.json."""
 
     name: str
     goal: Literal["minimize", "maximize"] = "minimize"
 
     def best(self, values: Iterable[float]) -> float | None:
-        """Return the best finite value, None where there is none."""
+        """Return the best finite value, or None if there is none."""
         finite = (value for value in values if math.isfinite(value))
         return (min if self.goal == "minimize" else max)(finite, default=None)
 
 
 @config_dataclass
 class EarlyTerminate:
-    """W&B's hyperband: at `min_iter`, `min_iter` x `eta`, … values of the metric only the best 1/`eta` go on.
+    """W&B's hyperband: after `min_iter`, `min_iter` x `eta`, … values of the metric, only the best 1/`eta` continue.
 
-    `max_iter` with `s` says the same from the other end: the first look is at `max_iter` / `eta`**`s`.
+    Instead of `min_iter`, `max_iter` with `s` gives the first decision: after `max_iter` / `eta`**`s` values.
     """
 
     type: Literal["hyperband"]
@@ -63,7 +63,7 @@ class EarlyTerminate:
 
 @config_dataclass
 class SweepDocument:
-    """The file. What only W&B reads is passed on to it as it stands."""
+    """The content of the file. Entries that only W&B uses are passed to it unchanged."""
 
     method: Literal["grid", "random", "bayes"]
     metric: Metric
@@ -85,17 +85,17 @@ class Sweep:
     path: Path
     document: SweepDocument
     raw: Mapping[str, Any]
-    """As W&B takes it."""
+    """The file's entries as W&B expects them."""
 
     @property
-    def words(self) -> list[str]:
-        """Return the overrides of `train` that every trial has, from the file's command."""
+    def overrides(self) -> list[str]:
+        """Return the overrides of every trial, from the file's command."""
         command = self.document.command
-        return [word for word in command[command.index("train") + 1 :] if not word.startswith("${")]
+        return [argument for argument in command[command.index("train") + 1 :] if not argument.startswith("${")]
 
 
 def sweep_names() -> list[str]:
-    """Return the names of the sweeps that qwlit brings."""
+    """Return the names of the packaged sweeps."""
     return sorted(file.stem for file in (conf_dir() / SWEEPS).glob("*.yaml"))
 
 
@@ -103,7 +103,7 @@ def read_sweep(name: str) -> Sweep:
     """Read a sweep by its name in conf/sweep, or by its path.
 
     Raises:
-        ConfigError: there is no such file, or it breaks W&B's format.
+        ConfigError: there is no such file, or it does not follow W&B's format.
     """
     known = sweep_names()
     path = conf_dir() / SWEEPS / f"{name}.yaml" if name in known else resolve_path(name)
@@ -115,7 +115,7 @@ def read_sweep(name: str) -> Sweep:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is no sweep: it has method, metric, parameters and command")
+        raise ConfigError(f"{path} is not a sweep: a sweep has method, metric, parameters and command")
     try:
         document = TypeAdapter(SweepDocument).validate_python(raw)
     except ValidationError as error:
@@ -126,7 +126,7 @@ def read_sweep(name: str) -> Sweep:
 
 
 def _explain(error: ValidationError) -> str:
-    """Say in one line what is wrong first: the field, the rule and the nearest name."""
+    """Explain the first mistake in one line: the field, the rule and the nearest name."""
     finding = sorted(error.errors(), key=lambda f: f["type"] != "unexpected_keyword_argument")[0]
     *owner, name = [str(part) for part in finding["loc"]] or [""]
     field = ".".join([*owner, name])
@@ -148,7 +148,7 @@ def _check_command(path: Path, command: list[str]) -> None:
     if "train" not in command or "qwlit" not in command:
         raise ConfigError(f"{path}: command runs no `qwlit train`; write it as {shape}")
     if command[-1] != "${args_no_hyphens}":
-        raise ConfigError(f"{path}: command ends in {command[-1]}; settings are key=value: {shape}")
+        raise ConfigError(f"{path}: command ends in {command[-1]}; it must end as in {shape}")
 
 
 FORMS = (("value",), ("values",), ("min", "max"), ("mu", "sigma"))
@@ -159,14 +159,14 @@ def _check_parameters(path: Path, parameters: dict[str, Parameter], raw: dict[st
         raise ConfigError(f"{path}: parameters is empty; name a setting, e.g. optim.lr")
     for name, parameter in parameters.items():
         if not re.fullmatch(r"[\w.]+", name):
-            raise ConfigError(f"{path}: parameters.{name}: settings are named as train names them, e.g. optim.lr")
-        said = [form for form in FORMS if set(form) & raw[name].keys()]
-        if len(said) != 1 and parameter.distribution not in ("beta", "q_beta"):
+            raise ConfigError(f"{path}: parameters.{name}: name a setting as train does, e.g. optim.lr")
+        given = [form for form in FORMS if set(form) & raw[name].keys()]
+        if len(given) != 1 and parameter.distribution not in ("beta", "q_beta"):
             raise ConfigError(f"{path}: parameters.{name}: give one of value, values, or min and max")
-        if said == [("min", "max")] and None in (parameter.min, parameter.max):
-            raise ConfigError(f"{path}: parameters.{name}: a range has min and max")
+        if given == [("min", "max")] and None in (parameter.min, parameter.max):
+            raise ConfigError(f"{path}: parameters.{name}: a range needs both min and max")
         if parameter.values == []:
-            raise ConfigError(f"{path}: parameters.{name}.values is empty")
+            raise ConfigError(f"{path}: parameters.{name}.values is empty; list the values to try")
         low, high = parameter.min, parameter.max
         if low is not None and high is not None and low > high:
             raise ConfigError(f"{path}: parameters.{name}: min {low:g} is above max {high:g}")

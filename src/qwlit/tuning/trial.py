@@ -1,4 +1,4 @@
-"""One trial: a training in a process of its own, whose metrics are read as they are written."""
+"""One trial: a training in a process of its own. The parent reads its metrics while they are written."""
 
 import json
 import math
@@ -15,67 +15,68 @@ from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.study import Ticket
 from qwlit.tuning.sweep_file import Metric
 
-# Ends that another attempt goes on from: killed, preempted or interrupted by somebody else.
+# Exit codes of a trial that was preempted or interrupted from outside: it resumes when it is started again.
 RESUMABLE = (Preempted.exit_code, Interrupted.exit_code)
 RESTARTS = 3
-"""At the same step, of one that is killed again and again."""
-# The sweep is the task and has the job requeued; its trials start their own ranks, and only save.
+"""How often a killed trial is started again without a new step."""
+# Hide Slurm's variables from trials: the sweep is the Slurm task and requeues the job, trials start their own ranks.
 OF_THE_SWEEP = "SLURM_"
 
 
 class Tail:
-    """The rows of a .jsonl file that is being written, each parsed once; anew where the file was cut back."""
+    """The records of a .jsonl file that is being written. Each is parsed once, or again if the file was replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode = self._offset = 0
-        self.rows: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all rows so far."""
+        """Return all records so far."""
         try:
             with self._path.open("rb") as handle:
                 status = os.fstat(handle.fileno())
                 if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._inode, self._offset, self.rows = status.st_ino, 0, []
+                    self._inode, self._offset, self.records = status.st_ino, 0, []
                 handle.seek(self._offset)
+                # The last line may be incomplete: leave it for the next call.
                 whole, newline, _ = handle.read().rpartition(b"\n")
         except FileNotFoundError:
-            return self.rows
+            return self.records
         self._offset += len(whole) + len(newline)
         for line in whole.splitlines():
             try:
-                self.rows.append(json.loads(line))
+                self.records.append(json.loads(line))
             except ValueError:
                 continue
-        return self.rows
+        return self.records
 
 
-def start_training(words: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start `train` as a process of its own, which saves and leaves when this one is killed."""
+def start_training(overrides: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start `train` as a process of its own. It saves and ends if this process is killed."""
     own = {key: value for key, value in os.environ.items() if not key.startswith(OF_THE_SWEEP)}
-    return start_child(["-m", "qwlit", "train", *words], log, own | environment, parent_death_signal=signal.SIGTERM)
+    return start_child(["-m", "qwlit", "train", *overrides], log, own | environment, parent_death_signal=signal.SIGTERM)
 
 
-def last_words(log: Path) -> str | None:
-    """Return what a training said of its end."""
+def last_message(log: Path) -> str | None:
+    """Return the last line that qwlit wrote to a training's log, else the last line; None if there is none."""
     try:
-        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return None
-    lines = [line for line in said if line.strip()]
+    lines = [line for line in text if line.strip()]
     own = [line for line in lines if line.startswith("qwlit train")]
     return (own or lines)[-1] if lines else None
 
 
-def values_in(rows: list[dict[str, Any]], metric: Metric) -> list[float]:
-    """Return the metric's values; one that is not finite is NaN."""
-    found = [row[metric.name] for row in rows if metric.name in row]
+def values_in(records: list[dict[str, Any]], metric: Metric) -> list[float]:
+    """Return the metric's values; a value that is not finite is NaN."""
+    found = [record[metric.name] for record in records if metric.name in record]
     return [math.nan if value is None else float(value) for value in found]
 
 
 def best_value(run: RunFolder, metric: Metric) -> float | None:
-    """Return the best value, of metrics.jsonl or else of summary.json."""
+    """Return the best value in metrics.jsonl, or else the value in summary.json."""
     values = values_in(read_json_lines(run.path / "metrics.jsonl"), metric)
     best = metric.best(values)
     if best is not None:
@@ -87,11 +88,11 @@ def best_value(run: RunFolder, metric: Metric) -> float | None:
 class TrialRun:
     """A trial that this process runs."""
 
-    def __init__(self, ticket: Ticket, words: list[str], metric: Metric, folder: Path, environment: dict[str, str]):
-        """`words` are all overrides of `train` but the run's place; `folder` is the sweep's."""
+    def __init__(self, ticket: Ticket, overrides: list[str], metric: Metric, folder: Path, environment: dict[str, str]):
+        """`overrides` are all overrides of `train` except run.*; `folder` is the sweep's folder."""
         self.ticket = ticket
         self.run = RunFolder(folder / name_of(ticket.number))
-        self._words = [*words, f"run.root={folder}", f"run.name={self.run.path.name}", "run.overwrite=false"]
+        self._overrides = [*overrides, f"run.root={folder}", f"run.name={self.run.path.name}", "run.overwrite=false"]
         self._metric = metric
         self._environment = environment
         self._log = folder / "logs" / f"{self.run.path.name}.log"
@@ -115,12 +116,12 @@ class TrialRun:
 
     @property
     def step(self) -> int:
-        rows = self._tail.rows
-        return int(rows[-1].get("step", 0)) if rows else 0
+        records = self._tail.records
+        return int(records[-1].get("step", 0)) if records else 0
 
     def start(self) -> None:
-        """Train, from where an earlier attempt stopped."""
-        self._process = start_training(self._words, self._log, self._environment)
+        """Start the training, or resume it from an earlier attempt's checkpoint."""
+        self._process = start_training(self._overrides, self._log, self._environment)
 
     def values(self) -> list[float]:
         """Return the metric's values so far."""
@@ -132,13 +133,13 @@ class TrialRun:
         return bool(values) and not math.isfinite(values[-1])
 
     def best(self) -> float | None:
-        """Return the best value, of a pruned trial among those it was judged by."""
+        """Return the best value; for a pruned trial, the best value up to the one at which it was pruned."""
         if self.pruned_at is None:
             return best_value(self.run, self._metric)
         return self._metric.best(self.values()[: self.pruned_at])
 
     def poll(self) -> int | None:
-        """Return the exit code once it has ended for good; one that was killed is started again a few times."""
+        """Return the exit code if the trial has ended. Start a killed trial again, a few times, and return None."""
         assert self._process is not None
         code = self._process.poll()
         if code is None or self.pruned_at is not None or not (code < 0 or code in RESUMABLE):
@@ -153,7 +154,7 @@ class TrialRun:
         return None
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Ask it to save and leave."""
+        """Send a signal; SIGTERM asks the trial to save and end."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
@@ -161,11 +162,11 @@ class TrialRun:
         if self._process is not None:
             self._process.wait()
 
-    def last_words(self) -> str | None:
-        return last_words(self._log)
+    def last_message(self) -> str | None:
+        return last_message(self._log)
 
     def is_free(self) -> bool:
-        """Whether no other process trains here: an orphan may still be saving."""
+        """Whether no other process trains in this run folder; one of an earlier parent may still be saving."""
         return not is_locked(self.run.lock_file)
 
 

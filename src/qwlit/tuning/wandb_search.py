@@ -1,4 +1,4 @@
-"""A sweep by W&B: its server draws, agents here and on other machines train, every trial an ordinary run."""
+"""A sweep with W&B: its server draws the settings, agents on any machine train, and each trial is an ordinary run."""
 
 import contextlib
 import io
@@ -19,47 +19,47 @@ from qwlit.core.errors import ConfigError, Interrupted, Preempted, QwlitError, o
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.tracking.wandb_access import find_access, project_of, stop_client
 from qwlit.tuning.optuna_search import check_metric, sweep_folder
-from qwlit.tuning.slots import share_out
+from qwlit.tuning.slots import allocate_slots
 from qwlit.tuning.space import check_space
 from qwlit.tuning.sweep_file import Sweep
 
-# A signal to the agent reaches its trial, which saves and leaves.
+# The agent forwards a signal to its trial, which saves and ends.
 AGENT = ["-m", "wandb", "agent", "--forward-signals"]
 EXAMPLE_AGENTS = 4
 
 
-def run_wandb(sweep: Sweep, words: list[str], *, trials: int | None, agents: int | None) -> None:
-    """Create the sweep on W&B and run agents until it is over.
+def run_wandb(sweep: Sweep, overrides: list[str], *, trials: int | None, agents: int | None) -> None:
+    """Create the sweep on W&B and run agents until it ends.
 
     Args:
-        words: overrides that every trial has, after those of the sweep's own command.
-        trials: how many in all; None: the file's run_cap, or as many as one lets it run.
-        agents: how many to start here; None: one per GPU; 0: none.
+        overrides: of every trial, after those in the sweep file's command.
+        trials: number of trials in all; None: the file's run_cap, or no limit.
+        agents: number of agents to start here; None: one per GPU; 0: none.
 
     Raises:
-        ConfigError: the sweep cannot be run as it is written, or W&B cannot be reached.
-        QwlitError: an agent has failed.
+        ConfigError: the sweep cannot run as it is written, or W&B cannot be reached.
+        QwlitError: an agent failed.
     """
-    composed = check_space(sweep, [*sweep.words, *words])
+    composed = check_space(sweep, [*sweep.overrides, *overrides])
     config = composed.config
     if not config.logger.wandb:
-        raise ConfigError(f"logger=none: W&B would see nothing of the trials; write logger=wandb into {sweep.path}")
+        raise ConfigError(f"logger=none: W&B would not see the trials; write logger=wandb into {sweep.path}")
     check_metric(sweep, config)
-    slots = [] if agents == 0 else share_out(agents, config.hardware.devices, word="agents")
-    folder = sweep_folder(sweep, composed, words)
-    fixed = [word for word in words if word.partition("=")[0] not in ("run.name", "run.root")]
+    slots = [] if agents == 0 else allocate_slots(agents, config.hardware.devices, option="agents")
+    folder = sweep_folder(sweep, composed, overrides)
+    fixed = [override for override in overrides if override.partition("=")[0] not in ("run.name", "run.root")]
     path, url = _create(sweep, [*fixed, f"run.root={folder}"], config, trials)
-    _introduce(path, url, folder, config, len(slots) or trials or EXAMPLE_AGENTS)
+    _show_commands(path, url, folder, config, len(slots) or trials or EXAMPLE_AGENTS)
     if slots:
         _run_agents(path, slots, folder)
 
 
-def _create(sweep: Sweep, words: list[str], config: RunConfig, trials: int | None) -> tuple[str, str]:
-    """Create the sweep; return its path on W&B, entity/project/id, and where to see it."""
+def _create(sweep: Sweep, overrides: list[str], config: RunConfig, trials: int | None) -> tuple[str, str]:
+    """Create the sweep. Return its path on W&B, entity/project/id, and the URL of its page."""
     import wandb
 
     *command, values = sweep.document.command
-    spec: dict[str, Any] = {"name": sweep.name, **sweep.raw, "command": [*command, *words, values]}
+    spec: dict[str, Any] = {"name": sweep.name, **sweep.raw, "command": [*command, *overrides, values]}
     if trials is not None:
         spec["run_cap"] = trials
     entity, project = spec.pop("entity", config.logger.entity), spec.pop("project", project_of(config.logger))
@@ -68,61 +68,62 @@ def _create(sweep: Sweep, words: list[str], config: RunConfig, trials: int | Non
         access = find_access(verify=True)
         if access.mode != "online":
             raise ConfigError(
-                f"W&B draws a sweep's trials, and it is {access.mode} ({access.reason}); or take backend=optuna"
+                f"a W&B sweep needs W&B online, but it is {access.mode} ({access.reason}); or use backend=optuna"
             )
         with contextlib.redirect_stdout(said):
             id = wandb.sweep(spec, entity=entity, project=project)
     except wandb.Error as error:
-        raise ConfigError(f"W&B did not take {sweep.path}: {one_line(str(error))}") from None
+        raise ConfigError(f"W&B refused {sweep.path}: {one_line(str(error))}") from None
     finally:
         stop_client()
-    # The client has noted what the server says that they are called.
+    # The client stores the entity and project that the server chose in these variables.
     path = "/".join([*(os.environ[name] for name in ("WANDB_ENTITY", "WANDB_PROJECT") if name in os.environ), id])
     match = re.search(r"https?://\S+", said.getvalue())
     return path, match.group() if match else ""
 
 
-def _introduce(path: str, url: str, folder: Path, config: RunConfig, count: int) -> None:
+def _show_commands(path: str, url: str, folder: Path, config: RunConfig, count: int) -> None:
+    """Print the sweep's page and the commands that start more agents."""
     gpus = config.hardware.devices if isinstance(config.hardware.devices, int) else 1
     agent = f"python {' '.join(AGENT)} {path}"
     lines = [
         f"[bold]sweep {escape(path)}[/]  {escape(url)}",
-        f"  trials lie in              {escape(str(folder))}",
-        f"  another machine joins by   {escape(agent)}",
-        f'  a cluster by               sbatch --array=1-{count} --gpus={gpus} --wrap="{escape(agent)}"',
+        f"  folder of the trials       {escape(str(folder))}",
+        f"  on another machine, run    {escape(agent)}",
+        f'  on a cluster, run          sbatch --array=1-{count} --gpus={gpus} --wrap="{escape(agent)}"',
     ]
     console().print("\n".join(lines))
 
 
 def _run_agents(path: str, slots: list[dict[str, str]], folder: Path) -> None:
-    """Run one agent a slot until all have ended."""
+    """Run one agent per slot until all have ended."""
     logs = [None] if len(slots) == 1 else [folder / "logs" / f"agent-{n}.log" for n in range(1, len(slots) + 1)]
     agents = [_start_agent(path, slot, log) for slot, log in zip(slots, logs, strict=True)]
     if logs[0] is not None:
-        console().print(f"  agents say in              {escape(str(logs[0].parent))}")
+        console().print(f"  logs of the agents         {escape(str(logs[0].parent))}")
     try:
         with answering_signals():
             codes = [agent.wait() for agent in agents]
     except (KeyboardInterrupt, Preempted) as error:
         _stop(agents)
-        said = f"trials saved; the sweep goes on by: python {' '.join(AGENT)} {path}"
-        # Requeued, it would make another sweep.
-        raise Preempted(said, requeue=False) if isinstance(error, Preempted) else Interrupted(said) from None
+        message = f"trials saved; resume the sweep with: python {' '.join(AGENT)} {path}"
+        # No requeue: the same command would create another sweep.
+        raise Preempted(message, requeue=False) if isinstance(error, Preempted) else Interrupted(message) from None
     failed = [f"agent {number} with code {code}" for number, code in enumerate(codes, start=1) if code]
     if failed:
-        raise QwlitError(f"ended early: {', '.join(failed)}; the sweep goes on by: python {' '.join(AGENT)} {path}")
+        raise QwlitError(f"ended early: {', '.join(failed)}; resume the sweep with: python {' '.join(AGENT)} {path}")
 
 
 def _start_agent(path: str, slot: dict[str, str], log: Path | None) -> subprocess.Popen[bytes]:
-    # The agent starts trials by the name of python.
+    # The agent starts trials as `python` from PATH: put this environment's python first.
     folder = Path(sys.executable).parent
     environment = os.environ | slot | {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
-    # Its trial saves and leaves when this process is killed. W&B's threads have ended by now.
+    # If this process is killed, the agent gets SIGINT and its trial saves. W&B's threads have ended: forking is safe.
     return start_child([*AGENT, path], log, environment, parent_death_signal=signal.SIGINT)
 
 
 def _stop(agents: list[subprocess.Popen[bytes]]) -> None:
-    """Let the trials save and leave; at another Ctrl-C they stop at once."""
+    """Tell the agents to let their trials save and end; after another Ctrl-C the trials stop at once."""
     while any(agent.poll() is None for agent in agents):
         try:
             for agent in agents:

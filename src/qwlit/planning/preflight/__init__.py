@@ -1,4 +1,4 @@
-"""What is known of how runs die, as rules over the settings: one function a rule, one file a theme."""
+"""Rules over the settings, drawn from runs that failed: one function per rule, one file per topic."""
 
 from qwlit.planning.preflight import batch, data, hardware, learning_rate, regularization, validation
 from qwlit.planning.preflight.rules import (

@@ -1,36 +1,36 @@
-"""How many samples a step has, and how many steps a run."""
+"""Rules about samples per step, gradient clipping and the number of steps."""
 
-from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Said, rule
+from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Result, rule
 
 SMALLEST_BATCH = 16
-# Assumption: fewer steps than this move a model by chance.
+# Assumption: the result of fewer steps depends on chance.
 FEWEST_STEPS = 50
 
 
 @rule("warning", source=GUIDE)
-def small_batch(facts: PreflightFacts) -> Said:
-    """Gradients of fewer than 16 samples are noisy; accumulation makes a batch larger at no memory."""
+def small_batch(facts: PreflightFacts) -> Result:
+    """Gradients of fewer than 16 samples are noisy; accumulation makes a batch larger without more memory."""
     size = facts.config.train.global_batch_size
     if size >= SMALLEST_BATCH:
         return None
     return (
-        f"train.global_batch_size={size}: fewer than {SMALLEST_BATCH} samples make noisy steps",
+        f"train.global_batch_size={size}: fewer than {SMALLEST_BATCH} samples make noisy gradients",
         "set it to 16 or more",
     )
 
 
 @rule("warning", source=f"{GUIDE}; {STORY}")
-def no_clip(facts: PreflightFacts) -> Said:
-    """One bad batch without clipping can undo a run."""
+def no_clip(facts: PreflightFacts) -> Result:
+    """Without clipping, one bad batch can ruin a run."""
     if facts.config.train.max_grad_norm is not None:
         return None
     return "train.max_grad_norm=null: gradients are not clipped", "set train.max_grad_norm=1.0"
 
 
 @rule("warning", source="assumption")
-def few_steps(facts: PreflightFacts) -> Said:
-    """A handful of steps says more about the order of samples than about the data."""
+def few_steps(facts: PreflightFacts) -> Result:
+    """The result of a few steps depends more on the order of the samples than on the data."""
     if facts.schedule is None or facts.schedule.total_steps >= FEWEST_STEPS:
         return None
     limit = "train.max_steps" if facts.config.train.max_steps else "train.max_epochs"
-    return f"the run has {facts.schedule.total_steps} steps", f"raise {limit}, or get more data"
+    return f"the run has only {facts.schedule.total_steps} steps", f"raise {limit}, or add data"

@@ -1,14 +1,14 @@
-"""Precision, attention, memory."""
+"""Rules about precision, attention, memory and compilation."""
 
 from qwlit.planning.memory.estimate import GIB
-from qwlit.planning.preflight.rules import GUIDE, PreflightFacts, Said, rule
+from qwlit.planning.preflight.rules import GUIDE, PreflightFacts, Result, rule
 
 # Assumption: the score matrix of one head, 4096 by 4096 in float32, is 64 MiB.
 LONG = 4096
 
 
 @rule("warning", source=GUIDE)
-def fp16(facts: PreflightFacts) -> Said:
+def fp16(facts: PreflightFacts) -> Result:
     """float16 overflows at 65,504; bfloat16 has float32's range and needs no loss scale."""
     if facts.machine.precision != "16-mixed" or not facts.machine.has_bf16:
         return None
@@ -16,7 +16,7 @@ def fp16(facts: PreflightFacts) -> Said:
 
 
 @rule("warning", source=GUIDE)
-def no_bf16(facts: PreflightFacts) -> Said:
+def no_bf16(facts: PreflightFacts) -> Result:
     """Devices before Ampere compute in float16 with a loss scale: overflowing steps are skipped."""
     machine = facts.machine
     if machine.accelerator != "cuda" or machine.has_bf16:
@@ -25,7 +25,7 @@ def no_bf16(facts: PreflightFacts) -> Said:
 
 
 @rule("warning", source="assumption")
-def eager_attention(facts: PreflightFacts) -> Said:
+def eager_attention(facts: PreflightFacts) -> Result:
     """Eager attention keeps a weight for every pair of tokens: memory grows with the square of the length."""
     longest = facts.data.longest if facts.data else facts.config.data.max_seq_len
     if facts.execution.attention != "eager" or longest < LONG:
@@ -34,20 +34,21 @@ def eager_attention(facts: PreflightFacts) -> Said:
 
 
 @rule("warning", source="`plan`, from the model's shape")
-def memory(facts: PreflightFacts) -> Said:
-    """What does not fit ends in the first steps; the estimate is an upper bound where layers are compiled."""
+def memory(facts: PreflightFacts) -> Result:
+    """A run that does not fit fails in its first steps. If layers are compiled, the estimate is an upper bound."""
     estimate = facts.memory
     if estimate.fits is not False or _state(facts) > estimate.device:
         return None
-    return _too_much(facts, estimate.total), "`plan` with the same words says what would make it fit"
+    return _too_much(facts, estimate.total), "`plan` with the same overrides lists what would make it fit"
 
 
 @rule("error", source="`plan`, from the model's shape")
-def state_memory(facts: PreflightFacts) -> Said:
+def state_memory(facts: PreflightFacts) -> Result:
     """Weights, gradients and moments alone exceed the device: no batch is small enough."""
     if not facts.memory.device or _state(facts) <= facts.memory.device:
         return None
-    return f"weights, gradients and moments: {_too_much(facts, _state(facts))}", "`plan` says what would make it fit"
+    needs = f"weights, gradients and moments alone: {_too_much(facts, _state(facts))}"
+    return needs, "`plan` with the same overrides lists what would make it fit"
 
 
 def _state(facts: PreflightFacts) -> float:
@@ -56,23 +57,24 @@ def _state(facts: PreflightFacts) -> float:
 
 
 def _too_much(facts: PreflightFacts, size: float) -> str:
-    return f"{size / GIB:.1f} GiB are needed of {facts.memory.device / GIB:.1f} on each device"
+    return f"the run needs {size / GIB:.1f} GiB on each device, which has {facts.memory.device / GIB:.1f} GiB"
 
 
 @rule("warning", source="qwlit")
-def not_compiled(facts: PreflightFacts) -> Said:
-    """On CUDA compiled layers make steps faster."""
+def not_compiled(facts: PreflightFacts) -> Result:
+    """On CUDA, compiled layers make steps faster."""
     if facts.compile_obstacle is None:
         return None
-    way_out = "dropout=none is faster, and how the published checkpoints were trained"
-    remedy = way_out if facts.compile_obstacle.startswith("dropout.") else "hardware.compile=false accepts it"
-    return f"layers are not compiled, which makes steps slower: {facts.compile_obstacle}", remedy
+    no_dropout = "set dropout=none, as the published checkpoints were trained"
+    silence = "hardware.compile=false turns this warning off"
+    remedy = no_dropout if facts.compile_obstacle.startswith("dropout.") else silence
+    return f"layers are not compiled, so steps are slower: {facts.compile_obstacle}", remedy
 
 
 @rule("warning", source="bitsandbytes")
-def paged_on_cpu(facts: PreflightFacts) -> Said:
-    """Paging moves moments between a GPU's memory and the host's."""
+def paged_on_cpu(facts: PreflightFacts) -> Result:
+    """Paging moves the optimizer's moments between GPU memory and host memory; on CPU it does nothing."""
     name = facts.config.optim.name
     if not name.startswith("paged") or facts.machine.accelerator != "cpu":
         return None
-    return f"optim.name={name}: only a GPU's memory can be paged; here nothing is", "set optim=adamw"
+    return f"optim.name={name}: paging needs a GPU and has no effect on CPU", "set optim=adamw"

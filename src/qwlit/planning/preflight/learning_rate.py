@@ -1,6 +1,6 @@
-"""The learning rate and its schedule."""
+"""Rules about the learning rate and its schedule."""
 
-from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Said, rule
+from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Result, rule
 
 BILLION = 10**9
 HIGHEST_FULL, HIGHEST_FULL_LARGE, LARGE = 1e-4, 5e-5, 7 * BILLION
@@ -8,23 +8,23 @@ LORA_RANGE, FULL_RANGE = (1e-5, 5e-4), (1e-6, HIGHEST_FULL)
 
 
 @rule("error", source=STORY)
-def full_lr(facts: PreflightFacts) -> Said:
-    """Training pretrained weights themselves at LoRA's rate turns a run to NaN after thousands of healthy steps."""
+def full_lr(facts: PreflightFacts) -> Result:
+    """Full fine-tuning at LoRA's learning rate can turn to NaN after thousands of normal steps."""
     lr = facts.highest_lr
     if not facts.trains_pretrained or lr <= HIGHEST_FULL:
         return None
-    said = f"optim.lr={lr:g}" if lr == facts.config.optim.lr else f"a group's rate of {lr:g}"
+    subject = f"optim.lr={lr:g}" if lr == facts.config.optim.lr else f"a group's learning rate of {lr:g}"
     return (
-        f"{said} trains pretrained weights themselves; above {HIGHEST_FULL:g} they diverge",
+        f"{subject} is too high for full fine-tuning: pretrained weights diverge above {HIGHEST_FULL:g}",
         "set optim.lr=1e-5, or model.init=random to train from scratch",
     )
 
 
 @rule("warning", source=STORY)
-def full_lr_large(facts: PreflightFacts) -> Said:
-    """From 7B on, full fine-tuning bears less: the run that died at step 3600 had 3e-4."""
+def full_lr_large(facts: PreflightFacts) -> Result:
+    """From 7B on, full fine-tuning needs a lower learning rate: the run that failed at step 3600 had 3e-4."""
     lr = facts.highest_lr
-    # A model that is called 7B may have a little less.
+    # A model that is called 7B may have a few percent fewer parameters.
     if not facts.trains_pretrained or facts.num_parameters < 0.95 * LARGE:
         return None
     if not HIGHEST_FULL_LARGE < lr <= HIGHEST_FULL:
@@ -34,8 +34,8 @@ def full_lr_large(facts: PreflightFacts) -> Said:
 
 
 @rule("warning", source=GUIDE)
-def lr_range(facts: PreflightFacts) -> Said:
-    """Below the searched range little is learnt; above it LoRA oscillates. Random weights have no such range."""
+def lr_range(facts: PreflightFacts) -> Result:
+    """Below this range training is slow; above it LoRA oscillates. Random weights have no such range."""
     config = facts.config
     if config.model.init == "random" or config.optim.name in ("sgd", "muon"):
         return None
@@ -43,28 +43,28 @@ def lr_range(facts: PreflightFacts) -> Said:
     too_high = config.optim.lr > highest and config.adapter.kind == "lora"
     if config.optim.lr >= lowest and not too_high:
         return None
-    return f"optim.lr={config.optim.lr:g} is outside {lowest:g} to {highest:g}", "search on a log scale within it"
+    return f"optim.lr={config.optim.lr:g} is outside {lowest:g} to {highest:g}", "search this range on a log scale"
 
 
 @rule("warning", source=GUIDE)
-def warmup(facts: PreflightFacts) -> Said:
-    """5 to 20 % of the run: moments need steps to settle before the rate is high, and the peak needs steps too."""
+def warmup(facts: PreflightFacts) -> Result:
+    """5 to 20 % of the run: the moments need steps before the learning rate is high, and the peak needs steps too."""
     schedule = facts.schedule
     if schedule is None:
         return None
     share = schedule.warmup_steps / schedule.total_steps
-    # Rounded to whole steps, a ratio of 0.05 may be a little off.
+    # Warm-up is rounded to whole steps, so a ratio of 0.05 may give a slightly smaller share.
     if 0.05 - 1 / schedule.total_steps <= share <= 0.2 + 1 / schedule.total_steps:
         return None
-    said = f"{schedule.warmup_steps} steps of warm-up are {share:.0%} of the run's {schedule.total_steps}"
+    message = f"{schedule.warmup_steps} steps of warm-up are {share:.0%} of the run's {schedule.total_steps}"
     if share >= 1:
-        said += ": the rate only rises"
-    return said, "set scheduler.warmup_ratio between 0.05 and 0.2"
+        message += ": the learning rate never falls"
+    return message, "set scheduler.warmup_ratio between 0.05 and 0.2"
 
 
 @rule("warning", source="design: recipes with warm-up in steps")
-def warmup_capped(facts: PreflightFacts) -> Said:
-    """A recipe's warm-up steps are for long runs; a short one warms up for a fifth of it at most."""
+def warmup_capped(facts: PreflightFacts) -> Result:
+    """A recipe's warm-up steps are for long runs; a short run warms up for at most a fifth of its steps."""
     scheduler, schedule = facts.config.scheduler, facts.schedule
     if schedule is None:
         return None
@@ -73,6 +73,6 @@ def warmup_capped(facts: PreflightFacts) -> Said:
         return None
     return (
         f"scheduler.warmup_steps={asked} is more than {scheduler.max_warmup_ratio:.0%} of the run's"
-        f" {schedule.total_steps} steps; warming up for {schedule.warmup_steps}",
-        "type scheduler.warmup_steps or scheduler.warmup_ratio to choose yourself",
+        f" {schedule.total_steps} steps; the run warms up for {schedule.warmup_steps}",
+        "set scheduler.warmup_steps or scheduler.warmup_ratio to choose another value",
     )

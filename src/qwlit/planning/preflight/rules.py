@@ -1,4 +1,4 @@
-"""What a rule is, what it may look at, and what it finds."""
+"""What a rule is, which facts it reads, and what it finds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What tokenizing has shown."""
+    """Facts about the tokenized data."""
 
     supervised_share: float
-    """Of the tokens to train on, 0 to 1."""
+    """Supervised tokens / tokens of the training data, 0 to 1."""
     cut_share: float
-    """Of the rows: left out or cut because they are longer than data.max_seq_len."""
+    """Share of the rows that are left out or cut because they are longer than data.max_seq_len, 0 to 1."""
     longest: int
-    """Tokens of the longest sample."""
+    """Number of tokens of the longest sample."""
     has_validation: bool
 
 
@@ -36,35 +36,35 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class PreflightFacts:
-    """Everything a rule may look at. What was not reachable is None, and the rules about it are silent."""
+    """Everything a rule may read. A fact that was not available is None, and rules about it find nothing."""
 
     config: RunConfig
     machine: Machine
     execution: Execution
     compile_obstacle: str | None
-    """Why layers are not compiled although they might."""
+    """Why hardware.compile=auto does not compile the layers; None if it does."""
     num_parameters: int
     memory: MemoryEstimate
     schedule: Schedule | None
-    """With the run's length in steps."""
+    """Learning-rate schedule with the number of steps."""
     highest_lr: float
-    """Peak of the group that has the highest."""
+    """The highest peak learning rate of all parameter groups."""
     data: DataFacts | None
     tokenizer: TokenizerFacts | None
     vocab_size: int
     context_length: int
-    """Positions that the model was made for."""
+    """Number of positions that the model was trained for."""
 
     @property
     def trains_pretrained(self) -> bool:
-        """Whether pretrained weights themselves are trained, by a step of AdamW's size (SGD's rates are others)."""
+        """Whether pretrained weights themselves are trained. False for SGD, whose learning rates are not comparable."""
         config = self.config
         return config.adapter.kind == "none" and config.model.init == "pretrained" and config.optim.name != "sgd"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule has to say of a run."""
+    """What a rule finds wrong with a run."""
 
     name: str
     severity: Severity
@@ -75,14 +75,14 @@ class Finding:
         return f"{self.message}; {self.remedy}"
 
 
-Said = tuple[str, str] | None
-"""Message and remedy, or nothing."""
-Check = Callable[[PreflightFacts], Said]
+Result = tuple[str, str] | None
+"""Message and remedy, or None if the rule finds nothing."""
+Check = Callable[[PreflightFacts], Result]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule as the table in docs/preflight.md has it."""
+    """A rule: one line of the table in docs/preflight.md."""
 
     name: str
     severity: Severity
@@ -97,29 +97,29 @@ STORY = "Qwen2-7B-Instruct, inf and nan from step 3600"
 
 
 def rule(severity: Severity, *, source: str) -> Callable[[Check], Check]:
-    """Enter a function into the rules; its name is the rule's, its docstring the reason."""
+    """Register a function as a rule. Its name is the rule's name, its docstring the reason."""
 
-    def enter(check: Check) -> Check:
+    def register(check: Check) -> Check:
         reason = " ".join((check.__doc__ or "").split())
         RULES[check.__name__] = Rule(check.__name__, severity, reason, source, check)
         return check
 
-    return enter
+    return register
 
 
 def find(facts: PreflightFacts) -> list[Finding]:
-    """Ask every rule; errors first. What `preflight.allow` names is a warning."""
+    """Return the findings of all rules, errors first. Rules in `preflight.allow` only warn."""
     found = []
     for name, entry in RULES.items():
-        said = entry.check(facts)
-        if said is not None:
+        result = entry.check(facts)
+        if result is not None:
             severity = "warning" if name in facts.config.preflight.allow else entry.severity
-            found.append(Finding(name, severity, *said))
+            found.append(Finding(name, severity, *result))
     return sorted(found, key=lambda finding: finding.severity != "error")
 
 
 def check_allowed(names: tuple[str, ...]) -> None:
-    """Raise ConfigError for a name in `preflight.allow` that is no rule's."""
+    """Raise ConfigError if a name in `preflight.allow` is not the name of a rule."""
     for name in names:
         if name not in RULES:
             raise ConfigError(
@@ -128,7 +128,7 @@ def check_allowed(names: tuple[str, ...]) -> None:
 
 
 def refuse(findings: list[Finding]) -> None:
-    """Raise ConfigError for the first error."""
+    """Raise ConfigError for the first finding that is an error."""
     for finding in findings:
         if finding.severity == "error":
-            raise ConfigError(f"{finding}; or preflight.allow=[{finding.name}] to run all the same")
+            raise ConfigError(f"{finding}; or set preflight.allow=[{finding.name}] to run anyway")

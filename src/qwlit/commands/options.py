@@ -1,29 +1,32 @@
-"""Words of a verb that are no settings of a run."""
+"""Options of a subcommand that are not settings of a run, such as `output=json` of `plan`."""
 
 from collections.abc import Collection, Mapping
 
 from qwlit.core.errors import ConfigError, nearest
 
 
-def own_words(
+def own_options(
     arguments: list[str], known: Mapping[str, Collection[str] | None]
 ) -> tuple[dict[str, str | None], list[str]]:
-    """Take the verb's own `key=value` words out; everything else is an override of `train`.
+    """Separate the subcommand's own `key=value` options from the overrides of `train`.
 
     Args:
-        known: its keys with their choices, None where any text will do; the first choice stands where none is typed.
+        known: the subcommand's keys and their choices. None allows any text; the first choice is the default.
+
+    Returns:
+        The value of every known key, and the overrides.
 
     Raises:
-        ConfigError: a value is none of the choices, or a word is nearly one of `known` and no setting either.
+        ConfigError: a value is not among the choices, or an unknown key resembles one of `known` and is not a setting.
     """
     own = {key: next(iter(choices)) if choices else None for key, choices in known.items()}
     overrides = []
-    for word in arguments:
-        key, equals, value = word.partition("=")
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if key not in known:
             if equals and (hint := nearest(key, known)) and not _is_setting(key):
-                raise ConfigError(f"{word}: there is no '{key}' here.{hint}")
-            overrides.append(word)
+                raise ConfigError(f"{argument}: there is no '{key}' here.{hint}")
+            overrides.append(argument)
             continue
         choices = known[key]
         if choices is not None and value not in choices:
@@ -43,14 +46,14 @@ def _is_setting(key: str) -> bool:
 
 
 def whole_number(own: Mapping[str, str | None], key: str, least: int = 1) -> int | None:
-    """Return the number that `key` was given, None where it was not typed.
+    """Return the typed number of `key`, or None if it was not typed.
 
     Raises:
-        ConfigError: it is no whole number from `least` up.
+        ConfigError: the value is not a whole number of at least `least`.
     """
     text = own[key]
     if text is None:
         return None
     if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"{key}={text}: give a whole number from {least} up")
+        raise ConfigError(f"{key}={text}: give a whole number of at least {least}")
     return int(text)

@@ -1,4 +1,4 @@
-"""What a careful reader would say before comparing the runs: that they are not of a kind, or within noise."""
+"""Warnings before a comparison: the runs differ in more than their settings, or only by noise."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from qwlit.report.compare import Ledger, canonical
 from qwlit.report.runs import Run
 
 NAMED = 4
-"""More runs than these are counted, not named."""
+"""A list names this many runs and counts the rest."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Something about a run that is no setting, or only half of one, yet decides what its figures mean."""
+    """Something other than a setting that decides what a run's figures mean, such as its device."""
 
     title: str
     read: Callable[[Run], str | None]
-    remark: str
-    """Said where the runs differ in it."""
+    warning: str
+    """Printed if the runs differ in this condition."""
     shown: bool = True
-    """Its values are words that a reader knows."""
+    """Whether a reader understands the values; fingerprints are not shown."""
 
 
 def _recorded(*keys: str) -> Callable[[Run], str | None]:
@@ -51,9 +51,10 @@ def _torch(run: Run) -> str | None:
 
 
 def data_prints(run: Run) -> tuple[str | None, str | None]:
-    """Return fingerprints of what was trained on and of what was validated on.
+    """Return the fingerprints of the training data and of the validation data.
 
-    The manifest has one for both (`DataSplit.fingerprint`): a+b*weights/fraction, a store a part, `data.path`'s first.
+    The manifest has one text for both (`DataSplit.fingerprint`): a+b*weights/fraction. Each of a, b, … is one store;
+    the stores of `data.path` come first.
     """
     text = run.manifest.get("data")
     if not isinstance(text, str):
@@ -74,33 +75,33 @@ CONDITIONS = (
     Condition(
         "validation data",
         lambda run: data_prints(run)[1],
-        "Their validation sets differ, or how they are tokenized and masked: val/loss cannot be compared",
+        "The validation sets differ, or their tokenization or loss mask: val/loss cannot be compared",
         shown=False,
     ),
-    Condition("training data", lambda run: data_prints(run)[0], "They were trained on different data", shown=False),
-    Condition("device", _device, "They ran on different devices: time, speed and memory cannot be compared"),
-    Condition("precision", _recorded("precision"), "Precision differs, and with it the rounding of every step"),
-    Condition("attention", _recorded("attention"), "Attention differs, and with it the rounding of every step"),
+    Condition("training data", lambda run: data_prints(run)[0], "The runs trained on different data", shown=False),
+    Condition("device", _device, "The runs used different devices: time, speed and memory cannot be compared"),
+    Condition("precision", _recorded("precision"), "Precision differs, and so does the rounding of every step"),
+    Condition("attention", _recorded("attention"), "Attention differs, and so does the rounding of every step"),
     Condition("determinism", _recorded("determinism"), "Determinism differs"),
-    Condition("code", _code, "They were made by different versions of qwlit"),
-    Condition("torch", _torch, "They were made by different versions of torch"),
+    Condition("code", _code, "The runs used different versions of qwlit"),
+    Condition("torch", _torch, "The runs used different versions of torch"),
 )
 
 
 def comparable(runs: Iterable[Run]) -> bool:
-    """Whether the runs' losses are of the same validation data, as far as that is known."""
+    """Whether all known validation sets of the runs are the same, so that their losses can be compared."""
     return len({data_prints(run)[1] for run in runs} - {None}) < 2
 
 
-def remarks(ledger: Ledger) -> list[str]:
-    """Return what stands between the runs and a fair comparison."""
+def comparison_warnings(ledger: Ledger) -> list[str]:
+    """Return the warnings that a reader needs before comparing the runs."""
     runs = [run for run in ledger.runs if run.path is not None]
     if len(runs) < 2:
         return []
     found = [text for condition in CONDITIONS if (text := _difference(condition, runs))]
     unknown = [run.name for run in runs if not run.manifest]
     if unknown:
-        found.append(f"Not known, for want of manifest.json, is what these ran on: {_list(unknown)}")
+        found.append(f"These runs have no manifest.json, so their device and versions are unknown: {_list(unknown)}")
     return found + _noise(ledger)
 
 
@@ -113,7 +114,7 @@ def _difference(condition: Condition, runs: Iterable[Run]) -> str | None:
     if len(groups) < 2:
         return None
     parts = [(f"{value}: " if condition.shown else "") + _list(names) for value, names in groups.items()]
-    return f"{condition.remark}. {' | '.join(parts)}"
+    return f"{condition.warning}. {' | '.join(parts)}"
 
 
 def _list(names: list[str]) -> str:
@@ -122,7 +123,7 @@ def _list(names: list[str]) -> str:
 
 
 def _noise(ledger: Ledger) -> list[str]:
-    """Say how far runs lie apart that differ in nothing, or in nothing but the seed: less than that means nothing."""
+    """Report the spread of runs with equal settings, or equal but for the seed. Smaller differences mean nothing."""
     found = []
     for kind, ignored in (("the same settings and seed", ()), ("the same settings and other seeds", ("seed",))):
         groups: dict[tuple[str, ...], list[Run]] = {}
@@ -135,7 +136,7 @@ def _noise(ledger: Ledger) -> list[str]:
                 values: list[Any] = [ledger.value(run) for run in group]
                 names = _list([run.name for run in group])
                 spread = max(values) - min(values)
-                found.append(f"With {kind}, {names} lie {spread:.2g} apart in {ledger.metric.name}")
+                found.append(f"With {kind}, {names} differ by {spread:.2g} in {ledger.metric.name}")
     return found
 
 
