@@ -160,7 +160,7 @@ def test_what_only_another_rank_finds_wrong_ends_the_job_with_exit_code_2(tmp_pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["hardware.strategy=fsdp"], "hardware.strategy=fsdp shards over several devices, but one is set"),
+        (["hardware.strategy=fsdp"], "hardware.strategy=fsdp shards over several devices, but one device is set"),
         ([*sharded(), "hardware.precision=16-mixed"], "hardware.strategy=fsdp has no loss scale for 16-mixed"),
     ],
 )
