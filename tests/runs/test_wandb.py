@@ -146,7 +146,7 @@ def test_what_would_leave_a_run_without_wandb_is_refused_in_one_line(chat, nobod
     assert "upload_checkpoints=true needs W&B online" in refused("logger.upload_checkpoints=true")
     assert "set logger=wandb" in refused("logger=none", "logger.upload_checkpoints=true")
     trial = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}
-    assert "write logger=wandb into the sweep's command" in refused("logger=none", **trial)
+    assert "add logger=wandb to the sweep's command" in refused("logger=none", **trial)
     assert "gets no metrics while W&B is offline" in refused(WANDB_MODE="offline", **trial)
     assert not (tmp_path / "runs" / "a").exists()
 
