@@ -142,9 +142,8 @@ def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, 
     if "model.hub_id" in typed and "model" not in typed:
         # The packaged file with this hub id has the architecture, so the hub is not needed.
         wanted = typed["model.hub_id"].value()
-        for name, hub_id in _packaged_hub_ids().items():
-            if hub_id is not None and hub_id == wanted:
-                typed["model"] = _parse([f"model={name}"])[0]
+        preset = next((name for name in group_options()["model"] if wanted and _packaged_hub_id(name) == wanted), None)
+        typed = typed if preset is None else {"model": _parse([f"model={preset}"])[0], **typed}
     for folder in typed["hydra.searchpath"].value() if "hydra.searchpath" in typed else []:
         if str(folder).startswith("file://") and not Path(str(folder).removeprefix("file://")).is_dir():
             raise ConfigError(f"hydra.searchpath: {folder} is not a folder; give an existing one")
@@ -222,10 +221,11 @@ def _clear_alternatives(tree: dict[str, Any], typed: dict[str, Override]) -> Non
         tree["scheduler"]["max_warmup_ratio"] = 1.0
 
 
-def _packaged_hub_ids() -> dict[str, str | None]:
-    """Return name → hub id of every packaged model file."""
-    files = (conf_dir() / "model").glob("*.yaml")
-    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")).get("hub_id") for file in files}
+def _packaged_hub_id(name: str) -> str | None:
+    """Return the hub id in a packaged model file."""
+    text = (conf_dir() / "model" / f"{name}.yaml").read_text(encoding="utf-8")
+    hub_id: str | None = yaml.safe_load(text).get("hub_id")
+    return hub_id
 
 
 def _replace_architecture(tree: dict[str, Any], typed: dict[str, Override], chosen: str | None) -> None:
@@ -240,9 +240,8 @@ def _replace_architecture(tree: dict[str, Any], typed: dict[str, Override], chos
     path, hub_id = model.get("path"), model.get("hub_id")
     is_other = hub_id is not None and ("model.hub_id" in typed or chosen is not None)
     if is_other and chosen is not None:
-        hub_ids = _packaged_hub_ids()
         # A model file of the user has its own hub id and architecture.
-        is_other = chosen in hub_ids and hub_ids[chosen] != hub_id
+        is_other = chosen in group_options()["model"] and _packaged_hub_id(chosen) != hub_id
     if not path and not is_other:
         return
     if useless := next((key for key in typed if key.startswith("model.architecture")), None):
