@@ -14,7 +14,15 @@ from qwlit.data.conversation import (
     message_list,
     parse_tools,
 )
-from qwlit.data.meaning import LABEL_KEYS, MARK_KEYS, MEANING_KEYS, label_value, refuse_other_meaning, row_mark
+from qwlit.data.meaning import (
+    LABEL_KEYS,
+    MARK_KEYS,
+    MEANING_KEYS,
+    label_value,
+    refuse_marked_row,
+    refuse_other_meaning,
+    row_mark,
+)
 from qwlit.data.rows import Document, RowError, kind_of
 from qwlit.data.sharegpt import parse_turns
 from qwlit.data.tokenized import EncodedSample, parse_tokenized
@@ -42,6 +50,7 @@ class RowParser:
             value = {"text": value}
         recognised = recognise_format(value)
         name = recognised if self.row_format == "auto" else self.row_format
+        refuse_marked_row(value)
         refuse_other_meaning(value, has_answer=name not in FORMATS_WITHOUT_ANSWER)
         if name is None:
             expected = ", or ".join(map(_name_required_keys, REQUIRED_KEYS))

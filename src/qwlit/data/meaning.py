@@ -35,8 +35,6 @@ def refuse_other_meaning(row: Mapping[str, Any], *, has_answer: bool, where: str
     Args:
         has_answer: the row is a conversation. In a document or tokenized row, the label 0 is the number of a class.
     """
-    if not where:
-        _refuse_marked_row(row)
     if MEANING_KEYS.isdisjoint(row):
         return
     for key in sorted(row.keys() & MEANING_KEYS):
@@ -57,7 +55,8 @@ def row_mark(value: object) -> bool | None:
     return _as_flag(value)
 
 
-def _refuse_marked_row(row: Mapping[str, Any]) -> None:
+def refuse_marked_row(row: Mapping[str, Any]) -> None:
+    """Raise RowError if a mark says that the row is not to be trained on."""
     for key in MARK_KEYS:
         if row_mark(row.get(key)) is False:
             raise RowError(f"'{key}' is {row[key]}: the row is marked as not to be trained on; remove such rows")

@@ -201,14 +201,17 @@ def check_account(store: SampleStore, config: DataConfig) -> None:
     if account.quarantined and config.strict:
         bad = next(store.quarantine())
         raise DataError(f"{bad['file']}:{bad['line']}: {bad['reason']} (data.strict=true stops at the first bad row)")
+    too_many = account.quarantined > max(config.max_bad_ratio * account.read, BAD_ROWS_ALLOWED)
+    if account.accepted and not too_many:
+        return
+    # Only for a refusal: the quarantine may be long.
     reasons = [str(rejection) for rejection in rejections([store])[:REASONS_NAMED]]
-    if account.quarantined > max(config.max_bad_ratio * account.read, BAD_ROWS_ALLOWED):
+    if too_many:
         raise DataError(
             f"{account.quarantined} of {account.read} rows cannot be used: {'; '.join(reasons)}."
             f" All are in {store.folder / QUARANTINE}. Fix them, or set a higher limit than"
             f" data.max_bad_ratio={config.max_bad_ratio:g}"
         )
-    if not account.accepted:
-        if account.too_long:
-            reasons.append(f"{account.too_long} have more than data.max_seq_len={config.max_seq_len} tokens")
-        raise DataError(f"none of the {account.read} rows can be used: {'; '.join(reasons)}")
+    if account.too_long:
+        reasons.append(f"{account.too_long} have more than data.max_seq_len={config.max_seq_len} tokens")
+    raise DataError(f"none of the {account.read} rows can be used: {'; '.join(reasons)}")
