@@ -21,3 +21,9 @@ def own_slice_range(tensor: Tensor) -> tuple[int, int]:
         return 0, len(tensor)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return offset[0], offset[0] + shape[0]
+
+
+def copy_own_slice(target: Tensor, whole: Tensor) -> None:
+    """Copy from a whole tensor into `target` the rows that this rank holds."""
+    first, end = own_slice_range(target)
+    local(target).copy_(whole[first:end])

@@ -85,13 +85,18 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
+def named_base(adapter: Path) -> Any:
+    """Return what an adapter's folder names as its base: a folder, a hub id or None."""
+    return read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+
+
 def base_of(adapter: Path) -> dict[str, str | None]:
     """Return the settings (path and hub_id) of the model that an adapter's folder names as its base.
 
     Raises:
         ConfigError: it names none, or a folder that is not here.
     """
-    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = named_base(adapter)
     if isinstance(base, str):
         # A relative path is relative to where the adapter was trained, or to itself.
         for place in (resolve_path(base), adapter / base):

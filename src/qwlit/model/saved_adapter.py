@@ -15,11 +15,11 @@ from torch import Tensor
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
-from qwlit.core.sharding import local, own_slice_range
+from qwlit.core.sharding import copy_own_slice, local, own_slice_range
 from qwlit.model.config import AdapterConfig, ModelConfig
 from qwlit.model.families.decoder import EMBEDDING, HEAD
 from qwlit.model.folder import ADAPTER_CONFIG, WEIGHTS, check_folder, read_json
-from qwlit.model.weight_files import first_few, read_tensors
+from qwlit.model.weight_files import describe_differences, first_few, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -213,19 +213,13 @@ def _check_same_settings(saved: SavedAdapter, adapter: AdapterConfig) -> None:
 
 
 def _check_shapes(saved: SavedAdapter, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
-    unknown = [name for name in found if name not in expected]
-    missing = [name for name in expected if name not in found]
-    other = [
-        f"{name} {found[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    findings = {"that the model has no place for": unknown, "missing": missing, "of another shape": other}
-    said = [f"{what}: {first_few(names)}" for what, names in findings.items() if names]
-    if any("lora_embedding" in name for name in unknown):
-        said = [f"{first_few(unknown)} are LoRA on the embedding, which qwlit does not read; {MERGE_WITH_PEFT}"]
-    if said:
-        raise ConfigError(f"{FIELD}={saved.folder} does not fit the model. Tensors {'; '.join(said)}")
+    differences = describe_differences(found, expected, unexpected="that the model has no place for")
+    if on_embedding := [name for name in found if "lora_embedding" in name and name not in expected]:
+        differences = (
+            f"{first_few(on_embedding)} are LoRA on the embedding, which qwlit does not read; {MERGE_WITH_PEFT}"
+        )
+    if differences:
+        raise ConfigError(f"{FIELD}={saved.folder} does not fit the model. Tensors {differences}")
 
 
 def saved_name(name: str) -> str:
@@ -252,8 +246,7 @@ def load_start(model: "PreTrainedModel", config: ModelConfig) -> None:
 def _take_over(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            first, end = own_slice_range(parameter)
-            local(parameter).copy_(tensors[saved_name(name)][first:end])
+            copy_own_slice(parameter, tensors[saved_name(name)])
 
 
 def _merge(model: "PreTrainedModel", saved: SavedAdapter) -> None:
@@ -261,8 +254,7 @@ def _merge(model: "PreTrainedModel", saved: SavedAdapter) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = saved.tensors()
     for name in saved.replaced:
-        first, end = own_slice_range(parameters[name])
-        local(parameters[name]).copy_(tensors[name][first:end])
+        copy_own_slice(parameters[name], tensors[name])
     for layer in saved.layers:
         weight = parameters[f"{layer}.weight"]
         rows = local(weight)

@@ -105,6 +105,24 @@ def fingerprint_files(files: Files) -> str:
     return digest.hexdigest()[:16]
 
 
+def describe_differences(found: Mapping[str, list[int]], expected: Mapping[str, list[int]], *, unexpected: str) -> str:
+    """Name the tensors that are missing, unexpected or of another shape; empty where all agree.
+
+    Args:
+        unexpected: what to call a tensor that is not expected.
+    """
+    findings = {
+        "missing": [name for name in expected if name not in found],
+        unexpected: [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    return "; ".join(f"{what}: {first_few(names)}" for what, names in findings.items() if names)
+
+
 def first_few(names: list[str], limit: int = 3) -> str:
     """Name the first few of many."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.sharding import local, own_slice_range
+from qwlit.core.sharding import copy_own_slice, local, own_slice_range
 from qwlit.model.families.decoder import EMBEDDING, HEAD
-from qwlit.model.weight_files import Files, first_few, read_shapes, read_tensors, weight_files
+from qwlit.model.weight_files import Files, describe_differences, read_shapes, read_tensors, weight_files
 
 Filled = Callable[[str], None]
 
@@ -59,8 +59,7 @@ def draw_weights(model: nn.Module, *, seed: int, std: float, filled: Filled | No
     with torch.no_grad():
         for name in list(targets):
             parameter = targets.pop(name)
-            first, end = own_slice_range(parameter)
-            local(parameter).copy_(_drawn(name, parameter.shape, seed, std)[first:end])
+            copy_own_slice(parameter, _drawn(name, parameter.shape, seed, std))
             if filled:
                 filled(name)
 
@@ -80,17 +79,10 @@ def _targets(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _check_shapes(folder: Path, found: dict[str, list[int]], expected: dict[str, list[int]], *, tied: bool) -> None:
-    missing = [name for name in expected if name not in found and not (tied and name == HEAD)]
-    unexpected = [name for name in found if name not in expected]
-    other = [
-        f"{name} {found[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    findings = {"missing": missing, "unexpected": unexpected, "of another shape": other}
-    said = [f"{what}: {first_few(names)}" for what, names in findings.items() if names]
-    if said:
-        raise ConfigError(f"{folder}: config.json and weights disagree. Tensors {'; '.join(said)}")
+    if tied and HEAD not in found:
+        expected = {name: shape for name, shape in expected.items() if name != HEAD}
+    if differences := describe_differences(found, expected, unexpected="unexpected"):
+        raise ConfigError(f"{folder}: config.json and weights disagree. Tensors {differences}")
 
 
 def _check_finite(folder: Path, name: str, rows: Tensor) -> None:

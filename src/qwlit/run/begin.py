@@ -13,12 +13,13 @@ from qwlit.config.compose import compose, dump
 from qwlit.config.run import RunConfig, mathematics
 from qwlit.core.console import console
 from qwlit.core.errors import GuardStop, Interrupted, Preempted, Pruned, SignalExit
+from qwlit.core.files import resolve_path
 from qwlit.core.ranks import is_rank_zero
 from qwlit.data.store import REASONS_NAMED, rejections
 from qwlit.model.config import ModelConfig
+from qwlit.model.folder import named_base
 from qwlit.model.load import fingerprint
 from qwlit.model.quantize import num_elements
-from qwlit.model.saved_adapter import read_saved_adapter
 from qwlit.run.resume import Start, newest, prepare_folder, refuse_other_content, refuse_other_mathematics
 from qwlit.training.checkpointing.checkpoint import list_checkpoints
 from qwlit.training.tracking.manifest import build_manifest
@@ -139,7 +140,7 @@ def _adapter_lines(config: RunConfig) -> list[str]:
     if config.model.adapter_path is None:
         return []
     what = "merged into the model" if config.adapter.kind == "none" else "trained further"
-    named = read_saved_adapter(config.model.adapter_path).config.get("base_model_name_or_path")
+    named = named_base(resolve_path(config.model.adapter_path))
     base = str(config.model.path or config.model.hub_id)
     lines = [f"{config.model.adapter_path}, {what}"]
     if named and Path(named).name != Path(base).name:
