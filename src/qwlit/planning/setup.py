@@ -13,7 +13,7 @@ from qwlit.model.config import AttentionKernel, Execution
 from qwlit.model.loss_model import build_meta_model
 from qwlit.model.quantize import check_blocks
 from qwlit.optim.groups import ParameterGroup, plan_groups
-from qwlit.planning.memory.estimate import MemoryEstimate, settle_memory, why_not_sharded
+from qwlit.planning.memory.estimate import MemoryEstimate, estimate_memory, settle_memory, why_not_sharded
 from qwlit.planning.memory.state import MicroShape
 from qwlit.planning.preflight import check_allowed
 from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine
@@ -58,9 +58,11 @@ class Setup:
 
     def settle(self, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
         """Replace "auto" for strategy and activation checkpointing by the first choice that fits."""
-        machine, execution, estimate = settle_memory(
-            self.config, self.model, self.groups, self.machine, self.execution, micro
-        )
+
+        def estimate_for(machine: Machine, execution: Execution) -> MemoryEstimate:
+            return estimate_memory(self.config, self.model, self.groups, machine, execution, micro)
+
+        machine, execution, estimate = settle_memory(self.config, self.machine, self.execution, estimate_for)
         if execution.compiled and machine.activation_checkpointing == "offload":
             # `compiled` was chosen before the memory estimate: offload cannot be compiled.
             execution = replace(execution, compiled=False)

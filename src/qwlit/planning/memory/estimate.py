@@ -1,6 +1,6 @@
 """How much memory a training takes on each device, and the cheapest way in which it fits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -66,11 +66,7 @@ def estimate_memory(
         model: on the meta device, with adapters and frozen as it will be.
         micro: the micro-batch that takes the most memory.
     """
-    place = Placement(
-        device=machine.accelerator,
-        shards=machine.world_size if machine.strategy == "fsdp" else 1,
-        precision_bytes=machine.compute_dtype.itemsize,
-    )
+    place = _placement(machine)
     gradients = gradient_bytes(model, place)
     head = head_bytes(model, micro, place)
     stays = machine.accelerator == "cpu"
@@ -109,6 +105,19 @@ def estimate_memory(
         },
         "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, config.optim, place.share)},
     }
+    return _fullest(always, moments, machine)
+
+
+def _placement(machine: Machine) -> Placement:
+    return Placement(
+        device=machine.accelerator,
+        shards=machine.world_size if machine.strategy == "fsdp" else 1,
+        precision_bytes=machine.compute_dtype.itemsize,
+    )
+
+
+def _fullest(always: dict[str, float], moments: dict[str, dict[str, float]], machine: Machine) -> MemoryEstimate:
+    """Return the moment that holds most, with what is there all the time and with a reserve."""
     moment, held = max(moments.items(), key=lambda item: sum(item[1].values()))
     components = {name: size for name, size in (always | held).items() if size}
     on_cuda = CONTEXT_BYTES + FRAGMENTED_SHARE * sum(components.values())
@@ -116,19 +125,17 @@ def estimate_memory(
     return MemoryEstimate(moment, components, machine.device_memory)
 
 
+Estimate = Callable[[Machine, Execution], MemoryEstimate]
+
+
 def settle_memory(
-    config: RunConfig,
-    model: "PreTrainedModel",
-    groups: list[ParameterGroup],
-    machine: Machine,
-    execution: Execution,
-    micro: MicroShape,
+    config: RunConfig, machine: Machine, execution: Execution, estimate: Estimate
 ) -> tuple[Machine, Execution, MemoryEstimate]:
-    """Choose strategy and memory policy where they are "auto": the cheapest pair that fits, else the smallest."""
+    """Choose strategy and checkpointing level where they are "auto": the cheapest pair that fits, else the smallest."""
 
     def attempt(candidate: Machine) -> tuple[Machine, Execution, MemoryEstimate]:
         way = replace(execution, activation_checkpointing=candidate.activation_checkpointing)
-        return candidate, way, estimate_memory(config, model, groups, candidate, way, micro)
+        return candidate, way, estimate(candidate, way)
 
     *cheaper, smallest = list(_candidates(config, machine))
     last = attempt(smallest)
