@@ -328,13 +328,13 @@ def test_tasks_of_srun_are_the_ranks_whatever_the_job_is_called(job_name, tmp_pa
     assert_same_training(one, tmp_path / "runs" / "two")
 
 
-def test_a_run_is_done_also_where_there_is_no_room_to_answer_prompts(tmp_path, monkeypatch):
+def test_a_run_is_done_also_where_device_memory_is_too_small_to_answer_prompts(tmp_path, monkeypatch):
     from qwlit.run import finish
 
-    def no_room(*_):
+    def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(finish, "_answer", no_room)
+    monkeypatch.setattr(finish, "_answer", out_of_memory)
     run = train([*RUN, "run.name=a", "data.exact_match=4"], tmp_path)
     assert summary(run)["status"] == "done" and (run / "export").is_dir()
-    assert any("no room" in row.get("message", "") for row in rows(run, "events.jsonl"))
+    assert any("too little device memory" in row.get("message", "") for row in rows(run, "events.jsonl"))
