@@ -23,8 +23,17 @@ def test_the_notebook_runs(tmp_path):
     assert notebook.cells[1].source.startswith("STEPS = 1000")
     notebook.cells[1].source = notebook.cells[1].source.replace("1000", "12")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
-    assert "exact_match" in str(notebook.cells[5].outputs)
-    assert notebook.cells[7].outputs
+    assert "exact_match" in str(notebook.cells[7].outputs)
+    assert "image/png" in str(notebook.cells[9].outputs)
+    assert "<|im_start|>" in str(notebook.cells[13].outputs)
+
+
+def test_the_trainer_shown_trains(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "python.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(import lightning.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("=60", "=8").replace("val_check_interval=20", "val_check_interval=4"), {})
+    assert list((tmp_path / "saved").glob("*.ckpt")) and list((tmp_path / "logs").rglob("metrics.csv"))
 
 
 def shown_commands() -> list[str]:

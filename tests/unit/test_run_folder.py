@@ -85,7 +85,7 @@ def test_a_pointer_moves_in_one_go(folder):
 
 def test_cutting_back_drops_later_rows_and_half_lines(folder):
     for step in (1, 2, 3):
-        folder.append_metrics(step, **{"train/loss": 0.1 * step})
+        folder.append_metrics(step, {"train/loss": 0.1 * step})
         folder.append_event(step, "checkpoint")
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/lo')
@@ -95,7 +95,7 @@ def test_cutting_back_drops_later_rows_and_half_lines(folder):
 
 
 def test_what_json_cannot_say_is_null_and_the_file_stays_json(folder):
-    folder.append_metrics(1, **{"train/loss": math.nan, "optim/grad_norm": math.inf})
+    folder.append_metrics(1, {"train/loss": math.nan, "optim/grad_norm": math.inf})
     row = json.loads((folder.path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert row == {"step": 1, "train/loss": None, "optim/grad_norm": None}
 

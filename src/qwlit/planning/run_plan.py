@@ -60,6 +60,12 @@ class RunPlan:
     findings: list[Finding]
 
     @property
+    def planned_data(self) -> PlannedData:
+        """The data, for a run that is not only a preview."""
+        assert self.data is not None
+        return self.data
+
+    @property
     def config(self) -> RunConfig:
         return self.setup.config
 

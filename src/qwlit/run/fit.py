@@ -1,7 +1,7 @@
-"""Build module, trainer and data loaders, and train."""
+"""Build module, trainer and callbacks, and train."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -10,15 +10,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import mark_process_group_joined
-from qwlit.data.batches import StepDataset, train_loader, validation_loader
 from qwlit.model.compile import failed_to_compile
 from qwlit.model.flops import count_flops
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import start_adapter
 from qwlit.model.shard import shard_model
+from qwlit.run.modules import build_data_module, build_module
 from qwlit.run.resume import Start
 from qwlit.training.callbacks import CallbackSettings, TrainerWithCallbacks, build_trainer_with_callbacks
-from qwlit.training.loss_scale import LossScale
+from qwlit.training.data_module import StepDataModule
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
 from qwlit.training.resilience.rank_consistency import RankFacts, gather_facts
@@ -32,15 +32,8 @@ if TYPE_CHECKING:
 def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> TrainerWithCallbacks:
     """Train from `start` to the last step; return the trainer and the callbacks with results."""
     config, folder = run.config, run.folder
-    module = CausalLMModule(
-        run.loss_model,
-        optim=config.optim,
-        schedule=run.data.steps.schedule,
-        max_grad_norm=config.train.max_grad_norm,
-        shard=partial(_shard, run) if run.plan.machine.strategy == "fsdp" else None,
-        loss_scale=LossScale() if run.plan.machine.precision == "16-mixed" else None,
-        seed=config.seed,
-    )
+    shard = partial(_shard, run) if run.plan.machine.strategy == "fsdp" else None
+    module = build_module(run.plan, run.loss_model, shard=shard)
     training = build_trainer_with_callbacks(
         run.plan.machine,
         run.data.steps.milestones,
@@ -56,6 +49,7 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
             rank_facts=_rank_facts(run),
         ),
         wandb_run,
+        run.extensions,
     )
     if training.trainer.world_size != run.plan.machine.world_size:
         raise ConfigError(
@@ -63,7 +57,7 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
             f" {run.plan.machine.world_size}; start them with torchrun or srun, or let qwlit start them"
         )
     try:
-        _run(training, module, *_loaders(run, training.trainer.global_rank, start), start)
+        _run(training, module, build_data_module(run.plan), start)
     except torch.OutOfMemoryError:
         raise out_of_memory(training.trainer, module, config.hardware, run.plan.machine) from None
     except Exception as error:
@@ -83,28 +77,6 @@ def _rank_facts(run: "TrainingRun") -> RankFacts:
     return gather_facts(str(mathematics(run.config)), run.data.split.fingerprint)
 
 
-def _loaders(run: "TrainingRun", rank: int, start: Start) -> tuple[Any, Any]:
-    """Return the loaders of the steps after `start` and of the validation set; None where no step validates."""
-    steps = train_loader(
-        StepDataset(run.data.split.train, run.data.steps.step_plan, rank, run.data.pad_id),
-        start_step=start.step,
-        total_steps=run.data.steps.total_steps,
-        num_workers=run.plan.machine.num_workers,
-        pin_memory=run.plan.machine.pin_memory,
-    )
-    if run.data.split.validation is None or run.data.steps.milestones.next_validation(0) is None:
-        return steps, None
-    validation = validation_loader(
-        run.data.split.validation,
-        rank=rank,
-        world_size=run.plan.machine.world_size,
-        limits=run.data.steps.step_plan.limits,
-        packing=run.data.steps.step_plan.packing,
-        pad_id=run.data.pad_id,
-    )
-    return steps, validation
-
-
 def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
     """Shard the model and fill in its weights; no rank ever holds more than its own shard slices.
 
@@ -116,12 +88,12 @@ def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
     start_adapter(run.loss_model.causal_lm, run.config.model)
 
 
-def _run(training: TrainerWithCallbacks, module: CausalLMModule, steps: Any, validation: Any, start: Start) -> None:
+def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataModule, start: Start) -> None:
     """Run the trainer. If it fails, end the ranks that this process started; else leave the process group."""
     if training.trainer.world_size > 1:
         mark_process_group_joined()
     try:
-        training.trainer.fit(module, steps, validation, ckpt_path=start.checkpoint, weights_only=True)
+        training.trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     except SystemExit as end:
         # Outside the steps, and at the second Ctrl-C, Lightning turns KeyboardInterrupt into SystemExit(1).
         if isinstance(end.__context__, KeyboardInterrupt):

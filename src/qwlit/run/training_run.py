@@ -16,17 +16,25 @@ from qwlit.planning.run_plan import RunPlan, build_plan
 from qwlit.run.begin import begin, recording_status
 from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
-from qwlit.run.model import load_model
+from qwlit.run.modules import load_model
 from qwlit.run.resume import Start, newest, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
+from qwlit.training.callbacks import Extensions
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
 from qwlit.training.tracking.wandb_access import check_logger
 
+NO_EXTENSIONS = Extensions()
 
-def train(composed: Composed) -> None:
+
+def run_folder(composed: Composed) -> RunFolder:
+    """Return the run's folder: run.root / run.name."""
+    return RunFolder(resolve_path(composed.config.run.root) / str(composed.config.run.name))
+
+
+def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     """Train from the start, or resume an unfinished run of this name.
 
     Raises:
@@ -37,7 +45,7 @@ def train(composed: Composed) -> None:
         die_with_parent(number=signal.SIGINT)
     # Before CUDA starts: CUDA reads the environment only once.
     prepare_determinism(composed.config.determinism)
-    folder = RunFolder(resolve_path(composed.config.run.root) / str(composed.config.run.name))
+    folder = run_folder(composed)
     # Read this before rank 0 locks the folder and writes its own job into the summary.
     is_requeued = folder.belongs_to_this_job
     if is_requeued:
@@ -50,7 +58,7 @@ def train(composed: Composed) -> None:
         if is_rank_zero() and _nothing_to_do(folder, composed, is_done=is_done):
             return
         # The other ranks waited for the lock, so they read the data that rank 0 has prepared.
-        TrainingRun(build_plan(composed, console()), folder).execute(lock)
+        TrainingRun(build_plan(composed, console()), folder, extensions).execute(lock)
 
 
 def resume_requeued(composed: Composed) -> Composed:
@@ -90,10 +98,9 @@ def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> b
 class TrainingRun:
     """A planned run, its folder and its model."""
 
-    def __init__(self, plan: RunPlan, folder: RunFolder) -> None:
-        assert plan.data is not None, "only a preview has no data"
-        self.plan, self.folder = plan, folder
-        self.config, self.data = plan.config, plan.data
+    def __init__(self, plan: RunPlan, folder: RunFolder, extensions: Extensions) -> None:
+        self.plan, self.folder, self.extensions = plan, folder, extensions
+        self.config, self.data = plan.config, plan.planned_data
         # Under FSDP2 `fit` fills in the weights after sharding, so that no rank ever holds all of them.
         self.loss_model = load_model(plan, leave_empty=plan.machine.strategy == "fsdp")
 

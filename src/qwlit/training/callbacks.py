@@ -1,10 +1,12 @@
 """The trainer with its callbacks, in the order in which the callbacks must act."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import Logger
 
 from qwlit.core.console import console
 from qwlit.core.errors import QwlitError
@@ -79,6 +81,14 @@ class CallbackSettings:
     """What must be the same on all ranks."""
 
 
+@dataclass(frozen=True)
+class Extensions:
+    """What the user's program adds to a run."""
+
+    callbacks: Sequence[Callback] = ()
+    loggers: Sequence[Logger] = ()
+
+
 def build_trainer_with_callbacks(
     machine: Machine,
     milestones: Milestones,
@@ -87,17 +97,18 @@ def build_trainer_with_callbacks(
     flops: Flops,
     settings: CallbackSettings,
     wandb_run: WandbRun | None,
+    extensions: Extensions,
 ) -> TrainerWithCallbacks:
     """Build the callbacks and the trainer that calls them."""
     display = ProgressDisplay(console(), milestones.total_steps)
-    peak_flops = machine.peak_flops and machine.peak_flops * machine.world_size
-    listeners = (display.show, wandb_run.log) if wandb_run else (display.show,)
-    telemetry = Telemetry(milestones, folder, listeners, flops, peak_flops)
+    listeners = (folder.append_metrics, display.show, *([wandb_run.log] if wandb_run else []))
+    telemetry = Telemetry(milestones, listeners, flops, machine)
     guard = Guard(settings.guard, folder, samples)
     checkpointing = Checkpointing(settings.checkpoint, milestones, folder, wandb_run.upload if wandb_run else None)
     # Lightning calls the callbacks in this order, on every rank:
     # - early stopping first, because the others must know whether this step is the last;
     # - guard and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
+    # - the user's callbacks after the checkpoint, so that an error in them loses no step that was due to be saved;
     # - signals last: StopOnSignal saves through `checkpointing` and then ends the run.
     callbacks: list[Callback] = []
     patience = settings.validation.early_stopping_patience
@@ -108,6 +119,7 @@ def build_trainer_with_callbacks(
         callbacks.append(DeterminismTrace(milestones, folder))
     if settings.profile.steps is not None:
         callbacks.append(ProfileSteps(settings.profile.steps, folder.path / "profile"))
+    callbacks += extensions.callbacks
 
     # For the threads that must end the process with os._exit, where no error handler runs any more.
     def record_failure() -> None:
@@ -122,6 +134,7 @@ def build_trainer_with_callbacks(
         machine,
         total_steps=milestones.total_steps,
         callbacks=callbacks,
+        loggers=extensions.loggers,
         folder=folder.path,
         record_failure=record_failure,
     )

@@ -5,13 +5,14 @@ number of supervised tokens on all ranks. So every split into micro-batches and 
 rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -72,7 +73,9 @@ class CausalLMModule(lightning.LightningModule):
         loss_scale: LossScale | None,
         shard: Callable[[DeviceMesh], None] | None,
         seed: int,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        """`callbacks`: those that the module adds to its Trainer."""
         super().__init__()
         self.automatic_optimization = False
         # Checkpoints hold only trained weights; a resumed run loads frozen weights from the model folder again.
@@ -84,8 +87,12 @@ class CausalLMModule(lightning.LightningModule):
         self.loss_scale = loss_scale
         self._shard = shard
         self._seed = seed
+        self._callbacks = list(callbacks)
         self.outcome: StepOutcome
         self.validation: ValidationSums
+
+    def configure_callbacks(self) -> list[Callback]:
+        return self._callbacks
 
     def configure_model(self) -> None:
         """Shard the model under FSDP2. Lightning calls this once the process group exists, before the optimizer."""
@@ -168,7 +175,8 @@ class CausalLMModule(lightning.LightningModule):
         # Every rank ends its validation here, also a rank with fewer micro-batches.
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(self.validation.sums)
-        self.log("val/loss", self.validation.loss)
+        # EarlyStopping and ModelCheckpoint read it when the validation ends; Telemetry writes it to the loggers.
+        self.log("val/loss", self.validation.loss, prog_bar=True, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.trained_parameters()

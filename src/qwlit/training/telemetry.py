@@ -1,4 +1,4 @@
-"""Measure loss, gradient norm, throughput and memory; write metrics.jsonl and pass each record to the loggers."""
+"""Measure loss, gradient norm, throughput and memory; pass each record to metrics.jsonl and the loggers."""
 
 import resource
 import sys
@@ -14,9 +14,9 @@ from qwlit.core.batch import StepBatch
 from qwlit.model.compile import compile_seconds
 from qwlit.model.flops import Flops
 from qwlit.training.async_readback import AsyncReadback
+from qwlit.training.machine import Machine
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
-from qwlit.training.tracking.run_folder import RunFolder
 
 GIB = 2**30
 Record = dict[str, float | None]
@@ -39,21 +39,21 @@ class Telemetry(Callback):
     def __init__(
         self,
         milestones: Milestones,
-        folder: RunFolder,
         listeners: tuple[Listener, ...],
         flops: Flops,
-        peak_flops: float | None,
+        machine: Machine,
     ) -> None:
-        """`peak_flops`: the dense bf16 peak of all devices together, FLOP/s; None: no MFU."""
+        """`listeners` are called with every record, beside the Trainer's loggers."""
         self._milestones = milestones
-        self._folder = folder
+        self._trainer: Trainer
         self._listeners = listeners
         self._reader: AsyncReadback[tuple[int, Record]] = AsyncReadback()
         self._loss_sum: torch.Tensor | None = None
         self._restored_loss_sum = 0.0
         self._supervised = 0
         self._flops = flops
-        self._peak_flops = peak_flops
+        # The dense bf16 peak of all devices together, FLOP/s; None: no MFU.
+        self._peak_flops = machine.peak_flops and machine.peak_flops * machine.world_size
         self._clock = _Clock()
         self.first_loss: float | None = None
         self.last_loss: float | None = None
@@ -83,6 +83,9 @@ class Telemetry(Callback):
     @property
     def tokens_per_second(self) -> float | None:
         return self._clock.overall()
+
+    def setup(self, trainer: Trainer, pl_module: CausalLMModule, stage: str) -> None:
+        self._trainer = trainer
 
     def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         # Only rank 0 starts with the restored sum, so that the next reduction counts it once.
@@ -130,17 +133,22 @@ class Telemetry(Callback):
             complete = {"train/loss": loss, "optim/grad_norm": grad_norm, **record}
             self.first_loss = loss if self.first_loss is None else self.first_loss
             self.last_loss = loss
+            # Lightning's own `log` would cost 2 to 3 ms, and `state_dict` may not call it.
+            self._trainer.callback_metrics.update({"train/loss": torch.tensor(loss)})
             self._record(step, complete)
 
     def _record(self, step: int, record: Record) -> None:
-        self._folder.append_metrics(step, **record)
         for listener in self._listeners:
             listener(step, record)
+        for logger in self._trainer.loggers:
+            logger.log_metrics({name: value for name, value in record.items() if value is not None}, step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._clock.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        if trainer.sanity_checking:
+            return
         if trainer.should_stop and self._supervised:
             # Early stopping ends the run at this step, and the last step is always logged.
             self._measure(trainer, pl_module, trainer.global_step)

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
@@ -34,6 +35,7 @@ def build_trainer(
     total_steps: int,
     callbacks: list[Callback],
     folder: Path,
+    loggers: Sequence[Logger] = (),
     record_failure: Callable[[], None] = lambda: None,
 ) -> Trainer:
     """Build the Trainer; a background thread calls `record_failure` before it ends the process."""
@@ -63,7 +65,7 @@ def build_trainer(
         val_check_interval=total_steps,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        logger=False,
+        logger=list(loggers),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -261,6 +263,7 @@ def _quieten_lightning() -> None:
         ".*does not have many workers.*",
         ".*You defined a `validation_step` but have no `val_dataloader`.*",
         ".*dataloader is not resumable.*",
+        ".*is smaller than the logging interval.*",
         ".*The `srun` command is available.*",
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -81,8 +81,8 @@ class RunFolder:
         if is_rank_zero():
             write_json_atomic(self.path / name, _jsonable(value))
 
-    def append_metrics(self, step: int, **values: float | None) -> None:
-        self._append("metrics.jsonl", {"step": step, **values})
+    def append_metrics(self, step: int, record: Mapping[str, float | None]) -> None:
+        self._append("metrics.jsonl", {"step": step, **record})
 
     def append_event(self, step: int, event: str, **details: Any) -> None:
         """Record an event: a skipped step, a checkpoint, a preemption, a warning."""
