@@ -1,15 +1,13 @@
 """The mathematics do not depend on the machine: any layout of a step over micro-batches and ranks trains the same."""
 
 import math
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.invariance.worker import LR, STEPS
-from tests.runs.runs import free_port, succeed_together
+from tests.runs.runs import ENVIRONMENT, free_port, interpreter, succeed_together
 
 ROOT = Path(__file__).parents[2]
 KINDS = [("qwen3", "none"), ("qwen2", "none"), ("qwen3", "lora")]
@@ -24,8 +22,8 @@ FEWER = [("single", 1), ("ddp", 2), ("fsdp", 4)]
 def launch(out: Path, model_type: str, adapter: str, strategy: str, world_size: int) -> None:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
     meeting |= {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "tests.invariance.worker", str(out), model_type, adapter, strategy, str(world_size)]
-    ranks = [([*words, str(rank)], os.environ | meeting | {"LOCAL_RANK": str(rank)}) for rank in range(world_size)]
+    words = [interpreter(), "-m", "tests.invariance.worker", str(out), model_type, adapter, strategy, str(world_size)]
+    ranks = [([*words, str(rank)], ENVIRONMENT | meeting | {"LOCAL_RANK": str(rank)}) for rank in range(world_size)]
     succeed_together(ranks, ROOT, timeout=280)
 
 

@@ -7,14 +7,17 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from qwlit.__main__ import main
+from tests.warm import warm_python
 
 DEMO = Path(__file__).parents[2] / "src" / "qwlit" / "resources" / "demo"
 # One thread a process, so that tests do not slow each other down on small machines.
@@ -32,8 +35,28 @@ TINY = [
 ]
 
 
+@cache
+def interpreter() -> str:
+    """A stand-in for Python that has imported everything already: see tests/warm.py."""
+    return warm_python(Path(tempfile.mkdtemp(prefix="qwlit-warm-")))
+
+
 def command(words: list[str]) -> list[str]:
+    """The command line in Python itself: for signals, kills, launchers, and whatever imports decide."""
     return [sys.executable, "-m", "qwlit", *words]
+
+
+def warm_command(words: list[str]) -> list[str]:
+    """The command line without the seconds of its imports."""
+    return [interpreter(), "-m", "qwlit", *words]
+
+
+class WarmProcess(subprocess.Popen):
+    """A warm launch whose signals go to the training itself: after `kill` and `wait` it has ended, too."""
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(int(Path(self.args[0]).with_name(str(self.pid)).read_text()), number)
 
 
 def qwlit_process(
@@ -41,20 +64,21 @@ def qwlit_process(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own: for several ranks, and for settings that outlive a run."""
     return subprocess.run(
-        command(words), cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        warm_command(words), cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
 def qwlit(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line in this process, which has imported everything already."""
+    """Run the command line in this process, which has imported everything already; its children are warm too."""
     out, err = io.StringIO(), io.StringIO()
     torch.set_num_threads(1)
-    argv, sys.argv = sys.argv, ["qwlit", *words]
+    argv, python = sys.argv, sys.executable
+    sys.argv, sys.executable = ["qwlit", *words], interpreter()
     try:
         with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main()
     finally:
-        sys.argv = argv
+        sys.argv, sys.executable = argv, python
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
@@ -70,8 +94,8 @@ def started(
     words: list[str], run: Path, *, logged: int, environment: dict[str, str] = ENVIRONMENT
 ) -> subprocess.Popen[str]:
     """Start a training in a process of its own and return it once `run` has so many logged losses."""
-    process = subprocess.Popen(
-        command(["train", *TINY, *words]),
+    process = WarmProcess(
+        warm_command(["train", *TINY, *words]),
         cwd=run.parents[1],
         env=environment,
         stdout=subprocess.DEVNULL,

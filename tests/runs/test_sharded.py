@@ -18,7 +18,6 @@ from tests.runs.runs import (
     DEMO,
     ENVIRONMENT,
     TINY,
-    command,
     free_port,
     losses,
     qwlit,
@@ -28,6 +27,7 @@ from tests.runs.runs import (
     succeed_together,
     summary,
     train,
+    warm_command,
 )
 from tests.tiny import TINY as SHAPE
 from tests.tiny import save_folder, tiny_causal_lm
@@ -322,7 +322,7 @@ def test_tasks_of_srun_are_the_ranks_whatever_the_job_is_called(job_name, tmp_pa
         "MASTER_PORT": str(free_port()),
     }
     job |= {"SLURM_NNODES": "1", "MASTER_ADDR": "127.0.0.1"}
-    words = command(["train", *TINY, *RUN, "run.name=two", "hardware.devices=2"])
+    words = warm_command(["train", *TINY, *RUN, "run.name=two", "hardware.devices=2"])
     tasks = [ENVIRONMENT | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     succeed_together([(words, task) for task in tasks], tmp_path, timeout=100)
     assert_same_training(one, tmp_path / "runs" / "two")

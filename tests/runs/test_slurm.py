@@ -26,7 +26,7 @@ def test_two_nodes_of_two_tasks_compute_what_one_process_does(cluster, place):
         for strategy in ("ddp", "fsdp")
     }
     for job in jobs.values():
-        assert finished(cluster, job)["JobState"] == "COMPLETED", said(place)[-3000:]
+        assert finished(cluster, job)["JobState"] == "COMPLETED", said(place)[-12000:]
     assert qwlit(["train", *words, "run.name=one"], place).returncode == 0
     alone = losses(place / "runs" / "one")
     for strategy in jobs:
@@ -65,7 +65,7 @@ command: ["${{env}}", "${{interpreter}}", -m, qwlit, train, {fixed}, "${{args_no
     restarts = []
     for task in (0, 1):
         state = finished(cluster, f"{job}_{task}", meanwhile=preempt)
-        assert state["JobState"] == "COMPLETED", said(place)[-3000:]
+        assert state["JobState"] == "COMPLETED", said(place)[-12000:]
         restarts.append(state["Restarts"])
     assert restarts == ["1", "0"]
     trials = json.loads((place / "runs" / "mine" / "sweep.json").read_text())["trials"]
@@ -81,7 +81,7 @@ def test_seeds_are_an_array_of_runs(cluster, place):
     job = submit(cluster, [*words, "slurm.options=['--comment=two words',--mem=1G]"], place)
     for task in (0, 1):
         state = finished(cluster, f"{job}_{task}")
-        assert state["JobState"] == "COMPLETED", said(place)[-3000:]
+        assert state["JobState"] == "COMPLETED", said(place)[-12000:]
         assert (state["JobName"], state["Comment"], state["MinMemoryNode"]) == ("种", "two", "1G")
     first, second = (losses(place / "runs" / f"种-seed{seed}") for seed in (3, 4))
     assert first != second
@@ -116,7 +116,7 @@ def test_the_files_to_be_edited_run_as_they_are(cluster, place, online):
         job = cluster.ask("sbatch", "--parsable", *parts, cwd=place, QWLIT_VENV=sys.prefix, **variables).strip()
         jobs += [f"{job}_1", f"{job}_2"] if "--array=1-2" in parts else [job]
     for job in jobs:
-        assert finished(cluster, job)["JobState"] == "COMPLETED", said(place)[-3000:]
+        assert finished(cluster, job)["JobState"] == "COMPLETED", said(place)[-12000:]
     for name in ("gpu", "node", "nodes"):
         assert summary(place / "runs" / name)["status"] == "done"
     trials = [json.loads(file.read_text()) for file in (place / "runs").glob("*/*/summary.json")]

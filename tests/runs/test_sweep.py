@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from qwlit.config.compose import compose
-from tests.runs.runs import ENVIRONMENT, LONG, TINY, command, losses, qwlit, qwlit_process, rows, summary
+from tests.runs.runs import ENVIRONMENT, LONG, TINY, losses, qwlit, qwlit_process, rows, summary, warm_command
 
 TRIALS, KILLS = (20, 6) if LONG else (8, 4)
 STEPS = 4
@@ -74,7 +74,7 @@ def test_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_killed(p
     while True:
         parents += 1
         with (place / "said.log").open("ab") as said:
-            parent = subprocess.Popen(command(words), cwd=place, env=ENVIRONMENT, stdout=said, stderr=said)
+            parent = subprocess.Popen(warm_command(words), cwd=place, env=ENVIRONMENT, stdout=said, stderr=said)
         while parent.poll() is None:
             time.sleep(dice.uniform(1.0, 9.0))
             if kills == KILLS or parent.poll() is not None:
@@ -163,7 +163,7 @@ def test_the_best_trial_trains_again_from_its_file(place):
 
 def test_two_machines_share_one_sweep(place):
     words = ["sweep", write_sweep(place), "backend=optuna", "trials=5"]
-    both = [subprocess.Popen(command(words), cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE) for _ in range(2)]
+    both = [subprocess.Popen(warm_command(words), cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE) for _ in range(2)]
     assert [process.wait(timeout=240) for process in both] == [0, 0]
     said = [process.stdout.read().decode() for process in both]
     trials = record_of(place / "runs" / "search")["trials"]
@@ -176,7 +176,7 @@ def test_two_machines_share_one_sweep(place):
 
 def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(place):
     words = ["sweep", write_sweep(place), "backend=optuna", "trials=1", "train.max_steps=400"]
-    parent = subprocess.Popen(command(words), cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(warm_command(words), cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     run = place / "runs" / "search" / "trial-0000"
     while not (run / "metrics.jsonl").exists() or len(losses(run)) < 5:
         time.sleep(0.05)
@@ -188,7 +188,7 @@ def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(place):
     assert record_of(run.parent)["trials"][0]["state"] == "running"
     reached = summary(run)["steps"]
     assert 5 <= reached < 400
-    again = subprocess.Popen(command(words), cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    again = subprocess.Popen(warm_command(words), cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE)
     while losses(run)[-1][0] <= reached + 2 or summary(run).get("resumed_from") != reached:
         assert again.poll() is None
         time.sleep(0.05)

@@ -31,6 +31,7 @@ from tests.runs.runs import (
     started,
     summary,
     train,
+    warm_command,
     weights,
 )
 from tests.tiny import save_folder, tiny_architecture, tiny_causal_lm
@@ -155,7 +156,7 @@ def test_resume_never_starts_anew_and_keeps_what_was_there(unfinished, chat, tmp
 def test_a_run_folder_in_use_is_refused(chat, tmp_path):
     long = words(chat, "a", "train.max_steps=100000")
     process = subprocess.Popen(
-        command(["train", *TINY, *long]), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+        warm_command(["train", *TINY, *long]), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL
     )
     try:
         while not (tmp_path / "runs/a/metrics.jsonl").exists():
@@ -482,7 +483,9 @@ def test_a_run_does_not_go_on_with_another_base_model(chat, tmp_path):
     folder = save_folder(tiny_causal_lm(vocab_size=520), tmp_path / "base")
     asked = [f"model.path={folder}", "model.tokenizer=qwlit:demo/tokenizer", f"data.path={chat}", "hardware=cpu"]
     asked += ["recipe=lora", "run.name=a", "train.max_steps=4000", "checkpoint.every_steps=5", "logging.every_steps=1"]
-    process = subprocess.Popen(command(["train", *asked]), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        warm_command(["train", *asked]), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
     while not list((tmp_path / "runs" / "a" / "checkpoints").glob("step-*/MANIFEST.json")):
         assert process.poll() is None
         time.sleep(0.05)
