@@ -15,7 +15,7 @@ from qwlit.data.rows import parse_json_object
 
 ROOT = Path(__file__).parents[2]
 SBATCH = sorted((ROOT / "slurm").glob("*.sbatch"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_notebook_runs(tmp_path):
@@ -40,7 +40,7 @@ def shown_commands() -> list[str]:
     found = [
         c
         for page in PAGES
-        for c in re.findall(r"python -m qwlit (?:train|inspect) ([^\n&`]+)", page.read_text("utf-8"))
+        for c in re.findall(r"\bqwlit (?:train|inspect) ([^\n&`]+)", page.read_text("utf-8"))
     ]
     return found + [c for file in SBATCH for c in re.findall(r"sbatch slurm/train\S* (.+)", file.read_text())]
 
@@ -48,6 +48,23 @@ def shown_commands() -> list[str]:
 @pytest.mark.parametrize("words", [w for w in shown_commands() if "[" not in w and "--" not in w])
 def test_a_command_shown_in_the_documents_composes(words):
     compose(shlex.split(words))
+
+
+def test_both_readmes_have_the_same_commands_tables_and_links():
+    def bones(page):
+        text = (ROOT / page).read_text("utf-8")
+        rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+        links = [link for link in re.findall(r"\]\((.+?)\)", text) if "README" not in link]
+        numbers = re.findall(r"[0-9.]+ ×, [0-9.]+", text)
+        return re.findall(r"^```.*?^```", text, re.M | re.S), rows, sorted(links), numbers
+
+    assert bones("README.md") == bones("README.zh-CN.md")
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
+            assert link.startswith("http") or (page.parent / link).exists(), (page.name, link)
 
 
 def test_documents_show_commands():

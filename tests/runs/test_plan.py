@@ -14,7 +14,7 @@ from qwlit.planning import run_plan
 from tests.runs.runs import TINY, qwlit, rows
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text("utf-8")
+PAGES = "".join((ROOT / page).read_text("utf-8") for page in ("README.md", "docs/plan.md"))
 
 
 def planned(words: list[str], folder: Path) -> dict:
@@ -24,7 +24,7 @@ def planned(words: list[str], folder: Path) -> dict:
 
 
 def shown_plans() -> list[tuple[str, str]]:
-    return re.findall(r"^\$ python -m qwlit plan (.+)\n((?:.*\n)+?)```", README, re.M)
+    return re.findall(r"^\$ qwlit plan (.+)\n((?:.*\n)+?)```", PAGES, re.M)
 
 
 def comparable(text: str) -> list[str]:
@@ -33,14 +33,14 @@ def comparable(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("words", "output"), shown_plans(), ids=[words for words, _ in shown_plans()])
-def test_the_readme_shows_what_plan_prints(words, output, tmp_path):
+def test_the_documents_show_what_plan_prints(words, output, tmp_path):
     done = qwlit(["plan", *words.split()], tmp_path)
     assert done.returncode == 0, done.stderr
     assert comparable(done.stdout) == comparable(output)
     assert ("not checked" in done.stdout) and ("not checked" in output)
 
 
-def test_the_readme_shows_four_plans():
+def test_the_documents_show_four_plans():
     assert len(shown_plans()) == 4
 
 
