@@ -6,7 +6,7 @@ from typing import Any
 from qwlit.core.errors import nearest
 from qwlit.data.meaning import MARK_KEYS, refuse_other_meaning, refuse_placeholder, turn_mark
 from qwlit.data.rows import RowError, kind_of, parse_json
-from qwlit.data.unread import has_value
+from qwlit.data.unread import has_value, unread_keys
 
 ROLES = ("system", "user", "assistant", "tool")
 # Older and newer names from OpenAI for the same roles.
@@ -172,11 +172,10 @@ def _message(where: str, message: object) -> Message:
     tool_calls = _tool_calls(where, role, message)
     may_lack_content = message.get("content") is None and (tool_calls or reasoning)
     content = "" if may_lack_content else _content(where, message.get("content"))
-    unread_keys = [str(key) for key, value in message.items() if key not in MESSAGE_KEYS and has_value(value)]
-    unread_keys += _unread_of_parts(message.get("content"))
-    return Message(
-        role, content, reasoning, tool_calls, mark=turn_mark(where, message), unread_keys=tuple(sorted(unread_keys))
-    )
+    parts = message["content"] if isinstance(message.get("content"), list) else []
+    unread = unread_keys(message, MESSAGE_KEYS)
+    unread += [f"content.{key}" for part in parts for key in unread_keys(part, PART_KEYS)]
+    return Message(role, content, reasoning, tool_calls, mark=turn_mark(where, message), unread_keys=tuple(unread))
 
 
 def _tool_calls(where: str, role: str, message: dict[str, Any]) -> tuple[ToolCall, ...]:
@@ -218,14 +217,6 @@ def _content(where: str, content: object) -> str:
 def _part_text(part: dict[str, Any]) -> object:
     """Return the `text` of a part, or its `value`, which ms-swift and other tools write."""
     return part["text"] if part.get("text") is not None else part.get("value")
-
-
-def _unread_of_parts(content: object) -> list[str]:
-    if not isinstance(content, list):
-        return []
-    return [
-        f"content.{key}" for part in content for key, value in part.items() if key not in PART_KEYS and has_value(value)
-    ]
 
 
 def parse_tool_call(where: str, call: object) -> ToolCall:

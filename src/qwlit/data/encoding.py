@@ -15,7 +15,7 @@ from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, ref
 from qwlit.data.templates import Piece
 from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
-from qwlit.data.unread import row_key_remarks
+from qwlit.data.unread import unread_key_remarks
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class RowEncoder:
         try:
             raw = row.value()
             value = parser(raw)
-            row_remarks = [*row_key_remarks([*parser.unread_keys(raw), *row.unread_columns])]
+            row_remarks = [*unread_key_remarks("row", [*parser.unread_keys(raw), *row.unread_columns])]
             if isinstance(value, Document):
                 refuse_half_characters(value.text)
                 row_remarks += [*document_remarks(value.text), *self._control_token_remarks([value.text])]

@@ -8,7 +8,7 @@ from typing import Any
 from qwlit.data.conversation import END_THINK, THINK, Conversation
 from qwlit.data.meaning import holds_placeholder
 from qwlit.data.templates import END_RESPONSE, END_TOOL_CALL, RESPONSE, TOOL_CALL, Family, Supervision, last_query_index
-from qwlit.data.unread import message_key_remarks
+from qwlit.data.unread import unread_key_remarks
 
 HISTORY_THINKING = "reasoning in earlier turns, which the template removes: those answers are supervised without it"
 THINKING_LEFT_OUT = "reasoning_content, which this template cannot write: it is left out"
@@ -41,7 +41,7 @@ def remarks(conversation: Conversation, family: Family, supervision: Supervision
         arguments = [call.arguments for message in conversation.messages for call in message.tool_calls]
         if _holds_null([*arguments, *conversation.tools]):
             yield NULLS_FROM_TABLE
-    yield from message_key_remarks(key for message in conversation.messages for key in message.unread_keys)
+    yield from unread_key_remarks("message", [key for message in conversation.messages for key in message.unread_keys])
     yield from _reading_remarks(conversation, supervision)
     if not family.json_text_arguments and any(
         isinstance(call.arguments, str) for message in conversation.messages for call in message.tool_calls
