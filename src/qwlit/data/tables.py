@@ -145,21 +145,14 @@ def _unread_columns(table: Any) -> tuple[str, ...]:
 def _parquet_rows(number: int, line: int, batch: Any, unread: tuple[str, ...]) -> Iterator[Row | Reject]:
     """Yield the rows of the batch, numbered from `line` + 1. A cell that cannot be read rejects only its own row."""
     try:
-        rows: list[Any] = batch.to_pylist()
-    except (ValueError, OverflowError):
-        # One cell cannot be converted: convert row by row, so that only its row is rejected.
-        rows = [_parquet_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
-    for index, columns in enumerate(rows, start=line + 1):
-        is_broken = isinstance(columns, str)
-        if is_broken:
-            yield Row(number, index, {}).reject(columns)
-        else:
-            yield Row(number, index, columns, unread).within_limit()
-
-
-def _parquet_row(one_row: Any) -> dict[str, Any] | str:
-    try:
-        (columns,) = one_row.to_pylist()
+        rows = batch.to_pylist()
     except (ValueError, OverflowError) as error:
-        return f"a cell cannot be read: {error}"
-    return dict(columns)
+        if batch.num_rows == 1:
+            yield Row(number, line + 1, {}).reject(f"a cell cannot be read: {error}")
+            return
+        # One cell cannot be converted: convert row by row, so that only its row is rejected.
+        for index in range(batch.num_rows):
+            yield from _parquet_rows(number, line + index, batch.slice(index, 1), unread)
+        return
+    for index, columns in enumerate(rows, start=line + 1):
+        yield Row(number, index, columns, unread).within_limit()
