@@ -71,6 +71,11 @@ def one_line(text: str, longest: int | None = None) -> str:
     return line if longest is None or len(line) <= longest else f"{line[: longest - 1]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the error's message; for an error without a message, its type."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the valid name closest to `name`, or an empty string."""
     matches = get_close_matches(name, list(valid), n=1, cutoff=0.5)
