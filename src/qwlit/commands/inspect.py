@@ -119,7 +119,7 @@ def _show_data(data: "DataSplit", tokenized: "TokenizedData", config: "RunConfig
     screen.print(f"\n[bold]training data[/]  {data.describe()}")
     if chat is not None:
         supervision = chat.supervision
-        template = f"{chat.template}{_other_system_text(chat.family)}"
+        template = f"{chat.family.name}{_other_system_text(chat.family)}"
         screen.print(f"  template {escape(template)}, loss on {supervision.loss_on}, thinking {supervision.thinking}")
     for text in (*data.describe_shares(config.seed), *data.remarks):
         screen.print(f"  {escape(text)}")

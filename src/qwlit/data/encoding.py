@@ -37,7 +37,7 @@ class RowEncoder:
         """Everything that decides what is stored, except for the rows."""
         config = self.config
         shape = [config.format, config.max_seq_len, config.too_long, config.drop_duplicates, config.loss_on]
-        chat = [self.chat.template, self.chat.family.default_system, config.thinking] if self.chat else None
+        chat = [self.chat.family.name, self.chat.family.default_system, config.thinking] if self.chat else None
         return [*shape, self.vocab_size, self.tokenizer.fingerprint if self.tokenizer else None, chat]
 
     def __call__(self, rows: Sequence[Row | Reject]) -> EncodedBatch:

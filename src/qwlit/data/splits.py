@@ -170,13 +170,6 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
     )
 
 
-def load_data(
-    config: DataConfig, encoder: RowEncoder, *, cache_root: Path, progress: ProgressCallback | None = None
-) -> DataSplit:
-    """Open or build the stores, and split them; see `open_stores` and `split_data`."""
-    return split_data(config, *open_stores(config, encoder, cache_root=cache_root, progress=progress))
-
-
 def _ids_without_copies(store: SampleStore, earlier: list[SampleStore], of: DigestOf = "samples") -> NDArray[np.int32]:
     """Return the ids of samples that no earlier part has. `of` selects what to compare: tokens and mask, or tokens."""
     ids = np.arange(len(store), dtype=np.int32)

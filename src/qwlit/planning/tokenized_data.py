@@ -10,9 +10,10 @@ from qwlit.config.run import RunConfig
 from qwlit.core.console import measuring
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.core.files import resolve_path
-from qwlit.data.chat import ChatEncoder, resolve_template
+from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import parts_of
 from qwlit.data.encoding import RowEncoder
+from qwlit.data.recognise import resolve_template
 from qwlit.data.sources import find_sources
 from qwlit.data.splits import open_stores
 from qwlit.data.store import SampleStore, is_tokenized
