@@ -8,7 +8,7 @@ from typing import Any
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import DataConfig
 from qwlit.data.conversation import Conversation
-from qwlit.data.encoded_batch import Account, BatchBuilder, EncodedBatch, FatalRow
+from qwlit.data.encoded_batch import Account, EncodedBatch, FatalRow, sample_arrays
 from qwlit.data.formats import RowParser
 from qwlit.data.remarks import CONTROL_TOKENS_AS_TEXT, document_remarks, remarks
 from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_half_characters
@@ -46,17 +46,26 @@ class RowEncoder:
         Raises:
             NeedsTokenizer: a row is a text or a conversation, but there is no tokenizer or chat template.
         """
-        batch = BatchBuilder(Account(read=len(rows)))
-        for row, outcome in zip(rows, self._encode(rows, batch.remarks), strict=True):
-            result = self._apply_length_limit(row, outcome, batch.account) if isinstance(outcome, _Encoded) else outcome
+        account, remark_counts = Account(read=len(rows)), Counter[str]()
+        samples: list[tuple[Row | Reject, EncodedSample]] = []
+        rejects: list[Reject] = []
+        stop = None
+        for row, outcome in zip(rows, self._encode(rows, remark_counts), strict=True):
+            result = self._apply_length_limit(row, outcome, account) if isinstance(outcome, _Encoded) else outcome
             if isinstance(result, Reject) and self.config.strict:
                 result = FatalRow(
                     row.source, row.line, f"{result.reason} (data.strict=true stops at the first bad row)"
                 )
             if isinstance(result, FatalRow):
-                return batch.finish(result)
-            batch.add(row, result)
-        return batch.finish()
+                stop = result
+                break
+            if isinstance(result, Reject):
+                rejects.append(result)
+            else:
+                samples += [(row, sample) for sample in result]
+        account.quarantined = len(rejects)
+        account.accepted = account.read - account.too_long - account.quarantined
+        return EncodedBatch(sample_arrays(samples), account, rejects, remark_counts, stop)
 
     def _encode(self, rows: Sequence[Row | Reject], remark_counts: Counter[str]) -> Iterator["_Encoded | Reject"]:
         """Yield for each row its sample, of any length, or its reject."""
