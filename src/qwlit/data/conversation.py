@@ -73,7 +73,7 @@ def parse_conversation(messages: object, tools: object = None) -> Conversation:
     Raises:
         RowError: a message is wrong; the text has its number and the reason.
     """
-    return conversation_of(message_list(messages), tools)
+    return conversation_of(message_list(messages), parse_tools(tools))
 
 
 def message_list(values: object) -> list[Message]:
@@ -83,8 +83,8 @@ def message_list(values: object) -> list[Message]:
     return [_message(f"message {number}", value) for number, value in enumerate(values, start=1)]
 
 
-def conversation_of(messages: list[Message], tools: object = None) -> Conversation:
-    """Check messages and tools together, or raise RowError."""
+def conversation_of(messages: list[Message], tools: list[dict[str, Any]]) -> Conversation:
+    """Check the messages as a whole and wrap the tools, or raise RowError."""
     # Merge first: an empty answer is allowed if a message with tool calls follows it.
     messages = _merge_calls(messages)
     if all(message.role != "assistant" for message in messages):
@@ -94,9 +94,8 @@ def conversation_of(messages: list[Message], tools: object = None) -> Conversati
             raise RowError(f"message {number}: the assistant message is empty")
         if message.role in ("user", "system"):
             refuse_placeholder(f"message {number}", message.content)
-    given = parse_tools(tools)
-    wrapped = tuple(map(_wrap_tool, given))
-    return Conversation(tuple(messages), wrapped, has_bare_tools=wrapped != given)
+    wrapped = list(map(_wrap_tool, tools))
+    return Conversation(tuple(messages), tuple(wrapped), has_bare_tools=wrapped != tools)
 
 
 def _merge_calls(messages: list[Message]) -> list[Message]:
@@ -131,12 +130,12 @@ def kind_or_empty(value: object) -> str:
     return "an empty one" if value == [] else kind_of(value)
 
 
-def parse_tools(tools: object) -> tuple[dict[str, Any], ...]:
+def parse_tools(tools: object) -> list[dict[str, Any]]:
     """Parse tool definitions: a list of objects, or JSON text of one."""
     value = from_json_text(tools, "'tools'") or []
-    if not isinstance(value, list | tuple) or not all(isinstance(tool, dict) for tool in value):
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("'tools' must be a list of objects")
-    return tuple(value)
+    return value
 
 
 def _wrap_tool(tool: dict[str, Any]) -> dict[str, Any]:

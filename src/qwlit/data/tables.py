@@ -26,12 +26,11 @@ def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject
     first = next(rows, None)
     if first is None:
         return
+    _, names, raw, broken = first
     # pandas writes its index as a column without a name.
-    header = [name.strip() or f"column {number}" for number, name in enumerate(first[1], start=1)]
-    if first[3] or len(set(header)) < len(header):
-        raise DataError(
-            f"data file '{file}': the first row must name the columns, each once, but it is {first[2][:80]!r}"
-        )
+    header = [name.strip() or f"column {position}" for position, name in enumerate(names, start=1)]
+    if broken or len(set(header)) < len(header):
+        raise DataError(f"data file '{file}': the first row must name the columns, each once, but it is {raw[:80]!r}")
     for line, cells, raw, broken in rows:
         if broken:
             yield Row(number, line, raw).reject(broken)
