@@ -11,7 +11,7 @@ from qwlit.data.conversation import Conversation
 from qwlit.data.encoded_batch import Account, EncodedBatch, FatalRow, sample_arrays
 from qwlit.data.formats import RowParser
 from qwlit.data.remarks import CONTROL_TOKENS_AS_TEXT, document_remarks, remarks
-from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_half_characters
+from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_lone_surrogates
 from qwlit.data.templates import Piece
 from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
@@ -94,7 +94,7 @@ class RowEncoder:
             value = parser(raw)
             row_remarks = [*unread_key_remarks("row", [*parser.unread_keys(raw), *row.unread_columns])]
             if isinstance(value, Document):
-                refuse_half_characters(value.text)
+                refuse_lone_surrogates(value.text)
                 row_remarks += [*document_remarks(value.text), *self._control_token_remarks([value.text])]
             # Count remarks only when nothing below can raise RowError: a row that cannot be parsed has no remarks.
             if not isinstance(value, Conversation):
@@ -103,7 +103,7 @@ class RowEncoder:
             if self.chat is None:
                 raise NeedsTokenizer(self.refusal or "conversations need a tokenizer with a chat template")
             pieces = self.chat.render(value)
-            refuse_half_characters("".join([piece.text for piece in pieces]))
+            refuse_lone_surrogates("".join([piece.text for piece in pieces]))
             from_table = isinstance(row.content, dict)
             row_remarks += remarks(value, self.chat.family, self.chat.supervision, from_table=from_table)
             row_remarks += self._control_token_remarks(piece.text for piece in pieces if not piece.control)

@@ -99,7 +99,7 @@ def parse_hub_path(path: str) -> HubData:
     match = re.fullmatch(r"([^:]+)(?::(.+))?", path.removeprefix(HUB))
     if match is None:
         raise DataError(f"data.path={path}: write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT")
-    name, split = match.group(1), match.group(2) or "train"
+    name, split = match.group(1), match.group(2) or DEFAULT_SPLIT
     if name.startswith((os.sep, ".")):
         return HubData(name, None, split)
     organisation, *rest = name.split("/")

@@ -13,7 +13,7 @@ SHORTEST_BIN = 16
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Span:
     """Consecutive tokens of one kind: one control token, or text that is all supervised or all not."""
 
     start: int
@@ -23,7 +23,7 @@ class Stretch:
     supervised: bool
 
 
-def stretches(input_ids: Iterable[int], loss_mask: Iterable[int], control_ids: Collection[int]) -> Iterator[Stretch]:
+def spans(input_ids: Iterable[int], loss_mask: Iterable[int], control_ids: Collection[int]) -> Iterator[Span]:
     """Divide a sample where supervised tokens begin or end, and around each control token."""
     tokens = list(enumerate(zip(map(int, input_ids), map(bool, loss_mask), strict=True)))
     # The position in the key puts each control token into a group of its own.
@@ -32,7 +32,7 @@ def stretches(input_ids: Iterable[int], loss_mask: Iterable[int], control_ids: C
     ):
         members = list(group)
         ids = tuple(token for _, (token, _) in members)
-        yield Stretch(members[0][0], ids, "text" if control is None else "control", supervised)
+        yield Span(members[0][0], ids, "text" if control is None else "control", supervised)
 
 
 def length_histogram(samples: Samples) -> list[tuple[int, int, int]]:

@@ -40,6 +40,7 @@ class SampleStore:
         self.account = Account(**meta["account"])
         self.remarks: Counter[str] = Counter(meta["remarks"])
         (folder / QUARANTINE).stat()  # a missing file must be an error now, not when someone reads it
+        # As plain arrays: numpy's memmap class makes each of the many small slices slower.
         self._arrays: dict[str, NDArray[Any]] = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS
         }
