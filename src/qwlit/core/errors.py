@@ -46,7 +46,7 @@ class Preempted(QwlitError):
 
 
 class Pruned(QwlitError):
-    """The sweep ended this trial early; the run is saved. The exit code is 0: an agent stops after several failures."""
+    """The sweep ended this trial early; the run is saved. Exit code 0: W&B's agent stops after several failed runs."""
 
     exit_code = 0
 

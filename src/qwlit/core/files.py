@@ -34,7 +34,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write a temporary file beside `path` and rename it, so that no reader and no kill -9 ever leaves half a file."""
+    """Write a temporary file and rename it to `path`, so that no reader sees half a file and no kill -9 leaves one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as handle:

@@ -82,7 +82,7 @@ class SampleSubset:
 
 
 class ConcatSamples:
-    """Several parts one after the other, numbered through."""
+    """Several parts one after the other; the ids count through all parts."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
         self._parts = tuple(parts)

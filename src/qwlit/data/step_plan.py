@@ -71,7 +71,10 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> list[list[int]]:
-    """Put each sample, longest first, into the micro-batch with the fewest tokens: balanced, and nearly the fewest."""
+    """Put each sample, longest first, into the micro-batch with the fewest tokens.
+
+    This balances their tokens, and needs nearly the smallest number of micro-batches.
+    """
     # A round is one micro-batch on each rank. Start with the fewest rounds that the limits could allow.
     rounds = 1
     if limits.max_samples is not None:

@@ -54,13 +54,11 @@ class SampleStore:
 
     def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """See `Samples.lengths`."""
-        chosen: NDArray[np.int32] = self._arrays["lengths"][ids]
-        return chosen
+        return self._arrays["lengths"].take(ids)
 
     def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """See `Samples.num_supervised`."""
-        chosen: NDArray[np.int32] = self._arrays["num_supervised"][ids]
-        return chosen
+        return self._arrays["num_supervised"].take(ids)
 
     def digests(self, ids: NDArray[np.integer[Any]] | slice, of: DigestOf = "samples") -> NDArray[np.uint64]:
         """Return a hash of each sample: of tokens and mask, of tokens alone, or one that all samples of a row share."""
