@@ -15,7 +15,7 @@ from qwlit.data.config import DataConfig
 from qwlit.data.encoded_batch import Account
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.rows import NeedsTokenizer
-from qwlit.data.splits import DataSplit, load_data
+from qwlit.data.splits import DataSplit, open_stores, split_data
 from qwlit.data.store import SampleStore, build_store, check_account
 from qwlit.data.tokenizer import TextTokenizer
 from tests.broken import CASES, GOOD, GOOD_LINE, SPOKEN, TAGS, Counted, Refused, lines, written
@@ -42,7 +42,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(path: Any, tokenizer: TextTokenizer, cache: Path = CACHE, **config: Any) -> DataSplit:
     encoder = row_encoder(tokenizer, path=path, **config)
-    split = load_data(encoder.config, encoder, cache_root=cache)
+    split = split_data(encoder.config, *open_stores(encoder.config, encoder, cache_root=cache))
     split.order(seed=0)
     return split
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from qwlit.data.chat import resolve_template
 from qwlit.data.chat_template import chat_template
 from qwlit.data.conversation import parse_conversation
+from qwlit.data.recognise import resolve_template
 from qwlit.data.templates import FAMILIES, Supervision, render
 from tests.conversations import conversation
 from tests.real_tokenizer import JINJA, small_tokenizer

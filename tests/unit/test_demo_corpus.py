@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from qwlit.data.chat import ChatEncoder, resolve_template
+from qwlit.data.chat import ChatEncoder
 from qwlit.data.conversation import parse_conversation
+from qwlit.data.recognise import resolve_template
 from qwlit.data.templates import Supervision
 from qwlit.data.tokenizer import TextTokenizer
 

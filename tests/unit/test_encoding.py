@@ -46,8 +46,8 @@ def test_every_kind_of_row_becomes_a_sample(tokenizer: TextTokenizer) -> None:
     assert encoder.chat is not None
     rows = [messages("One."), tokens(5), {"text": "Prose, 二."}, Document("Prose, 二."), messages("Two, 二.")]
     batch = encode(encoder, *rows)
-    conversations = [encoder.chat.encode(parse_conversation(rows[i]["messages"])) for i in (0, 4)]
-    first, second = ((sample.input_ids, sample.loss_mask) for sample in conversations)
+    rendered = [encoder.chat.render(parse_conversation(rows[i]["messages"])) for i in (0, 4)]
+    first, second = ((sample.input_ids, sample.loss_mask) for sample in encoder.chat.encode_batch(rendered))
     (prose,) = tokenizer.encode(["Prose, 二."])
     document = ([*prose, tokenizer.end_of_text_id], [0] + [1] * len(prose))
     assert samples(batch) == [first, ([5, 1, 2, 3, 4, 5], [0, 1, 1, 1, 1, 1]), document, document, second]

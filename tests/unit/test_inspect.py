@@ -1,7 +1,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from qwlit.data.inspect import length_histogram, stretches
+from qwlit.data.inspect import length_histogram, spans
 
 
 class Lengths:
@@ -24,8 +24,8 @@ def test_the_histogram_counts_every_sample_once_by_doubling_lengths() -> None:
     assert length_histogram(Lengths([40])) == [(33, 64, 1)]  # type: ignore[arg-type]
 
 
-def test_stretches_part_where_the_mask_changes_and_around_control_tokens() -> None:
-    found = list(stretches([9, 1, 2, 3, 9, 9, 4], [0, 0, 1, 1, 1, 1, 0], {9}))
+def test_spans_part_where_the_mask_changes_and_around_control_tokens() -> None:
+    found = list(spans([9, 1, 2, 3, 9, 9, 4], [0, 0, 1, 1, 1, 1, 0], {9}))
     assert [(s.start, s.ids, s.kind, s.supervised) for s in found] == [
         (0, (9,), "control", False),
         (1, (1,), "text", False),

@@ -10,7 +10,7 @@ import pytest
 
 from qwlit.core.errors import DataError
 from qwlit.data.config import DataConfig, DataPart, parts_of
-from qwlit.data.hub import HubData, SavedData, iter_rows
+from qwlit.data.hub import HubData, SavedData, read_data_set
 from qwlit.data.sources import File, find_sources
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import small_tokenizer
@@ -344,7 +344,8 @@ def test_a_folder_written_by_save_to_disk_is_its_rows(saved: Path, path: str, fo
 
     (source,) = find_sources(str(saved / path))
     assert source == SavedData(saved / folder)
-    assert list(iter_rows(source)) == list(load_from_disk(str(saved / folder))) and size == len(source.load())
+    rows = [row.content for row in read_data_set(0, source)]
+    assert rows == list(load_from_disk(str(saved / folder))) and size == len(source.load())
     assert source.estimated_bytes() > 0
     store = build(saved / path, TextTokenizer(small_tokenizer("qwen3")), cache_root=saved / "cache")
     assert (store.account.accepted, store.remarks) == (size, {"a row key that is not read: 'id'": size})
@@ -378,7 +379,7 @@ def test_a_saved_folder_whose_formatting_hides_columns_is_read_whole(saved: Path
 
     load_from_disk(str(saved / "one")).with_format("numpy", columns=["id"]).save_to_disk(str(saved / "formatted"))
     (source,) = find_sources(str(saved / "formatted"))
-    assert next(iter_rows(source)) == {"text": "0 二", "id": 0}
+    assert next(read_data_set(0, source)).content == {"text": "0 二", "id": 0}
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "state"])

@@ -9,7 +9,7 @@ from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.encoded_batch import Account
 from qwlit.data.order import Order
 from qwlit.data.samples import Samples
-from qwlit.data.splits import DataSplit, load_data, open_stores, split_store
+from qwlit.data.splits import DataSplit, open_stores, split_data, split_store
 from qwlit.data.store import SampleStore
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import small_tokenizer
@@ -18,7 +18,7 @@ from tests.stores import build, first_tokens, lengths, messages, num_supervised,
 
 def load(tmp_path: Path, tokenizer: TextTokenizer | None = None, **config: Any) -> DataSplit:
     encoder = row_encoder(tokenizer, **config)
-    return load_data(encoder.config, encoder, cache_root=tmp_path / "cache")
+    return split_data(encoder.config, *open_stores(encoder.config, encoder, cache_root=tmp_path / "cache"))
 
 
 def paths(tmp_path: Path, *ranges: range, bad: int = 0) -> list[str]:

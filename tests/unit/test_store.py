@@ -39,7 +39,7 @@ def test_samples_come_back_with_mask_counts_and_origin(tmp_path: Path, tokenizer
     store = build(path, tokenizer)
     assert len(store) == 3
     for index, row in ((0, messages("One.")), (2, messages("Two, 二."))):
-        expected = chat.encode(parse_conversation(row["messages"]))
+        (expected,) = chat.encode_batch([chat.render(parse_conversation(row["messages"]))])
         input_ids, mask = store.sample(index)
         assert (input_ids.tolist(), mask.tolist()) == (expected.input_ids, expected.loss_mask)
     input_ids, mask = store.sample(1)

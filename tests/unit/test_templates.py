@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,7 +267,7 @@ def test_a_familys_own_jinja_is_recognised(family: str) -> None:
 
 def test_an_unknown_or_missing_template_is_refused_with_the_remedy() -> None:
     with pytest.raises(DataError, match=r"no chat template.*data\.template="):
-        recognise_template(None)
+        resolve_template(SimpleNamespace(chat_template=None), "auto")
     others = [JINJA["qwen3"].replace("<think>\\n", "<think>"), "{{ undefined.attribute }}", "{{ messages[9].x.y }}", ""]
     others.append(JINJA["qwen3_2507"].replace("if f.arguments is string", "if false").replace("\\n<tool_resp", " <t"))
     # Another default text, but not wherever there is no system turn.

@@ -119,7 +119,7 @@ def _show_data(data: "DataSplit", tokenized: "TokenizedData", config: "RunConfig
     screen.print(f"\n[bold]training data[/]  {data.describe()}")
     if chat is not None:
         supervision = chat.supervision
-        template = f"{chat.template}{_other_system_text(chat.family)}"
+        template = f"{chat.family.name}{_other_system_text(chat.family)}"
         screen.print(f"  template {escape(template)}, loss on {supervision.loss_on}, thinking {supervision.thinking}")
     for text in (*data.describe_shares(config.seed), *data.remarks):
         screen.print(f"  {escape(text)}")
@@ -176,7 +176,7 @@ def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None
 
 def _show_sample(samples: "Samples", number: int, tokenized: "TokenizedData", screen: Console) -> None:
     """Print a sample's text. Supervised tokens are green, or in double brackets on a screen without colours."""
-    from qwlit.data.inspect import stretches
+    from qwlit.data.inspect import spans
 
     input_ids, loss_mask = samples.sample(number)
     counts = f"{len(input_ids):,} tokens, {int(loss_mask.sum()):,} supervised"
@@ -184,15 +184,15 @@ def _show_sample(samples: "Samples", number: int, tokenized: "TokenizedData", sc
     colours = screen.is_terminal and not screen.no_color
     text = Text()
     was_supervised = False
-    for stretch in stretches(input_ids, loss_mask, _control_ids(tokenized)):
-        if not colours and stretch.supervised != was_supervised:
-            text.append("[[" if stretch.supervised else "]]")
-        was_supervised = stretch.supervised
-        style = "green" if stretch.supervised else "dim"
-        shown = _decode(tokenized, stretch.ids)
+    for span in spans(input_ids, loss_mask, _control_ids(tokenized)):
+        if not colours and span.supervised != was_supervised:
+            text.append("[[" if span.supervised else "]]")
+        was_supervised = span.supervised
+        style = "green" if span.supervised else "dim"
+        shown = _decode(tokenized, span.ids)
         # A line break is a token too: make visible that it is supervised.
-        shown = shown.replace("\n", "↵\n") if stretch.supervised else shown
-        text.append(shown, f"{style} reverse" if stretch.kind == "control" else style)
+        shown = shown.replace("\n", "↵\n") if span.supervised else shown
+        text.append(shown, f"{style} reverse" if span.kind == "control" else style)
     text.append("]]" if was_supervised and not colours else "")
     screen.print(text)
 

@@ -39,7 +39,7 @@ def progress_bar(label: str, count: ProgressColumn, screen: Console, **options: 
 
 
 @contextmanager
-def measuring(what: str, screen: Console) -> Iterator[Callable[..., None]]:
+def showing_progress(what: str, screen: Console) -> Iterator[Callable[..., None]]:
     """Show the progress of a long task while the block runs: a bar on a terminal, elsewhere a line every 5 seconds.
 
     Yields:

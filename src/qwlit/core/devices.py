@@ -32,16 +32,13 @@ PEAK_FLOPS = {
 }
 
 
-def _host_memory_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-
-
 def detect_devices() -> Devices:
     import torch
 
     count = torch.cuda.device_count()
     if count == 0:
-        return Devices(num_cuda=0, name="CPU", has_bf16=False, memory_gb=_host_memory_gb())
+        host_memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        return Devices(num_cuda=0, name="CPU", has_bf16=False, memory_gb=host_memory_gb)
     # Ampere (compute capability 8) is the first with native bf16: NVIDIA A100 data sheet, 2020.
     return Devices(
         num_cuda=count,

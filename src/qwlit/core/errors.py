@@ -46,7 +46,7 @@ class Preempted(QwlitError):
 
 
 class Pruned(QwlitError):
-    """The sweep ended this trial early; the run is saved. The exit code is 0: an agent stops after several failures."""
+    """The sweep ended this trial early; the run is saved. Exit code 0: W&B's agent stops after several failed runs."""
 
     exit_code = 0
 
@@ -69,6 +69,11 @@ def one_line(text: str, longest: int | None = None) -> str:
     """Return the text without line breaks, cut to `longest` characters."""
     line = " ".join(text.splitlines())
     return line if longest is None or len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the error's message; for an error without a message, its type."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -34,7 +34,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write a temporary file beside `path` and rename it, so that no reader and no kill -9 ever leaves half a file."""
+    """Write a temporary file and rename it to `path`, so that no reader sees half a file and no kill -9 leaves one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as handle:
@@ -82,8 +82,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(path: Path, *, blocking: bool = True, shared: bool = False) -> Iterator[TextIO]:
+def locked(
+    path: Path, *, blocking: bool = True, shared: bool = False, waiting: Callable[[], None] | None = None
+) -> Iterator[TextIO]:
     """Hold an exclusive or a shared lock on `path` while the block runs; create the file if it is missing.
+
+    Args:
+        waiting: called before this process waits for the lock of another one.
 
     Raises:
         BlockingIOError: with `blocking=False`, when another process holds the lock.
@@ -91,7 +96,14 @@ def locked(path: Path, *, blocking: bool = True, shared: bool = False) -> Iterat
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as handle:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        fcntl.flock(handle, kind if blocking else kind | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not blocking:
+                raise
+            if waiting:
+                waiting()
+            fcntl.flock(handle, kind)
         yield handle
 
 

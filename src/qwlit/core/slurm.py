@@ -10,13 +10,8 @@ from qwlit.core.ranks import launched_by_torchrun
 
 REQUEUE_FILE = "QWLIT_REQUEUE_FILE"
 """Variable with a file name, set by the batch script. A run without scontrol creates the file; the script requeues."""
-SECONDS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
-# sbatch(1), --time: one number is minutes, two numbers are minutes:seconds, but after days they are hours:minutes.
-TIME_LIMIT = re.compile(
-    r"(?P<days>\d+)-(?P<h>\d{1,2})(:(?P<m>\d{1,2})(:(?P<s>\d{1,2}))?)?"
-    r"|(?P<hours>\d+):(?P<min>\d{1,2}):(?P<sec>\d{1,2})"
-    r"|(?P<minutes>\d+)(:(?P<seconds>\d{1,2}))?"
-)
+# Days and up to three numbers, or one to three numbers: see `time_limit_seconds`.
+TIME_LIMIT = re.compile(r"(\d+-\d{1,2}|\d+)(:\d{1,2}){0,2}")
 NO_LIMIT = ("UNLIMITED", "INFINITE")
 ALIVE = ("RUNNING", "SIGNALING", "CONFIGURING", "RESIZING")
 """States (`scontrol show job`) of a job that nobody has ended. It is SIGNALING while Slurm sends a signal to its
@@ -31,12 +26,13 @@ def time_limit_seconds(text: str) -> int | None:
     """
     if text.upper() in NO_LIMIT:
         return None
-    match = TIME_LIMIT.fullmatch(text)
-    if match is None:
+    if TIME_LIMIT.fullmatch(text) is None:
         raise ValueError("a time limit as Slurm writes it: minutes, hours:minutes:seconds, days-hours, or UNLIMITED")
-    found = {name: int(number) for name, number in match.groupdict().items() if number is not None}
-    short = {"h": "hours", "m": "minutes", "s": "seconds", "min": "minutes", "sec": "seconds"}
-    return sum(number * SECONDS[short.get(name, name)] for name, number in found.items())
+    days, _, clock = text.rpartition("-")
+    numbers = [int(number) for number in clock.split(":")]
+    # sbatch(1), --time: one number is minutes and two are minutes:seconds, but after days the first is always hours.
+    units = (3_600, 60, 1) if days or len(numbers) == 3 else (60, 1)
+    return int(days or 0) * 86_400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
 def job_id() -> str | None:

@@ -1,7 +1,7 @@
 """Network calls with a time limit."""
 
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Any
 
@@ -15,19 +15,17 @@ def call_with_timeout(seconds: float, call: Callable[[], Any]) -> None:
         TimeoutError: the call took longer.
         Exception: whatever `call` raises.
     """
-    outcome: SimpleQueue[Exception | None] = SimpleQueue()
+    outcome: Future[None] = Future()
 
     def run() -> None:
         try:
             call()
-            outcome.put(None)
+            outcome.set_result(None)
         except Exception as error:
-            outcome.put(error)
+            outcome.set_exception(error)
 
+    # Not a thread pool: at its exit the interpreter would wait for a pool's thread, however long the call takes.
     Thread(target=run, daemon=True).start()
-    try:
-        error = outcome.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
+    if not wait([outcome], timeout=seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    outcome.result()

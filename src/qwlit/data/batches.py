@@ -139,7 +139,7 @@ class ValidationDataset(Dataset[MicroBatch]):
 def validation_loader(
     samples: Samples, *, rank: int, world_size: int, limits: Limits, packing: bool, pad_id: int
 ) -> DataLoader[MicroBatch]:
-    # Without a limit on samples the whole set would be one micro-batch. 64 samples use a laptop well and fit into it.
+    # Without a limit on samples the whole set would be one micro-batch. 64 keep a laptop busy and fit into its memory.
     limits = Limits(max_samples=limits.max_samples or 64, max_tokens=limits.max_tokens)
     layout = assign_micro_batches(
         samples.lengths(np.arange(len(samples))).tolist(), world_size, limits, packing=packing

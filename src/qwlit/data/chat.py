@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import Conversation
-from qwlit.data.recognise import resolve_template
 from qwlit.data.templates import END, START, Family, Piece, Supervision, render
 from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-
-__all__ = ["ChatEncoder", "resolve_template"]
 
 
 class _Segment(NamedTuple):
@@ -33,7 +30,7 @@ class ChatEncoder:
     """Encodes conversations with one tokenizer and one template family."""
 
     def __init__(self, tokenizer: TextTokenizer, family: Family, supervision: Supervision) -> None:
-        """Use `family` as the template; see `resolve_template`.
+        """Use `family` as the template; see `recognise.resolve_template`.
 
         Raises:
             DataError: the vocabulary lacks the tokens that open and close a turn.
@@ -45,11 +42,6 @@ class ChatEncoder:
         self._tokenizer = tokenizer
 
     @property
-    def template(self) -> str:
-        """The family's name."""
-        return self.family.name
-
-    @property
     def end_of_turn_id(self) -> int:
         """The token that ends an answer."""
         return self._tokenizer.control_ids[END]
@@ -57,10 +49,6 @@ class ChatEncoder:
     def render(self, conversation: Conversation) -> list[Piece]:
         """Render the conversation, or raise RowError if the template cannot express it."""
         return render(conversation, self.family, self.supervision)
-
-    def encode(self, conversation: Conversation) -> EncodedSample:
-        """Encode one conversation; see `encode_batch`."""
-        return self.encode_batch([self.render(conversation)])[0]
 
     def encode_batch(self, rendered: Iterable[list[Piece]]) -> list[EncodedSample]:
         """Encode rendered conversations, on all cores."""

@@ -4,7 +4,6 @@ One Jinja template is for all families; a few variables at its start select the 
 """
 
 import json
-from pathlib import Path
 
 from qwlit.core.files import resolve_path
 from qwlit.data.templates import Family
@@ -24,7 +23,7 @@ def chat_template(family: Family) -> str:
         "keeps_json_text": family.json_text_arguments,
     }
     head = "".join(f"{{%- set {name} = {_literal(value)} %}}\n" for name, value in variables.items())
-    return head + Path(resolve_path(BODY)).read_text(encoding="utf-8")
+    return head + resolve_path(BODY).read_text(encoding="utf-8")
 
 
 def _literal(value: str | bool | None) -> str:

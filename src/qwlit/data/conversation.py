@@ -6,7 +6,7 @@ from typing import Any
 from qwlit.core.errors import nearest
 from qwlit.data.meaning import MARK_KEYS, refuse_other_meaning, refuse_placeholder, turn_mark
 from qwlit.data.rows import RowError, kind_of, parse_json
-from qwlit.data.unread import has_value
+from qwlit.data.unread import has_value, unread_keys
 
 ROLES = ("system", "user", "assistant", "tool")
 # Older and newer names from OpenAI for the same roles.
@@ -73,7 +73,7 @@ def parse_conversation(messages: object, tools: object = None) -> Conversation:
     Raises:
         RowError: a message is wrong; the text has its number and the reason.
     """
-    return conversation_of(message_list(messages), tools)
+    return conversation_of(message_list(messages), parse_tools(tools))
 
 
 def message_list(values: object) -> list[Message]:
@@ -83,8 +83,8 @@ def message_list(values: object) -> list[Message]:
     return [_message(f"message {number}", value) for number, value in enumerate(values, start=1)]
 
 
-def conversation_of(messages: list[Message], tools: object = None) -> Conversation:
-    """Check messages and tools together, or raise RowError."""
+def conversation_of(messages: list[Message], tools: list[dict[str, Any]]) -> Conversation:
+    """Check the messages as a whole and wrap the tools, or raise RowError."""
     # Merge first: an empty answer is allowed if a message with tool calls follows it.
     messages = _merge_calls(messages)
     if all(message.role != "assistant" for message in messages):
@@ -94,9 +94,8 @@ def conversation_of(messages: list[Message], tools: object = None) -> Conversati
             raise RowError(f"message {number}: the assistant message is empty")
         if message.role in ("user", "system"):
             refuse_placeholder(f"message {number}", message.content)
-    given = parse_tools(tools)
-    wrapped = tuple(map(_wrap_tool, given))
-    return Conversation(tuple(messages), wrapped, has_bare_tools=wrapped != given)
+    wrapped = list(map(_wrap_tool, tools))
+    return Conversation(tuple(messages), tuple(wrapped), has_bare_tools=wrapped != tools)
 
 
 def _merge_calls(messages: list[Message]) -> list[Message]:
@@ -131,12 +130,12 @@ def kind_or_empty(value: object) -> str:
     return "an empty one" if value == [] else kind_of(value)
 
 
-def parse_tools(tools: object) -> tuple[dict[str, Any], ...]:
+def parse_tools(tools: object) -> list[dict[str, Any]]:
     """Parse tool definitions: a list of objects, or JSON text of one."""
     value = from_json_text(tools, "'tools'") or []
-    if not isinstance(value, list | tuple) or not all(isinstance(tool, dict) for tool in value):
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("'tools' must be a list of objects")
-    return tuple(value)
+    return value
 
 
 def _wrap_tool(tool: dict[str, Any]) -> dict[str, Any]:
@@ -172,11 +171,10 @@ def _message(where: str, message: object) -> Message:
     tool_calls = _tool_calls(where, role, message)
     may_lack_content = message.get("content") is None and (tool_calls or reasoning)
     content = "" if may_lack_content else _content(where, message.get("content"))
-    unread_keys = [str(key) for key, value in message.items() if key not in MESSAGE_KEYS and has_value(value)]
-    unread_keys += _unread_of_parts(message.get("content"))
-    return Message(
-        role, content, reasoning, tool_calls, mark=turn_mark(where, message), unread_keys=tuple(sorted(unread_keys))
-    )
+    parts = message["content"] if isinstance(message.get("content"), list) else []
+    unread = unread_keys(message, MESSAGE_KEYS)
+    unread += [f"content.{key}" for part in parts for key in unread_keys(part, PART_KEYS)]
+    return Message(role, content, reasoning, tool_calls, mark=turn_mark(where, message), unread_keys=tuple(unread))
 
 
 def _tool_calls(where: str, role: str, message: dict[str, Any]) -> tuple[ToolCall, ...]:
@@ -218,14 +216,6 @@ def _content(where: str, content: object) -> str:
 def _part_text(part: dict[str, Any]) -> object:
     """Return the `text` of a part, or its `value`, which ms-swift and other tools write."""
     return part["text"] if part.get("text") is not None else part.get("value")
-
-
-def _unread_of_parts(content: object) -> list[str]:
-    if not isinstance(content, list):
-        return []
-    return [
-        f"content.{key}" for part in content for key, value in part.items() if key not in PART_KEYS and has_value(value)
-    ]
 
 
 def parse_tool_call(where: str, call: object) -> ToolCall:

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,54 +69,33 @@ class EncodedBatch:
     rejects: list[Reject]
     remarks: Counter[str]
     """Number of rows for each remark."""
-    stop: FatalRow | None = None
+    stop: FatalRow | None
 
 
-@dataclass
-class BatchBuilder:
-    """Collects the results of rows into an EncodedBatch."""
-
-    account: Account
-    rejects: list[Reject] = field(default_factory=list)
-    remarks: Counter[str] = field(default_factory=Counter)
-    _samples: list[EncodedSample] = field(default_factory=list)
-    _origins: list[Row | Reject] = field(default_factory=list)
-
-    def add(self, row: Row | Reject, result: list[EncodedSample] | Reject) -> None:
-        if isinstance(result, Reject):
-            self.rejects.append(result)
-            return
-        self._samples += result
-        self._origins += [row] * len(result)
-
-    def finish(self, stop: FatalRow | None = None) -> EncodedBatch:
-        account = self.account
-        account.quarantined = len(self.rejects)
-        account.accepted = account.read - account.too_long - account.quarantined
-        return EncodedBatch(self._arrays(), account, self.rejects, self.remarks, stop)
-
-    def _arrays(self) -> dict[str, NDArray[Any]]:
-        tokens = [np.array(sample.input_ids, dtype=np.int32) for sample in self._samples]
-        digests = [_digest(ids.tobytes()) for ids in tokens]
-        masks = [bytes(sample.loss_mask) for sample in self._samples]
-        # Samples of one row share its first digest; rows are identified by their object, which `_origins` keeps alive.
-        first_digests: dict[int, bytes] = {}
-        row_digests = [
-            digest if _is_text_file(row) else first_digests.setdefault(id(row), digest)
-            for row, digest in zip(self._origins, digests, strict=True)
-        ]
-        columns: dict[str, Any] = {
-            "tokens": np.concatenate(tokens) if tokens else [],
-            "mask": np.frombuffer(b"".join(masks), np.uint8),
-            "lengths": [len(ids) for ids in tokens],
-            "num_supervised": [sum(sample.loss_mask) for sample in self._samples],
-            "digests": np.frombuffer(b"".join(map(_digest, map(bytes.__add__, digests, masks))), "<u8"),
-            "token_digests": np.frombuffer(b"".join(digests), "<u8"),
-            "row_digests": np.frombuffer(b"".join(row_digests), "<u8"),
-            "sources": [row.source for row in self._origins],
-            "lines": [row.line for row in self._origins],
-        }
-        return {name: np.asarray(column, dtype=DTYPES[name]) for name, column in columns.items()}
+def sample_arrays(samples: Sequence[tuple[Row | Reject, EncodedSample]]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of samples, each with the row that it comes from; see DTYPES."""
+    origins = [row for row, _ in samples]
+    tokens = [np.array(sample.input_ids, dtype=np.int32) for _, sample in samples]
+    masks = [bytes(sample.loss_mask) for _, sample in samples]
+    digests = [_digest(ids.tobytes()) for ids in tokens]
+    # Samples of one row share its first digest; rows are identified by their object, which `origins` keeps alive.
+    first_digests: dict[int, bytes] = {}
+    row_digests = [
+        digest if _is_text_file(row) else first_digests.setdefault(id(row), digest)
+        for row, digest in zip(origins, digests, strict=True)
+    ]
+    columns: dict[str, Any] = {
+        "tokens": np.concatenate(tokens) if tokens else [],
+        "mask": np.frombuffer(b"".join(masks), np.uint8),
+        "lengths": [len(ids) for ids in tokens],
+        "num_supervised": [sum(mask) for mask in masks],
+        "digests": np.frombuffer(b"".join(map(_digest, map(bytes.__add__, digests, masks))), "<u8"),
+        "token_digests": np.frombuffer(b"".join(digests), "<u8"),
+        "row_digests": np.frombuffer(b"".join(row_digests), "<u8"),
+        "sources": [row.source for row in origins],
+        "lines": [row.line for row in origins],
+    }
+    return {name: np.asarray(column, dtype=DTYPES[name]) for name, column in columns.items()}
 
 
 def _digest(content: bytes) -> bytes:

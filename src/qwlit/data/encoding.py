@@ -8,14 +8,14 @@ from typing import Any
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import DataConfig
 from qwlit.data.conversation import Conversation
-from qwlit.data.encoded_batch import Account, BatchBuilder, EncodedBatch, FatalRow
+from qwlit.data.encoded_batch import Account, EncodedBatch, FatalRow, sample_arrays
 from qwlit.data.formats import RowParser
 from qwlit.data.remarks import CONTROL_TOKENS_AS_TEXT, document_remarks, remarks
-from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_half_characters
+from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_lone_surrogates
 from qwlit.data.templates import Piece
 from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
-from qwlit.data.unread import row_key_remarks
+from qwlit.data.unread import unread_key_remarks
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RowEncoder:
         """Everything that decides what is stored, except for the rows."""
         config = self.config
         shape = [config.format, config.max_seq_len, config.too_long, config.drop_duplicates, config.loss_on]
-        chat = [self.chat.template, self.chat.family.default_system, config.thinking] if self.chat else None
+        chat = [self.chat.family.name, self.chat.family.default_system, config.thinking] if self.chat else None
         return [*shape, self.vocab_size, self.tokenizer.fingerprint if self.tokenizer else None, chat]
 
     def __call__(self, rows: Sequence[Row | Reject]) -> EncodedBatch:
@@ -46,17 +46,26 @@ class RowEncoder:
         Raises:
             NeedsTokenizer: a row is a text or a conversation, but there is no tokenizer or chat template.
         """
-        batch = BatchBuilder(Account(read=len(rows)))
-        for row, outcome in zip(rows, self._encode(rows, batch.remarks), strict=True):
-            result = self._apply_length_limit(row, outcome, batch.account) if isinstance(outcome, _Encoded) else outcome
+        account, remark_counts = Account(read=len(rows)), Counter[str]()
+        samples: list[tuple[Row | Reject, EncodedSample]] = []
+        rejects: list[Reject] = []
+        stop = None
+        for row, outcome in zip(rows, self._encode(rows, remark_counts), strict=True):
+            result = self._apply_length_limit(row, outcome, account) if isinstance(outcome, _Encoded) else outcome
             if isinstance(result, Reject) and self.config.strict:
                 result = FatalRow(
                     row.source, row.line, f"{result.reason} (data.strict=true stops at the first bad row)"
                 )
             if isinstance(result, FatalRow):
-                return batch.finish(result)
-            batch.add(row, result)
-        return batch.finish()
+                stop = result
+                break
+            if isinstance(result, Reject):
+                rejects.append(result)
+            else:
+                samples += [(row, sample) for sample in result]
+        account.quarantined = len(rejects)
+        account.accepted = account.read - account.too_long - account.quarantined
+        return EncodedBatch(sample_arrays(samples), account, rejects, remark_counts, stop)
 
     def _encode(self, rows: Sequence[Row | Reject], remark_counts: Counter[str]) -> Iterator["_Encoded | Reject"]:
         """Yield for each row its sample, of any length, or its reject."""
@@ -83,9 +92,9 @@ class RowEncoder:
         try:
             raw = row.value()
             value = parser(raw)
-            row_remarks = [*row_key_remarks([*parser.unread_keys(raw), *row.unread_columns])]
+            row_remarks = [*unread_key_remarks("row", [*parser.unread_keys(raw), *row.unread_columns])]
             if isinstance(value, Document):
-                refuse_half_characters(value.text)
+                refuse_lone_surrogates(value.text)
                 row_remarks += [*document_remarks(value.text), *self._control_token_remarks([value.text])]
             # Count remarks only when nothing below can raise RowError: a row that cannot be parsed has no remarks.
             if not isinstance(value, Conversation):
@@ -94,7 +103,7 @@ class RowEncoder:
             if self.chat is None:
                 raise NeedsTokenizer(self.refusal or "conversations need a tokenizer with a chat template")
             pieces = self.chat.render(value)
-            refuse_half_characters("".join([piece.text for piece in pieces]))
+            refuse_lone_surrogates("".join([piece.text for piece in pieces]))
             from_table = isinstance(row.content, dict)
             row_remarks += remarks(value, self.chat.family, self.chat.supervision, from_table=from_table)
             row_remarks += self._control_token_remarks(piece.text for piece in pieces if not piece.control)

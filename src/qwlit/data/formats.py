@@ -18,15 +18,15 @@ from qwlit.data.meaning import (
     LABEL_KEYS,
     MARK_KEYS,
     MEANING_KEYS,
+    as_flag,
     label_value,
     refuse_marked_row,
     refuse_other_meaning,
-    row_mark,
 )
 from qwlit.data.rows import Document, RowError, kind_of
 from qwlit.data.sharegpt import parse_turns
 from qwlit.data.tokenized import EncodedSample, parse_tokenized
-from qwlit.data.unread import has_value
+from qwlit.data.unread import unread_keys
 
 Columns = dict[str, Any]
 
@@ -72,8 +72,8 @@ class RowParser:
         # `label` may have another meaning, such as a class number: then the parser ignores it, and it counts as unread.
         has_answer = name not in FORMATS_WITHOUT_ANSWER
         obeyed = MEANING_KEYS - {k for k in LABEL_KEYS if label_value(value.get(k), has_answer=has_answer) is None}
-        obeyed |= {key for key in MARK_KEYS if row_mark(value.get(key))}
-        return [key for key, cell in value.items() if key not in read and key not in obeyed and has_value(cell)]
+        obeyed |= {key for key in MARK_KEYS if as_flag(value.get(key))}
+        return unread_keys(value, read | obeyed)
 
 
 def parse_messages(row: Columns) -> Conversation:

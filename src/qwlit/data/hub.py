@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwlit.core.errors import DataError
+from qwlit.core.errors import DataError, first_line
 from qwlit.core.waiting import PROBE_SECONDS, call_with_timeout
 from qwlit.data.files import File
+from qwlit.data.rows import Reject, Row
 
 HUB = "hf:"
 SPLITS, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
@@ -55,7 +56,7 @@ class HubData:
             with _offline() if unreachable else nullcontext():
                 return datasets.load_dataset(self.name, self.config, split=self.split)
         except Exception as error:  # the network, the hub, or the files of the data set
-            reason = (unreachable or str(error) or type(error).__name__).splitlines()[0][:200]
+            reason = (unreachable or first_line(error))[:200]
             raise DataError(
                 f"{self} cannot be loaded ({reason}); if the hub cannot be reached, set data.path to files,"
                 " or HF_HOME to a cache that has it"
@@ -71,7 +72,7 @@ class HubData:
         except HfHubHTTPError:
             return None  # the hub answered: `datasets` reports what is wrong
         except Exception as error:  # the error type depends on the HTTP library of the hub client
-            return f"the hub cannot be reached: {(str(error) or type(error).__name__).splitlines()[0]}"
+            return f"the hub cannot be reached: {first_line(error)}"
         return None
 
 
@@ -98,7 +99,7 @@ def parse_hub_path(path: str) -> HubData:
     match = re.fullmatch(r"([^:]+)(?::(.+))?", path.removeprefix(HUB))
     if match is None:
         raise DataError(f"data.path={path}: write hf:ORG/NAME, hf:ORG/NAME:SPLIT or hf:ORG/NAME/CONFIG:SPLIT")
-    name, split = match.group(1), match.group(2) or "train"
+    name, split = match.group(1), match.group(2) or DEFAULT_SPLIT
     if name.startswith((os.sep, ".")):
         return HubData(name, None, split)
     organisation, *rest = name.split("/")
@@ -157,7 +158,7 @@ class SavedData:
             # A saved data set may hide columns or convert them; format None returns all of them as Python values.
             return datasets.load_from_disk(str(self.path)).with_format(None)
         except Exception as error:  # pyarrow and `datasets` raise many types for damaged files
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            reason = first_line(error)[:200]
             raise DataError(f"data folder '{self}' cannot be loaded by datasets.load_from_disk: {reason}") from None
 
 
@@ -178,8 +179,8 @@ def find_saved_data(path: str, root: Path) -> SavedData | None:
     raise DataError(f"data folder '{path}' is a DatasetDict without the split '{DEFAULT_SPLIT}'; name one: {named}")
 
 
-def iter_rows(source: HubData | SavedData) -> Iterator[dict[str, Any]]:
-    """Yield the rows.
+def read_data_set(number: int, source: HubData | SavedData) -> Iterator[Row | Reject]:
+    """Read the rows, counted from 1.
 
     Raises:
         DataError: the data set cannot be loaded, or cannot be read to its end.
@@ -189,11 +190,9 @@ def iter_rows(source: HubData | SavedData) -> Iterator[dict[str, Any]]:
     for column, feature in dataset.features.items():
         if hasattr(feature, "decode") and type(feature).__name__ != "Json":
             dataset = dataset.cast_column(column, replace(feature, decode=False))
-    number = 0
+    line = 0
     try:
-        for row in dataset:
-            yield row
-            number += 1
+        for line, columns in enumerate(dataset, start=1):
+            yield Row(number, line, columns).within_limit()
     except Exception as error:  # pyarrow and the features of `datasets` raise many types
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise DataError(f"{source} cannot be read after row {number}: {reason}") from None
+        raise DataError(f"{source} cannot be read after row {line}: {first_line(error)[:200]}") from None

@@ -1,6 +1,5 @@
 """What `inspect` shows of tokenized data: supervised tokens and lengths of samples."""
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +13,7 @@ SHORTEST_BIN = 16
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Span:
     """Consecutive tokens of one kind: one control token, or text that is all supervised or all not."""
 
     start: int
@@ -24,7 +23,7 @@ class Stretch:
     supervised: bool
 
 
-def stretches(input_ids: Iterable[int], loss_mask: Iterable[int], control_ids: Collection[int]) -> Iterator[Stretch]:
+def spans(input_ids: Iterable[int], loss_mask: Iterable[int], control_ids: Collection[int]) -> Iterator[Span]:
     """Divide a sample where supervised tokens begin or end, and around each control token."""
     tokens = list(enumerate(zip(map(int, input_ids), map(bool, loss_mask), strict=True)))
     # The position in the key puts each control token into a group of its own.
@@ -33,17 +32,19 @@ def stretches(input_ids: Iterable[int], loss_mask: Iterable[int], control_ids: C
     ):
         members = list(group)
         ids = tuple(token for _, (token, _) in members)
-        yield Stretch(members[0][0], ids, "text" if control is None else "control", supervised)
+        yield Span(members[0][0], ids, "text" if control is None else "control", supervised)
 
 
 def length_histogram(samples: Samples) -> list[tuple[int, int, int]]:
     """Return bins (shortest, longest, number of samples) of doubling lengths in tokens; none is empty at the ends."""
-    counts: Counter[int] = Counter()
+    # counts[e] is the number of samples of 2^(e-1) + 1 to 2^e tokens; a length is an int32, so e is below 32.
+    counts = np.zeros(32, dtype=np.int64)
     for ids in chunks(samples):
         exponents = np.ceil(np.log2(np.maximum(samples.lengths(ids), SHORTEST_BIN))).astype(int)
-        counts.update(dict(zip(*(column.tolist() for column in np.unique(exponents, return_counts=True)), strict=True)))
+        counts += np.bincount(exponents, minlength=len(counts))
     first = int(np.log2(SHORTEST_BIN))
+    used = np.flatnonzero(counts).tolist()
     return [
-        (1 if exponent == first else 2 ** (exponent - 1) + 1, 2**exponent, counts[exponent])
-        for exponent in range(min(counts), max(counts) + 1)
+        (1 if exponent == first else 2 ** (exponent - 1) + 1, 2**exponent, int(counts[exponent]))
+        for exponent in range(used[0], used[-1] + 1)
     ]

@@ -18,7 +18,6 @@ _MEDIA = ("image", "video", "audio")
 _ENDINGS = ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")
 MEDIA_KEYS = frozenset({"pixel_values", *(f"{medium}{ending}" for medium in _MEDIA for ending in _ENDINGS)})
 MARK_KEYS = ("weight", "loss", "train", "loss_weight")
-_MARKS = frozenset(MARK_KEYS)
 MEANING_KEYS = frozenset(LABEL_KEYS) | PREFERENCE_KEYS | MEDIA_KEYS
 # A number may follow the name, as in <image 1>; anything else between the brackets is HTML.
 _PLACEHOLDER = re.compile(r"<(?:image|video|audio)(?:[ _-]?\d+)?>|<img>[^<]*</img>", re.IGNORECASE)
@@ -50,15 +49,10 @@ def refuse_other_meaning(row: Mapping[str, Any], *, has_answer: bool, where: str
             raise RowError(where + (_media(key) if key in MEDIA_KEYS else _preference(key)))
 
 
-def row_mark(value: object) -> bool | None:
-    """Return whether a mark includes the row in training; None if it says neither, such as a weight of 0.7."""
-    return _as_flag(value)
-
-
 def refuse_marked_row(row: Mapping[str, Any]) -> None:
     """Raise RowError if a mark says that the row is not to be trained on."""
     for key in MARK_KEYS:
-        if row_mark(row.get(key)) is False:
+        if as_flag(row.get(key)) is False:
             raise RowError(f"'{key}' is {row[key]}: the row is marked as not to be trained on; remove such rows")
 
 
@@ -79,10 +73,11 @@ def _preference(key: str) -> str:
 def label_value(value: object, *, has_answer: bool) -> bool | None:
     """Return whether a label marks the answer as wanted or unwanted; None if the label means something else."""
     is_boolean = isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
-    return _as_flag(value) if has_answer or is_boolean else None
+    return as_flag(value) if has_answer or is_boolean else None
 
 
-def _as_flag(value: object) -> bool | None:
+def as_flag(value: object) -> bool | None:
+    """Return whether a mark or label means true or false; None if it means neither, such as a weight of 0.7."""
     if isinstance(value, str):
         return _FLAGS.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
@@ -108,8 +103,6 @@ def turn_mark(where: str, turn: Mapping[str, Any]) -> bool | None:
     Raises:
         RowError: a mark is neither true nor false, or two marks disagree.
     """
-    if _MARKS.isdisjoint(turn):
-        return None
     marks = {key: _mark(where, key, turn[key]) for key in MARK_KEYS if turn.get(key) is not None}
     if len(set(marks.values())) > 1:
         raise RowError(f"{where}: {' and '.join(map(repr, marks))} disagree on whether it is supervised; keep one")

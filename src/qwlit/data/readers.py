@@ -7,7 +7,7 @@ from typing import BinaryIO, cast
 
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
-from qwlit.data.hub import HubData, SavedData, iter_rows
+from qwlit.data.hub import read_data_set
 from qwlit.data.json_files import read_json, read_json_lines
 from qwlit.data.rows import Reject, Row
 from qwlit.data.sources import Source
@@ -47,7 +47,7 @@ class RowReader:
         """
         for number, source in enumerate(self._sources):
             empty = True
-            for row in self._read(number, source) if isinstance(source, File) else _read_data_set(number, source):
+            for row in self._read(number, source) if isinstance(source, File) else read_data_set(number, source):
                 empty = False
                 yield row
             if empty:
@@ -68,8 +68,3 @@ class RowReader:
             raise DataError(f"data file '{file}' is damaged after row {line}: {error}; make it again") from None
         except OSError as error:
             raise DataError(f"data file '{file}' cannot be read: {error.strerror or error}") from None
-
-
-def _read_data_set(number: int, source: HubData | SavedData) -> Iterator[Row | Reject]:
-    for line, columns in enumerate(iter_rows(source), start=1):
-        yield Row(number, line, columns).within_limit()

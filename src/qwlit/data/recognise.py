@@ -10,15 +10,20 @@ from qwlit.data.templates import END, FAMILIES, START, Family, Supervision, rend
 
 REMEDY = "set data.template=qwen2, qwen2_5, qwen2_5_base, qwen3 or qwen3_2507"
 
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
+RenderJinja = Callable[[Messages, Tools], str]
+_Probe = tuple[Messages, Tools]
+
 _TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 _CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "二"}}}
-_CHAT: list[dict[str, Any]] = [
+_CHAT: Messages = [
     {"role": "user", "content": "One?"},
     {"role": "assistant", "content": "<think>\nfirst\n</think>\n\nEins."},
     {"role": "user", "content": "And two?"},
     {"role": "assistant", "content": "Zwei.", "reasoning_content": "second"},
 ]
-_TOOL_CHAT: list[dict[str, Any]] = [
+_TOOL_CHAT: Messages = [
     {"role": "user", "content": "1 + 二?"},
     {"role": "assistant", "content": "Adding.", "reasoning_content": "call it", "tool_calls": [_CALL, _CALL]},
     {"role": "tool", "content": "3"},
@@ -26,7 +31,7 @@ _TOOL_CHAT: list[dict[str, Any]] = [
     {"role": "assistant", "content": "Three."},
 ]
 _SYSTEM: dict[str, Any] = {"role": "system", "content": "Be brief."}
-_PROBES: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]] | None], ...] = (
+_PROBES: tuple[_Probe, ...] = (
     (_CHAT, None),
     ([_SYSTEM, *_CHAT], None),
     (_TOOL_CHAT, [_TOOL]),
@@ -36,9 +41,6 @@ _PROBES: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]] | None], ...] = 
 _TEXT_CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
 # Arguments as JSON text: Qwen2.5 quotes them, Qwen3 writes them unchanged.
 _TEXT_ARGUMENTS = [_TOOL_CHAT[0], {"role": "assistant", "content": "Adding.", "tool_calls": [_TEXT_CALL]}]
-
-RenderJinja = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], str]
-_Probe = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
 
 
 def resolve_template(tokenizer: Any, template_name: str) -> Family:
@@ -50,7 +52,7 @@ def resolve_template(tokenizer: Any, template_name: str) -> Family:
     if template_name != "auto":
         return FAMILIES[template_name]
     if not tokenizer.chat_template:
-        return recognise_template(None)
+        raise DataError(f"the tokenizer has no chat template; {REMEDY}")
     # If there are several, use "default" for all conversations; transformers would use "tool_use" for tools.
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -62,65 +64,60 @@ def resolve_template(tokenizer: Any, template_name: str) -> Family:
     )
 
 
-def recognise_template(render_jinja: RenderJinja | None) -> Family:
+def recognise_template(render_jinja: RenderJinja) -> Family:
     """Return the family that renders a few test conversations exactly as the tokenizer's own Jinja template does.
 
     If only the default system text differs, as in Qwen2.5-Math, return the family with that text.
 
     Args:
-        render_jinja: (messages, tools) -> text; None for a tokenizer without a chat template.
+        render_jinja: (messages, tools) -> text.
 
     Raises:
-        DataError: there is no template, or an unknown one.
+        DataError: the template is unknown.
     """
-    if render_jinja is None:
-        raise DataError(f"the tokenizer has no chat template; {REMEDY}")
+
+    def render_own(messages: Messages, tools: Tools) -> str | None:
+        try:
+            return render_jinja(messages, tools)
+        except Exception:  # an unknown template can raise anything
+            return None
+
     for family in FAMILIES.values():
-        if _renders_the_same(family, render_jinja, _PROBES):
+        if _renders_the_same(family, render_own, _PROBES):
             return family
     # Try again with the template's own system text. Now that text cannot distinguish the families, so a probe with
     # arguments as JSON text does.
-    default = _default_system(render_jinja)
+    default = _default_system(render_own(_CHAT, None))
+    writes_tools = render_own(_CHAT, [_TOOL]) != render_own(_CHAT, None)
     for family in FAMILIES.values():
         candidate = replace(family, default_system=default)
         # A family without tools skips the tool probes: it must not match a template that writes tools in another way.
-        if not family.tools and _writes_tools(render_jinja):
+        if not family.tools and writes_tools:
             continue
-        if _renders_the_same(candidate, render_jinja, (*_PROBES, (_TEXT_ARGUMENTS, [_TOOL]))):
+        if _renders_the_same(candidate, render_own, (*_PROBES, (_TEXT_ARGUMENTS, [_TOOL]))):
             return candidate
     raise DataError(
         f"the tokenizer's chat template is unknown (known: {', '.join(FAMILIES)}); to train with a known one, {REMEDY}"
     )
 
 
-def _default_system(render_jinja: RenderJinja) -> str | None:
-    """Return the system text that the template adds to a conversation without one; None if it adds none."""
-    try:
-        rendered = render_jinja(_CHAT, None)
-    except Exception:  # an unknown template can raise anything; then it matches no family
-        return None
+def _default_system(rendered: str | None) -> str | None:
+    """Return the system text that the template added to a conversation without one; None if it added none."""
     head = f"{START}system\n"
-    return rendered.removeprefix(head).partition(END)[0] if rendered.startswith(head) else None
+    return rendered.removeprefix(head).partition(END)[0] if rendered and rendered.startswith(head) else None
 
 
-def _renders_the_same(family: Family, render_jinja: RenderJinja, probes: tuple[_Probe, ...]) -> bool:
-    try:
-        return all(
-            render_jinja(messages, tools) == _render_text(family, messages, tools)
-            for messages, tools in probes
-            if family.tools or not tools
-        )
-    except Exception:  # an unknown template can raise anything; then it is not this family
-        return False
+def _renders_the_same(
+    family: Family, render_own: Callable[[Messages, Tools], str | None], probes: tuple[_Probe, ...]
+) -> bool:
+    """Return whether the family renders the probes like the tokenizer's template, which gives None where it fails."""
+    return all(
+        render_own(messages, tools) == _render_text(family, messages, tools)
+        for messages, tools in probes
+        if family.tools or not tools
+    )
 
 
-def _render_text(family: Family, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+def _render_text(family: Family, messages: Messages, tools: Tools) -> str:
     conversation = parse_conversation(messages, tools)
     return "".join(piece.text for piece in render(conversation, family, Supervision()))
-
-
-def _writes_tools(render_jinja: RenderJinja) -> bool:
-    try:
-        return render_jinja(_CHAT, [_TOOL]) != render_jinja(_CHAT, None)
-    except Exception:  # an unknown template can raise anything
-        return True

@@ -8,7 +8,7 @@ from typing import Any
 from qwlit.data.conversation import END_THINK, THINK, Conversation
 from qwlit.data.meaning import holds_placeholder
 from qwlit.data.templates import END_RESPONSE, END_TOOL_CALL, RESPONSE, TOOL_CALL, Family, Supervision, last_query_index
-from qwlit.data.unread import message_key_remarks
+from qwlit.data.unread import unread_key_remarks
 
 HISTORY_THINKING = "reasoning in earlier turns, which the template removes: those answers are supervised without it"
 THINKING_LEFT_OUT = "reasoning_content, which this template cannot write: it is left out"
@@ -37,24 +37,21 @@ _TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, RESPONS
 
 def remarks(conversation: Conversation, family: Family, supervision: Supervision, *, from_table: bool) -> Iterator[str]:
     """Yield remarks on how the template writes this conversation."""
-    if from_table and (conversation.tools or any(m.tool_calls for m in conversation.messages)):
-        arguments = [call.arguments for message in conversation.messages for call in message.tool_calls]
-        if _holds_null([*arguments, *conversation.tools]):
-            yield NULLS_FROM_TABLE
-    yield from message_key_remarks(key for message in conversation.messages for key in message.unread_keys)
+    arguments = [call.arguments for message in conversation.messages for call in message.tool_calls]
+    if from_table and _holds_null([*arguments, *conversation.tools]):
+        yield NULLS_FROM_TABLE
+    yield from unread_key_remarks("message", [key for message in conversation.messages for key in message.unread_keys])
     yield from _reading_remarks(conversation, supervision)
-    if not family.json_text_arguments and any(
-        isinstance(call.arguments, str) for message in conversation.messages for call in message.tool_calls
-    ):
+    if not family.json_text_arguments and any(isinstance(value, str) for value in arguments):
         yield QUOTED_ARGUMENTS
-    answers = [(i, m, *m.split_thinking()) for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+    answers = [message for message in conversation.messages if message.role == "assistant"]
     if family.thinking:
         yield from _think_block_remarks(conversation, supervision)
-    if not family.thinking and any(message.reasoning for _, message, _, _ in answers):
+    elif any(message.reasoning for message in answers):
         yield THINKING_LEFT_OUT
     texts = [message.content for message in conversation.messages if message.role != "assistant"]
     # In a family with thinking, a <think> block at the start is reasoning, so check only the answer after it.
-    texts += [answer if family.thinking else message.content for _, message, _, answer in answers]
+    texts += [message.split_thinking()[1] if family.thinking else message.content for message in answers]
     if any(map(_holds_tags, texts)):
         yield TAGS_AS_TEXT
 

@@ -129,7 +129,7 @@ def parse_json(text: str) -> Any:
         value = _DECODER.decode(text)
         # Only an escape such as \ud800 can make half of a surrogate pair: without \u skip this slow check.
         if "\\u" in text:
-            refuse_half_characters(json.dumps(value, ensure_ascii=False))
+            refuse_lone_surrogates(json.dumps(value, ensure_ascii=False))
     except RowError:
         raise
     except json.JSONDecodeError as error:
@@ -139,7 +139,7 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def refuse_half_characters(text: str) -> None:
+def refuse_lone_surrogates(text: str) -> None:
     """Raise RowError if the text cannot be encoded as UTF-8."""
     try:
         text.encode("utf-8")

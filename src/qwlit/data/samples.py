@@ -19,19 +19,15 @@ class Samples(Protocol):
 
     def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """Return the number of tokens of each sample."""
-        ...
 
     def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """Return the number of supervised tokens of each sample."""
-        ...
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Return the tokens and the loss mask of a sample, (T,) each, as read-only views."""
-        ...
 
     def origin(self, index: int) -> str:
         """Return "file:line" of the row that the sample comes from."""
-        ...
 
 
 def chunks(samples: Samples) -> Iterator[Indices]:
@@ -86,7 +82,7 @@ class SampleSubset:
 
 
 class ConcatSamples:
-    """Several parts one after the other, numbered through."""
+    """Several parts one after the other; the ids count through all parts."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
         self._parts = tuple(parts)

@@ -5,7 +5,7 @@ from typing import Any
 from qwlit.data.conversation import Message, from_json_text, parse_tool_call
 from qwlit.data.meaning import MARK_KEYS, refuse_other_meaning, turn_mark
 from qwlit.data.rows import RowError, kind_of
-from qwlit.data.unread import has_value
+from qwlit.data.unread import unread_keys
 
 ROLES = {
     **dict.fromkeys(("system",), "system"),
@@ -36,11 +36,11 @@ def _turn(where: str, turn: object) -> Message:
     refuse_other_meaning(turn, has_answer=role in ("assistant", "call"), where=f"{where}: ")
     if not isinstance(text, str):
         raise RowError(f"{where}: 'value' must be a string, not {kind_of(text)}")
-    unread_keys = tuple(sorted(str(key) for key, value in turn.items() if key not in TURN_KEYS and has_value(value)))
+    unread = tuple(unread_keys(turn, TURN_KEYS))
     mark = turn_mark(where, turn)
     if role != "call":
-        return Message(role, text, mark=mark, unread_keys=unread_keys)
+        return Message(role, text, mark=mark, unread_keys=unread)
     calls = from_json_text(text, f"{where}: a function call")
     listed = calls if isinstance(calls, list) else [calls]
     tool_calls = tuple(parse_tool_call(where, call) for call in listed)
-    return Message("assistant", "", None, tool_calls, mark=mark, unread_keys=unread_keys)
+    return Message("assistant", "", None, tool_calls, mark=mark, unread_keys=unread)

@@ -52,7 +52,7 @@ def _folder_files(path: str, root: Path) -> list[Source]:
         raise DataError(f"data folder '{path}': {broken[0]} is a broken link")
     files = [file for file in named if file.path.is_file()]
     if not files:
-        deeper = any(child.is_dir() and child.name[0] not in "._" for child in root.iterdir())
+        deeper = any(child.path.is_dir() for child in children)
         hint = f"; for folders in it write '{path.rstrip('/')}/**/*.jsonl'" if deeper else ""
         raise DataError(f"data folder '{path}' has no {', '.join(KINDS)} file{hint}")
     return _require_one_kind(path, files)

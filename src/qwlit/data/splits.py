@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.config import DataConfig, DataPart, parts_of
+from qwlit.data.encoded_batch import Account
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.order import Order
 from qwlit.data.samples import CHUNK, Samples, SampleSubset, concat, count_tokens
@@ -50,9 +51,10 @@ class DataSplit:
     @property
     def totals(self) -> dict[str, int]:
         """Counts of rows over all stores: read = accepted + too_long + quarantined."""
-        accounts = [asdict(store.account) for store in self.stores]
-        totals = {name: sum(account[name] for account in accounts) for name in accounts[0]}
-        return totals | {"duplicates": totals["duplicates"] + self.num_duplicates_across_parts}
+        total = Account(duplicates=self.num_duplicates_across_parts)
+        for store in self.stores:
+            total.add(store.account)
+        return asdict(total)
 
     def describe(self) -> str:
         """Return one line with the number of samples, tokens and special rows."""
@@ -170,13 +172,6 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
     )
 
 
-def load_data(
-    config: DataConfig, encoder: RowEncoder, *, cache_root: Path, progress: ProgressCallback | None = None
-) -> DataSplit:
-    """Open or build the stores, and split them; see `open_stores` and `split_data`."""
-    return split_data(config, *open_stores(config, encoder, cache_root=cache_root, progress=progress))
-
-
 def _ids_without_copies(store: SampleStore, earlier: list[SampleStore], of: DigestOf = "samples") -> NDArray[np.int32]:
     """Return the ids of samples that no earlier part has. `of` selects what to compare: tokens and mask, or tokens."""
     ids = np.arange(len(store), dtype=np.int32)
@@ -195,18 +190,15 @@ def split_store(
     store: SampleStore, val_fraction: float, among: NDArray[np.int32] | None = None
 ) -> tuple[SampleSubset, SampleSubset]:
     """Split the samples (or only those with ids in `among`) into training and validation by a hash of the tokens."""
-    sides: tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]] = ([], [])
-    for start in range(0, len(store), CHUNK):
-        ids = np.arange(start, min(start + CHUNK, len(store)), dtype=np.int32)
-        if among is not None:
-            ids = among[(among >= start) & (among < start + CHUNK)]
+    ids = np.arange(len(store), dtype=np.int32) if among is None else among
+    is_held_out = np.empty(len(ids), dtype=bool)
+    # In chunks, to limit memory.
+    for start in range(0, len(ids), CHUNK):
+        chunk = slice(start, start + CHUNK)
         # The digest is of tokens only and the same for all samples of a row, so copies and pieces stay on one side.
         # It depends on no other row, so a row keeps its side when the data changes.
-        held_out = _mix(store.digests(ids, "rows")) < np.uint64(val_fraction * 2.0**64)
-        sides[0].append(ids[~held_out])
-        sides[1].append(ids[held_out])
-    train, val = (SampleSubset(store, np.concatenate(side)) for side in sides)
-    return train, val
+        is_held_out[chunk] = _mix(store.digests(ids[chunk], "rows")) < np.uint64(val_fraction * 2.0**64)
+    return SampleSubset(store, ids[~is_held_out]), SampleSubset(store, ids[is_held_out])
 
 
 def _mix(digests: NDArray[np.uint64]) -> NDArray[np.uint64]:

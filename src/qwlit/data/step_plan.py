@@ -7,7 +7,7 @@ only the step number.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,14 +32,6 @@ class Limits:
                 f"hardware.micro_batch_tokens={self.max_tokens}: the longest sample has {most} tokens;"
                 f" raise it to {most}, or lower data.max_seq_len"
             )
-
-
-@dataclass
-class _Bin:
-    """A micro-batch that is not complete yet."""
-
-    members: list[int] = field(default_factory=list)
-    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ def assign_micro_batches(
     fill = _fill_packed if packing else _fill_padded
     bins = fill(lengths, world_size, limits)
     shortest = min(range(len(lengths)), key=lambda i: (lengths[i], i))
-    layouts = [MicroLayout(tuple(sorted(b.members))) for b in bins]
+    layouts = [MicroLayout(tuple(sorted(members))) for members in bins]
     # All ranks need the same number: each forward and backward pass has collective operations, which wait for all.
     layouts += [MicroLayout((shortest,), filler=True)] * (-len(layouts) % world_size)
     return [layouts[rank::world_size] for rank in range(world_size)]
@@ -78,8 +70,11 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
-def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
-    """Put each sample, longest first, into the micro-batch with the fewest tokens: balanced, and nearly the fewest."""
+def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> list[list[int]]:
+    """Put each sample, longest first, into the micro-batch with the fewest tokens.
+
+    This balances their tokens, and needs nearly the smallest number of micro-batches.
+    """
     # A round is one micro-batch on each rank. Start with the fewest rounds that the limits could allow.
     rounds = 1
     if limits.max_samples is not None:
@@ -89,12 +84,12 @@ def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> lis
     while (bins := _try_packed(lengths, rounds * world_size, limits)) is None:
         rounds += 1
     # Most tokens first: dealing them out to the ranks in turn then gives similar loads, and fillers come last.
-    return sorted((b for b in bins if b.members), key=lambda b: (-b.tokens, b.members[0]))
+    return sorted(filter(None, bins), key=lambda members: (-sum(lengths[i] for i in members), members[0]))
 
 
-def _try_packed(lengths: Sequence[int], num_bins: int, limits: Limits) -> list[_Bin] | None:
+def _try_packed(lengths: Sequence[int], num_bins: int, limits: Limits) -> list[list[int]] | None:
     """Pack into `num_bins` micro-batches; return None if a sample does not fit into the one with the fewest tokens."""
-    bins = [_Bin() for _ in range(num_bins)]
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
     # A heap of (tokens, number): its first entry is the micro-batch with the fewest tokens.
     by_load = [(0, number) for number in range(num_bins)]
     for index in _longest_first(lengths):
@@ -102,27 +97,25 @@ def _try_packed(lengths: Sequence[int], num_bins: int, limits: Limits) -> list[_
         # If the sample does not fit here, it fits nowhere: all other micro-batches have at least as many tokens.
         if limits.max_tokens is not None and load + lengths[index] > limits.max_tokens:
             return None
-        chosen = bins[number]
-        chosen.members.append(index)
-        chosen.tokens += lengths[index]
+        bins[number].append(index)
         # A micro-batch with `max_samples` samples does not return to the heap: it is full.
-        if limits.max_samples is None or len(chosen.members) < limits.max_samples:
-            heapq.heappush(by_load, (chosen.tokens, number))
+        if limits.max_samples is None or len(bins[number]) < limits.max_samples:
+            heapq.heappush(by_load, (load + lengths[index], number))
     return bins
 
 
-def _fill_padded(lengths: Sequence[int], world_size: int, limits: Limits) -> list[_Bin]:
+def _fill_padded(lengths: Sequence[int], world_size: int, limits: Limits) -> list[list[int]]:
     """Put samples of similar length into one micro-batch, so that there is little padding."""
     order = _longest_first(lengths)
     max_members = min(limits.max_samples or len(order), -(-len(order) // world_size))
-    bins: list[_Bin] = []
+    bins: list[list[int]] = []
     for index in order:
         # Longest first: a micro-batch is as wide as its first member.
-        width = lengths[bins[-1].members[0]] if bins else 0
-        full = not bins or len(bins[-1].members) >= max_members
-        if full or (limits.max_tokens is not None and width * (len(bins[-1].members) + 1) > limits.max_tokens):
-            bins.append(_Bin())
-        bins[-1].members.append(index)
+        width = lengths[bins[-1][0]] if bins else 0
+        full = not bins or len(bins[-1]) >= max_members
+        if full or (limits.max_tokens is not None and width * (len(bins[-1]) + 1) > limits.max_tokens):
+            bins.append([])
+        bins[-1].append(index)
     return bins
 
 

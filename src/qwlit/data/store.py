@@ -3,11 +3,9 @@
 Every row is exactly one of: accepted, too long, quarantined. N samples of T tokens each.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,7 @@ from qwlit.data.encoded_batch import Account
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.hub import HubData
 from qwlit.data.sources import Source, find_sources
-from qwlit.data.store_writer import ARRAYS, QUARANTINE, STORE_VERSION, ProgressCallback, write_store
+from qwlit.data.store_writer import ARRAYS, QUARANTINE, ProgressCallback, store_fingerprint, write_store
 
 # This many bad rows never stop a run; otherwise one typo would stop a run on a small data set.
 BAD_ROWS_ALLOWED = 3
@@ -42,6 +40,7 @@ class SampleStore:
         self.account = Account(**meta["account"])
         self.remarks: Counter[str] = Counter(meta["remarks"])
         (folder / QUARANTINE).stat()  # a missing file must be an error now, not when someone reads it
+        # As plain arrays: numpy's memmap class makes each of the many small slices slower.
         self._arrays: dict[str, NDArray[Any]] = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS
         }
@@ -55,13 +54,11 @@ class SampleStore:
 
     def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """See `Samples.lengths`."""
-        chosen: NDArray[np.int32] = self._arrays["lengths"][ids]
-        return chosen
+        return self._arrays["lengths"].take(ids)
 
     def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         """See `Samples.num_supervised`."""
-        chosen: NDArray[np.int32] = self._arrays["num_supervised"][ids]
-        return chosen
+        return self._arrays["num_supervised"].take(ids)
 
     def digests(self, ids: NDArray[np.integer[Any]] | slice, of: DigestOf = "samples") -> NDArray[np.uint64]:
         """Return a hash of each sample: of tokens and mask, of tokens alone, or one that all samples of a row share."""
@@ -111,20 +108,13 @@ def build_store(
     """
     sources = find_sources(path)
     try:
-        fingerprint = _fingerprint(sources, encoder, cache_root)
+        fingerprint = store_fingerprint(sources, encoder, cache_root)
         folder = cache_root / fingerprint[:32]
         if not folder.is_dir():
             # Check again under the lock: another process may have built the store while we waited for it.
-            with _locked(cache_root / f"{folder.name}.lock", waiting):
+            with locked(cache_root / f"{folder.name}.lock", waiting=waiting):
                 if not folder.is_dir():
-                    write_store(
-                        folder,
-                        fingerprint,
-                        sources,
-                        encoder,
-                        progress,
-                        lambda: _fingerprint(sources, encoder, cache_root) == fingerprint,
-                    )
+                    write_store(folder, fingerprint, sources, encoder, progress)
     except OSError as error:
         raise DataError(
             f"the tokenized data cannot be written to {cache_root}: {error.strerror or error};"
@@ -143,27 +133,7 @@ def is_tokenized(path: str, encoder: RowEncoder, *, cache_root: Path) -> bool:
     sources = find_sources(path)
     if not all(not isinstance(source, HubData) and source.known_digest(cache_root) for source in sources):
         return False
-    return (cache_root / _fingerprint(sources, encoder, cache_root)[:32]).is_dir()
-
-
-@contextmanager
-def _locked(path: Path, waiting: Callable[[], None] | None) -> Iterator[None]:
-    try:
-        # Try without waiting first, only to report that we wait.
-        with locked(path, blocking=False):
-            yield
-            return
-    except BlockingIOError:
-        if waiting:
-            waiting()
-    with locked(path):
-        yield
-
-
-def _fingerprint(sources: list[Source], encoder: RowEncoder, cache_root: Path) -> str:
-    """Hash everything that decides what is stored: of a file its name and content, but not its folder."""
-    parts = [STORE_VERSION, encoder.fingerprint, [[source.name, source.digest(cache_root)] for source in sources]]
-    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
+    return (cache_root / store_fingerprint(sources, encoder, cache_root)[:32]).is_dir()
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """Write a store: encode rows, append to arrays in a temporary folder, and rename the folder after the last row."""
 
+import hashlib
 import json
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -48,43 +49,23 @@ class BuildProgress:
     bytes_in_all: int
     """0 if it is unknown."""
     tokens_per_second: float
-    finished: bool = False
-    cores: int = 1
+    cores: int
+    finished: bool
 
 
 ProgressCallback = Callable[[BuildProgress], None]
 
 
-class ProgressReporter:
-    """Calls `progress` with the state of the build."""
-
-    def __init__(self, reader: RowReader, cores: int, progress: ProgressCallback | None) -> None:
-        self._reader, self._cores, self._progress = reader, cores, progress
-        self._started = time.perf_counter()
-
-    def report(self, rows: int, tokens: int, *, finished: bool = False) -> BuildProgress:
-        tokens_per_second = tokens / max(1e-9, time.perf_counter() - self._started)
-        reader = self._reader
-        state = BuildProgress(
-            rows, tokens, reader.num_bytes_read, reader.num_bytes, tokens_per_second, finished, self._cores
-        )
-        if self._progress:
-            self._progress(state)
-        return state
+def store_fingerprint(sources: Sequence[Source], encoder: RowEncoder, cache_root: Path) -> str:
+    """Hash everything that decides what is stored: of a file its name and content, but not its folder."""
+    parts = [STORE_VERSION, encoder.fingerprint, [[source.name, source.digest(cache_root)] for source in sources]]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
 
 
 def write_store(
-    folder: Path,
-    fingerprint: str,
-    sources: Sequence[Source],
-    encode: RowEncoder,
-    progress: ProgressCallback | None,
-    is_unchanged: Callable[[], bool],
+    folder: Path, fingerprint: str, sources: Sequence[Source], encoder: RowEncoder, progress: ProgressCallback | None
 ) -> None:
     """Read, encode and store every row of `sources`. The caller holds the lock on `folder`.
-
-    Args:
-        is_unchanged: called at the end; returns whether the sources still have the fingerprint.
 
     Raises:
         DataError: a file cannot be read or has changed meanwhile, a row stops the run (data.strict,
@@ -98,27 +79,27 @@ def write_store(
     reader = RowReader(sources)
     cores = num_cores()
     workers = cores if reader.estimated_bytes >= BYTES_WORTH_WORKERS else 1
-    reporter = ProgressReporter(reader, cores, progress)
-    batches = map_in_order(encode, _row_batches(reader), workers)
+    started = time.perf_counter()
+
+    def report(writer: _StoreWriter, *, finished: bool = False) -> None:
+        if progress:
+            rows, tokens = writer.account.read, writer.num_tokens
+            speed = tokens / max(1e-9, time.perf_counter() - started)
+            progress(BuildProgress(rows, tokens, reader.num_bytes_read, reader.num_bytes, speed, cores, finished))
+
+    batches = map_in_order(encoder, _row_batches(reader), workers)
     try:
-        with _StoreWriter(temporary) as writer:
+        with closing(_StoreWriter(temporary)) as writer:
             for batch in batches:
                 if batch.stop:
                     raise DataError(f"{sources[batch.stop.source]}:{batch.stop.line}: {batch.stop.reason}")
                 writer.add(batch)
-                reporter.report(writer.account.read, writer.num_tokens)
-            reading = reporter.report(writer.account.read, writer.num_tokens, finished=True)
-        account = writer.account
-        account.duplicates = _count_duplicates(temporary, drop=encode.config.drop_duplicates)
-        meta = {
-            "fingerprint": fingerprint,
-            "account": asdict(account),
-            "remarks": dict(writer.remarks),
-            "tokens_per_second": round(reading.tokens_per_second),
-            "cores": cores,
-        }
+                report(writer)
+            report(writer, finished=True)
+        writer.account.duplicates = _count_duplicates(temporary, drop=encoder.config.drop_duplicates)
+        meta = {"fingerprint": fingerprint, "account": asdict(writer.account), "remarks": dict(writer.remarks)}
         write_json_atomic(temporary / "meta.json", meta)
-        if not is_unchanged():
+        if store_fingerprint(sources, encoder, folder.parent) != fingerprint:
             raise DataError(f"'{sources[0]}' or a file beside it changed while it was read; start again")
         # Renaming is atomic: a folder with the final name is always complete.
         temporary.rename(folder)
@@ -181,10 +162,7 @@ class _StoreWriter:
             self._open.callback(array.close)
         self._quarantine = self._open.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._open.close()
 
     def add(self, batch: EncodedBatch) -> None:

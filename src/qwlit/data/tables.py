@@ -26,12 +26,11 @@ def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject
     first = next(rows, None)
     if first is None:
         return
+    _, names, raw, broken = first
     # pandas writes its index as a column without a name.
-    header = [name.strip() or f"column {number}" for number, name in enumerate(first[1], start=1)]
-    if first[3] or len(set(header)) < len(header):
-        raise DataError(
-            f"data file '{file}': the first row must name the columns, each once, but it is {first[2][:80]!r}"
-        )
+    header = [name.strip() or f"column {position}" for position, name in enumerate(names, start=1)]
+    if broken or len(set(header)) < len(header):
+        raise DataError(f"data file '{file}': the first row must name the columns, each once, but it is {raw[:80]!r}")
     for line, cells, raw, broken in rows:
         if broken:
             yield Row(number, line, raw).reject(broken)
@@ -145,21 +144,14 @@ def _unread_columns(table: Any) -> tuple[str, ...]:
 def _parquet_rows(number: int, line: int, batch: Any, unread: tuple[str, ...]) -> Iterator[Row | Reject]:
     """Yield the rows of the batch, numbered from `line` + 1. A cell that cannot be read rejects only its own row."""
     try:
-        rows: list[Any] = batch.to_pylist()
-    except (ValueError, OverflowError):
-        # One cell cannot be converted: convert row by row, so that only its row is rejected.
-        rows = [_parquet_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
-    for index, columns in enumerate(rows, start=line + 1):
-        is_broken = isinstance(columns, str)
-        if is_broken:
-            yield Row(number, index, {}).reject(columns)
-        else:
-            yield Row(number, index, columns, unread).within_limit()
-
-
-def _parquet_row(one_row: Any) -> dict[str, Any] | str:
-    try:
-        (columns,) = one_row.to_pylist()
+        rows = batch.to_pylist()
     except (ValueError, OverflowError) as error:
-        return f"a cell cannot be read: {error}"
-    return dict(columns)
+        if batch.num_rows == 1:
+            yield Row(number, line + 1, {}).reject(f"a cell cannot be read: {error}")
+            return
+        # One cell cannot be converted: convert row by row, so that only its row is rejected.
+        for index in range(batch.num_rows):
+            yield from _parquet_rows(number, line + index, batch.slice(index, 1), unread)
+        return
+    for index, columns in enumerate(rows, start=line + 1):
+        yield Row(number, index, columns, unread).within_limit()

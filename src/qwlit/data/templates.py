@@ -125,14 +125,6 @@ def _json(value: Any) -> str:
         raise RowError(f"a tool or its arguments cannot be written as JSON: {error}") from None
 
 
-@dataclass(frozen=True)
-class _AnswerMask:
-    """Which parts of one answer are supervised."""
-
-    answer: bool
-    empty_block: bool
-
-
 def _turns(
     conversation: Conversation, family: Family, supervision: Supervision
 ) -> Iterator[tuple[Message | None, Iterator[Piece]]]:
@@ -146,9 +138,8 @@ def _turns(
     for index, message in enumerate(messages):
         if message.role == "assistant":
             supervised = message.is_supervised and (supervision.loss_on != "last_assistant" or index == last_answer)
-            # At inference without thinking, the prompt has the empty block: the model reads it and does not write it.
-            mark = _AnswerMask(supervised, supervised and supervision.thinking == "keep")
-            yield message, _answer_turn(message, family, index > last_query, index == len(messages) - 1, mark)
+            after_query, is_last = index > last_query, index == len(messages) - 1
+            yield message, _answer_turn(message, family, after_query, is_last, supervised, supervision.thinking)
         elif message.role == "tool":
             # Consecutive tool responses share one turn of the user.
             yield message, _tool_response(message, opens=roles[index] != "tool", closes=roles[index + 2] != "tool")
@@ -194,15 +185,16 @@ def _template_text(text: str) -> Iterator[Piece]:
 
 
 def _answer_turn(
-    message: Message, family: Family, after_query: bool, is_last: bool, mark: _AnswerMask
+    message: Message, family: Family, after_query: bool, is_last: bool, supervised: bool, thinking: Thinking
 ) -> Iterator[Piece]:
     reasoning, content = message.split_thinking() if family.thinking else ("", message.content)
-    supervised, shown = mark.answer, content
+    shown = content
     yield from (_control(START), _text("assistant\n"))
     # The template writes a block only after the last query, and an empty block only into the last message.
     if family.thinking and after_query and (is_last or reasoning):
         reasoning, shown = reasoning.strip("\n"), content.lstrip("\n")
-        block = supervised if reasoning else mark.empty_block
+        # At inference without thinking, the prompt has the empty block: the model reads it and does not write it.
+        block = supervised and (reasoning != "" or thinking == "keep")
         yield from (_control(THINK, block), _text(f"\n{reasoning}\n", block))
         yield from (_control(END_THINK, block), _text("\n\n", block))
     yield _text(shown, supervised)

@@ -46,9 +46,7 @@ class TextTokenizer:
         # Everything that decides the ids of a text.
         parts = (json.dumps(self.control_ids, sort_keys=True), self._plain.to_str())
         self.fingerprint = hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        end = self.control_ids.get(END_OF_TEXT, tokenizer.eos_token_id)
-        self._end_of_text_id: int | None = end
+        self._end_of_text_id: int | None = self.control_ids.get(END_OF_TEXT, tokenizer.eos_token_id)
         names = {content for content in self.control_ids if content.startswith("<|") and content.endswith("|>")}
         self._control_names = re.compile("|".join(map(re.escape, sorted(names | CHAT_TOKENS))))
         self._check_that_text_stays_text()
@@ -65,7 +63,9 @@ class TextTokenizer:
         Raises:
             DataError: the ids differ from those of the original tokenizer.
         """
-        self._plain.add_tokens([_copy_token(token, special=_is_control(token)) for _, token in sorted(added.items())])
+        for token in added.values():
+            token.special = _is_control(token)
+        self._plain.add_tokens([token for _, token in sorted(added.items())])
         self._plain.encode_special_tokens = True
         actual = {token.content: i for i, token in self._plain.get_added_tokens_decoder().items()}
         if actual != (expected := {token.content: i for i, token in added.items()}):
@@ -115,10 +115,3 @@ class TextTokenizer:
 
 def _is_control(token: "AddedToken") -> bool:
     return token.special or token.content in STRUCTURAL
-
-
-def _copy_token(token: "AddedToken", *, special: bool) -> "AddedToken":
-    from tokenizers import AddedToken
-
-    flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-    return AddedToken(token.content, special=special, **flags)

@@ -1,13 +1,14 @@
-"""Remarks on keys of rows and messages that qwlit does not read; at most MAX_NAMED keys by name."""
+"""Keys of rows and messages that qwlit does not read, and the remarks on them; at most MAX_NAMED keys by name."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Literal
 
 MAX_NAMED = 20
 LONGEST_NAME = 30
 OTHER_KEYS = "further keys that are not read"
 """The remark on names after the first MAX_NAMED."""
-_PREFIXES = ("a row key that is not read: ", "a message key that is not read: ")
+_PREFIXES = {"row": "a row key that is not read: ", "message": "a message key that is not read: "}
 
 
 def has_value(value: object) -> bool:
@@ -15,29 +16,24 @@ def has_value(value: object) -> bool:
     return value is not None and value != ""
 
 
-def row_key_remarks(keys: Iterable[object]) -> Iterator[str]:
-    """Yield a remark for each unread key of a row, and one remark for all keys after MAX_NAMED."""
-    return _remarks(_PREFIXES[0], keys)
+def unread_keys(value: dict[str, Any], read: Collection[str]) -> list[str]:
+    """Return the keys that have a value and are not in `read`."""
+    return [str(key) for key, cell in value.items() if key not in read and has_value(cell)]
 
 
-def message_key_remarks(keys: Iterable[object]) -> Iterator[str]:
-    """Yield a remark for each unread key of a row's messages, and one remark for all keys after MAX_NAMED."""
-    return _remarks(_PREFIXES[1], keys)
-
-
-def _remarks(prefix: str, keys: Iterable[object]) -> Iterator[str]:
-    names = sorted({str(key)[:LONGEST_NAME] for key in keys})
-    yield from (f"{prefix}{name!r}" for name in names[:MAX_NAMED])
+def unread_key_remarks(owner: Literal["row", "message"], keys: Iterable[str]) -> Iterator[str]:
+    """Yield a remark for each unread key of a row, or of its messages, and one remark for all keys after MAX_NAMED."""
+    names = sorted({key[:LONGEST_NAME] for key in keys})
+    yield from (f"{_PREFIXES[owner]}{name!r}" for name in names[:MAX_NAMED])
     if len(names) > MAX_NAMED:
         yield OTHER_KEYS
 
 
 def add_remarks(total: Counter[str], more: Counter[str]) -> None:
     """Add `more` to `total`, but name only the first MAX_NAMED unread keys: a data set can have any number of them."""
-    num_named = sum(text.startswith(_PREFIXES) for text in total)
+    prefixes = tuple(_PREFIXES.values())
+    num_named = sum(text.startswith(prefixes) for text in total)
     for text, number in more.items():
-        if text not in total and text.startswith(_PREFIXES):
-            num_named += 1
-        total[text if text in total or num_named <= MAX_NAMED or not text.startswith(_PREFIXES) else OTHER_KEYS] += (
-            number
-        )
+        is_new_key = text not in total and text.startswith(prefixes)
+        num_named += is_new_key
+        total[OTHER_KEYS if is_new_key and num_named > MAX_NAMED else text] += number

@@ -4,7 +4,7 @@ import logging
 import re
 from pathlib import Path
 
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, first_line
 from qwlit.core.waiting import PROBE_SECONDS, call_with_timeout
 
 CONFIG_FILES = ["config.json"]
@@ -42,7 +42,7 @@ def fetch(hub_id: str, patterns: list[str]) -> Path:
     except HfHubHTTPError as error:
         reason = f"the hub answered: {str(error).splitlines()[0]}"
     except Exception as error:  # whatever HTTP library the hub client uses has its own family of errors
-        reason = f"the hub cannot be reached: {(str(error) or type(error).__name__).splitlines()[0]}"
+        reason = f"the hub cannot be reached: {first_line(error)}"
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, first_line
 from qwlit.core.files import resolve_path
 from qwlit.model import hub
 from qwlit.model.config import FreezeConfig, ModelConfig
@@ -50,7 +50,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, **given)
     except Exception as error:  # tokenizers raises bare Exceptions
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"{field}={folder}: the tokenizer cannot be read ({reason}); copy it again") from None
 
 

@@ -7,12 +7,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from qwlit.config.run import RunConfig
-from qwlit.core.console import measuring
+from qwlit.core.console import showing_progress
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.core.files import resolve_path
-from qwlit.data.chat import ChatEncoder, resolve_template
+from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import parts_of
 from qwlit.data.encoding import RowEncoder
+from qwlit.data.recognise import resolve_template
 from qwlit.data.sources import find_sources
 from qwlit.data.splits import open_stores
 from qwlit.data.store import SampleStore, is_tokenized
@@ -45,7 +46,7 @@ def load_tokenized_data(config: RunConfig, screen: Console) -> TokenizedData:
     tokenizer, encoder = _encoder(config)
     if config.data.exact_match and encoder.chat is None:
         raise ConfigError(f"data.exact_match={config.data.exact_match} answers conversations, but {encoder.refusal}")
-    with measuring("tokenizing", screen) as show:
+    with showing_progress("tokenizing", screen) as show:
 
         def progress(reading: BuildProgress) -> None:
             speed = f"{reading.tokens_per_second / reading.cores:,.0f} tokens/s per core, {reading.cores} cores"

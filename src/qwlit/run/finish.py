@@ -11,8 +11,8 @@ from rich.text import Text
 from qwlit.core.console import console
 from qwlit.core.errors import DataError
 from qwlit.core.files import resolve_path
-from qwlit.data.chat import resolve_template
 from qwlit.data.chat_template import chat_template
+from qwlit.data.recognise import resolve_template
 from qwlit.data.samples import supervises
 from qwlit.data.templates import END as END_OF_TURN
 from qwlit.data.templates import Family

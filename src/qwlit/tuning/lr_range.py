@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qwlit.config.compose import compose
-from qwlit.core.console import measuring
+from qwlit.core.console import showing_progress
 from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
 from qwlit.core.files import resolve_path, write_json_atomic
 from qwlit.training.resilience.preemption import answering_signals
@@ -136,7 +136,7 @@ def _train(overrides: list[str], folder: RunFolder, steps: int, screen: Console)
     tail = Tail(folder.path / "metrics.jsonl")
     log.unlink(missing_ok=True)
     process = start_training(overrides, log, {})
-    with measuring("range test", screen) as show, answering_signals():
+    with showing_progress("range test", screen) as show, answering_signals():
         try:
             while process.poll() is None:
                 records = tail.read()
