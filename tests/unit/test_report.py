@@ -34,14 +34,14 @@ def test_globs_take_runs_and_sweeps_and_leave_the_rest(tmp_path, monkeypatch):
     (tmp_path / "runs/report.html").write_text("")
     monkeypatch.chdir(tmp_path)
     found = find_runs(["~/runs/*", "runs/中文", "runs/../runs/s"])
-    assert [run.place.name for run in found] == ["trial-0000", "trial-0001", "中文"]
+    assert [run.path.name for run in found] == ["trial-0000", "trial-0001", "中文"]
     assert [run.exists for run in found] == [True, False, True]
 
 
 def test_a_name_with_glob_characters_is_a_name(tmp_path):
     write_run(tmp_path / "a[1]")
     write_run(tmp_path / "a1")
-    assert [run.place.name for run in find_runs([str(tmp_path / "a[1]")])] == ["a[1]"]
+    assert [run.path.name for run in find_runs([str(tmp_path / "a[1]")])] == ["a[1]"]
 
 
 @pytest.mark.parametrize(

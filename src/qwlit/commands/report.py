@@ -92,7 +92,7 @@ def _as_json(ledger: "Ledger", warnings: list[str], shares: "Importance | None",
     from qwlit.report.table import EVENTS
 
     return {
-        "metric": {"name": ledger.metric.name, "goal": "minimize" if ledger.metric.minimize else "maximize"},
+        "metric": {"name": ledger.metric.name, "goal": ledger.metric.goal},
         "best": ledger.best.name if ledger.best else None,
         "baseline": ledger.baseline.name,
         "differing": list(ledger.differing),
@@ -100,7 +100,7 @@ def _as_json(ledger: "Ledger", warnings: list[str], shares: "Importance | None",
         "runs": [
             {
                 "name": run.name,
-                "path": str(run.path) if run.path else None,
+                "path": str(run.path) if run.exists else None,
                 "status": run.status,
                 "reason": run.trial.reason if run.trial else None,
                 "value": ledger.value(run),

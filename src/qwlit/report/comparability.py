@@ -95,7 +95,7 @@ def comparable(runs: Iterable[Run]) -> bool:
 
 def comparison_warnings(ledger: Ledger) -> list[str]:
     """Return the warnings that a reader needs before comparing the runs."""
-    runs = [run for run in ledger.runs if run.path is not None]
+    runs = [run for run in ledger.runs if run.exists]
     if len(runs) < 2:
         return []
     found = [text for condition in CONDITIONS if (text := _difference(condition, runs))]

@@ -1,6 +1,7 @@
 """The ledger: runs ordered by their metric, the settings in which they differ, and the baseline."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 from qwlit.config.run import MATHEMATICS, NO_MATHEMATICS
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
-from qwlit.report.find import Found, RankingMetric, SweepFolder, find_runs
-from qwlit.report.runs import Run, read_runs
+from qwlit.core.metric import Metric
+from qwlit.report.find import SweepFolder, find_runs
+from qwlit.report.runs import VAL_LOSS, Run, read_runs
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Ledger:
 
     runs: tuple[Run, ...]
     baseline: Run
-    metric: RankingMetric
+    metric: Metric
     sweep: SweepFolder | None
     """The sweep, if all runs are trials of one sweep."""
     differing: tuple[str, ...]
@@ -55,17 +57,9 @@ class Ledger:
         """Return the folder for the page: the run's, the sweep's, or the common parent of all runs."""
         if self.sweep is not None:
             return self.sweep.path
-        if len(self.runs) == 1 and self.runs[0].path is not None:
+        if len(self.runs) == 1:
             return self.runs[0].path
-        parents = [set(_place(run).absolute().parents) for run in self.runs]
-        return max(set.intersection(*parents), key=lambda path: len(path.parts))
-
-
-def _place(run: Run) -> Path:
-    if run.path is not None:
-        return run.path
-    assert run.trial is not None
-    return run.trial.sweep.path / run.name
+        return Path(os.path.commonpath([run.path.absolute().parent for run in self.runs]))
 
 
 def build_ledger(paths: list[str], baseline: str | None) -> Ledger:
@@ -78,16 +72,13 @@ def build_ledger(paths: list[str], baseline: str | None) -> Ledger:
     Raises:
         ConfigError: a path matches no run, or `baseline` matches none or several.
     """
-    found = find_runs(paths)
-    runs = read_runs(found)
+    runs = read_runs(find_runs(paths))
     chosen = next((run for run in runs if run.name == baseline), None)
     if baseline is not None and chosen is None:
-        (reference,) = _folder_of(baseline, runs)
-        places = [run.place.resolve() for run in found]
-        if reference.place.resolve() not in places:
-            found, places = [*found, reference], [*places, reference.place.resolve()]
-            runs = read_runs(found)
-        chosen = runs[places.index(reference.place.resolve())]
+        folder = _folder_of(baseline, runs).resolve()
+        # A folder that is not among the runs joins them.
+        runs = read_runs(find_runs([*paths, baseline]))
+        chosen = next(run for run in runs if run.path.resolve() == folder)
     metric = _metric(runs)
     ordered = sorted(runs, key=lambda run: _rank(run, metric))
     if chosen is None:
@@ -96,7 +87,8 @@ def build_ledger(paths: list[str], baseline: str | None) -> Ledger:
     return Ledger(tuple(ordered), chosen, metric, next(iter(sweeps)) if len(sweeps) == 1 else None, _differing(runs))
 
 
-def _folder_of(baseline: str, runs: list[Run]) -> list[Found]:
+def _folder_of(baseline: str, runs: list[Run]) -> Path:
+    """Return the one run folder at the path `baseline`."""
     if not resolve_path(baseline).is_dir():
         names = [run.name for run in runs]
         listed = nearest(baseline, names) or f" Listed are {', '.join(names[:5])}{' …' * (len(names) > 5)}."
@@ -104,19 +96,19 @@ def _folder_of(baseline: str, runs: list[Run]) -> list[Found]:
     found = find_runs([baseline])
     if len(found) > 1:
         raise ConfigError(f"baseline={baseline} matches {len(found)} runs; name one of them")
-    return found
+    return found[0].path
 
 
-def _metric(runs: Iterable[Run]) -> RankingMetric:
+def _metric(runs: Iterable[Run]) -> Metric:
     """Return the metric of the runs' sweeps if they share one, else the validation loss."""
-    metrics = {run.trial.sweep.metric if run.trial else RankingMetric() for run in runs}
-    return metrics.pop() if len(metrics) == 1 else RankingMetric()
+    metrics = {run.trial.sweep.metric if run.trial else VAL_LOSS for run in runs}
+    return metrics.pop() if len(metrics) == 1 else VAL_LOSS
 
 
-def _rank(run: Run, metric: RankingMetric) -> tuple[bool, bool, float, str]:
+def _rank(run: Run, metric: Metric) -> tuple[bool, bool, float, str]:
     """Sort by the metric. Unfinished trials come last: their value was measured at an earlier step."""
     value = run.value(metric)
-    signed = 0.0 if value is None else value if metric.minimize else -value
+    signed = 0.0 if value is None else value if metric.goal == "minimize" else -value
     return run.trial is not None and not run.settled, value is None, signed, run.name
 
 

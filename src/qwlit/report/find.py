@@ -2,29 +2,17 @@
 
 import glob
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
+from qwlit.core.metric import Metric, number_or_none
 from qwlit.training.tracking.run_folder import RunFolder
 
 SWEEP_FILE = "sweep.json"
-
-
-@dataclass(frozen=True)
-class RankingMetric:
-    """The metric that orders the runs: a key of metrics.jsonl or of summary.json."""
-
-    name: str = "val/loss"
-    minimize: bool = True
-
-    @property
-    def best(self) -> Callable[[Iterable[float]], float]:
-        return min if self.minimize else max
 
 
 @dataclass(frozen=True)
@@ -33,7 +21,7 @@ class SweepFolder:
 
     path: Path
     name: str
-    metric: RankingMetric
+    metric: Metric
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class Trial:
 class Found:
     """A run, or a trial that ended before it had a run folder (`exists` is False)."""
 
-    place: Path
+    path: Path
     exists: bool = True
     trial: Trial | None = None
 
@@ -67,7 +55,7 @@ def find_runs(names: Iterable[str]) -> list[Found]:
     found: dict[Path, Found] = {}
     for name in names:
         for run in _find(name):
-            found.setdefault(run.place.resolve(), run)
+            found.setdefault(run.path.resolve(), run)
     return list(found.values())
 
 
@@ -118,10 +106,9 @@ def _trials(path: Path) -> list[Found]:
     file = path / SWEEP_FILE
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        metric = RankingMetric(str(document["metric"]["name"]), document["metric"].get("goal") != "maximize")
-        sweep = SweepFolder(path, str(document.get("name") or path.name), metric)
+        sweep = SweepFolder(path, document.get("name", path.name), Metric(**document["metric"]))
         found = [_trial(sweep, entry) for entry in document["trials"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} is not a readable sweep.json; name its runs one by one, or {path}/*") from None
     if not found:
         raise ConfigError(f"runs={path}: the sweep has no trials yet")
@@ -129,21 +116,7 @@ def _trials(path: Path) -> list[Found]:
 
 
 def _trial(sweep: SweepFolder, entry: Mapping[str, Any]) -> Found:
-    number = int(entry["number"])
-    folder = sweep.path / str(entry.get("run") or f"trial-{number:04d}")
-    trial = Trial(
-        sweep=sweep,
-        number=number,
-        state=str(entry.get("state") or "unknown"),
-        value=number_or_none(entry.get("value")),
-        params=dict(entry.get("params") or {}),
-        reason=str(entry["reason"]) if entry.get("reason") else None,
-    )
+    folder = sweep.path / entry["run"]
+    value = number_or_none(entry["value"])
+    trial = Trial(sweep, entry["number"], entry["state"], value, entry["params"], entry["reason"])
     return Found(folder, _is_run(folder), trial)
-
-
-def number_or_none(value: Any) -> float | None:
-    """Return a finite number as float, and None for anything else: null stands for NaN, and files may be broken."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qwlit.core.metric import number_or_none
 from qwlit.report.comparability import comparable
 from qwlit.report.compare import Ledger, canonical
-from qwlit.report.find import number_or_none
 from qwlit.report.runs import Run
 
 if TYPE_CHECKING:
@@ -82,11 +82,11 @@ def _evaluate(ledger: Ledger, ended: list[Run], early: list[Run], keys: list[str
 
     values = [float(ledger.value(run) or 0.0) for run in ended]
     # The evaluator only asks which runs are among the best, so runs that ended early get any worse value.
-    worse = max(values) + 1 if ledger.metric.minimize else min(values) - 1
+    worse = max(values) + 1 if ledger.metric.goal == "minimize" else min(values) - 1
     runs = [*ended, *early]
     scales = {key: distribution([run.settings[key] for run in runs if key in run.settings], key) for key in keys}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="minimize" if ledger.metric.minimize else "maximize")
+    study = optuna.create_study(direction=ledger.metric.goal)
     for run, value in zip(runs, [*values, *[worse] * len(early)], strict=True):
         there = [key for key in keys if key in run.settings]
         study.add_trial(

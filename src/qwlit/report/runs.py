@@ -9,9 +9,11 @@ import yaml
 
 from qwlit.config.run import flatten
 from qwlit.core.files import is_locked, read_json, read_json_lines
-from qwlit.report.find import Found, RankingMetric, Trial, number_or_none
+from qwlit.core.metric import Metric, number_or_none
+from qwlit.report.find import Found, Trial
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
+VAL_LOSS = Metric(name="val/loss")
 Series = list[tuple[int, float]]
 """(step, value) pairs; values that are not finite numbers are left out."""
 
@@ -38,10 +40,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, or a trial that ended before it had a folder (`path` is None)."""
+    """A run, or a trial that ended before it had a folder (`exists` is False)."""
 
     name: str
-    path: Path | None
+    path: Path
+    exists: bool
     trial: Trial | None
     status: str
     settings: Mapping[str, Any]
@@ -57,14 +60,13 @@ class Run:
         """Whether the run finished all its steps."""
         return (self.trial.state if self.trial else self.status) == FINISHED
 
-    def value(self, metric: RankingMetric) -> float | None:
+    def value(self, metric: Metric) -> float | None:
         """Return the best value of the metric: from the sweep, else metrics.jsonl, else summary.json."""
         if self.trial is not None and self.trial.value is not None and self.trial.sweep.metric == metric:
             return self.trial.value
-        if metric == RankingMetric():
+        if metric == VAL_LOSS:
             return self.figures.val_loss
-        values = [value for _, value in self.series.get(metric.name, ())]
-        return metric.best(values) if values else number_or_none(self.summary.get(metric.name))
+        return metric.best_of_run((value for _, value in self.series.get(metric.name, ())), self.summary)
 
     def count(self, event: str) -> int:
         return sum(record.get("event") == event for record in self.events)
@@ -81,7 +83,7 @@ def read_runs(found: Iterable[Found]) -> list[Run]:
 
 def _names(found: list[Found]) -> list[str]:
     """Name each run by its folder. If two runs share a name, use as many parent folders as make the names unique."""
-    parts = [run.place.absolute().parts for run in found]
+    parts = [run.path.absolute().parts for run in found]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts):
         depth += 1
@@ -89,14 +91,15 @@ def _names(found: list[Found]) -> list[str]:
 
 
 def _read(found: Found, name: str) -> Run:
-    path, trial = found.place, found.trial
+    path, trial = found.path, found.trial
     params = dict(trial.params) if trial else {}
     summary = RunFolder(path).read_summary()
     status = _status(path, summary)
     series = _series(read_json_lines(path / "metrics.jsonl"))
     return Run(
         name=name,
-        path=path if found.exists else None,
+        path=path,
+        exists=found.exists,
         trial=trial,
         status=trial.state if trial and (trial.state != "running" or not found.exists) else status,
         settings=_settings(params) | _settings(_tree(path / "config.yaml")),

@@ -74,7 +74,7 @@ def _event_line(event: Mapping[str, Any]) -> list[str]:
 
 
 def _samples(run: Run) -> TextTable | None:
-    samples = read_json_lines(run.path / "samples.jsonl") if run.path else []
+    samples = read_json_lines(run.path / "samples.jsonl")
     if not samples:
         return None
     keys: list[str] = [key for key in ANSWERED if key in samples[0]] or list(samples[0])

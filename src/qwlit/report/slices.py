@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwlit.core.metric import number_or_none
 from qwlit.report.compare import Ledger
 from qwlit.report.drawing import ALARM, figure, plain_number, set_log, spreads, to_svg
-from qwlit.report.find import number_or_none
 from qwlit.report.importance import is_log, is_scale
 from qwlit.report.runs import Run
 from qwlit.report.table import show_setting
@@ -65,7 +65,7 @@ def _draw(axes: "Axes", key: str, ledger: Ledger, order: list[Run], colours: Any
         value, colour = ledger.value(run), colours.to_rgba(number)
         if value is None:
             # No value: a cross on the upper or lower edge, whichever means worse.
-            edge = 1.0 if ledger.metric.minimize else 0.0
+            edge = 1.0 if ledger.metric.goal == "minimize" else 0.0
             axes.plot(place, edge, "x", color=ALARM, transform=axes.get_xaxis_transform(), clip_on=False, markersize=5)
         elif run.settled:
             axes.plot(place, value, "o", color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.4)

@@ -10,10 +10,11 @@ from qwlit.config.compose import as_tree, compose
 from qwlit.config.run import RunConfig, flatten
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import write_text_atomic
+from qwlit.core.metric import Metric
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.record import RECORD, read_record
 from qwlit.tuning.space import format_overrides
-from qwlit.tuning.sweep_file import Metric, Sweep
+from qwlit.tuning.sweep_file import Sweep
 from qwlit.tuning.trial import best_value
 
 # These sections say where a run is stored, logged and queued; they are no part of an experiment.

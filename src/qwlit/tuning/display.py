@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 
 from qwlit.core.console import progress_bar
-from qwlit.tuning.sweep_file import Metric
+from qwlit.core.metric import Metric
 
 if TYPE_CHECKING:
     from qwlit.tuning.study import Outcome, Ticket

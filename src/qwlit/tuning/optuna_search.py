@@ -12,6 +12,7 @@ from qwlit.config.run import RunConfig
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, GuardStop, Preempted, nearest
 from qwlit.core.files import resolve_path
+from qwlit.core.metric import Metric
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.tracking.run_folder import RunFolder
@@ -20,7 +21,7 @@ from qwlit.tuning.record import header, refuse_other_sweep, steps_made, write_re
 from qwlit.tuning.slots import allocate_slots
 from qwlit.tuning.space import Space, build_space, check_space, format_overrides, grid_points
 from qwlit.tuning.study import Outcome, Study
-from qwlit.tuning.sweep_file import Metric, Sweep
+from qwlit.tuning.sweep_file import Sweep
 from qwlit.tuning.trial import TrialRun
 
 POLL_SECONDS = 0.25

@@ -8,10 +8,11 @@ from typing import Any
 from qwlit.config.run import RunConfig, mathematics
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked, write_json_atomic
+from qwlit.core.metric import Metric
 from qwlit.data.config import parts_of
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.study import Study
-from qwlit.tuning.sweep_file import Metric, Sweep
+from qwlit.tuning.sweep_file import Sweep
 from qwlit.tuning.trial import name_of
 
 RECORD = "sweep.json"

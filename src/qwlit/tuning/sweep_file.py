@@ -1,8 +1,7 @@
 """Read a sweep file. It has W&B's own format, so that `wandb sweep FILE` accepts it as well."""
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from qwlit.config.compose import SWEEPS, conf_dir
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
+from qwlit.core.metric import Metric
 from qwlit.core.schema import Flag, PositiveInt, config_dataclass
 
 Scalar = str | int | float | bool | None
@@ -31,19 +31,6 @@ class Parameter:
     mu: float | None = None
     sigma: float | None = None
     probabilities: list[float] | None = None
-
-
-@config_dataclass
-class Metric:
-    """The metric to optimize: a key of metrics.jsonl or of summary.json."""
-
-    name: str
-    goal: Literal["minimize", "maximize"] = "minimize"
-
-    def best(self, values: Iterable[float]) -> float | None:
-        """Return the best finite value, or None if there is none."""
-        finite = (value for value in values if math.isfinite(value))
-        return (min if self.goal == "minimize" else max)(finite, default=None)
 
 
 @config_dataclass

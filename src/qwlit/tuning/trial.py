@@ -11,9 +11,9 @@ from typing import Any
 from qwlit.core.children import start_child
 from qwlit.core.errors import Interrupted, Preempted
 from qwlit.core.files import is_locked, read_json_lines
+from qwlit.core.metric import Metric
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.study import Ticket
-from qwlit.tuning.sweep_file import Metric
 
 # Exit codes of a trial that was preempted or interrupted from outside: it resumes when it is started again.
 RESUMABLE = (Preempted.exit_code, Interrupted.exit_code)
@@ -77,12 +77,7 @@ def values_in(records: list[dict[str, Any]], metric: Metric) -> list[float]:
 
 def best_value(run: RunFolder, metric: Metric) -> float | None:
     """Return the best value in metrics.jsonl, or else the value in summary.json."""
-    values = values_in(read_json_lines(run.path / "metrics.jsonl"), metric)
-    best = metric.best(values)
-    if best is not None:
-        return best
-    value = run.read_summary().get(metric.name)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return metric.best_of_run(values_in(read_json_lines(run.path / "metrics.jsonl"), metric), run.read_summary())
 
 
 class TrialRun:
