@@ -186,7 +186,8 @@ def test_that_a_sweep_ended_a_trial_is_no_preemption(tmp_path):
 
 
 def test_a_text_with_other_line_ends_is_one_line_of_json(tmp_path):
-    path = write_run(tmp_path / "a", samples=[{"prompt": "one\u2028two\x85three", "answer": "x", "expected": "y"}])
+    sample = {"prompt": "one\u2028two\x85three", "answer": "x", "expected": "y", "exact": False}
+    path = write_run(tmp_path / "a", samples=[sample])
     assert len(read_json_lines(path / "samples.jsonl")) == 1
     assert "one\u2028two\x85three" in page_of(ledger_of(path))
 

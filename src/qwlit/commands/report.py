@@ -173,6 +173,6 @@ def _table(ledger: "Ledger", parts: "list[Column]") -> "Table":
         title = "\n" * (height - len(part.title_lines)) + "\n".join(part.title_lines)
         table.add_column(Text(title), justify=justify, overflow="fold", no_wrap=part.kind != "text")
     for number, run in enumerate(ledger.runs):
-        cells = [Text(part.cells[number], "bold cyan" if part.marked[number] else "") for part in parts]
+        cells = [Text(part.cells[number], "bold cyan" if number in part.marked else "") for part in parts]
         table.add_row(*cells, style=None if run.settled else "dim")
     return table

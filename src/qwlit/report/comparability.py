@@ -23,18 +23,18 @@ class Condition:
     """Whether a reader understands the values; fingerprints are not shown."""
 
 
-def _recorded(*keys: str) -> Callable[[Run], str | None]:
-    def read(run: Run) -> str | None:
-        values = [run.manifest.get(key) for key in keys]
-        return None if None in values else " ".join(map(str, values))
+def _recorded(key: str) -> Callable[[Run], str | None]:
+    return lambda run: run.manifest.get(key)
 
-    return read
+
+def _torch(run: Run) -> str | None:
+    version: str | None = run.manifest.get("packages", {}).get("torch")
+    return version
 
 
 def _device(run: Run) -> str | None:
     device = run.manifest.get("device")
-    devices, nodes = (run.manifest.get(key) for key in ("devices", "num_nodes"))
-    number = (devices if isinstance(devices, int) else 1) * (nodes if isinstance(nodes, int) else 1)
+    number = run.manifest.get("devices", 1) * run.manifest.get("num_nodes", 1)
     return None if device is None else f"{number} x {device}"
 
 
@@ -43,11 +43,6 @@ def _code(run: Run) -> str | None:
     if not isinstance(git, dict):
         return None if version is None else str(version)
     return f"{version} at {str(git.get('commit'))[:7]}{' with changes' if git.get('dirty') else ''}"
-
-
-def _torch(run: Run) -> str | None:
-    packages = run.manifest.get("packages")
-    return packages.get("torch") if isinstance(packages, dict) else None
 
 
 def data_prints(run: Run) -> tuple[str | None, str | None]:

@@ -72,8 +72,8 @@ class Run:
         return sum(record.get("event") == event for record in self.events)
 
     def last_step(self, event: str) -> int | None:
-        steps = [record.get("step") for record in self.events if record.get("event") == event]
-        return steps[-1] if steps and isinstance(steps[-1], int) else None
+        steps = [record["step"] for record in self.events if record.get("event") == event]
+        return steps[-1] if steps else None
 
 
 def read_runs(found: Iterable[Found]) -> list[Run]:

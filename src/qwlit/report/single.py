@@ -11,7 +11,6 @@ from qwlit.report.runs import Run
 from qwlit.report.table import show_setting
 
 MOST_LINES = 100
-ANSWERED = ("prompt", "answer", "expected")
 OWN_COLUMNS = ("step", "event", "time")
 GROUPS = ("experiment", "model", "data", "recipe", "hardware", "optim", "scheduler", "dropout")
 
@@ -43,13 +42,11 @@ def describe(run: Run) -> RunDetails:
 
 
 def _conditions(run: Run) -> dict[str, str]:
-    conditions = {c.title: value for c in CONDITIONS if c.shown and (value := c.read(run))}
-    choices = run.manifest.get("choices")
-    if isinstance(choices, Mapping):
-        chosen = {group: choices[group] for group in GROUPS if choices.get(group)}
-        conditions["choices"] = " ".join(f"{group}={choice}" for group, choice in chosen.items())
-    seed = run.manifest.get("seed")
-    return conditions if seed is None else conditions | {"seed": str(seed)}
+    choices = run.manifest.get("choices", {})
+    conditions = {condition.title: condition.read(run) for condition in CONDITIONS if condition.shown}
+    conditions["choices"] = " ".join(f"{group}={choices[group]}" for group in GROUPS if choices.get(group))
+    conditions["seed"] = str(run.manifest.get("seed", ""))
+    return {title: text for title, text in conditions.items() if text}
 
 
 def _events(run: Run) -> TextTable | None:
@@ -65,23 +62,15 @@ def _events(run: Run) -> TextTable | None:
 
 def _event_line(event: Mapping[str, Any]) -> list[str]:
     """Return step, time, kind and the remaining entries of an event."""
-    when, rest = event.get("time"), [f"{name}: {value}" for name, value in event.items() if name not in OWN_COLUMNS]
-    try:
-        moment = datetime.fromtimestamp(when).strftime("%Y-%m-%d %H:%M:%S") if when else ""
-    except (TypeError, ValueError, OverflowError, OSError):
-        moment = ""
-    return [str(event.get("step", "")), moment, str(event.get("event", "")), "; ".join(rest)]
+    when = datetime.fromtimestamp(event["time"]).strftime("%Y-%m-%d %H:%M:%S")
+    rest = [f"{name}: {value}" for name, value in event.items() if name not in OWN_COLUMNS]
+    return [str(event["step"]), when, event["event"], "; ".join(rest)]
 
 
 def _samples(run: Run) -> TextTable | None:
     samples = read_json_lines(run.path / "samples.jsonl")
     if not samples:
         return None
-    keys: list[str] = [key for key in ANSWERED if key in samples[0]] or list(samples[0])
-    lines = []
-    for sample in samples[:MOST_LINES]:
-        exact = sample.get("exact")
-        mark = ("✓" if exact else "✗") if isinstance(exact, bool) else ""
-        lines.append([mark, *(str(sample.get(key, "")) for key in keys)])
+    lines = [["✓" if s["exact"] else "✗", s["prompt"], s["answer"], s["expected"]] for s in samples[:MOST_LINES]]
     number = f"the first {MOST_LINES} of {len(samples)}" if len(samples) > MOST_LINES else f"{len(samples)}"
-    return TextTable(["", *keys], lines, f"{number} answers")
+    return TextTable(["", "prompt", "answer", "expected"], lines, f"{number} answers")

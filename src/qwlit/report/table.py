@@ -1,14 +1,14 @@
 """The ledger as columns of text, for the terminal and for the page."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 from qwlit.report.compare import Ledger
 from qwlit.report.drawing import plain_number
-from qwlit.report.runs import Figures, Run
+from qwlit.report.runs import Run
 
 MOST_SETTINGS = 8
 """If more settings differ, each run lists its own changes in one column instead of one column per setting."""
@@ -27,12 +27,13 @@ EVENTS = {
 
 @dataclass(frozen=True)
 class Column:
-    """A title, and for each run a text and whether it is highlighted."""
+    """A title, and a text for each run."""
 
     title: str
     cells: list[str]
-    marked: list[bool]
     kind: Literal["number", "name", "text"] = "number"
+    marked: Sequence[int] = ()
+    """Positions of the highlighted cells."""
 
     @property
     def title_lines(self) -> list[str]:
@@ -47,50 +48,54 @@ def columns(ledger: Ledger, *, most_listed: int | None = None) -> list[Column]:
     Args:
         most_listed: how many changed settings a run lists if they share one column; None: all.
     """
-    names = [
-        f"{run.name}\u00a0{BEST}" if run is ledger.best and len(ledger.runs) > 1 else run.name for run in ledger.runs
-    ]
-    first = Column("run", names, [run is ledger.best for run in ledger.runs], "name")
-    status = _column("status", [run.status for run in ledger.runs], "name")
-    figures = [_column(title, [text(run) for run in ledger.runs]) for title, text in _figures(ledger)]
-    known = [column for column in figures if any(cell != UNKNOWN for cell in column.cells)]
+    names = [run.name for run in ledger.runs]
+    if ledger.best and len(names) > 1:
+        names[0] += f"\u00a0{BEST}"
+    results = [column for column in _results(ledger) if any(cell != UNKNOWN for cell in column.cells)]
     # The changed settings come next to the metric that they changed.
-    ranked = [column for column in known if column.title in (ledger.metric.name, "Δ")]
-    rest = [column for column in known if column not in ranked]
-    told = _column("stability", [stability(run) for run in ledger.runs], "text")
+    ranking = [column for column in results if column.title in (ledger.metric.name, "Δ")]
     settings = _settings(ledger, most_listed)
-    changes = [column for column in settings if column.kind == "text"]
-    beside = [column for column in settings if column.kind != "text"]
-    return [first, status, *ranked, *beside, *rest, *([told] if any(told.cells) else []), *changes]
-
-
-def _column(title: str, cells: list[str], kind: Literal["number", "name", "text"] = "number") -> Column:
-    return Column(title, cells, [False] * len(cells), kind)
-
-
-def _figures(ledger: Ledger) -> list[tuple[str, Callable[[Run], str]]]:
-    def figure(read: Callable[[Figures], Any], text: Callable[[Any], str]) -> Callable[[Run], str]:
-        return lambda run: UNKNOWN if (value := read(run.figures)) is None else text(value)
-
-    def loss(read: Callable[[Run], float | None]) -> Callable[[Run], str]:
-        places = _places(read(run) for run in ledger.runs)
-        return lambda run: show_value(read(run), places)
-
-    shown = [("val/loss", loss(lambda run: run.figures.val_loss))]
-    if len(ledger.runs) > 1:
-        places = _places(map(ledger.value, ledger.runs))
-        delta = ("Δ", lambda run: "baseline" if run is ledger.baseline else show_value(ledger.delta(run), places, "+"))
-        first = (ledger.metric.name, loss(ledger.value))
-        shown = [first, delta] if ledger.metric.name == "val/loss" else [first, delta, *shown]
+    stability_cells = [stability(run) for run in ledger.runs]
     return [
-        *shown,
-        ("train/loss", loss(lambda run: run.figures.train_loss)),
-        ("exact match", figure(lambda f: f.exact_match, "{:.1%}".format)),
-        ("steps", figure(lambda f: f.steps, "{:,}".format)),
-        ("time", figure(lambda f: f.wall_seconds, _duration)),
-        ("tokens/s", figure(lambda f: f.tokens_per_second, "{:,.0f}".format)),
-        ("peak GiB", figure(lambda f: f.peak_memory_gib, "{:.2f}".format)),
+        Column("run", names, "name", marked=[0] if ledger.best else []),
+        Column("status", [run.status for run in ledger.runs], "name"),
+        *ranking,
+        *(column for column in settings if column.kind != "text"),
+        *(column for column in results if column not in ranking),
+        *([Column("stability", stability_cells, "text")] if any(stability_cells) else []),
+        *(column for column in settings if column.kind == "text"),
     ]
+
+
+def _results(ledger: Ledger) -> list[Column]:
+    """Return a column for the metric, for the difference to the baseline, and for each figure."""
+    figures = [run.figures for run in ledger.runs]
+    losses = [_losses("val/loss", [figure.val_loss for figure in figures])]
+    if len(ledger.runs) > 1:
+        values = [ledger.value(run) for run in ledger.runs]
+        places = _places(values)
+        deltas = [show_value(ledger.delta(run), places, "+") for run in ledger.runs]
+        deltas[ledger.runs.index(ledger.baseline)] = "baseline"
+        others = [] if ledger.metric.name == "val/loss" else losses
+        losses = [_losses(ledger.metric.name, values), Column("Δ", deltas), *others]
+    return [
+        *losses,
+        _losses("train/loss", [figure.train_loss for figure in figures]),
+        _column("exact match", [figure.exact_match for figure in figures], "{:.1%}".format),
+        _column("steps", [figure.steps for figure in figures], "{:,}".format),
+        _column("time", [figure.wall_seconds for figure in figures], _duration),
+        _column("tokens/s", [figure.tokens_per_second for figure in figures], "{:,.0f}".format),
+        _column("peak GiB", [figure.peak_memory_gib for figure in figures], "{:.2f}".format),
+    ]
+
+
+def _column(title: str, values: Sequence[float | None], text: Callable[[float], str]) -> Column:
+    return Column(title, [UNKNOWN if value is None else text(value) for value in values])
+
+
+def _losses(title: str, values: Sequence[float | None]) -> Column:
+    places = _places(values)
+    return Column(title, [show_value(value, places) for value in values])
 
 
 def _duration(seconds: float) -> str:
@@ -115,9 +120,8 @@ def stability(run: Run) -> str:
     parts = []
     for event, text in EVENTS.items():
         # Rank 0 may have been killed after it wrote one of the two files and before the other: take the larger count.
-        counted = {"skip": "skipped_steps", "rollback": "rollbacks"}.get(event, "")
-        summed = run.summary.get(counted)
-        number = max(run.count(event), summed if isinstance(summed, int) else 0)
+        entry = {"skip": "skipped_steps", "rollback": "rollbacks"}.get(event, "")
+        number = max(run.count(event), run.summary.get(entry, 0))
         if event == "preempted" and run.status == "pruned":
             number -= 1  # A sweep preempts a trial to prune it.
         if number > 0:
@@ -134,19 +138,21 @@ def _settings(ledger: Ledger, most_listed: int | None) -> list[Column]:
     if not ledger.differing:
         return []
     if len(ledger.differing) > MOST_SETTINGS:
-        return [_column("other than the baseline", [_others(ledger, run, most_listed) for run in ledger.runs], "text")]
+        changes = [_changes(ledger, run, most_listed) for run in ledger.runs]
+        return [Column("other than the baseline", changes, "text")]
     return [
         Column(
             key,
             [show_setting(run.settings[key]) if key in run.settings else UNKNOWN for run in ledger.runs],
             # In a sweep nearly all settings differ from the baseline, so highlighting them would not help.
-            [ledger.sweep is None and not ledger.same(run, key) for run in ledger.runs],
+            marked=[n for n, run in enumerate(ledger.runs) if ledger.sweep is None and not ledger.same(run, key)],
         )
         for key in ledger.differing
     ]
 
 
-def _others(ledger: Ledger, run: Run, most_listed: int | None) -> str:
+def _changes(ledger: Ledger, run: Run, most_listed: int | None) -> str:
+    """List the settings that are other than the baseline's."""
     changed = [key for key in ledger.differing if not ledger.same(run, key)]
     listed = [f"{key}={show_setting(run.settings[key])}" for key in changed[:most_listed]]
     more = len(changed) - len(listed)
