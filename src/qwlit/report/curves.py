@@ -91,10 +91,10 @@ def _draw(axes: "Axes", points: Series, colour: str | None) -> None:
 
 
 def _settle_axes(axes: "Axes", panel: Panel, values: list[list[float]]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=(1, 2, 2.5, 5, 10)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     peaks, together = [max(each) for each in values], [value for each in values for value in each]
     if panel.log_axis_by == "peaks" and spreads(peaks):
         axes.set_ylim(bottom=min(peaks) / LOG_SPREAD)
@@ -107,13 +107,13 @@ def _settle_axes(axes: "Axes", panel: Panel, values: list[list[float]]) -> None:
     else:
         if panel.log_axis_by != "values":
             axes.set_ylim(0, 1.05 * max(together) or 1)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+        axes.yaxis.set_major_formatter(lambda value, _: plain_number(value))
 
 
 def _mark_events(axes: "Axes", run: Run) -> None:
     """Draw a vertical line at each skipped step, rollback and resume."""
     for event, (label, colour) in MARKS.items():
-        steps = [e["step"] for e in run.events if e.get("event") == event and isinstance(e.get("step"), int)]
+        steps = [record["step"] for record in run.events if record.get("event") == event]
         for number, step in enumerate(steps):
             axes.axvline(step, color=colour, linewidth=0.8, linestyle=":", label=label if number == 0 else None)
     if axes.get_legend_handles_labels()[0]:

@@ -74,14 +74,14 @@ def spreads(values: Iterable[float], *, above: float | None = None) -> bool:
 
 def set_log(axes: "Axes", which: str) -> None:
     """Make the axis "x" or "y" logarithmic, with plain numbers at its ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     axis = getattr(axes, f"{which}axis")
     axes.set(**{f"{which}scale": "log"})
     low, high = getattr(axes, f"get_{which}lim")()
     # Within about two decades, powers of ten alone would give too few ticks.
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 200 * low else (1.0,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+    axis.set_major_formatter(lambda value, _: plain_number(value))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 

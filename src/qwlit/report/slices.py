@@ -78,7 +78,7 @@ def _draw(axes: "Axes", key: str, ledger: Ledger, order: list[Run], colours: Any
 
 def _places(axes: "Axes", key: str, settings: list[Any]) -> list[float]:
     """Set up the x axis for the setting, and return the position of each value on it."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     if is_scale(settings):
         numbers = [float(value) for value in settings]
@@ -87,7 +87,7 @@ def _places(axes: "Axes", key: str, settings: list[Any]) -> list[float]:
             set_log(axes, "x")
         else:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+            axes.xaxis.set_major_formatter(lambda value, _: plain_number(value))
         return numbers
     labels = [show_setting(value) for value in settings]
     names = sorted(set(labels))

@@ -1,12 +1,11 @@
-"""The trials of a local sweep: Optuna draws them, and a journal keeps them after kill -9 for all machines."""
+"""The trials of a local sweep. Optuna draws them; a journal keeps them for all machines, also after kill -9."""
 
 import contextlib
-import fcntl
 import math
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -49,16 +48,14 @@ class _FileLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._handle: IO[str] | None = None
+        self._held = contextlib.ExitStack()
 
     def acquire(self) -> bool:
-        self._handle = self._path.open("a")
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        self._held.enter_context(locked(self._path))
         return True
 
     def release(self) -> None:
-        assert self._handle is not None
-        self._handle.close()
+        self._held.close()
 
 
 class Study:
@@ -72,15 +69,14 @@ class Study:
         self._space = space
         self._limit = trials
         self._seed = seed
-        journal = folder / "journal.log"
-        lock = _FileLock(folder / ".journal.lock")
+        journal, lock = folder / "journal.log", folder / ".journal.lock"
         _cut_unfinished_line(journal, lock)
-        self._storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))  # type: ignore[arg-type]
-        goal = sweep.document.metric.goal
+        backend = JournalFileBackend(str(journal), lock_obj=_FileLock(lock))  # type: ignore[arg-type]
+        self._storage = JournalStorage(backend)
         self._study = optuna.create_study(
             storage=self._storage,
             study_name=STUDY,
-            direction=goal,
+            direction=sweep.document.metric.goal,
             pruner=_pruner(sweep.document.early_terminate),
             load_if_exists=True,
         )
@@ -111,9 +107,8 @@ class Study:
             trial = Trial(self._study, self._trial_id(number)) if orphan else self._study.ask()
             parameters = {name: _draw(trial, name, self._space) for name in self._space}
             trial.set_user_attr("owner", self._owner)
-            kept = trial.user_attrs
             reported = len(orphan.intermediate_values) if orphan else 0
-            return Ticket(number, parameters, kept.get("pruned_at"), reported)
+            return Ticket(number, parameters, trial.user_attrs.get("pruned_at"), reported)
 
     def report(self, number: int, count: int, value: float) -> bool:
         """Record the `count`-th value of the metric. Return whether the trial is to be pruned."""
@@ -187,14 +182,10 @@ def _pruner(rule: EarlyTerminate | None) -> BasePruner:
     return SuccessiveHalvingPruner(min_resource=first, reduction_factor=rule.eta)
 
 
-def _cut_unfinished_line(journal: Path, lock: _FileLock) -> None:
+def _cut_unfinished_line(journal: Path, lock: Path) -> None:
     """Remove a last line without its end, left by a kill or a full disk: the next line would be appended to it."""
     if not journal.exists():
         return
-    lock.acquire()
-    try:
-        with journal.open("rb+") as handle:
-            written = handle.read()
-            handle.truncate(written.rfind(b"\n") + 1)
-    finally:
-        lock.release()
+    with locked(lock), journal.open("rb+") as handle:
+        written = handle.read()
+        handle.truncate(written.rfind(b"\n") + 1)
