@@ -9,13 +9,13 @@ import yaml
 from qwlit.config.compose import as_tree, compose
 from qwlit.config.run import RunConfig, flatten
 from qwlit.core.errors import ConfigError
-from qwlit.core.files import write_text_atomic
+from qwlit.core.files import read_json_lines, write_text_atomic
 from qwlit.core.metric import Metric
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.record import RECORD, read_record
 from qwlit.tuning.space import format_overrides
 from qwlit.tuning.sweep_file import Sweep
-from qwlit.tuning.trial import best_value
+from qwlit.tuning.trial import values_in
 
 # These sections say where a run is stored, logged and queued; they are no part of an experiment.
 NOT_TAKEN = {"run", "logger", "slurm"}
@@ -56,12 +56,16 @@ def _recorded_best(folder: Path) -> tuple[RunFolder, float]:
 
 def _best_of_runs(folder: Path, metric: Metric) -> tuple[RunFolder, float]:
     """Return the best trial of a W&B sweep among its runs on this machine, with its value."""
-    runs = [RunFolder(path) for path in sorted(folder.glob("*")) if path.is_dir()]
-    values = {run: value for run in runs if run.status == FINISHED and (value := best_value(run, metric)) is not None}
+    runs = [RunFolder(path) for path in sorted(folder.glob("*"))]
+    values = {run: value for run in runs if run.status == FINISHED and (value := _value(run, metric)) is not None}
     best = metric.best(values.values())
     if best is None:
         raise ConfigError(f"{folder} holds no sweep with a finished trial; name the sweep by run.name=… and run.root=…")
     return next(run for run, value in values.items() if value == best), best
+
+
+def _value(run: RunFolder, metric: Metric) -> float | None:
+    return metric.best_of_run(values_in(read_json_lines(run.path / "metrics.jsonl"), metric), run.read_summary())
 
 
 def fewest_overrides(

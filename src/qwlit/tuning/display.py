@@ -1,7 +1,7 @@
 """Show a sweep to a person: one line per event, and on a terminal also a bar with the running trials."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,10 +9,8 @@ from rich.progress import MofNCompleteColumn
 
 from qwlit.core.console import progress_bar
 from qwlit.core.metric import Metric
-
-if TYPE_CHECKING:
-    from qwlit.tuning.study import Outcome, Ticket
-    from qwlit.tuning.trial import TrialRun
+from qwlit.tuning.study import Outcome, Ticket
+from qwlit.tuning.trial import TrialRun
 
 COLOURS = {"done": "green", "pruned": "yellow", "diverged": "red", "failed": "red"}
 
@@ -35,21 +33,26 @@ class SweepDisplay:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def began(self, ticket: "Ticket") -> None:
+    def began(self, ticket: Ticket) -> None:
         self._screen.print(f"trial {ticket.number:>3}  begins    {escape(describe(ticket.parameters))}")
 
-    def ended(self, ticket: "Ticket", outcome: "Outcome", value: float | None, reason: str | None) -> None:
+    def ended(self, ticket: Ticket, outcome: Outcome, value: float | None, reason: str | None) -> None:
         measured = "" if value is None else f"{self._metric.name} {value:.4f}  "
         self._screen.print(
             f"trial {ticket.number:>3}  [{COLOURS[outcome]}]{outcome:<8}[/]  {measured}{escape(reason or '')}"
         )
 
-    def show(self, trials: Sequence[dict[str, Any]] | None, running: "Sequence[TrialRun | None]") -> None:
-        """Refresh the bar. Pass the trials of sweep.json if one of them has begun or ended."""
+    def show(self, trials: Sequence[dict[str, Any]] | None, running: Mapping[int, TrialRun]) -> None:
+        """Refresh the bar.
+
+        Args:
+            trials: the trials of sweep.json if one of them has begun or ended, else None.
+            running: number of a slot → the trial in it.
+        """
         if trials is not None:
             ended = sum(trial["state"] != "running" for trial in trials)
             self._bar.update(self._task, completed=ended)
-        steps = "  ".join(f"{trial.ticket.number}: step {trial.step}" for trial in running if trial is not None)
+        steps = "  ".join(f"{trial.ticket.number}: step {trial.step}" for _, trial in sorted(running.items()))
         self._bar.update(self._task, description=steps)
         self._bar.refresh()
 

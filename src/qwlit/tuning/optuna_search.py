@@ -1,7 +1,10 @@
 """A sweep on this machine, without an account: Optuna draws the settings, each trial is a process and a normal run."""
 
+import math
 import signal
 import time
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from rich.console import Console
 from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, GuardStop, Preempted, nearest
+from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.metric import Metric
 from qwlit.training.resilience.preemption import answering_signals
@@ -20,7 +23,7 @@ from qwlit.tuning.display import SweepDisplay
 from qwlit.tuning.record import header, refuse_other_sweep, steps_made, write_record
 from qwlit.tuning.slots import allocate_slots
 from qwlit.tuning.space import Space, build_space, check_space, format_overrides, grid_points
-from qwlit.tuning.study import Outcome, Study
+from qwlit.tuning.study import Study
 from qwlit.tuning.sweep_file import Sweep
 from qwlit.tuning.trial import TrialRun
 
@@ -67,13 +70,14 @@ def run_local(sweep: Sweep, overrides: list[str], *, trials: int | None, jobs: i
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.root: {folder} cannot be written: {error.strerror}") from None
-    study = Study(folder, sweep, space, trials=limit, seed=config.seed)
-    try:
-        most = config.slurm.max_requeues_in_place
-        with counting_requeues(RunFolder(folder), lambda: steps_made(folder), most), answering_signals():
-            _Search(study, sweep.document.metric, folder, head, slots, limit).run()
-    finally:
-        study.close()
+    metric, most = sweep.document.metric, config.slurm.max_requeues_in_place
+    with (
+        closing(Study(folder, sweep, space, trials=limit, seed=config.seed)) as study,
+        counting_requeues(RunFolder(folder), lambda: steps_made(folder), most),
+        answering_signals(),
+    ):
+        display = SweepDisplay(console(), metric, limit)
+        _Search(study, metric, folder, head, slots, display).run()
     return folder
 
 
@@ -113,41 +117,33 @@ def number_of_trials(sweep: Sweep, space: Space, trials: int | None) -> int:
     """
     asked = trials or sweep.document.run_cap
     if sweep.document.method == "grid":
-        points = 1
-        for values in grid_points(space).values():
-            points *= len(values)
+        points = math.prod(len(values) for values in grid_points(space).values())
         return min(points, asked or points)
     if asked is None:
         raise ConfigError(f"trials is not set, and a {sweep.document.method} search needs it; set e.g. trials=20")
     return asked
 
 
+@dataclass
 class _Search:
     """Runs trials in the slots until none is left."""
 
-    def __init__(
-        self,
-        study: Study,
-        metric: Metric,
-        folder: Path,
-        head: dict[str, Any],
-        slots: list[dict[str, str]],
-        limit: int,
-    ) -> None:
-        self._study = study
-        self._metric = metric
-        self._folder = folder
-        self._head = head
-        self._slots = slots
-        self._running: list[TrialRun | None] = [None] * len(slots)
-        self._display = SweepDisplay(console(), metric, limit)
-        self._false_starts, self._has_trained = 0, False
+    study: Study
+    metric: Metric
+    folder: Path
+    head: dict[str, Any]
+    slots: list[dict[str, str]]
+    display: SweepDisplay
+    running: dict[int, TrialRun] = field(default_factory=dict)
+    """Number of a slot → the trial in it."""
+    false_starts: int = 0
+    has_trained: bool = False
 
     def run(self) -> None:
         """Return when every trial has ended, except those that other machines run."""
         try:
-            with self._display:
-                while self._fill() or any(self._running):
+            with self.display:
+                while self._fill() or self.running:
                     self._check_trials()
                     time.sleep(POLL_SECONDS)
         except BaseException:
@@ -157,22 +153,21 @@ class _Search:
             self._write()
 
     def _write(self) -> None:
-        trials = write_record(self._folder, self._head, self._study)
-        self._display.show(trials, self._running)
+        trials = write_record(self.folder, self.head, self.study)
+        self.display.show(trials, self.running)
 
     def _fill(self) -> bool:
         """Start a trial in every free slot. Return whether one was started."""
         started = False
-        for index, slot in enumerate(self._slots):
-            if self._running[index] is not None:
+        for slot, environment in enumerate(self.slots):
+            if slot in self.running:
                 continue
-            ticket = self._study.next()
+            ticket = self.study.next()
             if ticket is None:
                 break
-            overrides = [*self._head["words"], *format_overrides(ticket.parameters)]
-            trial = TrialRun(ticket, overrides, self._metric, self._folder, slot)
-            self._running[index] = trial
-            self._display.began(ticket)
+            overrides = [*self.head["words"], *format_overrides(ticket.parameters)]
+            self.running[slot] = TrialRun(ticket, overrides, self.metric, self.folder, environment)
+            self.display.began(ticket)
             started = True
         if started:
             self._write()
@@ -180,37 +175,21 @@ class _Search:
 
     def _check_trials(self) -> None:
         """Report the trials' new values to the study, and close the trials that have ended."""
-        for index, trial in enumerate(self._running):
-            if trial is None:
-                continue
-            code = self._exit_code(trial)
+        for slot, trial in sorted(self.running.items()):
+            code = trial.poll()
             self._report(trial)
             if code is not None:
-                self._running[index] = None
+                del self.running[slot]
                 self._close(trial, code)
                 self._write()
-        self._display.show(None, self._running)
-
-    def _exit_code(self, trial: TrialRun) -> int | None:
-        """Return the exit code of a trial that has ended; start one that has not been started."""
-        if trial.is_done:
-            # The trial may have finished under an earlier parent that died before it wrote this to the journal.
-            trial.wait()
-            return 0
-        if not trial.was_never_started:
-            return trial.poll()
-        if trial.pruned_at is not None:
-            return Preempted.exit_code
-        if trial.is_free():  # else a process of the last parent is still saving
-            trial.start()
-        return None
+        self.display.show(None, self.running)
 
     def _report(self, trial: TrialRun) -> None:
         values = trial.values()
         # Not beyond the value at which it was pruned: a trial may measure once more before it ends.
         while trial.num_reported < len(values) and trial.pruned_at is None:
             trial.num_reported += 1
-            if self._study.report(trial.ticket.number, trial.num_reported, values[trial.num_reported - 1]):
+            if self.study.report(trial.ticket.number, trial.num_reported, values[trial.num_reported - 1]):
                 trial.pruned_at = trial.num_reported
                 trial.stop()
 
@@ -220,24 +199,24 @@ class _Search:
         Raises:
             ConfigError: none of the first trials could begin.
         """
-        outcome, value, reason = _outcome(trial, code)
+        outcome, value, reason = trial.outcome(code)
         if outcome == "pruned":
             trial.run.write_summary(status="pruned")
-        self._study.finish(trial.ticket.number, outcome, value, reason)
-        self._display.ended(trial.ticket, outcome, value, reason)
+        self.study.finish(trial.ticket.number, outcome, value, reason)
+        self.display.ended(trial.ticket, outcome, value, reason)
         if code == ConfigError.exit_code and not trial.step:
-            self._false_starts += 1
+            self.false_starts += 1
         else:
-            self._has_trained = True
-        if self._false_starts >= MOST_FALSE_STARTS and not self._has_trained:
+            self.has_trained = True
+        if self.false_starts >= MOST_FALSE_STARTS and not self.has_trained:
             raise ConfigError(
                 f"the first {MOST_FALSE_STARTS} trials could not begin, the sweep is stopped: {reason}. Correct this,"
-                f" and set another run.name or delete {self._folder}: failed trials are not tried again"
+                f" and set another run.name or delete {self.folder}: failed trials are not tried again"
             )
 
     def _stop_trials(self, screen: Console) -> None:
         """Tell the running trials to save, and wait for them; a second Ctrl-C kills them."""
-        running = [trial for trial in self._running if trial is not None]
+        running = list(self.running.values())
         for trial in running:
             trial.stop()
         try:
@@ -250,29 +229,3 @@ class _Search:
             for trial in running:
                 trial.stop(signal.SIGKILL)
             raise
-
-
-def _end(trial: TrialRun, value: float | None) -> tuple[Outcome, float | None, str | None]:
-    """Return outcome, value and reason of a trial that finished its training."""
-    if trial.has_diverged:
-        return "diverged", value, f"the last {trial.metric} is not a finite number"
-    if value is None:
-        return "failed", None, f"the trial never measured {trial.metric}"
-    return "done", value, None
-
-
-def _outcome(trial: TrialRun, code: int) -> tuple[Outcome, float | None, str | None]:
-    """Return outcome, value and reason of a trial that has ended."""
-    value = trial.best()
-    if trial.pruned_at is not None:
-        # Even if it finished before it could be stopped: later draws must not depend on that race.
-        return "pruned", value, f"not among the best at value {trial.pruned_at} of {trial.metric}"
-    if code == 0:
-        return _end(trial, value)
-    reason = trial.last_message() or "the trial printed nothing"
-    if code == GuardStop.exit_code:
-        return "diverged", value, reason
-    if code < 0:
-        name = signal.Signals(-code).name
-        return "failed", value, f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''} several times"
-    return "failed", value, reason

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from qwlit.core.children import start_child
-from qwlit.core.errors import Interrupted, Preempted
-from qwlit.core.files import is_locked, read_json_lines
+from qwlit.core.errors import GuardStop, Interrupted, Preempted
+from qwlit.core.files import is_locked
 from qwlit.core.metric import Metric
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
-from qwlit.tuning.study import Ticket
+from qwlit.tuning.study import Outcome, Ticket
 
 # Exit codes of a trial that was preempted or interrupted from outside: it resumes when it is started again.
 RESUMABLE = (Preempted.exit_code, Interrupted.exit_code)
 RESTARTS = 3
 """How often a killed trial is started again without a new step."""
-# Hide Slurm's variables from trials: the sweep is the Slurm task and requeues the job, trials start their own ranks.
-OF_THE_SWEEP = "SLURM_"
 
 
 class Tail:
@@ -54,7 +52,8 @@ class Tail:
 
 def start_training(overrides: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start `train` as a process of its own. It saves and ends if this process is killed."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith(OF_THE_SWEEP)}
+    # Hide Slurm's variables: the sweep is the Slurm task and requeues the job, and trials start their own ranks.
+    own = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     return start_child(["-m", "qwlit", "train", *overrides], log, own | environment, parent_death_signal=signal.SIGTERM)
 
 
@@ -75,11 +74,6 @@ def values_in(records: list[dict[str, Any]], metric: Metric) -> list[float]:
     return [math.nan if value is None else float(value) for value in found]
 
 
-def best_value(run: RunFolder, metric: Metric) -> float | None:
-    """Return the best value in metrics.jsonl, or else the value in summary.json."""
-    return metric.best_of_run(values_in(read_json_lines(run.path / "metrics.jsonl"), metric), run.read_summary())
-
-
 class TrialRun:
     """A trial that this process runs."""
 
@@ -98,44 +92,30 @@ class TrialRun:
         self.num_reported = ticket.num_reported
 
     @property
-    def metric(self) -> str:
-        return self._metric.name
-
-    @property
-    def was_never_started(self) -> bool:
-        return self._process is None
-
-    @property
-    def is_done(self) -> bool:
-        return self.run.status == FINISHED
-
-    @property
     def step(self) -> int:
         records = self._tail.records
         return int(records[-1].get("step", 0)) if records else 0
-
-    def start(self) -> None:
-        """Start the training, or resume it from an earlier attempt's checkpoint."""
-        self._process = start_training(self._overrides, self._log, self._environment)
 
     def values(self) -> list[float]:
         """Return the metric's values so far."""
         return values_in(self._tail.read(), self._metric)
 
-    @property
-    def has_diverged(self) -> bool:
-        values = self.values()
-        return bool(values) and not math.isfinite(values[-1])
-
-    def best(self) -> float | None:
-        """Return the best value; for a pruned trial, the best value up to the one at which it was pruned."""
-        if self.pruned_at is None:
-            return best_value(self.run, self._metric)
-        return self._metric.best(self.values()[: self.pruned_at])
-
     def poll(self) -> int | None:
-        """Return the exit code if the trial has ended. Start a killed trial again, a few times, and return None."""
-        assert self._process is not None
+        """Return the exit code if the trial has ended, else None. Start a trial that does not run yet.
+
+        A killed trial is started again, a few times, and resumes from its checkpoint.
+        """
+        if self.run.status == FINISHED:
+            # The trial may have finished under an earlier parent that died before it wrote this to the journal.
+            self.wait()
+            return 0
+        if self._process is None:
+            if self.pruned_at is not None:
+                return Preempted.exit_code
+            # A process of an earlier parent may still be saving in this run folder: start when it has ended.
+            if not is_locked(self.run.lock_file):
+                self._start()
+            return None
         code = self._process.poll()
         if code is None or self.pruned_at is not None or not (code < 0 or code in RESUMABLE):
             return code
@@ -145,8 +125,31 @@ class TrialRun:
         if self._restarts == RESTARTS:
             return code
         self._restarts += 1
-        self.start()
+        self._start()
         return None
+
+    def _start(self) -> None:
+        self._process = start_training(self._overrides, self._log, self._environment)
+
+    def outcome(self, code: int) -> tuple[Outcome, float | None, str | None]:
+        """Return outcome, value and reason of the trial, which has ended with exit code `code`."""
+        metric, values = self._metric, self.values()
+        if self.pruned_at is not None:
+            # Even if it finished before it could be stopped: later draws must not depend on that race.
+            value = metric.best(values[: self.pruned_at])
+            return "pruned", value, f"not among the best at value {self.pruned_at} of {metric.name}"
+        value = metric.best_of_run(values, self.run.read_summary())
+        if code == 0:
+            if values and not math.isfinite(values[-1]):
+                return "diverged", value, f"the last {metric.name} is not a finite number"
+            if value is None:
+                return "failed", None, f"the trial never measured {metric.name}"
+            return "done", value, None
+        reason = last_message(self._log) or "the trial printed nothing"
+        if code < 0:
+            name = signal.Signals(-code).name
+            reason = f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''} several times"
+        return "diverged" if code == GuardStop.exit_code else "failed", value, reason
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Send a signal; SIGTERM asks the trial to save and end."""
@@ -156,13 +159,6 @@ class TrialRun:
     def wait(self) -> None:
         if self._process is not None:
             self._process.wait()
-
-    def last_message(self) -> str | None:
-        return last_message(self._log)
-
-    def is_free(self) -> bool:
-        """Whether no other process trains in this run folder; one of an earlier parent may still be saving."""
-        return not is_locked(self.run.lock_file)
 
 
 def name_of(number: int) -> str:
