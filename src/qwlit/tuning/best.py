@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from qwlit.config.compose import as_tree, compose
 from qwlit.config.run import RunConfig, flatten
@@ -99,11 +100,9 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def as_experiment(groups: dict[str, str], settings: dict[str, Any], title: str) -> str:
     """Write the overrides as a file of the group `experiment`."""
-    tree: dict[str, Any] = {"defaults": [{f"override /{name}": choice} for name, choice in groups.items()] + ["_self_"]}
+    defaults = [{f"override /{name}": choice} for name, choice in groups.items()]
+    tree = OmegaConf.create({"defaults": [*defaults, "_self_"]})
     for key, value in settings.items():
-        *sections, name = key.split(".")
-        inner = tree
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = value
-    return f"# @package _global_\n# {title}\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}"
+        OmegaConf.update(tree, key, value, force_add=True)
+    text = yaml.safe_dump(OmegaConf.to_container(tree), sort_keys=False, allow_unicode=True)
+    return f"# @package _global_\n# {title}\n{text}"

@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from qwlit.config.compose import compose
 from qwlit.core.console import showing_progress
 from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
-from qwlit.core.files import resolve_path, write_json_atomic
+from qwlit.core.files import read_json_lines, resolve_path, write_json_atomic
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.trial import Tail, last_message, start_training
@@ -77,11 +78,15 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
     typed = {override.partition("=")[0].lstrip("+") for override in overrides}
     if typed & {"scheduler.warmup_steps", "scheduler.warmup_ratio", "scheduler", "scheduler.name"}:
         raise ConfigError("the range test has a schedule of its own, without warm-up; leave scheduler.* out")
-    defaults = {"optim.lr": f"{HIGHEST_LR}", "train.max_steps": f"{STEPS}", "preflight.allow": "[full_lr]"}
+    defaults = {
+        "optim.lr": HIGHEST_LR,
+        "train.max_steps": STEPS,
+        "preflight.allow": "[full_lr]",
+        "scheduler.min_lr_ratio": 1e-6,
+    }
     overrides = [
         *overrides,
         *(f"{key}={value}" for key, value in defaults.items() if key not in typed),
-        *([] if "scheduler.min_lr_ratio" in typed else ["scheduler.min_lr_ratio=1e-6"]),
         "scheduler.name=range_test",
         "scheduler.warmup_steps=0",
         "train.max_epochs=null",
@@ -99,7 +104,8 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
         raise ConfigError(f"train.max_steps={steps}: a range test needs at least {FEWEST_STEPS} steps")
     _delete_earlier_test(folder)
     code, log = _train(overrides, folder, steps, screen)
-    test = read_range_test(folder)
+    records = [r for r in read_json_lines(folder.path / "metrics.jsonl") if r.get("train/loss") is not None]
+    test = evaluate([record["optim/lr"] for record in records], [record["train/loss"] for record in records])
     # Stopped by `_train` or by the guard, the run has reached learning rates that are too high: that is a result.
     if code not in (0, Preempted.exit_code, GuardStop.exit_code) or len(test.lrs) < FEWEST_STEPS // 2:
         error = QwlitError(f"the range test measured only {len(test.lrs)} steps: {last_message(log)}")
@@ -141,7 +147,7 @@ def _train(overrides: list[str], folder: RunFolder, steps: int, screen: Console)
             while process.poll() is None:
                 records = tail.read()
                 show(len(records), steps, f"{len(records)} steps")
-                if _has_diverged([record["train/loss"] for record in records if "train/loss" in record]):
+                if _has_diverged(records):
                     process.terminate()
                 time.sleep(POLL_SECONDS)
         finally:
@@ -151,15 +157,9 @@ def _train(overrides: list[str], folder: RunFolder, steps: int, screen: Console)
     return process.returncode, log
 
 
-def _has_diverged(losses: Sequence[float | None]) -> bool:
-    smoothed = smooth([loss for loss in losses if loss is not None])
+def _has_diverged(records: Sequence[dict[str, Any]]) -> bool:
+    smoothed = smooth([record["train/loss"] for record in records if record.get("train/loss") is not None])
     return len(smoothed) > 10 and smoothed[-1] > DIVERGED * min(smoothed)
-
-
-def read_range_test(folder: RunFolder) -> RangeTest:
-    """Evaluate the metrics of a run with a rising learning rate."""
-    records = [r for r in Tail(folder.path / "metrics.jsonl").read() if r.get("train/loss") is not None]
-    return evaluate([record["optim/lr"] for record in records], [record["train/loss"] for record in records])
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
@@ -194,12 +194,11 @@ def evaluate(lrs: list[float], losses: list[float]) -> RangeTest:
 
 def draw(test: RangeTest, file: Path) -> None:
     """Draw the loss against the learning rate into a PNG file."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    # Not pyplot: it would open a window where there is a screen.
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
     axes.plot(test.lrs, test.losses, color="0.8", linewidth=1, label="each step")
     axes.plot(test.lrs, test.smoothed, color="C0", linewidth=2, label="smoothed")
     if test.suggestion is not None:
@@ -210,4 +209,3 @@ def draw(test: RangeTest, file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
