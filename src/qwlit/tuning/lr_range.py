@@ -17,6 +17,7 @@ from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
 from qwlit.core.files import read_json_lines, resolve_path, write_json_atomic
 from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.tuning.space import keys_of
 from qwlit.tuning.trial import Tail, last_message, start_training
 
 STEPS, FEWEST_STEPS, HIGHEST_LR = 100, 20, 0.1
@@ -75,7 +76,7 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
     composed = compose(overrides)
     name = f"{composed.config.run.name}-lr"
     folder = RunFolder(resolve_path(composed.config.run.root) / name)
-    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
+    typed = keys_of(overrides)
     if typed & {"scheduler.warmup_steps", "scheduler.warmup_ratio", "scheduler", "scheduler.name"}:
         raise ConfigError("the range test has a schedule of its own, without warm-up; leave scheduler.* out")
     defaults = {

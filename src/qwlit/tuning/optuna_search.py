@@ -22,7 +22,7 @@ from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.display import SweepDisplay
 from qwlit.tuning.record import header, refuse_other_sweep, steps_made, write_record
 from qwlit.tuning.slots import allocate_slots
-from qwlit.tuning.space import Space, build_space, check_space, format_overrides, grid_points
+from qwlit.tuning.space import Space, build_space, check_space, format_overrides, grid_points, keys_of
 from qwlit.tuning.study import Study
 from qwlit.tuning.sweep_file import Sweep
 from qwlit.tuning.trial import TrialRun
@@ -83,8 +83,8 @@ def run_local(sweep: Sweep, overrides: list[str], *, trials: int | None, jobs: i
 
 def sweep_folder(sweep: Sweep, composed: Composed, overrides: list[str]) -> Path:
     """Return run.root/NAME, where NAME is the typed run.name, or else the sweep's name."""
-    named = any(override.partition("=")[0].lstrip("+") == "run.name" for override in overrides)
-    return resolve_path(composed.config.run.root) / (str(composed.config.run.name) if named else sweep.name)
+    run = composed.config.run
+    return resolve_path(run.root) / (str(run.name) if "run.name" in keys_of(overrides) else sweep.name)
 
 
 def check_metric(sweep: Sweep, config: RunConfig) -> None:
@@ -186,7 +186,7 @@ class _Search:
 
     def _report(self, trial: TrialRun) -> None:
         values = trial.values()
-        # Not beyond the value at which it was pruned: a trial may measure once more before it ends.
+        # Report no value after the one at which the study pruned the trial: the trial may measure once more.
         while trial.num_reported < len(values) and trial.pruned_at is None:
             trial.num_reported += 1
             if self.study.report(trial.ticket.number, trial.num_reported, values[trial.num_reported - 1]):

@@ -4,6 +4,7 @@ import os
 from typing import Literal
 
 from qwlit.core.errors import ConfigError
+from qwlit.data.workers import num_cores
 
 
 def allocate_slots(asked: int | None, devices: int | Literal["auto"], *, option: str) -> list[dict[str, str]]:
@@ -20,10 +21,9 @@ def allocate_slots(asked: int | None, devices: int | Literal["auto"], *, option:
     gpus = _gpus()
     each = 1 if devices == "auto" else devices
     if not gpus:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = asked or 1
-        # Otherwise each trial starts a thread per core, and the threads of all trials wait for each other.
-        threads = str(max(1, cores // (count * each)))
+        # Without this limit each trial starts a thread per core, and the threads of all trials wait for each other.
+        threads = str(max(1, num_cores() // (count * each)))
         alone = count == 1 or "OMP_NUM_THREADS" in os.environ
         return [{} if alone else {"OMP_NUM_THREADS": threads} for _ in range(count)]
     count = asked or len(gpus) // each

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwlit.config.compose import Composed, compose
@@ -16,6 +16,11 @@ RANGES = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_val
 DIGITS = 12
 """Decimal places of a multiple of q, so that 0.1 x 3 is 0.3."""
 Space = dict[str, "BaseDistribution"]
+
+
+def keys_of(overrides: Iterable[str]) -> set[str]:
+    """Return the settings that the overrides set."""
+    return {override.partition("=")[0].lstrip("+") for override in overrides}
 
 
 def format_overrides(parameters: Mapping[str, Any]) -> list[str]:
@@ -120,28 +125,25 @@ def check_space(sweep: Sweep, overrides: list[str]) -> Composed:
     Raises:
         ConfigError: naming the parameter and the mistake.
     """
-    typed = {override.partition("=")[0].lstrip("+") for override in overrides if override not in sweep.overrides}
+    typed = keys_of(override for override in overrides if override not in sweep.overrides)
     for name in sweep.document.parameters:
         if name in typed:
             raise ConfigError(f"{name} is a parameter of the sweep ({sweep.path}); leave it out here or in the file")
         if name.startswith(("run.", "slurm.")):
             raise ConfigError(f"{sweep.path}: parameters.{name}: the sweep itself sets where a trial runs; remove it")
-    composed = compose([*overrides, *format_overrides(_first(sweep))])
-    for name, parameter in sweep.document.parameters.items():
-        for value in _ends(parameter):
+    ends = {name: _ends(parameter) for name, parameter in sweep.document.parameters.items()}
+    first = {name: values[0] for name, values in ends.items() if values}
+    composed = compose([*overrides, *format_overrides(first)])
+    for name, values in ends.items():
+        for value in values:
             try:
-                compose([*overrides, *format_overrides(_first(sweep) | {name: value})])
+                compose([*overrides, *format_overrides(first | {name: value})])
             except ConfigError as error:
                 raise ConfigError(f"{sweep.path}: parameters.{name}: {error}") from None
     return composed
 
 
-def _first(sweep: Sweep) -> dict[str, Any]:
-    ends = {name: list(_ends(parameter)) for name, parameter in sweep.document.parameters.items()}
-    return {name: values[0] for name, values in ends.items() if values}
-
-
-def _ends(parameter: Parameter) -> Iterable[Any]:
+def _ends(parameter: Parameter) -> Sequence[Any]:
     """Return a parameter's choices, or the ends of its range; for W&B's normal distributions, the mean."""
     if parameter.values is not None:
         return parameter.values
