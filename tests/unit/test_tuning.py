@@ -114,6 +114,9 @@ def test_multiples_of_q_are_w_and_bs_and_whole_where_q_is(tmp_path):
     drawn = [study.next().parameters for _ in range(16)]
     assert {p["optim.weight_decay"] for p in drawn} == {0.0, 0.1, 0.2, 0.3}
     assert all(isinstance(p["train.global_batch_size"], int) for p in drawn)
+    study = study_of(tmp_path / "r", sweep_of(tmp_path, method="random", parameters=parameters))
+    drawn = [study.next().parameters for _ in range(20)]
+    assert {p["train.global_batch_size"] for p in drawn} == {8, 16, 24, 32}
 
 
 def test_an_unknown_sweep_names_the_nearest(tmp_path):

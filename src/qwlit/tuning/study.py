@@ -161,8 +161,8 @@ def _draw(trial: Trial, name: str, space: Space) -> Any:
     match space[name]:
         case CategoricalDistribution(choices=choices):
             return trial.suggest_categorical(name, choices)
-        case IntDistribution(low=low, high=high):
-            return trial.suggest_int(name, low, high)
+        case IntDistribution(low=low, high=high, step=step):
+            return trial.suggest_int(name, low, high, step=step)
         case FloatDistribution(low=low, high=high, log=log, step=step):
             return trial.suggest_float(name, low, high, log=log, step=step)
 

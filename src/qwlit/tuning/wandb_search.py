@@ -20,7 +20,7 @@ from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.tracking.wandb_access import find_access, project_of, stop_client
 from qwlit.tuning.optuna_search import check_metric, sweep_folder
 from qwlit.tuning.slots import allocate_slots
-from qwlit.tuning.space import check_space
+from qwlit.tuning.space import check_space, keys_of
 from qwlit.tuning.sweep_file import Sweep
 
 # The agent forwards a signal to its trial, which saves and ends.
@@ -47,7 +47,7 @@ def run_wandb(sweep: Sweep, overrides: list[str], *, trials: int | None, agents:
     check_metric(sweep, config)
     slots = [] if agents == 0 else allocate_slots(agents, config.hardware.devices, option="agents")
     folder = sweep_folder(sweep, composed, overrides)
-    fixed = [override for override in overrides if override.partition("=")[0] not in ("run.name", "run.root")]
+    fixed = [override for override in overrides if not keys_of([override]) & {"run.name", "run.root"}]
     path, url = _create(sweep, [*fixed, f"run.root={folder}"], config, trials)
     _show_commands(path, url, folder, config, len(slots) or trials or EXAMPLE_AGENTS)
     if slots:
