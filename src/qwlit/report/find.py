@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
@@ -90,7 +90,7 @@ def _is_run(path: Path) -> bool:
     return path.is_dir() and (RunFolder(path).holds_run or (path / "metrics.jsonl").exists())
 
 
-def _refuse(path: Path) -> list[Found]:
+def _refuse(path: Path) -> NoReturn:
     holds_runs = any(_is_run(child) or _is_sweep(child) for child in path.iterdir())
     remedy = f"it contains runs: name them with {path}/*" if holds_runs else "it has no config.yaml and no summary.json"
     raise ConfigError(f"runs={path} is not a run: {remedy}")
@@ -106,7 +106,8 @@ def _trials(path: Path) -> list[Found]:
     file = path / SWEEP_FILE
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        sweep = SweepFolder(path, document.get("name", path.name), Metric(**document["metric"]))
+        metric = Metric(**document["metric"])
+        sweep = SweepFolder(path, document.get("name", path.name), metric)
         found = [_trial(sweep, entry) for entry in document["trials"]]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} is not a readable sweep.json; name its runs one by one, or {path}/*") from None

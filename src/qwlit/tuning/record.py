@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from qwlit.config.run import RunConfig, mathematics
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked, write_json_atomic
@@ -62,7 +64,7 @@ def write_record(folder: Path, head: dict[str, Any], study: Study) -> list[dict[
     return trials
 
 
-def _entry(folder: Path, metric: Metric, trial: Any) -> dict[str, Any]:
+def _entry(folder: Path, metric: Metric, trial: FrozenTrial) -> dict[str, Any]:
     name = name_of(trial.number)
     summary = RunFolder(folder / name).read_summary()
     outcome = trial.user_attrs.get("outcome") if trial.state.is_finished() else "running"

@@ -118,13 +118,11 @@ def _explain(error: ValidationError) -> str:
     *owner, name = [str(part) for part in finding["loc"]] or [""]
     field = ".".join([*owner, name])
     if finding["type"] == "unexpected_keyword_argument":
-        known = (
-            Parameter
-            if "parameters" in owner
-            else {"metric": Metric, "early_terminate": EarlyTerminate}.get(owner[-1] if owner else "", SweepDocument)
-        )
+        sections = {"parameters": Parameter, "metric": Metric, "early_terminate": EarlyTerminate}
+        known = sections.get(owner[0], SweepDocument) if owner else SweepDocument
         names = list(known.__annotations__)
-        return f"{field}: no such entry.{nearest(name, names) or f' Known here: {chr(44).join(names)}.'}"
+        hint = nearest(name, names) or f" Known here: {', '.join(names)}."
+        return f"{field}: no such entry.{hint}"
     if finding["type"] in ("missing", "missing_argument"):
         return f"{field} is not set"
     return f"{field}: {finding['msg'][0].lower()}{finding['msg'][1:]}"
