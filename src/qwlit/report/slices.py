@@ -42,7 +42,7 @@ def draw_slices(ledger: Ledger, keys: Sequence[str]) -> str | None:
             set_log(panels[0, 0], "y")
         for row in panels:
             row[0].set_ylabel(ledger.metric.name)
-        _explain(picture, panels, colours, order)
+        _add_legends(picture, panels, colours, order)
         return to_svg(picture)
 
 
@@ -97,7 +97,8 @@ def _places(axes: "Axes", key: str, settings: list[Any]) -> list[float]:
     return [float(names.index(label)) for label in labels]
 
 
-def _explain(picture: "Figure", panels: Any, colours: Any, order: list[Run]) -> None:
+def _add_legends(picture: "Figure", panels: Any, colours: Any, order: list[Run]) -> None:
+    """Add a bar that explains the colours, and a legend that explains the markers."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 

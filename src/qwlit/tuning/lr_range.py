@@ -113,8 +113,8 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
         error.exit_code = code if code > 0 else QwlitError.exit_code
         raise error
     log.replace(folder.path / "train.log")
-    for useless in ("checkpoints", "export"):
-        shutil.rmtree(folder.path / useless, ignore_errors=True)
+    for unneeded in ("checkpoints", "export"):
+        shutil.rmtree(folder.path / unneeded, ignore_errors=True)
     draw(test, folder.path / "lr_range.png")
     write_json_atomic(
         folder.path / "lr_range.json",
