@@ -6,6 +6,7 @@ import pytest
 
 from qwlit.config.compose import check, compose, dump, group_options
 from qwlit.core.errors import ConfigError
+from qwlit.data.config import parts_of
 from qwlit.planning.steps import accumulation
 
 OPTIONS = group_options()
@@ -144,6 +145,14 @@ def test_ones_own_data_replaces_the_demos_validation_set_and_exact_match_check()
 def test_of_a_key_typed_twice_the_later_one_counts():
     config = compose(["optim.lr=1", "recipe=lora", "optim.lr=2", "recipe=pretrain"]).config
     assert (config.optim.lr, config.optim.weight_decay) == (2, 0.1)
+
+
+@pytest.mark.parametrize(
+    "words", ["[数据.jsonl,'b 数.jsonl']", "['数据.jsonl',\"b 数.jsonl\"]", "[ 数据.jsonl , 'b 数.jsonl']"]
+)
+def test_names_in_other_letters_may_be_quoted_or_not(words):
+    parts = parts_of(compose([f"data.path={words}"]).config.data.path)
+    assert [part.path for part in parts] == ["数据.jsonl", "b 数.jsonl"]
 
 
 def test_defaults_are_the_ones_announced():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwlit.config.compose import compose, group_options
+from qwlit.config.overrides import format_value
 from qwlit.config.run import RunConfig
 
 WIDTH = 110
@@ -129,7 +130,7 @@ def _groups_and_settings(prefixes: tuple[str, ...]) -> str:
     groups = "".join(_entry(name, ", ".join(options)) for name, options in group_options().items())
     defaults = compose([]).config
     settings = "".join(
-        _entry(f"{key}={_show(value)}", doc)
+        _entry(f"{key}={format_value(value)}", doc)
         for key, value, doc in _fields(RunConfig, defaults, "")
         if key.startswith(prefixes)
     )
@@ -145,14 +146,6 @@ def _fields(owner: Any, values: Any, prefix: str) -> Iterator[tuple[str, Any, st
         elif field.name != "architecture":
             description = owner.__pydantic_fields__[field.name].description or ""
             yield prefix + field.name, value, " ".join(description.split())
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, tuple | list):
-        return "[" + ",".join(str(item) for item in value) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _entry(name: str, text: str) -> str:
