@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from qwlit.commands.help import inspect_help
 from qwlit.commands.options import own_options
 from qwlit.config.compose import compose
 from qwlit.core.console import console
@@ -29,10 +28,7 @@ BAR_WIDTH = 40
 LONGEST_SYSTEM_TEXT = 200
 
 
-def main(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(inspect_help(), end="")
-        return 0
+def main(arguments: list[str]) -> None:
     own, overrides = own_options(arguments, {"output": OUTPUTS, "sample": None})
     sample = _sample(own["sample"] or None)
     config = compose(overrides).config
@@ -41,7 +37,6 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:
         # The reader closed the pipe (`| head`). Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _sample(text: str | None) -> int | None:
