@@ -38,21 +38,17 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"'{rest[0]}' is not an option of report; name runs as runs=[a,b]")
     if not own["runs"]:
         raise ConfigError("runs is not set; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
-    _report(own["runs"], own["baseline"] or None, own["page"] or None, as_json=own["output"] == "json")
-
-
-def _report(runs: str, baseline: str | None, page: str | None, *, as_json: bool) -> None:
-    names = read_list(runs)
+    names = read_list(own["runs"])
     if not names:
-        raise ConfigError(f"runs={runs} is empty; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
+        raise ConfigError(f"runs={own['runs']} is empty; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
     try:
-        ledger = build_ledger(names, baseline)
+        ledger = build_ledger(names, own["baseline"] or None)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
     warnings, shares = comparison_warnings(ledger), importance(ledger)
-    file = resolve_path(page) if page else ledger.home / FILE
+    file = resolve_path(own["page"]) if own["page"] else ledger.home / FILE
     write_page(ledger, warnings, shares, file)
-    if as_json:
+    if own["output"] == "json":
         print(json.dumps(_as_json(ledger, warnings, shares, file), indent=1, ensure_ascii=False))
     else:
         _show(ledger, warnings, shares, file, console())
