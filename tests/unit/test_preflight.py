@@ -12,7 +12,7 @@ from qwlit.core.errors import ConfigError
 from qwlit.optim.schedules import build_schedule
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.preflight import RULES, DataFacts, PreflightFacts, TokenizerFacts, find, refuse
+from qwlit.planning.preflight.rules import RULES, DataFacts, PreflightFacts, TokenizerFacts, find, refuse
 from qwlit.planning.preflight.table import table
 from qwlit.planning.setup import resolve_setup
 from qwlit.training import machine

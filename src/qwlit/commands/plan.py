@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +102,7 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
         "mfu": mfu,
         "seconds": plan.seconds(mfu) if plan.data else None,
         "not_checked": plan.not_checked,
-        "findings": [
-            {"name": f.name, "severity": f.severity, "message": f.message, "remedy": f.remedy} for f in plan.findings
-        ],
+        "findings": [asdict(finding) for finding in plan.findings],
     }
 
 

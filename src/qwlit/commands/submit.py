@@ -97,7 +97,7 @@ def _run_preflight(composed: Composed) -> None:
         ConfigError: a preflight rule refuses the run.
     """
     from qwlit.planning.facts import facts_of
-    from qwlit.planning.preflight import find, refuse
+    from qwlit.planning.preflight.rules import find, refuse
     from qwlit.planning.setup import resolve_setup
 
     refuse(find(facts_of(resolve_setup(composed, imagined=True))))

@@ -8,7 +8,7 @@ from qwlit.model.presets import context_length
 from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import assume_batches
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.preflight import DataFacts, PreflightFacts, TokenizerFacts
+from qwlit.planning.preflight.rules import DataFacts, PreflightFacts, TokenizerFacts
 from qwlit.planning.setup import Setup
 
 

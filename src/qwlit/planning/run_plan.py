@@ -18,7 +18,7 @@ from qwlit.optim.schedules import Schedule, build_schedule
 from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, measure_batches
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.preflight import Finding, find, refuse
+from qwlit.planning.preflight.rules import Finding, find, refuse
 from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
 from qwlit.planning.steps import PlannedSteps, accumulation, plan_steps
 from qwlit.planning.tokenized_data import TokenizedData, is_small_or_tokenized, load_tokenized_data

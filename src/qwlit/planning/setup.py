@@ -15,7 +15,7 @@ from qwlit.model.quantize import check_blocks
 from qwlit.optim.groups import ParameterGroup, plan_groups
 from qwlit.planning.memory.estimate import MemoryEstimate, estimate_memory, settle_memory, why_not_sharded
 from qwlit.planning.memory.state import MicroShape
-from qwlit.planning.preflight import check_allowed
+from qwlit.planning.preflight.rules import check_allowed
 from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine
 
 if TYPE_CHECKING:
