@@ -22,7 +22,7 @@ def facts_of(
     """Collect the facts. Arguments that are None were not available; rules about them find nothing."""
     if memory is None:
         # The rules without data read only the state's memory, which does not depend on the batches.
-        _, memory = setup.settle(assume_batches(setup.config, setup.machine.world_size).largest)
+        _, memory = setup.fit_memory(assume_batches(setup.config, setup.machine.world_size).largest)
     return PreflightFacts(
         config=setup.config,
         machine=setup.machine,

@@ -35,7 +35,7 @@ def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
             else:
                 steps = plan_steps(setup.config, plan.data.split, world_size)
                 batches = measure_batches(steps.step_plan, steps.total_steps)
-            _, estimate = setup.settle(batches.largest)
+            _, estimate = setup.fit_memory(batches.largest)
         except ConfigError:
             continue
         if estimate.fits:

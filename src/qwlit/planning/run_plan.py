@@ -130,13 +130,13 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
     else:
         schedule = data.steps.schedule
         batches = measure_batches(data.steps.step_plan, schedule.total_steps)
-    settled, memory = setup.settle(batches.largest)
+    fitted, memory = setup.fit_memory(batches.largest)
     known = (data.split, data.tokenized.tokenizer) if data else (None, None)
-    findings = find(facts_of(settled, memory, schedule, *known))
+    findings = find(facts_of(fitted, memory, schedule, *known))
     if not preview:
         refuse(findings)
     flops = count_flops(setup.model)
-    return RunPlan(settled, batches, memory, flops, data, not_checked, schedule, findings)
+    return RunPlan(fitted, batches, memory, flops, data, not_checked, schedule, findings)
 
 
 def _plan_data(setup: Setup, tokenized: TokenizedData) -> PlannedData:

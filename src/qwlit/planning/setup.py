@@ -13,7 +13,7 @@ from qwlit.model.config import AttentionKernel, Execution
 from qwlit.model.loss_model import build_meta_model
 from qwlit.model.quantize import check_blocks
 from qwlit.optim.groups import ParameterGroup, plan_groups
-from qwlit.planning.memory.estimate import MemoryEstimate, estimate_memory, settle_memory, why_not_sharded
+from qwlit.planning.memory.estimate import MemoryEstimate, candidates, estimate_memory, why_not_sharded
 from qwlit.planning.memory.state import MicroShape
 from qwlit.planning.preflight.rules import check_allowed
 from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine
@@ -56,16 +56,27 @@ class Setup:
     def num_trainable(self) -> int:
         return sum(group.size for group in self.groups)
 
-    def settle(self, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
-        """Replace "auto" for strategy and activation checkpointing by the first choice that fits."""
+    def fit_memory(self, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
+        """Replace "auto" for strategy and activation checkpointing by the fastest choice that fits, else the smallest.
 
-        def estimate_for(machine: Machine, execution: Execution) -> MemoryEstimate:
-            return estimate_memory(self.config, self.model, self.groups, machine, execution, micro)
+        Args:
+            micro: the micro-batch that takes the most memory.
+        """
+        *faster, smallest = candidates(self.config, self.machine)
+        last = self._estimate(smallest, micro)
+        if last[1].fits is not False:
+            for machine in faster:
+                tried = self._estimate(machine, micro)
+                if tried[1].fits is not False:
+                    return tried
+        return last
 
-        machine, execution, estimate = settle_memory(self.config, self.machine, self.execution, estimate_for)
-        if execution.compiled and machine.activation_checkpointing == "offload":
-            # `compiled` was chosen before the memory estimate: offload cannot be compiled.
-            execution = replace(execution, compiled=False)
+    def _estimate(self, machine: Machine, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
+        level = machine.activation_checkpointing
+        # `compiled` was chosen before the level, and a layer that offloads cannot be compiled.
+        compiled = self.execution.compiled and level != "offload"
+        execution = replace(self.execution, activation_checkpointing=level, compiled=compiled)
+        estimate = estimate_memory(self.config, self.model, self.groups, machine, execution, micro)
         return replace(self, machine=machine, execution=execution), estimate
 
 

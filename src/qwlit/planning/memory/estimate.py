@@ -1,6 +1,5 @@
 """How much memory a training takes on each device, and the cheapest way in which it fits."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -125,44 +124,25 @@ def _fullest(always: dict[str, float], moments: dict[str, dict[str, float]], mac
     return MemoryEstimate(moment, components, machine.device_memory)
 
 
-Estimate = Callable[[Machine, Execution], MemoryEstimate]
+def candidates(config: RunConfig, machine: Machine) -> list[Machine]:
+    """Return the choices of strategy and checkpointing level where they are "auto", the fastest first.
 
-
-def settle_memory(
-    config: RunConfig, machine: Machine, execution: Execution, estimate: Estimate
-) -> tuple[Machine, Execution, MemoryEstimate]:
-    """Choose strategy and checkpointing level where they are "auto": the cheapest pair that fits, else the smallest."""
-
-    def attempt(candidate: Machine) -> tuple[Machine, Execution, MemoryEstimate]:
-        way = replace(execution, activation_checkpointing=candidate.activation_checkpointing)
-        return candidate, way, estimate(candidate, way)
-
-    *cheaper, smallest = list(_candidates(config, machine))
-    last = attempt(smallest)
-    if last[2].fits is False:
-        return last
-    return next((way for way in map(attempt, cheaper) if way[2].fits is not False), last)
-
-
-def _candidates(config: RunConfig, machine: Machine) -> Iterator[Machine]:
-    """Yield ways to run, cheapest first: sharding sends weights around, a higher level recomputes activations."""
-    hardware = config.hardware
+    Sharding sends weights between devices, and a higher level computes activations again.
+    """
+    hardware, on_cuda = config.hardware, machine.accelerator == "cuda"
     # Offloading on CPU moves nothing anywhere.
-    levels = CHECKPOINTING_LEVELS if machine.accelerator == "cuda" else CHECKPOINTING_LEVELS[:-1]
+    levels = CHECKPOINTING_LEVELS if on_cuda else CHECKPOINTING_LEVELS[:-1]
     levels = levels if hardware.activation_checkpointing == "auto" else (machine.activation_checkpointing,)
     strategies = [machine.strategy]
-    if hardware.strategy == "auto" and machine.strategy == "ddp" and may_shard(config, machine):
+    # On CPU all processes share the host's memory, and FSDP2 has no loss scale.
+    may_shard = on_cuda and machine.precision != "16-mixed" and why_not_sharded(config, machine) is None
+    if hardware.strategy == "auto" and machine.strategy == "ddp" and may_shard:
         strategies.append("fsdp")
-    for level in levels:
-        for strategy in strategies:
-            yield replace(machine, strategy=strategy, activation_checkpointing=level)
-
-
-def may_shard(config: RunConfig, machine: Machine) -> bool:
-    """Tell whether "auto" may take FSDP2: where devices have memory of their own, and nothing needs whole tensors."""
-    return (
-        machine.accelerator == "cuda" and machine.precision != "16-mixed" and why_not_sharded(config, machine) is None
-    )
+    return [
+        replace(machine, strategy=strategy, activation_checkpointing=level)
+        for level in levels
+        for strategy in strategies
+    ]
 
 
 def why_not_sharded(config: RunConfig, machine: Machine) -> str | None:
