@@ -14,13 +14,13 @@ from qwlit.data.sources import File, find_sources
 from qwlit.data.splits import DataSplit, split_data
 from qwlit.model.config import Execution
 from qwlit.model.flops import Flops, count_flops
-from qwlit.optim.schedules import Schedule, build_schedule
+from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, measure_batches
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.preflight.rules import Finding, find, refuse
 from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
-from qwlit.planning.steps import PlannedSteps, accumulation, plan_steps
+from qwlit.planning.steps import PlannedSteps, accumulation, plan_schedule, plan_steps
 from qwlit.planning.tokenized_data import TokenizedData, is_small_or_tokenized, load_tokenized_data
 from qwlit.training.machine import Machine
 
@@ -165,13 +165,10 @@ def _reachable_data(config: RunConfig, screen: Console) -> tuple[TokenizedData |
 def _schedule_by_rows(config: RunConfig) -> Schedule | None:
     """Estimate the steps from the number of rows, as if every row became one sample; None if there are too many."""
     train = config.train
-    asked = [train.max_steps] if train.max_steps else []
+    if train.max_epochs is None:
+        return plan_schedule(config, None)
     rows = _count_rows(config)
-    if train.max_epochs and rows is None:
-        return None
-    if train.max_epochs and rows is not None:
-        asked.append(-(-train.max_epochs * rows // train.global_batch_size))
-    return build_schedule(config.scheduler, min(asked))
+    return None if rows is None else plan_schedule(config, -(-train.max_epochs * rows // train.global_batch_size))
 
 
 def _count_rows(config: RunConfig) -> int | None:
