@@ -7,7 +7,7 @@ import pytest
 from qwlit.config.compose import check, compose, dump, group_options
 from qwlit.core.errors import ConfigError
 from qwlit.data.config import parts_of
-from qwlit.planning.steps import accumulation
+from qwlit.planning.batch_statistics import assume_batches
 
 OPTIONS = group_options()
 
@@ -38,7 +38,7 @@ def test_every_recipe_on_every_hardware_and_model_checks_with_an_effective_batch
 def test_accumulation_on_each_machine_is_the_guides(hardware, together, expected, effective):
     config = compose([f"hardware={hardware}"]).config
     devices, micro = config.hardware.devices, config.hardware.micro_batch_size
-    steps = accumulation(config.train.global_batch_size, micro, devices)
+    steps = assume_batches(config, devices).accumulation[0]
     assert devices * micro == together[0]
     assert steps == expected[0]
     assert devices * micro * steps == effective[0] == 16

@@ -20,7 +20,7 @@ from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.preflight.rules import Finding, find, refuse
 from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
-from qwlit.planning.steps import PlannedSteps, accumulation, plan_schedule, plan_steps
+from qwlit.planning.steps import PlannedSteps, plan_schedule, plan_steps
 from qwlit.planning.tokenized_data import TokenizedData, is_small_or_tokenized, load_tokenized_data
 from qwlit.training.machine import Machine
 
@@ -79,11 +79,7 @@ class RunPlan:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """Micro-batches per rank and step: from micro_batch_size, or the median if micro_batch_tokens is set."""
-        hardware = self.config.hardware
-        if hardware.micro_batch_tokens is None:
-            size = self.config.train.global_batch_size
-            return accumulation(size, hardware.micro_batch_size, self.machine.world_size) or 1
+        """Micro-batches per rank and step. With micro_batch_tokens steps differ, and this is the median."""
         return round(self.batches.accumulation[1])
 
     @property

@@ -59,11 +59,6 @@ def plan_schedule(config: RunConfig, steps_of_epochs: int | None) -> Schedule:
     return build_schedule(config.scheduler, min(ends))
 
 
-def accumulation(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int | None:
-    """Return ceil(G / (micro_batch_size * world_size)): micro-batches per rank and step."""
-    return None if micro_batch_size is None else -(-global_batch_size // (micro_batch_size * world_size))
-
-
 def _milestones(config: RunConfig, plan: StepPlan, total_steps: int, *, has_validation: bool) -> Milestones:
     def rhythm(settings: ValidationConfig | CheckpointConfig) -> DueSteps:
         return DueSteps(total_steps, settings.every_steps, plan.next_epoch_end if settings.each_epoch else None)
