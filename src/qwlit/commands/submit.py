@@ -100,7 +100,7 @@ def _run_preflight(composed: Composed) -> None:
     from qwlit.planning.preflight.rules import find, refuse
     from qwlit.planning.setup import resolve_setup
 
-    refuse(find(facts_of(resolve_setup(composed, imagined=True))))
+    refuse(find(facts_of(resolve_setup(composed, trust_profile=True))))
 
 
 def _submit(file: Path, text: str) -> None:

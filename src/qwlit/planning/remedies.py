@@ -28,7 +28,7 @@ def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
         if any(set(fitting) <= set(more) for fitting, _ in found):
             continue  # a part of these overrides is enough
         try:
-            setup = resolve_setup(_changed(overrides, plan.setup.composed, more), imagined=True)
+            setup = resolve_setup(_changed(overrides, plan.setup.composed, more), trust_profile=True)
             world_size = setup.machine.world_size
             if plan.data is None:
                 batches = assume_batches(setup.config, world_size)

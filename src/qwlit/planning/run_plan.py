@@ -107,7 +107,7 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
 
     Args:
         screen: shows the progress of tokenizing.
-        preview: believe the hardware profile instead of looking at the machine, skip data that are missing or large,
+        preview: take the devices from the hardware profile, not from this machine, skip data that are missing or large,
             and keep the findings instead of refusing the run.
 
     Raises:
@@ -115,7 +115,7 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
     """
     config = composed.config
     forget_meta_models()
-    setup = resolve_setup(composed, imagined=preview)
+    setup = resolve_setup(composed, trust_profile=preview)
     if not preview:
         # Refuse what the settings alone make impossible before tokenizing for a long time.
         refuse(find(facts_of(setup)))

@@ -80,11 +80,11 @@ class Setup:
         return replace(self, machine=machine, execution=execution), estimate
 
 
-def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
+def resolve_setup(composed: Composed, *, trust_profile: bool = False) -> Setup:
     """Resolve what depends on the machine, and match every pattern against the model's parameters.
 
     Args:
-        imagined: believe the hardware profile instead of looking at the machine.
+        trust_profile: take the devices from the hardware profile, not from this machine.
 
     Raises:
         ConfigError: a device or a model file is missing, settings cannot be combined, or a pattern matches nothing.
@@ -95,7 +95,7 @@ def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
         config.hardware,
         config.determinism,
         profile=composed.choices.get("hardware") or "of this config.yaml",
-        imagined=imagined,
+        trust_profile=trust_profile,
     )
     refusal = why_not_sharded(config, machine)
     if machine.strategy == "fsdp" and refusal:
@@ -107,7 +107,7 @@ def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
         attention_dropout=config.dropout.attention,
     )
     compiled, obstacle = resolve_compile(
-        config.hardware.compile, machine, _why_not_compiled(config, machine, attention), imagined=imagined
+        config.hardware.compile, machine, _why_not_compiled(config, machine, attention), trust_profile=trust_profile
     )
     # Without an adapter, frozen parameters are exported too, so they keep float32 and stay equal to the bit.
     frozen = torch.float32 if config.adapter.kind == "none" else machine.frozen_dtype
