@@ -60,13 +60,13 @@ def plan_schedule(config: RunConfig, steps_of_epochs: int | None) -> Schedule:
 
 
 def _milestones(config: RunConfig, plan: StepPlan, total_steps: int, *, has_validation: bool) -> Milestones:
-    def rhythm(settings: ValidationConfig | CheckpointConfig) -> DueSteps:
+    def due_steps(settings: ValidationConfig | CheckpointConfig) -> DueSteps:
         return DueSteps(total_steps, settings.every_steps, plan.next_epoch_end if settings.each_epoch else None)
 
     validates = has_validation and (config.validation.each_epoch or config.validation.every_steps is not None)
     return Milestones(
         total_steps=total_steps,
         log_every_steps=config.logging.every_steps,
-        saving=rhythm(config.checkpoint),
-        validation=rhythm(config.validation) if validates else None,
+        saving=due_steps(config.checkpoint),
+        validation=due_steps(config.validation) if validates else None,
     )

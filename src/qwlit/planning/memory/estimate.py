@@ -68,38 +68,39 @@ def estimate_memory(
     place = _placement(machine)
     gradients = gradient_bytes(model, place)
     head = head_bytes(model, micro, place)
-    stays = machine.accelerator == "cpu"
+    on_cpu = machine.accelerator == "cpu"
     # Paged moments leave the GPU's memory when it is needed; on a CPU nothing is paged.
-    pages = config.optim.name.startswith("paged") and not stays
+    pages = config.optim.name.startswith("paged") and not on_cpu
     always: dict[str, float] = {
-        "logits": head.logits * stays,
+        # On CPU the memory of the logits is kept from call to call.
+        "logits": head.logits if on_cpu else 0,
         "weights": weight_bytes(model, config.adapter, execution, place),
         "optimizer": 0 if pages else state_bytes(groups, config.optim, place.share),
         "half-precision copies": autocast_bytes(model, place),
     }
     root, reducing = unsharded_bytes(model, place)
     # DDP's buckets hold the gradients from the start.
-    standing = gradients if micro.accumulates or machine.strategy == "ddp" else 0
+    accumulated = gradients if micro.accumulates or machine.strategy == "ddp" else 0
     activations = activation_bytes(model, config.adapter, config.dropout, execution, place, micro)
-    # Of a tied weight the head's gradient waits for the embedding's; FSDP2 reduces both together.
+    # A tied head's gradient waits for the embedding's, and FSDP2 reduces both together.
     waits = model.config.tie_word_embeddings or place.shards > 1
-    waiting = head.weight_gradient if waits else 0
+    head_gradient = head.weight_gradient if waits else 0
     moments: dict[str, dict[str, float]] = {
         "the head of a micro-batch": {
-            "gradients": standing,
+            "gradients": accumulated,
             "activations": activations.kept,
-            "head": head.logits * (not stays) + head.chunk + head.weight_gradient,
+            "head": (0 if on_cpu else head.logits) + head.chunk + head.weight_gradient,
             "unsharded": root,
         },
         "a layer computed again": {
-            "gradients": standing,
-            "activations": activations.again,
-            "head": waiting,
+            "gradients": accumulated,
+            "activations": activations.recomputing,
+            "head": head_gradient,
             "unsharded": reducing,
         },
         "the end of a backward pass": {
             "gradients": gradients,
-            "head": waiting + embedding_gradient_bytes(model, micro, place),
+            "head": head_gradient + embedding_gradient_bytes(model, micro, place),
             "unsharded": reducing,
         },
         "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, config.optim, place.share)},
