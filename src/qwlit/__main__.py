@@ -47,10 +47,6 @@ Exit codes
 """
 
 
-def help_text() -> str:
-    return HELP.format(subcommands="\n".join(f"  {name:<10} {what}" for name, what in SUBCOMMANDS.items()))
-
-
 def main() -> int:
     """Run the subcommand in `sys.argv` and keep `sys.argv` as it is: Lightning starts its child processes from it."""
     # By default OpenMP's waiting threads keep their cores busy, and each step waits when another process needs a core.
@@ -61,7 +57,7 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(help_text(), end="")
+        print(HELP.format(subcommands="\n".join(f"  {name:<10} {what}" for name, what in SUBCOMMANDS.items())), end="")
         return 0
     subcommand = arguments[0]
     if subcommand == "--version":
@@ -70,7 +66,8 @@ def main() -> int:
         print(f"qwlit {__version__}")
         return 0
     try:
-        return end_process(_run(subcommand, arguments[1:]))
+        _run(subcommand, arguments[1:])
+        return end_process(0)
     except QwlitError as error:
         return end_process(_report(subcommand, error))
     except SignalExit as end:
@@ -104,20 +101,24 @@ def _requeue(subcommand: str, error: Preempted) -> None:
         print(f"qwlit {subcommand}: {message}", file=sys.stderr)
 
 
-def _run(subcommand: str, arguments: list[str]) -> int:
+def _run(subcommand: str, arguments: list[str]) -> None:
     if subcommand not in SUBCOMMANDS:
         raise ConfigError(
             f"no such subcommand.{nearest(subcommand, SUBCOMMANDS)} Subcommands: {', '.join(SUBCOMMANDS)};"
             " see python -m qwlit --help"
         )
+    if "-h" in arguments or "--help" in arguments:
+        from qwlit.commands.help import help_text
+
+        print(help_text(subcommand), end="")
+        return
     if subcommand in PREEMPTIBLE_SUBCOMMANDS:
         # Importing takes seconds, and by default these signals kill the process. `preemption` describes what follows.
         # This handler also serves after the training, when only the exit code is left to return.
         for number in (signal.SIGTERM, signal.SIGUSR2):
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, record_signal)
-    module = importlib.import_module(f"qwlit.commands.{subcommand}")
-    return int(module.main(arguments))
+    importlib.import_module(f"qwlit.commands.{subcommand}").main(arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import pytest
 
 from qwlit.config.compose import check, compose, dump, group_options
 from qwlit.core.errors import ConfigError
-from qwlit.planning.steps import accumulation
+from qwlit.data.config import parts_of
+from qwlit.planning.batch_statistics import assume_batches
 
 OPTIONS = group_options()
 
@@ -37,7 +38,7 @@ def test_every_recipe_on_every_hardware_and_model_checks_with_an_effective_batch
 def test_accumulation_on_each_machine_is_the_guides(hardware, together, expected, effective):
     config = compose([f"hardware={hardware}"]).config
     devices, micro = config.hardware.devices, config.hardware.micro_batch_size
-    steps = accumulation(config.train.global_batch_size, micro, devices)
+    steps = assume_batches(config, devices).accumulation[0]
     assert devices * micro == together[0]
     assert steps == expected[0]
     assert devices * micro * steps == effective[0] == 16
@@ -144,6 +145,14 @@ def test_ones_own_data_replaces_the_demos_validation_set_and_exact_match_check()
 def test_of_a_key_typed_twice_the_later_one_counts():
     config = compose(["optim.lr=1", "recipe=lora", "optim.lr=2", "recipe=pretrain"]).config
     assert (config.optim.lr, config.optim.weight_decay) == (2, 0.1)
+
+
+@pytest.mark.parametrize(
+    "words", ["[数据.jsonl,'b 数.jsonl']", "['数据.jsonl',\"b 数.jsonl\"]", "[ 数据.jsonl , 'b 数.jsonl']"]
+)
+def test_names_in_other_letters_may_be_quoted_or_not(words):
+    parts = parts_of(compose([f"data.path={words}"]).config.data.path)
+    assert [part.path for part in parts] == ["数据.jsonl", "b 数.jsonl"]
 
 
 def test_defaults_are_the_ones_announced():

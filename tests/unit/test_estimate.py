@@ -17,7 +17,7 @@ GIB = 2**30
 def settled(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
     setup = resolve_setup(compose(["hardware=a100x4", *words]))
-    return setup.settle(assume_batches(setup.config, 4).largest)
+    return setup.fit_memory(assume_batches(setup.config, 4).largest)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_sharding_over_twice_the_devices_halves_weights_and_moments(monkeypatch)
     _, four = settled(["model=qwen3_4b"], monkeypatch)
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(8, "NVIDIA A100-SXM4-40GB", True, 42.3))
     setup = resolve_setup(compose(["hardware=a100x8", "model=qwen3_4b", "hardware.strategy=fsdp"]))
-    _, eight = setup.settle(assume_batches(setup.config, 8).largest)
+    _, eight = setup.fit_memory(assume_batches(setup.config, 8).largest)
     for name in ("weights", "optimizer"):
         assert four.components[name] == pytest.approx(2 * eight.components[name], rel=1e-6)
 

@@ -5,13 +5,10 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from qwlit.config.compose import compose, group_options
-from qwlit.config.run import RunConfig
-
 WIDTH = 110
 NAME_WIDTH = 38
 
-INSPECT_INTRO = """\
+INSPECT = """\
 python -m qwlit inspect [output=text|json] [sample=N] [group=choice ...] [key=value ...]
 
 Shows what `train` with the same overrides would train on: the supervised tokens (green, or in [[ ]] without colours),
@@ -22,11 +19,9 @@ weights, only the tokenizer.
   inspect data.path=chat.jsonl model.path=FOLDER sample=3        one sample, token by token
   inspect data.path=chat.jsonl output=json                       one line per sample: sample, input_ids, loss_mask,
                                                                  num_supervised_tokens; the rest goes to stderr
-
-Groups: group=choice loads a file of settings
 """
 
-PLAN_INTRO = """\
+PLAN = """\
 python -m qwlit plan [output=text|json] [mfu=0.4] [group=choice ...] [key=value ...]
 
 Says what `train` with the same overrides would do, without training: parameters, memory by component against the
@@ -37,11 +32,9 @@ needs no GPU, no weights and no network. What depends on data or tokenizer is "n
   plan hardware=rtx4090 recipe=qlora model=qwen2_5_7b data.path=chat.jsonl
   plan hardware=h100 mfu=0.5                                     the time at half of the devices' peak
   plan hardware=a100 output=json                                 for scripts
-
-Groups: group=choice loads a file of settings
 """
 
-SUBMIT_INTRO = """\
+SUBMIT = """\
 python -m qwlit submit [dry_run=true] [seeds=[0,1,2]] [slurm.key=value ...] [group=choice ...] [key=value ...]
 python -m qwlit submit sweep=NAME|FILE trials=N tasks=N [dry_run=true] [key=value ...]
 
@@ -55,11 +48,9 @@ and is requeued; the same run resumes, until it is done.
   submit sweep=lora trials=20 tasks=4 hardware=a100 data.path=…          a sweep whose trials four tasks share
 
 If partition, account and set-up lines are always the same, keep them in a file: slurm=NAME (see docs/slurm.md).
-
-Groups: group=choice loads a file of settings
 """
 
-SWEEP_INTRO = """\
+SWEEP = """\
 python -m qwlit sweep sweep=NAME|FILE [backend=wandb|optuna] [trials=N] [agents=N|jobs=N] [key=value ...]
 python -m qwlit sweep sweep=NAME|FILE action=best [run.name=… run.root=…]
 python -m qwlit sweep action=find_lr [key=value ...]
@@ -81,11 +72,9 @@ interrupted sweep.
             may run the same command
 
 The sweep's folder is run.root/NAME (or run.root/run.name): sweep.json, and one run per trial.
-
-Groups: group=choice loads a file of settings
 """
 
-TRAIN_INTRO = """\
+TRAIN = """\
 python -m qwlit train [group=choice ...] [key=value ...]
 
 Trains a model. The same command resumes an unfinished run of the same name.
@@ -95,69 +84,84 @@ Trains a model. The same command resumes an unfinished run of the same name.
   train model.path=FOLDER data.path=chat.jsonl data.val_fraction=0.05 recipe=lora
   train config=runs/NAME/config.yaml run.name=again              an earlier run's settings
   train ... --cfg job                                            print the settings, train nothing
-
-Groups: group=choice loads a file of settings
 """
 
 
-def train_help() -> str:
-    return TRAIN_INTRO + _groups_and_settings(("",))
+REPORT = """\
+python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
+
+The ledger of runs, the best first: how their settings, results and events differ. Also writes report.html with curves
+and, from four runs on, which settings mattered. Reads run folders and trains nothing.
+
+  report runs=runs/demo                          one run: its curves, events and samples
+  report runs=[runs/a,runs/b]                    how b differs from a in settings and results
+  report 'runs=[runs/lora-*]' baseline=lora-2e-4 all runs with such a name, against one of them
+  report runs=runs/lora                          a sweep: its trials, and which settings mattered
+  report 'runs=[runs/*]' output=json             one JSON document for scripts; the page is written as well
+
+  runs       run folders, sweep folders and globs: a list, or a single one
+  baseline   name or folder of the run that the others are compared with; by default the first run named, or the best
+             trial of a sweep
+  output     text, or json
+  page       file to write; by default report.html in the run's folder, the sweep's folder, or the common parent folder
+             of all runs
+
+Warns about runs that cannot be compared: other validation data, device, precision or code.
+"""
+
+INTROS = {"train": TRAIN, "plan": PLAN, "sweep": SWEEP, "submit": SUBMIT, "inspect": INSPECT, "report": REPORT}
+SETTINGS = {
+    "submit": ("slurm.", "hardware.", "run.", "seed"),
+    "inspect": ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro"),
+    "report": (),
+}
+"""Subcommand → the settings in its help, by the beginning of their names; without an entry: all."""
 
 
-def submit_help() -> str:
-    return SUBMIT_INTRO + _groups_and_settings(("slurm.", "hardware.", "run.", "seed"))
+def help_text(subcommand: str) -> str:
+    """Return what `SUBCOMMAND --help` prints."""
+    intro, prefixes = INTROS[subcommand], SETTINGS.get(subcommand, ("",))
+    if subcommand == "sweep":
+        from qwlit.tuning.sweep_file import sweep_names
 
-
-def sweep_help() -> str:
-    from qwlit.tuning.sweep_file import sweep_names
-
-    return SWEEP_INTRO.format(sweeps=", ".join(sweep_names())) + _groups_and_settings(("",))
-
-
-def inspect_help() -> str:
-    return INSPECT_INTRO + _groups_and_settings(
-        ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro")
-    )
-
-
-def plan_help() -> str:
-    return PLAN_INTRO + _groups_and_settings(("",))
+        intro = intro.format(sweeps=", ".join(sweep_names()))
+    return f"{intro}\n{_groups_and_settings(prefixes)}" if prefixes else intro
 
 
 def _groups_and_settings(prefixes: tuple[str, ...]) -> str:
     """Describe all groups, and the settings whose names begin with one of `prefixes`."""
+    from qwlit.config.compose import compose, group_options
+    from qwlit.config.overrides import format_value
+
     groups = "".join(_entry(name, ", ".join(options)) for name, options in group_options().items())
-    defaults = compose([]).config
     settings = "".join(
-        _entry(f"{key}={_show(value)}", doc)
-        for key, value, doc in _fields(RunConfig, defaults, "")
+        _entry(f"{key}={format_value(value)}", doc)
+        for key, value, doc in _fields(compose([]).config, "")
         if key.startswith(prefixes)
     )
-    return f"{groups}\nSettings: key=value, shown with their defaults\n{settings}"
+    return (
+        f"Groups: group=choice loads a file of settings\n{groups}\n"
+        f"Settings: key=value, shown with their defaults\n{settings}"
+    )
 
 
-def _fields(owner: Any, values: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
+def _fields(settings: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
     """Yield (dotted key, default, help) of every field."""
-    for field in dataclasses.fields(owner):
-        value = getattr(values, field.name)
-        if dataclasses.is_dataclass(value) and field.name != "architecture":
-            yield from _fields(type(value), value, f"{prefix}{field.name}.")
-        elif field.name != "architecture":
-            description = owner.__pydantic_fields__[field.name].description or ""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "architecture":
+            continue
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            description = settings.__pydantic_fields__[field.name].description or ""
             yield prefix + field.name, value, " ".join(description.split())
 
 
-def _show(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, tuple | list):
-        return "[" + ",".join(str(item) for item in value) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _entry(name: str, text: str) -> str:
-    lines = textwrap.wrap(text, WIDTH - NAME_WIDTH - 4) or [""]
-    head = f"  {name:<{NAME_WIDTH}}  "
+    """Write a name and its text in two columns; the text of a long name begins in the next line."""
+    margin = " " * (NAME_WIDTH + 4)
+    wrapped = textwrap.fill(text, WIDTH, initial_indent=margin, subsequent_indent=margin)
     if len(name) > NAME_WIDTH:
-        return f"  {name}\n" + "".join(f"{'':<{NAME_WIDTH + 4}}{line}\n" for line in lines)
-    return head + f"\n{'':<{NAME_WIDTH + 4}}".join(lines) + "\n"
+        return f"  {name}\n{wrapped}\n"
+    return f"  {name}{wrapped[len(name) + 2 :]}\n"

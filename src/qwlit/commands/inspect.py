@@ -10,17 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from qwlit.commands.help import inspect_help
 from qwlit.commands.options import own_options
 from qwlit.config.compose import compose
+from qwlit.config.run import RunConfig
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, one_line
+from qwlit.data.inspect import length_histogram, spans
+from qwlit.data.samples import Samples
+from qwlit.data.splits import DataSplit, split_data
+from qwlit.data.store import rejections
+from qwlit.data.templates import FAMILIES, Family
 
 if TYPE_CHECKING:
-    from qwlit.config.run import RunConfig
-    from qwlit.data.samples import Samples
-    from qwlit.data.splits import DataSplit
-    from qwlit.data.templates import Family
     from qwlit.planning.tokenized_data import TokenizedData
 
 OUTPUTS = ("text", "json")
@@ -29,10 +30,7 @@ BAR_WIDTH = 40
 LONGEST_SYSTEM_TEXT = 200
 
 
-def main(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(inspect_help(), end="")
-        return 0
+def main(arguments: list[str]) -> None:
     own, overrides = own_options(arguments, {"output": OUTPUTS, "sample": None})
     sample = _sample(own["sample"] or None)
     config = compose(overrides).config
@@ -41,7 +39,6 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:
         # The reader closed the pipe (`| head`). Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _sample(text: str | None) -> int | None:
@@ -50,13 +47,13 @@ def _sample(text: str | None) -> int | None:
     return None if text is None else int(text)
 
 
-def inspect(config: "RunConfig", output: str, sample: int | None) -> None:
+def inspect(config: RunConfig, output: str, sample: int | None) -> None:
     """Tokenize the data if needed and show them: samples as JSON lines, or a page for a person.
 
     Raises:
         ConfigError, DataError: as `train` would raise on the same data. Quarantined rows are printed first.
     """
-    from qwlit.data.splits import split_data
+    # Importing this takes seconds: a wrong option must end the command before.
     from qwlit.planning.tokenized_data import load_tokenized_data
 
     screen = console(stderr=output == "json")
@@ -78,7 +75,7 @@ def inspect(config: "RunConfig", output: str, sample: int | None) -> None:
             _show_sample(data.train, number, tokenized, screen)
 
 
-def _json_lines(samples: "Samples", numbers: Any) -> Iterator[str]:
+def _json_lines(samples: Samples, numbers: Any) -> Iterator[str]:
     for number in numbers:
         input_ids, loss_mask = samples.sample(number)
         yield json.dumps(
@@ -93,8 +90,6 @@ def _json_lines(samples: "Samples", numbers: Any) -> Iterator[str]:
 
 def _show_account(tokenized: "TokenizedData", screen: Console) -> None:
     """Print how many rows were accepted, too long or quarantined, and the reasons."""
-    from qwlit.data.store import rejections
-
     stores = [("data.path", store) for store in tokenized.training]
     stores += [("data.val_path", store) for store in tokenized.validation]
     for setting, store in stores:
@@ -113,7 +108,7 @@ def _show_account(tokenized: "TokenizedData", screen: Console) -> None:
         screen.print(f"  {rest:>7,}  for {len(found) - REASONS_SHOWN} other reasons")
 
 
-def _show_data(data: "DataSplit", tokenized: "TokenizedData", config: "RunConfig", screen: Console) -> None:
+def _show_data(data: DataSplit, tokenized: "TokenizedData", config: RunConfig, screen: Console) -> None:
     """Print what the loss covers, the lengths of the samples, and the micro-batches of the first steps."""
     chat = tokenized.encoder.chat
     screen.print(f"\n[bold]training data[/]  {data.describe()}")
@@ -127,10 +122,8 @@ def _show_data(data: "DataSplit", tokenized: "TokenizedData", config: "RunConfig
     _show_steps(data, config, screen)
 
 
-def _other_system_text(family: "Family") -> str:
+def _other_system_text(family: Family) -> str:
     """Describe the template's default system text if it is not the family's default, else return ""."""
-    from qwlit.data.templates import FAMILIES
-
     text = family.default_system
     if text == FAMILIES[family.name].default_system:
         return ""
@@ -139,9 +132,7 @@ def _other_system_text(family: "Family") -> str:
     return f" with the tokenizer's own system text '{one_line(text, LONGEST_SYSTEM_TEXT)}'"
 
 
-def _show_lengths(samples: "Samples", screen: Console) -> None:
-    from qwlit.data.inspect import length_histogram
-
+def _show_lengths(samples: Samples, screen: Console) -> None:
     screen.print("\n[bold]tokens per sample[/]")
     histogram = length_histogram(samples)
     most = max(number for _, _, number in histogram)
@@ -150,7 +141,7 @@ def _show_lengths(samples: "Samples", screen: Console) -> None:
         screen.print(f"  {shortest:>7,} – {longest:>7,}  [cyan]{bar:<{BAR_WIDTH}}[/] {number:>9,}")
 
 
-def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None:
+def _show_steps(data: DataSplit, config: RunConfig, screen: Console) -> None:
     """Print the micro-batches of the first steps as bars; a sample's part of the bar is proportional to its length."""
     from qwlit.planning.steps import build_step_plan
 
@@ -174,10 +165,8 @@ def _show_steps(data: "DataSplit", config: "RunConfig", screen: Console) -> None
             screen.print(f"    device {rank}  [cyan]{bar}[/] {tokens:,} tokens  [dim]samples {named}[/]")
 
 
-def _show_sample(samples: "Samples", number: int, tokenized: "TokenizedData", screen: Console) -> None:
+def _show_sample(samples: Samples, number: int, tokenized: "TokenizedData", screen: Console) -> None:
     """Print a sample's text. Supervised tokens are green, or in double brackets on a screen without colours."""
-    from qwlit.data.inspect import spans
-
     input_ids, loss_mask = samples.sample(number)
     counts = f"{len(input_ids):,} tokens, {int(loss_mask.sum()):,} supervised"
     screen.print(f"\n[bold]sample {number}[/]  {escape(samples.origin(number))}  {counts}")
@@ -197,7 +186,7 @@ def _show_sample(samples: "Samples", number: int, tokenized: "TokenizedData", sc
     screen.print(text)
 
 
-def _show_tokens(samples: "Samples", number: int, tokenized: "TokenizedData", screen: Console) -> None:
+def _show_tokens(samples: Samples, number: int, tokenized: "TokenizedData", screen: Console) -> None:
     screen.print("\n[bold]position      id  supervised  token[/]")
     input_ids, loss_mask = samples.sample(number)
     for position, (token, supervised) in enumerate(zip(input_ids.tolist(), loss_mask.tolist(), strict=True)):

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qwlit.commands.help import plan_help
 from qwlit.commands.options import own_options
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
@@ -28,10 +28,7 @@ BAR_WIDTH, CURVE_WIDTH = 30, 60
 USUAL_MFU = 0.4
 
 
-def main(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(plan_help(), end="")
-        return 0
+def main(arguments: list[str]) -> None:
     own, overrides = own_options(arguments, {"output": OUTPUTS, "mfu": None})
     mfu = _mfu(own["mfu"])
     if "torch" not in sys.modules:
@@ -52,7 +49,6 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(as_json(plan, remedies, mfu), indent=1, ensure_ascii=False))
     else:
         show(plan, remedies, mfu, console())
-    return 0
 
 
 def _mfu(text: str | None) -> float:
@@ -106,9 +102,7 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
         "mfu": mfu,
         "seconds": plan.seconds(mfu) if plan.data else None,
         "not_checked": plan.not_checked,
-        "findings": [
-            {"name": f.name, "severity": f.severity, "message": f.message, "remedy": f.remedy} for f in plan.findings
-        ],
+        "findings": [asdict(finding) for finding in plan.findings],
     }
 
 

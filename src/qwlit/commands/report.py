@@ -1,21 +1,26 @@
 """`report`: compare runs, on the terminal and as an HTML page."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from qwlit.commands.options import own_options
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
+from qwlit.core.files import resolve_path
 from qwlit.core.lists import read_list
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from qwlit.report.compare import Ledger
-    from qwlit.report.importance import Importance
-    from qwlit.report.table import Column
+from qwlit.report.comparability import comparison_warnings
+from qwlit.report.compare import Ledger, build_ledger
+from qwlit.report.importance import Importance, importance
+from qwlit.report.page import FILE, headline, write_page
+from qwlit.report.table import EVENTS, Column, columns
 
 OUTPUTS = ("text", "json")
 JUDGED = 4
@@ -26,71 +31,31 @@ GAP, FOLDED = 2, 20
 """Characters between two columns, and the smallest width of a column of folded text."""
 OPTIONS = {"runs": None, "baseline": None, "output": OUTPUTS, "page": None}
 
-HELP = """\
-python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
 
-The ledger of runs, the best first: how their settings, results and events differ. Also writes report.html with curves
-and, from four runs on, which settings mattered. Reads run folders and trains nothing.
-
-  report runs=runs/demo                          one run: its curves, events and samples
-  report runs=[runs/a,runs/b]                    how b differs from a in settings and results
-  report 'runs=[runs/lora-*]' baseline=lora-2e-4 all runs with such a name, against one of them
-  report runs=runs/lora                          a sweep: its trials, and which settings mattered
-  report 'runs=[runs/*]' output=json             one JSON document for scripts; the page is written as well
-
-  runs       run folders, sweep folders and globs: a list, or a single one
-  baseline   name or folder of the run that the others are compared with; by default the first run named, or the best
-             trial of a sweep
-  output     text, or json
-  page       file to write; by default report.html in the run's folder, the sweep's folder, or the common parent folder
-             of all runs
-
-Warns about runs that cannot be compared: other validation data, device, precision or code.
-"""
-
-
-def main(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP, end="")
-        return 0
+def main(arguments: list[str]) -> None:
     own, rest = own_options(arguments, OPTIONS)
     if rest:
         raise ConfigError(f"'{rest[0]}' is not an option of report; name runs as runs=[a,b]")
     if not own["runs"]:
         raise ConfigError("runs is not set; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
-    _report(own["runs"], own["baseline"] or None, own["page"] or None, as_json=own["output"] == "json")
-    return 0
-
-
-def _report(runs: str, baseline: str | None, page: str | None, *, as_json: bool) -> None:
-    from qwlit.core.files import resolve_path
-    from qwlit.report.comparability import comparison_warnings
-    from qwlit.report.compare import build_ledger
-    from qwlit.report.importance import importance
-    from qwlit.report.page import FILE, write_page
-
-    names = read_list(runs)
+    names = read_list(own["runs"])
     if not names:
-        raise ConfigError(f"runs={runs} is empty; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
+        raise ConfigError(f"runs={own['runs']} is empty; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
     try:
-        ledger = build_ledger(names, baseline)
+        ledger = build_ledger(names, own["baseline"] or None)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
     warnings, shares = comparison_warnings(ledger), importance(ledger)
-    file = resolve_path(page) if page else ledger.home / FILE
+    file = resolve_path(own["page"]) if own["page"] else ledger.home / FILE
     write_page(ledger, warnings, shares, file)
-    if as_json:
+    if own["output"] == "json":
         print(json.dumps(_as_json(ledger, warnings, shares, file), indent=1, ensure_ascii=False))
     else:
         _show(ledger, warnings, shares, file, console())
 
 
-def _as_json(ledger: "Ledger", warnings: list[str], shares: "Importance | None", file: Path) -> dict[str, Any]:
+def _as_json(ledger: Ledger, warnings: list[str], shares: Importance | None, file: Path) -> dict[str, Any]:
     """Return the ledger for scripts; unknown values are null."""
-    from dataclasses import asdict
-
-    from qwlit.report.table import EVENTS
-
     return {
         "metric": {"name": ledger.metric.name, "goal": ledger.metric.goal},
         "best": ledger.best.name if ledger.best else None,
@@ -116,12 +81,8 @@ def _as_json(ledger: "Ledger", warnings: list[str], shares: "Importance | None",
     }
 
 
-def _show(ledger: "Ledger", warnings: list[str], shares: "Importance | None", file: Path, screen: "Console") -> None:
+def _show(ledger: Ledger, warnings: list[str], shares: Importance | None, file: Path, screen: Console) -> None:
     """Print the ledger for a person."""
-    from rich.markup import escape
-
-    from qwlit.report.page import headline
-
     screen.print(f"[bold]{escape(headline(ledger))}[/]\n")
     _show_table(ledger, screen)
     if shares is not None:
@@ -137,10 +98,8 @@ def _show(ledger: "Ledger", warnings: list[str], shares: "Importance | None", fi
     screen.print(f"\n[bold]page[/]  {escape(str(file))}")
 
 
-def _show_table(ledger: "Ledger", screen: "Console") -> None:
+def _show_table(ledger: Ledger, screen: Console) -> None:
     """Print the table; on a narrow screen leave out columns of numbers, from the right."""
-    from qwlit.report.table import columns
-
     parts = columns(ledger, most_listed=MOST_LISTED)
     left_out: list[str] = []
     while sum(_width(part) + GAP for part in parts) > screen.width + GAP:
@@ -154,18 +113,13 @@ def _show_table(ledger: "Ledger", screen: "Console") -> None:
         screen.print(f"[dim]the screen is too narrow for {', '.join(left_out)}: see the page[/]")
 
 
-def _width(part: "Column") -> int:
+def _width(part: Column) -> int:
     """Return the smallest width of a column in characters: only columns of text are folded."""
-    from rich.cells import cell_len
-
     widest = max(cell_len(line) for text in (*part.title_lines, *part.cells) for line in text.splitlines())
     return min(widest, FOLDED) if part.kind == "text" else widest
 
 
-def _table(ledger: "Ledger", parts: "list[Column]") -> "Table":
-    from rich.table import Table
-    from rich.text import Text
-
+def _table(ledger: Ledger, parts: list[Column]) -> Table:
     height = max(len(part.title_lines) for part in parts)
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
     for part in parts:

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 from qwlit.cluster.script import SlurmJob, check_slurm, quoted, render
-from qwlit.commands.help import submit_help
 from qwlit.commands.options import own_options, whole_number
-from qwlit.config.compose import compose
+from qwlit.config.compose import Composed, compose
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.files import resolve_path, write_text_atomic
@@ -19,19 +18,15 @@ SCRIPTS = ".slurm"
 """Folder in run.root that keeps the submitted files."""
 
 
-def main(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(submit_help(), end="")
-        return 0
+def main(arguments: list[str]) -> None:
     own, overrides = own_options(arguments, OWN)
     config, job = _sweep(own, overrides) if own["sweep"] else _runs(own, overrides)
     check_slurm(config.slurm)
     text = render(config, job, python=sys.executable, folder=Path.cwd())
     if own["dry_run"] == "true":
         print(text, end="")
-        return 0
-    _submit(resolve_path(config.run.root) / SCRIPTS / f"{job.name}.sbatch", text)
-    return 0
+    else:
+        _submit(resolve_path(config.run.root) / SCRIPTS / f"{job.name}.sbatch", text)
 
 
 def _runs(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig, SlurmJob]:
@@ -39,8 +34,9 @@ def _runs(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig, 
     for key in ("trials", "tasks"):
         if own[key] is not None:
             raise ConfigError(f"{key} is an option for sweeps; set sweep=NAME as well, or leave it out")
-    config = compose(overrides).config
-    _run_preflight(overrides)
+    composed = compose(overrides)
+    config = composed.config
+    _run_preflight(composed)
     # Write the name into the job: a requeued job must find the same run even if the default name would change.
     name = str(config.run.name)
     named = [*overrides, f"run.name={name}"]
@@ -94,17 +90,17 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _run_preflight(overrides: list[str]) -> None:
+def _run_preflight(composed: Composed) -> None:
     """Refuse now what `train` would refuse only after hours in the queue.
 
     Raises:
         ConfigError: a preflight rule refuses the run.
     """
     from qwlit.planning.facts import facts_of
-    from qwlit.planning.preflight import find, refuse
+    from qwlit.planning.preflight.rules import find, refuse
     from qwlit.planning.setup import resolve_setup
 
-    refuse(find(facts_of(resolve_setup(compose(overrides), imagined=True))))
+    refuse(find(facts_of(resolve_setup(composed, trust_profile=True))))
 
 
 def _submit(file: Path, text: str) -> None:

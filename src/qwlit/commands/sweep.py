@@ -6,7 +6,6 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qwlit.commands.help import sweep_help
 from qwlit.commands.options import own_options, whole_number
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, QwlitError, nearest
@@ -16,10 +15,7 @@ ACTIONS = ("run", "best", "find_lr")
 SHOWN = 5
 
 
-def main(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(sweep_help(), end="")
-        return 0
+def main(arguments: list[str]) -> None:
     own, overrides = own_options(
         arguments,
         {"sweep": None, "backend": BACKENDS, "action": ACTIONS, "trials": None, "jobs": None, "agents": None},
@@ -32,17 +28,19 @@ def main(arguments: list[str]) -> int:
         if own[key] is not None:
             raise ConfigError(f"{key}={own[key]} has no effect with action={own['action']}; leave it out")
     if own["action"] == "find_lr":
-        return _find_lr(overrides)
+        _find_lr(overrides)
+        return
     if own["sweep"] is None:
         from qwlit.tuning.sweep_file import sweep_names
 
         raise ConfigError(f"sweep is not set; choose one of {', '.join(sweep_names())}, or give a file's path")
     if own["action"] == "best":
-        return _best(own["sweep"], overrides)
-    return _run(own, overrides)
+        _best(own["sweep"], overrides)
+    else:
+        _run(own, overrides)
 
 
-def _run(own: dict[str, str | None], overrides: list[str]) -> int:
+def _run(own: dict[str, str | None], overrides: list[str]) -> None:
     from qwlit.tuning.sweep_file import read_sweep
 
     sweep = read_sweep(str(own["sweep"]))
@@ -55,7 +53,7 @@ def _run(own: dict[str, str | None], overrides: list[str]) -> int:
         from qwlit.tuning.wandb_search import run_wandb
 
         run_wandb(sweep, overrides, trials=trials, agents=whole_number(own, "agents", least=0))
-        return 0
+        return
     if own["agents"] is not None:
         raise ConfigError(
             "agents is an option of backend=wandb; with backend=optuna set jobs=N, trials at the same time"
@@ -76,7 +74,6 @@ def _run(own: dict[str, str | None], overrides: list[str]) -> int:
     if record["best"] is None and not any(trial["state"] == "running" for trial in record["trials"]):
         reasons = [trial["reason"] for trial in record["trials"] if trial["reason"]]
         raise QwlitError(f"no trial finished with a value: {reasons[0] if reasons else 'there was none'}")
-    return 0
 
 
 def _show(record: dict[str, Any]) -> None:
@@ -99,7 +96,7 @@ def _show(record: dict[str, Any]) -> None:
     screen.print(table)
 
 
-def _best(name: str, overrides: list[str]) -> int:
+def _best(name: str, overrides: list[str]) -> None:
     from qwlit.config.compose import compose
     from qwlit.tuning.best import write_best
     from qwlit.tuning.optuna_search import sweep_folder
@@ -116,10 +113,9 @@ def _best(name: str, overrides: list[str]) -> int:
     console(stderr=True).print(
         f"written to {escape(str(file))}; train it again with\n  python -m qwlit train {escape(again)} run.name=…"
     )
-    return 0
 
 
-def _find_lr(overrides: list[str]) -> int:
+def _find_lr(overrides: list[str]) -> None:
     from qwlit.tuning.lr_range import find_lr
 
     test, folder = find_lr(overrides, console())
@@ -129,4 +125,3 @@ def _find_lr(overrides: list[str]) -> int:
     else:
         screen.print(f"[bold]optim.lr={test.suggestion:.1e}[/]: {test.reason()}")
     screen.print(f"  {escape(str(folder.path / 'lr_range.png'))}   loss against learning rate")
-    return 0

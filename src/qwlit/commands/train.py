@@ -1,14 +1,10 @@
 """`train`: trains a model, or resumes an unfinished run."""
 
-from qwlit.commands.help import train_help
 from qwlit.config.compose import compose, dump
 from qwlit.core.errors import ConfigError, nearest
 
 
-def main(arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
-        print(train_help(), end="")
-        return 0
+def main(arguments: list[str]) -> None:
     overrides, show_config = _split_options(arguments)
     composed = compose(overrides)
     if show_config:
@@ -17,7 +13,6 @@ def main(arguments: list[str]) -> int:
         from qwlit.run.training_run import train
 
         train(composed)
-    return 0
 
 
 def _split_options(arguments: list[str]) -> tuple[list[str], bool]:

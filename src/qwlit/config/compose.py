@@ -1,12 +1,12 @@
 """Turn command-line overrides into a checked RunConfig. Any mistake raises ConfigError with one line.
 
-Hydra composes groups and files. Every value override is passed with `++`, so that Hydra accepts any name. The one check
-of the whole tree against the dataclasses then reports wrong names, with the nearest valid name.
+Hydra composes the files of the chosen groups, and the typed values replace the files' values. Then one check of the
+whole tree against the dataclasses reports wrong names and values.
 """
 
-import dataclasses
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,17 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from qwlit.config.explain import explain
-from qwlit.config.relations import TEXTS, check_relations
+from qwlit.config.overrides import agent_overrides, read_overrides
+from qwlit.config.relations import check_relations
 from qwlit.config.run import RunConfig
-from qwlit.config.trial import agent_overrides, trial_name
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
-from qwlit.core.lists import read_list
 from qwlit.core.ranks import under_agent
 from qwlit.data.config import parts_of
 from qwlit.model.folder import base_of, is_adapter
@@ -35,6 +32,8 @@ from qwlit.model.folder import base_of, is_adapter
 MAIN = "train"
 SWEEPS = "sweep"
 """Folder of sweep files for the subcommand `sweep`; not a group of settings."""
+LONGEST_NAME = 200
+"""Characters of a run's name."""
 
 
 def conf_dir() -> Path:
@@ -67,158 +66,108 @@ def compose(overrides: list[str]) -> Composed:
     Raises:
         ConfigError: naming the field, the rule and the nearest valid name.
     """
-    parsed = _parse(agent_overrides(overrides) if under_agent() else overrides)
-    typed = {o.key_or_group: o for o in parsed}
-    base = typed.pop("config", None)
-    tree, choices = _from_run(base.value(), typed) if base else _from_groups(typed)
-    _clear_alternatives(tree, typed)
-    _replace_architecture(tree, typed, choices.get("model"))
-    config = check(tree)
-    check_relations(config)
-    config = _with_default_name(config, choices)
-    if under_agent() and "run.name" not in typed:
-        config = _named(config, trial_name(str(config.run.name)))
-    return Composed(config=config, choices=choices)
-
-
-def _parse(overrides: list[str]) -> list[Override]:
-    """Parse the overrides and refuse Hydra's forms that a run cannot use: several values, and deletions."""
-    parsed = []
-    for text in overrides:
-        if "=" not in text and not text.startswith("~"):
-            raise ConfigError(f"'{text}': overrides have the form key=value, e.g. optim.lr=1e-5")
-        override = _read(text)
-        if override.is_sweep_override():
-            raise ConfigError(f"'{text}' gives several values, but a run takes one; write a list as [a,b]")
-        if override.is_delete():
-            raise ConfigError(f"'{text}': settings cannot be deleted; set a value instead")
-        parsed.append(override)
-    return parsed
-
-
-LISTS = {"data.path", "data.val_path"}
-"""Settings of text that may also be lists."""
-OF_TEXTS = {"slurm.options", "slurm.setup", "slurm.mounts"}
-"""Lists of text for other programs: Hydra's grammar cannot read [--mem=5G]."""
-# Hydra's grammar knows only ASCII letters, so list items with other letters are quoted.
-FOREIGN = re.compile(r"""[^\[\]{},:'"\s]*[^\x00-\x7f][^\[\]{},:'"]*""")
-
-
-def _read(text: str) -> Override:
-    """Read one override. A value that Hydra's grammar cannot read (data.path=数据.jsonl) is quoted and read as text."""
-    parser = OverridesParser.create()
-    key, _, value = text.partition("=")
-    if key.lstrip("+") in LISTS and value.startswith("{"):
-        raise ConfigError(f"'{text}': give the parts as a list, [{{path:…,weight:…}},…]")
-    if key.lstrip("+") in LISTS and value.startswith("["):
-        text = f"{key}={FOREIGN.sub(lambda match: repr(match.group()), value)}"
-    try:
-        override = parser.parse_override(text)
-        # For a text setting, 2024_01 is a name, although YAML reads a number: quote it below.
-        is_list = override.key_or_group in LISTS and isinstance(override.value(), list)
-        if override.key_or_group not in TEXTS or is_list or isinstance(override.value(), str | None):
-            return override
-    except HydraException:
-        pass
-    if key.lstrip("+") in OF_TEXTS and value.startswith("["):
-        quoted = f"[{','.join(_quoted(item) for item in read_list(value))}]"
+    typed = read_overrides(agent_overrides(overrides) if under_agent() else overrides)
+    groups = group_options()
+    chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key.startswith("hydra.")}
+    if "config" in typed:
+        tree = _load_run(typed.pop("config"), chosen)
+        choices: dict[str, str] = {}
     else:
-        quoted = _quoted(value)
-    try:
-        return parser.parse_override(f"{key}={quoted}")
-    except HydraException:
-        raise ConfigError(f"'{text}' cannot be read as key=value") from None
+        tree, choices = _compose_groups(chosen, typed)
+    settings = _with_typed(tree, typed)
+    _replace_architecture(settings, typed, choices.get("model"))
+    config = check(settings)
+    check_relations(config)
+    name = config.run.name or _default_name(config, choices)
+    if under_agent() and "run.name" not in typed:
+        # Each trial of a W&B sweep needs its own folder. A resumed trial has the same id, so it gets the same folder.
+        trial = f"-{os.environ['WANDB_RUN_ID']}"
+        name = name[: LONGEST_NAME - len(trial)] + trial
+    return Composed(replace(config, run=replace(config.run, name=name)), choices)
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "\\'") + "'"
-
-
-def _from_groups(typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Compose the group files and the typed values with Hydra. Return the tree and the chosen files."""
-    if "data.path" in typed and "data" not in typed:
+def _compose_groups(chosen: dict[str, Any], typed: dict[str, Any]) -> tuple[DictConfig, dict[str, str]]:
+    """Compose the chosen files with Hydra. Return the tree, and the chosen file of every group."""
+    groups = group_options()
+    if "data.path" in typed:
         # The user's own data also replace the demo's validation set and its exact-match check.
-        typed = {"data": _parse(["data=files"])[0], **typed}
-    if "model.hub_id" in typed and "model" not in typed:
+        chosen = {"data": "files"} | chosen
+    hub_id = typed.get("model.hub_id")
+    preset = next((name for name in groups["model"] if hub_id and _packaged_hub_id(name) == hub_id), None)
+    if preset:
         # The packaged file with this hub id has the architecture, so the hub is not needed.
-        wanted = typed["model.hub_id"].value()
-        preset = next((name for name in group_options()["model"] if wanted and _packaged_hub_id(name) == wanted), None)
-        typed = typed if preset is None else {"model": _parse([f"model={preset}"])[0], **typed}
-    for folder in typed["hydra.searchpath"].value() if "hydra.searchpath" in typed else []:
+        chosen = {"model": preset} | chosen
+    if chosen.get("experiment", "") is None:
+        # This is the default, and Hydra refuses it as an override.
+        del chosen["experiment"]
+    own_folders = chosen.get("hydra.searchpath") or []
+    for folder in own_folders:
         if str(folder).startswith("file://") and not Path(str(folder).removeprefix("file://")).is_dir():
             raise ConfigError(f"hydra.searchpath: {folder} is not a folder; give an existing one")
+    for group in [key for key in chosen if key in groups]:
+        choice, options = chosen[group], groups[group]
+        if choice is None:
+            raise ConfigError(f"{group}=null: choose one of {', '.join(options)}")
+        # If the user adds a folder of own files, only Hydra knows all choices.
+        if choice not in options and not own_folders:
+            hint = nearest(str(choice), options) or f" Choose one of {', '.join(options)}."
+            raise ConfigError(f"{group}={choice}: no such {group}.{hint}")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
-            # experiment=null is the default, and Hydra refuses it as an override.
-            chosen = [o for o in typed.values() if (o.key_or_group, o.value()) != ("experiment", None)]
-            overrides = [_as_hydra(o, user_files="hydra.searchpath" in typed) for o in chosen]
+            overrides = [f"{key}={choice!r}" for key, choice in chosen.items()]
             composed = hydra_compose(MAIN, overrides, return_hydra_config=True)
-            choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
-            tree: Any = OmegaConf.to_container(
-                OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]), resolve=True
-            )
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
-    return tree, choices
+    choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
+    return OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]), choices
 
 
-def _as_hydra(override: Override, *, user_files: bool) -> str:
-    """Return the override for Hydra: check a group choice, and prefix a value with `++`."""
-    key, line = override.key_or_group, str(override.input_line).lstrip("+")
-    if key.startswith("hydra."):
-        return line
-    options = group_options().get(key)
-    if options is None:
-        return f"++{line}"
-    choice = override.value()
-    if choice is None and key != "experiment":
-        raise ConfigError(f"{key}=null: choose one of {', '.join(options)}")
-    # If the user adds a folder of own files, only Hydra knows all choices.
-    if choice is not None and choice not in options and not user_files:
-        hint = nearest(str(choice), options) or f" Choose one of {', '.join(options)}."
-        raise ConfigError(f"{key}={choice}: no such {key}.{hint}")
-    return line
-
-
-def _from_run(path: Any, typed: dict[str, Override]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Load an earlier run's config.yaml and apply the typed values."""
+def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
+    """Load an earlier run's config.yaml."""
     file = resolve_path(str(path))
     if not file.is_file():
         raise ConfigError(f"config={path}: no such file; give a run's config.yaml")
+    for key, choice in chosen.items():
+        raise ConfigError(f"{key}={choice}: config={path} has fixed all groups; set single values")
     try:
         tree = OmegaConf.load(file)
-        if not isinstance(tree, DictConfig):
-            raise ConfigError(f"config={path} is not a run's config.yaml")
-        for key, override in typed.items():
-            if key in group_options() and "." not in key:
-                raise ConfigError(f"{key}={override.value()}: config={path} has fixed all groups; set single values")
-            OmegaConf.update(tree, key, override.value(), force_add=True)
-        container: Any = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
-    return container, {}
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"config={path} is not a run's config.yaml")
+    return tree
 
 
-PAIRS = (("scheduler.warmup_steps", "scheduler.warmup_ratio"), ("train.max_steps", "train.max_epochs"))
+def _with_typed(tree: DictConfig, typed: dict[str, Any]) -> Any:
+    """Put the typed values into the tree, and resolve interpolations."""
+    try:
+        for key, value in (_cleared(typed) | typed).items():
+            # A wrong name is added, too: `check` then refuses it with the nearest valid name.
+            OmegaConf.update(tree, key, value, force_add=True)
+        return OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_one_line(error)) from None
 
 
-def _clear_alternatives(tree: dict[str, Any], typed: dict[str, Override]) -> None:
-    """Let a typed value clear the recipe's other key of the pair, e.g. warmup_steps clears warmup_ratio.
+WARMUP = ("scheduler.warmup_steps", "scheduler.warmup_ratio")
+LENGTH = ("train.max_steps", "train.max_epochs")
+
+
+def _cleared(typed: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that typed ones replace: a typed warmup_steps clears the recipe's warmup_ratio.
 
     A typed warm-up also lifts the recipe's cap on it.
     """
-    if all(key in typed and typed[key].value() is not None for key in PAIRS[0]):
-        raise ConfigError("scheduler.warmup_steps and scheduler.warmup_ratio are both set; give one of them")
-    for pair in PAIRS:
-        for key, other in (pair, pair[::-1]):
-            if key in typed and typed[key].value() is not None and other not in typed:
-                section, name = other.split(".")
-                if isinstance(tree.get(section), dict):
-                    tree[section][name] = None
-    lifted = any(key in typed for key in PAIRS[0]) and "scheduler.max_warmup_ratio" not in typed
-    if lifted and isinstance(tree.get("scheduler"), dict):
-        tree["scheduler"]["max_warmup_ratio"] = 1.0
+    cleared: dict[str, Any] = {}
+    for first, second in (WARMUP, LENGTH):
+        if typed.get(first) is not None:
+            cleared[second] = None
+        if typed.get(second) is not None:
+            cleared[first] = None
+    if any(key in typed for key in WARMUP):
+        cleared["scheduler.max_warmup_ratio"] = 1.0
+    return cleared
 
 
 def _packaged_hub_id(name: str) -> str | None:
@@ -228,7 +177,7 @@ def _packaged_hub_id(name: str) -> str | None:
     return hub_id
 
 
-def _replace_architecture(tree: dict[str, Any], typed: dict[str, Override], chosen: str | None) -> None:
+def _replace_architecture(tree: dict[str, Any], typed: dict[str, Any], chosen: str | None) -> None:
     """Drop the architecture of the chosen model file if a folder or another hub id names the model.
 
     Raises:
@@ -279,26 +228,18 @@ def as_tree(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def _with_default_name(config: RunConfig, choices: dict[str, str]) -> RunConfig:
-    """Name the run after its experiment, or model-recipe-data, so that the same command finds the same run."""
-    if config.run.name is not None:
-        return config
+def _default_name(config: RunConfig, choices: dict[str, str]) -> str:
+    """Return the experiment's name, or model-recipe-data, so that the same command finds the same run."""
     data, model = choices.get("data", "data"), choices.get("model", "model")
     if data == "files":
         data = "-".join(resolve_path(part.path).stem for part in parts_of(config.data.path)[:3])
-    if (
-        source := config.model.adapter_path
-        or config.model.path
-        or (config.model.architecture is None and config.model.hub_id)
-    ):
+    source = config.model.adapter_path or config.model.path
+    if source is None and config.model.architecture is None:
+        source = config.model.hub_id
+    if source:
         model = resolve_path(source).name
     name = choices.get("experiment") or f"{model}-{choices.get('recipe', 'recipe')}-{data}"
-    name = re.sub(r"[^\w.-]+", "_", name).lstrip("._-")[:200]
-    return _named(config, name)
-
-
-def _named(config: RunConfig, name: str) -> RunConfig:
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+    return re.sub(r"[^\w.-]+", "_", name).lstrip("._-")[:LONGEST_NAME]
 
 
 def _one_line(error: Exception) -> str:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from qwlit.config.overrides import format_value
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import nearest
 
@@ -15,8 +16,6 @@ PLAIN_PHRASES = {
     "^field required": "give two values, [first,second]",
     r"a dictionary or an instance of \w+": "settings, key by key",
 }
-
-
 RENAMED = {"hardware.memory": "hardware.activation_checkpointing"}
 """Old name of a setting → its new name, for the error message."""
 
@@ -43,16 +42,9 @@ def explain(error: ValidationError, groups: list[str]) -> str:
     rule = rule[0].lower() + rule[1:]
     for jargon, plain in PLAIN_PHRASES.items():
         rule = re.sub(jargon, plain, rule)
-    value = finding["input"]
-    hint = nearest(str(value), re.findall(r"'([^']+)'", rule)) if finding["type"] == "literal_error" else ""
-    return f"{field}={_as_typed(value)}: {rule}.{hint}"
-
-
-def _as_typed(value: Any) -> str:
-    """Return the value on one line as a user types it: null and true, not None and True."""
-    known = {None: "null", True: "true", False: "false"}
-    shown = known[value] if value is None or isinstance(value, bool) else str(value)
-    return " ".join(shown.split())
+    value = " ".join(format_value(finding["input"]).split())
+    hint = nearest(value, re.findall(r"'([^']+)'", rule)) if finding["type"] == "literal_error" else ""
+    return f"{field}={value}: {rule}.{hint}"
 
 
 def _trace(location: list[str]) -> tuple[Any, list[str]]:
@@ -67,12 +59,8 @@ def _trace(location: list[str]) -> tuple[Any, list[str]]:
         names.append(name)
         if name.isdigit():
             continue
-        field = next((f for f in dataclasses.fields(owner) if f.name == name), None)
-        inner = (
-            [t for t in (field.type, *getattr(field.type, "__args__", ())) if dataclasses.is_dataclass(t)]
-            if field
-            else []
-        )
+        type_ = {field.name: field.type for field in dataclasses.fields(owner)}.get(name)
+        inner = [member for member in (type_, *get_args(type_)) if dataclasses.is_dataclass(member)]
         if not inner:
             break
         owner = inner[0]

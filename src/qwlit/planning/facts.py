@@ -8,7 +8,7 @@ from qwlit.model.presets import context_length
 from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import assume_batches
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.preflight import DataFacts, PreflightFacts, TokenizerFacts
+from qwlit.planning.preflight.rules import DataFacts, PreflightFacts, TokenizerFacts
 from qwlit.planning.setup import Setup
 
 
@@ -22,7 +22,7 @@ def facts_of(
     """Collect the facts. Arguments that are None were not available; rules about them find nothing."""
     if memory is None:
         # The rules without data read only the state's memory, which does not depend on the batches.
-        _, memory = setup.settle(assume_batches(setup.config, setup.machine.world_size).largest)
+        _, memory = setup.fit_memory(assume_batches(setup.config, setup.machine.world_size).largest)
     return PreflightFacts(
         config=setup.config,
         machine=setup.machine,

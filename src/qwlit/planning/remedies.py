@@ -28,14 +28,14 @@ def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
         if any(set(fitting) <= set(more) for fitting, _ in found):
             continue  # a part of these overrides is enough
         try:
-            setup = resolve_setup(_changed(overrides, plan.setup.composed, more), imagined=True)
+            setup = resolve_setup(_changed(overrides, plan.setup.composed, more), trust_profile=True)
             world_size = setup.machine.world_size
             if plan.data is None:
                 batches = assume_batches(setup.config, world_size)
             else:
                 steps = plan_steps(setup.config, plan.data.split, world_size)
                 batches = measure_batches(steps.step_plan, steps.total_steps)
-            _, estimate = setup.settle(batches.largest)
+            _, estimate = setup.fit_memory(batches.largest)
         except ConfigError:
             continue
         if estimate.fits:

@@ -14,13 +14,13 @@ from qwlit.data.sources import File, find_sources
 from qwlit.data.splits import DataSplit, split_data
 from qwlit.model.config import Execution
 from qwlit.model.flops import Flops, count_flops
-from qwlit.optim.schedules import Schedule, build_schedule
+from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, measure_batches
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.preflight import Finding, find, refuse
+from qwlit.planning.preflight.rules import Finding, find, refuse
 from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
-from qwlit.planning.steps import PlannedSteps, accumulation, plan_steps
+from qwlit.planning.steps import PlannedSteps, plan_schedule, plan_steps
 from qwlit.planning.tokenized_data import TokenizedData, is_small_or_tokenized, load_tokenized_data
 from qwlit.training.machine import Machine
 
@@ -79,11 +79,7 @@ class RunPlan:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """Micro-batches per rank and step: from micro_batch_size, or the median if micro_batch_tokens is set."""
-        hardware = self.config.hardware
-        if hardware.micro_batch_tokens is None:
-            size = self.config.train.global_batch_size
-            return accumulation(size, hardware.micro_batch_size, self.machine.world_size) or 1
+        """Micro-batches per rank and step. With micro_batch_tokens steps differ, and this is the median."""
         return round(self.batches.accumulation[1])
 
     @property
@@ -111,7 +107,7 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
 
     Args:
         screen: shows the progress of tokenizing.
-        preview: believe the hardware profile instead of looking at the machine, skip data that are missing or large,
+        preview: take the devices from the hardware profile, not from this machine, skip data that are missing or large,
             and keep the findings instead of refusing the run.
 
     Raises:
@@ -119,7 +115,7 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
     """
     config = composed.config
     forget_meta_models()
-    setup = resolve_setup(composed, imagined=preview)
+    setup = resolve_setup(composed, trust_profile=preview)
     if not preview:
         # Refuse what the settings alone make impossible before tokenizing for a long time.
         refuse(find(facts_of(setup)))
@@ -130,13 +126,13 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
     else:
         schedule = data.steps.schedule
         batches = measure_batches(data.steps.step_plan, schedule.total_steps)
-    settled, memory = setup.settle(batches.largest)
+    fitted, memory = setup.fit_memory(batches.largest)
     known = (data.split, data.tokenized.tokenizer) if data else (None, None)
-    findings = find(facts_of(settled, memory, schedule, *known))
+    findings = find(facts_of(fitted, memory, schedule, *known))
     if not preview:
         refuse(findings)
     flops = count_flops(setup.model)
-    return RunPlan(settled, batches, memory, flops, data, not_checked, schedule, findings)
+    return RunPlan(fitted, batches, memory, flops, data, not_checked, schedule, findings)
 
 
 def _plan_data(setup: Setup, tokenized: TokenizedData) -> PlannedData:
@@ -165,13 +161,10 @@ def _reachable_data(config: RunConfig, screen: Console) -> tuple[TokenizedData |
 def _schedule_by_rows(config: RunConfig) -> Schedule | None:
     """Estimate the steps from the number of rows, as if every row became one sample; None if there are too many."""
     train = config.train
-    asked = [train.max_steps] if train.max_steps else []
+    if train.max_epochs is None:
+        return plan_schedule(config, None)
     rows = _count_rows(config)
-    if train.max_epochs and rows is None:
-        return None
-    if train.max_epochs and rows is not None:
-        asked.append(-(-train.max_epochs * rows // train.global_batch_size))
-    return build_schedule(config.scheduler, min(asked))
+    return None if rows is None else plan_schedule(config, -(-train.max_epochs * rows // train.global_batch_size))
 
 
 def _count_rows(config: RunConfig) -> int | None:

@@ -13,9 +13,9 @@ from qwlit.model.config import AttentionKernel, Execution
 from qwlit.model.loss_model import build_meta_model
 from qwlit.model.quantize import check_blocks
 from qwlit.optim.groups import ParameterGroup, plan_groups
-from qwlit.planning.memory.estimate import MemoryEstimate, estimate_memory, settle_memory, why_not_sharded
+from qwlit.planning.memory.estimate import MemoryEstimate, candidates, estimate_memory, why_not_sharded
 from qwlit.planning.memory.state import MicroShape
-from qwlit.planning.preflight import check_allowed
+from qwlit.planning.preflight.rules import check_allowed
 from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine
 
 if TYPE_CHECKING:
@@ -56,24 +56,35 @@ class Setup:
     def num_trainable(self) -> int:
         return sum(group.size for group in self.groups)
 
-    def settle(self, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
-        """Replace "auto" for strategy and activation checkpointing by the first choice that fits."""
+    def fit_memory(self, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
+        """Replace "auto" for strategy and activation checkpointing by the fastest choice that fits, else the smallest.
 
-        def estimate_for(machine: Machine, execution: Execution) -> MemoryEstimate:
-            return estimate_memory(self.config, self.model, self.groups, machine, execution, micro)
+        Args:
+            micro: the micro-batch that takes the most memory.
+        """
+        *faster, smallest = candidates(self.config, self.machine)
+        last = self._estimate(smallest, micro)
+        if last[1].fits is not False:
+            for machine in faster:
+                tried = self._estimate(machine, micro)
+                if tried[1].fits is not False:
+                    return tried
+        return last
 
-        machine, execution, estimate = settle_memory(self.config, self.machine, self.execution, estimate_for)
-        if execution.compiled and machine.activation_checkpointing == "offload":
-            # `compiled` was chosen before the memory estimate: offload cannot be compiled.
-            execution = replace(execution, compiled=False)
+    def _estimate(self, machine: Machine, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
+        level = machine.activation_checkpointing
+        # `compiled` was chosen before the level, and a layer that offloads cannot be compiled.
+        compiled = self.execution.compiled and level != "offload"
+        execution = replace(self.execution, activation_checkpointing=level, compiled=compiled)
+        estimate = estimate_memory(self.config, self.model, self.groups, machine, execution, micro)
         return replace(self, machine=machine, execution=execution), estimate
 
 
-def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
+def resolve_setup(composed: Composed, *, trust_profile: bool = False) -> Setup:
     """Resolve what depends on the machine, and match every pattern against the model's parameters.
 
     Args:
-        imagined: believe the hardware profile instead of looking at the machine.
+        trust_profile: take the devices from the hardware profile, not from this machine.
 
     Raises:
         ConfigError: a device or a model file is missing, settings cannot be combined, or a pattern matches nothing.
@@ -84,7 +95,7 @@ def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
         config.hardware,
         config.determinism,
         profile=composed.choices.get("hardware") or "of this config.yaml",
-        imagined=imagined,
+        trust_profile=trust_profile,
     )
     refusal = why_not_sharded(config, machine)
     if machine.strategy == "fsdp" and refusal:
@@ -96,7 +107,7 @@ def resolve_setup(composed: Composed, *, imagined: bool = False) -> Setup:
         attention_dropout=config.dropout.attention,
     )
     compiled, obstacle = resolve_compile(
-        config.hardware.compile, machine, _why_not_compiled(config, machine, attention), imagined=imagined
+        config.hardware.compile, machine, _why_not_compiled(config, machine, attention), trust_profile=trust_profile
     )
     # Without an adapter, frozen parameters are exported too, so they keep float32 and stay equal to the bit.
     frozen = torch.float32 if config.adapter.kind == "none" else machine.frozen_dtype

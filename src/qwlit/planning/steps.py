@@ -47,33 +47,26 @@ def plan_steps(config: RunConfig, data: DataSplit, world_size: int) -> PlannedSt
     for samples in (data.train, data.validation):
         if samples is not None:
             step_plan.limits.check(samples)
-    total_steps = _total_steps(config, step_plan)
-    milestones = _milestones(config, step_plan, total_steps, has_validation=data.validation is not None)
-    return PlannedSteps(step_plan, build_schedule(config.scheduler, total_steps), milestones)
+    epochs = config.train.max_epochs
+    schedule = plan_schedule(config, step_plan.steps_of_epochs(epochs) if epochs else None)
+    milestones = _milestones(config, step_plan, schedule.total_steps, has_validation=data.validation is not None)
+    return PlannedSteps(step_plan, schedule, milestones)
 
 
-def accumulation(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int | None:
-    """Return ceil(G / (micro_batch_size * world_size)): micro-batches per rank and step."""
-    return None if micro_batch_size is None else -(-global_batch_size // (micro_batch_size * world_size))
-
-
-def _total_steps(config: RunConfig, plan: StepPlan) -> int:
-    """Return the smaller of train.max_steps and the steps of train.max_epochs."""
-    train = config.train
-    asked = [train.max_steps] if train.max_steps else []
-    if train.max_epochs:
-        asked.append(plan.steps_of_epochs(train.max_epochs))
-    return min(asked)
+def plan_schedule(config: RunConfig, steps_of_epochs: int | None) -> Schedule:
+    """Return the schedule of a run that ends at train.max_steps or after train.max_epochs, whichever is first."""
+    ends = [steps for steps in (config.train.max_steps, steps_of_epochs) if steps is not None]
+    return build_schedule(config.scheduler, min(ends))
 
 
 def _milestones(config: RunConfig, plan: StepPlan, total_steps: int, *, has_validation: bool) -> Milestones:
-    def rhythm(settings: ValidationConfig | CheckpointConfig) -> DueSteps:
+    def due_steps(settings: ValidationConfig | CheckpointConfig) -> DueSteps:
         return DueSteps(total_steps, settings.every_steps, plan.next_epoch_end if settings.each_epoch else None)
 
     validates = has_validation and (config.validation.each_epoch or config.validation.every_steps is not None)
     return Milestones(
         total_steps=total_steps,
         log_every_steps=config.logging.every_steps,
-        saving=rhythm(config.checkpoint),
-        validation=rhythm(config.validation) if validates else None,
+        saving=due_steps(config.checkpoint),
+        validation=due_steps(config.validation) if validates else None,
     )

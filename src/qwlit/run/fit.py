@@ -11,7 +11,6 @@ from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import mark_process_group_joined
 from qwlit.model.compile import failed_to_compile
-from qwlit.model.flops import count_flops
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import start_adapter
 from qwlit.model.shard import shard_model
@@ -39,7 +38,7 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
         run.data.steps.milestones,
         folder,
         run.data.split.train,
-        count_flops(run.loss_model.causal_lm),
+        run.plan.flops,
         CallbackSettings(
             config.guard,
             config.validation,

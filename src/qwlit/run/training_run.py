@@ -1,8 +1,6 @@
 """Train: from the settings to the summary. `train` and `TrainingRun.execute` read from top to bottom."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 from rich.markup import escape
@@ -53,7 +51,11 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     is_done = is_requeued and folder.status == FINISHED
     if is_done and not is_rank_zero():
         return
-    with _locked(folder, composed) as lock:
+    counting = counting_requeues(
+        folder, lambda: Start(newest(folder)).step, composed.config.slurm.max_requeues_in_place
+    )
+    # A signal raises Preempted out of the lock, and only then `counting` may refuse another requeue.
+    with counting, answering_signals(), RunLock(folder) as lock:
         # Before the plan, which tokenizes the data and loads the model: a refusal must not come after hours of work.
         if is_rank_zero() and _nothing_to_do(folder, composed, is_done=is_done):
             return
@@ -65,16 +67,6 @@ def resume_requeued(composed: Composed) -> Composed:
     """A requeued job resumes: ignore `overwrite` and `resume` from the first launch."""
     run = replace(composed.config.run, overwrite=False)
     return replace(composed, config=replace(composed.config, run=run, resume="auto"))
-
-
-@contextmanager
-def _locked(folder: RunFolder, composed: Composed) -> Iterator[RunLock]:
-    """While the block runs, hold the run folder's lock, handle signals, and count requeues without progress."""
-    limit = composed.config.slurm.max_requeues_in_place
-    counting = counting_requeues(folder, lambda: Start(newest(folder)).step, limit)
-    # A signal raises Preempted out of the lock, and only then `counting` may refuse another requeue.
-    with counting, answering_signals(), RunLock(folder) as lock:
-        yield lock
 
 
 def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> bool:

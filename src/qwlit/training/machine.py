@@ -52,18 +52,19 @@ class Machine:
 
 
 def resolve_machine(
-    config: HardwareConfig, determinism: Determinism, *, profile: str, imagined: bool = False
+    config: HardwareConfig, determinism: Determinism, *, profile: str, trust_profile: bool = False
 ) -> Machine:
     """Replace every "auto" by what this machine has, except strategy and memory, which depend on the model.
 
     Args:
         profile: the hardware profile's name, for the message.
-        imagined: assume the devices that the profile names, and do not check how the processes were launched.
+        trust_profile: take the devices from the profile, not from this machine, and do not check how the processes were
+            launched.
 
     Raises:
         ConfigError: the machine lacks what the profile requires, or settings exclude each other.
     """
-    here = _imagine(config) if imagined and config.accelerator == "cuda" else detect_devices()
+    here = _devices_of_profile(config) if trust_profile and config.accelerator == "cuda" else detect_devices()
     accelerator = _accelerator(config, here, profile)
     devices = config.devices if config.devices != "auto" else (here.num_cuda if accelerator == "cuda" else 1)
     if accelerator == "cuda" and (devices > here.num_cuda or _too_small(config, here)):
@@ -71,7 +72,7 @@ def resolve_machine(
             f"hardware={profile} needs {_needed(config)} per node, but this machine has {_seen(here)}. {_REMEDY}"
         )
     world_size = devices * config.num_nodes
-    if not imagined:
+    if not trust_profile:
         _check_launcher(devices, config.num_nodes)
     precision = _precision(config, accelerator, here, determinism)
     if config.strategy == "single" and world_size > 1:
@@ -108,7 +109,7 @@ def resolve_machine(
 REPORTED_SHARE, USABLE_SHARE = 1.06, 0.93
 
 
-def _imagine(config: HardwareConfig) -> Devices:
+def _devices_of_profile(config: HardwareConfig) -> Devices:
     """Return the devices that a profile names; without a name their speed and memory are unknown."""
     count = 1 if config.devices == "auto" else config.devices
     return Devices(count, config.gpu or "CUDA device", True, (config.gpu_memory_gb or 0) * REPORTED_SHARE)
@@ -200,13 +201,13 @@ def resolve_attention(
 
 
 def resolve_compile(
-    asked: bool | Literal["auto"], machine: Machine, obstacle: str | None, *, imagined: bool = False
+    asked: bool | Literal["auto"], machine: Machine, obstacle: str | None, *, trust_profile: bool = False
 ) -> tuple[bool, str | None]:
     """Decide whether to compile the decoder layers; "auto" compiles on CUDA.
 
     Args:
         obstacle: the setting that prevents compiling.
-        imagined: do not look for a compiler on this machine.
+        trust_profile: do not look for a compiler on this machine.
 
     Returns:
         The decision, and the reason where something prevents compiling.
@@ -217,7 +218,7 @@ def resolve_compile(
     wanted = machine.accelerator == "cuda" if asked == "auto" else asked
     if not wanted:
         return False, None
-    obstacle = obstacle or (None if imagined else _missing_compiler(machine))
+    obstacle = obstacle or (None if trust_profile else _missing_compiler(machine))
     if obstacle and asked != "auto":
         raise ConfigError(f"hardware.compile=true: {obstacle}; set hardware.compile=auto")
     return obstacle is None, obstacle

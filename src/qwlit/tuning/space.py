@@ -1,11 +1,11 @@
 """The search space of a sweep: its parameters as Optuna distributions, and drawn values as overrides of `train`."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwlit.config.compose import Composed, compose
+from qwlit.config.overrides import format_value
 from qwlit.core.errors import ConfigError
 from qwlit.tuning.sweep_file import Parameter, Sweep
 
@@ -25,15 +25,7 @@ def keys_of(overrides: Iterable[str]) -> set[str]:
 
 def format_overrides(parameters: Mapping[str, Any]) -> list[str]:
     """Return a trial's parameters as overrides of `train`."""
-    return [f"{name}={_written(value)}" for name, value in parameters.items()]
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ",".join(_written(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
-    return str(value) if isinstance(value, str) else json.dumps(value)
+    return [f"{name}={format_value(value)}" for name, value in parameters.items()]
 
 
 def build_space(sweep: Sweep) -> Space:
@@ -57,7 +49,7 @@ def _distribution(sweep: Sweep, name: str, parameter: Parameter) -> "BaseDistrib
         if choices is None:
             raise ConfigError(f"{where}: {kind} needs values")
         # Optuna's choices cannot be lists.
-        return CategoricalDistribution([_written(c) if isinstance(c, list) else c for c in choices])
+        return CategoricalDistribution([format_value(c) if isinstance(c, list) else c for c in choices])
     if kind not in RANGES:
         known = ", ".join(("constant", "categorical", *RANGES))
         raise ConfigError(f"{where}.distribution={kind}: only W&B supports it; use {known}, or backend=wandb")

@@ -26,8 +26,8 @@ class ActivationBytes:
 
     kept: float
     """When the forward pass ends."""
-    again: float
-    """The most that is kept while a layer is recomputed, with its gradients; 0 without checkpointing."""
+    recomputing: float
+    """The most that is kept while the backward pass recomputes a layer, with its gradients; 0 without checkpointing."""
 
 
 def activation_bytes(
@@ -51,16 +51,17 @@ def activation_bytes(
     last_norm = FLOAT32 * width * micro.supervised * (1 + family.final_norm(model).weight.requires_grad)
     level = execution.activation_checkpointing
     if level == "none":
-        return ActivationBytes(rotary + last_norm + sum(layer.everything() for layer in layers), 0)
+        return ActivationBytes(rotary + last_norm + sum(layer.saved_bytes() for layer in layers), 0)
     # Offloading on CPU goes from the host to the host.
     offloads = level == "offload" and place.device == "cuda"
-    waiting = [
-        (0 if offloads else layer.entering()) + (layer.products() if level == "selective" else 0) for layer in layers
+    kept = [
+        (0 if offloads else layer.input_bytes()) + (layer.product_bytes() if level == "selective" else 0)
+        for layer in layers
     ]
-    below = [0.0, *accumulate(waiting)]
-    during = (below[number] + layer.everything() + layer.passing() for number, layer in enumerate(layers))
-    again = max(during, default=0.0)
-    return ActivationBytes(rotary + last_norm + below[-1], rotary + again)
+    below = [0.0, *accumulate(kept)]
+    during = (below[number] + layer.saved_bytes() + layer.gradient_bytes() for number, layer in enumerate(layers))
+    recomputing = max(during, default=0.0)
+    return ActivationBytes(rotary + last_norm + below[-1], rotary + recomputing)
 
 
 class _Layer:
@@ -98,18 +99,20 @@ class _Layer:
         first_dropped, last_dropped = dropout.layers or (0, number)
         self.drops = first_dropped <= number <= last_dropped
 
-    def entering(self) -> float:
+    def input_bytes(self) -> float:
         """The residual stream that enters the layer."""
         return FLOAT32 * self.hidden * self.micro.tokens if self.learns else 0
 
-    def passing(self) -> float:
-        """Gradients on their way through the feed-forward block: the output's, and two of its inside beyond what they
-        have set free; and an unpacked 4-bit weight."""
-        unpacked = self.hidden * self.inner * self.compute if self.packed and self.place.device == "cuda" else 0
-        passing = (FLOAT32 * self.hidden + 2 * self.compute * self.inner) * self.rows
-        return passing + unpacked if self.learns else 0
+    def gradient_bytes(self) -> float:
+        """Gradients at the peak of the feed-forward block's backward pass, and one unpacked 4-bit weight.
 
-    def products(self) -> float:
+        They are the output's gradient, and two of the inner width beside the saved tensors that are not freed yet.
+        """
+        unpacked = self.hidden * self.inner * self.compute if self.packed and self.place.device == "cuda" else 0
+        gradients = (FLOAT32 * self.hidden + 2 * self.compute * self.inner) * self.rows
+        return gradients + unpacked if self.learns else 0
+
+    def product_bytes(self) -> float:
         """What `selective` keeps: results of matrix products and of attention."""
         if not self.learns:
             return 0
@@ -127,7 +130,7 @@ class _Layer:
             )
         return total + (self.queries * self.compute + self.heads * FLOAT32) * self.micro.tokens
 
-    def everything(self) -> float:
+    def saved_bytes(self) -> float:
         """What autograd keeps when nothing is recomputed."""
         if not self.learns:
             return 0
@@ -156,7 +159,7 @@ class _Layer:
         return FLOAT32 * (width + heads) + self.compute * width * _is_trained(norm)
 
     def _inputs(self, modules: list[nn.Module]) -> float:
-        """What linear layers that share an input keep of it: under autocast each its own copy in half precision."""
+        """What linear layers with the same input keep of it. Under autocast each keeps its own half-precision copy."""
         kept = shared = 0.0
         for module in modules:
             base, ranks = _base(module), _ranks(module)
@@ -172,7 +175,10 @@ class _Layer:
         return kept + shared
 
     def _kept_by_attention(self, module: nn.Module) -> bool:
-        """Whether attention keeps the module's input, its own result: not for joined documents or eager scores."""
+        """Whether the attention kernel keeps the module's input: the input of the output projection is its result.
+
+        Not so where the results of several documents are joined in a copy, and in eager attention.
+        """
         joined = self.micro.packed and self.kernel != "varlen"
         return module is self.family.attention_output(self.layer) and not joined and self.kernel != "eager"
 
@@ -195,7 +201,7 @@ class _Layer:
         return 0
 
     def _mask(self, width: int) -> float:
-        """Of dropout: a byte each on CUDA, a factor each on CPU."""
+        """A dropout mask, bytes per token: one byte a value on CUDA, one factor a value on CPU."""
         return width * (1 if self.place.device == "cuda" else self.compute)
 
 

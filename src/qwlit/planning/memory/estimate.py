@@ -1,6 +1,5 @@
 """How much memory a training takes on each device, and the cheapest way in which it fits."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -69,38 +68,39 @@ def estimate_memory(
     place = _placement(machine)
     gradients = gradient_bytes(model, place)
     head = head_bytes(model, micro, place)
-    stays = machine.accelerator == "cpu"
+    on_cpu = machine.accelerator == "cpu"
     # Paged moments leave the GPU's memory when it is needed; on a CPU nothing is paged.
-    pages = config.optim.name.startswith("paged") and not stays
+    pages = config.optim.name.startswith("paged") and not on_cpu
     always: dict[str, float] = {
-        "logits": head.logits * stays,
+        # On CPU the memory of the logits is kept from call to call.
+        "logits": head.logits if on_cpu else 0,
         "weights": weight_bytes(model, config.adapter, execution, place),
         "optimizer": 0 if pages else state_bytes(groups, config.optim, place.share),
         "half-precision copies": autocast_bytes(model, place),
     }
     root, reducing = unsharded_bytes(model, place)
     # DDP's buckets hold the gradients from the start.
-    standing = gradients if micro.accumulates or machine.strategy == "ddp" else 0
+    accumulated = gradients if micro.accumulates or machine.strategy == "ddp" else 0
     activations = activation_bytes(model, config.adapter, config.dropout, execution, place, micro)
-    # Of a tied weight the head's gradient waits for the embedding's; FSDP2 reduces both together.
+    # A tied head's gradient waits for the embedding's, and FSDP2 reduces both together.
     waits = model.config.tie_word_embeddings or place.shards > 1
-    waiting = head.weight_gradient if waits else 0
+    head_gradient = head.weight_gradient if waits else 0
     moments: dict[str, dict[str, float]] = {
         "the head of a micro-batch": {
-            "gradients": standing,
+            "gradients": accumulated,
             "activations": activations.kept,
-            "head": head.logits * (not stays) + head.chunk + head.weight_gradient,
+            "head": (0 if on_cpu else head.logits) + head.chunk + head.weight_gradient,
             "unsharded": root,
         },
         "a layer computed again": {
-            "gradients": standing,
-            "activations": activations.again,
-            "head": waiting,
+            "gradients": accumulated,
+            "activations": activations.recomputing,
+            "head": head_gradient,
             "unsharded": reducing,
         },
         "the end of a backward pass": {
             "gradients": gradients,
-            "head": waiting + embedding_gradient_bytes(model, micro, place),
+            "head": head_gradient + embedding_gradient_bytes(model, micro, place),
             "unsharded": reducing,
         },
         "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, config.optim, place.share)},
@@ -125,44 +125,25 @@ def _fullest(always: dict[str, float], moments: dict[str, dict[str, float]], mac
     return MemoryEstimate(moment, components, machine.device_memory)
 
 
-Estimate = Callable[[Machine, Execution], MemoryEstimate]
+def candidates(config: RunConfig, machine: Machine) -> list[Machine]:
+    """Return the choices of strategy and checkpointing level where they are "auto", the fastest first.
 
-
-def settle_memory(
-    config: RunConfig, machine: Machine, execution: Execution, estimate: Estimate
-) -> tuple[Machine, Execution, MemoryEstimate]:
-    """Choose strategy and checkpointing level where they are "auto": the cheapest pair that fits, else the smallest."""
-
-    def attempt(candidate: Machine) -> tuple[Machine, Execution, MemoryEstimate]:
-        way = replace(execution, activation_checkpointing=candidate.activation_checkpointing)
-        return candidate, way, estimate(candidate, way)
-
-    *cheaper, smallest = list(_candidates(config, machine))
-    last = attempt(smallest)
-    if last[2].fits is False:
-        return last
-    return next((way for way in map(attempt, cheaper) if way[2].fits is not False), last)
-
-
-def _candidates(config: RunConfig, machine: Machine) -> Iterator[Machine]:
-    """Yield ways to run, cheapest first: sharding sends weights around, a higher level recomputes activations."""
-    hardware = config.hardware
+    Sharding sends weights between devices, and a higher level computes activations again.
+    """
+    hardware, on_cuda = config.hardware, machine.accelerator == "cuda"
     # Offloading on CPU moves nothing anywhere.
-    levels = CHECKPOINTING_LEVELS if machine.accelerator == "cuda" else CHECKPOINTING_LEVELS[:-1]
+    levels = CHECKPOINTING_LEVELS if on_cuda else CHECKPOINTING_LEVELS[:-1]
     levels = levels if hardware.activation_checkpointing == "auto" else (machine.activation_checkpointing,)
     strategies = [machine.strategy]
-    if hardware.strategy == "auto" and machine.strategy == "ddp" and may_shard(config, machine):
+    # On CPU all processes share the host's memory, and FSDP2 has no loss scale.
+    may_shard = on_cuda and machine.precision != "16-mixed" and why_not_sharded(config, machine) is None
+    if hardware.strategy == "auto" and machine.strategy == "ddp" and may_shard:
         strategies.append("fsdp")
-    for level in levels:
-        for strategy in strategies:
-            yield replace(machine, strategy=strategy, activation_checkpointing=level)
-
-
-def may_shard(config: RunConfig, machine: Machine) -> bool:
-    """Tell whether "auto" may take FSDP2: where devices have memory of their own, and nothing needs whole tensors."""
-    return (
-        machine.accelerator == "cuda" and machine.precision != "16-mixed" and why_not_sharded(config, machine) is None
-    )
+    return [
+        replace(machine, strategy=strategy, activation_checkpointing=level)
+        for level in levels
+        for strategy in strategies
+    ]
 
 
 def why_not_sharded(config: RunConfig, machine: Machine) -> str | None:

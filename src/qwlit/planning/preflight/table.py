@@ -1,6 +1,6 @@
 """Print the rules as a table: `python -m qwlit.planning.preflight.table > docs/preflight.md`."""
 
-from qwlit.planning.preflight import RULES
+from qwlit.planning.preflight.rules import RULES
 
 INTRO = """\
 # Preflight

@@ -26,11 +26,11 @@ def no_checkpoints(facts: PreflightFacts) -> Result:
     return "the run saves only at its end", "set checkpoint.each_epoch=true or checkpoint.every_steps"
 
 
-def _happens(facts: PreflightFacts, rhythm: ValidationConfig | CheckpointConfig) -> bool:
+def _happens(facts: PreflightFacts, settings: ValidationConfig | CheckpointConfig) -> bool:
     """Tell whether the run validates or saves before its end."""
-    if rhythm.each_epoch or rhythm.every_steps is None:
-        return rhythm.each_epoch
-    return facts.schedule is None or rhythm.every_steps < facts.schedule.total_steps
+    if settings.each_epoch or settings.every_steps is None:
+        return settings.each_epoch
+    return facts.schedule is None or settings.every_steps < facts.schedule.total_steps
 
 
 @rule("warning", source=GUIDE)

@@ -1,0 +1,81 @@
+"""Read and write overrides, `key=value`. Hydra's grammar reads the values; text that it cannot read stays as typed."""
+
+import re
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from qwlit.config.relations import TEXTS
+from qwlit.core.errors import ConfigError
+from qwlit.core.lists import read_list
+from qwlit.training.tracking.config import WANDB_CONFIG_KEY
+
+PATHS = {"data.path", "data.val_path"}
+"""Settings of text that may also be lists."""
+TEXT_LISTS = {"slurm.options", "slurm.setup", "slurm.mounts"}
+"""Lists of text for other programs. Hydra's grammar cannot read [--mem=5G]."""
+# Hydra's grammar knows only ASCII letters. This finds what is quoted (group 1), and unquoted text with other letters.
+NON_ASCII = re.compile(r"""('[^']*'|"[^"]*")|[^\[\]{},:'"\s]*[^\x00-\x7f][^\[\]{},:'"]*""")
+# W&B's agent passes the whole W&B config of a resumed trial: also the keys of qwlit and of the client.
+NO_SETTINGS = (WANDB_CONFIG_KEY, "_wandb", "wandb_version")
+# The agent writes Python's None, alone or inside a list, where YAML needs null.
+NONE = re.compile(r"(?<=[=\[, ])None(?=$|[\], ])")
+
+
+def agent_overrides(arguments: list[str]) -> list[str]:
+    """Return those of the W&B agent's arguments that are settings, written as a user types them."""
+    return [NONE.sub("null", argument) for argument in arguments if argument.partition("=")[0] not in NO_SETTINGS]
+
+
+def read_overrides(overrides: list[str]) -> dict[str, Any]:
+    """Return dotted key → value. If a key is typed twice, the later value counts.
+
+    Raises:
+        ConfigError: an override is not key=value, or is a form of Hydra's that a run cannot use.
+    """
+    typed = {}
+    for text in overrides:
+        if text.startswith("~"):
+            raise ConfigError(f"'{text}': settings cannot be deleted; set a value instead")
+        if text.find("=") < 1:
+            raise ConfigError(f"'{text}': overrides have the form key=value, e.g. optim.lr=1e-5")
+        key, value = _read(text)
+        typed[key] = value
+    return typed
+
+
+def _read(text: str) -> tuple[str, Any]:
+    """Return key and value. A value that the grammar cannot read is text, e.g. the path in data.path=it's(1).jsonl."""
+    parser = OverridesParser.create()
+    typed_key, _, typed = text.partition("=")
+    try:
+        key = parser.parse_override(f"{typed_key}=").get_key_element().lstrip("+")
+    except HydraException:
+        raise ConfigError(f"'{text}' cannot be read as key=value") from None
+    if key in PATHS and typed.startswith("{"):
+        raise ConfigError(f"'{text}': give the parts as a list, [{{path:…,weight:…}},…]")
+    is_list = typed.startswith("[")
+    quoted = NON_ASCII.sub(lambda found: found[1] or repr(found[0].rstrip()), typed) if is_list else typed
+    try:
+        override = parser.parse_override(f"{key}={quoted}")
+    except HydraException:
+        return key, read_list(typed) if is_list and key in TEXT_LISTS else typed
+    value = override.value()
+    if key in TEXTS and not isinstance(value, str | None) and not (key in PATHS and isinstance(value, list)):
+        # YAML reads 2024_01 as a number, but for a text setting it is a name.
+        return key, typed
+    if override.is_sweep_override():
+        raise ConfigError(f"'{text}' gives several values, but a run takes one; write a list as [a,b]")
+    return key, value
+
+
+def format_value(value: Any) -> str:
+    """Write a value as a user types it in an override: null, true, [a,b]."""
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(format_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{format_value(item)}" for key, item in value.items()) + "}"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
