@@ -14,7 +14,7 @@ from qwlit.data.sources import File, find_sources
 from qwlit.data.splits import DataSplit, split_data
 from qwlit.model.config import Execution
 from qwlit.model.flops import Flops, count_flops
-from qwlit.optim.schedules import Schedule, build_schedule
+from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, measure_batches
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
@@ -171,7 +171,7 @@ def _schedule_by_rows(config: RunConfig) -> Schedule | None:
         return None
     if train.max_epochs and rows is not None:
         asked.append(-(-train.max_epochs * rows // train.global_batch_size))
-    return build_schedule(config.scheduler, min(asked))
+    return Schedule(config.scheduler, min(asked))
 
 
 def _count_rows(config: RunConfig) -> int | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qwlit.config.run import RunConfig
 from qwlit.data.splits import DataSplit
 from qwlit.data.step_plan import Limits, StepPlan
-from qwlit.optim.schedules import Schedule, build_schedule
+from qwlit.optim.schedules import Schedule
 from qwlit.training.checkpointing.config import CheckpointConfig
 from qwlit.training.config import ValidationConfig
 from qwlit.training.milestones import DueSteps, Milestones
@@ -49,7 +49,7 @@ def plan_steps(config: RunConfig, data: DataSplit, world_size: int) -> PlannedSt
             step_plan.limits.check(samples)
     total_steps = _total_steps(config, step_plan)
     milestones = _milestones(config, step_plan, total_steps, has_validation=data.validation is not None)
-    return PlannedSteps(step_plan, build_schedule(config.scheduler, total_steps), milestones)
+    return PlannedSteps(step_plan, Schedule(config.scheduler, total_steps), milestones)
 
 
 def accumulation(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> int | None:
