@@ -1,5 +1,6 @@
 """From an Architecture to transformers' configuration, and its number of parameters."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,28 +17,18 @@ def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
     """Turn an Architecture into transformers' Qwen2Config or Qwen3Config.
 
     Raises:
-        ConfigError: if the heads do not divide evenly or the head width is odd (rotary embeddings turn pairs).
+        ConfigError: the heads do not divide evenly, or the head width is odd (rotary embeddings turn pairs).
     """
     queries, keys = architecture.num_attention_heads, architecture.num_key_value_heads
     head_dim = architecture.head_dim or width_of_head(architecture.hidden_size, queries, where="model.architecture.")
     check_heads(queries, keys, head_dim, where="model.architecture.")
     family = FAMILIES[architecture.model_type]
     config_class, _ = family.classes()
-    return config_class(
-        vocab_size=architecture.vocab_size,
-        hidden_size=architecture.hidden_size,
-        intermediate_size=architecture.intermediate_size,
-        num_hidden_layers=architecture.num_hidden_layers,
-        num_attention_heads=queries,
-        num_key_value_heads=keys,
-        head_dim=head_dim,
-        max_position_embeddings=architecture.max_position_embeddings,
-        tie_word_embeddings=architecture.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
-        rms_norm_eps=architecture.rms_norm_eps,
-        initializer_range=architecture.initializer_range,
-        architectures=[family.class_name],
-    )
+    # An Architecture's fields have transformers' names, except for these two.
+    values = asdict(architecture)
+    del values["model_type"]
+    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    return config_class(**values | {"head_dim": head_dim}, rope_parameters=rope, architectures=[family.class_name])
 
 
 def width_of_head(hidden_size: int, queries: int, *, where: str) -> int:
@@ -90,5 +81,5 @@ def context_length(config: "PretrainedConfig") -> int:
 
 
 def count_parameters(architecture: Architecture) -> int:
-    """Number of parameters, a tied head counted once."""
+    """Return the number of parameters; a tied head counts once."""
     return sum(parameter.numel() for parameter in meta_causal_lm(to_hf_config(architecture)).parameters())
