@@ -82,9 +82,7 @@ def trained(family: str, knobs: Knobs, *, save: Path | None = None, resume: Path
     module = CausalLMModule(
         model,
         optim=OptimConfig(**({"lr": LR, "weight_decay": 0.1, "no_decay": ("bias", "norm")} | knobs.optim)),
-        schedule=Schedule(
-            SchedulerConfig(**({"name": "linear", "warmup_steps": WARMUP} | knobs.scheduler)), STEPS
-        ),
+        schedule=Schedule(SchedulerConfig(**({"name": "linear", "warmup_steps": WARMUP} | knobs.scheduler)), STEPS),
         max_grad_norm=1.0,
         loss_scale=None,
         shard=None,

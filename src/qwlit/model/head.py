@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qwlit.model.cpu import logits_memory
+
 # Bytes of a chunk's float32 logits. At V = 151,936: 2,208 rows on CUDA, 441 on CPU. Fewer make the matrix products
 # inefficient: each reads the weight, and reads and writes its gradient, whole.
 CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**28}
@@ -64,20 +66,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         chunks = _chunks(len(hidden), len(weight), hidden.device.type)
         block_size = rows_within(BLOCK_BYTES, len(weight), hidden.device.type)
-        buffer = _workspace(max((end - start for start, end in chunks), default=0), len(weight), hidden)
-        for start, end in chunks:
-            rows = hidden[start:end]
-            logits = torch.mm(rows, head.T, out=buffer[: end - start])  # (R, V)
-            blocks = zip(logits.split(block_size), targets[start:end].split(block_size), strict=True)
-            for block, target in blocks:
-                if count_correct:
-                    num_correct += (block.argmax(dim=-1) == target).sum()
-                loss_sum += _losses(block, target, precise, to_gradient=hidden_needs or weight_needs).sum()
-            if grad_hidden is not None:
-                torch.mm(logits, head, out=grad_hidden[start:end])
-            if grad_weight is not None:
-                _add_product(grad_weight, logits.T, rows, first=start == 0)
-        _keep(buffer)
+        largest = max((end - start for start, end in chunks), default=0)
+        with logits_memory(largest, len(weight), hidden) as memory:
+            for start, end in chunks:
+                rows = hidden[start:end]
+                logits = torch.mm(rows, head.T, out=memory[: end - start])  # (R, V)
+                blocks = zip(logits.split(block_size), targets[start:end].split(block_size), strict=True)
+                for block, target in blocks:
+                    if count_correct:
+                        num_correct += (block.argmax(dim=-1) == target).sum()
+                    loss_sum += _losses(block, target, precise, to_gradient=hidden_needs or weight_needs).sum()
+                if grad_hidden is not None:
+                    torch.mm(logits, head, out=grad_hidden[start:end])
+                if grad_weight is not None:
+                    _add_product(grad_weight, logits.T, rows, first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(num_correct)
@@ -91,32 +93,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scaled_hidden = None if grad_hidden is None else grad_hidden.mul_(grad_loss)
         scaled_weight = None if grad_weight is None else grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
         return scaled_hidden, scaled_weight, None, None, None
-
-
-WORKSPACES: dict[torch.dtype, Tensor] = {}
-"""On CPU, what the head keeps from call to call."""
-
-
-def _workspace(num_rows: int, vocab_size: int, like: Tensor) -> Tensor:
-    """Return memory for a chunk's logits: on CPU that of the last call, where it is large enough.
-
-    Fresh memory is paged in bit by bit while it is first written, which costs 4 % of the head's time at V = 151,936.
-    """
-    if like.device.type != "cpu":
-        return like.new_empty(num_rows, vocab_size)  # CUDA's allocator keeps it
-    # Taken out while it is in use: another thread's call makes its own.
-    kept = WORKSPACES.pop(like.dtype, None)
-    if kept is None or kept.numel() < num_rows * vocab_size:
-        del kept  # before the larger one is made
-        kept = like.new_empty(num_rows * vocab_size)
-    return kept[: num_rows * vocab_size].view(num_rows, vocab_size)
-
-
-def _keep(buffer: Tensor) -> None:
-    # Inference mode's tensors may not be written to outside of it.
-    if buffer.device.type == "cpu" and not buffer.is_inference():
-        whole = buffer._base if buffer._base is not None else buffer
-        WORKSPACES[buffer.dtype] = whole.view(-1)
 
 
 def _chunks(num_rows: int, vocab_size: int, device: str) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.adapters import apply_adapter, start_dora
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
+from qwlit.model.cpu import set_embedding_gradient
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
@@ -74,20 +75,6 @@ class LossModel(nn.Module):
         if self.attention == "varlen" and (drops or not micro.input_ids.is_cuda):
             return "sdpa"
         return self.attention
-
-
-def set_embedding_gradient(causal_lm: "PreTrainedModel", device: str) -> None:
-    """Choose the form of the embedding's gradient for the device that the batch is on."""
-    family_of(causal_lm).embedding(causal_lm).sparse = has_sparse_embedding(causal_lm, device)
-
-
-def has_sparse_embedding(causal_lm: "PreTrainedModel", device: str) -> bool:
-    """Whether the embedding's gradient holds only the rows that were read; it is then added to the head's.
-
-    Dense it would be filled, written and read once more: 6 % of a step at V = 151,936, D = 256 on two CPU cores
-    (measured). A tied weight's gradient is dense all the same. On CUDA it is unmeasured, and left as it is.
-    """
-    return device == "cpu" and bool(causal_lm.config.tie_word_embeddings)
 
 
 def build_loss_model(
