@@ -42,7 +42,7 @@ def check_folder(folder: Path, field: str) -> None:
     raise ConfigError(f"{field}={folder}: no such folder.{hint}")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
@@ -57,6 +57,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_if_there(file: Path) -> dict[str, Any]:
+    """Read a JSON object; return an empty one where there is no such file. Raises as `read_json_object`."""
+    return read_json_object(file) if file.is_file() else {}
+
+
 def read_model_config(folder: Path, field: str = "model.path") -> dict[str, Any]:
     """Read and check config.json.
 
@@ -67,7 +72,7 @@ def read_model_config(folder: Path, field: str = "model.path") -> dict[str, Any]
     file = folder / "config.json"
     if not file.is_file():
         raise ConfigError(f"{field}={folder} {_what_it_is(folder)}")
-    config = read_json(file)
+    config = read_json_object(file)
     model_type = str(config.get("model_type"))
     family = FAMILIES.get(model_type)
     names = config.get("architectures") or [family.class_name if family else model_type]
@@ -87,7 +92,7 @@ def is_adapter(folder: Path) -> bool:
 
 def named_base(adapter: Path) -> Any:
     """Return what an adapter's folder names as its base: a folder, a hub id or None."""
-    return read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
 
 
 def base_of(adapter: Path) -> dict[str, str | None]:

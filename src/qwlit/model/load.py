@@ -20,7 +20,8 @@ from qwlit.model.folder import (
     check_tokenizer_files,
     declared_dtype,
     has_tokenizer,
-    read_json,
+    read_json_if_there,
+    read_json_object,
     read_model_config,
 )
 from qwlit.model.freeze import apply_freeze
@@ -45,7 +46,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     # Given a configuration, transformers does not read the folder's own, of which it may not like a value.
-    model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    model_type = read_json_if_there(folder / "config.json").get("model_type")
     given = {"config": FAMILIES[model_type].classes()[0]()} if model_type in FAMILIES else {}
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, **given)
@@ -142,7 +143,7 @@ def _read_generation_config(folder: Path) -> "GenerationConfig | None":
         return None
     from transformers import GenerationConfig
 
-    values = read_json(file)
+    values = read_json_object(file)
     for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
         ids = values.get(key)
         if not all(type(token) is int for token in (ids if isinstance(ids, list) else [ids]) if token is not None):

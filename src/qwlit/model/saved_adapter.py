@@ -18,8 +18,8 @@ from qwlit.core.files import resolve_path
 from qwlit.core.sharding import copy_own_slice, local, own_slice_range
 from qwlit.model.config import AdapterConfig, ModelConfig
 from qwlit.model.families.decoder import EMBEDDING, HEAD
-from qwlit.model.folder import ADAPTER_CONFIG, WEIGHTS, check_folder, read_json
-from qwlit.model.weight_files import describe_differences, first_few, read_tensors
+from qwlit.model.folder import ADAPTER_CONFIG, WEIGHTS, check_folder, read_json_object
+from qwlit.model.weight_files import describe_differences, first_few, read_shapes, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,13 +111,13 @@ def read_saved_adapter(path: str) -> SavedAdapter:
         raise ConfigError(
             f"{FIELD}={folder} has no {ADAPTER_CONFIG}; give a folder that peft or qwlit saved an adapter in"
         )
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json_object(folder / ADAPTER_CONFIG)
     _check_form(folder, config)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickled = " (pickled weights can run code when read)" if (folder / "adapter_model.bin").is_file() else ""
         raise ConfigError(f"{FIELD}={folder} has no {ADAPTER_WEIGHTS}{pickled}; save it again with a current peft")
-    found = read_tensors({folder / ADAPTER_WEIGHTS: None})
-    return SavedAdapter(folder, config, {_plain_name(name): list(t.get_shape()) for name, t in found})
+    shapes = read_shapes({folder / ADAPTER_WEIGHTS: None})
+    return SavedAdapter(folder, config, {_plain_name(name): shape for name, shape in shapes.items()})
 
 
 def _check_form(folder: Path, config: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlit.core.errors import ConfigError
-from qwlit.model.folder import INDEX, WEIGHTS, read_json
+from qwlit.model.folder import INDEX, WEIGHTS, read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ def weight_files(folder: Path) -> Files:
                 "save_pretrained in transformers writes safetensors"
             )
         raise ConfigError(f"{folder} has no weights ({WEIGHTS}); copy them there, or set model.init=random")
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
@@ -46,10 +46,9 @@ def weight_files(folder: Path) -> Files:
     }
 
 
-def read_shapes(files: Files) -> Iterator[tuple[str, list[int]]]:
-    """Yield names and shapes from the files' headers; see `read_tensors`."""
-    for name, tensor in read_tensors(files):
-        yield name, list(tensor.get_shape())
+def read_shapes(files: Files) -> dict[str, list[int]]:
+    """Return each tensor's shape by its name, from the files' headers; see `read_tensors`."""
+    return {name: list(tensor.get_shape()) for name, tensor in read_tensors(files)}
 
 
 def read_tensors(files: Files) -> Iterator[tuple[str, Any]]:

@@ -31,7 +31,7 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled |
     targets = _targets(model)
     if tied:
         targets[HEAD] = targets[EMBEDDING]
-    _check_shapes(folder, dict(read_shapes(files)), {name: list(p.shape) for name, p in targets.items()}, tied=tied)
+    _check_shapes(folder, read_shapes(files), {name: list(p.shape) for name, p in targets.items()}, tied=tied)
     embedding = targets[EMBEDDING]
     with torch.no_grad():
         for name, tensor in read_tensors(files):
