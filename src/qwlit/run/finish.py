@@ -23,8 +23,8 @@ from qwlit.inference.generate import answer_greedily, questions
 from qwlit.model.folder import ADAPTER_CONFIG
 from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
+from qwlit.run.callbacks import TrainerWithCallbacks
 from qwlit.run.modules import load_model
-from qwlit.training.callbacks import TrainerWithCallbacks
 from qwlit.training.checkpointing.checkpoint import read_weights, step_of
 from qwlit.training.tracking.run_folder import RunFolder
 

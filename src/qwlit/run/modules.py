@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwlit.model.flops import count_flops
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.planning.run_plan import RunPlan
 from qwlit.training.data_module import StepDataModule
@@ -41,7 +40,7 @@ def build_module(
         with_telemetry: the module brings the callback that measures and logs; else the Trainer must have it.
     """
     config, machine, steps = plan.config, plan.machine, plan.planned_data.steps
-    telemetry = Telemetry(steps.milestones, (), count_flops(loss_model.causal_lm), machine) if with_telemetry else None
+    telemetry = Telemetry(steps.milestones, (), plan.flops, machine) if with_telemetry else None
     return CausalLMModule(
         loss_model,
         optim=config.optim,
