@@ -156,9 +156,6 @@ class WandbRun:
         """
         if isinstance(error, Interrupted | KeyboardInterrupt):
             code = CTRL_C
-        if isinstance(error, Preempted | Pruned):
-            # The process is already ending, and the agent and W&B's server may each send a SIGTERM.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with self._ending:
             if self._run is None:
                 return
