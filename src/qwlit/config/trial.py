@@ -3,7 +3,7 @@
 import os
 import re
 
-from qwlit.training.tracking.config import WANDB_CONFIG_KEY
+from qwlit.training.config import WANDB_CONFIG_KEY
 
 # The agent passes the whole W&B config of a resumed trial: also the keys of qwlit and of the client.
 NO_SETTINGS = (WANDB_CONFIG_KEY, "_wandb", "wandb_version")

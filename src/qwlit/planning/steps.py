@@ -6,8 +6,7 @@ from qwlit.config.run import RunConfig
 from qwlit.data.splits import DataSplit
 from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.optim.schedules import Schedule
-from qwlit.training.checkpointing.config import CheckpointConfig
-from qwlit.training.config import ValidationConfig
+from qwlit.training.config import CheckpointConfig, ValidationConfig
 from qwlit.training.milestones import DueSteps, Milestones
 
 

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import fsync_folder, write_json_atomic
 from qwlit.core.ranks import is_rank_zero
-from qwlit.training.checkpointing.config import CheckpointConfig
 from qwlit.training.checkpointing.shards import ShardReader, write_shard
+from qwlit.training.config import CheckpointConfig
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 from qwlit.training.step_boundary import BoundaryCallback

@@ -18,8 +18,8 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, Interrupted, Preempted, Pruned, SignalExit, one_line
 from qwlit.core.files import read_json, read_json_lines
 from qwlit.core.ranks import under_agent
+from qwlit.training.config import WANDB_CONFIG_KEY, LoggerConfig
 from qwlit.training.telemetry import Record
-from qwlit.training.tracking.config import WANDB_CONFIG_KEY, LoggerConfig
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.training.tracking.wandb_access import Access, find_access, project_of, stop_client
 from qwlit.training.tracking.wandb_uploads import Uploads
