@@ -1,4 +1,4 @@
-"""What makes training faster on CPU and is left out on CUDA: memory that is used again, and a sparse gradient.
+"""What is faster on CPU only, and is not used on CUDA: one memory for all logits, and a sparse gradient.
 
 Shapes: R rows of a chunk, V vocabulary.
 """

@@ -1,7 +1,7 @@
-"""From a ModelConfig to a tokenizer and a causal LM, from a local folder, the hub or random init.
+"""Load the tokenizer and the causal LM of a ModelConfig: from a local folder, from the hub, or with random weights.
 
-Weights come from safetensors only and are streamed tensor by tensor into a model built without memory, so that there
-is never a second copy, and every missing, unexpected or damaged tensor has a name.
+Weights come from safetensors files only. They are read one tensor at a time into an empty model, so there is never a
+second copy, and an error can name every missing, unexpected or damaged tensor.
 """
 
 from collections.abc import Callable
@@ -39,13 +39,13 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     """Load `model.tokenizer`, or the model's own.
 
     Raises:
-        ConfigError: none is named, its files are missing or damaged, or the hub cannot give them.
+        ConfigError: no setting names a tokenizer, its files are missing or damaged, or the hub does not give them.
     """
     folder, field = tokenizer_folder(config)
     check_tokenizer_files(folder, field)
     from transformers import AutoTokenizer
 
-    # Given a configuration, transformers does not read the folder's own, of which it may not like a value.
+    # With this argument transformers does not read the folder's config.json, and cannot fail at a value in it.
     model_type = read_json_if_there(folder / "config.json").get("model_type")
     given = {"config": FAMILIES[model_type].classes()[0]()} if model_type in FAMILIES else {}
     try:
@@ -56,12 +56,12 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
 
 
 def tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
-    """Return where the tokenizer lies and the setting that says so.
+    """Return the tokenizer's folder and the setting that names it.
 
-    An adapter's folder that has a tokenizer has the one that the adapter was trained with.
+    If an adapter's folder has a tokenizer, it is the one that the adapter was trained with.
 
     Raises:
-        ConfigError: no setting names a tokenizer, or the hub cannot give it.
+        ConfigError: no setting names a tokenizer, or the hub does not give it.
     """
     if config.tokenizer:
         folder = resolve_path(config.tokenizer)
@@ -105,17 +105,17 @@ def load_causal_lm(
     leave_empty: bool = False,
     quantizer: Callable[["PreTrainedModel"], Quantizer] | None = None,
 ) -> "PreTrainedModel":
-    """Load or make the model, on the CPU, in training mode, with qwlit's attention and without a cache.
+    """Build the model and fill in its weights, on the CPU, with qwlit's attention and without a KV cache.
 
     Args:
-        seed: of random weights; the caller's generator is left alone.
-        freeze: what is not trained; None: nothing is. Trained weights are float32, whatever the file has.
-        frozen_dtype: what frozen weights are kept in.
+        seed: of random weights; torch's default generator does not change.
+        freeze: what is not trained; None: nothing is trained. Trained weights are float32, whatever the file has.
+        frozen_dtype: the dtype of frozen weights.
         leave_empty: leave the weights to `fill_causal_lm`, after sharding.
-        quantizer: makes what quantizes the model while it is filled.
+        quantizer: builds the Quantizer of the model, which quantizes each layer as soon as its weight is filled in.
 
     Raises:
-        ConfigError: whatever is wrong with the folder, its weights, or the way to the hub.
+        ConfigError: something is wrong with the folder or its weights, or the hub does not give them.
     """
     folder = weights_folder(config)
     if config.init == "pretrained" and folder is None:
@@ -127,7 +127,8 @@ def load_causal_lm(
     if not leave_empty:
         fill_causal_lm(model, config, seed=seed, filled=quantizer(model) if quantizer else None)
     model.config.use_cache = False
-    # Made from the configuration, which in many fine-tuned folders has the cache off; generating without is quadratic.
+    # transformers took this from the configuration, which in many fine-tuned folders turns the cache off. Without a
+    # cache the time to generate grows with the square of the length.
     model.generation_config.use_cache = True
     return model
 
@@ -136,7 +137,7 @@ def _read_generation_config(folder: Path) -> "GenerationConfig | None":
     """Read generation_config.json where there is one.
 
     Raises:
-        ConfigError: it is cut off, or a value is wrong.
+        ConfigError: the file cannot be read, or a value is wrong.
     """
     file = folder / "generation_config.json"
     if not file.is_file():
@@ -150,15 +151,15 @@ def _read_generation_config(folder: Path) -> "GenerationConfig | None":
             raise ConfigError(f"{file}: {key}={ids!r} must be a token's id, or a list of ids")
     try:
         return GenerationConfig.from_dict(values)
-    except Exception as error:  # transformers raises whatever a wrong value leads to
+    except Exception as error:  # transformers raises errors of many kinds for a wrong value
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
 
 
 def weights_folder(config: ModelConfig) -> Path | None:
-    """Return the folder that pretrained weights come from; None where they are random.
+    """Return the folder of the pretrained weights; None where the weights are random.
 
     Raises:
-        ConfigError: the hub cannot give it.
+        ConfigError: the hub does not give it.
     """
     return _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
 
@@ -170,7 +171,7 @@ def _folder(config: ModelConfig, patterns: list[str]) -> Path | None:
 
 
 def model_shape(config: ModelConfig) -> "PretrainedConfig":
-    """Take the path's config.json, else the preset's architecture, else the hub's config.json."""
+    """Return the configuration: the path's config.json, else the preset's architecture, else the hub's config.json."""
     if config.architecture and not config.path:
         return to_hf_config(config.architecture)
     folder = _folder(config, hub.CONFIG_FILES)
@@ -186,21 +187,21 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
     file = folder / "config.json"
     try:
         config = config_class.from_dict(values)
-    except Exception as error:  # transformers and the hub client raise whatever a wrong value leads to
+    except Exception as error:  # transformers and the hub client raise errors of many kinds for a wrong value
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
     queries = config.num_attention_heads
-    # Qwen2's published files leave it out, and transformers computes it in each layer.
+    # Qwen2's published files do not have head_dim; transformers computes it in each layer.
     head_dim = getattr(config, "head_dim", None) or width_of_head(config.hidden_size, queries, where=f"{file}: ")
     check_heads(queries, config.num_key_value_heads, head_dim, where=f"{file}: ")
     config.head_dim = head_dim
-    # A damaged one should be found before hours of training, by every subcommand.
+    # Read it here, so that every subcommand finds a damaged file, and not the export after hours of training.
     _read_generation_config(folder)
     config.name_or_path = str(folder)
     return config
 
 
 def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dtype: torch.dtype) -> "PreTrainedModel":
-    """Build the model with uninitialized weights; the system gives them memory only when they are written."""
+    """Build the model with uninitialized weights. The operating system gives them memory at the first write only."""
     from qwlit.model.attention import register_attention
 
     hf_config._attn_implementation = register_attention()
@@ -218,7 +219,7 @@ def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dt
 
 
 def fingerprint(config: ModelConfig) -> str | None:
-    """Return what tells the pretrained weights from others, None where they are random."""
+    """Return a fingerprint of the pretrained weights and the adapter to start from; None where they are random."""
     folder = weights_folder(config)
     if folder is None:
         return None
@@ -233,7 +234,7 @@ def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int, 
 
     Args:
         seed: of random weights.
-        filled: told the name of each weight that is written.
+        filled: called with the name of each weight after it is written.
 
     Raises:
         ConfigError: see `fill_weights`.

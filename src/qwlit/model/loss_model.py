@@ -1,4 +1,4 @@
-"""Backbone, head and loss as one module: the root that DDP or FSDP2 wraps.
+"""Backbone, head and loss as one module, which DDP or FSDP2 wraps as the root.
 
 Shapes: N label positions, D hidden.
 """
@@ -34,13 +34,13 @@ class LossOutput(NamedTuple):
     loss_sum: Tensor
     """float32 scalar, nats."""
     num_correct: Tensor
-    """int64 scalar: targets that were the likeliest token; counted in eval mode only, 0 in training."""
+    """int64 scalar: targets that were the most likely token; counted in eval mode only, 0 in training."""
 
 
 class LossModel(nn.Module):
-    """A causal LM that takes a micro-batch and gives its summed loss.
+    """A causal LM that takes a micro-batch and returns its summed loss.
 
-    Only its `forward` may touch the weights of backbone or head: FSDP2 gathers them only for it.
+    Only `forward` may use the weights of backbone and head: FSDP2 gathers them for `forward` only.
     """
 
     def __init__(self, causal_lm: "PreTrainedModel", attention: AttentionKernel) -> None:
@@ -61,7 +61,7 @@ class LossModel(nn.Module):
             attention_kernel=kernel,
             cu_seqlens=micro.cu_seqlens,
             max_seqlen=micro.max_seqlen,
-            # A tuple of numbers is another graph for each packing when compiled, and varlen does not read it.
+            # A compiled layer needs another graph for each tuple of lengths; varlen does not read them.
             document_lengths=None if kernel == "varlen" else micro.document_lengths,
             label_positions=micro.label_positions,
         ).last_hidden_state  # (N, D)
@@ -69,7 +69,7 @@ class LossModel(nn.Module):
         return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
 
     def _kernel(self, micro: MicroBatch) -> AttentionKernel:
-        """Fall back to sdpa, which computes the same, where varlen cannot: off CUDA and with dropout."""
+        """Return the kernel for this micro-batch: sdpa where varlen does not work, which is on CPU and with dropout."""
         layers = self.family.layers(self.causal_lm)
         drops = self.training and any(self.family.attention(layer).attention_dropout for layer in layers)
         if self.attention == "varlen" and (drops or not micro.input_ids.is_cuda):
@@ -87,11 +87,11 @@ def build_loss_model(
     seed: int,
     leave_empty: bool = False,
 ) -> LossModel:
-    """Load or make the weights and put adapter and dropout in place; in training mode, on the CPU.
+    """Build the model with weights, adapters and dropout, in training mode, on the CPU.
 
     Args:
         seed: of random weights and of adapters.
-        leave_empty: leave the weights to `fill_causal_lm`.
+        leave_empty: leave the weights to `fill_causal_lm` and the adapters to `start_adapter`.
 
     Raises:
         ConfigError: see `load_causal_lm`, `apply_adapter` and `apply_dropout`.
@@ -115,7 +115,7 @@ def build_loss_model(
 
 
 def start_adapter(causal_lm: "PreTrainedModel", model: ModelConfig) -> None:
-    """Give adapters their first values, once the weights beside them are filled in; merge one to start from.
+    """Start DoRA's magnitudes, and load or merge the adapter of model.adapter_path. The weights must be filled in.
 
     Raises:
         ConfigError: the adapter to start from is damaged.
@@ -127,10 +127,10 @@ def start_adapter(causal_lm: "PreTrainedModel", model: ModelConfig) -> None:
 def build_meta_model(
     model: ModelConfig, adapter: AdapterConfig, dropout: DropoutConfig, freeze: FreezeConfig
 ) -> "PreTrainedModel":
-    """Return the model as it will be, without weights: its names, shapes, and what is trained.
+    """Return the model without weights, on the meta device: its names, shapes, and what is trained.
 
     Raises:
-        ConfigError: a pattern matches nothing, or there are no such layers.
+        ConfigError: a pattern matches nothing, or the model lacks the layers that a setting names.
     """
     causal_lm = meta_causal_lm(model_shape(model))
     apply_freeze(causal_lm, freeze)

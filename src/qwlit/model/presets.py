@@ -1,4 +1,4 @@
-"""From an Architecture to transformers' configuration, and its number of parameters."""
+"""Turn an Architecture into transformers' configuration and into a model on the meta device."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ def width_of_head(hidden_size: int, queries: int, *, where: str) -> int:
     """Return hidden_size / queries.
 
     Raises:
-        ConfigError: the heads do not divide it; `where` says what the numbers are of.
+        ConfigError: hidden_size is no multiple of it; `where` names the file or setting of the numbers.
     """
     if hidden_size % queries:
         raise ConfigError(
@@ -45,7 +45,7 @@ def width_of_head(hidden_size: int, queries: int, *, where: str) -> int:
 
 
 def check_heads(queries: int, keys: int, head_dim: int, *, where: str) -> None:
-    """Raise ConfigError where heads cannot be grouped, or where rotary embeddings cannot turn pairs of a head."""
+    """Raise ConfigError if query heads cannot share key heads evenly, or the width of a head is odd."""
     if queries % keys:
         raise ConfigError(f"{where}num_key_value_heads={keys} must divide num_attention_heads={queries}.")
     if head_dim % 2:
@@ -53,16 +53,16 @@ def check_heads(queries: int, keys: int, head_dim: int, *, where: str) -> None:
 
 
 def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
-    """Build the model on the meta device: names, shapes and ties without memory.
+    """Build the model on the meta device: names, shapes and tied weights, without memory.
 
     Raises:
-        ConfigError: no layer can be built from a value in the configuration.
+        ConfigError: transformers cannot build a model from a value in the configuration.
     """
     _, model_class = FAMILIES[config.model_type].classes()
     try:
         with torch.device("meta"):
             model = model_class(config)
-    except Exception as error:  # transformers and torch raise whatever a wrong value leads to
+    except Exception as error:  # transformers and torch raise errors of many kinds for a wrong value
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{config.name_or_path or 'model.architecture'}: no model can be built from the configuration"
@@ -73,8 +73,10 @@ def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
 
 
 def context_length(config: "PretrainedConfig") -> int:
-    """Return the positions that a model was made for: max_position_embeddings, or more where its rotary embedding is
-    scaled by a factor (YaRN and others state the length before it)."""
+    """Return the longest context of a model: max_position_embeddings, or more where the rotary embedding is scaled.
+
+    YaRN and others state the length before scaling, and a factor.
+    """
     rope = config.rope_parameters or {}
     scaled = float(rope.get("factor") or 0) * int(rope.get("original_max_position_embeddings") or 0)
     return max(int(config.max_position_embeddings), int(scaled))
