@@ -42,9 +42,7 @@ def count_flops(model: "PreTrainedModel") -> Flops:
     """
     family = family_of(model)
     layers = family.layers(model)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    heights = [-1 if is_a("embedding", name) else layer_of(name) for name in trained]
-    lowest = min((height for height in heights if height is not None), default=len(layers))
+    lowest = lowest_trained_layer(model)
     head = family.head_weight(model)
     per_supervised_token = 2.0 * head.numel() * (2 + head.requires_grad)
     per_token = per_token_pair = 0.0
@@ -59,6 +57,16 @@ def count_flops(model: "PreTrainedModel") -> Flops:
         width = family.attention(layer).head_dim * model.config.num_attention_heads
         per_token_pair += 2 * 2 * width * (2 * passes - 1)
     return Flops(per_token, per_supervised_token, per_token_pair)
+
+
+def lowest_trained_layer(model: "PreTrainedModel") -> int:
+    """Return the lowest layer in or below which something is trained: the backward pass ends there. -1: the embedding.
+
+    It is the number of layers where nothing below the final norm is trained.
+    """
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    layers = [-1 if is_a("embedding", name) else layer_of(name) for name in trained]
+    return min((layer for layer in layers if layer is not None), default=len(family_of(model).layers(model)))
 
 
 def _linear_flops(block: nn.Module, passes: int) -> float:

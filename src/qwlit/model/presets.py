@@ -80,8 +80,3 @@ def context_length(config: "PretrainedConfig") -> int:
     rope = config.rope_parameters or {}
     scaled = float(rope.get("factor") or 0) * int(rope.get("original_max_position_embeddings") or 0)
     return max(int(config.max_position_embeddings), int(scaled))
-
-
-def count_parameters(architecture: Architecture) -> int:
-    """Return the number of parameters; a tied head counts once."""
-    return sum(parameter.numel() for parameter in meta_causal_lm(to_hf_config(architecture)).parameters())

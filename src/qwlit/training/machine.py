@@ -68,7 +68,8 @@ def resolve_machine(
     devices = config.devices if config.devices != "auto" else (here.num_cuda if accelerator == "cuda" else 1)
     if accelerator == "cuda" and (devices > here.num_cuda or _too_small(config, here)):
         raise ConfigError(
-            f"hardware={profile} needs {_needed(config)} per node, but this machine has {_seen(here)}. {_REMEDY}"
+            f"hardware={profile} needs {_needed(config)} per node, but this machine has {here.num_cuda} x {here.name},"
+            f" {here.memory_gb:.0f} GB. {_REMEDY}"
         )
     world_size = devices * config.num_nodes
     if not imagined:
@@ -142,10 +143,6 @@ def _too_small(config: HardwareConfig, here: Devices) -> bool:
 def _needed(config: HardwareConfig) -> str:
     count = "a CUDA device" if config.devices in (1, "auto") else f"{config.devices} CUDA devices"
     return count if config.gpu_memory_gb is None else f"{count} of {config.gpu_memory_gb} GB"
-
-
-def _seen(here: Devices) -> str:
-    return f"{here.num_cuda} x {here.name}, {here.memory_gb:.0f} GB" if here.num_cuda else "none"
 
 
 def _accelerator(config: HardwareConfig, here: Devices, profile: str) -> Literal["cpu", "cuda"]:

@@ -215,7 +215,9 @@ def lost_rank(trainer: Trainer, error: RuntimeError) -> LostRank | None:
 
 
 def _end(code: int) -> str:
-    return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "") if code < 0 else f"code {code}"
+    if code >= 0:
+        return f"code {code}"
+    return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
 
 
 def stop_watching_ranks(trainer: Trainer) -> None:
