@@ -4,7 +4,6 @@ Weights come from safetensors files only. They are read one tensor at a time int
 second copy, and an error can name every missing, unexpected or damaged tensor.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ from qwlit.model.folder import (
 )
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.presets import check_heads, meta_causal_lm, to_hf_config, width_of_head
-from qwlit.model.quantize import Quantizer
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS
 from qwlit.model.weight_files import fingerprint_files, stored_dtype, weight_files
 from qwlit.model.weights import Filled, draw_weights, fill_weights
@@ -96,36 +94,40 @@ def check_vocabulary(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast") 
         )
 
 
-def load_causal_lm(
-    config: ModelConfig,
-    *,
-    seed: int,
-    freeze: FreezeConfig | None,
-    frozen_dtype: torch.dtype,
-    leave_empty: bool = False,
-    quantizer: Callable[["PreTrainedModel"], Quantizer] | None = None,
+def empty_causal_lm(
+    config: ModelConfig, *, freeze: FreezeConfig | None, frozen_dtype: torch.dtype
 ) -> "PreTrainedModel":
-    """Build the model and fill in its weights, on the CPU, with qwlit's attention and without a KV cache.
+    """Build the model with uninitialized weights, on the CPU, with qwlit's attention and without a KV cache.
+
+    The operating system gives the weights memory at the first write only: see `fill_causal_lm`.
 
     Args:
-        seed: of random weights; torch's default generator does not change.
         freeze: what is not trained; None: nothing is trained. Trained weights are float32, whatever the file has.
         frozen_dtype: the dtype of frozen weights.
-        leave_empty: leave the weights to `fill_causal_lm`, after sharding.
-        quantizer: builds the Quantizer of the model, which quantizes each layer as soon as its weight is filled in.
 
     Raises:
-        ConfigError: something is wrong with the folder or its weights, or the hub does not give them.
+        ConfigError: something is wrong with the folder, or the hub does not give it.
     """
+    from qwlit.model.attention import register_attention
+
     folder = weights_folder(config)
     if config.init == "pretrained" and folder is None:
         raise ConfigError("model.init=pretrained needs model.path or model.hub_id; or set model.init=random")
-    model = _empty(model_shape(config) if folder is None else _read_hf_config(folder), freeze, frozen_dtype)
+    hf_config = model_shape(config) if folder is None else _read_hf_config(folder)
+    hf_config._attn_implementation = register_attention()
+    model: Any = meta_causal_lm(hf_config)
+    if freeze is None:
+        model.requires_grad_(False)
+    else:
+        apply_freeze(model, freeze)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    family_of(model).rebuild_rotary(model)
     if folder is not None:
         model.config.dtype = model.config.dtype or stored_dtype(folder)
         model.generation_config = _read_generation_config(folder) or model.generation_config
-    if not leave_empty:
-        fill_causal_lm(model, config, seed=seed, filled=quantizer(model) if quantizer else None)
     model.config.use_cache = False
     # transformers took this from the configuration, which in many fine-tuned folders turns the cache off. Without a
     # cache the time to generate grows with the square of the length.
@@ -200,24 +202,6 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
     return config
 
 
-def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dtype: torch.dtype) -> "PreTrainedModel":
-    """Build the model with uninitialized weights. The operating system gives them memory at the first write only."""
-    from qwlit.model.attention import register_attention
-
-    hf_config._attn_implementation = register_attention()
-    model: Any = meta_causal_lm(hf_config)
-    if freeze is None:
-        model.requires_grad_(False)
-    else:
-        apply_freeze(model, freeze)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    family_of(model).rebuild_rotary(model)
-    return model
-
-
 def fingerprint(config: ModelConfig) -> str | None:
     """Return a fingerprint of the pretrained weights and the adapter to start from; None where they are random."""
     folder = weights_folder(config)
@@ -230,7 +214,7 @@ def fingerprint(config: ModelConfig) -> str | None:
 
 
 def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int, filled: Filled | None = None) -> None:
-    """Write the weights into a model that `load_causal_lm` has left empty, sharded or not.
+    """Write the weights into a model of `empty_causal_lm`, sharded or not.
 
     Args:
         seed: of random weights.

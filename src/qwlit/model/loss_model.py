@@ -3,7 +3,6 @@
 Shapes: N label positions, D hidden.
 """
 
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.head import linear_cross_entropy
 from qwlit.model.last_layer import trim_last_layer
-from qwlit.model.load import load_causal_lm, model_shape
+from qwlit.model.load import empty_causal_lm, fill_causal_lm, model_shape
 from qwlit.model.presets import meta_causal_lm
 from qwlit.model.quantize import Quantizer
 from qwlit.model.saved_adapter import check_start, load_start
@@ -94,17 +93,14 @@ def build_loss_model(
         leave_empty: leave the weights to `fill_causal_lm` and the adapters to `start_adapter`.
 
     Raises:
-        ConfigError: see `load_causal_lm`, `apply_adapter` and `apply_dropout`.
+        ConfigError: see `empty_causal_lm`, `fill_causal_lm`, `apply_adapter` and `apply_dropout`.
     """
-    quantizer = partial(Quantizer, adapter=adapter, compute_dtype=execution.compute_dtype)
-    causal_lm = load_causal_lm(
-        model,
-        seed=seed,
-        freeze=freeze if adapter.kind == "none" else None,
-        frozen_dtype=execution.frozen_dtype,
-        leave_empty=leave_empty,
-        quantizer=quantizer if adapter.quantization == "nf4" else None,
-    )
+    trained = freeze if adapter.kind == "none" else None
+    causal_lm = empty_causal_lm(model, freeze=trained, frozen_dtype=execution.frozen_dtype)
+    if not leave_empty:
+        # The quantizer packs each layer into 4 bits as soon as its weight is there.
+        quantizer = Quantizer(causal_lm, adapter, execution.compute_dtype) if adapter.quantization == "nf4" else None
+        fill_causal_lm(causal_lm, model, seed=seed, filled=quantizer)
     _apply(causal_lm, adapter, dropout, seed)
     if not leave_empty:
         start_adapter(causal_lm, model)
