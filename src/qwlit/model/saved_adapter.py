@@ -237,16 +237,13 @@ def load_start(model: "PreTrainedModel", config: ModelConfig) -> None:
         return
     saved = read_saved_adapter(config.adapter_path)
     with torch.no_grad():
-        if hasattr(model, "peft_config"):
-            _take_over(model, saved.tensors())
-        else:
+        if not hasattr(model, "peft_config"):
             _merge(model, saved)
-
-
-def _take_over(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            copy_own_slice(parameter, tensors[saved_name(name)])
+            return
+        tensors = saved.tensors()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                copy_own_slice(parameter, tensors[saved_name(name)])
 
 
 def _merge(model: "PreTrainedModel", saved: SavedAdapter) -> None:
