@@ -11,7 +11,7 @@ import torch
 from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
 from qwlit.core.ranks import launched_by_srun, launched_world_size, under_agent
-from qwlit.model.config import ActivationCheckpointing, AttentionKernel
+from qwlit.model.config import ActivationCheckpointing, AttentionChoice, AttentionKernel
 from qwlit.training.config import Determinism, HardwareConfig
 
 
@@ -175,7 +175,7 @@ def _precision(
 
 
 def resolve_attention(
-    asked: str, *, machine: Machine, determinism: Determinism, attention_dropout: float
+    asked: AttentionChoice, *, machine: Machine, determinism: Determinism, attention_dropout: float
 ) -> AttentionKernel:
     """Choose the attention kernel. varlen needs CUDA and bf16, and has no dropout.
 
@@ -193,7 +193,7 @@ def resolve_attention(
         )
     if asked == "auto":
         return "varlen" if varlen_fits else "sdpa"
-    return asked  # type: ignore[return-value]
+    return asked
 
 
 def resolve_compile(
