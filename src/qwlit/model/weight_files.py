@@ -1,7 +1,7 @@
 """Find and read the safetensors files of a model folder."""
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,15 +35,13 @@ def weight_files(folder: Path) -> Files:
             )
         raise ConfigError(f"{folder} has no weights ({WEIGHTS}); copy them there, or set model.init=random")
     weight_map = read_json_object(folder / INDEX).get("weight_map")
-    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
+    tensors: dict[str, set[str]] = defaultdict(set)
+    for tensor, file in (weight_map if isinstance(weight_map, dict) else {}).items():
+        tensors[str(file)].add(str(tensor))
+    missing = sorted(file for file in tensors if not (folder / file).is_file())
+    if missing or not tensors:
         raise ConfigError(f"{folder / INDEX} names missing files: {first_few(missing) or 'none at all'}; copy them too")
-    assert isinstance(weight_map, dict)
-    return {
-        folder / file: frozenset(str(tensor) for tensor, holder in weight_map.items() if holder == file)
-        for file in names
-    }
+    return {folder / file: frozenset(tensors[file]) for file in sorted(tensors)}
 
 
 def read_shapes(files: Files) -> dict[str, list[int]]:
