@@ -21,19 +21,19 @@ def qwlit(case: Case, folder: Path, record: Record) -> None:
     from lightning.pytorch.callbacks import Callback
 
     from qwlit.commands.train import main
-    from qwlit.training import callbacks as training_callbacks
+    from qwlit.run import callbacks as run_callbacks
 
     class Clock(Callback):
         def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
             record.step()
 
-    build = training_callbacks.build_trainer
+    build = run_callbacks.build_trainer
 
     def with_clock(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
         # First, so that the last step ends before its checkpoint, which the other arms do not write.
         return build(*args, callbacks=[Clock(), *callbacks], **kwargs)
 
-    training_callbacks.build_trainer = with_clock
+    run_callbacks.build_trainer = with_clock
     words = [
         *(f"model.path={folder}/model", f"data.path={folder}/samples.jsonl", f"run.root={folder}/runs"),
         *(

@@ -23,7 +23,7 @@ from qwlit.core.batch import MicroBatch
 from qwlit.data.batches import collate
 from qwlit.model.attention import register_attention
 from qwlit.model.config import Execution
-from qwlit.model.head import WORKSPACES
+from qwlit.model.cpu import WORKSPACES
 from qwlit.model.loss_model import LossModel, build_loss_model, build_meta_model
 from qwlit.optim.groups import plan_groups
 from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qwlit.core.batch import MicroBatch
-from qwlit.model.config import Architecture
+from qwlit.model.config import Architecture, FreezeConfig, ModelConfig
 from qwlit.model.families import FAMILIES
+from qwlit.model.load import empty_causal_lm, fill_causal_lm
 from qwlit.model.presets import to_hf_config
 
 # Tiny tensors gain nothing from threads, and on a busy machine waiting for one another is what takes the time.
@@ -54,6 +55,19 @@ def tiny_causal_lm(
             if name.endswith("bias"):
                 parameter.data.normal_(std=0.02)
             parameter.data *= 1.0 if "norm" in name else spread
+    return model
+
+
+def load_causal_lm(
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    freeze: FreezeConfig | None = FreezeConfig(),  # noqa: B008 - it is frozen
+    frozen_dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Build the model and fill in its weights."""
+    model = empty_causal_lm(config, freeze=freeze, frozen_dtype=frozen_dtype)
+    fill_causal_lm(model, config, seed=seed)
     return model
 
 

@@ -189,7 +189,9 @@ def _become(launch, pipes, script):
     numpy.random.seed()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.executable = script
-    os.getppid = lambda: launch["parent"]
+    me, getppid = os.getpid(), os.getppid
+    # Children of this process have their real parent.
+    os.getppid = lambda: launch["parent"] if os.getpid() == me else getppid()
     module, *arguments = launch["words"]
     sys.argv = [module, *arguments]
     sys.path[0] = launch["folder"]

@@ -3,12 +3,11 @@
 import importlib
 import io
 import os
-import signal
 import sys
 
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pruned, QwlitError, SignalExit, nearest
 from qwlit.core.ranks import end_process, is_rank_zero, rank_label
-from qwlit.core.signals import record_signal
+from qwlit.core.signals import record_signals
 from qwlit.core.slurm import has_scontrol, is_ending_job, job_id, leave_requeue_to_script, requeue_job
 
 SUBCOMMANDS = {
@@ -113,11 +112,7 @@ def _run(subcommand: str, arguments: list[str]) -> None:
         print(help_text(subcommand), end="")
         return
     if subcommand in PREEMPTIBLE_SUBCOMMANDS:
-        # Importing takes seconds, and by default these signals kill the process. `preemption` describes what follows.
-        # This handler also serves after the training, when only the exit code is left to return.
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, record_signal)
+        record_signals()
     importlib.import_module(f"qwlit.commands.{subcommand}").main(arguments)
 
 

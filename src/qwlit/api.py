@@ -169,8 +169,8 @@ def _why_not_here(composed: Composed) -> str | None:
 def _train_here(composed: Composed, callbacks: "Sequence[Callback]", loggers: "Sequence[Logger]") -> None:
     from lightning.pytorch.callbacks import Checkpoint
 
+    from qwlit.run.callbacks import Extensions
     from qwlit.run.training_run import train as train_run
-    from qwlit.training.callbacks import Extensions
 
     if saving := next((c for c in callbacks if isinstance(c, Checkpoint)), None):
         raise ConfigError(

@@ -20,7 +20,7 @@ from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeCo
 from qwlit.model.loss_model import build_loss_model
 from qwlit.model.shard import shard_model
 from qwlit.optim.config import OptimConfig, SchedulerConfig
-from qwlit.optim.schedules import build_schedule
+from qwlit.optim.schedules import Schedule
 from qwlit.training.machine import Machine
 from qwlit.training.module import CausalLMModule
 from qwlit.training.trainer import build_trainer
@@ -108,7 +108,7 @@ def run(model_type: str, adapter: str, packing: bool, limits: Limits, strategy: 
     module = CausalLMModule(
         model,
         optim=OptimConfig(lr=LR, weight_decay=0.1, no_decay=("bias", "norm")),
-        schedule=build_schedule(SchedulerConfig(name="constant"), STEPS),
+        schedule=Schedule(SchedulerConfig(name="constant"), STEPS),
         max_grad_norm=1.0,
         loss_scale=None,
         shard=shard(strategy, model),
@@ -154,7 +154,7 @@ def run_poisoned(model_type: str, strategy: str, world_size: int) -> dict[str, A
     module = CausalLMModule(
         Poison(model, world_size - 1, step=4),
         optim=OptimConfig(lr=LR),
-        schedule=build_schedule(SchedulerConfig(name="constant"), STEPS),
+        schedule=Schedule(SchedulerConfig(name="constant"), STEPS),
         max_grad_norm=1.0,
         loss_scale=None,
         shard=shard(strategy, model),

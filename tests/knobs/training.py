@@ -13,7 +13,7 @@ from qwlit.data.step_plan import Limits
 from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.optim.config import OptimConfig, SchedulerConfig
-from qwlit.optim.schedules import build_schedule
+from qwlit.optim.schedules import Schedule
 from qwlit.training.module import CausalLMModule
 from qwlit.training.trainer import build_trainer
 from tests.invariance.worker import Ragged, machine, plan_of
@@ -82,9 +82,7 @@ def trained(family: str, knobs: Knobs, *, save: Path | None = None, resume: Path
     module = CausalLMModule(
         model,
         optim=OptimConfig(**({"lr": LR, "weight_decay": 0.1, "no_decay": ("bias", "norm")} | knobs.optim)),
-        schedule=build_schedule(
-            SchedulerConfig(**({"name": "linear", "warmup_steps": WARMUP} | knobs.scheduler)), STEPS
-        ),
+        schedule=Schedule(SchedulerConfig(**({"name": "linear", "warmup_steps": WARMUP} | knobs.scheduler)), STEPS),
         max_grad_norm=1.0,
         loss_scale=None,
         shard=None,

@@ -11,8 +11,8 @@ from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.adapters import apply_adapter
 from qwlit.model.attention import register_attention
 from qwlit.model.config import ActivationCheckpointing, AdapterConfig, DropoutConfig
+from qwlit.model.cpu import WORKSPACES
 from qwlit.model.dropout import apply_dropout
-from qwlit.model.head import WORKSPACES
 from qwlit.model.loss_model import LossModel
 from tests.tiny import packed, padded, random_samples, tiny_causal_lm
 

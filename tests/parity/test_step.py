@@ -13,7 +13,7 @@ from qwlit.data.step_plan import Limits
 from qwlit.model.attention import register_attention
 from qwlit.model.loss_model import LossModel
 from qwlit.optim.config import OptimConfig, SchedulerConfig
-from qwlit.optim.schedules import build_schedule
+from qwlit.optim.schedules import Schedule
 from qwlit.training.module import CausalLMModule
 from qwlit.training.trainer import build_trainer
 from tests.invariance.worker import Ragged, machine, plan_of
@@ -67,7 +67,7 @@ def test_five_steps_equal_plain_torch_in_loss_norm_rate_and_weights(family):
     module = CausalLMModule(
         LossModel(ours, "sdpa"),
         optim=OptimConfig(lr=LR, weight_decay=DECAY, no_decay=("bias", "norm")),
-        schedule=build_schedule(SchedulerConfig(name="linear", warmup_steps=2), STEPS),
+        schedule=Schedule(SchedulerConfig(name="linear", warmup_steps=2), STEPS),
         max_grad_norm=CLIP,
         loss_scale=None,
         shard=None,

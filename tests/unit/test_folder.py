@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import FreezeConfig, ModelConfig
-from qwlit.model.load import load_causal_lm, model_shape
+from qwlit.model.load import model_shape
 from qwlit.model.presets import context_length
 from tests.published import CASES
-from tests.tiny import save_folder, tiny_causal_lm
+from tests.tiny import load_causal_lm, save_folder, tiny_causal_lm
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ import torch
 
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import FreezeConfig, ModelConfig
-from qwlit.model.load import load_causal_lm
 from qwlit.model.loss_model import LossModel
-from tests.tiny import packed, random_samples, tiny_architecture
+from tests.tiny import load_causal_lm, packed, random_samples, tiny_architecture
 
 
 def frozen(family="qwen3", *, tied=True, dtype=torch.float32, **settings):

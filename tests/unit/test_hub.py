@@ -10,8 +10,8 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.waiting import call_with_timeout
 from qwlit.model import hub
 from qwlit.model.config import FreezeConfig, ModelConfig
-from qwlit.model.load import load_causal_lm, load_tokenizer
-from tests.tiny import save_folder, tiny_causal_lm
+from qwlit.model.load import load_tokenizer
+from tests.tiny import load_causal_lm, save_folder, tiny_causal_lm
 
 HUB = "Qwen/Qwen3-0.6B"
 

@@ -15,12 +15,11 @@ from qwlit.model.config import FreezeConfig, ModelConfig
 from qwlit.model.families import FAMILIES
 from qwlit.model.load import (
     check_vocabulary,
-    load_causal_lm,
     load_tokenizer,
     vocabulary_size,
 )
 from qwlit.model.presets import to_hf_config
-from tests.tiny import TINY, save_folder, tiny_architecture, tiny_causal_lm
+from tests.tiny import TINY, load_causal_lm, save_folder, tiny_architecture, tiny_causal_lm
 
 DEMO_TOKENIZER = "qwlit:demo/tokenizer"
 

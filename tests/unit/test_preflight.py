@@ -9,7 +9,7 @@ import pytest
 from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
 from qwlit.core.errors import ConfigError
-from qwlit.optim.schedules import build_schedule
+from qwlit.optim.schedules import Schedule
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.preflight.rules import RULES, DataFacts, PreflightFacts, TokenizerFacts, find, refuse
@@ -25,7 +25,7 @@ TOKENIZER = TokenizerFacts(pad_id=151_643, eos_id=151_645, num_tokens=151_669)
 def facts(words: list[str], *, steps: int = 1000, data: DataFacts = GOOD_DATA, **changes: Any) -> PreflightFacts:
     """Return what the rules see of a run of so many steps over good data, unless told otherwise."""
     setup = resolve_setup(compose(words), trust_profile=True)
-    schedule = build_schedule(setup.config.scheduler, steps)
+    schedule = Schedule(setup.config.scheduler, steps)
     return replace(facts_of(setup), **{"schedule": schedule, "data": data, "tokenizer": TOKENIZER} | changes)
 
 

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
 from qwlit.core.errors import ConfigError
-from qwlit.model.config import DropoutConfig, ModelConfig
+from qwlit.model.config import Architecture, DropoutConfig, ModelConfig
 from qwlit.model.load import vocabulary_size
-from qwlit.model.presets import count_parameters, to_hf_config
+from qwlit.model.presets import meta_causal_lm, to_hf_config
 from tests.tiny import TINY, tiny_architecture, tiny_causal_lm
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -37,6 +37,11 @@ def composed(group: str, name: str, kind: type) -> object:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         tree = compose(overrides=[f"+{group}={name}"])
     return TypeAdapter(kind).validate_python(OmegaConf.to_container(tree[group], resolve=True))
+
+
+def count_parameters(architecture: Architecture) -> int:
+    """Count a tied head once."""
+    return sum(parameter.numel() for parameter in meta_causal_lm(to_hf_config(architecture)).parameters())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -3,11 +3,11 @@
 import pytest
 
 from qwlit.optim.config import SchedulerConfig
-from qwlit.optim.schedules import build_schedule
+from qwlit.optim.schedules import Schedule
 
 
 def schedule(name, total=110, **settings):
-    return build_schedule(SchedulerConfig(name=name, **settings), total)
+    return Schedule(SchedulerConfig(name=name, **settings), total)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "exponential", "constant", "wsd"])

@@ -13,8 +13,8 @@ from qwlit.core import signals
 from qwlit.core.errors import ConfigError, Preempted
 from qwlit.core.files import locked
 from qwlit.core.ranks import launch_token
+from qwlit.core.signals import answering_signals
 from qwlit.core.slurm import job_id, time_limit_seconds
-from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.resilience.requeue_limit import count_requeue
 from qwlit.training.tracking.run_folder import RunFolder, RunLock
 
@@ -142,7 +142,7 @@ def test_another_rank_leaves_when_told_twice_while_starting(first, monkeypatch):
         reached.append(2)
     assert reached == [1]
     # One that came before anything could be answered is the launcher's, or Slurm's that rank 0 has got as well.
-    signals.record_signal(signal.SIGTERM, None)
+    signals.received_signals.append(signal.SIGTERM)
     with pytest.raises(SystemExit, match="75"), answering_signals():
         reached.append(3)
     assert reached == [1]

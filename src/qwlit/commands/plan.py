@@ -167,7 +167,7 @@ def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
     else:
         assumed = "" if plan.data else ", if every row is used"
         screen.print(
-            f"  {schedule.total_steps:,} steps{assumed}; warm-up {schedule.warmup_steps:,}, then {schedule.name}"
+            f"  {schedule.total_steps:,} steps{assumed}; warm-up {schedule.warmup_steps:,}, then {schedule.config.name}"
         )
         screen.print(f"  lr  [cyan]{_curve(schedule)}[/]  peak {config.optim.lr:g}")
     if plan.data is not None:

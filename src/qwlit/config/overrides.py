@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from qwlit.config.relations import TEXTS
 from qwlit.core.errors import ConfigError
 from qwlit.core.lists import read_list
-from qwlit.training.tracking.config import WANDB_CONFIG_KEY
+from qwlit.training.config import WANDB_CONFIG_KEY
 
 PATHS = {"data.path", "data.val_path"}
 """Settings of text that may also be lists."""

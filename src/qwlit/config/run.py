@@ -9,10 +9,17 @@ from qwlit.core.schema import NonNegativeInt, config_dataclass
 from qwlit.data.config import DataConfig, parts_of
 from qwlit.model.config import AdapterConfig, DropoutConfig, FreezeConfig, ModelConfig
 from qwlit.optim.config import OptimConfig, SchedulerConfig
-from qwlit.training.checkpointing.config import CheckpointConfig
-from qwlit.training.config import Determinism, HardwareConfig, ProfileConfig, TrainConfig, ValidationConfig
-from qwlit.training.resilience.config import GuardConfig
-from qwlit.training.tracking.config import LoggerConfig, LoggingConfig
+from qwlit.training.config import (
+    CheckpointConfig,
+    Determinism,
+    GuardConfig,
+    HardwareConfig,
+    LoggerConfig,
+    LoggingConfig,
+    ProfileConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 
 @config_dataclass

@@ -1,19 +1,138 @@
-"""Signals that arrive while this process cannot act on them yet. `training.resilience.preemption` has the overview."""
+"""How a process answers Ctrl-C, SIGTERM and SIGUSR2: one state machine, from the first import to the exit code.
+
+SIGTERM: the scheduler needs the machine, or, in a trial of a W&B sweep, the sweep ends the trial.
+SIGUSR2: Slurm's time limit is near; the process asks for a requeue. (SIGUSR1 would collide with NCCL.)
+
+There is one handler, `_handle`. `Phase` says what it does with SIGTERM and SIGUSR2, in order of time. Ctrl-C raises
+Python's KeyboardInterrupt, except for the first one in the steps, which the handler records. Outside of the steps only
+rank 0 answers Ctrl-C, which reaches every process of a terminal: rank 0 ends the others.
+"""
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum, auto
 from types import FrameType
 
-BY_URGENCY = (0, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+from qwlit.core.errors import Preempted, Pruned, SignalExit
+from qwlit.core.ranks import is_rank_zero, under_agent
+
+EXIT_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+BY_URGENCY = (0, signal.SIGINT, *EXIT_SIGNALS)
 """No signal, then the handled signals, least urgent first: Slurm sends SIGTERM after SIGUSR2, and SIGUSR2 must win."""
 HANDLED_SIGNALS = BY_URGENCY[1:]
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
+
+
+class Phase(Enum):
+    """What the process does now."""
+
+    OUTSIDE_RUN = auto()
+    """The subcommand is imported, or only the exit code is left: the handler records the signal. If the run is still
+    to come, `answering_signals` acts on it."""
+    OUTSIDE_STEPS = auto()
+    """The run starts or finishes, and there is nothing to save: the process ends at once, see `answering_signals`."""
+    IN_STEPS = auto()
+    """The handler records the signal; at the next step boundary `preemption.StopOnSignal` saves and ends the run."""
+    ENDING = auto()
+    """It is decided how the process ends: the handler records the signal, and nobody acts on it."""
+
+
+_phase = Phase.OUTSIDE_RUN
 received_signals: list[int] = []
-"""Signals that this process received outside the training steps."""
+"""The signals that this process has received and not yet acted on."""
 
 
-def record_signal(number: int, frame: FrameType | None) -> None:
-    """Signal handler that only remembers the signal: `preemption` acts on it as soon as it can."""
+def record_signals() -> None:
+    """Record signals from now on: importing takes seconds, and by default SIGTERM and SIGUSR2 kill the process."""
+    for number in EXIT_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _handle)
+
+
+def enter_phase(phase: Phase) -> None:
+    global _phase  # noqa: PLW0603 - it is true of the whole process
+    _phase = phase
+
+
+@contextmanager
+def answering_signals() -> Iterator[None]:
+    """Let a signal end the process while the block runs: rank 0 at once, as preempted or pruned.
+
+    - Ranks that rank 0 has started ignore all signals, because rank 0 handles them.
+    - Ranks that srun or torchrun has started record their first signal. If rank 0 got none, all ranks exit together at
+      the first step boundary. If rank 0 got one, it has exited, and the launcher sends the others a SIGTERM: they exit.
+    """
+    # An ignored signal stays ignored: rank 0 has started this rank.
+    answered = [number for number in EXIT_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    ignored = [] if is_rank_zero() else [signal.SIGINT]
+    try:
+        with handling(answered, _handle), handling(ignored, signal.SIG_IGN):
+            enter_phase(Phase.OUTSIDE_STEPS)
+            # Signals that arrived while Python was importing.
+            if received_signals and (is_rank_zero() or signal.SIGTERM in received_signals):
+                _exit(most_urgent(received_signals))
+            yield
+    except SignalExit as end:
+        raise end.error from None
+    finally:
+        enter_phase(Phase.OUTSIDE_RUN)
+        received_signals.clear()
+
+
+@contextmanager
+def recording_signals() -> Iterator[None]:
+    """Record signals while the steps run, on every rank: `StopOnSignal` reads them. For use in `answering_signals`."""
+    with handling(HANDLED_SIGNALS, _handle):
+        enter_phase(Phase.IN_STEPS)
+        yield
+        if _phase is Phase.IN_STEPS:
+            enter_phase(Phase.OUTSIDE_STEPS)
+
+
+@contextmanager
+def handling(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
+    """Let `handler` handle these signals while the block runs."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    """The signal handler of all phases."""
+    is_first = not received_signals
     received_signals.append(number)
+    if number == signal.SIGINT:
+        # A second Ctrl-C must stop at once, without a save.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    elif _phase is Phase.OUTSIDE_STEPS and (is_rank_zero() or (number == signal.SIGTERM and not is_first)):
+        _exit(number)
+
+
+def _exit(number: int) -> None:
+    """End the process with the error that the signal stands for.
+
+    Python drops an exception that a handler raises inside a finalizer; then StopOnSignal finds the recorded signal.
+    """
+    # A second signal must not replace this error while it unwinds the stack.
+    enter_phase(Phase.ENDING)
+    if not is_rank_zero():
+        # At this exit code the launcher ends the ranks that still wait for this one.
+        raise SystemExit(Preempted.exit_code)
+    if number == signal.SIGTERM and under_agent():
+        raise SignalExit(Pruned("the sweep has ended this trial, outside the training steps"))
+    message = "preempted outside the training steps; run the same command to resume from the newest checkpoint"
+    raise SignalExit(Preempted(message, requeue=requeue_after(number)))
+
+
+def requeue_after(number: int) -> bool | None:
+    """Return `Preempted.requeue` for the signal."""
+    if under_agent():
+        return False  # the agent starts its trial again
+    return True if number == signal.SIGUSR2 else None
 
 
 def most_urgent(numbers: Iterable[int]) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwlit.core.files import write_json_atomic, write_text_atomic
-from qwlit.model.folder import DTYPE_KEYS, read_json
+from qwlit.model.folder import DTYPE_KEYS, read_json_if_there, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,7 +52,7 @@ def write_config(
     `rope_scaling` and `torch_dtype` at the top level, and assume a RoPE base of 10,000 if they are missing.
     transformers 5 reads `rope_parameters` and `dtype`.
     """
-    values = read_json(base / "config.json") if base else json.loads(config.to_json_string(use_diff=True))
+    values = read_json_object(base / "config.json") if base else json.loads(config.to_json_string(use_diff=True))
     rope = dict(config.rope_parameters or {})
     values["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta")
     if rope.get("rope_type", "default") != "default":
@@ -72,7 +72,7 @@ def write_config(
 
 def write_generation_config(config: "PretrainedConfig", folder: Path, *, base: Path | None, end: End | None) -> None:
     """Write generation_config.json: the base model's values, with the trained end token first among the end tokens."""
-    values = read_json(base / GENERATION_CONFIG) if base and (base / GENERATION_CONFIG).is_file() else {}
+    values = read_json_if_there(base / GENERATION_CONFIG) if base else {}
     if end is None and not values:
         return
     if end:
@@ -115,7 +115,7 @@ def write_tokenizer(folder: Path, source: Path, *, end: End | None) -> None:
 
 def _change(file: Path, change: Callable[[Values], Values]) -> None:
     """Rewrite a JSON file only if `change` changes its values, so that other copied files stay byte for byte equal."""
-    values = read_json(file) if file.is_file() else {}
+    values = read_json_if_there(file)
     changed = change(dict(values))
     if changed != values:
         write_json_atomic(file, changed)

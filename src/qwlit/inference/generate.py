@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
 from qwlit.data.samples import Samples
@@ -67,15 +68,14 @@ def answer_greedily(
 def _answer_batch(
     model: PreTrainedModel, asked: list[Question], end_of_turn_id: int, pad_id: int
 ) -> Iterator[Answered]:
-    width = max(len(q.prompt) for q in asked)
-    ids = torch.full((len(asked), width), pad_id)
-    for row, question in enumerate(asked):
-        ids[row, width - len(question.prompt) :] = torch.tensor(question.prompt)
-    mask = torch.stack([torch.arange(width) >= width - len(q.prompt) for q in asked]).long()
+    prompts = [torch.tensor(q.prompt, dtype=torch.int64) for q in asked]
+    # Pad on the left, so that every answer starts at the same position.
+    ids = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
-        # Not the checkpoint's own generation settings: they are for sampling.
+        # Not the model folder's own generation settings: they are for sampling.
         generation_config=GenerationConfig(
             max_new_tokens=max(len(q.answer) for q in asked) + SLACK_TOKENS,
             do_sample=False,
@@ -84,6 +84,6 @@ def _answer_batch(
             pad_token_id=pad_id,
         ),
     )
-    for question, tokens in zip(asked, out[:, width:].tolist(), strict=True):
+    for question, tokens in zip(asked, out[:, ids.shape[1] :].tolist(), strict=True):
         stop = tokens.index(end_of_turn_id) + 1 if end_of_turn_id in tokens else len(tokens)
         yield Answered(question, tokens[:stop])

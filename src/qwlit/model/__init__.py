@@ -1,1 +1,1 @@
-"""From a Qwen2/Qwen3 configuration to a loss: presets, loading, attention, dropout, adapters, head."""
+"""The model, from a Qwen2 or Qwen3 configuration to the loss: loading, attention, dropout, adapters, head."""

@@ -1,8 +1,8 @@
-"""What of a forward pass is kept for the backward pass: a levels from everything to next to nothing.
+"""What a layer keeps of its forward pass for the backward pass, in four levels.
 
-`none` keeps all. `selective` keeps what matrix products and attention made and computes the rest (norms, activations,
-rotations) again. `full` keeps one hidden state a layer and computes the layer again. `offload` keeps that one in the
-host's memory. The gradients are the same on every level.
+`none` keeps everything. `selective` keeps the results of matrix products and attention and computes the rest (norms,
+activations, rotations) again. `full` keeps one hidden state per layer and computes the layer again. `offload` is `full`
+with the hidden states in the host's memory. The gradients are the same on every level.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 aten = torch.ops.aten
-# Dear to compute and small to keep. Not the batched products of eager attention, whose results grow with T squared.
+# Results that are slow to compute and small. Not eager attention's batched products: their results grow with T squared.
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
@@ -32,12 +32,12 @@ KEPT = {
 
 
 def apply_activation_checkpointing(model: "PreTrainedModel", policy: ActivationCheckpointing) -> None:
-    """Set what every decoder layer keeps in training mode. Before compiling and sharding."""
+    """Set what every decoder layer keeps in training mode. Call it before compiling and sharding."""
     if policy == "none":
         return
     levels = {"selective": _selective, "full": _full, "offload": _offload}
     for layer in family_of(model).layers(model):
-        # transformers' own switch: it checkpoints `forward`, so that hooks such as FSDP2's stay outside.
+        # transformers' own switch. It checkpoints `forward` only, so hooks such as FSDP2's do not run a second time.
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = levels[policy]
 

@@ -1,4 +1,4 @@
-"""LoRA and its kin: small trainable matrices inside a frozen model (peft's layers, put in place without a wrapper)."""
+"""LoRA adapters: small trainable matrices in a frozen model (peft's layers, without peft's wrapper model)."""
 
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,13 @@ EMBEDDINGS = ("lm_head", "embed_tokens")
 
 
 def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: float, seed: int) -> None:
-    """Put adapters beside the target layers, freeze everything else; nothing happens for kind none.
+    """Put adapters beside the target layers and freeze everything else. Do nothing with adapter.kind=none.
 
-    The model stays what it was (no PeftModel around it), so `model.model`, `model.lm_head` and `generate` still work.
-    Adapters are float32 whatever the frozen dtype, and start as no change at all: B is zero, A is drawn from `seed`.
+    The model keeps its class (no PeftModel around it), so `model.model`, `model.lm_head` and `generate` still work.
+    Adapters are float32, whatever the frozen dtype. At first they change nothing: B is zero, A is drawn with `seed`.
 
     Raises:
-        ConfigError: a target matches no linear layer, or is the embedding or the head; there are no such layers.
+        ConfigError: a target matches no linear layer, or is the embedding or the head; or the model lacks the layers.
     """
     if adapter.kind == "none":
         return
@@ -51,9 +51,9 @@ def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: 
 
 
 def start_dora(model: "PreTrainedModel") -> None:
-    """Set DoRA's lengths to those of the weights' rows in float32, so that it starts as no change at all.
+    """Set DoRA's magnitudes to the lengths of the weights' rows in float32, so that at first they change nothing.
 
-    peft measures them when it is applied: rounded to the base's dtype, or before the weights were filled in.
+    peft computes them when it adds the adapter: rounded to the base's dtype, or before the weights were filled in.
     """
     layers = [module for module in model.modules() if getattr(module, "lora_magnitude_vector", None)]
     if not layers:
@@ -68,7 +68,7 @@ def start_dora(model: "PreTrainedModel") -> None:
 
 
 def _targets(model: "PreTrainedModel", adapter: AdapterConfig) -> list[str]:
-    """Return what peft is to look for: plain names as they are, anything else as the full names of what it matches."""
+    """Return peft's target_modules: plain names as they are, other patterns as full names of the layers that match."""
     if not adapter.target_modules:
         raise ConfigError("adapter.target_modules is empty; name the layers that get an adapter")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
@@ -77,7 +77,7 @@ def _targets(model: "PreTrainedModel", adapter: AdapterConfig) -> list[str]:
     if adapter.layers is not None:
         names_in_layers(linears, adapter.layers, field="adapter.layers")
     for pattern in adapter.target_modules:
-        # Patterns speak of parameters.
+        # Patterns match names of parameters, not of layers.
         names = [f"{name}.weight" for name in linears]
         found = select(names, pattern, field=field, layers=adapter.layers, things="linear layer")
         if any(is_a("embedding", name) or is_a("head", name) for name in found):

@@ -1,4 +1,4 @@
-"""Causal attention in which packed documents never see each other, registered with transformers under one name.
+"""Causal attention within each packed document, registered with transformers under one name.
 
 Shapes: B rows, T positions, H query heads, G key/value heads (G divides H), K width of a head.
 """
@@ -23,10 +23,10 @@ ATTENTION_NAME = "qwlit"
 
 
 def _causal_options() -> dict[str, Any]:
-    """Return the arguments for causal attention with grouped heads; their names changed between torch 2.10 and 2.13."""
+    """Return the arguments for causal attention with grouped heads: torch changed their names from 2.10 to 2.13."""
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:  # older kernels group heads without being told
+    if "enable_gqa" in known:  # older kernels group heads without this argument
         options["enable_gqa"] = True
     return options
 
@@ -57,14 +57,14 @@ def attend(  # noqa: PLR0913 - transformers calls it
         query: (B, H, T, K). `key` and `value` are (B, G, T, K).
         scaling: factor on the scores before the softmax.
         dropout: probability on the attention weights; transformers passes 0 outside training.
-        cu_seqlens, document_lengths, max_seqlen: as in MicroBatch; varlen reads the first and last, sdpa and eager
-            the lengths. Without the first two the rows are padded.
+        cu_seqlens, document_lengths, max_seqlen: as in MicroBatch. varlen reads the first and the last, sdpa and eager
+            read document_lengths. Where the first two are None, the rows are padded.
 
     Returns:
         (B, T, H, K), and None where transformers expects the weights.
 
     Raises:
-        RuntimeError: the caller is not LossModel: its masks or caches would be ignored silently.
+        RuntimeError: the caller is not LossModel; this function would silently ignore its masks or caches.
     """
     if attention_kernel is None or attention_mask is not None:
         raise RuntimeError("only LossModel may call this attention; call the model inside generation_attention(model)")
@@ -75,8 +75,8 @@ def attend(  # noqa: PLR0913 - transformers calls it
     compute = _eager if attention_kernel == "eager" else _sdpa
     if document_lengths is None:
         return compute(query, key, value, scaling, dropout).transpose(1, 2).contiguous(), None
-    # One call a document: on two CPU cores as fast as or faster than gathering documents into batches, which copies
-    # queries, keys and values (30 documents of 40-80 tokens, forward and backward: 4.2 ms against 4.6-8.6 ms).
+    # One call per document. Batches of documents would not be faster, because they copy queries, keys and values (two
+    # CPU cores, 30 documents of 40-80 tokens, forward and backward: 4.2 ms against 4.6-8.6 ms).
     lengths = list(document_lengths)
     documents = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat([compute(q, k, v, scaling, dropout).transpose(1, 2) for q, k, v in documents], dim=1), None
@@ -104,7 +104,7 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: f
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float) -> Tensor:
     """Attend with torch's variable-length flash kernel, CUDA in half precision only: (1, T, H, K)."""
-    # Autocast knows sdpa but not this kernel, and Qwen3's norms hand over float32 queries and keys.
+    # Autocast converts the inputs of sdpa but not of this kernel, and Qwen3's norms return float32 queries and keys.
     dtype = _compute_dtype(value)
     q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, **VARLEN_OPTIONS)

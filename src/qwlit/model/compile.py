@@ -1,4 +1,4 @@
-"""Every decoder layer as one compiled function: fewer kernels, and less of the memory that elementwise steps move."""
+"""Compile every decoder layer: fewer kernels, and fewer reads and writes of memory between elementwise operations."""
 
 import sys
 from collections.abc import Iterator
@@ -12,17 +12,21 @@ from qwlit.model.families import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Graphs of one layer: training, validation, and each with sizes fixed and free. Torch's limit of 8 would be an error.
+# torch compiles a layer for training and for validation, each with fixed and with dynamic shapes. A layer that needs
+# more graphs than this limit is an error, and torch's default of 8 is too low.
 GRAPHS = 32
 
 
 def compile_layers(model: "PreTrainedModel", *, backend: str = "inductor") -> None:
-    """Compile each decoder layer by itself; all of them share their graphs. After checkpointing, before sharding."""
+    """Compile each decoder layer by itself; layers share their graphs.
+
+    Call it after `apply_activation_checkpointing` and before sharding.
+    """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = GRAPHS
     for layer in family_of(model).layers(model):
-        # A break inside a layer would cost more than compiling gains, so it is an error.
+        # A graph break inside a layer would cost more time than compiling saves, so fullgraph makes it an error.
         layer.compile(fullgraph=True, backend=backend)
 
 
@@ -36,13 +40,13 @@ def compile_seconds() -> float:
 
 
 def failed_to_compile(error: Exception) -> bool:
-    """Tell a layer that cannot be compiled from one that fails when it runs."""
+    """Whether torch failed to compile a layer, and not to run it."""
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Let `model` run as it is written: the shapes of generated text differ at every token."""
+    """Run `model` without its compiled layers in the block: while it generates, the shapes change with every token."""
     compiled = {module: module._compiled_call_impl for module in model.modules()}
     for module in compiled:
         module._compiled_call_impl = None

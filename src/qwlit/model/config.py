@@ -1,4 +1,4 @@
-"""What a user can say about the model: which one, from where, with which attention, dropout and adapter."""
+"""Settings of the model: which one, from where, with which attention, dropout and adapter."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -23,22 +23,22 @@ def higher_levels(level: ActivationCheckpointing) -> tuple[ActivationCheckpointi
 
 @dataclass(frozen=True)
 class Execution:
-    """How the model is computed on this machine."""
+    """How this machine computes the model."""
 
     attention: AttentionKernel
     activation_checkpointing: ActivationCheckpointing
-    """What is kept for the backward pass."""
+    """What each layer keeps for the backward pass."""
     frozen_dtype: "torch.dtype"
-    """What weights that are not trained are kept in."""
+    """The dtype of weights that are not trained."""
     compute_dtype: "torch.dtype"
-    """What products with quantized weights are computed in."""
+    """The dtype of products with quantized weights."""
     compiled: bool = False
     """Whether each decoder layer is compiled."""
 
 
 @config_dataclass
 class Architecture:
-    """The numbers that fix a Qwen2 or Qwen3 model's shape, named as in Hugging Face's config.json."""
+    """The shape of a Qwen2 or Qwen3 model. The names are those of Hugging Face's config.json."""
 
     model_type: Literal["qwen2", "qwen3"]
     """Family: qwen2 (also Qwen2.5; biases on q, k, v) or qwen3 (norms on q and k, no biases)."""

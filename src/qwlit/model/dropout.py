@@ -1,4 +1,4 @@
-"""Dropout for models that have none of their own: hooks on their blocks, and none at all where a probability is 0."""
+"""Dropout for models that have none: hooks on their blocks, and no hook where a probability is 0."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def apply_dropout(model: "PreTrainedModel", dropout: DropoutConfig) -> None:
-    """Set all probabilities. They act in training mode only, from torch's default generator.
+    """Set all probabilities except LoRA's, which `apply_adapter` sets. Dropout acts in training mode only.
 
-    LoRA's dropout belongs to its adapters.
+    It draws from torch's default generator, which the training seeds for each micro-batch.
 
     Raises:
-        ConfigError: the model has no such layers.
+        ConfigError: the model does not have the layers of `dropout.layers`.
     """
     family = family_of(model)
     layers = family.layers(model)
@@ -50,7 +50,7 @@ def _drop_input(module: nn.Module, inputs: tuple[Tensor], *, probability: float)
 
 
 def _drop_output(module: nn.Module, inputs: object, output: Any, *, probability: float) -> Any:
-    """Drop of the hidden states; attention also returns its weights."""
+    """Apply dropout to the hidden states. Attention returns a tuple of them and its weights."""
     if isinstance(output, tuple):
         return (F.dropout(output[0], probability, training=module.training), *output[1:])
     return F.dropout(output, probability, training=module.training)

@@ -1,4 +1,4 @@
-"""A local Hugging Face folder: its config.json and tokenizer, read with one clear line for whatever is wrong."""
+"""Read config.json and check the tokenizer of a local Hugging Face folder; name what is wrong in one line."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,11 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
 )
-"""Keys that every published config.json has. transformers would take its own defaults, which fit a 7B."""
+"""Keys that every published config.json has. For a missing one transformers would use the value of a 7B model."""
 
 
 def check_folder(folder: Path, field: str) -> None:
-    """Refuse a setting that names no folder, with the nearest name beside it.
+    """Refuse a setting that names no folder; the error suggests the nearest name beside it.
 
     Raises:
         ConfigError: `folder` does not exist or is a file.
@@ -42,11 +42,11 @@ def check_folder(folder: Path, field: str) -> None:
     raise ConfigError(f"{field}={folder}: no such folder.{hint}")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ConfigError: the file is cut off or no JSON object.
+        ConfigError: the file cannot be read, or holds no JSON object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -57,24 +57,29 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_model_config(folder: Path, field: str = "model.path") -> dict[str, Any]:
+def read_json_if_there(file: Path) -> dict[str, Any]:
+    """Read a JSON object; return an empty one where there is no such file. Raises as `read_json_object`."""
+    return read_json_object(file) if file.is_file() else {}
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
     """Read and check config.json.
 
     Raises:
-        ConfigError: no folder, no config.json, another architecture, or something in it that qwlit cannot train.
+        ConfigError: there is no folder or no config.json, or it describes a model that qwlit cannot train.
     """
-    check_folder(folder, field)
+    check_folder(folder, "model.path")
     file = folder / "config.json"
     if not file.is_file():
-        raise ConfigError(f"{field}={folder} {_what_it_is(folder)}")
-    config = read_json(file)
+        raise ConfigError(f"model.path={folder} {_what_it_is(folder)}")
+    config = read_json_object(file)
     model_type = str(config.get("model_type"))
     family = FAMILIES.get(model_type)
     names = config.get("architectures") or [family.class_name if family else model_type]
     if family is None or names != [family.class_name]:
         found = f"{', '.join(map(str, names))} (model_type {model_type})"
         known = " and ".join(family.class_name for family in FAMILIES.values())
-        raise ConfigError(f"{field}={folder} is a {found}; qwlit trains {known}")
+        raise ConfigError(f"model.path={folder} is a {found}; qwlit trains {known}")
     for check in (_check_sizes, _check_attention, _check_weights, _check_dtype, _check_rope, _check_pad_token):
         check(file, config)
     return config
@@ -86,19 +91,19 @@ def is_adapter(folder: Path) -> bool:
 
 
 def named_base(adapter: Path) -> Any:
-    """Return what an adapter's folder names as its base: a folder, a hub id or None."""
-    return read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    """Return the base model that an adapter's folder names: a folder, a hub id or None."""
+    return read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
 
 
 def base_of(adapter: Path) -> dict[str, str | None]:
-    """Return the settings (path and hub_id) of the model that an adapter's folder names as its base.
+    """Return model.path and model.hub_id for the base model that an adapter's folder names.
 
     Raises:
-        ConfigError: it names none, or a folder that is not here.
+        ConfigError: the adapter names no base, or a folder that does not exist here.
     """
     base = named_base(adapter)
     if isinstance(base, str):
-        # A relative path is relative to where the adapter was trained, or to itself.
+        # A relative path counts from the folder where the adapter was trained, or from the adapter.
         for place in (resolve_path(base), adapter / base):
             if place.is_dir():
                 return {"path": str(place), "hub_id": None}
@@ -111,7 +116,7 @@ def base_of(adapter: Path) -> dict[str, str | None]:
 
 
 def _what_it_is(folder: Path) -> str:
-    """Say what a folder without config.json is, and what to give instead."""
+    """Say what a folder without config.json is, and what to set instead."""
     if is_adapter(folder):
         return "is a peft adapter; give its base model as model.path and this folder as model.adapter_path"
     places = (folder.absolute(), *folder.absolute().parents[:2])
@@ -158,7 +163,7 @@ def _check_dtype(file: Path, config: dict[str, Any]) -> None:
 
 
 def _check_rope(file: Path, config: dict[str, Any]) -> None:
-    """Refuse a rotary embedding that transformers has no function for."""
+    """Refuse a type of rotary embedding that transformers does not have."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for key in ("rope_parameters", "rope_scaling"):
@@ -180,7 +185,7 @@ def _check_pad_token(file: Path, config: dict[str, Any]) -> None:
 
 
 def declared_dtype(config: dict[str, Any]) -> str | None:
-    """Return the name of the dtype that a checked config.json declares; None where it leaves that to the weights."""
+    """Return the name of the dtype in a checked config.json; None where the weights' own dtype counts."""
     name = next((config[key] for key in DTYPE_KEYS if config.get(key) not in (None, "auto")), None)
     return None if name is None else str(name).removeprefix("torch.")
 
@@ -193,7 +198,7 @@ def check_tokenizer_files(folder: Path, field: str) -> None:
     """Refuse a folder without a tokenizer.
 
     Raises:
-        ConfigError: there is no folder or it lacks the tokenizer's files.
+        ConfigError: there is no such folder, or it has no tokenizer files.
     """
     check_folder(folder, field)
     if not has_tokenizer(folder):

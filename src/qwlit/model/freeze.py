@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def apply_freeze(model: "PreTrainedModel", freeze: FreezeConfig) -> None:
-    """Let all parameters be trained but those that `freeze` names.
+    """Freeze the parameters that `freeze` names, and train all others.
 
     Raises:
-        ConfigError: a pattern or a ratio matches nothing, there are no such layers, or nothing is left to train.
+        ConfigError: a pattern or a ratio matches nothing, the model lacks the layers, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     num_layers = len(family_of(model).layers(model))

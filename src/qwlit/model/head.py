@@ -1,7 +1,7 @@
 """Head and loss in one function: cross-entropy at the label positions, without holding all logits at once.
 
-At a vocabulary of 151,936 the logits are the largest tensor of a run. They are made a chunk of rows at a time; since a
-loss's gradient is known as soon as its logits are, it is computed there and then, and backward only scales it.
+At a vocabulary of 151,936 the logits are the largest tensor of a run, so the head computes them for a chunk of rows at
+a time. It computes the gradient in the forward pass too, while it has the logits; the backward pass only scales it.
 
 Shapes: N supervised rows, R rows of a chunk, D hidden, V vocabulary.
 """
@@ -14,27 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bytes of a chunk's float32 logits. At V = 151,936: 2,208 rows on CUDA, 441 on CPU. Fewer make the matrix products
-# inefficient: each reads the weight, and reads and writes its gradient, whole.
+from qwlit.model.cpu import logits_memory
+
+# Bytes of a chunk's float32 logits. At V = 151,936: 2,208 rows on CUDA, 441 on CPU. With fewer rows the matrix products
+# are inefficient, because for every chunk they read the whole weight, and read and write its whole gradient.
 CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**28}
-# Bytes of the logits whose softmax is taken at a time. On CPU so few that they stay in cache and in memory that malloc
-# keeps: the page faults of large temporaries cost as much as the arithmetic (measured: 480 rows at V = 151,936,
-# D = 256, 2 cores: 0.92 s at once, 0.78 s in blocks, where the matrix products alone take 0.69 s).
+# Bytes of the logits of one softmax call. On CPU they are so few that they stay in the cache and in memory that malloc
+# keeps: the page faults of large temporary tensors cost as much time as the arithmetic (measured with 480 rows at
+# V = 151,936, D = 256 on 2 cores: 0.92 s in one call, 0.78 s in blocks; the matrix products alone take 0.69 s).
 BLOCK_BYTES = {"cuda": CHUNK_BYTES["cuda"], "cpu": 2**22}
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, count_correct: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of cross-entropies of `hidden @ weight.T` against `targets`, and how many argmaxes are right.
+    """Return the sum of the cross-entropies of `hidden @ weight.T` and `targets`, and how many argmaxes are right.
 
     The matrix products run in autocast's dtype, or hidden's without autocast; the softmax in float32 (float64 stays).
 
     Args:
-        hidden: (N, D); N may be 0, which gives a zero that still reaches every parameter.
-        weight: (V, D), the head's; gets no gradient, at no cost, when it requires none.
+        hidden: (N, D). N may be 0: the loss is then 0, and every parameter gets a gradient of 0.
+        weight: (V, D), the head's. Its gradient is computed only if it requires one.
         targets: (N,) int64.
-        count_correct: argmax is another pass over the logits; without it the count is 0.
+        count_correct: count the right argmaxes, in another pass over the logits; without it the count is 0.
 
     Returns:
         loss_sum, a float32 scalar in nats; num_correct, an int64 scalar.
@@ -52,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count_correct: bool, grad_enabled: bool
     ) -> tuple[Tensor, Tensor]:
-        # Grad mode is always off in here, so the caller has to say.
+        # Inside `forward` torch has turned gradients off, so the caller passes whether they were on.
         hidden_needs, weight_needs = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         precise = torch.promote_types(hidden.dtype, torch.float32)
         head = weight.to(hidden.dtype)
@@ -64,20 +66,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         chunks = _chunks(len(hidden), len(weight), hidden.device.type)
         block_size = rows_within(BLOCK_BYTES, len(weight), hidden.device.type)
-        buffer = _workspace(max((end - start for start, end in chunks), default=0), len(weight), hidden)
-        for start, end in chunks:
-            rows = hidden[start:end]
-            logits = torch.mm(rows, head.T, out=buffer[: end - start])  # (R, V)
-            blocks = zip(logits.split(block_size), targets[start:end].split(block_size), strict=True)
-            for block, target in blocks:
-                if count_correct:
-                    num_correct += (block.argmax(dim=-1) == target).sum()
-                loss_sum += _losses(block, target, precise, to_gradient=hidden_needs or weight_needs).sum()
-            if grad_hidden is not None:
-                torch.mm(logits, head, out=grad_hidden[start:end])
-            if grad_weight is not None:
-                _add_product(grad_weight, logits.T, rows, first=start == 0)
-        _keep(buffer)
+        largest = max((end - start for start, end in chunks), default=0)
+        with logits_memory(largest, len(weight), hidden) as memory:
+            for start, end in chunks:
+                rows = hidden[start:end]
+                logits = torch.mm(rows, head.T, out=memory[: end - start])  # (R, V)
+                blocks = zip(logits.split(block_size), targets[start:end].split(block_size), strict=True)
+                for block, target in blocks:
+                    if count_correct:
+                        num_correct += (block.argmax(dim=-1) == target).sum()
+                    loss_sum += _losses(block, target, precise, to_gradient=hidden_needs or weight_needs).sum()
+                if grad_hidden is not None:
+                    torch.mm(logits, head, out=grad_hidden[start:end])
+                if grad_weight is not None:
+                    _add_product(grad_weight, logits.T, rows, first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(num_correct)
@@ -93,34 +95,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return scaled_hidden, scaled_weight, None, None, None
 
 
-WORKSPACES: dict[torch.dtype, Tensor] = {}
-"""On CPU, what the head keeps from call to call."""
-
-
-def _workspace(num_rows: int, vocab_size: int, like: Tensor) -> Tensor:
-    """Return memory for a chunk's logits: on CPU that of the last call, where it is large enough.
-
-    Fresh memory is paged in bit by bit while it is first written, which costs 4 % of the head's time at V = 151,936.
-    """
-    if like.device.type != "cpu":
-        return like.new_empty(num_rows, vocab_size)  # CUDA's allocator keeps it
-    # Taken out while it is in use: another thread's call makes its own.
-    kept = WORKSPACES.pop(like.dtype, None)
-    if kept is None or kept.numel() < num_rows * vocab_size:
-        del kept  # before the larger one is made
-        kept = like.new_empty(num_rows * vocab_size)
-    return kept[: num_rows * vocab_size].view(num_rows, vocab_size)
-
-
-def _keep(buffer: Tensor) -> None:
-    # Inference mode's tensors may not be written to outside of it.
-    if buffer.device.type == "cpu" and not buffer.is_inference():
-        whole = buffer._base if buffer._base is not None else buffer
-        WORKSPACES[buffer.dtype] = whole.view(-1)
-
-
 def _chunks(num_rows: int, vocab_size: int, device: str) -> list[tuple[int, int]]:
-    """Cut `num_rows` into the fewest chunks within the limit, all of about the same size."""
+    """Split `num_rows` into as few chunks as the limit allows, all of about the same size."""
     count = -(-num_rows // rows_within(CHUNK_BYTES, vocab_size, device))
     edges = [num_rows * chunk // count for chunk in range(count + 1)] if count else []
     return list(pairwise(edges))
@@ -132,24 +108,24 @@ def rows_within(limits: dict[str, int], vocab_size: int, device: str) -> int:
 
 
 def _losses(logits: Tensor, targets: Tensor, precise: torch.dtype, *, to_gradient: bool) -> Tensor:
-    """Return the losses of rows (R,), and turn `logits` into the gradient of their sum if asked to."""
+    """Return the losses of rows (R,). With `to_gradient` overwrite `logits` with the gradient of their sum."""
     log_probs = F.log_softmax(logits, dim=-1, dtype=precise)
     losses = -log_probs.gather(1, targets[:, None])[:, 0]
     if to_gradient:
-        # softmax - onehot; at the target taken from the loss, because half precision rounds the probability of a sure
-        # model to 1 and the difference to 0. Indexing has a deterministic CUDA kernel when one is asked for.
+        # The gradient is softmax - onehot. At the target compute it from the loss: in half precision a probability near
+        # 1 rounds to 1, and the difference to 0. Under deterministic algorithms indexing has a deterministic kernel.
         torch.exp(log_probs, out=logits)
         logits[torch.arange(len(targets), device=logits.device), targets] = torch.expm1(-losses).to(logits.dtype)
     return losses
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """Add `left @ right` to `total`, rounding only once: a half-precision product would round at every chunk.
+    """Add `left @ right` to `total` in the dtype of `total`: a half-precision product would round at every chunk.
 
-    The first product is written over whatever memory `total` was given, which saves filling and reading it.
+    The first product overwrites `total`, which has uninitialized memory: this saves filling and reading it.
     """
     if left.is_cuda and left.dtype != total.dtype:
         product = torch.mm(left, right, out_dtype=total.dtype)
         total.copy_(product) if first else total.add_(product)
-    else:  # CPU kernels cannot widen
+    else:  # CPU kernels cannot return a wider dtype
         total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=0 if first else 1)

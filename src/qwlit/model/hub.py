@@ -1,4 +1,4 @@
-"""Fetching a model's files from the Hugging Face hub, or saying in one line why not."""
+"""Download a model's files from the Hugging Face hub, or say in one line why that is not possible."""
 
 import logging
 import re
@@ -14,17 +14,17 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Tell owner/name from a path."""
+    """Whether the name has the form OWNER/NAME; a path such as ./NAME does not count."""
     return HUB_ID.fullmatch(name) is not None and not name.startswith(".")
 
 
 def fetch(hub_id: str, patterns: list[str]) -> Path:
-    """Return a local folder with the repository's files of these patterns, from the cache where they are there.
+    """Return a local folder with the repository's files that match the patterns; download only what the cache lacks.
 
-    One quick question to the hub first: an offline download waits for the time-outs of every file and address.
+    Ask the hub one quick question first: without a network the download waits for a time-out per file and address.
 
     Raises:
-        ConfigError: the hub is not reachable and the cache has no copy, or the repository cannot be had.
+        ConfigError: the hub is not reachable and the cache has no copy, or the repository does not exist or is closed.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -41,7 +41,7 @@ def fetch(hub_id: str, patterns: list[str]) -> Path:
         raise ConfigError(f"{hub_id} is neither a folder here nor on the hub, or private (hf auth login)") from None
     except HfHubHTTPError as error:
         reason = f"the hub answered: {str(error).splitlines()[0]}"
-    except Exception as error:  # whatever HTTP library the hub client uses has its own family of errors
+    except Exception as error:  # the HTTP library of the hub client raises errors of its own
         reason = f"the hub cannot be reached: {first_line(error)}"
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))

@@ -1,4 +1,4 @@
-"""The last decoder layer computes its feed-forward block only where the result is read: at the label positions.
+"""Compute the last decoder layer's feed-forward block only at the label positions: nothing else reads its result.
 
 Shapes: B rows, T positions, N label positions, D hidden.
 """
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 def trim_last_layer(model: "PreTrainedModel") -> None:
-    """Let the last layer, and with it the backbone, return only the positions that a call names."""
+    """Make the last layer, and so the backbone, return only the label positions when a call passes them."""
     family = family_of(model)
     layer = family.layers(model)[-1]
     layer.__class__ = _trimmed(type(layer), family)
 
 
 def _trimmed(layer_class: type[nn.Module], family: ModelFamily) -> type[nn.Module]:
-    # A subclass and not a function in `forward`'s place: transformers wraps checkpointing around a class's forward.
+    # A subclass and not another function as `forward`: transformers adds checkpointing to the `forward` of a class.
     class TrimmedLayer(layer_class):  # type: ignore[misc, valid-type]
         def forward(self, hidden_states: Tensor, label_positions: Tensor | None = None, **kwargs: Any) -> Any:
-            """Return (N, D) with `label_positions` (N,), which count through (B, T); else (B, T, D)."""
+            """Return (N, D) with `label_positions` (N,), positions in the flattened B * T; without them (B, T, D)."""
             if label_positions is None:
                 return super().forward(hidden_states, **kwargs)
             return family.forward_label_positions(self, hidden_states, label_positions, **kwargs)

@@ -1,10 +1,9 @@
-"""From a ModelConfig to a tokenizer and a causal LM, from a local folder, the hub or random init.
+"""Load the tokenizer and the causal LM of a ModelConfig: from a local folder, from the hub, or with random weights.
 
-Weights come from safetensors only and are streamed tensor by tensor into a model built without memory, so that there
-is never a second copy, and every missing, unexpected or damaged tensor has a name.
+Weights come from safetensors files only. They are read one tensor at a time into an empty model, so there is never a
+second copy, and an error can name every missing, unexpected or damaged tensor.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,12 @@ from qwlit.model.folder import (
     check_tokenizer_files,
     declared_dtype,
     has_tokenizer,
-    read_json,
+    read_json_if_there,
+    read_json_object,
     read_model_config,
 )
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.presets import check_heads, meta_causal_lm, to_hf_config, width_of_head
-from qwlit.model.quantize import Quantizer
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS
 from qwlit.model.weight_files import fingerprint_files, stored_dtype, weight_files
 from qwlit.model.weights import Filled, draw_weights, fill_weights
@@ -38,14 +37,14 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     """Load `model.tokenizer`, or the model's own.
 
     Raises:
-        ConfigError: none is named, its files are missing or damaged, or the hub cannot give them.
+        ConfigError: no setting names a tokenizer, its files are missing or damaged, or the hub does not give them.
     """
     folder, field = tokenizer_folder(config)
     check_tokenizer_files(folder, field)
     from transformers import AutoTokenizer
 
-    # Given a configuration, transformers does not read the folder's own, of which it may not like a value.
-    model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    # With this argument transformers does not read the folder's config.json, and cannot fail at a value in it.
+    model_type = read_json_if_there(folder / "config.json").get("model_type")
     given = {"config": FAMILIES[model_type].classes()[0]()} if model_type in FAMILIES else {}
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, **given)
@@ -55,12 +54,12 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
 
 
 def tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
-    """Return where the tokenizer lies and the setting that says so.
+    """Return the tokenizer's folder and the setting that names it.
 
-    An adapter's folder that has a tokenizer has the one that the adapter was trained with.
+    If an adapter's folder has a tokenizer, it is the one that the adapter was trained with.
 
     Raises:
-        ConfigError: no setting names a tokenizer, or the hub cannot give it.
+        ConfigError: no setting names a tokenizer, or the hub does not give it.
     """
     if config.tokenizer:
         folder = resolve_path(config.tokenizer)
@@ -95,38 +94,43 @@ def check_vocabulary(config: ModelConfig, tokenizer: "PreTrainedTokenizerFast") 
         )
 
 
-def load_causal_lm(
-    config: ModelConfig,
-    *,
-    seed: int,
-    freeze: FreezeConfig | None,
-    frozen_dtype: torch.dtype,
-    leave_empty: bool = False,
-    quantizer: Callable[["PreTrainedModel"], Quantizer] | None = None,
+def empty_causal_lm(
+    config: ModelConfig, *, freeze: FreezeConfig | None, frozen_dtype: torch.dtype
 ) -> "PreTrainedModel":
-    """Load or make the model, on the CPU, in training mode, with qwlit's attention and without a cache.
+    """Build the model with uninitialized weights, on the CPU, with qwlit's attention and without a KV cache.
+
+    The operating system gives the weights memory at the first write only: see `fill_causal_lm`.
 
     Args:
-        seed: of random weights; the caller's generator is left alone.
-        freeze: what is not trained; None: nothing is. Trained weights are float32, whatever the file has.
-        frozen_dtype: what frozen weights are kept in.
-        leave_empty: leave the weights to `fill_causal_lm`, after sharding.
-        quantizer: makes what quantizes the model while it is filled.
+        freeze: what is not trained; None: nothing is trained. Trained weights are float32, whatever the file has.
+        frozen_dtype: the dtype of frozen weights.
 
     Raises:
-        ConfigError: whatever is wrong with the folder, its weights, or the way to the hub.
+        ConfigError: something is wrong with the folder, or the hub does not give it.
     """
+    from qwlit.model.attention import register_attention
+
     folder = weights_folder(config)
     if config.init == "pretrained" and folder is None:
         raise ConfigError("model.init=pretrained needs model.path or model.hub_id; or set model.init=random")
-    model = _empty(model_shape(config) if folder is None else _read_hf_config(folder), freeze, frozen_dtype)
+    hf_config = model_shape(config) if folder is None else _read_hf_config(folder)
+    hf_config._attn_implementation = register_attention()
+    model: Any = meta_causal_lm(hf_config)
+    if freeze is None:
+        model.requires_grad_(False)
+    else:
+        apply_freeze(model, freeze)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    family_of(model).rebuild_rotary(model)
     if folder is not None:
         model.config.dtype = model.config.dtype or stored_dtype(folder)
         model.generation_config = _read_generation_config(folder) or model.generation_config
-    if not leave_empty:
-        fill_causal_lm(model, config, seed=seed, filled=quantizer(model) if quantizer else None)
     model.config.use_cache = False
-    # Made from the configuration, which in many fine-tuned folders has the cache off; generating without is quadratic.
+    # transformers took this from the configuration, which in many fine-tuned folders turns the cache off. Without a
+    # cache the time to generate grows with the square of the length.
     model.generation_config.use_cache = True
     return model
 
@@ -135,29 +139,29 @@ def _read_generation_config(folder: Path) -> "GenerationConfig | None":
     """Read generation_config.json where there is one.
 
     Raises:
-        ConfigError: it is cut off, or a value is wrong.
+        ConfigError: the file cannot be read, or a value is wrong.
     """
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
     from transformers import GenerationConfig
 
-    values = read_json(file)
+    values = read_json_object(file)
     for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
         ids = values.get(key)
         if not all(type(token) is int for token in (ids if isinstance(ids, list) else [ids]) if token is not None):
             raise ConfigError(f"{file}: {key}={ids!r} must be a token's id, or a list of ids")
     try:
         return GenerationConfig.from_dict(values)
-    except Exception as error:  # transformers raises whatever a wrong value leads to
+    except Exception as error:  # transformers raises errors of many kinds for a wrong value
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
 
 
 def weights_folder(config: ModelConfig) -> Path | None:
-    """Return the folder that pretrained weights come from; None where they are random.
+    """Return the folder of the pretrained weights; None where the weights are random.
 
     Raises:
-        ConfigError: the hub cannot give it.
+        ConfigError: the hub does not give it.
     """
     return _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
 
@@ -169,7 +173,7 @@ def _folder(config: ModelConfig, patterns: list[str]) -> Path | None:
 
 
 def model_shape(config: ModelConfig) -> "PretrainedConfig":
-    """Take the path's config.json, else the preset's architecture, else the hub's config.json."""
+    """Return the configuration: the path's config.json, else the preset's architecture, else the hub's config.json."""
     if config.architecture and not config.path:
         return to_hf_config(config.architecture)
     folder = _folder(config, hub.CONFIG_FILES)
@@ -185,39 +189,21 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
     file = folder / "config.json"
     try:
         config = config_class.from_dict(values)
-    except Exception as error:  # transformers and the hub client raise whatever a wrong value leads to
+    except Exception as error:  # transformers and the hub client raise errors of many kinds for a wrong value
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
     queries = config.num_attention_heads
-    # Qwen2's published files leave it out, and transformers computes it in each layer.
+    # Qwen2's published files do not have head_dim; transformers computes it in each layer.
     head_dim = getattr(config, "head_dim", None) or width_of_head(config.hidden_size, queries, where=f"{file}: ")
     check_heads(queries, config.num_key_value_heads, head_dim, where=f"{file}: ")
     config.head_dim = head_dim
-    # A damaged one should be found before hours of training, by every subcommand.
+    # Read it here, so that every subcommand finds a damaged file, and not the export after hours of training.
     _read_generation_config(folder)
     config.name_or_path = str(folder)
     return config
 
 
-def _empty(hf_config: "PretrainedConfig", freeze: FreezeConfig | None, frozen_dtype: torch.dtype) -> "PreTrainedModel":
-    """Build the model with uninitialized weights; the system gives them memory only when they are written."""
-    from qwlit.model.attention import register_attention
-
-    hf_config._attn_implementation = register_attention()
-    model: Any = meta_causal_lm(hf_config)
-    if freeze is None:
-        model.requires_grad_(False)
-    else:
-        apply_freeze(model, freeze)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen_dtype)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    family_of(model).rebuild_rotary(model)
-    return model
-
-
 def fingerprint(config: ModelConfig) -> str | None:
-    """Return what tells the pretrained weights from others, None where they are random."""
+    """Return a fingerprint of the pretrained weights and the adapter to start from; None where they are random."""
     folder = weights_folder(config)
     if folder is None:
         return None
@@ -228,11 +214,11 @@ def fingerprint(config: ModelConfig) -> str | None:
 
 
 def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int, filled: Filled | None = None) -> None:
-    """Write the weights into a model that `load_causal_lm` has left empty, sharded or not.
+    """Write the weights into a model of `empty_causal_lm`, sharded or not.
 
     Args:
         seed: of random weights.
-        filled: told the name of each weight that is written.
+        filled: called with the name of each weight after it is written.
 
     Raises:
         ConfigError: see `fill_weights`.

@@ -1,9 +1,8 @@
-"""Backbone, head and loss as one module: the root that DDP or FSDP2 wraps.
+"""Backbone, head and loss as one module, which DDP or FSDP2 wraps as the root.
 
 Shapes: N label positions, D hidden.
 """
 
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
@@ -13,12 +12,13 @@ from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.adapters import apply_adapter, start_dora
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
+from qwlit.model.cpu import set_embedding_gradient
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.head import linear_cross_entropy
 from qwlit.model.last_layer import trim_last_layer
-from qwlit.model.load import load_causal_lm, model_shape
+from qwlit.model.load import empty_causal_lm, fill_causal_lm, model_shape
 from qwlit.model.presets import meta_causal_lm
 from qwlit.model.quantize import Quantizer
 from qwlit.model.saved_adapter import check_start, load_start
@@ -33,13 +33,13 @@ class LossOutput(NamedTuple):
     loss_sum: Tensor
     """float32 scalar, nats."""
     num_correct: Tensor
-    """int64 scalar: targets that were the likeliest token; counted in eval mode only, 0 in training."""
+    """int64 scalar: targets that were the most likely token; counted in eval mode only, 0 in training."""
 
 
 class LossModel(nn.Module):
-    """A causal LM that takes a micro-batch and gives its summed loss.
+    """A causal LM that takes a micro-batch and returns its summed loss.
 
-    Only its `forward` may touch the weights of backbone or head: FSDP2 gathers them only for it.
+    Only `forward` may use the weights of backbone and head: FSDP2 gathers them for `forward` only.
     """
 
     def __init__(self, causal_lm: "PreTrainedModel", attention: AttentionKernel) -> None:
@@ -60,7 +60,7 @@ class LossModel(nn.Module):
             attention_kernel=kernel,
             cu_seqlens=micro.cu_seqlens,
             max_seqlen=micro.max_seqlen,
-            # A tuple of numbers is another graph for each packing when compiled, and varlen does not read it.
+            # A compiled layer needs another graph for each tuple of lengths; varlen does not read them.
             document_lengths=None if kernel == "varlen" else micro.document_lengths,
             label_positions=micro.label_positions,
         ).last_hidden_state  # (N, D)
@@ -68,26 +68,12 @@ class LossModel(nn.Module):
         return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
 
     def _kernel(self, micro: MicroBatch) -> AttentionKernel:
-        """Fall back to sdpa, which computes the same, where varlen cannot: off CUDA and with dropout."""
+        """Return the kernel for this micro-batch: sdpa where varlen does not work, which is on CPU and with dropout."""
         layers = self.family.layers(self.causal_lm)
         drops = self.training and any(self.family.attention(layer).attention_dropout for layer in layers)
         if self.attention == "varlen" and (drops or not micro.input_ids.is_cuda):
             return "sdpa"
         return self.attention
-
-
-def set_embedding_gradient(causal_lm: "PreTrainedModel", device: str) -> None:
-    """Choose the form of the embedding's gradient for the device that the batch is on."""
-    family_of(causal_lm).embedding(causal_lm).sparse = has_sparse_embedding(causal_lm, device)
-
-
-def has_sparse_embedding(causal_lm: "PreTrainedModel", device: str) -> bool:
-    """Whether the embedding's gradient holds only the rows that were read; it is then added to the head's.
-
-    Dense it would be filled, written and read once more: 6 % of a step at V = 151,936, D = 256 on two CPU cores
-    (measured). A tied weight's gradient is dense all the same. On CUDA it is unmeasured, and left as it is.
-    """
-    return device == "cpu" and bool(causal_lm.config.tie_word_embeddings)
 
 
 def build_loss_model(
@@ -100,24 +86,21 @@ def build_loss_model(
     seed: int,
     leave_empty: bool = False,
 ) -> LossModel:
-    """Load or make the weights and put adapter and dropout in place; in training mode, on the CPU.
+    """Build the model with weights, adapters and dropout, in training mode, on the CPU.
 
     Args:
         seed: of random weights and of adapters.
-        leave_empty: leave the weights to `fill_causal_lm`.
+        leave_empty: leave the weights to `fill_causal_lm` and the adapters to `start_adapter`.
 
     Raises:
-        ConfigError: see `load_causal_lm`, `apply_adapter` and `apply_dropout`.
+        ConfigError: see `empty_causal_lm`, `fill_causal_lm`, `apply_adapter` and `apply_dropout`.
     """
-    quantizer = partial(Quantizer, adapter=adapter, compute_dtype=execution.compute_dtype)
-    causal_lm = load_causal_lm(
-        model,
-        seed=seed,
-        freeze=freeze if adapter.kind == "none" else None,
-        frozen_dtype=execution.frozen_dtype,
-        leave_empty=leave_empty,
-        quantizer=quantizer if adapter.quantization == "nf4" else None,
-    )
+    trained = freeze if adapter.kind == "none" else None
+    causal_lm = empty_causal_lm(model, freeze=trained, frozen_dtype=execution.frozen_dtype)
+    if not leave_empty:
+        # The quantizer packs each layer into 4 bits as soon as its weight is there.
+        quantizer = Quantizer(causal_lm, adapter, execution.compute_dtype) if adapter.quantization == "nf4" else None
+        fill_causal_lm(causal_lm, model, seed=seed, filled=quantizer)
     _apply(causal_lm, adapter, dropout, seed)
     if not leave_empty:
         start_adapter(causal_lm, model)
@@ -128,7 +111,7 @@ def build_loss_model(
 
 
 def start_adapter(causal_lm: "PreTrainedModel", model: ModelConfig) -> None:
-    """Give adapters their first values, once the weights beside them are filled in; merge one to start from.
+    """Start DoRA's magnitudes, and load or merge the adapter of model.adapter_path. The weights must be filled in.
 
     Raises:
         ConfigError: the adapter to start from is damaged.
@@ -140,10 +123,10 @@ def start_adapter(causal_lm: "PreTrainedModel", model: ModelConfig) -> None:
 def build_meta_model(
     model: ModelConfig, adapter: AdapterConfig, dropout: DropoutConfig, freeze: FreezeConfig
 ) -> "PreTrainedModel":
-    """Return the model as it will be, without weights: its names, shapes, and what is trained.
+    """Return the model without weights, on the meta device: its names, shapes, and what is trained.
 
     Raises:
-        ConfigError: a pattern matches nothing, or there are no such layers.
+        ConfigError: a pattern matches nothing, or the model lacks the layers that a setting names.
     """
     causal_lm = meta_causal_lm(model_shape(model))
     apply_freeze(causal_lm, freeze)

@@ -1,5 +1,6 @@
-"""From an Architecture to transformers' configuration, and its number of parameters."""
+"""Turn an Architecture into transformers' configuration and into a model on the meta device."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,35 +17,25 @@ def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
     """Turn an Architecture into transformers' Qwen2Config or Qwen3Config.
 
     Raises:
-        ConfigError: if the heads do not divide evenly or the head width is odd (rotary embeddings turn pairs).
+        ConfigError: the heads do not divide evenly, or the head width is odd (rotary embeddings turn pairs).
     """
     queries, keys = architecture.num_attention_heads, architecture.num_key_value_heads
     head_dim = architecture.head_dim or width_of_head(architecture.hidden_size, queries, where="model.architecture.")
     check_heads(queries, keys, head_dim, where="model.architecture.")
     family = FAMILIES[architecture.model_type]
     config_class, _ = family.classes()
-    return config_class(
-        vocab_size=architecture.vocab_size,
-        hidden_size=architecture.hidden_size,
-        intermediate_size=architecture.intermediate_size,
-        num_hidden_layers=architecture.num_hidden_layers,
-        num_attention_heads=queries,
-        num_key_value_heads=keys,
-        head_dim=head_dim,
-        max_position_embeddings=architecture.max_position_embeddings,
-        tie_word_embeddings=architecture.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
-        rms_norm_eps=architecture.rms_norm_eps,
-        initializer_range=architecture.initializer_range,
-        architectures=[family.class_name],
-    )
+    # An Architecture's fields have transformers' names, except for these two.
+    values = asdict(architecture)
+    del values["model_type"]
+    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    return config_class(**values | {"head_dim": head_dim}, rope_parameters=rope, architectures=[family.class_name])
 
 
 def width_of_head(hidden_size: int, queries: int, *, where: str) -> int:
     """Return hidden_size / queries.
 
     Raises:
-        ConfigError: the heads do not divide it; `where` says what the numbers are of.
+        ConfigError: hidden_size is no multiple of it; `where` names the file or setting of the numbers.
     """
     if hidden_size % queries:
         raise ConfigError(
@@ -54,7 +45,7 @@ def width_of_head(hidden_size: int, queries: int, *, where: str) -> int:
 
 
 def check_heads(queries: int, keys: int, head_dim: int, *, where: str) -> None:
-    """Raise ConfigError where heads cannot be grouped, or where rotary embeddings cannot turn pairs of a head."""
+    """Raise ConfigError if query heads cannot share key heads evenly, or the width of a head is odd."""
     if queries % keys:
         raise ConfigError(f"{where}num_key_value_heads={keys} must divide num_attention_heads={queries}.")
     if head_dim % 2:
@@ -62,16 +53,16 @@ def check_heads(queries: int, keys: int, head_dim: int, *, where: str) -> None:
 
 
 def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
-    """Build the model on the meta device: names, shapes and ties without memory.
+    """Build the model on the meta device: names, shapes and tied weights, without memory.
 
     Raises:
-        ConfigError: no layer can be built from a value in the configuration.
+        ConfigError: transformers cannot build a model from a value in the configuration.
     """
     _, model_class = FAMILIES[config.model_type].classes()
     try:
         with torch.device("meta"):
             model = model_class(config)
-    except Exception as error:  # transformers and torch raise whatever a wrong value leads to
+    except Exception as error:  # transformers and torch raise errors of many kinds for a wrong value
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{config.name_or_path or 'model.architecture'}: no model can be built from the configuration"
@@ -82,13 +73,10 @@ def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
 
 
 def context_length(config: "PretrainedConfig") -> int:
-    """Return the positions that a model was made for: max_position_embeddings, or more where its rotary embedding is
-    scaled by a factor (YaRN and others state the length before it)."""
+    """Return the longest context of a model: max_position_embeddings, or more where the rotary embedding is scaled.
+
+    YaRN and others state the length before scaling, and a factor.
+    """
     rope = config.rope_parameters or {}
     scaled = float(rope.get("factor") or 0) * int(rope.get("original_max_position_embeddings") or 0)
     return max(int(config.max_position_embeddings), int(scaled))
-
-
-def count_parameters(architecture: Architecture) -> int:
-    """Number of parameters, a tied head counted once."""
-    return sum(parameter.numel() for parameter in meta_causal_lm(to_hf_config(architecture)).parameters())

@@ -1,4 +1,4 @@
-"""4-bit storage of frozen linear layers (NF4 of bitsandbytes), one layer at a time while weights are filled in."""
+"""Quantize frozen linear layers to 4 bits (NF4 of bitsandbytes), one layer at a time while weights are filled in."""
 
 from typing import TYPE_CHECKING
 
@@ -14,16 +14,16 @@ from qwlit.model.families.decoder import DECODER_LINEARS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Weights that share a scale, as in the QLoRA paper. On CPU bitsandbytes 0.50 reads blocks that cross rows wrongly (rows
-# of 32: a relative error of 0.2-0.4 instead of 0.09, measured by dequantizing what it has quantized).
+# Number of weights that share a scale, as in the QLoRA paper. On CPU bitsandbytes 0.50 reads blocks wrongly that cross
+# rows (rows of 32: quantizing and dequantizing gave a relative error of 0.2-0.4 instead of 0.09).
 BLOCK = 64
 
 
 def check_blocks(model: "PreTrainedModel") -> None:
-    """Refuse a model whose weight rows cannot be cut into whole blocks.
+    """Refuse a model whose weight rows are not a whole number of blocks.
 
     Raises:
-        ConfigError: naming the layer and its width.
+        ConfigError: it names the layer and its width.
     """
     for name, module in family_of(model).layers(model).named_modules(prefix="model.layers"):
         if isinstance(module, nn.Linear) and "lora_" not in name and module.in_features % BLOCK:
@@ -34,7 +34,7 @@ def check_blocks(model: "PreTrainedModel") -> None:
 
 
 class Quantizer:
-    """Turns each linear layer of the decoder into its 4-bit form as soon as its weight is there.
+    """Quantizes each linear layer of the decoder as soon as its weight is filled in.
 
     So the whole unquantized model is never in memory at once.
     """
@@ -45,7 +45,7 @@ class Quantizer:
         self._compute_dtype = compute_dtype
 
     def __call__(self, name: str) -> None:
-        """Quantize the layer whose weight `name` is, where it is one of the decoder's."""
+        """Quantize the layer that the weight `name` belongs to, if it is one of the decoder's linear layers."""
         layer, _, kind = name.rpartition(".")
         parent, _, leaf = layer.rpartition(".")
         if kind != "weight" or leaf not in DECODER_LINEARS:
@@ -75,14 +75,14 @@ class Quantizer:
             quant_type="nf4",
             module=made,
         ).to(linear.weight.device)
-        # Not copied: it may be filled in only after the weight.
+        # The same tensor, no copy: it may be filled in after the weight.
         made.bias = linear.bias
-        # On CPUs with AVX512-BF16 the first evaluation would repack the weight for good, and training after it fails.
+        # On CPUs with AVX512-BF16 bitsandbytes repacks the weight at the first evaluation, and later training fails.
         made.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         return made
 
 
 def num_elements(parameter: nn.Parameter) -> int:
-    """Return how many numbers a parameter holds, also where two share a byte."""
+    """Return how many weights a parameter has; in 4 bits two of them share a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())

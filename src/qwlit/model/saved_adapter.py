@@ -1,4 +1,4 @@
-"""Starting from a peft adapter: its folder read, and its weights merged into the model or trained on.
+"""Start from a peft adapter: read its folder, and merge its weights into the model or train them further.
 
 Shapes: O rows of a layer's weight, I columns, R rank. LoRA's A is (R, I) and its B (O, R).
 """
@@ -18,15 +18,15 @@ from qwlit.core.files import resolve_path
 from qwlit.core.sharding import copy_own_slice, local, own_slice_range
 from qwlit.model.config import AdapterConfig, ModelConfig
 from qwlit.model.families.decoder import EMBEDDING, HEAD
-from qwlit.model.folder import ADAPTER_CONFIG, WEIGHTS, check_folder, read_json
-from qwlit.model.weight_files import describe_differences, first_few, read_tensors
+from qwlit.model.folder import ADAPTER_CONFIG, WEIGHTS, check_folder, read_json_object
+from qwlit.model.weight_files import describe_differences, first_few, read_shapes, read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FIELD = "model.adapter_path"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# peft names tensors as its wrapper sees them.
+# peft's names have this prefix, because peft wraps the model.
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 READ_OR_HARMLESS = {
@@ -43,9 +43,9 @@ READ_OR_HARMLESS = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
     *("init_lora_weights", "eva_config", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
 }
-"""Keys of peft's LoraConfig that are read here or change nothing of a saved adapter; with another one that has a value
-the adapter is a form of LoRA that computes something else."""
-# The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the base's weights, which peft does again when it loads.
+"""Keys of peft's LoraConfig that this module reads, or that do not change what a saved adapter computes. If another key
+has a value, the adapter is a form of LoRA that computes something else."""
+# With the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) peft also changes the base model's weights when it loads.
 STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 MERGE_WITH_PEFT = "merge it with peft (merge_and_unload) and give the merged folder as model.path"
 
@@ -58,7 +58,7 @@ class SavedAdapter:
     config: Mapping[str, Any]
     """adapter_config.json."""
     shapes: Mapping[str, list[int]]
-    """Of its tensors, by names without peft's prefix."""
+    """The shapes of its tensors, by names without peft's prefix."""
 
     @property
     def layers(self) -> list[str]:
@@ -76,7 +76,7 @@ class SavedAdapter:
         return {_plain_name(name): tensor[:].float() for name, tensor in found}
 
     def scale(self, layer: str) -> float:
-        """Return what B A is multiplied by: alpha / R, with rsLoRA alpha / sqrt(R)."""
+        """Return the factor of B A: alpha / R, with rsLoRA alpha / sqrt(R)."""
         rank = self.shapes[layer + A][0]
         patterns = self.config.get("alpha_pattern") or {}
         alpha = next(
@@ -86,12 +86,12 @@ class SavedAdapter:
 
 
 def _plain_name(name: str) -> str:
-    """Return a saved tensor's name as the model has it: without the names that peft's wrappers give."""
+    """Return a saved tensor's name in the model, without the parts that peft's wrappers add."""
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _pattern_means(pattern: str, layer: str) -> bool:
-    """Whether a key of peft's alpha_pattern means the layer: peft takes it as the end of a name, a regex."""
+    """Whether a key of peft's alpha_pattern matches the layer: a regular expression for the end of the name."""
     return re.match(rf"(.*\.)?({pattern})$", layer) is not None
 
 
@@ -99,7 +99,7 @@ def read_saved_adapter(path: str) -> SavedAdapter:
     """Read a peft folder's configuration and the shapes of its tensors.
 
     Raises:
-        ConfigError: there is no such folder, a file is missing or damaged, or it is no LoRA adapter.
+        ConfigError: there is no such folder, a file is missing or damaged, or the adapter is not LoRA.
     """
     folder = resolve_path(path)
     check_folder(folder, FIELD)
@@ -111,17 +111,17 @@ def read_saved_adapter(path: str) -> SavedAdapter:
         raise ConfigError(
             f"{FIELD}={folder} has no {ADAPTER_CONFIG}; give a folder that peft or qwlit saved an adapter in"
         )
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json_object(folder / ADAPTER_CONFIG)
     _check_form(folder, config)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         pickled = " (pickled weights can run code when read)" if (folder / "adapter_model.bin").is_file() else ""
         raise ConfigError(f"{FIELD}={folder} has no {ADAPTER_WEIGHTS}{pickled}; save it again with a current peft")
-    found = read_tensors({folder / ADAPTER_WEIGHTS: None})
-    return SavedAdapter(folder, config, {_plain_name(name): list(t.get_shape()) for name, t in found})
+    shapes = read_shapes({folder / ADAPTER_WEIGHTS: None})
+    return SavedAdapter(folder, config, {_plain_name(name): shape for name, shape in shapes.items()})
 
 
 def _check_form(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what is no LoRA, or a form of it that is not read here."""
+    """Refuse an adapter that is not LoRA, or a form of LoRA that this module does not read."""
     file = folder / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
         raise ConfigError(
@@ -146,13 +146,13 @@ def _check_form(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterConfig) -> None:
-    """Refuse an adapter to start from that does not belong to the model, or to the adapter that is to be trained.
+    """Refuse a saved adapter that does not fit the model, or the adapter that the run trains.
 
     Args:
-        model: on the meta device, with the adapters that are to be trained.
+        model: on the meta device, with the adapters that the run trains.
 
     Raises:
-        ConfigError: naming the tensor, or what to type.
+        ConfigError: it names the tensor, or the overrides to set.
     """
     if config.adapter_path is None:
         return
@@ -173,7 +173,7 @@ def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterC
 
 
 def _check_tied_ends(saved: SavedAdapter) -> None:
-    """Refuse an adapter that changes only one of head and embedding in a model where they are one weight."""
+    """Refuse an adapter that changes head and embedding differently in a model where they are one weight."""
     changed = {*saved.replaced, *(f"{layer}.weight" for layer in saved.layers)} & {HEAD, EMBEDDING}
     if not changed:
         return
@@ -188,7 +188,7 @@ def _check_tied_ends(saved: SavedAdapter) -> None:
 
 
 def _check_same_settings(saved: SavedAdapter, adapter: AdapterConfig) -> None:
-    """Refuse other settings than the saved adapter has: training continues its matrices as they are."""
+    """Refuse settings that differ from the saved adapter's: training continues its matrices as they are."""
     config = saved.config
     more = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     more += ["bias"] if config.get("bias", "none") != "none" else []
@@ -223,30 +223,27 @@ def _check_shapes(saved: SavedAdapter, found: Mapping[str, list[int]], expected:
 
 
 def saved_name(name: str) -> str:
-    """Return the name that peft saves a parameter of an adapter under."""
+    """Return the name under which peft saves a parameter of an adapter."""
     plain = name.replace(".default.weight", ".weight")
     return plain.removesuffix(".weight") if MAGNITUDE in plain else plain
 
 
 def load_start(model: "PreTrainedModel", config: ModelConfig) -> None:
-    """Load the adapter that `config` names into the model, sharded or not, once the model's own weights are filled in.
+    """Load the adapter that `config` names into the model, sharded or not. The model's own weights must be filled in.
 
-    A model with adapter layers continues its matrices; into one without they are merged (float32).
+    A model with adapter layers gets the adapter's matrices; into a model without them they are merged (in float32).
     """
     if config.adapter_path is None:
         return
     saved = read_saved_adapter(config.adapter_path)
     with torch.no_grad():
-        if hasattr(model, "peft_config"):
-            _take_over(model, saved.tensors())
-        else:
+        if not hasattr(model, "peft_config"):
             _merge(model, saved)
-
-
-def _take_over(model: "PreTrainedModel", tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            copy_own_slice(parameter, tensors[saved_name(name)])
+            return
+        tensors = saved.tensors()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                copy_own_slice(parameter, tensors[saved_name(name)])
 
 
 def _merge(model: "PreTrainedModel", saved: SavedAdapter) -> None:

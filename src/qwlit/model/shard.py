@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
-    """Shard each decoder layer by itself, and embedding, head and final norm together: a tied weight is one.
+    """Shard each decoder layer by itself; embedding, head and final norm together, because they may share a weight.
 
-    Gradients are reduced in float32 after every micro-batch, so that no device keeps an unsharded gradient.
+    FSDP2 reduces gradients in float32 after every micro-batch, so that no device keeps an unsharded gradient.
 
     Args:
-        bf16: send the layers' weights around in bfloat16. What is computed in it autocast decides, as without
+        bf16: gather the layers' weights in bfloat16. Autocast decides what is computed in bfloat16, as without
             sharding: the residual stream, embedding and head stay float32.
     """
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)

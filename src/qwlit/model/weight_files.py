@@ -1,20 +1,20 @@
-"""The safetensors files of a model folder: which there are, and which tensors they hold."""
+"""Find and read the safetensors files of a model folder."""
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlit.core.errors import ConfigError
-from qwlit.model.folder import INDEX, WEIGHTS, read_json
+from qwlit.model.folder import INDEX, WEIGHTS, read_json_object
 
 if TYPE_CHECKING:
     import torch
 
 Files = Mapping[Path, frozenset[str] | None]
-"""Each file with the tensors that the index takes from it; None where there is no index and all of them count."""
-# Buffers that older versions of transformers saved; the model computes them from its configuration.
+"""The tensors that count in each file: those that the index names; None: all, because there is no index."""
+# Older versions of transformers saved these buffers; the model computes them from its configuration.
 COMPUTED_BUFFERS = ("rotary_emb.inv_freq",)
 
 
@@ -22,7 +22,7 @@ def weight_files(folder: Path) -> Files:
     """Return the files that make up the model.
 
     Raises:
-        ConfigError: there are none, or the index names one that is missing.
+        ConfigError: there are no such files, or the index names one that is missing.
     """
     if (folder / WEIGHTS).is_file():
         return {folder / WEIGHTS: None}
@@ -34,26 +34,23 @@ def weight_files(folder: Path) -> Files:
                 "save_pretrained in transformers writes safetensors"
             )
         raise ConfigError(f"{folder} has no weights ({WEIGHTS}); copy them there, or set model.init=random")
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
+    tensors: dict[str, set[str]] = defaultdict(set)
+    for tensor, file in (weight_map if isinstance(weight_map, dict) else {}).items():
+        tensors[str(file)].add(str(tensor))
+    missing = sorted(file for file in tensors if not (folder / file).is_file())
+    if missing or not tensors:
         raise ConfigError(f"{folder / INDEX} names missing files: {first_few(missing) or 'none at all'}; copy them too")
-    assert isinstance(weight_map, dict)
-    return {
-        folder / file: frozenset(str(tensor) for tensor, holder in weight_map.items() if holder == file)
-        for file in names
-    }
+    return {folder / file: frozenset(tensors[file]) for file in sorted(tensors)}
 
 
-def read_shapes(files: Files) -> Iterator[tuple[str, list[int]]]:
-    """Yield names and shapes from the files' headers; see `read_tensors`."""
-    for name, tensor in read_tensors(files):
-        yield name, list(tensor.get_shape())
+def read_shapes(files: Files) -> dict[str, list[int]]:
+    """Return each tensor's shape by its name, from the files' headers; see `read_tensors`."""
+    return {name: list(tensor.get_shape()) for name, tensor in read_tensors(files)}
 
 
 def read_tensors(files: Files) -> Iterator[tuple[str, Any]]:
-    """Yield each tensor's name and a handle; slicing the handle reads those rows from the file.
+    """Yield each tensor's name and a handle. A slice of the handle reads only those rows from the file.
 
     If two files have the same tensor, the file that the index names counts, as for transformers.
 
@@ -79,7 +76,7 @@ def stored_dtype(folder: Path) -> "torch.dtype":
     """Return the dtype that most tensors of the folder's weights have."""
     import torch
 
-    # safetensors' names of what torch trains in; a weight of another kind has no counterpart here.
+    # safetensors' names of the dtypes that can be trained.
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
     counts = Counter(str(tensor.get_dtype()) for _, tensor in read_tensors(weight_files(folder)))
     (most, _), *_ = counts.most_common(1)
@@ -88,7 +85,7 @@ def stored_dtype(folder: Path) -> "torch.dtype":
     return names[most]
 
 
-# Of each file: enough to tell other weights, little enough for a model of any size.
+# Enough of each file to notice other weights, and few enough to read for a model of any size.
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 
 
@@ -109,7 +106,7 @@ def describe_differences(found: Mapping[str, list[int]], expected: Mapping[str, 
     """Name the tensors that are missing, unexpected or of another shape; empty where all agree.
 
     Args:
-        unexpected: what to call a tensor that is not expected.
+        unexpected: the word for tensors that are not expected.
     """
     findings = {
         "missing": [name for name in expected if name not in found],
@@ -123,7 +120,8 @@ def describe_differences(found: Mapping[str, list[int]], expected: Mapping[str, 
     return "; ".join(f"{what}: {first_few(names)}" for what, names in findings.items() if names)
 
 
-def first_few(names: list[str], limit: int = 3) -> str:
-    """Name the first few of many."""
+def first_few(names: list[str]) -> str:
+    """Name the first three, and say how many more there are."""
+    limit = 3
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

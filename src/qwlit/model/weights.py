@@ -1,4 +1,4 @@
-"""Fill a model with weights, from safetensors or random: whole on one rank, or on each rank the rows that it holds."""
+"""Fill a model with weights, from safetensors or random. In a sharded model each rank fills the rows that it holds."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,12 +17,12 @@ Filled = Callable[[str], None]
 
 
 def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled | None = None) -> None:
-    """Stream the folder's tensors into the model's own, in their dtype; there is never a second copy.
+    """Copy the folder's tensors into the model's, one at a time, converted to the dtype of the model's tensor.
 
     Args:
-        model: whole or sharded, adapters in place or not.
-        tied: head and embedding are one.
-        filled: told the name of each weight that is written.
+        model: whole or sharded, with or without adapters.
+        tied: head and embedding are one weight.
+        filled: called with the name of each weight after it is written.
 
     Raises:
         ConfigError: tensors are missing, unexpected, of another shape, or hold inf or NaN.
@@ -31,11 +31,11 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled |
     targets = _targets(model)
     if tied:
         targets[HEAD] = targets[EMBEDDING]
-    _check_shapes(folder, dict(read_shapes(files)), {name: list(p.shape) for name, p in targets.items()}, tied=tied)
+    _check_shapes(folder, read_shapes(files), {name: list(p.shape) for name, p in targets.items()}, tied=tied)
     embedding = targets[EMBEDDING]
     with torch.no_grad():
         for name, tensor in read_tensors(files):
-            # Drop the reference, so that the quantized weight that replaces this one is not beside it in memory.
+            # Drop this reference: the quantized weight replaces this one, and both must not stay in memory.
             target = targets.pop(name)
             first, end = own_slice_range(target)
             rows = tensor[first:end]
@@ -50,10 +50,10 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled |
 
 
 def draw_weights(model: nn.Module, *, seed: int, std: float, filled: Filled | None = None) -> None:
-    """Fill the model with random weights: matrices normal with `std`, biases 0, norms 1, as the families' own.
+    """Fill the model with random weights, as transformers does: matrices normal with `std`, biases 0, norms 1.
 
-    Each tensor's generator is seeded by `seed` and its name. So a rank draws only the tensors of which it holds rows,
-    and all machines start from the same weights. One unsharded tensor at a time is in memory.
+    Each tensor has a generator of its own, seeded with `seed` and the tensor's name, so all machines and all numbers of
+    ranks start from the same weights. Only one unsharded tensor at a time is in memory.
     """
     targets = _targets(model)
     with torch.no_grad():
@@ -73,8 +73,8 @@ def _drawn(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
 
 
 def _targets(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the model's own parameters by the names they have in files, a tied one once."""
-    # Adapters come from no file; peft moves the layer beside them one name deeper (base_layer).
+    """Return the model's parameters without adapters, by their names in files; a tied weight occurs once."""
+    # Where peft adds an adapter, it moves the layer into the wrapper's `base_layer`.
     return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
 
 
@@ -86,13 +86,13 @@ def _check_shapes(folder: Path, found: dict[str, list[int]], expected: dict[str,
 
 
 def _check_finite(folder: Path, name: str, rows: Tensor) -> None:
-    # The sum shows any inf or NaN, in one pass without a mask; it could also overflow, hence the second look.
+    # An inf or NaN makes the sum not finite: one pass without a mask. Large values can too, so look at each one then.
     if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
         raise ConfigError(f"{folder}: {name} holds inf or NaN; the checkpoint is spoiled, take another one")
 
 
 def _check_tied(folder: Path, files: Files, embedding: Tensor) -> None:
-    """Refuse a folder that declares head and embedding to be one weight and has two different ones."""
+    """Refuse a folder whose config.json says that head and embedding are one weight, but whose files have two."""
     head: Any = next((tensor for name, tensor in read_tensors(files) if name == HEAD), None)
     if head is None:
         return

@@ -11,6 +11,7 @@ learning rates at which a run is stable.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from qwlit.optim.config import SchedulerConfig
 
@@ -49,34 +50,22 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
 class Schedule:
     """The lr multiplier at each step of a run."""
 
-    name: str
-    warmup_steps: int
+    config: SchedulerConfig
     total_steps: int
-    min_lr_ratio: float
-    decay_ratio: float = 1.0
+
+    @cached_property
+    def warmup_steps(self) -> int:
+        """The warm-up steps, from warmup_steps or warmup_ratio, capped at `max_warmup_ratio` of the run."""
+        config = self.config
+        steps = config.warmup_steps
+        if steps is None:
+            steps = round((config.warmup_ratio or 0.0) * self.total_steps)
+        return steps if config.max_warmup_ratio == 1 else min(steps, int(config.max_warmup_ratio * self.total_steps))
 
     def lr_multiplier(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        stable = round((1 - self.decay_ratio) * self.total_steps) if self.name == "wsd" else 0
+        stable = round((1 - self.config.decay_ratio) * self.total_steps) if self.config.name == "wsd" else 0
         start = max(self.warmup_steps, stable)
         progress = (step - start) / max(1, self.total_steps - start)
-        return DECAYS[self.name](min(max(progress, 0.0), 1.0), self.min_lr_ratio)
-
-
-def warmup_steps(config: SchedulerConfig, total_steps: int) -> int:
-    """Return the warm-up steps, from warmup_steps or warmup_ratio, capped at `max_warmup_ratio` of the run."""
-    steps = config.warmup_steps
-    if steps is None:
-        steps = round((config.warmup_ratio or 0.0) * total_steps)
-    return steps if config.max_warmup_ratio == 1 else min(steps, int(config.max_warmup_ratio * total_steps))
-
-
-def build_schedule(config: SchedulerConfig, total_steps: int) -> Schedule:
-    return Schedule(
-        name=config.name,
-        warmup_steps=warmup_steps(config, total_steps),
-        total_steps=total_steps,
-        min_lr_ratio=config.min_lr_ratio,
-        decay_ratio=config.decay_ratio,
-    )
+        return DECAYS[self.config.name](min(max(progress, 0.0), 1.0), self.config.min_lr_ratio)

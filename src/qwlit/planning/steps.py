@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from qwlit.config.run import RunConfig
 from qwlit.data.splits import DataSplit
 from qwlit.data.step_plan import Limits, StepPlan
-from qwlit.optim.schedules import Schedule, build_schedule
-from qwlit.training.checkpointing.config import CheckpointConfig
-from qwlit.training.config import ValidationConfig
+from qwlit.optim.schedules import Schedule
+from qwlit.training.config import CheckpointConfig, ValidationConfig
 from qwlit.training.milestones import DueSteps, Milestones
 
 
@@ -56,7 +55,7 @@ def plan_steps(config: RunConfig, data: DataSplit, world_size: int) -> PlannedSt
 def plan_schedule(config: RunConfig, steps_of_epochs: int | None) -> Schedule:
     """Return the schedule of a run that ends at train.max_steps or after train.max_epochs, whichever is first."""
     ends = [steps for steps in (config.train.max_steps, steps_of_epochs) if steps is not None]
-    return build_schedule(config.scheduler, min(ends))
+    return Schedule(config.scheduler, min(ends))
 
 
 def _milestones(config: RunConfig, plan: StepPlan, total_steps: int, *, has_validation: bool) -> Milestones:

@@ -23,8 +23,9 @@ from qwlit.inference.generate import answer_greedily, questions
 from qwlit.model.folder import ADAPTER_CONFIG
 from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
+from qwlit.run.callbacks import TrainerWithCallbacks
 from qwlit.run.modules import load_model
-from qwlit.training.callbacks import TrainerWithCallbacks
+from qwlit.run.resume import newest
 from qwlit.training.checkpointing.checkpoint import read_weights, step_of
 from qwlit.training.tracking.run_folder import RunFolder
 
@@ -54,7 +55,7 @@ def finish(run: "TrainingRun", training: TrainerWithCallbacks) -> list[Record]:
     if sharded:
         # The other ranks have ended, and their shard slices with them: build the whole model again, from the files.
         loss_model = load_model(run.plan, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
-    _take_best_weights(loss_model, training, always=sharded)
+    _take_best_weights(loss_model, training, folder, always=sharded)
     export_model(loss_model.causal_lm, folder.path / "export", origin=_origin(run), end=end_of_answers(run))
     if not run.config.data.exact_match or run.data.split.validation is None:
         return []
@@ -111,8 +112,10 @@ def _template_to_write(tokenizer: Any, family: Family) -> str | None:
     return None if own == family else chat_template(family)
 
 
-def _take_best_weights(loss_model: LossModel, training: TrainerWithCallbacks, *, always: bool) -> None:
-    best = training.checkpointing.best_checkpoint or (training.checkpointing.newest_checkpoint if always else None)
+def _take_best_weights(
+    loss_model: LossModel, training: TrainerWithCallbacks, folder: RunFolder, *, always: bool
+) -> None:
+    best = training.checkpointing.best_checkpoint or (newest(folder) if always else None)
     if best is not None and (always or step_of(best) != training.trainer.global_step):
         parameters = dict(loss_model.causal_lm.named_parameters())
         with torch.no_grad():

@@ -7,20 +7,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwlit.config.run import mathematics
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import mark_process_group_joined
 from qwlit.model.compile import failed_to_compile
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import start_adapter
 from qwlit.model.shard import shard_model
+from qwlit.run.callbacks import TrainerWithCallbacks, build_trainer_with_callbacks
 from qwlit.run.modules import build_data_module, build_module
 from qwlit.run.resume import Start
-from qwlit.training.callbacks import CallbackSettings, TrainerWithCallbacks, build_trainer_with_callbacks
 from qwlit.training.data_module import StepDataModule
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
-from qwlit.training.resilience.rank_consistency import RankFacts, gather_facts
 from qwlit.training.tracking.wandb_run import WandbRun
 from qwlit.training.trainer import kill_started_ranks, lost_rank, stop_watching_ranks
 
@@ -33,23 +31,7 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
     config, folder = run.config, run.folder
     shard = partial(_shard, run) if run.plan.machine.strategy == "fsdp" else None
     module = build_module(run.plan, run.loss_model, shard=shard)
-    training = build_trainer_with_callbacks(
-        run.plan.machine,
-        run.data.steps.milestones,
-        folder,
-        run.data.split.train,
-        run.plan.flops,
-        CallbackSettings(
-            config.guard,
-            config.validation,
-            config.checkpoint,
-            config.profile,
-            traced=config.determinism != "fast",
-            rank_facts=_rank_facts(run),
-        ),
-        wandb_run,
-        run.extensions,
-    )
+    training = build_trainer_with_callbacks(run, wandb_run)
     if training.trainer.world_size != run.plan.machine.world_size:
         raise ConfigError(
             f"Lightning has {training.trainer.world_size} processes, but hardware.devices x hardware.num_nodes is"
@@ -67,13 +49,6 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
     finally:
         folder.write_summary(**training.figures())
     return training
-
-
-def _rank_facts(run: "TrainingRun") -> RankFacts:
-    """Return what must be the same on all ranks; an empty dict where there is one rank."""
-    if run.plan.machine.world_size == 1:
-        return {}
-    return gather_facts(str(mathematics(run.config)), run.data.split.fingerprint)
 
 
 def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:

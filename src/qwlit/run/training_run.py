@@ -9,17 +9,17 @@ from qwlit.config.compose import Composed
 from qwlit.core.console import console
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
+from qwlit.core.signals import answering_signals
 from qwlit.core.slurm import torchrun_warning
 from qwlit.planning.run_plan import RunPlan, build_plan
 from qwlit.run.begin import begin, recording_status
+from qwlit.run.callbacks import Extensions
 from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
 from qwlit.run.modules import load_model
 from qwlit.run.resume import Start, newest, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
-from qwlit.training.callbacks import Extensions
 from qwlit.training.determinism import prepare_determinism
-from qwlit.training.resilience.preemption import answering_signals
 from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
 from qwlit.training.tracking.wandb_access import check_logger

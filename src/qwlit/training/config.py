@@ -1,4 +1,4 @@
-"""Settings of the step, the hardware, validation and profiling."""
+"""Settings of the step, the hardware, validation, checkpoints, the guard, logging and profiling."""
 
 from typing import Annotated, Literal
 
@@ -73,6 +73,56 @@ class ValidationConfig:
     """Validate at the end of each epoch, and after the last step."""
     early_stopping_patience: PositiveInt | None = 3
     """Stop after this many validations without a better val/loss; null: never."""
+
+
+@config_dataclass
+class CheckpointConfig:
+    """When the run is saved. The last step and the best val/loss are always saved."""
+
+    every_steps: PositiveInt | None = None
+    """Save after every this many steps."""
+    each_epoch: Flag = True
+    """Save at the end of each epoch."""
+    keep_last: PositiveInt = 2
+    """How many of the newest checkpoints are kept, besides the best one."""
+
+
+@config_dataclass
+class GuardConfig:
+    """When the run stops: the optimizer skips each step whose loss or gradient is not finite."""
+
+    max_nonfinite_steps: PositiveInt = 3
+    """Stop with exit code 3 after this many such steps in a row."""
+
+
+@config_dataclass
+class LoggingConfig:
+    """How often a run writes to metrics.jsonl and prints."""
+
+    every_steps: PositiveInt = 10
+    """One record after every this many steps; the first and last step always have one."""
+
+
+WANDB_CONFIG_KEY = "qwlit"
+"""The W&B config key that holds all settings: at the top level a sweep's values would overwrite them."""
+
+
+@config_dataclass
+class LoggerConfig:
+    """Where metrics go in addition to metrics.jsonl."""
+
+    wandb: Flag = False
+    """Log to W&B; offline where no API key is set. Trials of a W&B sweep need it."""
+    project: str | None = None
+    """W&B project; null: WANDB_PROJECT, else qwlit."""
+    entity: str | None = None
+    """W&B user or team; null: WANDB_ENTITY, else the account's own."""
+    group: str | None = None
+    """W&B shows runs of one group together."""
+    tags: tuple[str, ...] = ()
+    """W&B tags of the run."""
+    upload_checkpoints: Flag = False
+    """Upload every saved checkpoint as a W&B artifact."""
 
 
 @config_dataclass

@@ -11,7 +11,7 @@ import torch
 from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
 from qwlit.core.ranks import launched_by_srun, launched_world_size, under_agent
-from qwlit.model.config import ActivationCheckpointing, AttentionKernel
+from qwlit.model.config import ActivationCheckpointing, AttentionChoice, AttentionKernel
 from qwlit.training.config import Determinism, HardwareConfig
 
 
@@ -69,7 +69,8 @@ def resolve_machine(
     devices = config.devices if config.devices != "auto" else (here.num_cuda if accelerator == "cuda" else 1)
     if accelerator == "cuda" and (devices > here.num_cuda or _too_small(config, here)):
         raise ConfigError(
-            f"hardware={profile} needs {_needed(config)} per node, but this machine has {_seen(here)}. {_REMEDY}"
+            f"hardware={profile} needs {_needed(config)} per node, but this machine has {here.num_cuda} x {here.name},"
+            f" {here.memory_gb:.0f} GB. {_REMEDY}"
         )
     world_size = devices * config.num_nodes
     if not trust_profile:
@@ -145,10 +146,6 @@ def _needed(config: HardwareConfig) -> str:
     return count if config.gpu_memory_gb is None else f"{count} of {config.gpu_memory_gb} GB"
 
 
-def _seen(here: Devices) -> str:
-    return f"{here.num_cuda} x {here.name}, {here.memory_gb:.0f} GB" if here.num_cuda else "none"
-
-
 def _accelerator(config: HardwareConfig, here: Devices, profile: str) -> Literal["cpu", "cuda"]:
     if config.accelerator == "auto":
         return "cuda" if here.num_cuda else "cpu"
@@ -179,7 +176,7 @@ def _precision(
 
 
 def resolve_attention(
-    asked: str, *, machine: Machine, determinism: Determinism, attention_dropout: float
+    asked: AttentionChoice, *, machine: Machine, determinism: Determinism, attention_dropout: float
 ) -> AttentionKernel:
     """Choose the attention kernel. varlen needs CUDA and bf16, and has no dropout.
 
@@ -197,7 +194,7 @@ def resolve_attention(
         )
     if asked == "auto":
         return "varlen" if varlen_fits else "sdpa"
-    return asked  # type: ignore[return-value]
+    return asked
 
 
 def resolve_compile(

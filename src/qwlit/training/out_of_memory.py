@@ -13,8 +13,6 @@ from qwlit.model.config import higher_levels
 from qwlit.training.config import HardwareConfig
 from qwlit.training.machine import Machine
 
-SNAPSHOT = "memory_snapshot-rank{rank}.pickle"
-
 
 def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig, machine: Machine) -> ConfigError:
     """Return the error that says what holds the memory and which overrides to try, in order.
@@ -27,8 +25,11 @@ def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig,
     largest = sorted(held.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in largest)
     overrides = " · ".join(remedies(hardware, machine)) or "recipe=lora, or a larger device"
-    file = Path(trainer.default_root_dir) / SNAPSHOT.format(rank=trainer.global_rank)
-    snapshot = f" The allocator's state is in {file.name}." if _write_snapshot(file) else ""
+    snapshot = ""
+    if torch.cuda.is_available():
+        file = Path(trainer.default_root_dir) / f"memory_snapshot-rank{trainer.global_rank}.pickle"
+        torch.cuda.memory._dump_snapshot(str(file))
+        snapshot = f" The allocator's state is in {file.name}."
     return ConfigError(
         f"out of memory in step {trainer.global_step + 1} on {machine.device_name}: {named}."
         f" Try in this order: {overrides}.{snapshot} The run then resumes from its last checkpoint"
@@ -62,9 +63,3 @@ def _holders(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the tensors, or of this rank's shard slices of them."""
     return sum(local(t).numel() * t.element_size() for t in tensors)
-
-
-def _write_snapshot(file: Path) -> bool:
-    if torch.cuda.is_available():
-        torch.cuda.memory._dump_snapshot(str(file))
-    return torch.cuda.is_available()

@@ -28,22 +28,3 @@ class BoundaryCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.on_step_boundary(trainer, pl_module, trainer.global_step)
-
-
-class ScheduleValidation(Callback):
-    """Tells Lightning the absolute number of the next step to validate, which stays correct after a resume."""
-
-    def __init__(self, milestones: Milestones) -> None:
-        self.milestones = milestones
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._aim(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._aim(trainer)
-
-    def _aim(self, trainer: Trainer) -> None:
-        # After the last validation: a step number that the run does not reach.
-        trainer.val_check_batch = (
-            self.milestones.next_validation(trainer.global_step) or self.milestones.total_steps + 1
-        )

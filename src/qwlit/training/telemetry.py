@@ -48,8 +48,7 @@ class Telemetry(Callback):
         self._trainer: Trainer
         self._listeners = listeners
         self._reader: AsyncReadback[tuple[int, Record]] = AsyncReadback()
-        self._loss_sum: torch.Tensor | None = None
-        self._restored_loss_sum = 0.0
+        self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._supervised = 0
         self._flops = flops
         # The dense bf16 peak of all devices together, FLOP/s; None: no MFU.
@@ -62,7 +61,7 @@ class Telemetry(Callback):
         self._write(wait=True)
         # Lightning asks every rank for its state, so the reduction below is safe. It keeps only rank 0's state, which
         # must therefore hold the sum over all ranks.
-        loss_sum = torch.zeros(()) if self._loss_sum is None else self._loss_sum.clone()
+        loss_sum = self._loss_sum.clone()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(loss_sum)
         return {
@@ -74,7 +73,7 @@ class Telemetry(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored_loss_sum = state_dict["loss_sum"]
+        self._loss_sum.fill_(state_dict["loss_sum"])
         self._supervised = state_dict["supervised"]
         self.first_loss = state_dict["first_loss"]
         self.last_loss = state_dict["last_loss"]
@@ -89,14 +88,13 @@ class Telemetry(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         # Only rank 0 starts with the restored sum, so that the next reduction counts it once.
-        start = self._restored_loss_sum if trainer.is_global_zero else 0.0
-        self._loss_sum = torch.tensor(start, dtype=torch.float64, device=pl_module.device)
+        start = self._loss_sum if trainer.is_global_zero else torch.zeros_like(self._loss_sum)
+        self._loss_sum = start.to(pl_module.device)
         self._clock.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: CausalLMModule, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
-        assert self._loss_sum is not None
         step = batch.step + 1
         self._loss_sum += pl_module.outcome.loss_sum
         self._supervised += batch.num_supervised_tokens
@@ -111,7 +109,6 @@ class Telemetry(Callback):
         self._write(wait=False)
 
     def _measure(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
-        assert self._loss_sum is not None
         loss_sum, self._loss_sum = self._loss_sum, torch.zeros_like(self._loss_sum)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(loss_sum)

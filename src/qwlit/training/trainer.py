@@ -23,7 +23,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import launched_by_srun, launched_by_torchrun
-from qwlit.core.signals import HANDLED_SIGNALS
+from qwlit.core.signals import HANDLED_SIGNALS, Phase, enter_phase, handling
 from qwlit.training.checkpointing.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
 from qwlit.training.resilience.hang_watchdog import REPORT_SECONDS
@@ -91,12 +91,8 @@ class _Launcher(_SubprocessScriptLauncher):
         self.record_failure: Callable[[], None] = lambda: None
 
     def _call_children_scripts(self) -> None:
-        previous = {number: signal.signal(number, signal.SIG_IGN) for number in HANDLED_SIGNALS}
-        try:
+        with handling(HANDLED_SIGNALS, signal.SIG_IGN):
             super()._call_children_scripts()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         self.children, self.procs = self.procs, []
         Thread(target=self._watch, daemon=True).start()
 
@@ -211,7 +207,7 @@ def lost_rank(trainer: Trainer, error: RuntimeError) -> LostRank | None:
     if trainer.world_size == 1 or not any(part in str(error) for part in LOST_PEER):
         return None
     # torchrun now sends SIGTERM to this rank too; it must not end as preempted.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    enter_phase(Phase.ENDING)
     # Wait until the operating system reports the exit code of the other rank.
     time.sleep(LAUNCHER_SECONDS)
     launcher = trainer.strategy.launcher
@@ -219,7 +215,9 @@ def lost_rank(trainer: Trainer, error: RuntimeError) -> LostRank | None:
 
 
 def _end(code: int) -> str:
-    return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "") if code < 0 else f"code {code}"
+    if code >= 0:
+        return f"code {code}"
+    return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
 
 
 def stop_watching_ranks(trainer: Trainer) -> None:
@@ -264,6 +262,8 @@ def _quieten_lightning() -> None:
         ".*You defined a `validation_step` but have no `val_dataloader`.*",
         ".*dataloader is not resumable.*",
         ".*is smaller than the logging interval.*",
+        # StepDataModule gives an empty list where the run has no validation set.
+        ".*Total length of `list` across ranks is zero.*",
         ".*The `srun` command is available.*",
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):

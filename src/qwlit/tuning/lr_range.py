@@ -15,7 +15,7 @@ from qwlit.config.compose import compose
 from qwlit.core.console import showing_progress
 from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
 from qwlit.core.files import read_json_lines, resolve_path, write_json_atomic
-from qwlit.training.resilience.preemption import answering_signals
+from qwlit.core.signals import answering_signals
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.space import keys_of
 from qwlit.tuning.trial import Tail, last_message, start_training

@@ -16,7 +16,7 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.metric import Metric
-from qwlit.training.resilience.preemption import answering_signals
+from qwlit.core.signals import answering_signals
 from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.display import SweepDisplay

@@ -16,7 +16,7 @@ from qwlit.config.run import RunConfig
 from qwlit.core.children import start_child
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, Interrupted, Preempted, QwlitError, one_line
-from qwlit.training.resilience.preemption import answering_signals
+from qwlit.core.signals import answering_signals
 from qwlit.training.tracking.wandb_access import find_access, project_of, stop_client
 from qwlit.tuning.optuna_search import check_metric, sweep_folder
 from qwlit.tuning.slots import allocate_slots

@@ -1,4 +1,4 @@
-"""What sets one model architecture apart: one file each. All other code uses `ModelFamily`.
+"""What differs between model architectures, one file each. All other code uses `ModelFamily`.
 
 A new architecture is a new file here with a `ModelFamily`, an entry in FAMILIES, and its presets in `conf/model/`.
 """

@@ -1,4 +1,4 @@
-"""A decoder with norms before its blocks and a gated feed-forward block, by Hugging Face's names.
+"""A decoder with norms before its blocks and a gated feed-forward block, with Hugging Face's module names.
 
 Shapes: B rows, T positions, N label positions, D hidden.
 """
@@ -18,16 +18,16 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """An architecture: its classes in transformers, and where in its modules what is found."""
+    """An architecture: its classes in transformers, and the places of its parts in the model."""
 
     model_type: str
     """As in config.json."""
     class_prefix: str
-    """transformers' classes are this with Config and ForCausalLM after it."""
+    """transformers' classes are this name plus Config, and this name plus ForCausalLM."""
     query_norm: str | None = None
     """Name of the norm on each query head, in the attention block; None where there is none."""
     key_norm: str | None = None
-    """The same of the key heads."""
+    """Name of the norm on each key head; None where there is none."""
 
     @property
     def class_name(self) -> str:
@@ -51,12 +51,12 @@ class ModelFamily:
         return model.model.norm
 
     def head_weight(self, model: "PreTrainedModel") -> "Tensor":
-        """Return the head's weight (V, D); the embedding's where the two are tied."""
+        """Return the head's weight (V, D). Where head and embedding are tied, it is the embedding's."""
         weight: Tensor = model.lm_head.weight
         return weight
 
     def rebuild_rotary(self, model: "PreTrainedModel") -> None:
-        """Compute the rotary embedding's buffers anew: no file holds them, and a meta model leaves them empty."""
+        """Compute the rotary embedding's buffers: no file has them, and on the meta device they have no values."""
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
 
     def attention(self, layer: "nn.Module") -> Any:
@@ -76,7 +76,7 @@ class ModelFamily:
         return layer.post_attention_layernorm
 
     def feed_forward_output(self, layer: "nn.Module") -> Any:
-        """Return the feed-forward block's last linear layer, before which its activations are dropped."""
+        """Return the feed-forward block's last linear layer; dropout acts on its input."""
         return self.feed_forward(layer).down_proj
 
     def query_inputs(self, layer: "nn.Module") -> list[Any]:
@@ -96,13 +96,13 @@ class ModelFamily:
     def forward_label_positions(
         self, layer: "nn.Module", hidden_states: "Tensor", label_positions: "Tensor", **kwargs: Any
     ) -> "Tensor":
-        """Compute a layer whose result is read at the label positions alone: (N, D).
+        """Compute a layer's output (N, D) at the label positions only.
 
-        Attention needs keys and values of every token; the feed-forward block sees the label positions only.
+        Attention needs keys and values of every token; the feed-forward block computes the label positions only.
 
         Args:
             hidden_states: (B, T, D).
-            label_positions: (N,), which count through B * T.
+            label_positions: (N,), positions in the flattened B * T.
         """
         attended, _ = self.attention(layer)(hidden_states=self.attention_norm(layer)(hidden_states), **kwargs)
         kept = (hidden_states + attended).flatten(0, 1).index_select(0, label_positions)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qwlit.core.patterns import is_a, layer_of
 from qwlit.model.config import AdapterConfig, DropoutConfig, Execution
 from qwlit.model.families import family_of
+from qwlit.model.flops import lowest_trained_layer
 from qwlit.planning.memory.state import FLOAT32, MicroShape, Placement
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def activation_bytes(
     micro: MicroShape,
 ) -> ActivationBytes:
     """Count what autograd keeps of every layer under the level of activation checkpointing."""
-    lowest = _lowest_trained(model)
+    lowest = lowest_trained_layer(model)
     family = family_of(model)
     layers = [
         _Layer(model, number, number - lowest, adapter, dropout, execution, place, micro)
@@ -203,14 +203,6 @@ class _Layer:
     def _mask(self, width: int) -> float:
         """A dropout mask, bytes per token: one byte a value on CUDA, one factor a value on CPU."""
         return width * (1 if self.place.device == "cuda" else self.compute)
-
-
-def _lowest_trained(model: "PreTrainedModel") -> int:
-    """Return the lowest layer in or below which something is trained; -1 for the embedding."""
-    heights = [
-        -1 if is_a("embedding", name) else layer_of(name) for name, p in model.named_parameters() if p.requires_grad
-    ]
-    return min((height for height in heights if height is not None), default=len(family_of(model).layers(model)))
 
 
 def _is_trained(module: nn.Module) -> bool:

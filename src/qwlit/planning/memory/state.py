@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from qwlit.core.patterns import layer_of
 from qwlit.model.config import AdapterConfig, Execution
+from qwlit.model.cpu import has_sparse_embedding
 from qwlit.model.families import family_of
 from qwlit.model.families.decoder import DECODER_LINEARS
 from qwlit.model.head import BLOCK_BYTES, CHUNK_BYTES, rows_within
-from qwlit.model.loss_model import has_sparse_embedding
 from qwlit.model.quantize import BLOCK
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """Rules about validation, checkpoints, early stopping and profiling."""
 
 from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Result, rule
-from qwlit.training.checkpointing.config import CheckpointConfig
-from qwlit.training.config import ValidationConfig
+from qwlit.training.config import CheckpointConfig, ValidationConfig
 
 PATIENCE = range(3, 6)
 

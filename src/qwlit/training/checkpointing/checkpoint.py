@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import fsync_folder, write_json_atomic
 from qwlit.core.ranks import is_rank_zero
-from qwlit.training.checkpointing.config import CheckpointConfig
 from qwlit.training.checkpointing.shards import ShardReader, write_shard
+from qwlit.training.config import CheckpointConfig
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 from qwlit.training.step_boundary import BoundaryCallback
@@ -93,11 +93,10 @@ def write_checkpoint(checkpoint: dict[str, Any], final: Path, *, rank: int = 0, 
         write_shard(temporary, stem, tensors, rank=rank, count=count)
         for stem, tensors in ((WEIGHTS, weights), (MOMENTS, moments))
     ]
-    shards = _gather([{file.name: _sync_and_describe(file) for file in written}], count)
+    files = _gather({file.name: _sync_and_describe(file) for file in written}, count)
     if rank == 0:
         kept = {"optimizer_groups": optimizer["param_groups"], "optimizer_numbers": numbers}
         torch.save(checkpoint | kept, temporary / STATE)
-        files = {name: description for shard in shards for name, description in shard.items()}
         files[STATE] = _sync_and_describe(temporary / STATE)
         write_json_atomic(temporary / MANIFEST, {"step": checkpoint["global_step"], "files": files})
         fsync_folder(temporary)
@@ -111,13 +110,13 @@ def _wait_for_all(count: int) -> None:
         torch.distributed.barrier()
 
 
-def _gather(mine: list[Any], count: int) -> list[Any]:
-    """Return the values of all ranks, on every rank."""
+def _gather(mine: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the entries of all ranks, on every rank."""
     if count == 1:
         return mine
-    gathered: list[Any] = [None] * count
-    torch.distributed.all_gather_object(gathered, mine[0])
-    return gathered
+    everywhere: list[Any] = [None] * count
+    torch.distributed.all_gather_object(everywhere, mine)
+    return {name: entry for entries in everywhere for name, entry in entries.items()}
 
 
 def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
@@ -138,15 +137,13 @@ def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -
                 # AdamW's step count is a scalar, so it is not sharded.
                 if like is None or key.startswith("step."):
                     return reader.read(key)
-                return reader.read_like(key, like[name])
+                return reader.read_like(key, like[PREFIX + name])
 
-            checkpoint["state_dict"] = {PREFIX + name: read(weights, name, PREFIX + name) for name in weights.names()}
+            checkpoint["state_dict"] = {PREFIX + name: read(weights, name, name) for name in weights.names()}
+            tensors = {key: read(moments, key, key.partition(".")[2]) for key in moments.names()}
             numbers = {name.removeprefix(PREFIX): number for number, name in enumerate(names)}
-            state: dict[int, dict[str, torch.Tensor]] = {}
-            for key in moments.names():
-                kind, _, name = key.partition(".")
-                state.setdefault(numbers[name], {})[kind] = read(moments, key, PREFIX + name)
-            for key, value in checkpoint.pop("optimizer_numbers", {}).items():
+            state: dict[int, dict[str, Any]] = {}
+            for key, value in (tensors | checkpoint.pop("optimizer_numbers", {})).items():
                 kind, _, name = key.partition(".")
                 state.setdefault(numbers[name], {})[kind] = value
     except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
@@ -166,10 +163,14 @@ class StepFolderIO(CheckpointIO):
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        # Rename first: a half-deleted folder must not look like a checkpoint.
-        doomed = Path(path).with_name(f".{Path(path).name}.tmp")
-        Path(path).rename(doomed)
-        shutil.rmtree(doomed)
+        _delete(Path(path))
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint. Rename it first, so that a half-deleted folder never looks like a checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.tmp")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_unfinished_checkpoints(folder: RunFolder) -> None:
@@ -275,22 +276,14 @@ class Checkpointing(BoundaryCallback):
             self._folder.append_event(step, "checkpoint", path=str(self._path(step).relative_to(self._folder.path)))
             if self._on_saved is not None:
                 self._on_saved(self._path(step))
-            self._prune(trainer)
+            for old in list_checkpoints(self._folder)[: -self._keep_last]:
+                if step_of(old) != self.best_step:
+                    _delete(old)
 
     @property
     def best_checkpoint(self) -> Path | None:
         """The checkpoint with the lowest val/loss; None before the first validation."""
         return None if self.best_step is None else self._path(self.best_step)
 
-    @property
-    def newest_checkpoint(self) -> Path:
-        """The newest checkpoint."""
-        return list_checkpoints(self._folder)[-1]
-
     def _path(self, step: int) -> Path:
         return self._folder.checkpoints / f"step-{step:06d}"
-
-    def _prune(self, trainer: Trainer) -> None:
-        for checkpoint in list_checkpoints(self._folder)[: -self._keep_last]:
-            if step_of(checkpoint) != self.best_step:
-                trainer.strategy.remove_checkpoint(checkpoint)

@@ -10,8 +10,8 @@ from qwlit.core.batch import StepBatch
 from qwlit.core.errors import GuardStop
 from qwlit.data.samples import Samples
 from qwlit.training.async_readback import AsyncReadback
+from qwlit.training.config import GuardConfig
 from qwlit.training.module import CausalLMModule
-from qwlit.training.resilience.config import GuardConfig
 from qwlit.training.tracking.run_folder import RunFolder
 
 SAMPLES_NAMED = 4

@@ -74,7 +74,7 @@ def _progress(beat: Heartbeat) -> str:
 
 
 class HangWatchdog(Callback):
-    """Ends the job when no batch ends within `timeout_seconds`, with one line that names the missing rank."""
+    """Ends a job of several ranks when no batch ends within `timeout_seconds`; one line names the missing rank."""
 
     def __init__(self, timeout_seconds: float, record_failure: Callable[[], None]) -> None:
         self._timeout = timeout_seconds
@@ -85,13 +85,12 @@ class HangWatchdog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
-        if trainer.world_size > 1:
-            # A connection of its own: else this thread would wait while the main thread waits for the store.
-            store: Any = _get_default_store().clone()  # type: ignore[attr-defined]
-            store.set_timeout(timedelta(seconds=2 * HEARTBEAT_SECONDS))
-            # Every rank must have a heartbeat before any thread reads them.
-            self._publish(store, trainer.global_rank, 0)
-            Thread(target=self._watch, args=(store, trainer.global_rank, trainer.world_size), daemon=True).start()
+        # A connection of its own: else this thread would wait while the main thread waits for the store.
+        store: Any = _get_default_store().clone()  # type: ignore[attr-defined]
+        store.set_timeout(timedelta(seconds=2 * HEARTBEAT_SECONDS))
+        # Every rank must have a heartbeat before any thread reads them.
+        self._publish(store, trainer.global_rank, 0)
+        Thread(target=self._watch, args=(store, trainer.global_rank, trainer.world_size), daemon=True).start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._batches, self._step = self._batches + 1, trainer.global_step
@@ -127,10 +126,8 @@ class HangWatchdog(Callback):
                 self._end(rank, min(heard[-1].keys() - silent), name_missing_ranks(heard[-1], silent))
 
     def _publish(self, store: Any, rank: int, number: int) -> None:
-        store.set(
-            _key(rank),
-            json.dumps(asdict(Heartbeat(number, socket.gethostname(), self._step, *_main_thread_position()))),
-        )
+        beat = Heartbeat(number, socket.gethostname(), self._step, *_main_thread_position())
+        store.set(_key(rank), json.dumps(asdict(beat)))
 
     def _end(self, rank: int, reporter: int, missing: str) -> None:
         # The lowest rank that still sends heartbeats reports for all.

@@ -14,7 +14,6 @@ import qwlit
 from qwlit.core.errors import ConfigError
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
-RankFacts = dict[str, str]
 
 
 def code_fingerprint() -> str:
@@ -27,27 +26,17 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def gather_facts(settings: str, data: str) -> RankFacts:
-    """Return what must be the same on all ranks.
-
-    Args:
-        settings: the settings that decide what is computed, as text.
-        data: the fingerprint of the tokenized data.
-    """
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    return {
-        "qwlit's code": code_fingerprint(),
-        "settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
-        "data": data,
-        **versions,
-    }
-
-
 class RankConsistency(Callback):
     """Compares the facts of all ranks once, before the first step."""
 
-    def __init__(self, facts: RankFacts) -> None:
-        self._facts = facts
+    def __init__(self, settings: str, data: str) -> None:
+        """`settings`: those that decide what is computed, as text. `data`: the fingerprint of the tokenized data."""
+        self._facts = {
+            "qwlit's code": code_fingerprint(),
+            "settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
+            "data": data,
+            **{name: metadata.version(name) for name in PACKAGES},
+        }
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         # A gloo group, so that the objects do not pass through the GPU. All ranks call `setup`, also one that differs.

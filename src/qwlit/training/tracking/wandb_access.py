@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.ranks import under_agent
-from qwlit.training.tracking.config import LoggerConfig
+from qwlit.training.config import LoggerConfig
 
 
 @dataclass(frozen=True)

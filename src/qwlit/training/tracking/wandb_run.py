@@ -18,8 +18,8 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, Interrupted, Preempted, Pruned, SignalExit, one_line
 from qwlit.core.files import read_json, read_json_lines
 from qwlit.core.ranks import under_agent
+from qwlit.training.config import WANDB_CONFIG_KEY, LoggerConfig
 from qwlit.training.telemetry import Record
-from qwlit.training.tracking.config import WANDB_CONFIG_KEY, LoggerConfig
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.training.tracking.wandb_access import Access, find_access, project_of, stop_client
 from qwlit.training.tracking.wandb_uploads import Uploads
@@ -156,9 +156,6 @@ class WandbRun:
         """
         if isinstance(error, Interrupted | KeyboardInterrupt):
             code = CTRL_C
-        if isinstance(error, Preempted | Pruned):
-            # The process is already ending, and the agent and W&B's server may each send a SIGTERM.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with self._ending:
             if self._run is None:
                 return

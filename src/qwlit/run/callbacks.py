@@ -2,34 +2,30 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
+from qwlit.config.run import mathematics
 from qwlit.core.console import console
 from qwlit.core.errors import QwlitError
-from qwlit.data.samples import Samples
-from qwlit.model.flops import Flops
 from qwlit.training.checkpointing.checkpoint import Checkpointing
-from qwlit.training.checkpointing.config import CheckpointConfig
-from qwlit.training.config import ProfileConfig, ValidationConfig
-from qwlit.training.machine import Machine
-from qwlit.training.milestones import Milestones
 from qwlit.training.profiler import ProfileSteps
-from qwlit.training.resilience.config import GuardConfig
 from qwlit.training.resilience.guard import Guard
 from qwlit.training.resilience.hang_watchdog import HangWatchdog
 from qwlit.training.resilience.preemption import StopOnSignal
-from qwlit.training.resilience.rank_consistency import RankConsistency, RankFacts
-from qwlit.training.step_boundary import ScheduleValidation
+from qwlit.training.resilience.rank_consistency import RankConsistency
 from qwlit.training.telemetry import Telemetry, peak_memory_gib
 from qwlit.training.tracking.determinism_trace import DeterminismTrace
 from qwlit.training.tracking.progress import ProgressDisplay
-from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.training.tracking.wandb_run import WandbRun
 from qwlit.training.trainer import build_trainer
+from qwlit.training.validation import EarlyStoppingOnValLoss, ScheduleValidation
+
+if TYPE_CHECKING:
+    from qwlit.run.training_run import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -54,33 +50,6 @@ class TrainerWithCallbacks:
         }
 
 
-class EarlyStoppingOnValLoss(EarlyStopping):
-    """Lightning's early stopping on val/loss; after a resume it keeps the patience of the settings."""
-
-    def __init__(self, patience: int) -> None:
-        # With check_finite Lightning would end the run at the first val/loss that is not finite, as if it were done.
-        super().__init__("val/loss", patience=patience, check_finite=False)
-        self._configured = patience
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.patience = self._configured
-
-
-@dataclass(frozen=True)
-class CallbackSettings:
-    """The settings of the callbacks."""
-
-    guard: GuardConfig
-    validation: ValidationConfig
-    checkpoint: CheckpointConfig
-    profile: ProfileConfig
-    traced: bool
-    """Write trace.jsonl."""
-    rank_facts: RankFacts
-    """What must be the same on all ranks."""
-
-
 @dataclass(frozen=True)
 class Extensions:
     """What the user's program adds to a run."""
@@ -89,37 +58,29 @@ class Extensions:
     loggers: Sequence[Logger] = ()
 
 
-def build_trainer_with_callbacks(
-    machine: Machine,
-    milestones: Milestones,
-    folder: RunFolder,
-    samples: Samples,
-    flops: Flops,
-    settings: CallbackSettings,
-    wandb_run: WandbRun | None,
-    extensions: Extensions,
-) -> TrainerWithCallbacks:
+def build_trainer_with_callbacks(run: "TrainingRun", wandb_run: WandbRun | None) -> TrainerWithCallbacks:
     """Build the callbacks and the trainer that calls them."""
+    config, folder, machine, milestones = run.config, run.folder, run.plan.machine, run.data.steps.milestones
     display = ProgressDisplay(console(), milestones.total_steps)
     listeners = (folder.append_metrics, display.show, *([wandb_run.log] if wandb_run else []))
-    telemetry = Telemetry(milestones, listeners, flops, machine)
-    guard = Guard(settings.guard, folder, samples)
-    checkpointing = Checkpointing(settings.checkpoint, milestones, folder, wandb_run.upload if wandb_run else None)
+    telemetry = Telemetry(milestones, listeners, run.plan.flops, machine)
+    guard = Guard(config.guard, folder, run.data.split.train)
+    checkpointing = Checkpointing(config.checkpoint, milestones, folder, wandb_run.upload if wandb_run else None)
     # Lightning calls the callbacks in this order, on every rank:
     # - early stopping first, because the others must know whether this step is the last;
     # - guard and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
     # - the user's callbacks after the checkpoint, so that an error in them loses no step that was due to be saved;
     # - signals last: StopOnSignal saves through `checkpointing` and then ends the run.
     callbacks: list[Callback] = []
-    patience = settings.validation.early_stopping_patience
+    patience = config.validation.early_stopping_patience
     if patience is not None and milestones.next_validation(0) is not None:
         callbacks.append(EarlyStoppingOnValLoss(patience))
     callbacks += [guard, telemetry, ScheduleValidation(milestones), checkpointing, display]
-    if settings.traced:
+    if config.determinism != "fast":
         callbacks.append(DeterminismTrace(milestones, folder))
-    if settings.profile.steps is not None:
-        callbacks.append(ProfileSteps(settings.profile.steps, folder.path / "profile"))
-    callbacks += extensions.callbacks
+    if config.profile.steps is not None:
+        callbacks.append(ProfileSteps(config.profile.steps, folder.path / "profile"))
+    callbacks += run.extensions.callbacks
 
     # For the threads that must end the process with os._exit, where no error handler runs any more.
     def record_failure() -> None:
@@ -128,13 +89,14 @@ def build_trainer_with_callbacks(
             wandb_run.finish(QwlitError.exit_code)
 
     if machine.world_size > 1:
-        callbacks += [RankConsistency(settings.rank_facts), HangWatchdog(machine.timeout_seconds, record_failure)]
+        callbacks.append(RankConsistency(str(mathematics(config)), run.data.split.fingerprint))
+        callbacks.append(HangWatchdog(machine.timeout_seconds, record_failure))
     callbacks.append(StopOnSignal(milestones, checkpointing, folder))
     trainer = build_trainer(
         machine,
         total_steps=milestones.total_steps,
         callbacks=callbacks,
-        loggers=extensions.loggers,
+        loggers=run.extensions.loggers,
         folder=folder.path,
         record_failure=record_failure,
     )
