@@ -65,7 +65,8 @@ def stand_in(server, interpreter, known, words):
     connection.sendall(body)
     code = int.from_bytes(_read(connection, 4), "big", signed=True)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
