@@ -43,14 +43,27 @@ KNOBS = {
 }
 
 
-@pytest.fixture(scope="module", params=KNOBS)
-def knobs(request):
-    return KNOBS[request.param]
+# What these do does not depend on the family: they act on numbers, whatever the parameters are called.
+ON_ONE_FAMILY = ("cosine", "linear", "exponential", "constant", "wsd", "sgd", "amsgrad", "paged_adamw", "adamw_8bit")
+ON_ONE_FAMILY += ("dropout-residual", "dropout-embedding", "rslora", "lora-plus", "qlora-single", "qlora-8bit")
+CASES = [
+    (name, family) for name in KNOBS for family in ("qwen2", "qwen3") if family == "qwen3" or name not in ON_ONE_FAMILY
+]
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
-def family(request):
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request):
     return request.param
+
+
+@pytest.fixture(scope="module")
+def knobs(case):
+    return KNOBS[case[0]]
+
+
+@pytest.fixture(scope="module")
+def family(case):
+    return case[1]
 
 
 @pytest.fixture(scope="module")

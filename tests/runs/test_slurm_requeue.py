@@ -1,6 +1,6 @@
 """Jobs on a real Slurm (tests/slurm_cluster.py) that are preempted and requeued: in the end one continuous run.
 
-QWLIT_LONG=1 adds what takes long: fifty preemptions instead of ten, and real time limits.
+QWLIT_LONG=1 adds what takes long: fifty preemptions instead of four, and real time limits.
 """
 
 import os
@@ -15,7 +15,7 @@ from tests.runs.slurm_jobs import WORDS, finished, said, submit, tasks
 from tests.slurm_cluster import why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-PREEMPTIONS = 50 if LONG else 10
+PREEMPTIONS = 50 if LONG else 4
 
 
 def test_a_run_preempted_at_random_moments_is_the_uninterrupted_run(cluster, place):
