@@ -3,7 +3,7 @@
 import pytest
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import KINDS, is_a, names_in_layers, select
+from qwlit.core.patterns import KINDS, is_kind, names_in_layers, select
 from tests.tiny import tiny_causal_lm
 
 QWEN2 = [name for name, _ in tiny_causal_lm("qwen2", tied=False).named_parameters()]
@@ -25,7 +25,7 @@ QWEN3 = [name for name, _ in tiny_causal_lm("qwen3").named_parameters()]
     ],
 )
 def test_kinds_of_qwen_parameters(name, kinds):
-    assert {kind for kind in KINDS if is_a(kind, name)} == kinds
+    assert {kind for kind in KINDS if is_kind(kind, name)} == kinds
 
 
 @pytest.mark.parametrize(

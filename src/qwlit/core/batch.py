@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class _Movable:
+class _TensorDataclass:
     """Gives a dataclass of tensors the methods `to` and `pin_memory`, which Lightning and the DataLoader call."""
 
     def _map(self, convert: Any) -> Self:
@@ -25,7 +25,7 @@ class _Movable:
 
 
 def _convert(value: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(value, Tensor | _Movable):
+    if isinstance(value, Tensor | _TensorDataclass):
         return getattr(value, method)(*args, **kwargs)
     if isinstance(value, tuple):
         return tuple(_convert(item, method, *args, **kwargs) for item in value)
@@ -33,7 +33,7 @@ def _convert(value: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class MicroBatch(_Movable):
+class MicroBatch(_TensorDataclass):
     """One forward and backward: packed documents (B = 1, with `cu_seqlens`) or right-padded sequences (without)."""
 
     input_ids: Tensor
@@ -57,7 +57,7 @@ class MicroBatch(_Movable):
 
 
 @dataclass(frozen=True)
-class StepBatch(_Movable):
+class StepBatch(_TensorDataclass):
     """One rank's micro-batches of one optimizer step. The counts are those of all ranks together."""
 
     step: int

@@ -12,7 +12,7 @@ class Devices:
     name: str
     has_bf16: bool
     memory_gb: float = 0.0
-    """Memory of the smallest device, 10^9 bytes; of the host where there is no device."""
+    """Memory of the smallest device, 10^9 bytes; without a device, the memory of the host."""
 
     @property
     def peak_flops(self) -> float | None:
@@ -44,5 +44,5 @@ def detect_devices() -> Devices:
         num_cuda=count,
         name=torch.cuda.get_device_name(0),
         has_bf16=torch.cuda.get_device_capability(0)[0] >= 8,
-        memory_gb=min(torch.cuda.get_device_properties(number).total_memory for number in range(count)) / 1e9,
+        memory_gb=min(torch.cuda.get_device_properties(index).total_memory for index in range(count)) / 1e9,
     )

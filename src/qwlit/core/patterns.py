@@ -14,7 +14,7 @@ from qwlit.core.errors import ConfigError, nearest
 KINDS = ("bias", "norm", "embedding", "head", "attention", "mlp")
 
 
-def is_a(kind: str, name: str) -> bool:
+def is_kind(kind: str, name: str) -> bool:
     """Whether the parameter is of this kind (of `KINDS`); an attention layer's bias is both bias and attention."""
     owner = name.rpartition(".")[0].rpartition(".")[2]
     return {
@@ -29,18 +29,18 @@ def is_a(kind: str, name: str) -> bool:
 
 def matches(pattern: str, name: str) -> bool:
     if pattern in KINDS:
-        return is_a(pattern, name)
+        return is_kind(pattern, name)
     return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the decoder layer that a parameter belongs to; None if it belongs to none."""
+    """Return the index of the decoder layer that a parameter belongs to; None if it belongs to none."""
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def top_layer(names: Iterable[str]) -> int:
-    """Return the number of the highest decoder layer, -1 where there is none."""
+    """Return the index of the highest decoder layer, -1 where there is none."""
     return max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
 
 
@@ -94,6 +94,6 @@ def _hint(pattern: str, names: list[str]) -> str:
     if pattern == "head":
         return " The head is tied to the embedding; use 'embedding'."
     known = {part for name in names for part in name.split(".") if not part.isdigit()} - {"weight", "model"}
-    known |= {kind for kind in KINDS if any(is_a(kind, name) for name in names)}
+    known |= {kind for kind in KINDS if any(is_kind(kind, name) for name in names)}
     known -= {pattern}
     return nearest(pattern, sorted(known)) or f" Known: {', '.join(sorted(known))}."

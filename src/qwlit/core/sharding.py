@@ -24,6 +24,6 @@ def own_slice_range(tensor: Tensor) -> tuple[int, int]:
 
 
 def copy_own_slice(target: Tensor, whole: Tensor) -> None:
-    """Copy from a whole tensor into `target` the rows that this rank holds."""
+    """Copy this rank's shard slice of `whole` into `target`."""
     first, end = own_slice_range(target)
     local(target).copy_(whole[first:end])

@@ -35,7 +35,7 @@ class Phase(Enum):
     IN_STEPS = auto()
     """The handler records the signal; at the next step boundary `preemption.StopOnSignal` saves and ends the run."""
     ENDING = auto()
-    """It is decided how the process ends: the handler records the signal, and nobody acts on it."""
+    """The process is already ending with an error: the handler records the signal, and no code acts on it."""
 
 
 _phase = Phase.OUTSIDE_RUN
@@ -45,9 +45,9 @@ received_signals: list[int] = []
 
 def record_signals() -> None:
     """Record signals from now on: importing takes seconds, and by default SIGTERM and SIGUSR2 kill the process."""
-    for number in EXIT_SIGNALS:
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _handle)
+    for signum in EXIT_SIGNALS:
+        if signal.getsignal(signum) == signal.SIG_DFL:
+            signal.signal(signum, _handle)
 
 
 def enter_phase(phase: Phase) -> None:
@@ -64,7 +64,7 @@ def answering_signals() -> Iterator[None]:
       the first step boundary. If rank 0 got one, it has exited, and the launcher sends the others a SIGTERM: they exit.
     """
     # An ignored signal stays ignored: rank 0 has started this rank.
-    answered = [number for number in EXIT_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    answered = [signum for signum in EXIT_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
     ignored = [] if is_rank_zero() else [signal.SIGINT]
     try:
         with handling(answered, _handle), handling(ignored, signal.SIG_IGN):
@@ -91,28 +91,28 @@ def recording_signals() -> Iterator[None]:
 
 
 @contextmanager
-def handling(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
+def handling(signums: Iterable[int], handler: Handler) -> Iterator[None]:
     """Let `handler` handle these signals while the block runs."""
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = {signum: signal.signal(signum, handler) for signum in signums}
     try:
         yield
     finally:
-        for number, earlier in previous.items():
-            signal.signal(number, earlier)
+        for signum, earlier in previous.items():
+            signal.signal(signum, earlier)
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
+def _handle(signum: int, frame: FrameType | None) -> None:
     """The signal handler of all phases."""
     is_first = not received_signals
-    received_signals.append(number)
-    if number == signal.SIGINT:
+    received_signals.append(signum)
+    if signum == signal.SIGINT:
         # A second Ctrl-C must stop at once, without a save.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    elif _phase is Phase.OUTSIDE_STEPS and (is_rank_zero() or (number == signal.SIGTERM and not is_first)):
-        _exit(number)
+    elif _phase is Phase.OUTSIDE_STEPS and (is_rank_zero() or (signum == signal.SIGTERM and not is_first)):
+        _exit(signum)
 
 
-def _exit(number: int) -> None:
+def _exit(signum: int) -> None:
     """End the process with the error that the signal stands for.
 
     Python drops an exception that a handler raises inside a finalizer; then StopOnSignal finds the recorded signal.
@@ -122,25 +122,25 @@ def _exit(number: int) -> None:
     if not is_rank_zero():
         # At this exit code the launcher ends the ranks that still wait for this one.
         raise SystemExit(Preempted.exit_code)
-    if number == signal.SIGTERM and under_agent():
+    if signum == signal.SIGTERM and under_agent():
         raise SignalExit(Pruned("the sweep has ended this trial, outside the training steps"))
     message = "preempted outside the training steps; run the same command to resume from the newest checkpoint"
-    raise SignalExit(Preempted(message, requeue=requeue_after(number)))
+    raise SignalExit(Preempted(message, requeue=requeue_after(signum)))
 
 
-def requeue_after(number: int) -> bool | None:
+def requeue_after(signum: int) -> bool | None:
     """Return `Preempted.requeue` for the signal."""
     if under_agent():
         return False  # the agent starts its trial again
-    return True if number == signal.SIGUSR2 else None
+    return True if signum == signal.SIGUSR2 else None
 
 
-def most_urgent(numbers: Iterable[int]) -> int:
+def most_urgent(signums: Iterable[int]) -> int:
     """Return the signal that decides how the run ends; 0 for none."""
-    return max(numbers, key=BY_URGENCY.index, default=0)
+    return max(signums, key=BY_URGENCY.index, default=0)
 
 
 def ignore_signals() -> None:
     """Ignore the handled signals: a helper process, such as a DataLoader worker, ends when the training ends it."""
-    for number in HANDLED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in HANDLED_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import is_a, names_in_layers, select
+from qwlit.core.patterns import is_kind, names_in_layers, select
 from qwlit.core.quiet import quieten_bitsandbytes
 from qwlit.core.sharding import local
 from qwlit.model.config import AdapterConfig
@@ -80,7 +80,7 @@ def _targets(model: "PreTrainedModel", adapter: AdapterConfig) -> list[str]:
         # Patterns match names of parameters, not of layers.
         names = [f"{name}.weight" for name in linears]
         found = select(names, pattern, field=field, layers=adapter.layers, things="linear layer")
-        if any(is_a("embedding", name) or is_a("head", name) for name in found):
+        if any(is_kind("embedding", name) or is_kind("head", name) for name in found):
             raise ConfigError(
                 f"{field}: '{pattern}' cannot have an adapter, the loss reads its weight directly; "
                 f"choose among {', '.join(leaves)}"

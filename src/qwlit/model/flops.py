@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qwlit.core.patterns import is_a, layer_of
+from qwlit.core.patterns import is_kind, layer_of
 from qwlit.model.families import family_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def lowest_trained_layer(model: "PreTrainedModel") -> int:
     It is the number of layers where nothing below the final norm is trained.
     """
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    layers = [-1 if is_a("embedding", name) else layer_of(name) for name in trained]
+    layers = [-1 if is_kind("embedding", name) else layer_of(name) for name in trained]
     return min((layer for layer in layers if layer is not None), default=len(family_of(model).layers(model)))
 
 

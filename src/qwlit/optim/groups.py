@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import is_a, layer_of, select, top_layer
+from qwlit.core.patterns import is_kind, layer_of, select, top_layer
 from qwlit.optim.config import GroupRule, OptimConfig
 
 
@@ -42,7 +42,7 @@ def plan_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Op
     groups: dict[tuple[str, float, float, str], ParameterGroup] = {}
     for name, parameter in trained.items():
         rule = rules.get(name)
-        decays = not any(is_a(kind, name) for kind in config.no_decay)
+        decays = not any(is_kind(kind, name) for kind in config.no_decay)
         weight_decay = config.weight_decay if decays else 0.0
         if rule is not None and rule.weight_decay is not None:
             weight_decay = rule.weight_decay
@@ -79,7 +79,7 @@ def _lr_suffix(name: str, config: OptimConfig) -> str:
     suffix = ", LoRA B" if config.lora_plus_ratio != 1 and _is_lora_b(name) else ""
     if config.layer_lr_decay == 1:
         return suffix
-    if is_a("embedding", name):
+    if is_kind("embedding", name):
         return f", embedding{suffix}"
     layer = layer_of(name)
     return suffix if layer is None else f", layer {layer}{suffix}"
@@ -92,7 +92,7 @@ def _peak_lr(name: str, rule: GroupRule | None, config: OptimConfig, top_layer: 
     if config.layer_lr_decay != 1:
         layer = layer_of(name)
         # The embedding is below layer 0; the final norm and the head are above the top layer.
-        height = layer if layer is not None else -1 if is_a("embedding", name) else top_layer + 1
+        height = layer if layer is not None else -1 if is_kind("embedding", name) else top_layer + 1
         multiplier *= config.layer_lr_decay ** (top_layer + 1 - height)
     if _is_lora_b(name):
         multiplier *= config.lora_plus_ratio
@@ -106,6 +106,6 @@ def _is_lora_b(name: str) -> bool:
 def _algorithm(name: str, parameter: nn.Parameter, config: OptimConfig) -> str:
     if config.name == "muon":
         # Muon orthogonalizes matrices. Its authors leave vectors, the embedding and the head to AdamW.
-        outside = is_a("embedding", name) or is_a("head", name)
+        outside = is_kind("embedding", name) or is_kind("head", name)
         return "muon" if parameter.ndim == 2 and not outside else "adamw"
     return config.name

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
-from qwlit.core.patterns import is_a
+from qwlit.core.patterns import is_kind
 from qwlit.core.quiet import quieten_bitsandbytes
 from qwlit.optim.composite import Composite
 from qwlit.optim.config import BITSANDBYTES, OptimConfig
@@ -71,7 +71,7 @@ def _bitsandbytes(groups: list[ParameterGroup], config: OptimConfig) -> Optimize
             # Rare tokens make the moments of embedding and head uneven: bitsandbytes advises 32 bits for them
             # (Dettmers et al. 2022). Set the bits of every parameter, because the manager remembers parameters of
             # earlier runs in this process by their id, which Python may reuse.
-            is_32bit = config.name == "paged_adamw" or is_a("embedding", name) or is_a("head", name)
+            is_32bit = config.name == "paged_adamw" or is_kind("embedding", name) or is_kind("head", name)
             manager.override_config(parameter, "optim_bits", 32 if is_32bit else 8)
     optimizer: Optimizer = classes[config.name](
         [_as_torch(group) for group in groups], betas=config.betas, eps=config.eps

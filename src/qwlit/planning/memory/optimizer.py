@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from qwlit.core.patterns import is_a
+from qwlit.core.patterns import is_kind
 from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import ParameterGroup
 
@@ -32,7 +32,7 @@ def _bytes_each(name: str, parameter: nn.Parameter, algorithm: str, config: Opti
     if algorithm == "sgd":
         return FLOAT32 if config.momentum else 0
     in_8_bits = algorithm in ("adamw_8bit", "paged_adamw_8bit") and parameter.numel() >= SMALLEST_8BIT
-    if in_8_bits and not is_a("embedding", name) and not is_a("head", name):
+    if in_8_bits and not is_kind("embedding", name) and not is_kind("head", name):
         return 2 * (1 + FLOAT32 / BLOCK_8BIT)
     return FLOAT32 * (3 if config.amsgrad else 2)
 
