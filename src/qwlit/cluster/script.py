@@ -147,7 +147,7 @@ def quoted(arguments: list[str]) -> list[str]:
     return [shlex.quote(argument) for argument in arguments]
 
 
-# Option of sbatch that the file sets itself → the setting that decides it. SHORT: the options' short forms.
+# sbatch options that the job file sets, and the setting to change instead. SHORT: the options' short forms.
 OWNED = {
     "nodes": "hardware.num_nodes",
     "ntasks": "hardware.devices",

@@ -60,7 +60,7 @@ def _sweep(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig,
     from qwlit.tuning.sweep_file import read_sweep
 
     if own["seeds"] is not None:
-        raise ConfigError("seeds is an option for runs; a sweep tries what its file lists. Leave seeds out")
+        raise ConfigError("seeds works only for runs, not with sweep=…; remove it")
     sweep = read_sweep(str(own["sweep"]))
     composed = check_space(sweep, [*sweep.overrides, "logger=none", *overrides])
     config, name = composed.config, sweep_folder(sweep, composed, overrides).name

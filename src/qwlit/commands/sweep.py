@@ -68,8 +68,10 @@ def _run(own: dict[str, str | None], overrides: list[str]) -> None:
     screen.print(f"\n[bold]sweep folder[/]  {escape(str(folder))}")
     screen.print("  sweep.json   the settings, value and end of every trial; trial-… are ordinary runs")
     screen.print(f"  report runs={escape(str(folder))}   curves, differences, which settings mattered")
-    place = [override for override in overrides if override.lstrip("+").startswith(("run.name=", "run.root="))]
-    best = shlex.join([f"sweep={own['sweep']}", "action=best", *place])
+    folder_overrides = [
+        override for override in overrides if override.lstrip("+").startswith(("run.name=", "run.root="))
+    ]
+    best = shlex.join([f"sweep={own['sweep']}", "action=best", *folder_overrides])
     screen.print(f"  sweep {escape(best)}   writes the best trial as an experiment file")
     if record["best"] is None and not any(trial["state"] == "running" for trial in record["trials"]):
         reasons = [trial["reason"] for trial in record["trials"] if trial["reason"]]
