@@ -158,9 +158,11 @@ def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
     limits = [f"{hardware.micro_batch_size} samples"] if hardware.micro_batch_size else []
     limits += [f"{hardware.micro_batch_tokens:,} tokens"] if hardware.micro_batch_tokens else []
     seen = f" ({'/'.join(f'{n:g}' for n in batches.accumulation)} min/median/max)" if plan.data else ""
+    devices = f"{machine.world_size} device{'s' * (machine.world_size > 1)}"
+    micro_batches = f"{plan.accumulate_grad_batches} micro-batch{'es' * (plan.accumulate_grad_batches > 1)}{seen}"
+    size = f"at most {' or '.join(limits)}" if limits else "any number of samples"
     screen.print(
-        f"\n[bold]steps[/]  {config.train.global_batch_size} samples each, in {machine.world_size} x"
-        f" {plan.accumulate_grad_batches} micro-batches{seen} of at most {' or '.join(limits) or 'any size'}"
+        f"\n[bold]steps[/]  {config.train.global_batch_size} samples per step: {devices} x {micro_batches} x {size}"
     )
     if schedule is None:
         screen.print(f"  number of steps not checked: {escape(plan.not_checked or '')}")
@@ -188,7 +190,7 @@ def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
 def _curve(schedule: "Schedule") -> str:
     """Draw the learning rate over the run, one character per sampled step."""
     width = min(CURVE_WIDTH, schedule.total_steps)
-    steps = [number * (schedule.total_steps - 1) // max(1, width - 1) for number in range(width)]
+    steps = [index * (schedule.total_steps - 1) // max(1, width - 1) for index in range(width)]
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * schedule.lr_multiplier(step)))] for step in steps)
 
 
