@@ -1,4 +1,4 @@
-"""Run folders and sweeps as training leaves them, written in a moment, and a reader of the ledger's page."""
+"""Run folders and sweeps as training leaves them, written in a moment, and a reader of the comparison's page."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import yaml
 
 from qwlit.report.comparability import comparison_warnings
-from qwlit.report.compare import Ledger, build_ledger
+from qwlit.report.compare import RunComparison, build_comparison
 from qwlit.report.importance import importance
 from qwlit.report.page import build_page
 from qwlit.report.table import columns
@@ -45,8 +45,8 @@ def write_run(path, settings=None, val=1.0, *, summary=None, manifest=None, even
     folder.write_records("metrics.jsonl", rows or usual)
     folder.write_records("events.jsonl", events)
     folder.write_records("samples.jsonl", samples)
-    figures = {"steps": 10, "train_loss_last": 2.0, "val_loss_best": val, "wall_seconds": 61.2}
-    folder.write_summary(**{"status": "done", **figures, **(summary or {})})
+    results = {"steps": 10, "train_loss_last": 2.0, "val_loss_best": val, "wall_seconds": 61.2}
+    folder.write_summary(**{"status": "done", **results, **(summary or {})})
     return path
 
 
@@ -65,20 +65,20 @@ def write_sweep(path, trials, *, metric="val/loss", goal="minimize"):
     return path
 
 
-def ledger_of(*paths, baseline=None):
-    return build_ledger([str(path) for path in paths], baseline)
+def comparison_of(*paths, baseline=None):
+    return build_comparison([str(path) for path in paths], baseline)
 
 
-def names(ledger):
-    return [run.name for run in ledger.runs]
+def names(comparison):
+    return [run.name for run in comparison.runs]
 
 
-def column(ledger, title):
-    return next(column.cells for column in columns(ledger) if column.title == title)
+def column(comparison, title):
+    return next(column.cells for column in columns(comparison) if column.title == title)
 
 
-def page_of(ledger: Ledger) -> str:
-    return build_page(ledger, comparison_warnings(ledger), importance(ledger))
+def page_of(comparison: RunComparison) -> str:
+    return build_page(comparison, comparison_warnings(comparison), importance(comparison))
 
 
 def searched(tmp_path, number=30, *, early=lambda lr: False):

@@ -56,7 +56,7 @@ def test_cfg_job_prints_the_settings_and_trains_nothing(tmp_path):
         (["inspect", *TINY, "data.path=[]"], "data.path=.*the list is empty"),
         (["inspect", *TINY, "data.path=[{path:a,weigth:2}]"], "'weigth' is not a setting of a part"),
         (["inspect", *TINY, "data.path=[{path:a,weight:0}]"], "weight 0 of a must be a number above 0"),
-        (["inspect", *TINY, "data.path=[{path:a,weight:1},b]"], "give every part a weight, or none"),
+        (["inspect", *TINY, "data.path=[{path:a,weight:1},b]"], "give all parts a weight, or no part"),
         (["inspect", *TINY, "data.val_path=[{path:a,weight:1}]"], "data.val_path takes no weights"),
         (["train", "--hlep"], "no such option. Did you mean '--help'"),
         (["train", "experiment=demo", "optim.lr=abc"], "optim.lr=abc"),

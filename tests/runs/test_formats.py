@@ -58,7 +58,7 @@ def test_every_format_and_kind_of_file_trains(name: str, tmp_path: Path) -> None
 
 def samples_of(path: Path, tokenizer: TextTokenizer) -> Samples:
     store = build(path, tokenizer)
-    assert store.account.accepted == store.account.read
+    assert store.row_counts.accepted == store.row_counts.read
     return [(ids.tolist(), mask.tolist()) for ids, mask in map(store.sample, range(len(store)))]
 
 

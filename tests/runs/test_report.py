@@ -20,7 +20,7 @@ SHORT = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with three runs: two rates, the higher in strict mode with answers, and one that the guard stopped."""
-    folder = tmp_path_factory.mktemp("ledger")
+    folder = tmp_path_factory.mktemp("comparison")
     lines = (DEMO / "val.jsonl").read_text(encoding="utf-8").splitlines()[:40]
     (folder / "chat.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     words = [f"data.path={folder / 'chat.jsonl'}", *SHORT]
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_ledger_of_real_runs_says_what_differed_what_came_of_it_and_what_to_beware_of(folder):
+def test_the_comparison_of_real_runs_says_what_differed_what_came_of_it_and_what_to_beware_of(folder):
     done = qwlit(["report", "runs=[runs/*]", "baseline=low"], folder)
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}

@@ -12,11 +12,11 @@ import pytest
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data import files, store_writer
 from qwlit.data.config import DataConfig
-from qwlit.data.encoded_batch import Account
+from qwlit.data.encoded_batch import RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.rows import NeedsTokenizer
 from qwlit.data.splits import DataSplit, open_stores, split_data
-from qwlit.data.store import SampleStore, build_store, check_account
+from qwlit.data.store import SampleStore, build_store, check_row_counts
 from qwlit.data.tokenizer import TextTokenizer
 from tests.broken import CASES, GOOD, GOOD_LINE, SPOKEN, TAGS, Counted, Refused, lines, written
 from tests.real_tokenizer import small_tokenizer
@@ -69,9 +69,9 @@ def assert_counted(case: Counted, path: str, store: SampleStore) -> None:
         assert len(row["reason"].splitlines()) == 1
         assert len(row["reason"]) < LONGEST_MESSAGE and len(row["sha256"]) == 64
     read = len(case.good) + len(case.rejected) + case.too_long
-    account = store.account
-    assert (account.read, account.accepted) == (read, len(case.good))
-    assert (account.too_long, account.quarantined) == (case.too_long, len(case.rejected))
+    row_counts = store.row_counts
+    assert (row_counts.read, row_counts.accepted) == (read, len(case.good))
+    assert (row_counts.too_long, row_counts.quarantined) == (case.too_long, len(case.rejected))
     origins = list(dict.fromkeys(store.origin(index) for index in range(len(store))))
     assert [int(origin.rpartition(":")[2]) for origin in origins] == case.good
     if Path(path).is_file():
@@ -91,7 +91,7 @@ def test_what_is_broken_is_counted_or_refused_in_one_clear_line(kind: str, token
     store = build(path, tokenizer, **case.config)
     assert_counted(case, path, store)
     if case.good:
-        check_account(store, DataConfig(**case.config))
+        check_row_counts(store, DataConfig(**case.config))
     for cache in (CACHE, Path("another")) if case.rejected else ():
         line, reason = next(iter(case.rejected.items()))
         with pytest.raises(DataError) as raised:
@@ -108,7 +108,7 @@ def test_control_tokens_in_a_text_stay_letters(place: str, tokenizer: TextTokeni
     texts = [form.format(tag) for tag in TAGS for form in ("{0}", "a {0}{0} b", "{0}\n{0}assistant\n")]
     path = lines(SPOKEN[place]("harmless"), *map(SPOKEN[place], texts))
     store = build(path, tokenizer)
-    assert store.account == Account(read=len(texts) + 1, accepted=len(texts) + 1)
+    assert store.row_counts == RowCounts(read=len(texts) + 1, accepted=len(texts) + 1)
     controls = list(tokenizer.control_ids.values())
     harmless, *tagged = [np.isin(store.sample(index)[0], controls).sum() for index in range(len(store))]
     assert harmless > 0 and tagged == [harmless] * len(texts)
@@ -126,8 +126,8 @@ def test_nesting_of_any_depth_is_read_or_quarantined(place: str, tokenizer: Text
     }
     depths = range(700, 1001)
     path = lines(*[rows[place].replace("DEEP", "[" * depth + "]" * depth).encode() for depth in depths], GOOD)
-    account = build(path, tokenizer, max_seq_len=10_000).account
-    assert account.read == len(depths) + 1 == account.accepted + account.quarantined
+    row_counts = build(path, tokenizer, max_seq_len=10_000).row_counts
+    assert row_counts.read == len(depths) + 1 == row_counts.accepted + row_counts.quarantined
 
 
 def test_the_line_that_holds_more_than_memory_should_is_refused_by_all_processes(
@@ -136,7 +136,7 @@ def test_the_line_that_holds_more_than_memory_should_is_refused_by_all_processes
     monkeypatch.setattr(store_writer, "num_cores", lambda: 2)
     path = lines(GOOD, b'{"text": "' + b"y" * 10_000_000, b"{", GOOD)
     store = build(path, tokenizer)
-    assert store.account == Account(read=4, accepted=2, quarantined=2, duplicates=1)
+    assert store.row_counts == RowCounts(read=4, accepted=2, quarantined=2, duplicates=1)
     assert [row["line"] for row in store.quarantine()] == [2, 3]
 
 
@@ -207,7 +207,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_valid(
             build(path, tokenizer)
     assert_one_clear_line(raised.value, "No space left on device", "cache")
     assert_nothing_half_valid()
-    assert build(path, tokenizer).account == Account(read=3, accepted=2, quarantined=1, duplicates=1)
+    assert build(path, tokenizer).row_counts == RowCounts(read=3, accepted=2, quarantined=1, duplicates=1)
 
 
 def test_a_cache_that_cannot_be_is_blamed_rather_than_the_data(tokenizer: TextTokenizer) -> None:

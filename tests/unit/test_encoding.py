@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.encoded_batch import DTYPES, Account, EncodedBatch
+from qwlit.data.encoded_batch import DTYPES, EncodedBatch, RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.remarks import HISTORY_THINKING, TAGS_AS_TEXT
-from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row
+from qwlit.data.rows import Document, NeedsTokenizer, QuarantinedRow, Row
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import small_tokenizer
 from tests.stores import messages, row_encoder, tokens
@@ -24,7 +24,9 @@ def tokenizer() -> TextTokenizer:
 
 
 def encode(encoder: RowEncoder, *contents: Any) -> EncodedBatch:
-    return encoder([c if isinstance(c, Reject) else Row(0, line, c) for line, c in enumerate(contents, start=1)])
+    return encoder(
+        [c if isinstance(c, QuarantinedRow) else Row(0, line, c) for line, c in enumerate(contents, start=1)]
+    )
 
 
 def samples(batch: EncodedBatch) -> list[tuple[list[int], list[int]]]:
@@ -51,8 +53,8 @@ def test_every_kind_of_row_becomes_a_sample(tokenizer: TextTokenizer) -> None:
     (prose,) = tokenizer.encode(["Prose, 二."])
     document = ([*prose, tokenizer.end_of_text_id], [0] + [1] * len(prose))
     assert samples(batch) == [first, ([5, 1, 2, 3, 4, 5], [0, 1, 1, 1, 1, 1]), document, document, second]
-    assert batch.account == Account(read=5, accepted=5)
-    assert (batch.rejects, batch.stop) == ([], None)
+    assert batch.row_counts == RowCounts(read=5, accepted=5)
+    assert (batch.quarantined_rows, batch.stop) == ([], None)
 
 
 def test_the_arrays_say_of_each_sample_how_long_it_is_what_is_supervised_and_where_it_stood(
@@ -75,7 +77,7 @@ def test_a_batch_without_a_sample_has_empty_arrays_of_the_same_kinds() -> None:
     assert {name: (array.dtype.str, array.size) for name, array in batch.arrays.items()} == {
         name: (dtype, 0) for name, dtype in DTYPES.items()
     }
-    assert batch.account == Account(read=2, quarantined=2)
+    assert batch.row_counts == RowCounts(read=2, quarantined=2)
 
 
 def test_each_row_is_encoded_the_same_alone_and_among_others(tokenizer: TextTokenizer) -> None:
@@ -84,10 +86,10 @@ def test_each_row_is_encoded_the_same_alone_and_among_others(tokenizer: TextToke
     together = encode(encoder, *rows)
     alone = [encode(encoder, row) for row in rows]
     assert samples(together) == [sample for batch in alone for sample in samples(batch)]
-    account = Account()
+    row_counts = RowCounts()
     for batch in alone:
-        account.add(batch.account)
-    assert together.account == account
+        row_counts.add(batch.row_counts)
+    assert together.row_counts == row_counts
 
 
 @pytest.mark.parametrize("row", [LONG, MASKED, {"text": PROSE}, Document(PROSE)])
@@ -96,14 +98,14 @@ def test_a_row_as_long_as_the_limit_is_never_touched(row: Any, tokenizer: TextTo
     for too_long in ("auto", "drop", "truncate", "split", "error"):
         batch = encode(row_encoder(tokenizer, too_long=too_long, max_seq_len=len(ids)), row)
         assert samples(batch) == [(ids, mask)]
-        assert batch.account == Account(read=1, accepted=1)
+        assert batch.row_counts == RowCounts(read=1, accepted=1)
 
 
 @pytest.mark.parametrize("row", [LONG, MASKED, {"text": PROSE}, Document(PROSE)])
 def test_drop_leaves_a_longer_row_out(row: Any, tokenizer: TextTokenizer) -> None:
     batch = encode(row_encoder(tokenizer, too_long="drop", max_seq_len=24), row, tokens(1))
     assert samples(batch) == [([1, 1, 2, 3, 4, 5], [0, 1, 1, 1, 1, 1])]
-    assert batch.account == Account(read=2, accepted=1, too_long=1)
+    assert batch.row_counts == RowCounts(read=2, accepted=1, too_long=1)
 
 
 @pytest.mark.parametrize("row", [LONG, MASKED, {"text": PROSE}, Document(PROSE)])
@@ -112,7 +114,7 @@ def test_truncate_keeps_the_beginning(row: Any, tokenizer: TextTokenizer) -> Non
     ids, mask = whole(encoder, row)
     batch = encode(encoder, row, tokens(1))
     assert samples(batch)[0] == (ids[:24], mask[:24])
-    assert batch.account == Account(read=2, accepted=2, truncated=1)
+    assert batch.row_counts == RowCounts(read=2, accepted=2, truncated=1)
 
 
 @pytest.mark.parametrize("row", [LONG, MASKED, {"text": PROSE}, Document(PROSE)])
@@ -130,7 +132,7 @@ def test_split_makes_every_token_but_the_first_a_target_exactly_once(
         start += len(piece) - 1
     assert start == len(ids) - 1
     assert batch.arrays["num_supervised"].sum() == sum(mask)
-    assert batch.account == Account(read=1, accepted=1, split=1)
+    assert batch.row_counts == RowCounts(read=1, accepted=1, split=1)
 
 
 def _with_those_left_out(found: list[Any], ids: list[int], mask: list[int], limit: int) -> list[Any]:
@@ -155,7 +157,7 @@ def test_error_stops_at_the_first_longer_row_and_names_it(row: Any, size: str, t
 
 def test_auto_splits_prose_and_drops_the_rest(tokenizer: TextTokenizer) -> None:
     batch = encode(row_encoder(tokenizer, max_seq_len=24), LONG, MASKED, {"text": PROSE}, Document(PROSE))
-    assert batch.account == Account(read=4, accepted=2, too_long=2, split=2)
+    assert batch.row_counts == RowCounts(read=4, accepted=2, too_long=2, split=2)
     by_name = encode(row_encoder(tokenizer, max_seq_len=24, too_long="split"), {"text": PROSE}, Document(PROSE))
     assert samples(batch) == samples(by_name)
 
@@ -168,22 +170,22 @@ def test_of_a_text_in_blocks_only_the_last_ends_with_the_end_of_text(tokenizer: 
     ids = tokenizer.encode([block.text for block in BLOCKS])
     ids[-1].append(tokenizer.end_of_text_id)
     assert samples(batch) == [(tokens, [0] + [1] * (len(tokens) - 1)) for tokens in ids]
-    assert batch.account == Account(read=3, accepted=3)
+    assert batch.row_counts == RowCounts(read=3, accepted=3)
 
 
 @pytest.mark.parametrize(
-    ("too_long", "account"),
+    ("too_long", "row_counts"),
     [
-        ("auto", Account(read=3, accepted=3, split=2)),
-        ("split", Account(read=3, accepted=3, split=2)),
-        ("drop", Account(read=3, too_long=3)),
-        ("truncate", Account(read=3, accepted=1, too_long=2, truncated=1)),
+        ("auto", RowCounts(read=3, accepted=3, split=2)),
+        ("split", RowCounts(read=3, accepted=3, split=2)),
+        ("drop", RowCounts(read=3, too_long=3)),
+        ("truncate", RowCounts(read=3, accepted=1, too_long=2, truncated=1)),
     ],
 )
 def test_a_text_in_blocks_is_one_long_text_to_the_policy(
-    too_long: str, account: Account, tokenizer: TextTokenizer
+    too_long: str, row_counts: RowCounts, tokenizer: TextTokenizer
 ) -> None:
-    assert encode(row_encoder(tokenizer, too_long=too_long, max_seq_len=12), *BLOCKS).account == account
+    assert encode(row_encoder(tokenizer, too_long=too_long, max_seq_len=12), *BLOCKS).row_counts == row_counts
 
 
 def test_a_text_in_blocks_is_an_error_where_long_ones_are(tokenizer: TextTokenizer) -> None:
@@ -204,8 +206,8 @@ def test_a_text_in_blocks_is_an_error_where_long_ones_are(tokenizer: TextTokeniz
 def test_a_row_with_nothing_supervised_is_quarantined(too_long: str, mask: list[int], reason: str) -> None:
     row = {"input_ids": list(range(len(mask))), "loss_mask": mask}
     batch = encode(row_encoder(too_long=too_long, max_seq_len=8), tokens(1), row)
-    assert batch.account == Account(read=2, accepted=1, quarantined=1)
-    assert [(reject.line, reject.reason) for reject in batch.rejects] == [(2, reason)]
+    assert batch.row_counts == RowCounts(read=2, accepted=1, quarantined=1)
+    assert [(row.line, row.reason) for row in batch.quarantined_rows] == [(2, reason)]
     assert len(samples(batch)) == 1
 
 
@@ -213,21 +215,21 @@ def test_pieces_with_nothing_supervised_are_no_samples_of_a_row_that_is_split() 
     row = {"input_ids": list(range(20)), "loss_mask": [0] * 9 + [1] + [0] * 10}
     batch = encode(row_encoder(too_long="split", max_seq_len=8), row)
     assert samples(batch) == [(list(range(7, 15)), [0, 0, 1, 0, 0, 0, 0, 0])]
-    assert batch.account == Account(read=1, accepted=1, split=1)
+    assert batch.row_counts == RowCounts(read=1, accepted=1, split=1)
 
 
 def test_the_account_is_exact_and_every_reject_says_why(tokenizer: TextTokenizer) -> None:
-    unreadable = Reject(0, 3, "unreadable", "0" * 64)
+    unreadable = QuarantinedRow(0, 3, "unreadable", "0" * 64)
     rows: list[Any] = [tokens(7), b"{", unreadable, {"text": ""}, LONG, tokens(2, 60), {"text": PROSE}, {"x": 1}]
     batch = encode(row_encoder(tokenizer, max_seq_len=24), *rows)
-    assert batch.account == Account(read=8, accepted=2, too_long=2, quarantined=4, split=1)
-    assert batch.rejects[1] == unreadable
-    assert [reject.line for reject in batch.rejects] == [2, 3, 4, 8]
-    assert all(reject.reason and len(reject.sha256) == 64 for reject in batch.rejects)
+    assert batch.row_counts == RowCounts(read=8, accepted=2, too_long=2, quarantined=4, split=1)
+    assert batch.quarantined_rows[1] == unreadable
+    assert [row.line for row in batch.quarantined_rows] == [2, 3, 4, 8]
+    assert all(row.reason and len(row.sha256) == 64 for row in batch.quarantined_rows)
 
 
 @pytest.mark.parametrize(
-    "bad", [b"{", {"x": 1}, {"input_ids": [1, 2], "loss_mask": [0, 0]}, Reject(0, 2, "unreadable", "0" * 64)]
+    "bad", [b"{", {"x": 1}, {"input_ids": [1, 2], "loss_mask": [0, 0]}, QuarantinedRow(0, 2, "unreadable", "0" * 64)]
 )
 def test_strict_stops_at_the_first_bad_row(bad: Any) -> None:
     batch = encode(row_encoder(strict=True), tokens(1), bad, b"[]")
@@ -239,7 +241,7 @@ def test_strict_stops_at_the_first_bad_row(bad: Any) -> None:
 
 def test_strict_lets_long_rows_pass() -> None:
     batch = encode(row_encoder(strict=True, max_seq_len=8), tokens(1, 9), tokens(1))
-    assert (batch.stop, batch.account.too_long) == (None, 1)
+    assert (batch.stop, batch.row_counts.too_long) == (None, 1)
 
 
 @pytest.mark.parametrize("row", [messages("x"), {"text": "x"}, Document("x")])
@@ -253,7 +255,7 @@ def test_text_without_a_tokenizer_is_an_error_that_says_why_there_is_none(row: A
 
 def test_text_needs_no_chat_template(tokenizer: TextTokenizer) -> None:
     encoder = RowEncoder(row_encoder().config, 700, tokenizer, None, "no template")
-    assert encode(encoder, {"text": "x"}, tokens(1)).account.accepted == 2
+    assert encode(encoder, {"text": "x"}, tokens(1)).row_counts.accepted == 2
     with pytest.raises(NeedsTokenizer, match="no template"):
         encode(encoder, messages("x"))
 
@@ -282,7 +284,7 @@ def test_an_encoder_can_be_sent_to_another_process(tokenizer: TextTokenizer) -> 
     rows = [messages("One."), {"text": PROSE}, tokens(1), b"{"]
     first, second = encode(encoder, *rows), encode(sent, *rows)
     assert samples(first) == samples(second)
-    assert (first.account, first.rejects) == (second.account, second.rejects)
+    assert (first.row_counts, first.quarantined_rows) == (second.row_counts, second.quarantined_rows)
     assert sent.fingerprint == encoder.fingerprint
 
 

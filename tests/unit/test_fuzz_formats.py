@@ -1,4 +1,4 @@
-"""Random damage to good rows and files of every format: the account stays exact, and every sample can be trained on."""
+"""Random damage to good rows and files of every format: row counts stay exact, every sample can be trained on."""
 
 import json
 import os
@@ -128,13 +128,13 @@ def tokenizer() -> TextTokenizer:
 
 def assert_exact(store: SampleStore) -> None:
     """Each row read is accounted for, and each sample stored can be trained on."""
-    account = store.account
-    assert account.read == account.accepted + account.too_long + account.quarantined
+    row_counts = store.row_counts
+    assert row_counts.read == row_counts.accepted + row_counts.too_long + row_counts.quarantined
     reasons = [row["reason"] for row in store.quarantine()]
-    assert len(reasons) == account.quarantined
+    assert len(reasons) == row_counts.quarantined
     assert all(reason and len(reason.splitlines()) == 1 for reason in reasons)
     origins = {store.origin(index) for index in range(len(store))}
-    assert len(origins) == account.accepted <= len(store)
+    assert len(origins) == row_counts.accepted <= len(store)
     for index in range(len(store)):
         input_ids, mask = store.sample(index)
         assert 2 <= len(input_ids) == len(mask) <= LIMIT
@@ -155,7 +155,7 @@ def check(name: str, content: bytes, tokenizer: TextTokenizer, config: Row, num_
             assert name in str(error) and len(str(error).splitlines()) == 1
             return
         assert_exact(store)
-        assert num_rows in (None, store.account.read)
+        assert num_rows in (None, store.row_counts.read)
 
 
 @settings(max_examples=120, deadline=None)

@@ -14,7 +14,7 @@ import pytest
 
 from qwlit.core.errors import DataError
 from qwlit.data.readers import RowReader
-from qwlit.data.rows import MAX_ROW_BYTES, Document, Reject, Row, RowError
+from qwlit.data.rows import MAX_ROW_BYTES, Document, QuarantinedRow, Row, RowError
 from qwlit.data.sources import File, find_sources
 from qwlit.data.tables import MAX_CSV_ROW_BYTES
 from qwlit.data.text_files import TEXT_BLOCK_BYTES
@@ -32,13 +32,13 @@ def written(folder: Path, content: bytes, name: str) -> Path:
     return path
 
 
-def read(path: Path | str) -> list[Row | Reject]:
+def read(path: Path | str) -> list[Row | QuarantinedRow]:
     return list(RowReader(find_sources(str(path))))
 
 
-def seen(row: Row | Reject) -> Any:
+def seen(row: Row | QuarantinedRow) -> Any:
     """What a row turns out to be, or the reason why it cannot be used."""
-    if isinstance(row, Reject):
+    if isinstance(row, QuarantinedRow):
         return row.reason
     try:
         return row.value()
@@ -77,13 +77,13 @@ def test_a_broken_line_is_one_bad_row_and_its_neighbours_are_read(kind: str, tmp
 def test_the_hash_of_a_bad_line_is_of_its_raw_bytes(tmp_path: Path) -> None:
     for broken in (b"{\n", b"x" * (2 * MAX_ROW_BYTES + 5) + b"\n"):
         bad, good = read(written(tmp_path, broken + LINE, "rows.jsonl"))
-        assert (bad if isinstance(bad, Reject) else bad.reject("")).sha256 == sha256(broken).hexdigest()
+        assert (bad if isinstance(bad, QuarantinedRow) else bad.quarantined("")).sha256 == sha256(broken).hexdigest()
         assert seen(good) == GOOD
 
 
 def test_a_line_of_the_most_bytes_is_a_row_and_one_more_is_not(tmp_path: Path) -> None:
     line = b'{"x": "' + b"y" * (MAX_ROW_BYTES - 9) + b'"}'
-    for more, kind in ((b"", Row), (b" ", Reject)):
+    for more, kind in ((b"", Row), (b" ", QuarantinedRow)):
         (row,) = read(written(tmp_path, line + more, "rows.jsonl"))
         assert type(row) is kind
 
@@ -219,7 +219,7 @@ def test_quotes_inside_a_cell_are_letters(tmp_path: Path) -> None:
 
 def test_the_hash_of_a_broken_row_is_of_its_raw_line(tmp_path: Path) -> None:
     (bad,) = read(written(tmp_path, b'a,b\n1,"x\n', "rows.csv"))
-    assert isinstance(bad, Reject)
+    assert isinstance(bad, QuarantinedRow)
     assert bad.sha256 == sha256(b'1,"x\n').hexdigest()
 
 
@@ -347,7 +347,7 @@ def test_a_wide_row_of_a_table_counts_as_long_as_it_is(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "rows.parquet")
     short, long = read(tmp_path / "rows.parquet")
     assert isinstance(short, Row) and 10 < short.num_bytes() < 100
-    assert isinstance(long, Reject) and "a row may have" in long.reason
+    assert isinstance(long, QuarantinedRow) and "a row may have" in long.reason
 
 
 def test_a_damaged_table_is_an_error(table: Path) -> None:
@@ -437,7 +437,7 @@ def test_a_text_that_ends_in_blank_blocks_still_ends(tmp_path: Path) -> None:
 def test_text_of_nul_characters_is_quarantined(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("plain text".encode("utf-16-le"))
     (row,) = RowReader(find_sources(str(tmp_path / "a.txt")))
-    assert isinstance(row, Reject)
+    assert isinstance(row, QuarantinedRow)
     assert "NUL" in row.reason
 
 

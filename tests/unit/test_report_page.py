@@ -1,4 +1,4 @@
-"""The ledger's page and its command: what they show, that the page needs nothing else, and that text stays text."""
+"""The comparison's page and its command: what they show, that the page needs nothing else, and that text stays text."""
 
 import contextlib
 import io
@@ -15,8 +15,8 @@ from qwlit.commands.report import main
 from qwlit.core.console import Screen
 from qwlit.core.errors import ConfigError
 from qwlit.report.curves import MOST_POINTS, thin
-from qwlit.report.drawing import spreads
-from tests.reports import Page, assert_self_contained, ledger_of, page_of, searched, write_run, write_sweep
+from qwlit.report.drawing import needs_log_axis
+from tests.reports import Page, assert_self_contained, comparison_of, page_of, searched, write_run, write_sweep
 
 
 def command(*words):
@@ -32,18 +32,18 @@ def test_text_of_users_is_text_in_the_page(tmp_path):
     sample = {"prompt": evil, "answer": "二〇二四年", "expected": "&amp;", "exact": False}
     event = {"step": 1, "event": "finding", "time": 1.0, "message": evil}
     path = write_run(tmp_path / "<b>中文名", {"data.path": evil}, samples=[sample], events=[event])
-    page = assert_self_contained(page_of(ledger_of(path)))
+    page = assert_self_contained(page_of(comparison_of(path)))
     assert "b" not in page.tags
     assert page.text.count(evil) == 3 and "&amp;" in page.text and "二〇二四年" in page.text
     other = write_run(tmp_path / "<style>", {"data.path": "x", "optim.<i>": 2}, 2.0)
     third = write_run(tmp_path / "c", {"data.path": "x", "optim.<i>": 3}, 3.0)
-    several = assert_self_contained(page_of(ledger_of(path, other, third)))
+    several = assert_self_contained(page_of(comparison_of(path, other, third)))
     assert "optim.<i>" in several.text and "i" not in several.tags
     assert "<b>中文名" in several.text and "<style>" in several.text
 
 
 def test_a_sweeps_page_has_curves_bars_and_slices_with_every_choice_as_text(tmp_path):
-    text = page_of(ledger_of(searched(tmp_path)))
+    text = page_of(comparison_of(searched(tmp_path)))
     page = assert_self_contained(text)
     assert {"svg", "table", "figure"} <= page.tags
     assert "Which settings mattered" in page.text and "val/loss against each setting" in page.text
@@ -56,7 +56,7 @@ def test_a_sweeps_page_has_curves_bars_and_slices_with_every_choice_as_text(tmp_
 def test_forty_runs_get_seven_colours_and_the_rest_is_grey(tmp_path):
     for number in range(40):
         write_run(tmp_path / f"r{number:02d}", val=40.0 - number)
-    page = Page(page_of(ledger_of(tmp_path / "r*")))
+    page = Page(page_of(comparison_of(tmp_path / "r*")))
     legend = page.text[page.text.index("Curves") :]
     assert "33 more" in legend and all(f"r{number}" in legend for number in (39, 38, 37, 36, 35, 34))
     assert "r00" in legend and "r33" not in legend
@@ -65,7 +65,7 @@ def test_forty_runs_get_seven_colours_and_the_rest_is_grey(tmp_path):
 def test_a_run_without_metrics_has_a_page(tmp_path):
     path = write_run(tmp_path / "a")
     (path / "metrics.jsonl").unlink()
-    assert "Curves" not in page_of(ledger_of(path))
+    assert "Curves" not in page_of(comparison_of(path))
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_spikes():
@@ -79,8 +79,13 @@ def test_a_long_curve_is_thinned_and_keeps_its_spikes():
 
 
 def test_a_log_axis_is_for_values_far_apart_above_zero():
-    assert spreads([0.006, 6.5]) and not spreads([1.2, 4.0]) and not spreads([0.0, 100.0]) and not spreads([])
-    assert not spreads([0.01, 1.0, 2.0], above=1.0) and spreads([0.01, 1.0, 50.0], above=1.0)
+    assert (
+        needs_log_axis([0.006, 6.5])
+        and not needs_log_axis([1.2, 4.0])
+        and not needs_log_axis([0.0, 100.0])
+        and not needs_log_axis([])
+    )
+    assert not needs_log_axis([0.01, 1.0, 2.0], above=1.0) and needs_log_axis([0.01, 1.0, 50.0], above=1.0)
 
 
 def test_the_page_goes_where_it_belongs(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qwlit.data.rows import Document, Reject, Row, RowError, parse_json_object
+from qwlit.data.rows import Document, QuarantinedRow, Row, RowError, parse_json_object
 
 LINE = b'{"a": 1, "b": [{"c": null}]}'
 
@@ -68,7 +68,7 @@ def test_anything_else_is_refused_with_a_short_reason(raw: bytes, reason: str) -
     ],
 )
 def test_a_row_put_aside_is_known_by_the_hash_of_what_it_was(content: Any, raw: bytes) -> None:
-    assert Row(2, 7, content).reject("why") == Reject(2, 7, "why", sha256(raw).hexdigest())
+    assert Row(2, 7, content).quarantined("why") == QuarantinedRow(2, 7, "why", sha256(raw).hexdigest())
 
 
 def test_a_tables_row_and_a_text_have_their_value_at_once() -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qwlit.config.compose import compose
-from qwlit.config.run import mathematics
+from qwlit.config.run import recipe_settings
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json_lines
-from qwlit.run.resume import newest, prepare_folder, refuse_other_mathematics
+from qwlit.run.resume import newest, prepare_folder, refuse_changed_recipe
 from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.checkpointing.checkpoint import (
     MANIFEST,
@@ -120,12 +120,12 @@ def test_one_process_at_a_time_writes_to_a_run(folder):
 
 def test_changed_mathematics_is_named_with_both_values():
     def settings(*words):
-        return mathematics(compose(["data.path=a/chat.jsonl", "model.path=here/base", *words]).config)
+        return recipe_settings(compose(["data.path=a/chat.jsonl", "model.path=here/base", *words]).config)
 
     elsewhere = ["data.path=/b/chat.jsonl", "model.path=/there/base", "hardware=a100x4", "data.strict=true"]
-    refuse_other_mathematics(settings(), settings(*elsewhere))
+    refuse_changed_recipe(settings(), settings(*elsewhere))
     with pytest.raises(ConfigError, match=r"optim.lr was 1e-05, now 0.1"):
-        refuse_other_mathematics(settings(), settings("optim.lr=0.1"))
+        refuse_changed_recipe(settings(), settings("optim.lr=0.1"))
 
 
 def test_late_numbers_come_back_in_order_with_their_tags():

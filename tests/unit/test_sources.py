@@ -348,7 +348,7 @@ def test_a_folder_written_by_save_to_disk_is_its_rows(saved: Path, path: str, fo
     assert rows == list(load_from_disk(str(saved / folder))) and size == len(source.load())
     assert source.estimated_bytes() > 0
     store = build(saved / path, TextTokenizer(small_tokenizer("qwen3")), cache_root=saved / "cache")
-    assert (store.account.accepted, store.remarks) == (size, {"a row key that is not read: 'id'": size})
+    assert (store.row_counts.accepted, store.remarks) == (size, {"a row key that is not read: 'id'": size})
     assert store.origin(size - 1) == f"{saved / folder}:{size}"
 
 
@@ -401,5 +401,5 @@ def test_images_of_a_saved_folder_are_refused_without_being_decoded(tmp_path: Pa
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "rows"))
     store = build(tmp_path / "rows", TextTokenizer(small_tokenizer("qwen3")), cache_root=tmp_path / "cache")
-    ((line, reason),) = [(reject["line"], reject["reason"]) for reject in store.quarantine()]
+    ((line, reason),) = [(row["line"], row["reason"]) for row in store.quarantine()]
     assert line == 1 and reason.startswith("has 'image'")

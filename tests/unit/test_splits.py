@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwlit.core.errors import ConfigError, DataError
-from qwlit.data.encoded_batch import Account
+from qwlit.data.encoded_batch import RowCounts
 from qwlit.data.order import Order
 from qwlit.data.samples import Samples
 from qwlit.data.splits import DataSplit, open_stores, split_data, split_store
@@ -69,7 +69,7 @@ def test_without_a_validation_set_all_is_trained_on(tmp_path: Path) -> None:
     data = load(tmp_path, path=path)
     assert (len(data.train), data.validation) == (9, None)
     assert data.describe() == "9 samples, 54 tokens, 83% supervised; no validation set; 2 quarantined"
-    assert data.totals == {**vars(Account()), "read": 11, "accepted": 9, "quarantined": 2}
+    assert data.totals == {**vars(RowCounts()), "read": 11, "accepted": 9, "quarantined": 2}
     assert [row["line"] for row in data.quarantine()] == [10, 11]
     assert data.fingerprint == data.stores[0].fingerprint[:16]
     assert data.describe_shares(0) == []
@@ -169,7 +169,7 @@ def test_the_store_of_a_path_is_built_once_for_training_and_validation(tmp_path:
     ("setting", "message"),
     [
         ({}, r"data\.path is not set"),
-        ({"path": [{"path": "a.jsonl", "weight": 1}, "b.jsonl"]}, "give every part a weight, or none"),
+        ({"path": [{"path": "a.jsonl", "weight": 1}, "b.jsonl"]}, "give all parts a weight, or no part"),
         ({"path": "a.jsonl", "val_path": [{"path": "b.jsonl", "weight": 1}]}, r"data\.val_path takes no weights"),
     ],
 )

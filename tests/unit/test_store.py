@@ -13,10 +13,10 @@ import pytest
 from qwlit.core.errors import DataError
 from qwlit.data import store_writer
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.encoded_batch import Account
+from qwlit.data.encoded_batch import RowCounts
 from qwlit.data.remarks import TAGS_AS_TEXT
 from qwlit.data.rows import NeedsTokenizer
-from qwlit.data.store import SampleStore, check_account
+from qwlit.data.store import SampleStore, check_row_counts
 from qwlit.data.store_writer import BuildProgress
 from qwlit.data.tokenizer import TextTokenizer
 from tests.real_tokenizer import small_tokenizer
@@ -29,7 +29,7 @@ def tokenizer() -> TextTokenizer:
 
 
 def check(store: SampleStore, **config: Any) -> None:
-    check_account(store, row_encoder(**config).config)
+    check_row_counts(store, row_encoder(**config).config)
 
 
 def test_samples_come_back_with_mask_counts_and_origin(tmp_path: Path, tokenizer: TextTokenizer) -> None:
@@ -59,7 +59,7 @@ def test_every_row_is_accepted_too_long_or_quarantined(tmp_path: Path, tokenizer
         tmp_path / "rows.jsonl", [tokens(1), tokens(2, 40), messages("long " * 40), nothing_supervised, b"{", {}]
     )
     store = build(path, tokenizer, max_seq_len=30)
-    assert store.account == Account(read=6, accepted=1, too_long=2, quarantined=3)
+    assert store.row_counts == RowCounts(read=6, accepted=1, too_long=2, quarantined=3)
     quarantine = list(store.quarantine())
     assert [(row["file"], row["line"]) for row in quarantine] == [(str(path), line) for line in (4, 5, 6)]
     assert quarantine[0]["reason"] == "nothing in it is supervised"
@@ -70,7 +70,7 @@ def test_every_row_is_accepted_too_long_or_quarantined(tmp_path: Path, tokenizer
 def test_a_row_in_several_pieces_is_several_samples_of_one_origin(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = write(tmp_path / "rows.jsonl", [tokens(1), {"text": "It was the best of times. " * 9}, tokens(2)])
     store = build(path, tokenizer, max_seq_len=12)
-    assert store.account == Account(read=3, accepted=3, split=1)
+    assert store.row_counts == RowCounts(read=3, accepted=3, split=1)
     assert len(store) > 6
     assert [store.origin(i) for i in range(len(store))] == [
         f"{path}:1",
@@ -134,7 +134,7 @@ def test_several_processes_store_what_one_does(
     monkeypatch.setattr(store_writer, "num_cores", lambda: 2)
     together = build(path, tokenizer, cache_root=tmp_path / "together", max_seq_len=40)
     assert together.fingerprint == alone.fingerprint
-    assert together.account == alone.account
+    assert together.row_counts == alone.row_counts
     for file in sorted(alone.folder.iterdir()):
         if file.name != "meta.json":
             assert (together.folder / file.name).read_bytes() == file.read_bytes(), file.name
@@ -142,10 +142,10 @@ def test_several_processes_store_what_one_does(
 
 def test_samples_with_the_same_tokens_are_counted_and_left_out_where_asked(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [tokens(n % 20, 4 + n % 20) for n in (*range(20), *range(5), 20, 21)])
-    account = Account(read=27, accepted=27, duplicates=7)
-    assert build(path).account == account
+    row_counts = RowCounts(read=27, accepted=27, duplicates=7)
+    assert build(path).row_counts == row_counts
     store = build(path, drop_duplicates=True)
-    assert store.account == account
+    assert store.row_counts == row_counts
     assert first_tokens(store) == list(range(20))
     assert [store.origin(i) for i in range(20)] == [f"{path}:{line}" for line in range(1, 21)]
     assert lengths(store) == [len(store.sample(i)[0]) for i in range(20)] == [4 + n for n in range(20)]
@@ -168,7 +168,7 @@ def test_three_bad_rows_never_stop_a_run_unless_it_is_strict(tmp_path: Path) -> 
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
     store = build(path)
     check(store)
-    assert store.account.quarantined == 3
+    assert store.row_counts.quarantined == 3
     with pytest.raises(DataError, match=rf"^{path}:2: not valid JSON.*strict"):
         check(build(path, strict=True), strict=True)
 
@@ -202,7 +202,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"rows\.jsonl' or a file beside it changed while it was read; start again"):
         build(path, progress=change)
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
-    assert build(path).account.read > 2500
+    assert build(path).row_counts.read > 2500
 
 
 @pytest.mark.parametrize("name", ["meta.json", "tokens.npy", "lengths.npy"])
@@ -251,7 +251,7 @@ def test_a_killed_build_leaves_nothing_half_valid(tmp_path: Path) -> None:
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     assert [entry.suffix for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == [".tmp"]
-    assert build(path).account.accepted == 2500
+    assert build(path).row_counts.accepted == 2500
     assert not list((tmp_path / "cache").glob(".*.tmp"))
 
 

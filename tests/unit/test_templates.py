@@ -19,7 +19,7 @@ from qwlit.data.remarks import (
     remarks,
 )
 from qwlit.data.rows import RowError
-from qwlit.data.templates import END, FAMILIES, Piece, Supervision, render
+from qwlit.data.templates import FAMILIES, IM_END, Piece, Supervision, render
 from tests.conversations import Messages, conversation, supervised_spans, without_reasoning
 from tests.real_tokenizer import JINJA, SYSTEM_QWEN2, SYSTEM_QWEN2_5, small_tokenizer
 
@@ -76,37 +76,37 @@ def test_supervised_is_what_the_settings_say_of_what_the_jinja_template_renders(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_answers_and_their_end_are_supervised(family: str) -> None:
     messages = [USER, ONE, USER, {"role": "assistant", "content": "Two.\n"}]
-    assert supervised_text(pieces(messages, family)) == f"One.{END}Two.\n{END}"
-    assert supervised_text(pieces(messages, family, loss_on="last_assistant")) == f"Two.\n{END}"
+    assert supervised_text(pieces(messages, family)) == f"One.{IM_END}Two.\n{IM_END}"
+    assert supervised_text(pieces(messages, family, loss_on="last_assistant")) == f"Two.\n{IM_END}"
     assert all(piece.supervised for piece in pieces(messages, family, loss_on="all"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_answer_is_supervised_also_where_the_conversation_goes_on(family: str) -> None:
     messages = [USER, ONE, USER, {"role": "assistant", "content": "Two."}, USER]
-    assert supervised_text(pieces(messages, family, loss_on="last_assistant", thinking="keep")) == f"Two.{END}"
+    assert supervised_text(pieces(messages, family, loss_on="last_assistant", thinking="keep")) == f"Two.{IM_END}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_later_system_message_is_a_turn_of_its_own(family: str) -> None:
     messages = [USER, ONE, {"role": "system", "content": "Be brief."}, USER, ONE]
     rendered = pieces(messages, family)
-    assert f"One.{END}\n<|im_start|>system\nBe brief.{END}\n<|im_start|>user\nHi{END}" in text_of(rendered)
+    assert f"One.{IM_END}\n<|im_start|>system\nBe brief.{IM_END}\n<|im_start|>user\nHi{IM_END}" in text_of(rendered)
     assert text_of(rendered) == jinja(JINJA[family])(messages, None)
     default = FAMILIES[family].default_system
-    assert text_of(rendered).startswith(f"<|im_start|>system\n{default}{END}" if default else "<|im_start|>user")
+    assert text_of(rendered).startswith(f"<|im_start|>system\n{default}{IM_END}" if default else "<|im_start|>user")
 
 
 def test_thinking_before_the_last_question_is_stripped() -> None:
     first = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nOne."}
     rendered = pieces([USER, first, USER, {"role": "assistant", "content": "Two."}], "qwen3")
     assert "hm" not in text_of(rendered)
-    assert supervised_text(rendered) == f"One.{END}Two.{END}"
+    assert supervised_text(rendered) == f"One.{IM_END}Two.{IM_END}"
 
 
 def test_thinking_is_supervised_with_its_tags() -> None:
     rendered = pieces([USER, ONE | {"reasoning_content": "hm"}], "qwen3")
-    assert supervised_text(rendered) == f"<think>\nhm\n</think>\n\nOne.{END}"
+    assert supervised_text(rendered) == f"<think>\nhm\n</think>\n\nOne.{IM_END}"
     inline = pieces([USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nOne."}], "qwen3")
     assert inline == rendered
     assert pieces([USER, ONE | {"reasoning_content": "hm"}], "qwen3", thinking="keep") == rendered
@@ -117,14 +117,14 @@ def test_an_empty_think_block_is_read_and_supervised_only_where_it_is_kept(extra
     block = "<think>\n\n</think>\n\n"
     for thinking, expected in (("mask_empty", "One."), ("drop", "One."), ("keep", f"{block}One.")):
         rendered = pieces([USER, ONE | extra], "qwen3", thinking=thinking)
-        assert text_of(rendered).endswith(f"{block}One.{END}\n")
-        assert supervised_text(rendered) == expected + END
+        assert text_of(rendered).endswith(f"{block}One.{IM_END}\n")
+        assert supervised_text(rendered) == expected + IM_END
 
 
 def test_an_empty_block_outside_the_last_answer_is_not_supervised_where_only_that_is() -> None:
     messages = [USER, ONE | {"tool_calls": [CALL], "reasoning_content": "hm"}, {"role": "tool", "content": "1"}, ONE]
     rendered = pieces(messages, "qwen3", loss_on="last_assistant", thinking="keep")
-    assert supervised_text(rendered) == f"<think>\n\n</think>\n\nOne.{END}"
+    assert supervised_text(rendered) == f"<think>\n\n</think>\n\nOne.{IM_END}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,14 +145,14 @@ def test_drop_refuses_an_answer_of_reasoning_alone() -> None:
 @pytest.mark.parametrize("content", ["hm</think>One.", "So <think>hm</think> One.", "</think><think>", "<think>One."])
 def test_think_tags_that_open_no_answer_or_never_close_are_text(content: str) -> None:
     rendered = pieces([USER, {"role": "assistant", "content": content}], "qwen3")
-    assert supervised_text(rendered) == content + END
+    assert supervised_text(rendered) == content + IM_END
     assert [p.text for p in rendered if p.control].count("<think>") == 1
     assert pieces([USER, {"role": "assistant", "content": content}], "qwen3", thinking="drop") == rendered
 
 
 def test_only_the_first_closing_tag_ends_the_reasoning() -> None:
     rendered = pieces([USER, {"role": "assistant", "content": "<think>hm</think>One </think> two."}], "qwen3")
-    assert supervised_text(rendered) == f"<think>\nhm\n</think>\n\nOne </think> two.{END}"
+    assert supervised_text(rendered) == f"<think>\nhm\n</think>\n\nOne </think> two.{IM_END}"
 
 
 def test_a_users_text_in_response_tags_is_an_ordinary_question() -> None:
@@ -173,10 +173,10 @@ def test_tool_calls_are_supervised_and_responses_are_not(family: str) -> None:
     ]
     written = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     rendered = pieces(messages, family)
-    assert supervised_text(rendered) == f"{written}\n{written}{END}Five.{END}"
-    assert supervised_text(pieces(messages, family, loss_on="last_assistant")) == f"Five.{END}"
+    assert supervised_text(rendered) == f"{written}\n{written}{IM_END}Five.{IM_END}"
+    assert supervised_text(pieces(messages, family, loss_on="last_assistant")) == f"Five.{IM_END}"
     response = "<tool_response>\n{}\n</tool_response>"
-    assert f"user\n{response.format(2)}\n{response.format(3)}{END}" in text_of(rendered)
+    assert f"user\n{response.format(2)}\n{response.format(3)}{IM_END}" in text_of(rendered)
 
 
 def test_arguments_as_json_text_stand_as_they_are_or_quoted_as_the_family_does() -> None:
@@ -250,7 +250,7 @@ def test_an_earlier_answer_of_reasoning_alone_would_be_supervised_as_empty_and_i
         messages = [USER, {"role": "assistant", **thought}, USER, {"role": "assistant", "content": "z"}]
         with pytest.raises(RowError, match="only reasoning, which template qwen3 leaves out"):
             pieces(messages, "qwen3")
-        assert supervised_text(pieces(messages[:2], "qwen3")) == f"<think>\na\n</think>\n\n{END}"
+        assert supervised_text(pieces(messages[:2], "qwen3")) == f"<think>\na\n</think>\n\n{IM_END}"
 
 
 def test_what_json_cannot_say_is_no_argument() -> None:
@@ -366,7 +366,7 @@ def test_an_answer_of_weight_0_is_read_and_not_supervised() -> None:
     bad = {"role": "assistant", "content": "Bad.", "weight": 0}
     rendered = pieces([USER, bad, USER, ONE | {"weight": 1}], "qwen3")
     assert "Bad." in text_of(rendered)
-    assert supervised_text(rendered) == f"One.{END}"
+    assert supervised_text(rendered) == f"One.{IM_END}"
 
 
 def test_nulls_that_a_table_fills_in_are_remarked_on() -> None:

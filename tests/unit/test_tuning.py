@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from qwlit.config.compose import compose, conf_dir
-from qwlit.config.run import mathematics
+from qwlit.config.run import recipe_settings
 from qwlit.core.errors import ConfigError
 from qwlit.tuning.best import as_experiment, fewest_overrides
 from qwlit.tuning.lr_range import evaluate
@@ -21,7 +21,7 @@ from qwlit.tuning.slots import allocate_slots
 from qwlit.tuning.space import build_space, check_space, format_overrides, grid_points
 from qwlit.tuning.study import Study
 from qwlit.tuning.sweep_file import read_sweep, sweep_names
-from qwlit.tuning.trial import Tail
+from qwlit.tuning.trial import JsonlTail
 
 COMMAND = ["${env}", "${interpreter}", "-m", "qwlit", "train", "recipe=lora", "${args_no_hyphens}"]
 
@@ -141,14 +141,14 @@ def test_a_grid_visits_every_point_once_whatever_dies_in_between(tmp_path):
     for _ in range(3):  # each time the parent dies, with one trial under way that the next one adopts
         study = study_of(tmp_path / "s", sweep, trials=6)
         adopted = [study.next() for _ in range(2 if not seen else 3)]
-        for ticket in adopted[:-1]:
-            seen.append(tuple(ticket.parameters.values()))
-            study.finish(ticket.number, "done", 1.0, None)
+        for assigned in adopted[:-1]:
+            seen.append(tuple(assigned.parameters.values()))
+            study.finish(assigned.number, "done", 1.0, None)
         study.close()
     study = study_of(tmp_path / "s", sweep, trials=6)
-    while (ticket := study.next()) is not None:
-        seen.append(tuple(ticket.parameters.values()))
-        study.finish(ticket.number, "done", 1.0, None)
+    while (assigned := study.next()) is not None:
+        seen.append(tuple(assigned.parameters.values()))
+        study.finish(assigned.number, "done", 1.0, None)
     assert len(seen) == 6 == len(set(seen))
     assert len(study.trials) == 6
 
@@ -160,14 +160,14 @@ def test_the_same_seed_draws_the_same_trials_also_when_the_parent_dies_on_the_wa
     def draw(name, *, seed, dying_at):
         drawn = []
         study = study_of(tmp_path / name, sweep, seed=seed)
-        while (ticket := study.next()) is not None:
-            if ticket.number in dying_at and len(drawn) == ticket.number:
-                dying_at = dying_at - {ticket.number}
+        while (assigned := study.next()) is not None:
+            if assigned.number in dying_at and len(drawn) == assigned.number:
+                dying_at = dying_at - {assigned.number}
                 study.close()
                 study = study_of(tmp_path / name, sweep, seed=seed)
-                ticket = study.next()
-            drawn.append(ticket.parameters["optim.lr"])
-            study.finish(ticket.number, "done", (drawn[-1] - 0.3) ** 2, None)
+                assigned = study.next()
+            drawn.append(assigned.parameters["optim.lr"])
+            study.finish(assigned.number, "done", (drawn[-1] - 0.3) ** 2, None)
         return drawn
 
     one = draw("a", seed=1, dying_at=set())
@@ -182,10 +182,10 @@ def test_diverged_trials_keep_the_search_away_and_failed_ones_say_nothing(tmp_pa
     sweep = sweep_of(tmp_path, parameters={"optim.lr": {"min": 0.0, "max": 1.0}})
     study = study_of(tmp_path / "s", sweep, trials=40)
     drawn = []
-    while (ticket := study.next()) is not None:
-        lr = ticket.parameters["optim.lr"]
+    while (assigned := study.next()) is not None:
+        lr = assigned.parameters["optim.lr"]
         drawn.append(lr)
-        study.finish(ticket.number, *(("diverged", None, "nan") if lr > 0.5 else ("done", 1 - lr, None)))
+        study.finish(assigned.number, *(("diverged", None, "nan") if lr > 0.5 else ("done", 1 - lr, None)))
     # The finished ones draw it towards 0.5, the diverged ones away from beyond.
     assert sum(lr > 0.5 for lr in drawn[20:]) < 10
     states = {trial.user_attrs["outcome"]: trial.state for trial in study.trials}
@@ -197,15 +197,15 @@ def test_a_trial_is_pruned_by_the_rule_of_the_file_and_this_outlives_the_parent(
     sweep = sweep_of(tmp_path, method="random", early_terminate=rule)
     study = study_of(tmp_path / "s", sweep)
     for value in (1.0, 0.9, 0.8, 2.0):
-        ticket = study.next()
-        assert not study.report(ticket.number, 1, value), "no trial is pruned before min_iter"
-        pruned = study.report(ticket.number, 2, value)
+        assigned = study.next()
+        assert not study.report(assigned.number, 1, value), "no trial is pruned before min_iter"
+        pruned = study.report(assigned.number, 2, value)
         assert pruned == (value == 2.0)
     study.close()
     again = study_of(tmp_path / "s", sweep)
     adopted = [again.next() for _ in range(4)]
-    assert [ticket.pruned_at for ticket in adopted] == [None, None, None, 2]
-    assert [ticket.num_reported for ticket in adopted] == [2, 2, 2, 2]
+    assert [assigned.pruned_at for assigned in adopted] == [None, None, None, 2]
+    assert [assigned.num_reported for assigned in adopted] == [2, 2, 2, 2]
 
 
 def _die_while_asking(folder, sweep):
@@ -228,10 +228,10 @@ def test_kill_minus_nine_while_asking_leaves_a_study_that_resumes(tmp_path):
         handle.write(b'{"op_code":8,"wor')
     study = study_of(tmp_path / "s", sweep)
     numbers = []
-    while (ticket := study.next()) is not None:
-        assert len(ticket.parameters) == 5
-        numbers.append(ticket.number)
-        study.finish(ticket.number, "done", 0.0, None)
+    while (assigned := study.next()) is not None:
+        assert len(assigned.parameters) == 5
+        numbers.append(assigned.number)
+        study.finish(assigned.number, "done", 0.0, None)
     assert sorted(numbers) == list(range(20))
 
 
@@ -252,16 +252,16 @@ def test_the_best_trials_file_composes_to_the_same_run(tmp_path):
         (folder / f"best{number}.yaml").write_text(as_experiment(groups, settings, "The best."), encoding="utf-8")
         again = compose([f"experiment=best{number}", f"hydra.searchpath=[file://{tmp_path}]"]).config
         expected = composed.config
-        assert mathematics(
+        assert recipe_settings(
             compose([f"{n}={c}" for n, c in groups.items()] + format_overrides(settings)).config
-        ) == mathematics(expected)
-        assert mathematics(again) == mathematics(expected)
+        ) == recipe_settings(expected)
+        assert recipe_settings(again) == recipe_settings(expected)
         assert again.data == expected.data
         assert again.hardware == expected.hardware
 
 
 def test_a_file_is_followed_while_it_is_written_and_cut_back(tmp_path):
-    tail = Tail(tmp_path / "m.jsonl")
+    tail = JsonlTail(tmp_path / "m.jsonl")
     assert tail.read() == []
     with (tmp_path / "m.jsonl").open("w") as handle:
         handle.write('{"step": 1}\n{"st')

@@ -25,8 +25,9 @@ PLAN = """\
 python -m qwlit plan [output=text|json] [mfu=0.4] [group=choice ...] [key=value ...]
 
 Says what `train` with the same overrides would do, without training: parameters, memory by component against the
-device's memory, micro-batches, steps, schedule, time, and the preflight findings. It believes the hardware profile and
-needs no GPU, no weights and no network. What depends on data or tokenizer is "not checked" if they are not available.
+device's memory, micro-batches, steps, schedule, time, and the preflight findings. It takes the devices from a GPU's
+hardware profile, not from this machine, and needs no GPU, no weights and no network. What depends on data or
+tokenizer is "not checked" if they are not available.
 
   plan hardware=a100x4 recipe=full_sft
   plan hardware=rtx4090 recipe=qlora model=qwen2_5_7b data.path=chat.jsonl
@@ -90,8 +91,8 @@ Trains a model. The same command resumes an unfinished run of the same name.
 REPORT = """\
 python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
 
-The ledger of runs, the best first: how their settings, results and events differ. Also writes report.html with curves
-and, from four runs on, which settings mattered. Reads run folders and trains nothing.
+Compares runs, the best first: how their settings, results and events differ. Also writes report.html with curves and,
+from four runs on, which settings mattered. Reads run folders and trains nothing.
 
   report runs=runs/demo                          one run: its curves, events and samples
   report runs=[runs/a,runs/b]                    how b differs from a in settings and results

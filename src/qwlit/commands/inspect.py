@@ -18,8 +18,8 @@ from qwlit.core.errors import ConfigError, one_line
 from qwlit.data.inspect import length_histogram, spans
 from qwlit.data.samples import Samples
 from qwlit.data.splits import DataSplit, split_data
-from qwlit.data.store import rejections
-from qwlit.data.templates import FAMILIES, Family
+from qwlit.data.store import quarantine_reasons
+from qwlit.data.templates import FAMILIES, ChatTemplateFamily
 
 if TYPE_CHECKING:
     from qwlit.planning.tokenized_data import TokenizedData
@@ -59,7 +59,7 @@ def inspect(config: RunConfig, output: str, sample: int | None) -> None:
     screen = console(stderr=output == "json")
     tokenized = load_tokenized_data(config, screen)
     if sample is None:
-        _show_account(tokenized, screen)
+        _show_row_counts(tokenized, screen)
     data = split_data(config.data, tokenized.training, tokenized.validation)
     if sample is not None and sample >= len(data.train):
         raise ConfigError(f"sample={sample}: there are {len(data.train)} samples, 0 to {len(data.train) - 1}")
@@ -71,16 +71,16 @@ def inspect(config: RunConfig, output: str, sample: int | None) -> None:
         _show_tokens(data.train, sample, tokenized, screen)
     else:
         _show_data(data, tokenized, config, screen)
-        for number in range(min(SAMPLES_SHOWN, len(data.train))):
-            _show_sample(data.train, number, tokenized, screen)
+        for index in range(min(SAMPLES_SHOWN, len(data.train))):
+            _show_sample(data.train, index, tokenized, screen)
 
 
-def _json_lines(samples: Samples, numbers: Any) -> Iterator[str]:
-    for number in numbers:
-        input_ids, loss_mask = samples.sample(number)
+def _json_lines(samples: Samples, indices: Any) -> Iterator[str]:
+    for index in indices:
+        input_ids, loss_mask = samples.sample(index)
         yield json.dumps(
             {
-                "sample": number,
+                "sample": index,
                 "input_ids": input_ids.tolist(),
                 "loss_mask": loss_mask.tolist(),
                 "num_supervised_tokens": int(loss_mask.sum()),
@@ -88,23 +88,23 @@ def _json_lines(samples: Samples, numbers: Any) -> Iterator[str]:
         )
 
 
-def _show_account(tokenized: "TokenizedData", screen: Console) -> None:
+def _show_row_counts(tokenized: "TokenizedData", screen: Console) -> None:
     """Print how many rows were accepted, too long or quarantined, and the reasons."""
     stores = [("data.path", store) for store in tokenized.training]
     stores += [("data.val_path", store) for store in tokenized.validation]
     for setting, store in stores:
-        account = store.account
-        parts = f"{account.accepted:,} accepted + {account.too_long:,} too long + {account.quarantined:,} quarantined"
-        more = [f"{getattr(account, name):,} {name}" for name in ("truncated", "split", "duplicates")]
-        screen.print(f"[bold]{setting}[/]  {escape(store.path)}: {account.read:,} rows = {parts}; {', '.join(more)}")
-    found = rejections(store for _, store in stores)
+        counts = store.row_counts
+        parts = f"{counts.accepted:,} accepted + {counts.too_long:,} too long + {counts.quarantined:,} quarantined"
+        more = [f"{getattr(counts, name):,} {name}" for name in ("truncated", "split", "duplicates")]
+        screen.print(f"[bold]{setting}[/]  {escape(store.path)}: {counts.read:,} rows = {parts}; {', '.join(more)}")
+    found = quarantine_reasons(store for _, store in stores)
     if found:
         screen.print("\n[bold]quarantined[/]")
-    for rejection in found[:REASONS_SHOWN]:
-        place = f"{rejection.first['file']}:{rejection.first['line']}"
-        screen.print(f"  {rejection.number:>7,}  {escape(rejection.reason)}  [dim]{escape(place)}[/]")
+    for reason in found[:REASONS_SHOWN]:
+        origin = f"{reason.first['file']}:{reason.first['line']}"
+        screen.print(f"  {reason.num_rows:>7,}  {escape(reason.text)}  [dim]{escape(origin)}[/]")
     if len(found) > REASONS_SHOWN:
-        rest = sum(rejection.number for rejection in found[REASONS_SHOWN:])
+        rest = sum(reason.num_rows for reason in found[REASONS_SHOWN:])
         screen.print(f"  {rest:>7,}  for {len(found) - REASONS_SHOWN} other reasons")
 
 
@@ -122,7 +122,7 @@ def _show_data(data: DataSplit, tokenized: "TokenizedData", config: RunConfig, s
     _show_steps(data, config, screen)
 
 
-def _other_system_text(family: Family) -> str:
+def _other_system_text(family: ChatTemplateFamily) -> str:
     """Describe the template's default system text if it is not the family's default, else return ""."""
     text = family.default_system
     if text == FAMILIES[family.name].default_system:
@@ -135,10 +135,10 @@ def _other_system_text(family: Family) -> str:
 def _show_lengths(samples: Samples, screen: Console) -> None:
     screen.print("\n[bold]tokens per sample[/]")
     histogram = length_histogram(samples)
-    most = max(number for _, _, number in histogram)
-    for shortest, longest, number in histogram:
-        bar = "▇" * max(round(BAR_WIDTH * number / most), number > 0)
-        screen.print(f"  {shortest:>7,} – {longest:>7,}  [cyan]{bar:<{BAR_WIDTH}}[/] {number:>9,}")
+    most = max(count for _, _, count in histogram)
+    for shortest, longest, count in histogram:
+        bar = "▇" * max(round(BAR_WIDTH * count / most), count > 0)
+        screen.print(f"  {shortest:>7,} – {longest:>7,}  [cyan]{bar:<{BAR_WIDTH}}[/] {count:>9,}")
 
 
 def _show_steps(data: DataSplit, config: RunConfig, screen: Console) -> None:
@@ -165,11 +165,11 @@ def _show_steps(data: DataSplit, config: RunConfig, screen: Console) -> None:
             screen.print(f"    device {rank}  [cyan]{bar}[/] {tokens:,} tokens  [dim]samples {named}[/]")
 
 
-def _show_sample(samples: Samples, number: int, tokenized: "TokenizedData", screen: Console) -> None:
+def _show_sample(samples: Samples, index: int, tokenized: "TokenizedData", screen: Console) -> None:
     """Print a sample's text. Supervised tokens are green, or in double brackets on a screen without colours."""
-    input_ids, loss_mask = samples.sample(number)
+    input_ids, loss_mask = samples.sample(index)
     counts = f"{len(input_ids):,} tokens, {int(loss_mask.sum()):,} supervised"
-    screen.print(f"\n[bold]sample {number}[/]  {escape(samples.origin(number))}  {counts}")
+    screen.print(f"\n[bold]sample {index}[/]  {escape(samples.origin(index))}  {counts}")
     colours = screen.is_terminal and not screen.no_color
     text = Text()
     was_supervised = False
@@ -186,9 +186,9 @@ def _show_sample(samples: Samples, number: int, tokenized: "TokenizedData", scre
     screen.print(text)
 
 
-def _show_tokens(samples: Samples, number: int, tokenized: "TokenizedData", screen: Console) -> None:
+def _show_tokens(samples: Samples, index: int, tokenized: "TokenizedData", screen: Console) -> None:
     screen.print("\n[bold]position      id  supervised  token[/]")
-    input_ids, loss_mask = samples.sample(number)
+    input_ids, loss_mask = samples.sample(index)
     for position, (token, supervised) in enumerate(zip(input_ids.tolist(), loss_mask.tolist(), strict=True)):
         mark = "[green]yes[/]" if supervised else "   "
         screen.print(f"{position:>8}  {token:>6}  {mark}         {escape(repr(_decode(tokenized, (token,))))}")

@@ -135,10 +135,10 @@ def _show_parameters(plan: "RunPlan", screen: Console) -> None:
 
 def _show_memory(plan: "RunPlan", remedies: "list[Remedy]", screen: Console) -> None:
     memory = plan.memory
-    there = f" of {memory.device / GIB:.1f}" if memory.device else ""
+    device = f" of {memory.device / GIB:.1f}" if memory.device else ""
     verdict = {True: "[green]fits[/]", False: "[red]does not fit[/]", None: "device not known"}[memory.fits]
     screen.print(
-        f"\n[bold]memory[/]  {memory.total / GIB:.2f}{there} GiB per device, {verdict}; peak at {memory.moment}"
+        f"\n[bold]memory[/]  {memory.total / GIB:.2f}{device} GiB per device, {verdict}; peak at {memory.moment}"
     )
     scale = max(memory.device, memory.total)
     for name, size in memory.components.items():

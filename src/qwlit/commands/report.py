@@ -17,13 +17,13 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.core.lists import read_list
 from qwlit.report.comparability import comparison_warnings
-from qwlit.report.compare import Ledger, build_ledger
+from qwlit.report.compare import RunComparison, build_comparison
 from qwlit.report.importance import Importance, importance
 from qwlit.report.page import FILE, headline, write_page
 from qwlit.report.table import EVENTS, Column, columns
 
 OUTPUTS = ("text", "json")
-JUDGED = 4
+ALWAYS_SHOWN = 4
 """Number of leading columns that are always shown: name, status, metric and difference."""
 MOST_LISTED = 6
 """Settings listed per run if too many differ for one column each; the page lists all."""
@@ -42,25 +42,25 @@ def main(arguments: list[str]) -> None:
     if not names:
         raise ConfigError(f"runs={own['runs']} is empty; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
     try:
-        ledger = build_ledger(names, own["baseline"] or None)
+        comparison = build_comparison(names, own["baseline"] or None)
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
-    warnings, shares = comparison_warnings(ledger), importance(ledger)
-    file = resolve_path(own["page"]) if own["page"] else ledger.home / FILE
-    write_page(ledger, warnings, shares, file)
+    warnings, shares = comparison_warnings(comparison), importance(comparison)
+    file = resolve_path(own["page"]) if own["page"] else comparison.home / FILE
+    write_page(comparison, warnings, shares, file)
     if own["output"] == "json":
-        print(json.dumps(_as_json(ledger, warnings, shares, file), indent=1, ensure_ascii=False))
+        print(json.dumps(_as_json(comparison, warnings, shares, file), indent=1, ensure_ascii=False))
     else:
-        _show(ledger, warnings, shares, file, console())
+        _show(comparison, warnings, shares, file, console())
 
 
-def _as_json(ledger: Ledger, warnings: list[str], shares: Importance | None, file: Path) -> dict[str, Any]:
-    """Return the ledger for scripts; unknown values are null."""
+def _as_json(comparison: RunComparison, warnings: list[str], shares: Importance | None, file: Path) -> dict[str, Any]:
+    """Return the comparison for scripts; unknown values are null."""
     return {
-        "metric": {"name": ledger.metric.name, "goal": ledger.metric.goal},
-        "best": ledger.best.name if ledger.best else None,
-        "baseline": ledger.baseline.name,
-        "differing": list(ledger.differing),
+        "metric": {"name": comparison.metric.name, "goal": comparison.metric.goal},
+        "best": comparison.best.name if comparison.best else None,
+        "baseline": comparison.baseline.name,
+        "differing": list(comparison.differing),
         "remarks": warnings,
         "runs": [
             {
@@ -68,23 +68,25 @@ def _as_json(ledger: Ledger, warnings: list[str], shares: Importance | None, fil
                 "path": str(run.path) if run.exists else None,
                 "status": run.status,
                 "reason": run.trial.reason if run.trial else None,
-                "value": ledger.value(run),
-                "delta": ledger.delta(run),
-                **asdict(run.figures),
-                "settings": {key: run.settings[key] for key in ledger.differing if key in run.settings},
+                "value": comparison.value(run),
+                "delta": comparison.delta(run),
+                **asdict(run.results),
+                "settings": {key: run.settings[key] for key in comparison.differing if key in run.settings},
                 "events": {event: run.count(event) for event in EVENTS},
             }
-            for run in ledger.runs
+            for run in comparison.runs
         ],
         "importance": None if shares is None else {"shares": shares.shares, "caveats": shares.caveats},
         "page": str(file),
     }
 
 
-def _show(ledger: Ledger, warnings: list[str], shares: Importance | None, file: Path, screen: Console) -> None:
-    """Print the ledger for a person."""
-    screen.print(f"[bold]{escape(headline(ledger))}[/]\n")
-    _show_table(ledger, screen)
+def _show(
+    comparison: RunComparison, warnings: list[str], shares: Importance | None, file: Path, screen: Console
+) -> None:
+    """Print the comparison for a person."""
+    screen.print(f"[bold]{escape(headline(comparison))}[/]\n")
+    _show_table(comparison, screen)
     if shares is not None:
         screen.print("\n[bold]which settings mattered[/]")
         for key, share in shares.shares.items():
@@ -98,17 +100,17 @@ def _show(ledger: Ledger, warnings: list[str], shares: Importance | None, file: 
     screen.print(f"\n[bold]page[/]  {escape(str(file))}")
 
 
-def _show_table(ledger: Ledger, screen: Console) -> None:
+def _show_table(comparison: RunComparison, screen: Console) -> None:
     """Print the table; on a narrow screen leave out columns of numbers, from the right."""
-    parts = columns(ledger, most_listed=MOST_LISTED)
+    parts = columns(comparison, most_listed=MOST_LISTED)
     left_out: list[str] = []
     while sum(_width(part) + GAP for part in parts) > screen.width + GAP:
-        figures = [part for part in parts[JUDGED:] if part.kind == "number"]
-        if not figures:
+        removable = [part for part in parts[ALWAYS_SHOWN:] if part.kind == "number"]
+        if not removable:
             break
-        parts.remove(figures[-1])
-        left_out.insert(0, figures[-1].title)
-    screen.print(_table(ledger, parts), soft_wrap=False)
+        parts.remove(removable[-1])
+        left_out.insert(0, removable[-1].title)
+    screen.print(_table(comparison, parts), soft_wrap=False)
     if left_out:
         screen.print(f"[dim]the screen is too narrow for {', '.join(left_out)}: see the page[/]")
 
@@ -119,14 +121,14 @@ def _width(part: Column) -> int:
     return min(widest, FOLDED) if part.kind == "text" else widest
 
 
-def _table(ledger: Ledger, parts: list[Column]) -> Table:
+def _table(comparison: RunComparison, parts: list[Column]) -> Table:
     height = max(len(part.title_lines) for part in parts)
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
     for part in parts:
         justify: Literal["left", "right"] = "right" if part.kind == "number" else "left"
         title = "\n" * (height - len(part.title_lines)) + "\n".join(part.title_lines)
         table.add_column(Text(title), justify=justify, overflow="fold", no_wrap=part.kind != "text")
-    for number, run in enumerate(ledger.runs):
-        cells = [Text(part.cells[number], "bold cyan" if number in part.marked else "") for part in parts]
-        table.add_row(*cells, style=None if run.settled else "dim")
+    for index, run in enumerate(comparison.runs):
+        cells = [Text(part.cells[index], "bold cyan" if index in part.marked else "") for part in parts]
+        table.add_row(*cells, style=None if run.finished else "dim")
     return table

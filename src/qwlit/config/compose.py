@@ -127,7 +127,7 @@ def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
     """Load an earlier run's config.yaml."""
     file = resolve_path(str(path))
     if not file.is_file():
-        raise ConfigError(f"config={path}: no such file; give a run's config.yaml")
+        raise ConfigError(f"config={path}: no such file; give runs/NAME/config.yaml")
     for key, choice in chosen.items():
         raise ConfigError(f"{key}={choice}: config={path} has fixed all groups; set single values")
     try:
@@ -135,7 +135,7 @@ def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
     if not isinstance(tree, DictConfig):
-        raise ConfigError(f"config={path} is not a run's config.yaml")
+        raise ConfigError(f"config={path} is not a run's config.yaml; give runs/NAME/config.yaml")
     return tree
 
 
@@ -155,7 +155,7 @@ LENGTH = ("train.max_steps", "train.max_epochs")
 
 
 def _cleared(typed: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that typed ones replace: a typed warmup_steps clears the recipe's warmup_ratio.
+    """Return the settings that a typed setting replaces: a typed warmup_steps sets the recipe's warmup_ratio to null.
 
     A typed warm-up also lifts the recipe's cap on it.
     """

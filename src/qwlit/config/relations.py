@@ -32,7 +32,7 @@ def _texts(config: RunConfig) -> None:
     for key in sorted(TEXTS):
         section, name = key.split(".")
         if getattr(getattr(config, section), name) == "":
-            raise ConfigError(f"{key} is empty; is a shell variable unset? Leave it out for its default")
+            raise ConfigError(f"{key} is empty; is a shell variable unset? Leave the key out to use the default")
 
 
 def _length(config: RunConfig) -> None:
@@ -77,8 +77,8 @@ def _adapter(config: RunConfig) -> None:
     if config.model.adapter_path and config.model.init == "random":
         raise ConfigError("model.adapter_path needs trained weights, but model.init=random; set model.init=pretrained")
     if adapter.kind == "none":
-        for key, usual in vars(AdapterConfig()).items():
-            if getattr(adapter, key) != usual:
+        for key, default in vars(AdapterConfig()).items():
+            if getattr(adapter, key) != default:
                 raise ConfigError(
                     f"adapter.{key} needs adapters, but adapter.kind=none; set recipe=qlora or recipe=lora"
                 )

@@ -52,9 +52,9 @@ class RunConfig:
     slurm: SlurmConfig
 
 
-MATHEMATICS = ("seed", "model", "data", "train", "optim", "scheduler", "dropout", "freeze", "adapter")
-"""Sections that shape the computation: a run resumes only with the same values."""
-NO_MATHEMATICS = {
+RECIPE_SECTIONS = ("seed", "model", "data", "train", "optim", "scheduler", "dropout", "freeze", "adapter")
+"""Sections of the recipe, the settings that decide what is computed. A run resumes only with the same values."""
+NOT_IN_RECIPE = {
     # Data are compared by their content, so the path may change.
     "data.path",
     "data.val_path",
@@ -63,16 +63,16 @@ NO_MATHEMATICS = {
     "data.exact_match",
     "model.attention",
 }
-"""Settings in these sections that do not shape the computation."""
+"""Settings in these sections that do not belong to the recipe."""
 FOLDERS = {"model.path", "model.adapter_path", "model.tokenizer"}
-"""Settings whose last path part alone is compared, so that a run can resume on a machine with other paths."""
+"""Settings of which only the last part of the path is compared: a run can resume on a machine with other folders."""
 
 
-def mathematics(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that shape the computation, as dotted key → value."""
+def recipe_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of the recipe, as dotted key → value."""
     tree = asdict(config)
-    values = flatten({section: tree[section] for section in MATHEMATICS})
-    kept = {key: value for key, value in values.items() if key not in NO_MATHEMATICS}
+    values = flatten({section: tree[section] for section in RECIPE_SECTIONS})
+    kept = {key: value for key, value in values.items() if key not in NOT_IN_RECIPE}
     kept["data.path's weights"] = [part.weight for part in parts_of(config.data.path)]
     return {key: Path(value).name if key in FOLDERS and value else value for key, value in kept.items()}
 

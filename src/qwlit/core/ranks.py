@@ -13,7 +13,7 @@ import sys
 def is_rank_zero() -> bool:
     if "RANK" in os.environ:
         return os.environ["RANK"] == "0"
-    # srun does not set LOCAL_RANK: a launcher that srun started did, so LOCAL_RANK comes before SLURM_PROCID.
+    # srun does not set LOCAL_RANK. If it is set under srun, a launcher inside the task set it, so check it first.
     if "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:
         return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
     return under_agent() or os.environ.get("SLURM_PROCID", "0") == "0"
@@ -23,7 +23,7 @@ _joined_process_group = False
 
 
 def mark_process_group_joined() -> None:
-    """Remember that this process has joined a process group: `end_process` depends on it."""
+    """Record that this process has joined a process group; `end_process` reads it."""
     global _joined_process_group  # noqa: PLW0603 - it is true of the whole process
     _joined_process_group = True
 
@@ -75,16 +75,16 @@ def launch_token() -> str:
     return " ".join(os.environ.get(name, "-") for name in names)
 
 
-def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
+def die_with_parent(parent: int | None = None, signum: int = signal.SIGKILL) -> None:
     """Ask the kernel to end this process when its parent ends, for whatever reason (Linux: prctl(2), PR_SET_PDEATHSIG).
 
     Args:
         parent: the parent's process id, where it is known.
-        number: the signal that the kernel then sends to this process.
+        signum: the signal that the kernel then sends to this process.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signum)
         # The parent may have ended before the call above.
         if parent is not None and os.getppid() != parent:
             sys.exit(1)

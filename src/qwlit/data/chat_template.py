@@ -6,12 +6,12 @@ One Jinja template is for all families; a few variables at its start select the 
 import json
 
 from qwlit.core.files import resolve_path
-from qwlit.data.templates import Family
+from qwlit.data.templates import ChatTemplateFamily
 
 BODY = "qwlit:chat_templates/chatml.jinja"
 
 
-def chat_template(family: Family) -> str:
+def chat_template(family: ChatTemplateFamily) -> str:
     """Return a Jinja template that renders conversations and prompts in the same way as `templates.render`.
 
     Its variables are messages, tools, add_generation_prompt, and enable_thinking in families with thinking.

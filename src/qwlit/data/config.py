@@ -20,7 +20,7 @@ class DataPart:
     path: str
     """Same forms as `data.path`."""
     weight: PositiveFloat | None = None
-    """Share of training samples from this part, relative to the other weights. All parts have a weight, or none."""
+    """Share of training samples from this part, relative to the other weights. Give all parts a weight, or no part."""
 
 
 def _as_parts(value: Any) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwlit.core.errors import nearest
-from qwlit.data.meaning import MARK_KEYS, refuse_other_meaning, refuse_placeholder, turn_mark
+from qwlit.data.row_labels import MARK_KEYS, refuse_placeholder, refuse_unsupported_row, turn_mark
 from qwlit.data.rows import RowError, kind_of, parse_json
 from qwlit.data.unread import has_value, unread_keys
 
@@ -166,7 +166,7 @@ def _message(where: str, message: object) -> Message:
     role = ROLE_NAMES.get(str(message.get("role")), message.get("role"))
     if role not in ROLES:
         raise RowError(f"{where}: role {str(role)[:30]!r} is none of {', '.join(ROLES)}.{nearest(str(role), ROLES)}")
-    refuse_other_meaning(message, has_answer=role == "assistant", where=f"{where}: ")
+    refuse_unsupported_row(message, has_answer=role == "assistant", where=f"{where}: ")
     reasoning = _reasoning(where, role, message)
     tool_calls = _tool_calls(where, role, message)
     may_lack_content = message.get("content") is None and (tool_calls or reasoning)

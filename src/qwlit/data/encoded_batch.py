@@ -1,4 +1,4 @@
-"""The result of encoding a batch of rows: samples as arrays, rejects with reasons, remarks, and an account."""
+"""The result of encoding a batch of rows: the samples as arrays, the quarantined rows, remarks, and row counts."""
 
 import hashlib
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwlit.data.rows import Document, Reject, Row
+from qwlit.data.rows import Document, QuarantinedRow, Row
 from qwlit.data.tokenized import EncodedSample
 
 DTYPES = {
@@ -25,15 +25,15 @@ DTYPES = {
 }
 """The arrays of a batch: tokens and mask of all samples end to end; the other arrays have one number per sample.
 
-`digests` hashes tokens and mask, to find duplicates: with another mask, equal tokens teach something else.
+`digests` hashes tokens and mask, to find duplicates: equal tokens with another mask are not duplicates.
 `token_digests` hashes the tokens alone, to find validation samples that are also in the training data.
 `row_digests` decides between training and validation. It hashes the tokens of the row's first sample, so all samples of
 a split row have the same one, and so have copies with another mask. Each sample of a text file has its own."""
 
 
 @dataclass
-class Account:
-    """Counts of rows: accepted + too_long + quarantined = read."""
+class RowCounts:
+    """Counts of rows: read = accepted + too_long + quarantined. Only `duplicates` counts samples."""
 
     read: int = 0
     accepted: int = 0
@@ -46,9 +46,9 @@ class Account:
     duplicates: int = 0
     """Samples with the same tokens and loss mask as an earlier one."""
 
-    def add(self, other: "Account") -> None:
-        for name, number in vars(other).items():
-            setattr(self, name, getattr(self, name) + number)
+    def add(self, other: "RowCounts") -> None:
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class EncodedBatch:
     """The result of encoding some rows."""
 
     arrays: dict[str, NDArray[Any]]
-    account: Account
-    rejects: list[Reject]
+    row_counts: RowCounts
+    quarantined_rows: list[QuarantinedRow]
     remarks: Counter[str]
     """Number of rows for each remark."""
     stop: FatalRow | None
 
 
-def sample_arrays(samples: Sequence[tuple[Row | Reject, EncodedSample]]) -> dict[str, NDArray[Any]]:
+def sample_arrays(samples: Sequence[tuple[Row | QuarantinedRow, EncodedSample]]) -> dict[str, NDArray[Any]]:
     """Return the arrays of samples, each with the row that it comes from; see DTYPES."""
     origins = [row for row, _ in samples]
     tokens = [np.array(sample.input_ids, dtype=np.int32) for _, sample in samples]
@@ -102,5 +102,5 @@ def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=8).digest()
 
 
-def _is_text_file(row: Row | Reject) -> bool:
+def _is_text_file(row: Row | QuarantinedRow) -> bool:
     return isinstance(row, Row) and isinstance(row.content, Document)

@@ -8,10 +8,10 @@ from typing import Any
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import DataConfig
 from qwlit.data.conversation import Conversation
-from qwlit.data.encoded_batch import Account, EncodedBatch, FatalRow, sample_arrays
+from qwlit.data.encoded_batch import EncodedBatch, FatalRow, RowCounts, sample_arrays
 from qwlit.data.formats import RowParser
 from qwlit.data.remarks import CONTROL_TOKENS_AS_TEXT, document_remarks, remarks
-from qwlit.data.rows import Document, NeedsTokenizer, Reject, Row, RowError, refuse_lone_surrogates
+from qwlit.data.rows import Document, NeedsTokenizer, QuarantinedRow, Row, RowError, refuse_lone_surrogates
 from qwlit.data.templates import Piece
 from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
@@ -40,35 +40,37 @@ class RowEncoder:
         chat = [self.chat.family.name, self.chat.family.default_system, config.thinking] if self.chat else None
         return [*shape, self.vocab_size, self.tokenizer.fingerprint if self.tokenizer else None, chat]
 
-    def __call__(self, rows: Sequence[Row | Reject]) -> EncodedBatch:
+    def __call__(self, rows: Sequence[Row | QuarantinedRow]) -> EncodedBatch:
         """Encode rows.
 
         Raises:
             NeedsTokenizer: a row is a text or a conversation, but there is no tokenizer or chat template.
         """
-        account, remark_counts = Account(read=len(rows)), Counter[str]()
-        samples: list[tuple[Row | Reject, EncodedSample]] = []
-        rejects: list[Reject] = []
+        row_counts, remark_counts = RowCounts(read=len(rows)), Counter[str]()
+        samples: list[tuple[Row | QuarantinedRow, EncodedSample]] = []
+        quarantined: list[QuarantinedRow] = []
         stop = None
         for row, outcome in zip(rows, self._encode(rows, remark_counts), strict=True):
-            result = self._apply_length_limit(row, outcome, account) if isinstance(outcome, _Encoded) else outcome
-            if isinstance(result, Reject) and self.config.strict:
+            result = self._apply_length_limit(row, outcome, row_counts) if isinstance(outcome, _Encoded) else outcome
+            if isinstance(result, QuarantinedRow) and self.config.strict:
                 result = FatalRow(
                     row.source, row.line, f"{result.reason} (data.strict=true stops at the first bad row)"
                 )
             if isinstance(result, FatalRow):
                 stop = result
                 break
-            if isinstance(result, Reject):
-                rejects.append(result)
+            if isinstance(result, QuarantinedRow):
+                quarantined.append(result)
             else:
                 samples += [(row, sample) for sample in result]
-        account.quarantined = len(rejects)
-        account.accepted = account.read - account.too_long - account.quarantined
-        return EncodedBatch(sample_arrays(samples), account, rejects, remark_counts, stop)
+        row_counts.quarantined = len(quarantined)
+        row_counts.accepted = row_counts.read - row_counts.too_long - row_counts.quarantined
+        return EncodedBatch(sample_arrays(samples), row_counts, quarantined, remark_counts, stop)
 
-    def _encode(self, rows: Sequence[Row | Reject], remark_counts: Counter[str]) -> Iterator["_Encoded | Reject"]:
-        """Yield for each row its sample, of any length, or its reject."""
+    def _encode(
+        self, rows: Sequence[Row | QuarantinedRow], remark_counts: Counter[str]
+    ) -> Iterator["_Encoded | QuarantinedRow"]:
+        """Yield for each row its sample, of any length, or why it is quarantined."""
         parser = RowParser(self.config.format, self.vocab_size, self.config.loss_on)
         parsed = [self._parse(row, parser, remark_counts) for row in rows]
         # All conversations, and all documents, of the batch go to the tokenizer in one call: it then uses all cores.
@@ -82,12 +84,12 @@ class RowEncoder:
             elif isinstance(value, Document):
                 yield _Encoded(next(documents), value)
             else:
-                yield value if isinstance(value, Reject) else _Encoded(value)
+                yield value if isinstance(value, QuarantinedRow) else _Encoded(value)
 
     def _parse(
-        self, row: Row | Reject, parser: RowParser, remark_counts: Counter[str]
-    ) -> list[Piece] | Document | EncodedSample | Reject:
-        if isinstance(row, Reject):
+        self, row: Row | QuarantinedRow, parser: RowParser, remark_counts: Counter[str]
+    ) -> list[Piece] | Document | EncodedSample | QuarantinedRow:
+        if isinstance(row, QuarantinedRow):
             return row
         try:
             raw = row.value()
@@ -110,7 +112,7 @@ class RowEncoder:
             remark_counts.update(row_remarks)
             return pieces
         except RowError as error:
-            return row.reject(str(error))
+            return row.quarantined(str(error))
 
     def _control_token_remarks(self, texts: Iterable[str]) -> list[str]:
         tokenizer = self.tokenizer
@@ -128,9 +130,9 @@ class RowEncoder:
         return [EncodedSample(tokens, [0] + [1] * (len(tokens) - 1)) for tokens in ids]
 
     def _apply_length_limit(
-        self, row: Row | Reject, encoded: "_Encoded", account: Account
-    ) -> list[EncodedSample] | Reject | FatalRow:
-        """Apply data.too_long, and reject a row that has no supervised token left."""
+        self, row: Row | QuarantinedRow, encoded: "_Encoded", row_counts: RowCounts
+    ) -> list[EncodedSample] | QuarantinedRow | FatalRow:
+        """Apply data.too_long, and quarantine a row that has no supervised token left."""
         assert isinstance(row, Row)
         sample, document, limit = encoded.sample, encoded.document, self.config.max_seq_len
         policy = self.config.too_long
@@ -145,14 +147,14 @@ class RowEncoder:
                     row.source, row.line, f"{size}; data.max_seq_len={limit} (data.too_long=error stops at it)"
                 )
             if policy == "drop" or (policy == "truncate" and document and not document.is_first):
-                account.too_long += 1
+                row_counts.too_long += 1
                 return []
             samples = [sample.slice(0, limit)] if policy == "truncate" else sample.split(limit)
             where = f" within its first {limit} tokens" if policy == "truncate" else ""
         if not (supervised := [piece for piece in samples if 1 in piece.loss_mask]):
-            return row.reject(f"nothing in it is supervised{where}")
-        account.truncated += bool(where)
-        account.split += len(samples) > 1
+            return row.quarantined(f"nothing in it is supervised{where}")
+        row_counts.truncated += bool(where)
+        row_counts.split += len(samples) > 1
         return supervised
 
 

@@ -14,14 +14,14 @@ from qwlit.data.conversation import (
     message_list,
     parse_tools,
 )
-from qwlit.data.meaning import (
+from qwlit.data.row_labels import (
     LABEL_KEYS,
     MARK_KEYS,
-    MEANING_KEYS,
+    REFUSABLE_KEYS,
     as_flag,
     label_value,
     refuse_marked_row,
-    refuse_other_meaning,
+    refuse_unsupported_row,
 )
 from qwlit.data.rows import Document, RowError, kind_of
 from qwlit.data.sharegpt import parse_turns
@@ -51,7 +51,7 @@ class RowParser:
         recognised = recognise_format(value)
         name = recognised if self.row_format == "auto" else self.row_format
         refuse_marked_row(value)
-        refuse_other_meaning(value, has_answer=name not in FORMATS_WITHOUT_ANSWER)
+        refuse_unsupported_row(value, has_answer=name not in FORMATS_WITHOUT_ANSWER)
         if name is None:
             expected = ", or ".join(map(_name_required_keys, REQUIRED_KEYS))
             raise RowError(f"unknown format: {_name_keys(value)}; expected {expected}")
@@ -69,9 +69,9 @@ class RowParser:
             return []
         name = recognise_format(value) if self.row_format == "auto" else self.row_format
         read = READ_KEYS[name or "text"] - ({"response"} if _answer_key(value) == "completion" else set())
-        # `label` may have another meaning, such as a class number: then the parser ignores it, and it counts as unread.
+        # If `label` is the number of a class, the parser ignores it, and it counts as unread.
         has_answer = name not in FORMATS_WITHOUT_ANSWER
-        obeyed = MEANING_KEYS - {k for k in LABEL_KEYS if label_value(value.get(k), has_answer=has_answer) is None}
+        obeyed = REFUSABLE_KEYS - {k for k in LABEL_KEYS if label_value(value.get(k), has_answer=has_answer) is None}
         obeyed |= {key for key in MARK_KEYS if as_flag(value.get(key))}
         return unread_keys(value, read | obeyed)
 
@@ -198,8 +198,10 @@ PARSERS: dict[str, Callable[[Columns], Conversation | Document]] = {
 
 def recognise_format(row: Columns) -> str | None:
     """Return the first format whose required keys have a value; if there is none, the first whose keys exist at all."""
-    filled = {key: value for key, value in row.items() if value is not None}
-    return next((name for candidate in (filled, row) for name in REQUIRED_KEYS if _has_keys(candidate, name)), None)
+    with_values = {key: value for key, value in row.items() if value is not None}
+    return next(
+        (name for candidate in (with_values, row) for name in REQUIRED_KEYS if _has_keys(candidate, name)), None
+    )
 
 
 def _has_keys(row: Columns, name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from qwlit.core.errors import DataError, first_line
 from qwlit.core.waiting import PROBE_SECONDS, call_with_timeout
 from qwlit.data.files import File
-from qwlit.data.rows import Reject, Row
+from qwlit.data.rows import QuarantinedRow, Row
 
 HUB = "hf:"
 SPLITS, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
@@ -179,8 +179,8 @@ def find_saved_data(path: str, root: Path) -> SavedData | None:
     raise DataError(f"data folder '{path}' is a DatasetDict without the split '{DEFAULT_SPLIT}'; name one: {named}")
 
 
-def read_data_set(number: int, source: HubData | SavedData) -> Iterator[Row | Reject]:
-    """Read the rows, counted from 1.
+def read_data_set(source_index: int, source: HubData | SavedData) -> Iterator[Row | QuarantinedRow]:
+    """Read the rows of a source; `line` counts them from 1.
 
     Raises:
         DataError: the data set cannot be loaded, or cannot be read to its end.
@@ -193,6 +193,6 @@ def read_data_set(number: int, source: HubData | SavedData) -> Iterator[Row | Re
     line = 0
     try:
         for line, columns in enumerate(dataset, start=1):
-            yield Row(number, line, columns).within_limit()
+            yield Row(source_index, line, columns).within_limit()
     except Exception as error:  # pyarrow and the features of `datasets` raise many types
         raise DataError(f"{source} cannot be read after row {line}: {first_line(error)[:200]}") from None

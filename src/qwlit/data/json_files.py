@@ -9,17 +9,17 @@ from typing import BinaryIO
 
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
-from qwlit.data.rows import BOM, MAX_ROW_BYTES, Reject, Row, too_long
+from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row, too_long
 
 SPACE = re.compile(r"\s*")
 SPACES = b" \t\r\n" + BOM
 
 
-def read_json_lines(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+def read_json_lines(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     """Read one object per line, or an array, which some data sets also save as .jsonl."""
     is_array = _is_array(_first_line(handle), handle)
     handle.seek(0)
-    yield from _read_array(number, handle) if is_array else _read_lines(number, handle)
+    yield from _read_array(source_index, handle) if is_array else _read_lines(source_index, handle)
 
 
 def _first_line(handle: BinaryIO) -> bytes:
@@ -43,42 +43,42 @@ def _is_array(first_line: bytes, handle: BinaryIO) -> bool:
     return not any(line.strip() for line in iter(lambda: handle.readline(MAX_ROW_BYTES), b""))
 
 
-def _read_lines(number: int, handle: BinaryIO) -> Iterator[Row | Reject]:
+def _read_lines(source_index: int, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     for line in count(1):
         raw = handle.readline(MAX_ROW_BYTES + 1)
         if not raw:
             return
         if len(raw) > MAX_ROW_BYTES:
-            yield _skip_long_line(number, line, raw, handle)
+            yield _skip_long_line(source_index, line, raw, handle)
         elif raw.removeprefix(BOM).strip():
-            yield Row(number, line, raw)
+            yield Row(source_index, line, raw)
 
 
-def _skip_long_line(number: int, line: int, head: bytes, handle: BinaryIO) -> Reject:
+def _skip_long_line(source_index: int, line: int, head: bytes, handle: BinaryIO) -> QuarantinedRow:
     """Read to the end of the line in pieces: a line of any length needs little memory."""
     digest, size, piece = hashlib.sha256(head), len(head), head
     while piece and not piece.endswith(b"\n"):
         piece = handle.readline(MAX_ROW_BYTES)
         digest.update(piece)
         size += len(piece)
-    return Reject(number, line, too_long(size), digest.hexdigest())
+    return QuarantinedRow(source_index, line, too_long(size), digest.hexdigest())
 
 
-def read_json(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+def read_json(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     """Read an array, one object per line, or one object over many lines."""
     first_line = _first_line(handle)
     handle.seek(0)
     if first_line.startswith(b"["):
-        yield from _read_array(number, handle)
+        yield from _read_array(source_index, handle)
     elif len(first_line) < MAX_ROW_BYTES // 2 and _opens_an_object(first_line):
         content = handle.read(MAX_ROW_BYTES + 1)
         if len(content) > MAX_ROW_BYTES:
             raise DataError(
                 f"data file '{file}' is one JSON object of over {MAX_ROW_BYTES:,} bytes; write one object per line"
             )
-        yield Row(number, 1, content)
+        yield Row(source_index, 1, content)
     else:
-        yield from _read_lines(number, handle)
+        yield from _read_lines(source_index, handle)
 
 
 def _opens_an_object(first_line: bytes) -> bool:
@@ -96,12 +96,12 @@ def _opens_an_object(first_line: bytes) -> bool:
     return False
 
 
-def _read_array(number: int, handle: BinaryIO) -> Iterator[Row | Reject]:
+def _read_array(source_index: int, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     # surrogateescape keeps bytes that are not UTF-8, so only the element with such bytes is rejected, not the file.
     text = handle.read().removeprefix(BOM).decode("utf-8", "surrogateescape")
     for index, (element, broken) in enumerate(_array_elements(text), start=1):
-        row = Row(number, index, element.encode("utf-8", "surrogateescape"))
-        yield row.reject(broken) if broken else row.within_limit()
+        row = Row(source_index, index, element.encode("utf-8", "surrogateescape"))
+        yield row.quarantined(broken) if broken else row.within_limit()
 
 
 def _array_elements(text: str) -> Iterator[tuple[str, str | None]]:

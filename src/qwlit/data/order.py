@@ -71,12 +71,14 @@ class Order:
         out = np.empty(len(positions), dtype=np.int64)
         starts = [0, *accumulate(self.sizes)]
         for epoch in np.unique(epochs):
-            here_in_epoch = np.flatnonzero(epochs == epoch)
-            parts, draws = self._part_sequence(int(epoch)).at(within[here_in_epoch])
+            in_epoch = np.flatnonzero(epochs == epoch)
+            parts, draws = self._part_sequence(int(epoch)).at(within[in_epoch])
             for part in np.unique(parts):
-                here = parts == part
+                of_part = parts == part
                 # In earlier epochs the part has drawn epoch * quota samples; its own order continues from there.
-                out[here_in_epoch[here]] = starts[part] + self._draw(int(part), epoch * self.quotas[part] + draws[here])
+                out[in_epoch[of_part]] = starts[part] + self._draw(
+                    int(part), epoch * self.quotas[part] + draws[of_part]
+                )
         return out
 
     def _draw(self, part: int, draws: Indices) -> Indices:
@@ -85,8 +87,8 @@ class Order:
         epochs, within = np.divmod(draws, size)
         out = np.empty(len(draws), dtype=np.int64)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = self._shuffle(part, int(epoch), size)[within[here]]
+            in_epoch = epochs == epoch
+            out[in_epoch] = self._shuffle(part, int(epoch), size)[within[in_epoch]]
         return out
 
     def _part_sequence(self, epoch: int) -> "_PartSequence":
@@ -136,7 +138,7 @@ class _PartSequence:
         parts = self._parts[block * BLOCK : last + 1]
         draws = np.empty(len(parts), dtype=np.int64)
         for part in range(self._num_parts):
-            here = parts == part
-            draws[here] = self._draws_before_block[block, part] + np.arange(np.count_nonzero(here))
+            of_part = parts == part
+            draws[of_part] = self._draws_before_block[block, part] + np.arange(np.count_nonzero(of_part))
         chosen = positions - block * BLOCK
         return parts[chosen], draws[chosen]

@@ -1,4 +1,4 @@
-"""Read the rows of all sources in order. Each row becomes a `Row`, or a `Reject` with the reason."""
+"""Read the rows of all sources in order. Each row becomes a `Row`, or a `QuarantinedRow` with the reason."""
 
 import gzip
 import zlib
@@ -9,7 +9,7 @@ from qwlit.core.errors import DataError
 from qwlit.data.files import File
 from qwlit.data.hub import read_data_set
 from qwlit.data.json_files import read_json, read_json_lines
-from qwlit.data.rows import Reject, Row
+from qwlit.data.rows import QuarantinedRow, Row
 from qwlit.data.sources import Source
 from qwlit.data.tables import read_csv, read_parquet
 from qwlit.data.text_files import read_text
@@ -39,27 +39,27 @@ class RowReader:
         """Bytes read so far, counted on disk (compressed)."""
         return self._finished_bytes + (self._handle.tell() if self._handle else 0)
 
-    def __iter__(self) -> Iterator[Row | Reject]:
+    def __iter__(self) -> Iterator[Row | QuarantinedRow]:
         """Yield the rows.
 
         Raises:
             DataError: a file cannot be read to its end, or has no rows.
         """
-        for number, source in enumerate(self._sources):
+        for index, source in enumerate(self._sources):
             empty = True
-            for row in self._read(number, source) if isinstance(source, File) else read_data_set(number, source):
+            for row in self._read(index, source) if isinstance(source, File) else read_data_set(index, source):
                 empty = False
                 yield row
             if empty:
                 raise DataError(f"data file '{source}' has no rows")
 
-    def _read(self, number: int, file: File) -> Iterator[Row | Reject]:
+    def _read(self, source_index: int, file: File) -> Iterator[Row | QuarantinedRow]:
         line = 0
         try:
             with file.path.open("rb") as raw:
                 self._handle = raw
                 handle = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if file.is_compressed else raw
-                for row in READERS[file.suffix](number, file, handle):
+                for row in READERS[file.suffix](source_index, file, handle):
                     line = row.line
                     yield row
                 self._handle = None

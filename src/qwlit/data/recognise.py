@@ -6,7 +6,7 @@ from typing import Any
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.templates import END, FAMILIES, START, Family, Supervision, render
+from qwlit.data.templates import FAMILIES, IM_END, IM_START, ChatTemplateFamily, Supervision, render
 
 REMEDY = "set data.template=qwen2, qwen2_5, qwen2_5_base, qwen3 or qwen3_2507"
 
@@ -43,7 +43,7 @@ _TEXT_CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a"
 _TEXT_ARGUMENTS = [_TOOL_CHAT[0], {"role": "assistant", "content": "Adding.", "tool_calls": [_TEXT_CALL]}]
 
 
-def resolve_template(tokenizer: Any, template_name: str) -> Family:
+def resolve_template(tokenizer: Any, template_name: str) -> ChatTemplateFamily:
     """Return the template family: the one that `template_name` names, or for `auto` the tokenizer's own.
 
     Raises:
@@ -64,7 +64,7 @@ def resolve_template(tokenizer: Any, template_name: str) -> Family:
     )
 
 
-def recognise_template(render_jinja: RenderJinja) -> Family:
+def recognise_template(render_jinja: RenderJinja) -> ChatTemplateFamily:
     """Return the family that renders a few test conversations exactly as the tokenizer's own Jinja template does.
 
     If only the default system text differs, as in Qwen2.5-Math, return the family with that text.
@@ -103,12 +103,12 @@ def recognise_template(render_jinja: RenderJinja) -> Family:
 
 def _default_system(rendered: str | None) -> str | None:
     """Return the system text that the template added to a conversation without one; None if it added none."""
-    head = f"{START}system\n"
-    return rendered.removeprefix(head).partition(END)[0] if rendered and rendered.startswith(head) else None
+    head = f"{IM_START}system\n"
+    return rendered.removeprefix(head).partition(IM_END)[0] if rendered and rendered.startswith(head) else None
 
 
 def _renders_the_same(
-    family: Family, render_own: Callable[[Messages, Tools], str | None], probes: tuple[_Probe, ...]
+    family: ChatTemplateFamily, render_own: Callable[[Messages, Tools], str | None], probes: tuple[_Probe, ...]
 ) -> bool:
     """Return whether the family renders the probes like the tokenizer's template, which gives None where it fails."""
     return all(
@@ -118,6 +118,6 @@ def _renders_the_same(
     )
 
 
-def _render_text(family: Family, messages: Messages, tools: Tools) -> str:
+def _render_text(family: ChatTemplateFamily, messages: Messages, tools: Tools) -> str:
     conversation = parse_conversation(messages, tools)
     return "".join(piece.text for piece in render(conversation, family, Supervision()))

@@ -6,8 +6,16 @@ from itertools import pairwise
 from typing import Any
 
 from qwlit.data.conversation import END_THINK, THINK, Conversation
-from qwlit.data.meaning import holds_placeholder
-from qwlit.data.templates import END_RESPONSE, END_TOOL_CALL, RESPONSE, TOOL_CALL, Family, Supervision, last_query_index
+from qwlit.data.row_labels import holds_placeholder
+from qwlit.data.templates import (
+    END_TOOL_CALL,
+    END_TOOL_RESPONSE,
+    TOOL_CALL,
+    TOOL_RESPONSE,
+    ChatTemplateFamily,
+    Supervision,
+    last_query_index,
+)
 from qwlit.data.unread import unread_key_remarks
 
 HISTORY_THINKING = "reasoning in earlier turns, which the template removes: those answers are supervised without it"
@@ -32,10 +40,12 @@ NO_EMPTY_BLOCK = (
     "answers or calls without reasoning before the last one: training puts no empty think block before them, but"
     " inference with thinking off does; data.loss_on=last_assistant supervises only the last answer"
 )
-_TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, RESPONSE, END_RESPONSE)))
+_TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, TOOL_RESPONSE, END_TOOL_RESPONSE)))
 
 
-def remarks(conversation: Conversation, family: Family, supervision: Supervision, *, from_table: bool) -> Iterator[str]:
+def remarks(
+    conversation: Conversation, family: ChatTemplateFamily, supervision: Supervision, *, from_table: bool
+) -> Iterator[str]:
     """Yield remarks on how the template writes this conversation."""
     arguments = [call.arguments for message in conversation.messages for call in message.tool_calls]
     if from_table and _holds_null([*arguments, *conversation.tools]):

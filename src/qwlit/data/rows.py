@@ -1,4 +1,4 @@
-"""A row as the reader returns it, before its format is known, and the reasons to reject it."""
+"""A row as the reader returns it, before its format is known, and the form of a quarantined row."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Reject:
+class QuarantinedRow:
     """A quarantined row."""
 
     source: int
@@ -59,8 +59,10 @@ class Row:
     unread_columns: tuple[str, ...] = ()
     """Columns of the table that the reader did not load, because no format uses them."""
 
-    def reject(self, reason: str) -> Reject:
-        return Reject(self.source, self.line, one_line(reason, MAX_REASON), hashlib.sha256(self._raw()).hexdigest())
+    def quarantined(self, reason: str) -> QuarantinedRow:
+        return QuarantinedRow(
+            self.source, self.line, one_line(reason, MAX_REASON), hashlib.sha256(self._raw()).hexdigest()
+        )
 
     def value(self) -> dict[str, Any] | Document:
         """Return the JSON object, the columns or the text.
@@ -70,10 +72,10 @@ class Row:
         """
         return parse_json_object(self.content) if isinstance(self.content, bytes) else self.content
 
-    def within_limit(self) -> "Row | Reject":
-        """Return the row, or its reject if it is larger than MAX_ROW_BYTES."""
+    def within_limit(self) -> "Row | QuarantinedRow":
+        """Return the row, or quarantine it if it is larger than MAX_ROW_BYTES."""
         size = self.num_bytes()
-        return self.reject(too_long(size)) if size > MAX_ROW_BYTES else self
+        return self.quarantined(too_long(size)) if size > MAX_ROW_BYTES else self
 
     def num_bytes(self) -> int:
         """Return the approximate size in bytes."""

@@ -1,4 +1,4 @@
-"""Access to samples by number: a subset of a store, or several stores in a row, without copying any tokens."""
+"""Access to samples by id: a subset of a store, or several stores one after the other, without copying any tokens."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ def count_tokens(samples: Samples) -> tuple[int, int]:
     return int(sum(tokens for tokens, _ in counts)), int(sum(supervised for _, supervised in counts))
 
 
-# With 1000 samples we almost certainly find a kind of row that is 1 % of the data, and reading them takes a moment.
+# 1000 samples almost certainly contain a kind of row that is 1 % of the data, and reading them takes little time.
 NUM_PROBED = 1000
 
 
@@ -100,9 +100,9 @@ class ConcatSamples:
     def _gather(self, column: str, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
         owner = np.searchsorted(self._starts, ids, side="right") - 1
         out = np.empty(len(ids), dtype=np.int32)
-        for number in np.unique(owner):
-            here = owner == number
-            out[here] = getattr(self._parts[number], column)(ids[here] - self._starts[number])
+        for part in np.unique(owner):
+            of_part = owner == part
+            out[of_part] = getattr(self._parts[part], column)(ids[of_part] - self._starts[part])
         return out
 
     def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
@@ -114,8 +114,8 @@ class ConcatSamples:
         return part.origin(inner)
 
     def _locate(self, index: int) -> tuple[Samples, int]:
-        number = bisect_right(self._starts, index) - 1
-        return self._parts[number], index - self._starts[number]
+        part = bisect_right(self._starts, index) - 1
+        return self._parts[part], index - self._starts[part]
 
 
 def concat(parts: Sequence[Samples]) -> Samples:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qwlit.data.conversation import Message, from_json_text, parse_tool_call
-from qwlit.data.meaning import MARK_KEYS, refuse_other_meaning, turn_mark
+from qwlit.data.row_labels import MARK_KEYS, refuse_unsupported_row, turn_mark
 from qwlit.data.rows import RowError, kind_of
 from qwlit.data.unread import unread_keys
 
@@ -33,7 +33,7 @@ def _turn(where: str, turn: object) -> Message:
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise RowError(f"{where}: from {str(speaker)[:30]!r} is none of {', '.join(ROLES)}")
-    refuse_other_meaning(turn, has_answer=role in ("assistant", "call"), where=f"{where}: ")
+    refuse_unsupported_row(turn, has_answer=role in ("assistant", "call"), where=f"{where}: ")
     if not isinstance(text, str):
         raise RowError(f"{where}: 'value' must be a string, not {kind_of(text)}")
     unread = tuple(unread_keys(turn, TURN_KEYS))

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.config import DataConfig, DataPart, parts_of
-from qwlit.data.encoded_batch import Account
+from qwlit.data.encoded_batch import RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.order import Order
 from qwlit.data.samples import CHUNK, Samples, SampleSubset, concat, count_tokens
 from qwlit.data.sources import find_sources
-from qwlit.data.store import DigestOf, SampleStore, build_store, check_account
+from qwlit.data.store import DigestOf, SampleStore, build_store, check_row_counts
 from qwlit.data.store_writer import ProgressCallback
 from qwlit.data.unread import OTHER_KEYS
 
@@ -51,9 +51,9 @@ class DataSplit:
     @property
     def totals(self) -> dict[str, int]:
         """Counts of rows over all stores: read = accepted + too_long + quarantined."""
-        total = Account(duplicates=self.num_duplicates_across_parts)
+        total = RowCounts(duplicates=self.num_duplicates_across_parts)
         for store in self.stores:
-            total.add(store.account)
+            total.add(store.row_counts)
         return asdict(total)
 
     def describe(self) -> str:
@@ -119,7 +119,7 @@ def open_stores(
     if not parts:
         raise ConfigError("data.path is not set; give a file, a folder or hf:ORG/NAME, or choose data=demo")
     if len({part.weight is None for part in parts}) > 1:
-        raise ConfigError("data.path: give every part a weight, or none")
+        raise ConfigError("data.path: give all parts a weight, or no part")
     if any(part.weight is not None for part in parts_of(config.val_path)):
         raise ConfigError("data.val_path takes no weights: every row is validated once")
 
@@ -139,9 +139,9 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
         DataError: too many bad rows, or training or validation has no samples.
     """
     for store in (*training, *validation):
-        check_account(store, config)
+        check_row_counts(store, config)
     # Compare each part only with earlier parts, so that the first copy of a sample stays.
-    distinct_ids = [_ids_without_copies(store, training[:number]) for number, store in enumerate(training)]
+    distinct_ids = [_ids_without_copies(store, training[:index]) for index, store in enumerate(training)]
     num_copies = sum(_count_missing(store, ids) for store, ids in zip(training, distinct_ids, strict=True))
     kept: list[Samples] = [*training]
     if config.drop_duplicates and num_copies:
@@ -149,7 +149,7 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
     held_out: list[Samples] = [*validation]
     if config.val_fraction > 0:
         candidates = distinct_ids if config.drop_duplicates else [None] * len(training)
-        # Split each part for itself: the mixture needs the number of training samples of each part.
+        # Split each part separately: the mixture needs the number of training samples of each part.
         sides = [split_store(s, config.val_fraction, ids) for s, ids in zip(training, candidates, strict=True)]
         kept, held_out = [train for train, _ in sides], [val for _, val in sides]
         num_distinct = sum(len(np.unique(s.digests(slice(None), "rows"))) for s in training)
@@ -181,7 +181,7 @@ def _ids_without_copies(store: SampleStore, earlier: list[SampleStore], of: Dige
 
 
 def _count_missing(store: SampleStore, kept_ids: NDArray[np.int32]) -> int:
-    """Return how many different samples are not in `kept_ids`; copies within the part are in its own account."""
+    """Return how many different samples are not in `kept_ids`; copies within the part are in its own row counts."""
     missing = np.setdiff1d(np.arange(len(store), dtype=np.int32), kept_ids, assume_unique=True)
     return len(np.unique(store.digests(missing)))
 

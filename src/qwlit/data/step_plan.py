@@ -90,17 +90,17 @@ def _fill_packed(lengths: Sequence[int], world_size: int, limits: Limits) -> lis
 def _try_packed(lengths: Sequence[int], num_bins: int, limits: Limits) -> list[list[int]] | None:
     """Pack into `num_bins` micro-batches; return None if a sample does not fit into the one with the fewest tokens."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    # A heap of (tokens, number): its first entry is the micro-batch with the fewest tokens.
-    by_load = [(0, number) for number in range(num_bins)]
+    # A heap of (tokens, index): its first entry is the micro-batch with the fewest tokens.
+    by_load = [(0, bin_index) for bin_index in range(num_bins)]
     for index in _longest_first(lengths):
-        load, number = heapq.heappop(by_load)
+        load, bin_index = heapq.heappop(by_load)
         # If the sample does not fit here, it fits nowhere: all other micro-batches have at least as many tokens.
         if limits.max_tokens is not None and load + lengths[index] > limits.max_tokens:
             return None
-        bins[number].append(index)
+        bins[bin_index].append(index)
         # A micro-batch with `max_samples` samples does not return to the heap: it is full.
-        if limits.max_samples is None or len(bins[number]) < limits.max_samples:
-            heapq.heappush(by_load, (load + lengths[index], number))
+        if limits.max_samples is None or len(bins[bin_index]) < limits.max_samples:
+            heapq.heappush(by_load, (load + lengths[index], bin_index))
     return bins
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qwlit.core.errors import DataError, one_line
 from qwlit.core.files import locked
 from qwlit.data.config import DataConfig
-from qwlit.data.encoded_batch import Account
+from qwlit.data.encoded_batch import RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.hub import HubData
 from qwlit.data.sources import Source, find_sources
@@ -32,12 +32,12 @@ class SampleStore:
     """A finished store, open for reading. The arrays stay on disk until a sample is read."""
 
     def __init__(self, folder: Path, path: str, sources: list[Source]) -> None:
-        """Open `folder`. `path` is the setting, and `sources` are its files at their present place."""
+        """Open `folder`. `path` is the setting, and `sources` are the files that it names now."""
         self.folder, self._sources = folder, sources
         self.path = path
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.fingerprint: str = meta["fingerprint"]
-        self.account = Account(**meta["account"])
+        self.row_counts = RowCounts(**meta["account"])
         self.remarks: Counter[str] = Counter(meta["remarks"])
         (folder / QUARANTINE).stat()  # a missing file must be an error now, not when someone reads it
         # As plain arrays: numpy's memmap class makes each of the many small slices slower.
@@ -80,8 +80,8 @@ class SampleStore:
         """Yield every quarantined row: file, line, reason, sha256."""
         with (self.folder / QUARANTINE).open(encoding="utf-8") as handle:
             for line in handle:
-                reject = json.loads(line)
-                yield {"file": str(self._sources[reject.pop("source")]), **reject}
+                row = json.loads(line)
+                yield {"file": str(self._sources[row.pop("source")]), **row}
 
 
 def build_store(
@@ -137,51 +137,51 @@ def is_tokenized(path: str, encoder: RowEncoder, *, cache_root: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """Rows quarantined for one reason."""
+class QuarantineReason:
+    """One reason for which rows were quarantined."""
 
-    reason: str
-    number: int
+    text: str
+    num_rows: int
     first: dict[str, Any]
     """The first of these rows: file, line, reason, sha256."""
 
     def __str__(self) -> str:
-        more = f" and {self.number - 1:,} more" if self.number > 1 else ""
-        return f"{self.first['file']}:{self.first['line']}{more}: {one_line(self.reason, LONGEST_NAMED)}"
+        more = f" and {self.num_rows - 1:,} more" if self.num_rows > 1 else ""
+        return f"{self.first['file']}:{self.first['line']}{more}: {one_line(self.text, LONGEST_NAMED)}"
 
 
-def rejections(stores: Iterable[SampleStore]) -> list[Rejection]:
-    """Return the reasons why rows are quarantined, the most frequent first."""
+def quarantine_reasons(stores: Iterable[SampleStore]) -> list[QuarantineReason]:
+    """Return the reasons for which rows were quarantined, the most frequent first."""
     first: dict[str, dict[str, Any]] = {}
-    numbers: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for store in stores:
         for row in store.quarantine():
             first.setdefault(row["reason"], row)
-            numbers[row["reason"]] += 1
-    return [Rejection(reason, number, first[reason]) for reason, number in numbers.most_common()]
+            counts[row["reason"]] += 1
+    return [QuarantineReason(text, num_rows, first[text]) for text, num_rows in counts.most_common()]
 
 
-def check_account(store: SampleStore, config: DataConfig) -> None:
-    """Check the counts of a store.
+def check_row_counts(store: SampleStore, config: DataConfig) -> None:
+    """Refuse a store with too many bad rows or without samples.
 
     Raises:
         DataError: more rows are bad than the configuration allows (with `strict`: one), or no sample is left.
     """
-    account = store.account
-    if account.quarantined and config.strict:
+    row_counts = store.row_counts
+    if row_counts.quarantined and config.strict:
         bad = next(store.quarantine())
         raise DataError(f"{bad['file']}:{bad['line']}: {bad['reason']} (data.strict=true stops at the first bad row)")
-    too_many = account.quarantined > max(config.max_bad_ratio * account.read, BAD_ROWS_ALLOWED)
-    if account.accepted and not too_many:
+    too_many = row_counts.quarantined > max(config.max_bad_ratio * row_counts.read, BAD_ROWS_ALLOWED)
+    if row_counts.accepted and not too_many:
         return
     # Only for a refusal: the quarantine may be long.
-    reasons = [str(rejection) for rejection in rejections([store])[:REASONS_NAMED]]
+    reasons = [str(reason) for reason in quarantine_reasons([store])[:REASONS_NAMED]]
     if too_many:
         raise DataError(
-            f"{account.quarantined} of {account.read} rows cannot be used: {'; '.join(reasons)}."
+            f"{row_counts.quarantined} of {row_counts.read} rows cannot be used: {'; '.join(reasons)}."
             f" All are in {store.folder / QUARANTINE}. Fix them, or set a higher limit than"
             f" data.max_bad_ratio={config.max_bad_ratio:g}"
         )
-    if account.too_long:
-        reasons.append(f"{account.too_long} have more than data.max_seq_len={config.max_seq_len} tokens")
-    raise DataError(f"none of the {account.read} rows can be used: {'; '.join(reasons)}")
+    if row_counts.too_long:
+        reasons.append(f"{row_counts.too_long} have more than data.max_seq_len={config.max_seq_len} tokens")
+    raise DataError(f"none of the {row_counts.read} rows can be used: {'; '.join(reasons)}")

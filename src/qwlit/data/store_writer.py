@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from qwlit.core.errors import DataError
 from qwlit.core.files import fsync_folder, write_json_atomic
-from qwlit.data.encoded_batch import DTYPES, Account, EncodedBatch
+from qwlit.data.encoded_batch import DTYPES, EncodedBatch, RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.readers import RowReader
-from qwlit.data.rows import Reject, Row
+from qwlit.data.rows import QuarantinedRow, Row
 from qwlit.data.sources import Source
 from qwlit.data.unread import add_remarks
 from qwlit.data.workers import map_in_order, num_cores
@@ -83,7 +83,7 @@ def write_store(
 
     def report(writer: _StoreWriter, *, finished: bool = False) -> None:
         if progress:
-            rows, tokens = writer.account.read, writer.num_tokens
+            rows, tokens = writer.row_counts.read, writer.num_tokens
             speed = tokens / max(1e-9, time.perf_counter() - started)
             progress(BuildProgress(rows, tokens, reader.num_bytes_read, reader.num_bytes, speed, cores, finished))
 
@@ -96,8 +96,8 @@ def write_store(
                 writer.add(batch)
                 report(writer)
             report(writer, finished=True)
-        writer.account.duplicates = _count_duplicates(temporary, drop=encoder.config.drop_duplicates)
-        meta = {"fingerprint": fingerprint, "account": asdict(writer.account), "remarks": dict(writer.remarks)}
+        writer.row_counts.duplicates = _count_duplicates(temporary, drop=encoder.config.drop_duplicates)
+        meta = {"fingerprint": fingerprint, "account": asdict(writer.row_counts), "remarks": dict(writer.remarks)}
         write_json_atomic(temporary / "meta.json", meta)
         if store_fingerprint(sources, encoder, folder.parent) != fingerprint:
             raise DataError(f"'{sources[0]}' or a file beside it changed while it was read; start again")
@@ -110,8 +110,8 @@ def write_store(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _row_batches(rows: Iterable[Row | Reject]) -> Iterator[list[Row | Reject]]:
-    batch: list[Row | Reject] = []
+def _row_batches(rows: Iterable[Row | QuarantinedRow]) -> Iterator[list[Row | QuarantinedRow]]:
+    batch: list[Row | QuarantinedRow] = []
     size = 0
     for row in rows:
         batch.append(row)
@@ -150,11 +150,11 @@ class _GrowingArray:
 
 
 class _StoreWriter:
-    """Writes the arrays and the quarantine file, and adds up the account."""
+    """Writes the arrays and the quarantine file, and adds up the row counts."""
 
     def __init__(self, folder: Path) -> None:
         self.num_tokens = 0
-        self.account = Account()
+        self.row_counts = RowCounts()
         self.remarks: Counter[str] = Counter()
         self._open = ExitStack()
         self._arrays = {name: _GrowingArray(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
@@ -166,14 +166,14 @@ class _StoreWriter:
         self._open.close()
 
     def add(self, batch: EncodedBatch) -> None:
-        self.account.add(batch.account)
+        self.row_counts.add(batch.row_counts)
         add_remarks(self.remarks, batch.remarks)
         for name, values in batch.arrays.items():
             self._arrays[name].extend(values)
         self._arrays[ENDS].extend(self.num_tokens + np.cumsum(batch.arrays["lengths"], dtype=np.int64))
         self.num_tokens += len(batch.arrays["tokens"])
-        for reject in batch.rejects:
-            self._quarantine.write(json.dumps(asdict(reject)) + "\n")
+        for row in batch.quarantined_rows:
+            self._quarantine.write(json.dumps(asdict(row)) + "\n")
 
 
 def _count_duplicates(folder: Path, *, drop: bool) -> int:

@@ -9,18 +9,18 @@ from typing import Any, BinaryIO
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
 from qwlit.data.formats import READ_KEYS
-from qwlit.data.meaning import MARK_KEYS, MEANING_KEYS
-from qwlit.data.rows import BOM, MAX_ROW_BYTES, Reject, Row, too_long
+from qwlit.data.row_labels import MARK_KEYS, REFUSABLE_KEYS
+from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row, too_long
 from qwlit.data.unread import MAX_NAMED
 
 # A quoted cell may contain line breaks. In a longer row, the closing quote is missing.
 MAX_CSV_ROW_BYTES = 2**20
 PARQUET_ROWS, PARQUET_BYTES = 1000, 16 * 2**20
-# The columns that formats read, and those that change the meaning of a row.
-KNOWN_COLUMNS = MEANING_KEYS.union(MARK_KEYS, *READ_KEYS.values())
+# The columns that formats read, and those for which a row may be refused or not supervised.
+KNOWN_COLUMNS = REFUSABLE_KEYS.union(MARK_KEYS, *READ_KEYS.values())
 
 
-def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+def read_csv(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     """Read a CSV file whose first row names the columns. A broken row does not affect the other rows."""
     rows = _csv_rows(handle)
     first = next(rows, None)
@@ -33,12 +33,12 @@ def read_csv(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject
         raise DataError(f"data file '{file}': the first row must name the columns, each once, but it is {raw[:80]!r}")
     for line, cells, raw, broken in rows:
         if broken:
-            yield Row(number, line, raw).reject(broken)
+            yield Row(source_index, line, raw).quarantined(broken)
         elif len(cells) != len(header):
             counts = f"{len(cells)} cells, but the first row names {len(header)} columns"
-            yield Row(number, line, raw).reject(counts)
+            yield Row(source_index, line, raw).quarantined(counts)
         else:
-            yield Row(number, line, dict(zip(header, cells, strict=True)))
+            yield Row(source_index, line, dict(zip(header, cells, strict=True)))
 
 
 def _csv_rows(handle: BinaryIO) -> Iterator[tuple[int, list[str], bytes, str | None]]:
@@ -65,7 +65,7 @@ def _csv_row(ahead: deque[bytes], handle: BinaryIO) -> tuple[list[str], int, str
     """Parse the row that begins with the first line of `ahead`; append further lines if a quoted cell continues there.
 
     Returns:
-        The cells, the number of lines that the row has, and the error.
+        The cells, the source_index of lines that the row has, and the error.
     """
     if len(ahead[0]) > MAX_ROW_BYTES:
         return [], 1, too_long(len(ahead[0]))
@@ -90,7 +90,7 @@ def _lines(ahead: deque[bytes], handle: BinaryIO) -> Iterator[str]:
         yield ahead[position].decode("utf-8")
 
 
-def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+def read_parquet(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     """Read a Parquet table row by row, only the columns that a format uses.
 
     Raises:
@@ -106,14 +106,14 @@ def read_parquet(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Re
         known = [name for name in names if name in KNOWN_COLUMNS]
         if not known:
             # No format fits, so every row will be quarantined: its column names are enough for the reason.
-            yield from (Row(number, row, dict.fromkeys(names)) for row in range(1, table.metadata.num_rows + 1))
+            yield from (Row(source_index, row, dict.fromkeys(names)) for row in range(1, table.metadata.num_rows + 1))
             return
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
         # Rows can be large, so limit a batch by bytes too.
         rows_at_once = max(1, min(PARQUET_ROWS, PARQUET_BYTES * table.metadata.num_rows // max(1, sum(sizes))))
         unread = _unread_columns(table)
         for batch in table.iter_batches(rows_at_once, columns=known):
-            for row in _parquet_rows(number, line, batch, unread):
+            for row in _parquet_rows(source_index, line, batch, unread):
                 line = row.line
                 yield row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -141,17 +141,17 @@ def _unread_columns(table: Any) -> tuple[str, ...]:
     )[: MAX_NAMED + 1]
 
 
-def _parquet_rows(number: int, line: int, batch: Any, unread: tuple[str, ...]) -> Iterator[Row | Reject]:
-    """Yield the rows of the batch, numbered from `line` + 1. A cell that cannot be read rejects only its own row."""
+def _parquet_rows(source_index: int, line: int, batch: Any, unread: tuple[str, ...]) -> Iterator[Row | QuarantinedRow]:
+    """Yield the rows of the batch, numbered from `line` + 1. Quarantine only the rows with an unreadable cell."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError) as error:
         if batch.num_rows == 1:
-            yield Row(number, line + 1, {}).reject(f"a cell cannot be read: {error}")
+            yield Row(source_index, line + 1, {}).quarantined(f"a cell cannot be read: {error}")
             return
         # One cell cannot be converted: convert row by row, so that only its row is rejected.
         for index in range(batch.num_rows):
-            yield from _parquet_rows(number, line + index, batch.slice(index, 1), unread)
+            yield from _parquet_rows(source_index, line + index, batch.slice(index, 1), unread)
         return
     for index, columns in enumerate(rows, start=line + 1):
-        yield Row(number, index, columns, unread).within_limit()
+        yield Row(source_index, index, columns, unread).within_limit()

@@ -15,9 +15,9 @@ from qwlit.data.config import LossOn, Thinking
 from qwlit.data.conversation import END_THINK, THINK, Conversation, Message, ToolCall
 from qwlit.data.rows import RowError
 
-START, END = "<|im_start|>", "<|im_end|>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
-RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"
+TOOL_RESPONSE, END_TOOL_RESPONSE = "<tool_response>", "</tool_response>"
 
 
 class Piece(NamedTuple):
@@ -38,7 +38,7 @@ class Supervision:
 
 
 @dataclass(frozen=True)
-class Family:
+class ChatTemplateFamily:
     """The differences between the templates of the families, which are all ChatML."""
 
     name: str
@@ -55,14 +55,16 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("qwen3", None, tools=True, thinking=True, json_text_arguments=True),
+        ChatTemplateFamily("qwen3", None, tools=True, thinking=True, json_text_arguments=True),
         # Qwen3-…-Instruct-2507, the models without thinking. The thinking models of that date use the template qwen3.
-        Family("qwen3_2507", None, tools=True, json_text_arguments=True),
-        Family("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", tools=True),
+        ChatTemplateFamily("qwen3_2507", None, tools=True, json_text_arguments=True),
+        ChatTemplateFamily(
+            "qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", tools=True
+        ),
         # The base models of Qwen2.5.
-        Family("qwen2_5_base", "You are a helpful assistant.", tools=True),
+        ChatTemplateFamily("qwen2_5_base", "You are a helpful assistant.", tools=True),
         # Keep it last: it skips the tool probes, so the template of qwen2_5_base would match it too.
-        Family("qwen2", "You are a helpful assistant."),
+        ChatTemplateFamily("qwen2", "You are a helpful assistant."),
     )
 }
 
@@ -77,7 +79,7 @@ TOOLS_TAIL = (
 )
 
 
-def render(conversation: Conversation, family: Family, supervision: Supervision) -> list[Piece]:
+def render(conversation: Conversation, family: ChatTemplateFamily, supervision: Supervision) -> list[Piece]:
     """Render the conversation with the template of the family.
 
     Raises:
@@ -96,7 +98,7 @@ def render(conversation: Conversation, family: Family, supervision: Supervision)
     ]
 
 
-def _check(conversation: Conversation, family: Family) -> None:
+def _check(conversation: Conversation, family: ChatTemplateFamily) -> None:
     messages = conversation.messages
     if not family.tools and (conversation.tools or any(m.role == "tool" or m.tool_calls for m in messages)):
         raise RowError(f"template {family.name} does not support tools")
@@ -126,7 +128,7 @@ def _json(value: Any) -> str:
 
 
 def _turns(
-    conversation: Conversation, family: Family, supervision: Supervision
+    conversation: Conversation, family: ChatTemplateFamily, supervision: Supervision
 ) -> Iterator[tuple[Message | None, Iterator[Piece]]]:
     """Yield each message with its pieces. The message is None if the system turn is the template's own."""
     messages = conversation.messages
@@ -148,13 +150,13 @@ def _turns(
 
 
 def _plain_turn(message: Message) -> Iterator[Piece]:
-    yield from (_control(START), _text(f"{message.role}\n{message.content}"), _control(END), _text("\n"))
+    yield from (_control(IM_START), _text(f"{message.role}\n{message.content}"), _control(IM_END), _text("\n"))
 
 
 def _tool_response(message: Message, *, opens: bool, closes: bool) -> Iterator[Piece]:
-    yield from (_control(START), _text("user")) if opens else ()
-    yield from (_text("\n"), _control(RESPONSE), _text(f"\n{message.content}\n"), _control(END_RESPONSE))
-    yield from (_control(END), _text("\n")) if closes else ()
+    yield from (_control(IM_START), _text("user")) if opens else ()
+    yield from (_text("\n"), _control(TOOL_RESPONSE), _text(f"\n{message.content}\n"), _control(END_TOOL_RESPONSE))
+    yield from (_control(IM_END), _text("\n")) if closes else ()
 
 
 def last_query_index(messages: tuple[Message, ...]) -> int:
@@ -162,12 +164,12 @@ def last_query_index(messages: tuple[Message, ...]) -> int:
     return max((i for i, message in enumerate(messages) if message.role == "user"), default=len(messages) - 1)
 
 
-def _system_turn(conversation: Conversation, family: Family) -> Iterator[Piece]:
+def _system_turn(conversation: Conversation, family: ChatTemplateFamily) -> Iterator[Piece]:
     first = conversation.messages[0]
     system = first.content if first.role == "system" else family.default_system
     if system is None and not conversation.tools:
         return
-    yield from (_control(START), _text("system\n"))
+    yield from (_control(IM_START), _text("system\n"))
     if system is not None:
         yield _text(system)
     if conversation.tools:
@@ -175,7 +177,7 @@ def _system_turn(conversation: Conversation, family: Family) -> Iterator[Piece]:
         yield from _template_text(TOOLS_HEAD)
         yield from (_text(f"\n{_json(tool)}") for tool in conversation.tools)
         yield from _template_text(TOOLS_TAIL)
-    yield from (_control(END), _text("\n"))
+    yield from (_control(IM_END), _text("\n"))
 
 
 def _template_text(text: str) -> Iterator[Piece]:
@@ -185,11 +187,11 @@ def _template_text(text: str) -> Iterator[Piece]:
 
 
 def _answer_turn(
-    message: Message, family: Family, after_query: bool, is_last: bool, supervised: bool, thinking: Thinking
+    message: Message, family: ChatTemplateFamily, after_query: bool, is_last: bool, supervised: bool, thinking: Thinking
 ) -> Iterator[Piece]:
     reasoning, content = message.split_thinking() if family.thinking else ("", message.content)
     shown = content
-    yield from (_control(START), _text("assistant\n"))
+    yield from (_control(IM_START), _text("assistant\n"))
     # The template writes a block only after the last query, and an empty block only into the last message.
     if family.thinking and after_query and (is_last or reasoning):
         reasoning, shown = reasoning.strip("\n"), content.lstrip("\n")
@@ -198,15 +200,15 @@ def _answer_turn(
         yield from (_control(THINK, block), _text(f"\n{reasoning}\n", block))
         yield from (_control(END_THINK, block), _text("\n\n", block))
     yield _text(shown, supervised)
-    for number, call in enumerate(message.tool_calls):
-        yield _text("\n" if content or number else "", supervised)
+    for index, call in enumerate(message.tool_calls):
+        yield _text("\n" if content or index else "", supervised)
         yield _control(TOOL_CALL, supervised)
         yield _text(f'\n{{"name": "{call.name}", "arguments": {_arguments(call, family)}}}\n', supervised)
         yield _control(END_TOOL_CALL, supervised)
-    yield from (_control(END, supervised), _text("\n"))
+    yield from (_control(IM_END, supervised), _text("\n"))
 
 
-def _arguments(call: ToolCall, family: Family) -> str:
+def _arguments(call: ToolCall, family: ChatTemplateFamily) -> str:
     if isinstance(call.arguments, str) and family.json_text_arguments:
         return call.arguments
     return _json(call.arguments)

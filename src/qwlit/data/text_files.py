@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from qwlit.data.files import File
-from qwlit.data.rows import BOM, MAX_ROW_BYTES, Document, Reject, Row
+from qwlit.data.rows import BOM, MAX_ROW_BYTES, Document, QuarantinedRow, Row
 
 TEXT_BLOCK_BYTES = 2**20
 
 
-def read_text(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Reject]:
+def read_text(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     """Read a document. A long one becomes several blocks; each begins at a line start, where no token crosses."""
     line, is_first = 1, True
     # Read one block ahead, to know which block is the last.
@@ -22,7 +22,7 @@ def read_text(number: int, file: File, handle: BinaryIO) -> Iterator[Row | Rejec
             continue
         block, rest = block[:end], block[end:]
         if block.strip() or not is_first:
-            yield _text_row(number, line, block, is_first=is_first, is_last=not following)
+            yield _text_row(source_index, line, block, is_first=is_first, is_last=not following)
             is_first = False
         line += block.count(b"\n")
         block, following = rest + following, handle.read(TEXT_BLOCK_BYTES)
@@ -45,12 +45,14 @@ def _split_point(block: bytes) -> int | None:
     return starts[-1] if starts else None
 
 
-def _text_row(number: int, line: int, block: bytes, *, is_first: bool, is_last: bool) -> Row | Reject:
+def _text_row(source_index: int, line: int, block: bytes, *, is_first: bool, is_last: bool) -> Row | QuarantinedRow:
     try:
         text = block.decode("utf-8")
     except UnicodeDecodeError as error:
         kind = ", but it looks like UTF-16" if block[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        return Row(number, line, block).reject(f"not valid UTF-8 at byte {error.start + 1}{kind}")
+        return Row(source_index, line, block).quarantined(f"not valid UTF-8 at byte {error.start + 1}{kind}")
     if "\0" in text:
-        return Row(number, line, block).reject("has NUL characters, as UTF-16 text does; save the file as UTF-8")
-    return Row(number, line, Document(text, is_first, is_last))
+        return Row(source_index, line, block).quarantined(
+            "has NUL characters, as UTF-16 text does; save the file as UTF-8"
+        )
+    return Row(source_index, line, Document(text, is_first, is_last))

@@ -30,10 +30,10 @@ def unread_key_remarks(owner: Literal["row", "message"], keys: Iterable[str]) ->
 
 
 def add_remarks(total: Counter[str], more: Counter[str]) -> None:
-    """Add `more` to `total`, but name only the first MAX_NAMED unread keys: a data set can have any number of them."""
+    """Add `more` to `total`, but name only the first MAX_NAMED unread keys: a data set can have any count of them."""
     prefixes = tuple(_PREFIXES.values())
     num_named = sum(text.startswith(prefixes) for text in total)
-    for text, number in more.items():
+    for text, count in more.items():
         is_new_key = text not in total and text.startswith(prefixes)
         num_named += is_new_key
-        total[OTHER_KEYS if is_new_key and num_named > MAX_NAMED else text] += number
+        total[OTHER_KEYS if is_new_key and num_named > MAX_NAMED else text] += count

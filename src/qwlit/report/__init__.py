@@ -1,1 +1,1 @@
-"""The ledger: how runs differ in settings, results and events. Reads run folders and trains nothing."""
+"""Compare runs by their settings, results and events. This package reads run folders and trains nothing."""

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qwlit.report.compare import Ledger, canonical
-from qwlit.report.runs import Run
+from qwlit.report.compare import RunComparison, canonical
+from qwlit.report.runs import RunRecord
 
 NAMED = 4
 """A list names this many runs and counts the rest."""
@@ -13,39 +13,39 @@ NAMED = 4
 
 @dataclass(frozen=True)
 class Condition:
-    """Something other than a setting that decides what a run's figures mean, such as its device."""
+    """Something other than a setting that decides whether results can be compared, such as the device."""
 
     title: str
-    read: Callable[[Run], str | None]
+    read: Callable[[RunRecord], str | None]
     warning: str
     """Printed if the runs differ in this condition."""
     shown: bool = True
     """Whether a reader understands the values; fingerprints are not shown."""
 
 
-def _recorded(key: str) -> Callable[[Run], str | None]:
+def _recorded(key: str) -> Callable[[RunRecord], str | None]:
     return lambda run: run.manifest.get(key)
 
 
-def _torch(run: Run) -> str | None:
+def _torch(run: RunRecord) -> str | None:
     version: str | None = run.manifest.get("packages", {}).get("torch")
     return version
 
 
-def _device(run: Run) -> str | None:
+def _device(run: RunRecord) -> str | None:
     device = run.manifest.get("device")
-    number = run.manifest.get("devices", 1) * run.manifest.get("num_nodes", 1)
-    return None if device is None else f"{number} x {device}"
+    count = run.manifest.get("devices", 1) * run.manifest.get("num_nodes", 1)
+    return None if device is None else f"{count} x {device}"
 
 
-def _code(run: Run) -> str | None:
+def _code(run: RunRecord) -> str | None:
     version, git = run.manifest.get("qwlit"), run.manifest.get("git")
     if not isinstance(git, dict):
         return None if version is None else str(version)
     return f"{version} at {str(git.get('commit'))[:7]}{' with changes' if git.get('dirty') else ''}"
 
 
-def data_prints(run: Run) -> tuple[str | None, str | None]:
+def data_fingerprints(run: RunRecord) -> tuple[str | None, str | None]:
     """Return the fingerprints of the training data and of the validation data.
 
     The manifest has one text for both (`DataSplit.fingerprint`): a+b*weights/fraction. Each of a, b, … is one store;
@@ -58,8 +58,8 @@ def data_prints(run: Run) -> tuple[str | None, str | None]:
     text, _, weights = text.partition("*")
     stores = text.split("+")
     path = run.settings.get("data.path")
-    number = len(path) if isinstance(path, list) else 1
-    training, validation = stores[:number], stores[number:]
+    num_parts = len(path) if isinstance(path, list) else 1
+    training, validation = stores[:num_parts], stores[num_parts:]
     if fraction:
         held_out = [fraction, str(run.settings.get("data.drop_duplicates"))]
         return "+".join([*training, weights, *held_out]), "+".join([*training, *held_out])
@@ -69,11 +69,13 @@ def data_prints(run: Run) -> tuple[str | None, str | None]:
 CONDITIONS = (
     Condition(
         "validation data",
-        lambda run: data_prints(run)[1],
+        lambda run: data_fingerprints(run)[1],
         "The validation sets differ, or their tokenization or loss mask: val/loss cannot be compared",
         shown=False,
     ),
-    Condition("training data", lambda run: data_prints(run)[0], "The runs trained on different data", shown=False),
+    Condition(
+        "training data", lambda run: data_fingerprints(run)[0], "The runs trained on different data", shown=False
+    ),
     Condition("device", _device, "The runs used different devices: time, speed and memory cannot be compared"),
     Condition("precision", _recorded("precision"), "Precision differs, and so does the rounding of every step"),
     Condition("attention", _recorded("attention"), "Attention differs, and so does the rounding of every step"),
@@ -83,24 +85,24 @@ CONDITIONS = (
 )
 
 
-def comparable(runs: Iterable[Run]) -> bool:
+def comparable(runs: Iterable[RunRecord]) -> bool:
     """Whether all known validation sets of the runs are the same, so that their losses can be compared."""
-    return len({data_prints(run)[1] for run in runs} - {None}) < 2
+    return len({data_fingerprints(run)[1] for run in runs} - {None}) < 2
 
 
-def comparison_warnings(ledger: Ledger) -> list[str]:
+def comparison_warnings(comparison: RunComparison) -> list[str]:
     """Return the warnings that a reader needs before comparing the runs."""
-    runs = [run for run in ledger.runs if run.exists]
+    runs = [run for run in comparison.runs if run.exists]
     if len(runs) < 2:
         return []
     found = [text for condition in CONDITIONS if (text := _difference(condition, runs))]
     unknown = [run.name for run in runs if not run.manifest]
     if unknown:
         found.append(f"These runs have no manifest.json, so their device and versions are unknown: {_list(unknown)}")
-    return found + _noise(ledger)
+    return found + _noise(comparison)
 
 
-def _difference(condition: Condition, runs: Iterable[Run]) -> str | None:
+def _difference(condition: Condition, runs: Iterable[RunRecord]) -> str | None:
     groups: dict[str, list[str]] = {}
     for run in runs:
         value = condition.read(run)
@@ -117,24 +119,24 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def _noise(ledger: Ledger) -> list[str]:
+def _noise(comparison: RunComparison) -> list[str]:
     """Report the spread of runs with equal settings, or equal but for the seed. Smaller differences mean nothing."""
     found = []
     for kind, ignored in (("the same settings and seed", ()), ("the same settings and other seeds", ("seed",))):
-        groups: dict[tuple[str, ...], list[Run]] = {}
-        for run in ledger.runs:
-            if run.settled and run.settings and ledger.value(run) is not None:
-                groups.setdefault(_settings_of(run, ledger, ignored), []).append(run)
+        groups: dict[tuple[str, ...], list[RunRecord]] = {}
+        for run in comparison.runs:
+            if run.finished and run.settings and comparison.value(run) is not None:
+                groups.setdefault(_settings_of(run, comparison, ignored), []).append(run)
         for group in groups.values():
             seeds = {canonical(run.settings.get("seed")) for run in group}
             if len(group) > 1 and (len(seeds) > 1 or not ignored):
-                values: list[Any] = [ledger.value(run) for run in group]
+                values: list[Any] = [comparison.value(run) for run in group]
                 names = _list([run.name for run in group])
                 spread = max(values) - min(values)
-                found.append(f"With {kind}, {names} differ by {spread:.2g} in {ledger.metric.name}")
+                found.append(f"With {kind}, {names} differ by {spread:.2g} in {comparison.metric.name}")
     return found
 
 
-def _settings_of(run: Run, ledger: Ledger, ignored: tuple[str, ...]) -> tuple[str, ...]:
-    settings = (canonical(run.settings.get(key)) for key in ledger.differing if key not in ignored)
-    return tuple(settings) + tuple(map(str, data_prints(run)))
+def _settings_of(run: RunRecord, comparison: RunComparison, ignored: tuple[str, ...]) -> tuple[str, ...]:
+    settings = (canonical(run.settings.get(key)) for key in comparison.differing if key not in ignored)
+    return tuple(settings) + tuple(map(str, data_fingerprints(run)))

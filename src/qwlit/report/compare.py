@@ -1,4 +1,4 @@
-"""The ledger: runs ordered by their metric, the settings in which they differ, and the baseline."""
+"""Compare runs: order them by their metric, find the settings in which they differ, and choose the baseline."""
 
 import json
 import os
@@ -7,47 +7,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwlit.config.run import MATHEMATICS, NO_MATHEMATICS
+from qwlit.config.run import NOT_IN_RECIPE, RECIPE_SECTIONS
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.metric import Metric
 from qwlit.report.find import SweepFolder, find_runs
-from qwlit.report.runs import VAL_LOSS, Run, read_runs
+from qwlit.report.runs import VAL_LOSS, RunRecord, read_runs
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """Runs, the best first, and what is needed to compare them."""
+class RunComparison:
+    """Runs, the best first, with the baseline and the settings in which they differ."""
 
-    runs: tuple[Run, ...]
-    baseline: Run
+    runs: tuple[RunRecord, ...]
+    baseline: RunRecord
     metric: Metric
     sweep: SweepFolder | None
     """The sweep, if all runs are trials of one sweep."""
     differing: tuple[str, ...]
     """Settings that have several values among the runs."""
 
-    def value(self, run: Run) -> float | None:
+    def value(self, run: RunRecord) -> float | None:
         return run.value(self.metric)
 
-    def delta(self, run: Run) -> float | None:
+    def delta(self, run: RunRecord) -> float | None:
         """Return the run's value minus the baseline's."""
         value, reference = self.value(run), self.value(self.baseline)
         return None if value is None or reference is None else value - reference
 
     @property
-    def best(self) -> Run | None:
+    def best(self) -> RunRecord | None:
         return self.runs[0] if self.value(self.runs[0]) is not None else None
 
     @property
     def searched(self) -> tuple[str, ...]:
-        """Return the settings that the sweep varied; without a sweep, the differing ones that shape the computation."""
+        """Return the settings that the sweep varied; without a sweep, the differing recipe settings except the seed."""
         if self.sweep is None:
-            return tuple(key for key in self.differing if _shapes(key) and key != "seed")
+            return tuple(key for key in self.differing if _in_recipe(key) and key != "seed")
         drawn = {key for run in self.runs if run.trial for key in run.trial.params}
         return tuple(key for key in self.differing if key in drawn)
 
-    def same(self, run: Run, key: str) -> bool:
+    def same(self, run: RunRecord, key: str) -> bool:
         """Whether a setting has the baseline's value. A setting that an older run does not have counts as the same."""
         settings, reference = run.settings, self.baseline.settings
         return key not in settings or key not in reference or canonical(settings[key]) == canonical(reference[key])
@@ -62,7 +62,7 @@ class Ledger:
         return Path(os.path.commonpath([run.path.absolute().parent for run in self.runs]))
 
 
-def build_ledger(paths: list[str], baseline: str | None) -> Ledger:
+def build_comparison(paths: list[str], baseline: str | None) -> RunComparison:
     """Read the runs at `paths` and order them.
 
     Args:
@@ -84,10 +84,12 @@ def build_ledger(paths: list[str], baseline: str | None) -> Ledger:
     if chosen is None:
         chosen = _default_baseline(runs[0], ordered)
     sweeps = {run.trial.sweep if run.trial else None for run in runs}
-    return Ledger(tuple(ordered), chosen, metric, next(iter(sweeps)) if len(sweeps) == 1 else None, _differing(runs))
+    return RunComparison(
+        tuple(ordered), chosen, metric, next(iter(sweeps)) if len(sweeps) == 1 else None, _differing(runs)
+    )
 
 
-def _folder_of(baseline: str, runs: list[Run]) -> Path:
+def _folder_of(baseline: str, runs: list[RunRecord]) -> Path:
     """Return the one run folder at the path `baseline`."""
     if not resolve_path(baseline).is_dir():
         names = [run.name for run in runs]
@@ -99,29 +101,29 @@ def _folder_of(baseline: str, runs: list[Run]) -> Path:
     return found[0].path
 
 
-def _metric(runs: Iterable[Run]) -> Metric:
+def _metric(runs: Iterable[RunRecord]) -> Metric:
     """Return the metric of the runs' sweeps if they share one, else the validation loss."""
     metrics = {run.trial.sweep.metric if run.trial else VAL_LOSS for run in runs}
     return metrics.pop() if len(metrics) == 1 else VAL_LOSS
 
 
-def _rank(run: Run, metric: Metric) -> tuple[bool, bool, float, str]:
+def _rank(run: RunRecord, metric: Metric) -> tuple[bool, bool, float, str]:
     """Sort by the metric. Unfinished trials come last: their value was measured at an earlier step."""
     value = run.value(metric)
     signed = 0.0 if value is None else value if metric.goal == "minimize" else -value
-    return run.trial is not None and not run.settled, value is None, signed, run.name
+    return run.trial is not None and not run.finished, value is None, signed, run.name
 
 
-def _default_baseline(first: Run, ordered: list[Run]) -> Run:
+def _default_baseline(first: RunRecord, ordered: list[RunRecord]) -> RunRecord:
     if first.trial is None:
         return first
     return next(run for run in ordered if run.trial and run.trial.sweep == first.trial.sweep)
 
 
-def _differing(runs: Sequence[Run]) -> tuple[str, ...]:
+def _differing(runs: Sequence[RunRecord]) -> tuple[str, ...]:
     """Return the settings with several values. A run without the key does not count.
 
-    Settings that a sweep drew come first, then those that shape the computation.
+    Settings that a sweep drew come first, then the other settings of the recipe.
     """
     values: dict[str, set[str]] = {}
     for run in runs:
@@ -129,12 +131,12 @@ def _differing(runs: Sequence[Run]) -> tuple[str, ...]:
             values.setdefault(key, set()).add(canonical(value))
     differing = [key for key, seen in values.items() if len(seen) > 1]
     drawn = {key for run in runs if run.trial for key in run.trial.params}
-    return tuple(sorted(differing, key=lambda key: (key not in drawn, not _shapes(key))))
+    return tuple(sorted(differing, key=lambda key: (key not in drawn, not _in_recipe(key))))
 
 
-def _shapes(key: str) -> bool:
-    """Whether a setting shapes the computation. `data.path` does here, because it names the data."""
-    return key.partition(".")[0] in MATHEMATICS and key not in NO_MATHEMATICS - {"data.path"}
+def _in_recipe(key: str) -> bool:
+    """Whether a setting belongs to the recipe. Here `data.path` does, because it names the data."""
+    return key.partition(".")[0] in RECIPE_SECTIONS and key not in NOT_IN_RECIPE - {"data.path"}
 
 
 def canonical(value: Any) -> str:

@@ -6,8 +6,8 @@ from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
-from qwlit.report.drawing import ALARM, BLACK, GREY, LOG_SPREAD, PALETTE, figure, plain_number, set_log, spreads, to_svg
-from qwlit.report.runs import Run, Series
+from qwlit.report.drawing import ALARM, GREY, LOG_SPREAD, PALETTE, figure, needs_log_axis, plain_number, set_log, to_svg
+from qwlit.report.runs import RunRecord, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,8 @@ class Panel:
     peaks: bool = False
     """Thinning keeps the maximum of each stretch of steps, not the mean, so that a single spike stays visible."""
     log_axis_by: Literal["values", "spikes", "peaks", "nothing"] = "values"
-    """Which values decide about a logarithmic axis: a gradient norm near 0 or the end of a schedule should not."""
+    """Which values decide whether the axis is logarithmic. A gradient norm near 0 or the low learning rates at the end
+    of a schedule must not cause a logarithmic axis."""
     with_events: bool = False
 
 
@@ -41,10 +42,10 @@ PANELS = (
     Panel("optim/lr", "Learning rate", "learning rate", peaks=True, log_axis_by="peaks"),
     Panel("throughput/tokens_per_second", "Throughput", "tokens per second", log_axis_by="nothing"),
 )
-MARKS = {"skip": ("skipped step", ALARM), "rollback": ("rollback", BLACK), "resumed": ("resumed", PALETTE[2])}
+MARKS = {"skip": ("skipped step", ALARM), "resumed": ("resumed", PALETTE[2])}
 
 
-def draw_curves(panel: Panel, runs: Sequence[Run], colours: Mapping[str, str]) -> str | None:
+def draw_curves(panel: Panel, runs: Sequence[RunRecord], colours: Mapping[str, str]) -> str | None:
     """Draw a panel as SVG. Return None if no run has the quantity.
 
     Args:
@@ -58,7 +59,7 @@ def draw_curves(panel: Panel, runs: Sequence[Run], colours: Mapping[str, str]) -
         axes = picture.add_subplot(xlabel="step", ylabel=panel.unit)
         for run in reversed(drawn):
             _draw(axes, thin(run.series[panel.key], peaks=panel.peaks), colours.get(run.name))
-        _settle_axes(axes, panel, [[value for _, value in run.series[panel.key]] for run in drawn])
+        _format_axes(axes, panel, [[value for _, value in run.series[panel.key]] for run in drawn])
         if panel.with_events and len(runs) == 1:
             _mark_events(axes, runs[0])
         return to_svg(picture)
@@ -90,19 +91,19 @@ def _draw(axes: "Axes", points: Series, colour: str | None) -> None:
     )
 
 
-def _settle_axes(axes: "Axes", panel: Panel, values: list[list[float]]) -> None:
+def _format_axes(axes: "Axes", panel: Panel, values: list[list[float]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=(1, 2, 2.5, 5, 10)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     peaks, together = [max(each) for each in values], [value for each in values for value in each]
-    if panel.log_axis_by == "peaks" and spreads(peaks):
+    if panel.log_axis_by == "peaks" and needs_log_axis(peaks):
         axes.set_ylim(bottom=min(peaks) / LOG_SPREAD)
         set_log(axes, "y")
-    elif panel.log_axis_by == "spikes" and spreads(together, above=median(together)):
+    elif panel.log_axis_by == "spikes" and needs_log_axis(together, above=median(together)):
         axes.set_ylim(bottom=median(together) / LOG_SPREAD)
         set_log(axes, "y")
-    elif panel.log_axis_by == "values" and spreads(together):
+    elif panel.log_axis_by == "values" and needs_log_axis(together):
         set_log(axes, "y")
     else:
         if panel.log_axis_by != "values":
@@ -110,11 +111,11 @@ def _settle_axes(axes: "Axes", panel: Panel, values: list[list[float]]) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: plain_number(value))
 
 
-def _mark_events(axes: "Axes", run: Run) -> None:
-    """Draw a vertical line at each skipped step, rollback and resume."""
+def _mark_events(axes: "Axes", run: RunRecord) -> None:
+    """Draw a vertical line at each skipped step and each resume."""
     for event, (label, colour) in MARKS.items():
         steps = [record["step"] for record in run.events if record.get("event") == event]
-        for number, step in enumerate(steps):
-            axes.axvline(step, color=colour, linewidth=0.8, linestyle=":", label=label if number == 0 else None)
+        for index, step in enumerate(steps):
+            axes.axvline(step, color=colour, linewidth=0.8, linestyle=":", label=label if index == 0 else None)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right")

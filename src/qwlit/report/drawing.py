@@ -65,7 +65,7 @@ def to_svg(drawn: "Figure") -> str:
     )
 
 
-def spreads(values: Iterable[float], *, above: float | None = None) -> bool:
+def needs_log_axis(values: Iterable[float], *, above: float | None = None) -> bool:
     """Whether a log axis suits the values: their range, counted from `above` or the smallest, spans a large factor."""
     values = list(values)
     low = min(values, default=0.0)

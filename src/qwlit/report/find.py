@@ -38,7 +38,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundRun:
     """A run, or a trial that ended before it had a run folder (`exists` is False)."""
 
     path: Path
@@ -46,20 +46,20 @@ class Found:
     trial: Trial | None = None
 
 
-def find_runs(names: Iterable[str]) -> list[Found]:
+def find_runs(names: Iterable[str]) -> list[FoundRun]:
     """Return the runs in the order in which they are named, each once.
 
     Raises:
         ConfigError: a name matches nothing, or something that is not a run.
     """
-    found: dict[Path, Found] = {}
+    found: dict[Path, FoundRun] = {}
     for name in names:
         for run in _find(name):
             found.setdefault(run.path.resolve(), run)
     return list(found.values())
 
 
-def _find(name: str) -> list[Found]:
+def _find(name: str) -> list[FoundRun]:
     path = resolve_path(name)
     if path.is_dir():
         return _inside(path) or _refuse(path)
@@ -76,10 +76,10 @@ def _find(name: str) -> list[Found]:
     raise ConfigError(f"runs={name}: there is no such folder.{hint}")
 
 
-def _inside(path: Path) -> list[Found]:
+def _inside(path: Path) -> list[FoundRun]:
     if _is_sweep(path):
         return _trials(path)
-    return [Found(path)] if _is_run(path) else []
+    return [FoundRun(path)] if _is_run(path) else []
 
 
 def _is_sweep(path: Path) -> bool:
@@ -102,7 +102,7 @@ def _similar(path: Path) -> str:
     return nearest(path.name, (c.name for c in path.parent.iterdir() if _is_run(c) or _is_sweep(c)))
 
 
-def _trials(path: Path) -> list[Found]:
+def _trials(path: Path) -> list[FoundRun]:
     file = path / SWEEP_FILE
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -116,8 +116,8 @@ def _trials(path: Path) -> list[Found]:
     return found
 
 
-def _trial(sweep: SweepFolder, entry: Mapping[str, Any]) -> Found:
+def _trial(sweep: SweepFolder, entry: Mapping[str, Any]) -> FoundRun:
     folder = sweep.path / entry["run"]
     value = number_or_none(entry["value"])
     trial = Trial(sweep, entry["number"], entry["state"], value, entry["params"], entry["reason"])
-    return Found(folder, _is_run(folder), trial)
+    return FoundRun(folder, _is_run(folder), trial)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwlit.core.metric import number_or_none
 from qwlit.report.comparability import comparable
-from qwlit.report.compare import Ledger, canonical
-from qwlit.report.runs import Run
+from qwlit.report.compare import RunComparison, canonical
+from qwlit.report.runs import RunRecord
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -48,21 +48,21 @@ class Importance:
         return texts
 
 
-def importance(ledger: Ledger) -> Importance | None:
+def importance(comparison: RunComparison) -> Importance | None:
     """Compute the shares. Return None for fewer than four runs, without differences, or if runs are not comparable."""
-    ended = [run for run in ledger.runs if run.settled and ledger.value(run) is not None]
-    early = [run for run in ledger.runs if not run.settled and run.status in ENDED_EARLY]
+    ended = [run for run in comparison.runs if run.finished and comparison.value(run) is not None]
+    early = [run for run in comparison.runs if not run.finished and run.status in ENDED_EARLY]
     runs = [*ended, *early]
-    keys, together = _separable(ledger.searched, runs)
+    keys, together = _separable(comparison.searched, runs)
     if len(runs) < FEWEST_RUNS or len(ended) < 2 or not keys or not comparable(runs):
         return None
     # A tenth of many runs, at least 5 (as the evaluator's authors advise), half of few; no run that ended early.
     num_best = min(max(len(runs) // 10, min(5, len(runs) // 2)), len(ended))
-    shares = _evaluate(ledger, ended, early, keys, num_best)
-    return Importance(shares, len(runs), num_best, len(early), len(ledger.runs) - len(runs), together)
+    shares = _evaluate(comparison, ended, early, keys, num_best)
+    return Importance(shares, len(runs), num_best, len(early), len(comparison.runs) - len(runs), together)
 
 
-def _separable(keys: Iterable[str], runs: list[Run]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
+def _separable(keys: Iterable[str], runs: list[RunRecord]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
     """Return the settings that differ among `runs`, and the groups of settings that changed only together."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for key in keys:
@@ -76,23 +76,25 @@ def _separable(keys: Iterable[str], runs: list[Run]) -> tuple[list[str], tuple[t
     return [group[0] for group in groups.values()], tuple(tuple(g) for g in groups.values() if len(g) > 1)
 
 
-def _evaluate(ledger: Ledger, ended: list[Run], early: list[Run], keys: list[str], num_best: int) -> dict[str, float]:
+def _evaluate(
+    comparison: RunComparison, ended: list[RunRecord], early: list[RunRecord], keys: list[str], num_best: int
+) -> dict[str, float]:
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    values = [float(ledger.value(run) or 0.0) for run in ended]
-    # The evaluator only asks which runs are among the best, so runs that ended early get any worse value.
-    worse = max(values) + 1 if ledger.metric.goal == "minimize" else min(values) - 1
+    values = [float(comparison.value(run) or 0.0) for run in ended]
+    # The evaluator only asks which runs are among the best, so runs that ended early get one value worse than all.
+    worse = max(values) + 1 if comparison.metric.goal == "minimize" else min(values) - 1
     runs = [*ended, *early]
     scales = {key: distribution([run.settings[key] for run in runs if key in run.settings], key) for key in keys}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction=ledger.metric.goal)
+    study = optuna.create_study(direction=comparison.metric.goal)
     for run, value in zip(runs, [*values, *[worse] * len(early)], strict=True):
-        there = [key for key in keys if key in run.settings]
+        with_value = [key for key in keys if key in run.settings]
         study.add_trial(
             optuna.create_trial(
-                params={key: plain(run.settings[key], scales[key]) for key in there},
-                distributions={key: scales[key] for key in there},
+                params={key: plain(run.settings[key], scales[key]) for key in with_value},
+                distributions={key: scales[key] for key in with_value},
                 value=value,
             )
         )

@@ -10,7 +10,7 @@ import yaml
 from qwlit.config.run import flatten
 from qwlit.core.files import is_locked, read_json, read_json_lines
 from qwlit.core.metric import Metric, number_or_none
-from qwlit.report.find import Found, Trial
+from qwlit.report.find import FoundRun, Trial
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
 VAL_LOSS = Metric(name="val/loss")
@@ -20,11 +20,11 @@ Series = list[tuple[int, float]]
 PATHS = ("path", "val_path", "tokenizer")
 """Last parts of the settings that name files: only the file name is compared, the folder differs between machines."""
 UNFINISHED = ("running", "killed")
-"""With these statuses, summary.json still has the figures of an earlier attempt."""
+"""With these statuses, summary.json still has the results of an earlier attempt."""
 
 
 @dataclass(frozen=True)
-class Figures:
+class RunResults:
     """The results of a run; None if not known."""
 
     val_loss: float | None
@@ -39,7 +39,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """A run, or a trial that ended before it had a folder (`exists` is False)."""
 
     name: str
@@ -53,10 +53,10 @@ class Run:
     summary: Mapping[str, Any]
     series: Mapping[str, Series]
     events: tuple[Mapping[str, Any], ...]
-    figures: Figures
+    results: RunResults
 
     @property
-    def settled(self) -> bool:
+    def finished(self) -> bool:
         """Whether the run finished all its steps."""
         return (self.trial.state if self.trial else self.status) == FINISHED
 
@@ -65,7 +65,7 @@ class Run:
         if self.trial is not None and self.trial.value is not None and self.trial.sweep.metric == metric:
             return self.trial.value
         if metric == VAL_LOSS:
-            return self.figures.val_loss
+            return self.results.val_loss
         return metric.best_of_run((value for _, value in self.series.get(metric.name, ())), self.summary)
 
     def count(self, event: str) -> int:
@@ -76,12 +76,12 @@ class Run:
         return steps[-1] if steps else None
 
 
-def read_runs(found: Iterable[Found]) -> list[Run]:
+def read_runs(found: Iterable[FoundRun]) -> list[RunRecord]:
     found = list(found)
     return [_read(run, name) for run, name in zip(found, _names(found), strict=True)]
 
 
-def _names(found: list[Found]) -> list[str]:
+def _names(found: list[FoundRun]) -> list[str]:
     """Name each run by its folder. If two runs share a name, use as many parent folders as make the names unique."""
     parts = [run.path.absolute().parts for run in found]
     depth = 1
@@ -90,13 +90,13 @@ def _names(found: list[Found]) -> list[str]:
     return ["/".join(path[-depth:]) for path in parts]
 
 
-def _read(found: Found, name: str) -> Run:
+def _read(found: FoundRun, name: str) -> RunRecord:
     path, trial = found.path, found.trial
     params = dict(trial.params) if trial else {}
     summary = RunFolder(path).read_summary()
     status = _status(path, summary)
     series = _series(read_json_lines(path / "metrics.jsonl"))
-    return Run(
+    return RunRecord(
         name=name,
         path=path,
         exists=found.exists,
@@ -107,7 +107,7 @@ def _read(found: Found, name: str) -> Run:
         summary=summary,
         series=series,
         events=tuple(read_json_lines(path / "events.jsonl")),
-        figures=_figures({} if status in UNFINISHED else summary, series),
+        results=_results({} if status in UNFINISHED else summary, series),
     )
 
 
@@ -159,19 +159,19 @@ def _series(records: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
     return series
 
 
-def _figures(summary: Mapping[str, Any], series: Mapping[str, Series]) -> Figures:
-    """Take each figure from the summary, or compute it from the metrics if the summary lacks it."""
+def _results(summary: Mapping[str, Any], series: Mapping[str, Series]) -> RunResults:
+    """Take each result from the summary, or compute it from the metrics if the summary lacks it."""
 
     def values(key: str) -> list[float]:
         return [value for _, value in series.get(key, ())]
 
-    def known(entry: str, seen: float | None) -> float | None:
-        said = number_or_none(summary.get(entry))
-        return seen if said is None else said
+    def known(entry: str, computed: float | None) -> float | None:
+        recorded = number_or_none(summary.get(entry))
+        return computed if recorded is None else recorded
 
     speeds = values("throughput/tokens_per_second")
     steps = known("steps", max((points[-1][0] for points in series.values()), default=None))
-    return Figures(
+    return RunResults(
         val_loss=known("val_loss_best", min(values("val/loss"), default=None)),
         train_loss=known("train_loss_last", next(reversed(values("train/loss")), None)),
         exact_match=known("exact_match", None),

@@ -7,7 +7,7 @@ from typing import Any
 
 from qwlit.core.files import read_json_lines
 from qwlit.report.comparability import CONDITIONS
-from qwlit.report.runs import Run
+from qwlit.report.runs import RunRecord
 from qwlit.report.table import show_setting
 
 MOST_LINES = 100
@@ -26,7 +26,7 @@ class TextTable:
 
 @dataclass(frozen=True)
 class RunDetails:
-    """Everything the page shows of a single run only."""
+    """What the page shows only for a single run."""
 
     conditions: dict[str, str]
     """What a reader needs to repeat the run to the last digit: device, precision, versions, seed."""
@@ -35,13 +35,13 @@ class RunDetails:
     samples: TextTable | None
 
 
-def describe(run: Run) -> RunDetails:
+def describe(run: RunRecord) -> RunDetails:
     """Collect the details of a run; what its folder lacks is empty or None."""
     settings = {key: show_setting(value) for key, value in run.settings.items()}
     return RunDetails(_conditions(run), settings, _events(run), _samples(run))
 
 
-def _conditions(run: Run) -> dict[str, str]:
+def _conditions(run: RunRecord) -> dict[str, str]:
     choices = run.manifest.get("choices", {})
     conditions = {condition.title: condition.read(run) for condition in CONDITIONS if condition.shown}
     conditions["choices"] = " ".join(f"{group}={choices[group]}" for group in GROUPS if choices.get(group))
@@ -49,7 +49,7 @@ def _conditions(run: Run) -> dict[str, str]:
     return {title: text for title, text in conditions.items() if text}
 
 
-def _events(run: Run) -> TextTable | None:
+def _events(run: RunRecord) -> TextTable | None:
     """List all events but checkpoints, which are only counted."""
     if not run.events:
         return None
@@ -67,7 +67,7 @@ def _event_line(event: Mapping[str, Any]) -> list[str]:
     return [str(event["step"]), when, event["event"], "; ".join(rest)]
 
 
-def _samples(run: Run) -> TextTable | None:
+def _samples(run: RunRecord) -> TextTable | None:
     samples = read_json_lines(run.path / "samples.jsonl")
     if not samples:
         return None

@@ -1,4 +1,4 @@
-"""The ledger as columns of text, for the terminal and for the page."""
+"""The comparison of runs as columns of text, for the terminal and for the page."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-from qwlit.report.compare import Ledger
+from qwlit.report.compare import RunComparison
 from qwlit.report.drawing import plain_number
-from qwlit.report.runs import Run
+from qwlit.report.runs import RunRecord
 
 MOST_SETTINGS = 8
 """If more settings differ, each run lists its own changes in one column instead of one column per setting."""
@@ -16,7 +16,6 @@ LONG_KEY = 14
 UNKNOWN, BEST = "–", "★"
 EVENTS = {
     "skip": "{n} skipped",
-    "rollback": "{n} rolled back",
     "damaged": "{n} damaged checkpoint{s}",
     "preempted": "preempted {n}x",
     "interrupted": "interrupted {n}x",
@@ -42,23 +41,23 @@ class Column:
         return [section + dot, name] if dot and len(self.title) > LONG_KEY else [self.title]
 
 
-def columns(ledger: Ledger, *, most_listed: int | None = None) -> list[Column]:
-    """Return the ledger's columns, without those that have no known value.
+def columns(comparison: RunComparison, *, most_listed: int | None = None) -> list[Column]:
+    """Return the comparison's columns, without those that have no known value.
 
     Args:
         most_listed: how many changed settings a run lists if they share one column; None: all.
     """
-    names = [run.name for run in ledger.runs]
-    if ledger.best and len(names) > 1:
+    names = [run.name for run in comparison.runs]
+    if comparison.best and len(names) > 1:
         names[0] += f"\u00a0{BEST}"
-    results = [column for column in _results(ledger) if any(cell != UNKNOWN for cell in column.cells)]
+    results = [column for column in _results(comparison) if any(cell != UNKNOWN for cell in column.cells)]
     # The changed settings come next to the metric that they changed.
-    ranking = [column for column in results if column.title in (ledger.metric.name, "Δ")]
-    settings = _settings(ledger, most_listed)
-    stability_cells = [stability(run) for run in ledger.runs]
+    ranking = [column for column in results if column.title in (comparison.metric.name, "Δ")]
+    settings = _settings(comparison, most_listed)
+    stability_cells = [stability(run) for run in comparison.runs]
     return [
-        Column("run", names, "name", marked=[0] if ledger.best else []),
-        Column("status", [run.status for run in ledger.runs], "name"),
+        Column("run", names, "name", marked=[0] if comparison.best else []),
+        Column("status", [run.status for run in comparison.runs], "name"),
         *ranking,
         *(column for column in settings if column.kind != "text"),
         *(column for column in results if column not in ranking),
@@ -67,25 +66,25 @@ def columns(ledger: Ledger, *, most_listed: int | None = None) -> list[Column]:
     ]
 
 
-def _results(ledger: Ledger) -> list[Column]:
-    """Return a column for the metric, for the difference to the baseline, and for each figure."""
-    figures = [run.figures for run in ledger.runs]
-    losses = [_losses("val/loss", [figure.val_loss for figure in figures])]
-    if len(ledger.runs) > 1:
-        values = [ledger.value(run) for run in ledger.runs]
+def _results(comparison: RunComparison) -> list[Column]:
+    """Return a column for the metric, for the difference to the baseline, and for each result of the runs."""
+    results = [run.results for run in comparison.runs]
+    losses = [_losses("val/loss", [result.val_loss for result in results])]
+    if len(comparison.runs) > 1:
+        values = [comparison.value(run) for run in comparison.runs]
         places = _places(values)
-        deltas = [show_value(ledger.delta(run), places, "+") for run in ledger.runs]
-        deltas[ledger.runs.index(ledger.baseline)] = "baseline"
-        others = [] if ledger.metric.name == "val/loss" else losses
-        losses = [_losses(ledger.metric.name, values), Column("Δ", deltas), *others]
+        deltas = [show_value(comparison.delta(run), places, "+") for run in comparison.runs]
+        deltas[comparison.runs.index(comparison.baseline)] = "baseline"
+        others = [] if comparison.metric.name == "val/loss" else losses
+        losses = [_losses(comparison.metric.name, values), Column("Δ", deltas), *others]
     return [
         *losses,
-        _losses("train/loss", [figure.train_loss for figure in figures]),
-        _column("exact match", [figure.exact_match for figure in figures], "{:.1%}".format),
-        _column("steps", [figure.steps for figure in figures], "{:,}".format),
-        _column("time", [figure.wall_seconds for figure in figures], _duration),
-        _column("tokens/s", [figure.tokens_per_second for figure in figures], "{:,.0f}".format),
-        _column("peak GiB", [figure.peak_memory_gib for figure in figures], "{:.2f}".format),
+        _losses("train/loss", [result.train_loss for result in results]),
+        _column("exact match", [result.exact_match for result in results], "{:.1%}".format),
+        _column("steps", [result.steps for result in results], "{:,}".format),
+        _column("time", [result.wall_seconds for result in results], _duration),
+        _column("tokens/s", [result.tokens_per_second for result in results], "{:,.0f}".format),
+        _column("peak GiB", [result.peak_memory_gib for result in results], "{:.2f}".format),
     ]
 
 
@@ -115,45 +114,46 @@ def show_value(value: float | None, places: int = 4, sign: str = "") -> str:
     return f"{value:{sign}.{places}f}" if abs(value) < 1e4 else f"{value:{sign}.3g}"
 
 
-def stability(run: Run) -> str:
-    """Summarize skips, rollbacks, interruptions and resumes, and why the run stopped early."""
+def stability(run: RunRecord) -> str:
+    """Summarize skipped steps, damaged checkpoints, interruptions and resumes, and why the run stopped early."""
     parts = []
     for event, text in EVENTS.items():
         # Rank 0 may have been killed after it wrote one of the two files and before the other: take the larger count.
-        entry = {"skip": "skipped_steps", "rollback": "rollbacks"}.get(event, "")
-        number = max(run.count(event), run.summary.get(entry, 0))
+        count = max(run.count(event), run.summary.get("skipped_steps", 0) if event == "skip" else 0)
         if event == "preempted" and run.status == "pruned":
-            number -= 1  # A sweep preempts a trial to prune it.
-        if number > 0:
-            parts.append(text.format(n=number, s="s" * (number > 1)))
+            count -= 1  # A sweep preempts a trial to prune it.
+        if count > 0:
+            parts.append(text.format(n=count, s="s" * (count > 1)))
     if run.status == "stopped":
-        step = run.last_step("skip") or run.figures.steps
+        step = run.last_step("skip") or run.results.steps
         parts.append(f"stopped by the guard at step {step}")
     if run.trial and run.trial.reason:
         parts.append(run.trial.reason)
     return ", ".join(parts)
 
 
-def _settings(ledger: Ledger, most_listed: int | None) -> list[Column]:
-    if not ledger.differing:
+def _settings(comparison: RunComparison, most_listed: int | None) -> list[Column]:
+    if not comparison.differing:
         return []
-    if len(ledger.differing) > MOST_SETTINGS:
-        changes = [_changes(ledger, run, most_listed) for run in ledger.runs]
+    if len(comparison.differing) > MOST_SETTINGS:
+        changes = [_changes(comparison, run, most_listed) for run in comparison.runs]
         return [Column("other than the baseline", changes, "text")]
     return [
         Column(
             key,
-            [show_setting(run.settings[key]) if key in run.settings else UNKNOWN for run in ledger.runs],
+            [show_setting(run.settings[key]) if key in run.settings else UNKNOWN for run in comparison.runs],
             # In a sweep nearly all settings differ from the baseline, so highlighting them would not help.
-            marked=[n for n, run in enumerate(ledger.runs) if ledger.sweep is None and not ledger.same(run, key)],
+            marked=[
+                n for n, run in enumerate(comparison.runs) if comparison.sweep is None and not comparison.same(run, key)
+            ],
         )
-        for key in ledger.differing
+        for key in comparison.differing
     ]
 
 
-def _changes(ledger: Ledger, run: Run, most_listed: int | None) -> str:
+def _changes(comparison: RunComparison, run: RunRecord, most_listed: int | None) -> str:
     """List the settings that are other than the baseline's."""
-    changed = [key for key in ledger.differing if not ledger.same(run, key)]
+    changed = [key for key in comparison.differing if not comparison.same(run, key)]
     listed = [f"{key}={show_setting(run.settings[key])}" for key in changed[:most_listed]]
     more = len(changed) - len(listed)
     return " ".join(listed) + (f" and {more} more" if more else "")

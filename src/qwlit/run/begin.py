@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from qwlit.config.compose import compose, dump
-from qwlit.config.run import RunConfig, mathematics
+from qwlit.config.run import RunConfig, recipe_settings
 from qwlit.core.console import console
 from qwlit.core.errors import GuardStop, Interrupted, Preempted, Pruned, SignalExit
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import is_rank_zero
-from qwlit.data.store import REASONS_NAMED, rejections
+from qwlit.data.store import REASONS_NAMED, quarantine_reasons
 from qwlit.model.config import ModelConfig
 from qwlit.model.folder import named_base
 from qwlit.model.load import fingerprint
 from qwlit.model.quantize import num_elements
-from qwlit.run.resume import Start, newest, prepare_folder, refuse_other_content, refuse_other_mathematics
+from qwlit.run.resume import ResumePoint, newest, prepare_folder, refuse_changed_content, refuse_changed_recipe
 from qwlit.training.checkpointing.checkpoint import list_checkpoints
 from qwlit.training.tracking.manifest import build_manifest
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
 
 
-def begin(run: "TrainingRun") -> Start:
+def begin(run: "TrainingRun") -> ResumePoint:
     """Prepare the run folder and write config, manifest and quarantine; other ranks only look up where to start.
 
     Raises:
@@ -37,12 +37,12 @@ def begin(run: "TrainingRun") -> Start:
     """
     config, folder = run.config, run.folder
     if not is_rank_zero():
-        return Start(newest(folder))
+        return ResumePoint(newest(folder))
     base = fingerprint(config.model)
     if config.resume == "auto" and not config.run.overwrite and list_checkpoints(folder):
         earlier = compose([f"config={folder.config_file}"]).config
-        refuse_other_mathematics(mathematics(earlier), mathematics(config))
-        refuse_other_content(folder, data=run.data.split.fingerprint, base=base)
+        refuse_changed_recipe(recipe_settings(earlier), recipe_settings(config))
+        refuse_changed_content(folder, data=run.data.split.fingerprint, base=base)
     # All checks are done: from here on the folder changes.
     start = prepare_folder(folder, resume=config.resume, overwrite=config.run.overwrite)
     folder.drop_records_after(start.step)
@@ -85,7 +85,7 @@ def _manifest_facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
     }
 
 
-def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> None:
+def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoint) -> None:
     """Print model, machine, data, schedule and findings in a few lines; record the findings as events."""
     config, steps, machine, folder = run.config, run.data.steps, run.plan.machine, run.folder
     limited = config.hardware.micro_batch_size or config.hardware.micro_batch_tokens
@@ -118,8 +118,8 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: Start) -> 
         lines.append(f"  resuming  from step {start.step}")
         folder.append_event(start.step, "resumed", device=machine.device_name, devices=machine.world_size)
     lines += [f"  share     {escape(share)}" for share in run.data.split.describe_shares(config.seed)]
-    for rejection in rejections(run.data.split.stores)[:REASONS_NAMED]:
-        lines.append(f"  [yellow]note[/]      quarantined: {escape(str(rejection))}")
+    for reason in quarantine_reasons(run.data.split.stores)[:REASONS_NAMED]:
+        lines.append(f"  [yellow]note[/]      quarantined: {escape(str(reason))}")
     for remark in run.data.split.remarks:
         lines.append(f"  [yellow]note[/]      {escape(remark)}")
         folder.append_event(start.step, "finding", name="data", severity="note", message=remark)
@@ -136,7 +136,7 @@ def _model_name(model: ModelConfig) -> str:
 
 
 def _adapter_lines(config: RunConfig) -> list[str]:
-    """Return how the run uses the adapter it starts from, and a warning where the adapter names another base model."""
+    """Return how the run uses model.adapter_path, and a warning where the adapter names another base model."""
     if config.model.adapter_path is None:
         return []
     what = "merged into the model" if config.adapter.kind == "none" else "trained further"

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from qwlit.config.run import mathematics
+from qwlit.config.run import recipe_settings
 from qwlit.core.console import console
 from qwlit.core.errors import QwlitError
 from qwlit.training.checkpointing.checkpoint import Checkpointing
@@ -37,7 +37,7 @@ class TrainerWithCallbacks:
     guard: Guard
     checkpointing: Checkpointing
 
-    def figures(self) -> dict[str, float | int | None]:
+    def results(self) -> dict[str, float | int | None]:
         """Return the results for summary.json, of the training so far."""
         return {
             "steps": self.trainer.global_step,
@@ -89,7 +89,7 @@ def build_trainer_with_callbacks(run: "TrainingRun", wandb_run: WandbRun | None)
             wandb_run.finish(QwlitError.exit_code)
 
     if machine.world_size > 1:
-        callbacks.append(RankConsistency(str(mathematics(config)), run.data.split.fingerprint))
+        callbacks.append(RankConsistency(str(recipe_settings(config)), run.data.split.fingerprint))
         callbacks.append(HangWatchdog(machine.timeout_seconds, record_failure))
     callbacks.append(StopOnSignal(milestones, checkpointing, folder))
     trainer = build_trainer(

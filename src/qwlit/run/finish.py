@@ -14,8 +14,8 @@ from qwlit.core.files import resolve_path
 from qwlit.data.chat_template import chat_template
 from qwlit.data.recognise import resolve_template
 from qwlit.data.samples import supervises
-from qwlit.data.templates import END as END_OF_TURN
-from qwlit.data.templates import Family
+from qwlit.data.templates import IM_END as END_OF_TURN
+from qwlit.data.templates import ChatTemplateFamily
 from qwlit.data.tokenizer import END_OF_TEXT
 from qwlit.inference.export import Origin, export_model
 from qwlit.inference.export_settings import GENERATION_CONFIG, End
@@ -55,7 +55,7 @@ def finish(run: "TrainingRun", training: TrainerWithCallbacks) -> list[Record]:
     if sharded:
         # The other ranks have ended, and their shard slices with them: build the whole model again, from the files.
         loss_model = load_model(run.plan, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
-    _take_best_weights(loss_model, training, folder, always=sharded)
+    _load_best_weights(loss_model, training, folder, always=sharded)
     export_model(loss_model.causal_lm, folder.path / "export", origin=_origin(run), end=end_of_answers(run))
     if not run.config.data.exact_match or run.data.split.validation is None:
         return []
@@ -103,7 +103,7 @@ def end_of_answers(run: "TrainingRun") -> End | None:
     return End(END_OF_TEXT, end_of_text, (), None)
 
 
-def _template_to_write(tokenizer: Any, family: Family) -> str | None:
+def _template_to_write(tokenizer: Any, family: ChatTemplateFamily) -> str | None:
     """Return the chat template of the training, unless the tokenizer's folder already has it."""
     try:
         own = resolve_template(tokenizer, "auto")
@@ -112,7 +112,7 @@ def _template_to_write(tokenizer: Any, family: Family) -> str | None:
     return None if own == family else chat_template(family)
 
 
-def _take_best_weights(
+def _load_best_weights(
     loss_model: LossModel, training: TrainerWithCallbacks, folder: RunFolder, *, always: bool
 ) -> None:
     best = training.checkpointing.best_checkpoint or (newest(folder) if always else None)
@@ -128,10 +128,10 @@ def _answer(run: "TrainingRun", loss_model: LossModel) -> list[Record]:
     validation, tokenizer = run.data.split.validation, run.data.tokenized.tokenizer
     chat = run.data.tokenized.encoder.chat
     assert validation is not None and tokenizer is not None and chat is not None
-    asked = questions(validation, run.config.data.exact_match)
-    with console().status(f"answering {len(asked)} unseen prompts"):
+    prompts = questions(validation, run.config.data.exact_match)
+    with console().status(f"answering {len(prompts)} unseen prompts"):
         answers = list(
-            answer_greedily(loss_model.causal_lm, asked, end_of_turn_id=chat.end_of_turn_id, pad_id=run.data.pad_id)
+            answer_greedily(loss_model.causal_lm, prompts, end_of_turn_id=chat.end_of_turn_id, pad_id=run.data.pad_id)
         )
     answers.sort(key=lambda a: a.question.sample)
     return [
@@ -151,7 +151,7 @@ LANGUAGES = {"English": r"^[^\u4e00-\u9fff]*[A-Za-z]{3,}[^\u4e00-\u9fff]*<", "Ch
 
 def print_summary(training: TrainerWithCallbacks, records: list[Record], folder: RunFolder) -> None:
     """Print the results, an answer in each language, and the files of the run."""
-    numbers: dict[str, Any] = training.figures()
+    numbers: dict[str, Any] = training.results()
     if records:
         numbers["exact_match"] = folder.read_summary()["exact_match"]
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -15,7 +15,7 @@ from qwlit.model.loss_model import start_adapter
 from qwlit.model.shard import shard_model
 from qwlit.run.callbacks import TrainerWithCallbacks, build_trainer_with_callbacks
 from qwlit.run.modules import build_data_module, build_module
-from qwlit.run.resume import Start
+from qwlit.run.resume import ResumePoint
 from qwlit.training.data_module import StepDataModule
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
 
 
-def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> TrainerWithCallbacks:
-    """Train from `start` to the last step; return the trainer and the callbacks with results."""
+def fit(run: "TrainingRun", start: ResumePoint, wandb_run: WandbRun | None = None) -> TrainerWithCallbacks:
+    """Train from `start` to the last step; return the trainer and the callbacks that hold results."""
     config, folder = run.config, run.folder
     shard = partial(_shard, run) if run.plan.machine.strategy == "fsdp" else None
     module = build_module(run.plan, run.loss_model, shard=shard)
@@ -47,7 +47,7 @@ def fit(run: "TrainingRun", start: Start, wandb_run: WandbRun | None = None) -> 
         reason = str(error).strip().splitlines()[0]
         raise QwlitError(f"a decoder layer cannot be compiled ({reason}); set hardware.compile=false") from error
     finally:
-        folder.write_summary(**training.figures())
+        folder.write_summary(**training.results())
     return training
 
 
@@ -62,7 +62,7 @@ def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
     start_adapter(run.loss_model.causal_lm, run.config.model)
 
 
-def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataModule, start: Start) -> None:
+def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataModule, start: ResumePoint) -> None:
     """Run the trainer. If it fails, end the ranks that this process started; else leave the process group."""
     if training.trainer.world_size > 1:
         mark_process_group_joined()
@@ -84,5 +84,5 @@ def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataM
         raise lost from None
     stop_watching_ranks(training.trainer)
     if dist.is_initialized():
-        # If the group lives until the interpreter's shutdown, gloo's threads can abort the process.
+        # If the group still exists at the interpreter's shutdown, gloo's threads can abort the process.
         dist.destroy_process_group()

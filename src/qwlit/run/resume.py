@@ -18,8 +18,8 @@ from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where the run starts: at a checkpoint, or at step 0."""
+class ResumePoint:
+    """The checkpoint at which the run resumes, or None for step 0."""
 
     checkpoint: Path | None
     renamed_to: Path | None = None
@@ -51,23 +51,23 @@ def _is_empty(folder: RunFolder) -> bool:
     return inside in ([], [folder.checkpoints])
 
 
-def prepare_folder(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: bool) -> Start:
+def prepare_folder(folder: RunFolder, *, resume: Literal["auto", "never"], overwrite: bool) -> ResumePoint:
     """Create the run folder, or find the newest good checkpoint of an unfinished run in it. For rank 0.
 
     Raises:
         ConfigError: the run has checkpoints, and all of them are damaged.
     """
-    aside = None
+    renamed = None
     if folder.holds_run:
         if overwrite:
             folder.delete()
         elif resume == "never":
-            aside = folder.rename_aside()
+            renamed = folder.rename_old_run()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     folder.write_summary(status="running", job=job_id())
     remove_unfinished_checkpoints(folder)
     damaged = _rename_damaged(folder)
-    return Start(checkpoint=newest(folder), renamed_to=aside, damaged=damaged)
+    return ResumePoint(checkpoint=newest(folder), renamed_to=renamed, damaged=damaged)
 
 
 def _rename_damaged(folder: RunFolder) -> tuple[str, ...]:
@@ -80,10 +80,10 @@ def _rename_damaged(folder: RunFolder) -> tuple[str, ...]:
         reason = find_damage(checkpoint)
         if reason is None:
             return tuple(found)
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
-        found.append(f"{checkpoint.name} is damaged ({reason}), now {aside.name}")
+        renamed = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(renamed, ignore_errors=True)
+        checkpoint.rename(renamed)
+        found.append(f"{checkpoint.name} is damaged ({reason}), now {renamed.name}")
     if found:
         raise ConfigError(
             f"{folder.path} has no good checkpoint left: {'; '.join(found)}."
@@ -98,8 +98,11 @@ def newest(folder: RunFolder) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def refuse_other_mathematics(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Compare the settings that decide what is computed, as dotted key → value.
+def refuse_changed_recipe(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Refuse to resume with another recipe.
+
+    Args:
+        before, after: the recipe settings of the run folder and of this launch, as dotted key → value.
 
     Raises:
         ConfigError: settings differ; it names up to three of them with both values.
@@ -114,7 +117,7 @@ def refuse_other_mathematics(before: dict[str, Any], after: dict[str, Any]) -> N
         )
 
 
-def refuse_other_content(folder: RunFolder, *, data: str, base: str | None) -> None:
+def refuse_changed_content(folder: RunFolder, *, data: str, base: str | None) -> None:
     """Refuse to resume where data, tokenizer or base model have changed.
 
     Args:

@@ -17,7 +17,7 @@ from qwlit.run.callbacks import Extensions
 from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
 from qwlit.run.modules import load_model
-from qwlit.run.resume import Start, newest, refuse_occupied_folder
+from qwlit.run.resume import ResumePoint, newest, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.requeue_limit import counting_requeues
@@ -40,7 +40,7 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     """
     if under_agent() and is_rank_zero():
         # A trial whose agent was killed must end: the next agent uses the same GPU.
-        die_with_parent(number=signal.SIGINT)
+        die_with_parent(signum=signal.SIGINT)
     # Before CUDA starts: CUDA reads the environment only once.
     prepare_determinism(composed.config.determinism)
     folder = run_folder(composed)
@@ -52,7 +52,7 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     if is_done and not is_rank_zero():
         return
     counting = counting_requeues(
-        folder, lambda: Start(newest(folder)).step, composed.config.slurm.max_requeues_in_place
+        folder, lambda: ResumePoint(newest(folder)).step, composed.config.slurm.max_requeues_in_place
     )
     # A signal raises Preempted out of the lock, and only then `counting` may refuse another requeue.
     with counting, answering_signals(), RunLock(folder) as lock:
@@ -64,7 +64,7 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
 
 
 def resume_requeued(composed: Composed) -> Composed:
-    """A requeued job resumes: ignore `overwrite` and `resume` from the first launch."""
+    """Return the settings of a requeued job: it resumes, so ignore `run.overwrite` and `resume`."""
     run = replace(composed.config.run, overwrite=False)
     return replace(composed, config=replace(composed.config, run=run, resume="auto"))
 

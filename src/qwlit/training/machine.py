@@ -64,18 +64,18 @@ def resolve_machine(
     Raises:
         ConfigError: the machine lacks what the profile requires, or settings exclude each other.
     """
-    here = _devices_of_profile(config) if trust_profile and config.accelerator == "cuda" else detect_devices()
-    accelerator = _accelerator(config, here, profile)
-    devices = config.devices if config.devices != "auto" else (here.num_cuda if accelerator == "cuda" else 1)
-    if accelerator == "cuda" and (devices > here.num_cuda or _too_small(config, here)):
+    available = _devices_of_profile(config) if trust_profile and config.accelerator == "cuda" else detect_devices()
+    accelerator = _accelerator(config, available, profile)
+    devices = config.devices if config.devices != "auto" else (available.num_cuda if accelerator == "cuda" else 1)
+    if accelerator == "cuda" and (devices > available.num_cuda or _too_small(config, available)):
         raise ConfigError(
-            f"hardware={profile} needs {_needed(config)} per node, but this machine has {here.num_cuda} x {here.name},"
-            f" {here.memory_gb:.0f} GB. {_REMEDY}"
+            f"hardware={profile} needs {_needed(config)} per node, but this machine has {available.num_cuda} x"
+            f" {available.name}, {available.memory_gb:.0f} GB. {_REMEDY}"
         )
     world_size = devices * config.num_nodes
     if not trust_profile:
         _check_launcher(devices, config.num_nodes)
-    precision = _precision(config, accelerator, here, determinism)
+    precision = _precision(config, accelerator, available, determinism)
     if config.strategy == "single" and world_size > 1:
         raise ConfigError(
             f"hardware.strategy=single is for one process, but {world_size} devices are set; use ddp or auto"
@@ -90,19 +90,19 @@ def resolve_machine(
     level = config.activation_checkpointing
     return Machine(
         accelerator=accelerator,
-        device_name=here.name,
+        device_name=available.name,
         devices=devices,
         num_nodes=config.num_nodes,
         strategy=strategy if config.strategy == "auto" else config.strategy,
         precision=precision,
-        has_bf16=accelerator == "cuda" and here.has_bf16,
-        peak_flops=here.peak_flops if accelerator == "cuda" else None,
+        has_bf16=accelerator == "cuda" and available.has_bf16,
+        peak_flops=available.peak_flops if accelerator == "cuda" else None,
         activation_checkpointing="none" if level == "auto" else level,
         timeout_seconds=config.timeout_seconds,
         num_workers=(4 if accelerator == "cuda" else 0) if config.num_workers == "auto" else config.num_workers,
         pin_memory=accelerator == "cuda" if config.pin_memory == "auto" else config.pin_memory,
         # Processes on CPU share the host's memory.
-        device_memory=here.memory_gb * 1e9 / (devices if accelerator == "cpu" else 1),
+        device_memory=available.memory_gb * 1e9 / (devices if accelerator == "cpu" else 1),
     )
 
 
@@ -137,8 +137,8 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
         raise ConfigError(f"this Slurm job has {tasks} tasks, but only one process was started; start it with srun")
 
 
-def _too_small(config: HardwareConfig, here: Devices) -> bool:
-    return config.gpu_memory_gb is not None and here.memory_gb < USABLE_SHARE * config.gpu_memory_gb
+def _too_small(config: HardwareConfig, available: Devices) -> bool:
+    return config.gpu_memory_gb is not None and available.memory_gb < USABLE_SHARE * config.gpu_memory_gb
 
 
 def _needed(config: HardwareConfig) -> str:
@@ -146,16 +146,16 @@ def _needed(config: HardwareConfig) -> str:
     return count if config.gpu_memory_gb is None else f"{count} of {config.gpu_memory_gb} GB"
 
 
-def _accelerator(config: HardwareConfig, here: Devices, profile: str) -> Literal["cpu", "cuda"]:
+def _accelerator(config: HardwareConfig, available: Devices, profile: str) -> Literal["cpu", "cuda"]:
     if config.accelerator == "auto":
-        return "cuda" if here.num_cuda else "cpu"
-    if config.accelerator == "cuda" and not here.num_cuda:
+        return "cuda" if available.num_cuda else "cpu"
+    if config.accelerator == "cuda" and not available.num_cuda:
         raise ConfigError(f"hardware={profile} needs {_needed(config)}, but this machine has none. {_REMEDY}")
     return config.accelerator
 
 
 def _precision(
-    config: HardwareConfig, accelerator: str, here: Devices, determinism: Determinism
+    config: HardwareConfig, accelerator: str, available: Devices, determinism: Determinism
 ) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
     if determinism == "strict":
         if config.precision not in ("auto", "32-true"):
@@ -164,19 +164,20 @@ def _precision(
                 " set hardware.precision=32-true, or use determinism=reproducible"
             )
         return "32-true"
-    if config.precision == "bf16-mixed" and accelerator == "cuda" and not here.has_bf16:
+    if config.precision == "bf16-mixed" and accelerator == "cuda" and not available.has_bf16:
         raise ConfigError(
-            f"hardware.precision=bf16-mixed: {here.name} has no bfloat16; set hardware.precision=16-mixed or 32-true"
+            f"hardware.precision=bf16-mixed: {available.name} has no bfloat16;"
+            " set hardware.precision=16-mixed or 32-true"
         )
     if config.precision != "auto":
         return config.precision
     if accelerator == "cpu":
         return "32-true"
-    return "bf16-mixed" if here.has_bf16 else "16-mixed"
+    return "bf16-mixed" if available.has_bf16 else "16-mixed"
 
 
 def resolve_attention(
-    asked: AttentionChoice, *, machine: Machine, determinism: Determinism, attention_dropout: float
+    requested: AttentionChoice, *, machine: Machine, determinism: Determinism, attention_dropout: float
 ) -> AttentionKernel:
     """Choose the attention kernel. varlen needs CUDA and bf16, and has no dropout.
 
@@ -185,20 +186,20 @@ def resolve_attention(
     """
     varlen_fits = machine.accelerator == "cuda" and machine.precision == "bf16-mixed" and attention_dropout == 0
     if determinism == "strict":
-        if asked not in ("auto", "eager"):
-            raise ConfigError(f"determinism=strict needs eager attention, but model.attention={asked}; use auto")
+        if requested not in ("auto", "eager"):
+            raise ConfigError(f"determinism=strict needs eager attention, but model.attention={requested}; use auto")
         return "eager"
-    if asked == "varlen" and not varlen_fits:
+    if requested == "varlen" and not varlen_fits:
         raise ConfigError(
             "model.attention=varlen needs CUDA, bf16-mixed and dropout.attention=0; use model.attention=auto"
         )
-    if asked == "auto":
+    if requested == "auto":
         return "varlen" if varlen_fits else "sdpa"
-    return asked
+    return requested
 
 
 def resolve_compile(
-    asked: bool | Literal["auto"], machine: Machine, obstacle: str | None, *, trust_profile: bool = False
+    requested: bool | Literal["auto"], machine: Machine, obstacle: str | None, *, trust_profile: bool = False
 ) -> tuple[bool, str | None]:
     """Decide whether to compile the decoder layers; "auto" compiles on CUDA.
 
@@ -212,11 +213,11 @@ def resolve_compile(
     Raises:
         ConfigError: hardware.compile=true, but something prevents it.
     """
-    wanted = machine.accelerator == "cuda" if asked == "auto" else asked
+    wanted = machine.accelerator == "cuda" if requested == "auto" else requested
     if not wanted:
         return False, None
     obstacle = obstacle or (None if trust_profile else _missing_compiler(machine))
-    if obstacle and asked != "auto":
+    if obstacle and requested != "auto":
         raise ConfigError(f"hardware.compile=true: {obstacle}; set hardware.compile=auto")
     return obstacle is None, obstacle
 

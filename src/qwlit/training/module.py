@@ -112,9 +112,9 @@ class CausalLMModule(lightning.LightningModule):
         loss_sum = torch.zeros((), device=self.device)
         last = len(batch.micro_batches) - 1
         # Every rank has the same number of micro-batches, so the collectives of forward and backward match.
-        for number, micro in enumerate(batch.micro_batches):
-            seed_micro_batch(self._seed, batch.step, self.global_rank, number)
-            with self._gradient_sync(number == last):
+        for index, micro in enumerate(batch.micro_batches):
+            seed_micro_batch(self._seed, batch.step, self.global_rank, index)
+            with self._gradient_sync(index == last):
                 loss_sum += self._backward(micro, batch.num_supervised_tokens)
         gradients = [p.grad for p in self.loss_model.parameters() if p.grad is not None]
         scale = self.loss_scale.factor if self.loss_scale else 1.0

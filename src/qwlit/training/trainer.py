@@ -100,19 +100,19 @@ class _Launcher(_SubprocessScriptLauncher):
         for child in self.children:
             child.send_signal(signum)
 
-    def ends(self) -> dict[int, int]:
-        """Return the exit codes of the ranks started here that failed."""
+    def failed_ranks(self) -> dict[int, int]:
+        """Return the exit code of each rank that this process started and that has failed."""
         codes = {rank: child.poll() for rank, child in enumerate(self.children, start=1)}
         return {rank: code for rank, code in codes.items() if code}
 
     def _watch(self) -> None:
-        while not self.ends():
+        while not self.failed_ranks():
             time.sleep(1.0)
         time.sleep(GRACE_SECONDS)
-        ends = self.ends()
-        if not ends:
+        failed = self.failed_ranks()
+        if not failed:
             return  # `stop_watching_ranks` was called: the training is over
-        lost = LostRank(ends)
+        lost = LostRank(failed)
         self.record_failure()
         print(f"qwlit: {lost}", file=sys.stderr)
         self.kill(signal.SIGKILL)
@@ -192,10 +192,10 @@ GRACE_SECONDS = 20.0
 class LostRank(QwlitError):
     """Another rank has ended, and this rank was waiting for it."""
 
-    def __init__(self, ends: dict[int, int]) -> None:
-        named = ", ".join(f"rank {rank} ended with {_end(code)}" for rank, code in ends.items())
+    def __init__(self, exit_codes: dict[int, int]) -> None:
+        named = ", ".join(f"rank {rank} ended with {_describe_exit(code)}" for rank, code in exit_codes.items())
         # A rank that found an error in the settings or the data has printed it.
-        bad_input = ConfigError.exit_code in ends.values()
+        bad_input = ConfigError.exit_code in exit_codes.values()
         self.exit_code = ConfigError.exit_code if bad_input else QwlitError.exit_code
         resume = "run the same command to resume from the newest checkpoint"
         remedy = "its own message says why" if bad_input else resume
@@ -211,10 +211,10 @@ def lost_rank(trainer: Trainer, error: RuntimeError) -> LostRank | None:
     # Wait until the operating system reports the exit code of the other rank.
     time.sleep(LAUNCHER_SECONDS)
     launcher = trainer.strategy.launcher
-    return LostRank(launcher.ends() if isinstance(launcher, _Launcher) else {})
+    return LostRank(launcher.failed_ranks() if isinstance(launcher, _Launcher) else {})
 
 
-def _end(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"code {code}"
     return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

@@ -20,7 +20,7 @@ from qwlit.tuning.trial import values_in
 
 # These sections say where a run is stored, logged and queued; they are no part of an experiment.
 NOT_TAKEN = {"run", "logger", "slurm"}
-# The file written is itself an experiment, so it chooses the other groups only.
+# The written file is an experiment, so it must not choose an experiment.
 NO_GROUPS = NOT_TAKEN | {"experiment"}
 
 

@@ -9,7 +9,7 @@ from rich.progress import MofNCompleteColumn
 
 from qwlit.core.console import progress_bar
 from qwlit.core.metric import Metric
-from qwlit.tuning.study import Outcome, Ticket
+from qwlit.tuning.study import AssignedTrial, Outcome
 from qwlit.tuning.trial import TrialRun
 
 COLOURS = {"done": "green", "pruned": "yellow", "diverged": "red", "failed": "red"}
@@ -33,13 +33,13 @@ class SweepDisplay:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def began(self, ticket: Ticket) -> None:
-        self._screen.print(f"trial {ticket.number:>3}  begins    {escape(describe(ticket.parameters))}")
+    def began(self, assigned: AssignedTrial) -> None:
+        self._screen.print(f"trial {assigned.number:>3}  begins    {escape(describe(assigned.parameters))}")
 
-    def ended(self, ticket: Ticket, outcome: Outcome, value: float | None, reason: str | None) -> None:
+    def ended(self, assigned: AssignedTrial, outcome: Outcome, value: float | None, reason: str | None) -> None:
         measured = "" if value is None else f"{self._metric.name} {value:.4f}  "
         self._screen.print(
-            f"trial {ticket.number:>3}  [{COLOURS[outcome]}]{outcome:<8}[/]  {measured}{escape(reason or '')}"
+            f"trial {assigned.number:>3}  [{COLOURS[outcome]}]{outcome:<8}[/]  {measured}{escape(reason or '')}"
         )
 
     def show(self, trials: Sequence[dict[str, Any]] | None, running: Mapping[int, TrialRun]) -> None:
@@ -52,7 +52,7 @@ class SweepDisplay:
         if trials is not None:
             ended = sum(trial["state"] != "running" for trial in trials)
             self._bar.update(self._task, completed=ended)
-        steps = "  ".join(f"{trial.ticket.number}: step {trial.step}" for _, trial in sorted(running.items()))
+        steps = "  ".join(f"{trial.assigned.number}: step {trial.step}" for _, trial in sorted(running.items()))
         self._bar.update(self._task, description=steps)
         self._bar.refresh()
 

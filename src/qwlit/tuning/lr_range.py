@@ -18,12 +18,12 @@ from qwlit.core.files import read_json_lines, resolve_path, write_json_atomic
 from qwlit.core.signals import answering_signals
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.space import keys_of
-from qwlit.tuning.trial import Tail, last_message, start_training
+from qwlit.tuning.trial import JsonlTail, last_message, start_training
 
 STEPS, FEWEST_STEPS, HIGHEST_LR = 100, 20, 0.1
 # As in fastai's finder: smooth with a moving average of this weight; stop at four times the lowest smoothed loss.
 SMOOTHING, DIVERGED = 0.9, 4.0
-# Ignore this share of the steps at the start: there the loss shows the noise of the samples only.
+# Ignore this share of the steps at the start: their learning rate is so low that the loss shows only noise.
 IGNORED_SHARE = 0.1
 # A fall of the loss counts if it exceeds this many standard deviations of the noise.
 NOISE = 2.0
@@ -140,7 +140,7 @@ def _delete_earlier_test(folder: RunFolder) -> None:
 def _train(overrides: list[str], folder: RunFolder, steps: int, screen: Console) -> tuple[int, Path]:
     """Run the training until it ends or the loss diverges. Return its exit code and its log."""
     log = folder.path.with_name(f".{folder.path.name}.log")
-    tail = Tail(folder.path / "metrics.jsonl")
+    tail = JsonlTail(folder.path / "metrics.jsonl")
     log.unlink(missing_ok=True)
     process = start_training(overrides, log, {})
     with showing_progress("range test", screen) as show, answering_signals():

@@ -115,13 +115,13 @@ def number_of_trials(sweep: Sweep, space: Space, trials: int | None) -> int:
     Raises:
         ConfigError: neither `trials` nor the file gives a number, and the method is not a grid.
     """
-    asked = trials or sweep.document.run_cap
+    requested = trials or sweep.document.run_cap
     if sweep.document.method == "grid":
         points = math.prod(len(values) for values in grid_points(space).values())
-        return min(points, asked or points)
-    if asked is None:
+        return min(points, requested or points)
+    if requested is None:
         raise ConfigError(f"trials is not set, and a {sweep.document.method} search needs it; set e.g. trials=20")
-    return asked
+    return requested
 
 
 @dataclass
@@ -162,12 +162,12 @@ class _Search:
         for slot, environment in enumerate(self.slots):
             if slot in self.running:
                 continue
-            ticket = self.study.next()
-            if ticket is None:
+            assigned = self.study.next()
+            if assigned is None:
                 break
-            overrides = [*self.head["words"], *format_overrides(ticket.parameters)]
-            self.running[slot] = TrialRun(ticket, overrides, self.metric, self.folder, environment)
-            self.display.began(ticket)
+            overrides = [*self.head["words"], *format_overrides(assigned.parameters)]
+            self.running[slot] = TrialRun(assigned, overrides, self.metric, self.folder, environment)
+            self.display.began(assigned)
             started = True
         if started:
             self._write()
@@ -189,7 +189,7 @@ class _Search:
         # Report no value after the one at which the study pruned the trial: the trial may measure once more.
         while trial.num_reported < len(values) and trial.pruned_at is None:
             trial.num_reported += 1
-            if self.study.report(trial.ticket.number, trial.num_reported, values[trial.num_reported - 1]):
+            if self.study.report(trial.assigned.number, trial.num_reported, values[trial.num_reported - 1]):
                 trial.pruned_at = trial.num_reported
                 trial.stop()
 
@@ -202,8 +202,8 @@ class _Search:
         outcome, value, reason = trial.outcome(code)
         if outcome == "pruned":
             trial.run.write_summary(status="pruned")
-        self.study.finish(trial.ticket.number, outcome, value, reason)
-        self.display.ended(trial.ticket, outcome, value, reason)
+        self.study.finish(trial.assigned.number, outcome, value, reason)
+        self.display.ended(trial.assigned, outcome, value, reason)
         if code == ConfigError.exit_code and not trial.step:
             self.false_starts += 1
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from qwlit.config.run import RunConfig, mathematics
+from qwlit.config.run import RunConfig, recipe_settings
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked, write_json_atomic
 from qwlit.core.metric import Metric
@@ -32,7 +32,7 @@ def header(name: str, sweep: Sweep, config: RunConfig, overrides: list[str]) -> 
         "seed": config.seed,
         "words": overrides,
         "file": {key: value for key, value in sweep.raw.items() if key not in NOT_COMPARED},
-        "settings": mathematics(config) | _compared(config),
+        "settings": recipe_settings(config) | _compared(config),
     }
     # Turn tuples into lists, so that the entries equal those read back from JSON.
     plain: dict[str, Any] = json.loads(json.dumps(entries))

@@ -32,13 +32,14 @@ STUDY = "sweep"
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """A trial that this process has to run."""
+class AssignedTrial:
+    """A trial that `Study.next` has assigned to this process."""
 
     number: int
     parameters: dict[str, Any]
     pruned_at: int | None
-    """Which value of the metric pruned the trial (counted from 1), if its last parent died before closing it."""
+    """The value of the metric that pruned the trial, counted from 1, if the process that ran it ended before it closed
+    the trial."""
     num_reported: int
     """Number of values of the metric that the study already has."""
 
@@ -94,7 +95,7 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
-    def next(self) -> Ticket | None:
+    def next(self) -> AssignedTrial | None:
         """Return an unfinished trial that no process runs, else a new trial; None if there are enough."""
         with self._exclusively():
             trials = self.trials
@@ -103,12 +104,12 @@ class Study:
                 return None
             number = len(trials) if orphan is None else orphan.number
             self._study.sampler = self._sampler(number)
-            # Its last parent may have died before it drew all parameters: Optuna returns those already drawn.
+            # The process that ran it may have ended before it drew all parameters: Optuna returns those already drawn.
             trial = Trial(self._study, self._trial_id(number)) if orphan else self._study.ask()
             parameters = {name: _draw(trial, name, self._space) for name in self._space}
             trial.set_user_attr("owner", self._owner)
             reported = len(orphan.intermediate_values) if orphan else 0
-            return Ticket(number, parameters, trial.user_attrs.get("pruned_at"), reported)
+            return AssignedTrial(number, parameters, trial.user_attrs.get("pruned_at"), reported)
 
     def report(self, number: int, count: int, value: float) -> bool:
         """Record the `count`-th value of the metric. Return whether the trial is to be pruned."""
@@ -128,7 +129,7 @@ class Study:
         self._storage.set_trial_user_attr(trial_id, "outcome", outcome)
         if reason:
             self._storage.set_trial_user_attr(trial_id, "reason", reason)
-        # Not `Study.tell`: after the grid's last point it would stop Optuna's own loop, which is not used here.
+        # Not `Study.tell`: after the grid's last point it would stop Optuna's own loop, which qwlit does not run.
         values = [value] if outcome == "done" and value is not None else None
         self._storage.set_trial_state_values(trial_id, STATES[outcome], values)
 

@@ -35,9 +35,11 @@ class Parameter:
 
 @config_dataclass
 class EarlyTerminate:
-    """W&B's hyperband: after `min_iter`, `min_iter` x `eta`, … values of the metric, only the best 1/`eta` continue.
+    """W&B's hyperband. It decides after `min_iter`, `min_iter` x `eta`, `min_iter` x `eta`**2, … values of the metric.
 
-    Instead of `min_iter`, `max_iter` with `s` gives the first decision: after `max_iter` / `eta`**`s` values.
+    At each decision only the best 1/`eta` of the trials continue. Example: with min_iter=2 and eta=3 the best third
+    continues after 2, 6, 18, … values. If `max_iter` and `s` are given instead of `min_iter`, the first decision is
+    after `max_iter` / `eta`**`s` values. Example: with max_iter=27, s=2 and eta=3 it is after 27 / 9 = 3 values.
     """
 
     type: Literal["hyperband"]

@@ -13,7 +13,7 @@ from qwlit.core.errors import GuardStop, Interrupted, Preempted
 from qwlit.core.files import is_locked
 from qwlit.core.metric import Metric
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
-from qwlit.tuning.study import Outcome, Ticket
+from qwlit.tuning.study import AssignedTrial, Outcome
 
 # Exit codes of a trial that was preempted or interrupted from outside: it resumes when it is started again.
 RESUMABLE = (Preempted.exit_code, Interrupted.exit_code)
@@ -21,8 +21,8 @@ RESTARTS = 3
 """How often a killed trial is started again without a new step."""
 
 
-class Tail:
-    """The records of a .jsonl file that is being written. Each is parsed once, or again if the file was replaced."""
+class JsonlTail:
+    """Reads a .jsonl file that is being written. It parses each record once, and all again if the file was replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -77,19 +77,21 @@ def values_in(records: list[dict[str, Any]], metric: Metric) -> list[float]:
 class TrialRun:
     """A trial that this process runs."""
 
-    def __init__(self, ticket: Ticket, overrides: list[str], metric: Metric, folder: Path, environment: dict[str, str]):
+    def __init__(
+        self, assigned: AssignedTrial, overrides: list[str], metric: Metric, folder: Path, environment: dict[str, str]
+    ):
         """`overrides` are all overrides of `train` except run.*; `folder` is the sweep's folder."""
-        self.ticket = ticket
-        self.run = RunFolder(folder / name_of(ticket.number))
+        self.assigned = assigned
+        self.run = RunFolder(folder / name_of(assigned.number))
         self._overrides = [*overrides, f"run.root={folder}", f"run.name={self.run.path.name}", "run.overwrite=false"]
         self._metric = metric
         self._environment = environment
         self._log = folder / "logs" / f"{self.run.path.name}.log"
-        self._tail = Tail(self.run.path / "metrics.jsonl")
+        self._tail = JsonlTail(self.run.path / "metrics.jsonl")
         self._process: subprocess.Popen[bytes] | None = None
         self._restarts, self._step = 0, -1
-        self.pruned_at = ticket.pruned_at
-        self.num_reported = ticket.num_reported
+        self.pruned_at = assigned.pruned_at
+        self.num_reported = assigned.num_reported
 
     @property
     def step(self) -> int:
@@ -106,13 +108,13 @@ class TrialRun:
         A killed trial is started again, a few times, and resumes from its checkpoint.
         """
         if self.run.status == FINISHED:
-            # The trial may have finished under an earlier parent that died before it wrote this to the journal.
+            # The trial may have finished, and the process that ran it ended before it wrote this to the journal.
             self.wait()
             return 0
         if self._process is None:
             if self.pruned_at is not None:
                 return Preempted.exit_code
-            # A process of an earlier parent may still be saving in this run folder: start when it has ended.
+            # A training that an earlier process started may still be saving in this run folder: wait until it ends.
             if not is_locked(self.run.lock_file):
                 self._start()
             return None
@@ -151,10 +153,10 @@ class TrialRun:
             reason = f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''} several times"
         return "diverged" if code == GuardStop.exit_code else "failed", value, reason
 
-    def stop(self, number: int = signal.SIGTERM) -> None:
+    def stop(self, signum: int = signal.SIGTERM) -> None:
         """Send a signal; SIGTERM asks the trial to save and end."""
         if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
+            self._process.send_signal(signum)
 
     def wait(self) -> None:
         if self._process is not None:

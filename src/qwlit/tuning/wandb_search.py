@@ -63,14 +63,14 @@ def _create(sweep: Sweep, overrides: list[str], config: RunConfig, trials: int |
     if trials is not None:
         spec["run_cap"] = trials
     entity, project = spec.pop("entity", config.logger.entity), spec.pop("project", project_of(config.logger))
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
         access = find_access(verify=True)
         if access.mode != "online":
             raise ConfigError(
                 f"a W&B sweep needs W&B online, but it is {access.mode} ({access.reason}); or use backend=optuna"
             )
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             id = wandb.sweep(spec, entity=entity, project=project)
     except wandb.Error as error:
         raise ConfigError(f"W&B refused {sweep.path}: {one_line(str(error))}") from None
@@ -78,7 +78,7 @@ def _create(sweep: Sweep, overrides: list[str], config: RunConfig, trials: int |
         stop_client()
     # The client stores the entity and project that the server chose in these variables.
     path = "/".join([*(os.environ[name] for name in ("WANDB_ENTITY", "WANDB_PROJECT") if name in os.environ), id])
-    match = re.search(r"https?://\S+", said.getvalue())
+    match = re.search(r"https?://\S+", printed.getvalue())
     return path, match.group() if match else ""
 
 

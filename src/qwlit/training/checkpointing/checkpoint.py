@@ -119,11 +119,11 @@ def _gather(mine: dict[str, Any], count: int) -> dict[str, Any]:
     return {name: entry for entries in everywhere for name, entry in entries.items()}
 
 
-def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+def read_checkpoint(folder: Path, template: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """Read a checkpoint that any number of ranks wrote.
 
     Args:
-        like: the parameters by name; the tensors get the same sharding. None: read whole tensors.
+        template: the parameters by name; the tensors get the same sharding. None: read whole tensors.
 
     Raises:
         ConfigError: the checkpoint is damaged.
@@ -135,17 +135,17 @@ def read_checkpoint(folder: Path, like: dict[str, torch.Tensor] | None = None) -
 
             def read(reader: ShardReader, key: str, name: str) -> torch.Tensor:
                 # AdamW's step count is a scalar, so it is not sharded.
-                if like is None or key.startswith("step."):
+                if template is None or key.startswith("step."):
                     return reader.read(key)
-                return reader.read_like(key, like[PREFIX + name])
+                return reader.read_as(key, template[PREFIX + name])
 
             checkpoint["state_dict"] = {PREFIX + name: read(weights, name, name) for name in weights.names()}
             tensors = {key: read(moments, key, key.partition(".")[2]) for key in moments.names()}
-            numbers = {name.removeprefix(PREFIX): number for number, name in enumerate(names)}
+            indices = {name.removeprefix(PREFIX): index for index, name in enumerate(names)}
             state: dict[int, dict[str, Any]] = {}
             for key, value in (tensors | checkpoint.pop("optimizer_numbers", {})).items():
                 kind, _, name = key.partition(".")
-                state.setdefault(numbers[name], {})[kind] = value
+                state.setdefault(indices[name], {})[kind] = value
     except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder} is damaged ({reason}); remove it to resume from the checkpoint before") from None
@@ -168,9 +168,9 @@ class StepFolderIO(CheckpointIO):
 
 def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint. Rename it first, so that a half-deleted folder never looks like a checkpoint."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.tmp")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    renamed = checkpoint.with_name(f".{checkpoint.name}.tmp")
+    checkpoint.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def remove_unfinished_checkpoints(folder: RunFolder) -> None:

@@ -77,12 +77,17 @@ class ShardReader:
             start += size
         return torch.cat(parts) if parts else self._files[0].get_slice(name)[0:0]
 
-    def read_like(self, name: str, like: Tensor) -> Tensor:
-        """Return the tensor with the sharding of `like`: a DTensor of this rank's shard slice, or the whole tensor."""
-        if not isinstance(like, DTensor):
+    def read_as(self, name: str, template: Tensor) -> Tensor:
+        """Return the tensor sharded as `template` is: a DTensor of this rank's shard slice, or the whole tensor."""
+        if not isinstance(template, DTensor):
             return self.read(name)
-        shard = self.read_slice(name, *own_slice_range(like)).to(like.device)
+        shard = self.read_slice(name, *own_slice_range(template)).to(template.device)
         # FSDP2 may split unevenly, so from_local needs the full shape; run_check would be a collective.
         return DTensor.from_local(
-            shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            shard,
+            template.device_mesh,
+            template.placements,
+            run_check=False,
+            shape=template.shape,
+            stride=template.stride(),
         )

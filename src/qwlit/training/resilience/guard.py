@@ -29,7 +29,7 @@ class Guard(Callback):
         self.skipped_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        # The checkpoint must count the steps that are still on their way from the device.
+        # The checkpoint must count the steps whose numbers are still being copied from the device.
         self._judge(wait=True)
         return {"in_a_row": self.in_a_row, "skipped_steps": self.skipped_steps}
 
@@ -62,6 +62,6 @@ class Guard(Callback):
         more = f" and {len(sample_ids) - SAMPLES_NAMED} more" if len(sample_ids) > SAMPLES_NAMED else ""
         return (
             f"stopped at step {step}: loss or gradient not finite {self.in_a_row} times in a row;"
-            f" no weight was changed by these steps. Samples of the last: {origins}{more}."
+            f" no weight was changed by these steps. Samples of the last skipped step: {origins}{more}."
             " Lower optim.lr, or check these samples"
         )

@@ -38,11 +38,12 @@ WAITING = (str(Path(torch.__file__).parent / "distributed"), str(Path(torch.auto
 class Heartbeat:
     """What a rank reports of itself."""
 
-    number: int
+    count: int
+    """Heartbeats that this rank has sent so far."""
     host: str
     step: int
     """Optimizer steps done."""
-    place: str
+    code_line: str
     """The line that its main thread executes, outside of torch and Lightning."""
     waits: bool
     """Whether the main thread waits for other ranks."""
@@ -59,9 +60,9 @@ def name_missing_ranks(beats: dict[int, Heartbeat], silent: set[int]) -> str:
         return "; ".join(f"{_name(r, beats)} stopped sending heartbeats {_progress(beats[r])}" for r in sorted(silent))
     newest = max(beat.step for beat in beats.values())
     behind = [rank for rank, beat in beats.items() if beat.step < newest]
-    elsewhere = [rank for rank, beat in beats.items() if not beat.waits]
+    not_waiting = [rank for rank, beat in beats.items() if not beat.waits]
     # If no rank is behind, it is one that does not wait. If all wait or none does, nothing tells them apart: name all.
-    missing = behind or (elsewhere if len(elsewhere) < len(beats) else []) or list(beats)
+    missing = behind or (not_waiting if len(not_waiting) < len(beats) else []) or list(beats)
     return "; ".join(f"{_name(rank, beats)} is {_progress(beats[rank])}" for rank in missing)
 
 
@@ -70,7 +71,7 @@ def _name(rank: int, beats: dict[int, Heartbeat]) -> str:
 
 
 def _progress(beat: Heartbeat) -> str:
-    return f"at step {beat.step}, {beat.place}"
+    return f"at step {beat.step}, {beat.code_line}"
 
 
 class HangWatchdog(Callback):
@@ -106,15 +107,15 @@ class HangWatchdog(Callback):
 
     def _watch(self, store: Any, rank: int, world_size: int) -> None:
         beat_seconds = min(HEARTBEAT_SECONDS, self._timeout / 8)
-        number, moved, seen = 0, time.monotonic(), -1
+        count, moved, seen = 0, time.monotonic(), -1
         heard: list[dict[int, Heartbeat]] = []
         while not self._over.wait(beat_seconds):
-            number += 1
+            count += 1
             if self._batches != seen:
                 seen, moved, heard = self._batches, time.monotonic(), []
             late = time.monotonic() - moved > self._timeout
             try:
-                self._publish(store, rank, number)
+                self._publish(store, rank, count)
                 if late:
                     heard.append({other: _read(store, other) for other in range(world_size)})
             except RuntimeError:
@@ -122,11 +123,11 @@ class HangWatchdog(Callback):
                 if late and not self._over.is_set():
                     self._end(rank, rank, "rank 0 does not answer")
             if len(heard) > SILENT_HEARTBEATS and not self._over.is_set():
-                silent = {other for other, beat in heard[-1].items() if beat.number == heard[0][other].number}
+                silent = {other for other, beat in heard[-1].items() if beat.count == heard[0][other].count}
                 self._end(rank, min(heard[-1].keys() - silent), name_missing_ranks(heard[-1], silent))
 
-    def _publish(self, store: Any, rank: int, number: int) -> None:
-        beat = Heartbeat(number, socket.gethostname(), self._step, *_main_thread_position())
+    def _publish(self, store: Any, rank: int, count: int) -> None:
+        beat = Heartbeat(count, socket.gethostname(), self._step, *_main_thread_position())
         store.set(_key(rank), json.dumps(asdict(beat)))
 
     def _end(self, rank: int, reporter: int, missing: str) -> None:

@@ -45,11 +45,11 @@ class StopOnSignal(BoundaryCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._recording.close()
-        number = signals.most_urgent(signals.received_signals)
+        signum = signals.most_urgent(signals.received_signals)
         signals.received_signals.clear()
-        if number:
+        if signum:
             # It came too late for a step boundary: act on it as on a signal that arrives now, outside the steps.
-            signal.raise_signal(number)
+            signal.raise_signal(signum)
 
     def on_exception(self, trainer: Trainer, pl_module: CausalLMModule, exception: BaseException) -> None:
         self._recording.close()
@@ -59,33 +59,33 @@ class StopOnSignal(BoundaryCallback):
         own = signals.most_urgent(signals.received_signals)
         if self._group is None:
             return own
-        number = 0
+        signum = 0
         if self._signal_exchange is not None:
             urgency, work = self._signal_exchange
             # The exchange ran during the step, so this rarely waits.
             work.wait()
-            number = signals.BY_URGENCY[int(urgency)]
+            signum = signals.BY_URGENCY[int(urgency)]
         urgency = tensor(signals.BY_URGENCY.index(own))
         work = dist.all_reduce(urgency, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._signal_exchange = (urgency, work)
-        return number
+        return signum
 
     def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
         # A collective: every rank calls it at every boundary, whether or not it has a signal.
-        number = self._exchange_signals()
+        signum = self._exchange_signals()
         # After the last step `on_train_end` acts on the signal.
-        if not number or step >= self.milestones.total_steps:
+        if not signum or step >= self.milestones.total_steps:
             return
-        # `number` is the same on all ranks, so all of them save, which is a collective too.
+        # `signum` is the same on all ranks, so all of them save, which is a collective too.
         self._checkpointing.save(trainer, step)
         saved = f"saved {self._folder.path} at step {step}"
-        if number == signal.SIGINT:
+        if signum == signal.SIGINT:
             self._folder.append_event(step, "interrupted")
             raise Interrupted(f"{saved}; run the same command to resume")
         # The agent and W&B's server may each send a SIGTERM, and Slurm one after its SIGUSR2.
         signals.enter_phase(signals.Phase.ENDING)
-        if number == signal.SIGTERM and under_agent():
+        if signum == signal.SIGTERM and under_agent():
             self._folder.append_event(step, "pruned")
             raise Pruned(f"{saved}; the sweep has ended this trial")
         self._folder.append_event(step, "preempted")
-        raise Preempted(f"{saved}; run the same command to resume", requeue=signals.requeue_after(number))
+        raise Preempted(f"{saved}; run the same command to resume", requeue=signals.requeue_after(signum))

@@ -108,22 +108,22 @@ class RunFolder:
                 records = [r for r in read_json_lines(self.path / name) if isinstance(r.get("step"), int)]
                 self.write_records(name, [r for r in records if r["step"] <= step])
 
-    def rename_aside(self) -> Path:
+    def rename_old_run(self) -> Path:
         """Rename this folder to the next free `<name>.before-N`; return the new path."""
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.before-{number}")).exists():
-            number += 1
-        self.path.rename(aside)
-        return aside
+        index = 1
+        while (renamed := self.path.with_name(f"{self.path.name}.before-{index}")).exists():
+            index += 1
+        self.path.rename(renamed)
+        return renamed
 
     def delete(self) -> None:
         """Delete the run. Rename it first, so that a half-deleted folder never looks like a run."""
         if self.path.is_symlink():
             self.path.unlink()
             return
-        doomed = self.path.with_name(f".{self.path.name}.deleted-{os.getpid()}")
-        self.path.rename(doomed)
-        shutil.rmtree(doomed)
+        renamed = self.path.with_name(f".{self.path.name}.deleted-{os.getpid()}")
+        self.path.rename(renamed)
+        shutil.rmtree(renamed)
 
 
 def _jsonable(value: Any) -> Any:

@@ -90,23 +90,23 @@ class WandbRun:
 
     def _write_record(self, *, complete: bool) -> None:
         run, mode = self._run, self._access.mode
-        place = {"id": run.id, "project": run.project, "entity": run.entity or self._logger.entity}
+        identity = {"id": run.id, "project": run.project, "entity": run.entity or self._logger.entity}
         url = run.url if mode == "online" else None
-        self._folder.write_json(self.RECORD, {**place, "mode": mode, "url": url, "complete": complete})
+        self._folder.write_json(self.RECORD, {**identity, "mode": mode, "url": url, "complete": complete})
 
     def _init(self, access: Access, id: str | None) -> Any:
         import wandb
 
         logger, folder = self._logger, self._folder.path
         online = access.mode == "online"
-        place: dict[str, Any] = {"project": project_of(logger), "entity": logger.entity, "id": id}
+        identity: dict[str, Any] = {"project": project_of(logger), "entity": logger.entity, "id": id}
         if not online:
             # Offline no server knows which records it has. So the newest folder gets all records, for `wandb sync`.
             for part in (folder / "wandb").glob(f"offline-run-*-{id}"):
                 shutil.rmtree(part)
         return wandb.init(
             # Under an agent, environment variables set these.
-            **({} if under_agent() else place),
+            **({} if under_agent() else identity),
             dir=folder,
             mode=access.mode,
             name=folder.name,
@@ -186,8 +186,8 @@ class WandbRun:
             raise ConnectionError
         # A preempted process has little time; the resumed run uploads the rest.
         uploaded = self._uploads is None or self._uploads.finish(wait=not isinstance(error, Preempted | Pruned))
-        figures = self._folder.read_summary()
-        self._run.summary.update({name: value for name, value in figures.items() if value is not None})
+        results = self._folder.read_summary()
+        self._run.summary.update({name: value for name, value in results.items() if value is not None})
         if isinstance(error, Preempted):
             self._run.mark_preempting()
         self._run.finish(exit_code=code)

@@ -373,7 +373,7 @@ def test_columns_of_tables_that_are_not_read_are_named(tmp_path: Path, tokenizer
         (path := tmp_path / f"rows.{kind}").write_bytes(content)
         store = build(path, tokenizer)
         assert store.remarks == {f"a row key that is not read: '{key}'": n for key, n in expected.items()}, kind
-        assert [reject["line"] for reject in store.quarantine()] == [2 if kind == "parquet" else 3]
+        assert [row["line"] for row in store.quarantine()] == [2 if kind == "parquet" else 3]
 
 
 def test_columns_of_parquet_that_change_the_meaning_are_read(tmp_path: Path, tokenizer: TextTokenizer) -> None:
@@ -381,7 +381,7 @@ def test_columns_of_parquet_that_change_the_meaning_are_read(tmp_path: Path, tok
     keys = {key for row in rows for key in row}
     (tmp_path / "rows.parquet").write_bytes(parquet_bytes([dict.fromkeys(keys) | row for row in rows]))
     store = build(tmp_path / "rows.parquet", tokenizer)
-    assert [reject["line"] for reject in store.quarantine()] == [1, 2, 3]
+    assert [row["line"] for row in store.quarantine()] == [1, 2, 3]
 
 
 def test_any_number_of_unread_keys_makes_few_remarks(tmp_path: Path, tokenizer: TextTokenizer) -> None:

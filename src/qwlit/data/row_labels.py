@@ -1,4 +1,4 @@
-"""Keys and texts that change the meaning of a row: follow them, or refuse the row and give the remedy."""
+"""Keys and texts that say whether a model may imitate a row: obey them, or refuse the row and name the remedy."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,9 @@ _MEDIA = ("image", "video", "audio")
 _ENDINGS = ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files")
 MEDIA_KEYS = frozenset({"pixel_values", *(f"{medium}{ending}" for medium in _MEDIA for ending in _ENDINGS)})
 MARK_KEYS = ("weight", "loss", "train", "loss_weight")
-MEANING_KEYS = frozenset(LABEL_KEYS) | PREFERENCE_KEYS | MEDIA_KEYS
+"""Keys of a row or a turn that say whether it is supervised."""
+REFUSABLE_KEYS = frozenset(LABEL_KEYS) | PREFERENCE_KEYS | MEDIA_KEYS
+"""Keys whose value can make qwlit refuse the row; see `refuse_unsupported_row`."""
 # A number may follow the name, as in <image 1>; anything else between the brackets is HTML.
 _PLACEHOLDER = re.compile(r"<(?:image|video|audio)(?:[ _-]?\d+)?>|<img>[^<]*</img>", re.IGNORECASE)
 # HTML has no <image>, and its <img> has no end tag. <video> and <audio> may be HTML, unless they begin or end a text.
@@ -28,15 +30,15 @@ _PLACEHOLDER_AT_AN_END = re.compile(rf"\A\s*(?:{_PLACEHOLDER.pattern})|(?:{_PLAC
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
-def refuse_other_meaning(row: Mapping[str, Any], *, has_answer: bool, where: str = "") -> None:
-    """Raise RowError if a key says that the model must not imitate the row (with `where`: one turn of the row).
+def refuse_unsupported_row(row: Mapping[str, Any], *, has_answer: bool, where: str = "") -> None:
+    """Raise RowError for an unwanted answer, a preference row, or a row with media; with `where`, for one turn.
 
     Args:
         has_answer: the row is a conversation. In a document or tokenized row, the label 0 is the number of a class.
     """
-    if MEANING_KEYS.isdisjoint(row):
+    if REFUSABLE_KEYS.isdisjoint(row):
         return
-    for key in sorted(row.keys() & MEANING_KEYS):
+    for key in sorted(row.keys() & REFUSABLE_KEYS):
         value = row[key]
         # `chosen` is a label only as true or false: as a number it is an index into a list of answers.
         is_label = key in LABEL_KEYS or key == "chosen"

@@ -71,15 +71,15 @@ def test_the_account_stays_exact_under_any_mutation(
     path = write(tmp_path_factory.mktemp("fuzz") / "rows.jsonl", [json.dumps(tokens(9)).encode(), *rows])
     num_rows = sum(bool(line.strip()) for line in path.read_bytes().split(b"\n"))
     store = build(path, tokenizer, max_seq_len=40, too_long=too_long, loss_on=loss_on, thinking=thinking)
-    account = store.account
-    assert account.read == num_rows == account.accepted + account.too_long + account.quarantined
-    assert account.truncated + account.split <= account.accepted <= len(store)
-    assert len({store.origin(index) for index in range(len(store))}) == account.accepted >= 1
-    assert len(store) == account.accepted or account.split
+    row_counts = store.row_counts
+    assert row_counts.read == num_rows == row_counts.accepted + row_counts.too_long + row_counts.quarantined
+    assert row_counts.truncated + row_counts.split <= row_counts.accepted <= len(store)
+    assert len({store.origin(index) for index in range(len(store))}) == row_counts.accepted >= 1
+    assert len(store) == row_counts.accepted or row_counts.split
     if too_long in ("truncate", "split"):
-        assert account.too_long == 0
+        assert row_counts.too_long == 0
     quarantine = list(store.quarantine())
-    assert len(quarantine) == account.quarantined
+    assert len(quarantine) == row_counts.quarantined
     assert all(row["reason"] for row in quarantine)
     distinct = set()
     for index, supervised in enumerate(num_supervised(store)):
@@ -89,5 +89,5 @@ def test_the_account_stays_exact_under_any_mutation(
         assert mask[0] == 0
         assert mask.sum() == supervised > 0
         distinct.add((input_ids.tobytes(), mask.tobytes()))
-    assert account.duplicates == len(store) - len(distinct)
+    assert row_counts.duplicates == len(store) - len(distinct)
     assert len(np.unique(store.digests(np.arange(len(store))))) == len(distinct)
