@@ -577,7 +577,7 @@ SETTINGS: dict[str, Case] = {
     ),
     "no usable row": Refused(lambda: lines(b"{", b"["), ("none of the 2 rows", "rows.jsonl:1", "rows.jsonl:2")),
     "nothing set": Refused(lambda: None, ("data.path is not set",)),
-    "weights for some": Refused(lambda: weighted(1.0, None), ("every part a weight, or none",)),
+    "weights for some": Refused(lambda: weighted(1.0, None), ("all parts a weight, or no part",)),
     "a weight too small": Refused(lambda: weighted(1e9, 1.0), ("weight 1 of part 2", "none of an epoch's 2 samples")),
     "a part without rows": Refused(
         lambda: (*weighted(None), DataPart(path=written("none.jsonl", b""))), ("none.jsonl' has no rows",)
