@@ -71,16 +71,15 @@ def stand_in(server, interpreter, known, words):
     os._exit(code)
 
 
-def warm_python(folder):
+def warm_python(folder, environment):
     """Start a server and return the script that launches from it.
 
     Args:
         folder: an empty folder for the script and the socket.
+        environment: what the server imports in.
     """
     import atexit
     import subprocess
-
-    from tests.runs.runs import ENVIRONMENT
 
     server, script = folder / "socket", folder / "python"
     root = str(Path(__file__).parents[1])
@@ -88,14 +87,14 @@ def warm_python(folder):
         f"#!{sys.executable} -SE\n"
         f"import sys; sys.path.append({root!r})\n"
         "from tests.warm import stand_in\n"
-        f"stand_in({str(server)!r}, {sys.executable!r}, {_read_by_imports(ENVIRONMENT)!r}, sys.argv[1:])\n"
+        f"stand_in({str(server)!r}, {sys.executable!r}, {_read_by_imports(environment)!r}, sys.argv[1:])\n"
     )
     script.chmod(0o755)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(server))
     listener.listen(64)
     words = [sys.executable, "-m", "tests.warm", str(listener.fileno()), str(script), str(os.getpid())]
-    process = subprocess.Popen(words, cwd=root, env=ENVIRONMENT, pass_fds=[listener.fileno()])
+    process = subprocess.Popen(words, cwd=root, env=environment, pass_fds=[listener.fileno()])
     listener.close()
     atexit.register(process.kill)
     return str(script)

@@ -22,6 +22,7 @@ from tests.warm import warm_python
 DEMO = Path(__file__).parents[2] / "src" / "qwlit" / "resources" / "demo"
 # One thread a process, so that tests do not slow each other down on small machines.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+UNCHANGED = dict(ENVIRONMENT)
 LONG = os.environ.get("QWLIT_LONG") == "1"
 """Whether there is time for more of the same: more kills, preemptions and signals, and real time limits."""
 TINY = [
@@ -38,7 +39,7 @@ TINY = [
 @cache
 def interpreter() -> str:
     """A stand-in for Python that has imported everything already: see tests/warm.py."""
-    return warm_python(Path(tempfile.mkdtemp(prefix="qwlit-warm-")))
+    return warm_python(Path(tempfile.mkdtemp(prefix="qwlit-warm-")), UNCHANGED)
 
 
 def command(words: list[str]) -> list[str]:
@@ -91,11 +92,15 @@ def train(words: list[str], folder: Path, run: Callable[..., subprocess.Complete
 
 
 def started(
-    words: list[str], run: Path, *, logged: int, environment: dict[str, str] = ENVIRONMENT
+    words: list[str], run: Path, *, logged: int, environment: dict[str, str] = ENVIRONMENT, warm: bool = True
 ) -> subprocess.Popen[str]:
-    """Start a training in a process of its own and return it once `run` has so many logged losses."""
-    process = WarmProcess(
-        warm_command(["train", *TINY, *words]),
+    """Start a training in a process of its own and return it once `run` has so many logged losses.
+
+    `warm=False`: its children are those of the process that is returned.
+    """
+    kind, launch = (WarmProcess, warm_command) if warm else (subprocess.Popen, command)
+    process = kind(
+        launch(["train", *TINY, *words]),
         cwd=run.parents[1],
         env=environment,
         stdout=subprocess.DEVNULL,

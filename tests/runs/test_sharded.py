@@ -190,7 +190,7 @@ def test_two_nodes_of_two_under_torchrun_train_what_one_process_trains(strategy,
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_that_is_killed_ends_the_job_soon_in_one_line_that_names_it(strategy, tmp_path):
     words = [*RUN, "train.max_steps=2000", "run.name=killed", "hardware.devices=2", f"hardware.strategy={strategy}"]
-    process = started(words, tmp_path / "runs" / "killed", logged=5)
+    process = started(words, tmp_path / "runs" / "killed", logged=5, warm=False)
     (child, *_) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(child), signal.SIGKILL)
     said = process.communicate(timeout=30)[1]
@@ -202,7 +202,7 @@ def test_a_rank_that_is_killed_ends_the_job_soon_in_one_line_that_names_it(strat
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_that_is_stopped_is_named_by_the_one_that_waits_for_it(strategy, tmp_path):
     words = [*RUN, "train.max_steps=2000", "run.name=a", "hardware.devices=2", f"hardware.strategy={strategy}"]
-    process = started([*words, "hardware.timeout_seconds=8"], tmp_path / "runs" / "a", logged=5)
+    process = started([*words, "hardware.timeout_seconds=8"], tmp_path / "runs" / "a", logged=5, warm=False)
     (child, *_) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(child), signal.SIGSTOP)
     said = process.communicate(timeout=90)[1]

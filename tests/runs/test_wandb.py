@@ -97,7 +97,7 @@ def test_after_kill_9_a_run_goes_on_as_one_with_every_row_once(server_has, chat,
 def test_a_preempted_run_says_so_and_goes_on_as_one(goes_to, chat, stub, online, tmp_path):
     asked = words(chat, *LONG)
     folder = tmp_path / "runs" / "a"
-    process = started(asked, folder, logged=20, environment=online)
+    process = started(asked, folder, logged=20, environment=online, warm=False)
     if goes_to != "the run":
         helper = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for pid in helper:
