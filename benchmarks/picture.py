@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import qwlit
-from qwlit.report.drawing import PALETTE, figure
+from qwlit.report.drawing import PALETTE, figure, set_log
 
 PANELS = (
     ("loss, nats per supervised token", ("train/loss", "val/loss")),
@@ -21,7 +21,9 @@ def draw(run: qwlit.Run, target: Path) -> None:
             for key, colour in zip(keys, PALETTE, strict=False):
                 logged = metrics.dropna(subset=key)
                 axes.plot(logged["step"], logged[key], color=colour, linewidth=1.2, label=key)
-            axes.set(title=title, xlabel="step", yscale="linear" if "lr" in keys[0] else "log")
+            axes.set(title=title, xlabel="step")
+            if keys != ("optim/lr",):
+                set_log(axes, "y")
             if len(keys) > 1:
                 axes.legend()
         picture.savefig(target, metadata={"Date": None})
