@@ -3,7 +3,7 @@
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import AdapterConfig, FreezeConfig
-from qwlit.optim.config import BITSANDBYTES
+from qwlit.optim.kinds import OPTIMIZERS
 
 TEXTS = {
     "run.name",
@@ -61,12 +61,12 @@ def _data(config: RunConfig) -> None:
 
 
 def _optimizer(config: RunConfig) -> None:
-    optim = config.optim
-    if optim.amsgrad and optim.name != "adamw":
+    optim, kind = config.optim, OPTIMIZERS[config.optim.name]
+    if optim.amsgrad and not kind.has_amsgrad:
         raise ConfigError(f"optim.amsgrad=true works only with adamw, but optim.name={optim.name}; set optim=adamw")
-    if optim.nesterov and optim.momentum == 0 and optim.name in ("muon", "sgd"):
+    if optim.nesterov and optim.momentum == 0 and kind.has_momentum:
         raise ConfigError("optim.nesterov=true needs momentum, but optim.momentum=0; change one of them")
-    if config.determinism == "strict" and optim.name in (*BITSANDBYTES, "muon"):
+    if config.determinism == "strict" and not kind.allows_strict:
         raise ConfigError(
             f"determinism=strict trains in float32, but optim.name={optim.name} uses fewer bits; set optim=adamw"
         )

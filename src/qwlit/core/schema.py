@@ -1,9 +1,11 @@
 """The dataclass decorator of all settings: frozen, typed and checked, with one docstring per field."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticKnownError
 
 T = TypeVar("T")
 
@@ -18,6 +20,21 @@ Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Ratio = Annotated[float, Field(ge=0, le=1, strict=True)]
 LayerRange = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
 Flag = Annotated[bool, Field(strict=True)]
+
+
+def key_of(table: Mapping[str, Any]) -> BeforeValidator:
+    """Return the check that a value is a key of `table`, with the message of a `Literal` of its keys.
+
+    The check reads the table each time, so that an entry added later is accepted.
+    """
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, str) or value not in table:
+            *keys, last = map(repr, table)
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(keys)} or {last}" if keys else last})
+        return value
+
+    return BeforeValidator(check)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

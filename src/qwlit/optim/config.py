@@ -13,11 +13,11 @@ from qwlit.core.schema import (
     Probability,
     Ratio,
     config_dataclass,
+    key_of,
 )
+from qwlit.optim.kinds import OPTIMIZERS
 
-OptimizerName = Literal["adamw", "muon", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
-BITSANDBYTES: frozenset[str] = frozenset({"adamw_8bit", "paged_adamw", "paged_adamw_8bit"})
-"""The optimizers that come from bitsandbytes."""
+OptimizerName = Annotated[str, key_of(OPTIMIZERS)]
 
 
 @config_dataclass

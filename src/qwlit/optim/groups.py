@@ -8,6 +8,7 @@ from torch import nn
 from qwlit.core.errors import ConfigError
 from qwlit.core.patterns import is_kind, layer_of, select, top_layer
 from qwlit.optim.config import GroupRule, OptimConfig
+from qwlit.optim.kinds import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,4 @@ def _is_lora_b(name: str) -> bool:
 
 
 def _algorithm(name: str, parameter: nn.Parameter, config: OptimConfig) -> str:
-    if config.name == "muon":
-        # Muon orthogonalizes matrices. Its authors leave vectors, the embedding and the head to AdamW.
-        outside = is_kind("embedding", name) or is_kind("head", name)
-        return "muon" if parameter.ndim == 2 and not outside else "adamw"
-    return config.name
+    return config.name if OPTIMIZERS[config.name].trains(name, parameter) else "adamw"

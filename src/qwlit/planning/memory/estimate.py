@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from qwlit.config.run import RunConfig
 from qwlit.model.config import CHECKPOINTING_LEVELS, Execution
-from qwlit.optim.config import BITSANDBYTES
 from qwlit.optim.groups import ParameterGroup
+from qwlit.optim.kinds import OPTIMIZERS
 from qwlit.planning.memory.activations import activation_bytes
 from qwlit.planning.memory.optimizer import state_bytes, step_bytes
 from qwlit.planning.memory.state import (
@@ -70,7 +70,7 @@ def estimate_memory(
     head = head_bytes(model, micro, place)
     on_cpu = machine.accelerator == "cpu"
     # Paged moments leave the GPU's memory when it is needed; on a CPU nothing is paged.
-    pages = config.optim.name.startswith("paged") and not on_cpu
+    pages = OPTIMIZERS[config.optim.name].is_paged and not on_cpu
     always: dict[str, float] = {
         # On CPU the memory of the logits is kept from call to call.
         "logits": head.logits if on_cpu else 0,
@@ -103,7 +103,7 @@ def estimate_memory(
             "head": head_gradient + embedding_gradient_bytes(model, micro, place),
             "unsharded": reducing,
         },
-        "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, config.optim, place.share)},
+        "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, place.share)},
     }
     return _fullest(always, moments, machine)
 
@@ -150,11 +150,13 @@ def why_not_sharded(config: RunConfig, machine: Machine) -> str | None:
     """Return the setting that only works on whole tensors, with its remedy; None where all can be sharded."""
     if config.adapter.quantization != "none":
         return f"adapter.quantization={config.adapter.quantization} cannot be sharded; set hardware.strategy=ddp"
-    if config.optim.name in BITSANDBYTES:
+    optimizer = OPTIMIZERS[config.optim.name]
+    if not optimizer.can_be_sharded:
         return f"optim.name={config.optim.name} cannot be sharded; set hardware.strategy=ddp or optim=adamw"
-    if config.optim.name == "muon" and config.adapter.kind == "lora" and config.adapter.rank < machine.world_size:
+    has_too_few_rows = config.adapter.kind == "lora" and config.adapter.rank < machine.world_size
+    if optimizer.needs_rows_on_each_rank and has_too_few_rows:
         return (
-            f"optim.name=muon cannot shard adapters of rank {config.adapter.rank} over {machine.world_size} devices;"
-            " raise adapter.rank, or set hardware.strategy=ddp or optim=adamw"
+            f"optim.name={config.optim.name} cannot shard adapters of rank {config.adapter.rank} over"
+            f" {machine.world_size} devices; raise adapter.rank, or set hardware.strategy=ddp or optim=adamw"
         )
     return None

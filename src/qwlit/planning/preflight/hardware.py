@@ -1,5 +1,6 @@
 """Rules about precision, attention, memory and compilation."""
 
+from qwlit.optim.kinds import OPTIMIZERS
 from qwlit.planning.memory.estimate import GIB
 from qwlit.planning.preflight.rules import GUIDE, PreflightFacts, Result, rule
 
@@ -75,6 +76,6 @@ def not_compiled(facts: PreflightFacts) -> Result:
 def paged_on_cpu(facts: PreflightFacts) -> Result:
     """Paging moves the optimizer's moments between GPU memory and host memory; on CPU it does nothing."""
     name = facts.config.optim.name
-    if not name.startswith("paged") or facts.machine.accelerator != "cpu":
+    if not OPTIMIZERS[name].is_paged or facts.machine.accelerator != "cpu":
         return None
     return f"optim.name={name}: paging needs a GPU and has no effect on CPU", "set optim=adamw"

@@ -1,5 +1,6 @@
 """Rules about the learning rate and its schedule."""
 
+from qwlit.optim.kinds import OPTIMIZERS
 from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Result, rule
 
 BILLION = 10**9
@@ -37,7 +38,7 @@ def full_lr_large(facts: PreflightFacts) -> Result:
 def lr_range(facts: PreflightFacts) -> Result:
     """Below this range training is slow; above it LoRA oscillates. Random weights have no such range."""
     config = facts.config
-    if config.model.init == "random" or config.optim.name in ("sgd", "muon"):
+    if config.model.init == "random" or not OPTIMIZERS[config.optim.name].has_adamw_lr_range:
         return None
     lowest, highest = LORA_RANGE if config.adapter.kind == "lora" else FULL_RANGE
     too_high = config.optim.lr > highest and config.adapter.kind == "lora"

@@ -7,6 +7,7 @@ from typing import Literal
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.model.config import Execution
+from qwlit.optim.kinds import OPTIMIZERS
 from qwlit.optim.schedules import Schedule
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.training.machine import Machine
@@ -57,9 +58,10 @@ class PreflightFacts:
 
     @property
     def trains_pretrained(self) -> bool:
-        """Whether pretrained weights themselves are trained. False for SGD, whose learning rates are not comparable."""
+        """Whether the run trains pretrained weights themselves, and its optimizer diverges where AdamW does."""
         config = self.config
-        return config.adapter.kind == "none" and config.model.init == "pretrained" and config.optim.name != "sgd"
+        trains_base = config.adapter.kind == "none" and config.model.init == "pretrained"
+        return trains_base and OPTIMIZERS[config.optim.name].has_adamw_lr_limit
 
 
 @dataclass(frozen=True)
