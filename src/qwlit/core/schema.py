@@ -22,16 +22,17 @@ LayerRange = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False
 Flag = Annotated[bool, Field(strict=True)]
 
 
-def key_of(table: Mapping[str, Any]) -> BeforeValidator:
-    """Return the check that a value is a key of `table`, with the message of a `Literal` of its keys.
+def key_of(table: Mapping[str, Any], *others: str) -> BeforeValidator:
+    """Return the check that a value is one of `others` or a key of `table`, with the message of a `Literal` of them.
 
     The check reads the table each time, so that an entry added later is accepted.
     """
 
     def check(value: Any) -> Any:
-        if not isinstance(value, str) or value not in table:
-            *keys, last = map(repr, table)
-            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(keys)} or {last}" if keys else last})
+        names = (*others, *table)
+        if not isinstance(value, str) or value not in names:
+            *first, last = map(repr, names)
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(first)} or {last}" if first else last})
         return value
 
     return BeforeValidator(check)

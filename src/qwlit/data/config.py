@@ -4,10 +4,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, Probability, Ratio, TwoOrMore, config_dataclass
+from qwlit.core.schema import (
+    Flag,
+    NonNegativeInt,
+    PositiveFloat,
+    Probability,
+    Ratio,
+    TwoOrMore,
+    config_dataclass,
+    key_of,
+)
+from qwlit.data.templates import FAMILIES
 
 RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"]
-TemplateName = Literal["auto", "qwen2", "qwen2_5", "qwen2_5_base", "qwen3", "qwen3_2507"]
+TemplateName = Annotated[str, key_of(FAMILIES, "auto")]
 LossOn = Literal["assistant", "last_assistant", "all"]
 Thinking = Literal["keep", "drop", "mask_empty"]
 TooLong = Literal["auto", "drop", "truncate", "split", "error"]

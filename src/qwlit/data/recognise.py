@@ -8,7 +8,8 @@ from qwlit.core.errors import DataError
 from qwlit.data.conversation import parse_conversation
 from qwlit.data.templates import FAMILIES, IM_END, IM_START, ChatTemplateFamily, Supervision, render
 
-REMEDY = "set data.template=qwen2, qwen2_5, qwen2_5_base, qwen3 or qwen3_2507"
+*_FIRST, _LAST = sorted(FAMILIES)
+REMEDY = f"set data.template={', '.join(_FIRST)} or {_LAST}"
 
 Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]] | None

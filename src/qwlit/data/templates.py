@@ -9,11 +9,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qwlit.data.config import LossOn, Thinking
 from qwlit.data.conversation import END_THINK, THINK, Conversation, Message, ToolCall
 from qwlit.data.rows import RowError
+
+if TYPE_CHECKING:
+    from qwlit.data.config import LossOn, Thinking
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
@@ -33,8 +35,8 @@ class Piece(NamedTuple):
 class Supervision:
     """What is supervised in a conversation; see the settings with the same names."""
 
-    loss_on: LossOn = "assistant"
-    thinking: Thinking = "mask_empty"
+    loss_on: "LossOn" = "assistant"
+    thinking: "Thinking" = "mask_empty"
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,12 @@ def _template_text(text: str) -> Iterator[Piece]:
 
 
 def _answer_turn(
-    message: Message, family: ChatTemplateFamily, after_query: bool, is_last: bool, supervised: bool, thinking: Thinking
+    message: Message,
+    family: ChatTemplateFamily,
+    after_query: bool,
+    is_last: bool,
+    supervised: bool,
+    thinking: "Thinking",
 ) -> Iterator[Piece]:
     reasoning, content = message.split_thinking() if family.thinking else ("", message.content)
     shown = content

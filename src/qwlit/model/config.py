@@ -1,9 +1,19 @@
 """Settings of the model: which one, from where, with which attention, dropout and adapter."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from qwlit.core.schema import Flag, LayerRange, PositiveFloat, PositiveInt, Probability, Ratio, config_dataclass
+from qwlit.core.schema import (
+    Flag,
+    LayerRange,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Ratio,
+    config_dataclass,
+    key_of,
+)
+from qwlit.model.families import FAMILIES
 from qwlit.model.families.decoder import DECODER_LINEARS
 
 if TYPE_CHECKING:
@@ -38,10 +48,10 @@ class Execution:
 
 @config_dataclass
 class Architecture:
-    """The shape of a Qwen2 or Qwen3 model. The names are those of Hugging Face's config.json."""
+    """The shape of a model. The names are those of Hugging Face's config.json."""
 
-    model_type: Literal["qwen2", "qwen3"]
-    """Family: qwen2 (also Qwen2.5; biases on q, k, v) or qwen3 (norms on q and k, no biases)."""
+    model_type: Annotated[str, key_of(FAMILIES)]
+    """A family in model/families/: qwen2 (also Qwen2.5; biases on q, k, v) or qwen3 (norms on q and k, no biases)."""
     vocab_size: PositiveInt
     """Rows of the embedding; at least the tokenizer's number of tokens."""
     hidden_size: PositiveInt

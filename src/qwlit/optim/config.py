@@ -16,6 +16,7 @@ from qwlit.core.schema import (
     key_of,
 )
 from qwlit.optim.kinds import OPTIMIZERS
+from qwlit.optim.schedules import DECAYS
 
 OptimizerName = Annotated[str, key_of(OPTIMIZERS)]
 
@@ -73,7 +74,7 @@ class OptimConfig:
 class SchedulerConfig:
     """The learning rate as a function of the step: linear warm-up, then the named decay to the run's end."""
 
-    name: Literal["cosine", "linear", "exponential", "constant", "wsd", "range_test"]
+    name: Annotated[str, key_of(DECAYS)]
     """cosine: smooth, long runs. linear: short runs. exponential: fast decay, small data. constant: no decay. wsd:
     constant, then linear over the last decay_ratio of the run. range_test: rises exponentially; `sweep` uses it."""
     warmup_steps: NonNegativeInt | None = None

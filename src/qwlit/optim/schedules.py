@@ -12,8 +12,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from qwlit.optim.config import SchedulerConfig
+if TYPE_CHECKING:
+    from qwlit.optim.config import SchedulerConfig
 
 
 def cosine(progress: float, floor: float) -> float:
@@ -44,13 +46,15 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
     "wsd": linear,
     "range_test": range_test,
 }
+"""The curve after the warm-up, by the value of scheduler.name: a function of the progress (0 to 1) and the lowest
+value."""
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The lr multiplier at each step of a run."""
 
-    config: SchedulerConfig
+    config: "SchedulerConfig"
     total_steps: int
 
     @cached_property

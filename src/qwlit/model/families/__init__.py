@@ -1,18 +1,28 @@
-"""What differs between model architectures, one file each. All other code uses `ModelFamily`.
+"""What differs between model architectures. All other code uses `ModelFamily`.
 
-A new architecture is a new file here with a `ModelFamily`, an entry in FAMILIES, and its presets in `conf/model/`.
+A new architecture is a new file here, with a `ModelFamily` called FAMILY, and its presets in `conf/model/`. If its
+decoder layers differ from those that `decoder` describes, FAMILY is a subclass of `ModelFamily`, and the counting in
+`model/flops.py` and `planning/memory/activations.py` must follow.
 """
 
+import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 from qwlit.model.families.decoder import ModelFamily
-from qwlit.model.families.qwen2 import QWEN2
-from qwlit.model.families.qwen3 import QWEN3
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES: dict[str, ModelFamily] = {family.model_type: family for family in (QWEN2, QWEN3)}
+
+def _find_families() -> dict[str, ModelFamily]:
+    """Import every file of this folder, and return their families by `model_type`."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    families = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
+    return {family.model_type: family for family in families}
+
+
+FAMILIES: dict[str, ModelFamily] = _find_families()
 """By the `model_type` of config.json."""
 
 

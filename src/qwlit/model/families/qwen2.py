@@ -2,4 +2,4 @@
 
 from qwlit.model.families.decoder import ModelFamily
 
-QWEN2 = ModelFamily("qwen2", "Qwen2")
+FAMILY = ModelFamily("qwen2", "Qwen2")

@@ -2,4 +2,4 @@
 
 from qwlit.model.families.decoder import ModelFamily
 
-QWEN3 = ModelFamily("qwen3", "Qwen3", query_norm="q_norm", key_norm="k_norm")
+FAMILY = ModelFamily("qwen3", "Qwen3", query_norm="q_norm", key_norm="k_norm")
