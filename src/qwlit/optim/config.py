@@ -23,7 +23,7 @@ OptimizerName = Annotated[str, key_of(OPTIMIZERS)]
 
 @config_dataclass
 class GroupRule:
-    """Parameters with a learning rate or weight decay of their own. Where several rules match, the first counts."""
+    """The learning rate or weight decay of some parameters. If several rules match a parameter, the first counts."""
 
     match: str
     """bias, norm, embedding, head, attention, mlp, a part of the name (q_proj) or a glob (model.layers.*.weight)."""

@@ -1,4 +1,4 @@
-"""Parameter groups: the learning rate and weight decay of each trainable parameter, which is in exactly one group."""
+"""Sort the trainable parameters into groups by learning rate, weight decay and algorithm, each into one group."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class ParameterGroup:
     """Peak learning rate."""
     weight_decay: float
     algorithm: str
-    """A value of optim.name; with optim.name=muon some groups have adamw."""
+    """A key of OPTIMIZERS: optim.name, or adamw for the parameters that this optimizer does not train."""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
@@ -32,11 +32,11 @@ def plan_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Op
     """Sort the trainable parameters, with their Hugging Face names, into groups.
 
     Raises:
-        ConfigError: a rule matches nothing or sets nothing, or lora_plus_ratio is set without LoRA.
+        ConfigError: a rule matches no parameter or sets no value, or lora_plus_ratio is set without LoRA.
     """
-    everything = dict(named_parameters)
-    trained = {name: p for name, p in everything.items() if p.requires_grad}
-    top = top_layer(everything)
+    parameters = dict(named_parameters)
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    top = top_layer(parameters)
     rules = _rule_of(trained, config, top)
     if config.lora_plus_ratio != 1 and not any(map(_is_lora_b, trained)):
         raise ConfigError("optim.lora_plus_ratio is for LoRA's B matrices, but the model has none; use recipe=lora")
@@ -56,10 +56,10 @@ def plan_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Op
 
 
 def _rule_of(trained: dict[str, nn.Parameter], config: OptimConfig, top: int) -> dict[str, GroupRule]:
-    """Return the first rule that matches each parameter, by the parameter's name."""
+    """Return the first rule that matches, by the name of each parameter that a rule matches."""
     found: dict[str, GroupRule] = {}
-    for number, rule in enumerate(config.groups):
-        setting = f"optim.groups[{number}]"
+    for index, rule in enumerate(config.groups):
+        setting = f"optim.groups[{index}]"
         if rule.lr is None and rule.lr_multiplier is None and rule.weight_decay is None:
             raise ConfigError(f"{setting} sets nothing; give lr, lr_multiplier or weight_decay")
         if rule.lr is not None and rule.lr_multiplier is not None:

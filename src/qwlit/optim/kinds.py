@@ -48,7 +48,7 @@ class OptimizerKind:
     """Whether the optimizer trains this parameter, given its name. adamw trains the other parameters."""
     clips_and_skips: bool = False
     """Whether its kernels divide the gradients by `grad_scale` and skip the step where `found_inf` is 1. For other
-    optimizers `Composite` does both."""
+    optimizers `SkippableOptimizer` does both."""
     can_be_sharded: bool = True
     """Whether it works on parameters that FSDP2 shards."""
     needs_rows_on_each_rank: bool = False
@@ -82,6 +82,7 @@ def torch_group(group: "ParameterGroup") -> dict[str, Any]:
 def _adamw(groups: list["ParameterGroup"], config: "OptimConfig") -> "Optimizer":
     from torch.optim import AdamW
 
+    # The fused kernel clips and skips in the same pass over the parameters.
     return AdamW(map(torch_group, groups), betas=config.betas, eps=config.eps, amsgrad=config.amsgrad, fused=True)
 
 
@@ -124,8 +125,8 @@ def _muon_state_bytes(name: str, parameter: "nn.Parameter", config: "OptimConfig
 
 
 def _muon_step_bytes(groups: list["ParameterGroup"], share: Callable[["nn.Parameter"], int]) -> float:
-    # Newton and Schulz's iteration on one matrix at a time: its update in float32, and in bfloat16 the iterate, its
-    # product with itself and two results (at most its own size each).
+    # The update (m, n) in float32, and for the Newton-Schulz iteration in bfloat16: X (m, n), X times its transpose and
+    # the polynomial of that (m, m), and the next X. Muon does this for one matrix after another, and m <= n.
     largest = max((p.numel() for group in groups for p in group.parameters.values()), default=0)
     return largest * (FLOAT32 + 4 * 2)
 

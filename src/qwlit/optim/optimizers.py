@@ -1,13 +1,13 @@
-"""Build the optimizer: fused where torch has a fused kernel, because that kernel also clips and skips in one pass."""
+"""Build the optimizer from the parameter groups, set its learning rates, and tell it to clip or to skip a step."""
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qwlit.optim.composite import Composite
 from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import ParameterGroup
 from qwlit.optim.kinds import OPTIMIZERS
+from qwlit.optim.skippable import SkippableOptimizer
 
 
 def build_optimizer(groups: list[ParameterGroup], config: OptimConfig) -> Optimizer:
@@ -16,8 +16,8 @@ def build_optimizer(groups: list[ParameterGroup], config: OptimConfig) -> Optimi
     for group in groups:
         by_algorithm.setdefault(group.algorithm, []).append(group)
     parts = [OPTIMIZERS[algorithm].build(found, config) for algorithm, found in by_algorithm.items()]
-    is_enough = len(parts) == 1 and OPTIMIZERS[config.name].clips_and_skips
-    return parts[0] if is_enough else Composite(*parts)
+    clips_and_skips = len(parts) == 1 and OPTIMIZERS[config.name].clips_and_skips
+    return parts[0] if clips_and_skips else SkippableOptimizer(*parts)
 
 
 def set_learning_rate(optimizer: Optimizer, lr_multiplier: float) -> None:
@@ -29,18 +29,18 @@ def set_learning_rate(optimizer: Optimizer, lr_multiplier: float) -> None:
 def set_clip_and_skip(
     optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float | None, loss_scale: float = 1.0
 ) -> Tensor:
-    """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip the step where `grad_norm` is not finite.
+    """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip the step if `grad_norm` is not finite.
 
-    Everything happens on the device, and the host does not wait for it (except with a `Composite`). The fused kernels
-    divide gradients by `grad_scale`. Where `found_inf` is 1 they leave weights, moments and step count as they are;
-    multiplying the gradients by 0 would not do that, because 0 * NaN is NaN.
+    Everything happens on the device, and the host does not wait for it; only `SkippableOptimizer` makes the host wait.
+    The fused kernels divide gradients by `grad_scale`. If `found_inf` is 1, they leave weights, moments and step count
+    as they are. Multiplying the gradients by 0 would not do that, because 0 * NaN is NaN.
 
     Args:
         grad_norm: total norm of the gradients, without the loss scale.
         loss_scale: the factor that the stored gradients still contain.
 
     Returns:
-        `found_inf`, a float32 scalar: 1.0 where the optimizer will skip the step.
+        `found_inf`, a float32 scalar: 1.0 if the optimizer will skip the step.
     """
     found_inf = (~torch.isfinite(grad_norm)).float()
     grad_scale = None

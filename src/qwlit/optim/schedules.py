@@ -1,8 +1,9 @@
-"""Learning-rate multipliers, pure functions of the step.
+"""Learning-rate schedules: the lr multiplier as a pure function of the step.
 
 A run has S steps, and W of them are warm-up. Step t = 0 … S-1 trains at `peak_lr * lr_multiplier(t)`:
-- warm-up, t < W: (t + 1) / W, so that the first step is above 0 and step W - 1 is at the peak;
-- then the named curve at progress p = (t - W) / (S - W): it starts at 1 and would reach `min_lr_ratio` at t = S.
+- in the warm-up, t < W, the multiplier is (t + 1) / W: above 0 in the first step, and 1 in step W - 1;
+- then it is the named curve at progress p = (t - W) / (S - W), which starts at 1 and would reach
+  `min_lr_ratio` at t = S.
 `wsd` (warm-up, stable, decay: Hu et al. 2024) stays at 1 and falls linearly over the last `decay_ratio` of the S steps.
 `range_test` rises from `min_lr_ratio` to 1, by the same factor every step (Smith 2017): a sweep uses it to find the
 learning rates at which a run is stable.

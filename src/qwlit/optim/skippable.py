@@ -1,4 +1,4 @@
-"""Several optimizers as one, for optimizers whose kernels can neither clip nor skip a step."""
+"""Clip and skip steps for optimizers whose kernels can do neither, and join several optimizers into one."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class Composite(Optimizer):
-    """Acts and is saved as one optimizer: its groups and state are those of its parts.
+class SkippableOptimizer(Optimizer):
+    """One optimizer whose groups and state are those of its parts. It is also saved as one optimizer.
 
-    It clips in a pass of its own and decides on the host whether to step, so the host waits for the device every step.
+    It clips in a separate pass over the gradients. The host decides whether to skip a step, so it waits for the device
+    at every step.
     """
 
     def __init__(self, *parts: Optimizer) -> None:
         self.parts = parts
-        self._unpaged = False
+        self._must_page = False
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
         super().__init__([group for part in parts for group in part.param_groups], {})
@@ -41,7 +42,7 @@ class Composite(Optimizer):
         if self.grad_scale is not None:
             gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(gradients, self.grad_scale)
-        if self._unpaged:
+        if self._must_page:
             self._page()
         for part in self.parts:
             part.step()
@@ -49,7 +50,7 @@ class Composite(Optimizer):
 
     def _page(self) -> None:
         """Move loaded moments into paged memory: bitsandbytes itself does so only for moments that it creates."""
-        self._unpaged = False
+        self._must_page = False
         for part in self.parts:
             if not getattr(part, "is_paged", False):
                 continue
@@ -65,10 +66,10 @@ class Composite(Optimizer):
         merged: dict[Any, Any] = {}
         for part in self.parts:
             own, groups = groups[: len(part.param_groups)], groups[len(part.param_groups) :]
-            numbers = {number for group in own for number in group["params"]}
-            state = {number: values for number, values in state_dict["state"].items() if number in numbers}
+            indices = {index for group in own for index in group["params"]}
+            state = {index: values for index, values in state_dict["state"].items() if index in indices}
             part.load_state_dict({"state": state, "param_groups": own})
             merged |= dict(part.state)
         # `step` calls `_page`, because Lightning moves the state to the device only after this.
-        self._unpaged = True
+        self._must_page = True
         self._share(merged)
