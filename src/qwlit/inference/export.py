@@ -12,7 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qwlit.inference.export_settings import End, write_config, write_generation_config, write_tokenizer
+from qwlit.inference.export_settings import EndToken, write_config, write_generation_config, write_tokenizer
 from qwlit.model.families.decoder import HEAD
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS, PREFIX
 
@@ -21,8 +21,8 @@ MAX_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The sources of the parts of a model that training does not change."""
+class ExportSources:
+    """Where the export finds the files and names that training does not change."""
 
     model: Path | None
     """Folder of the base model; None if its weights were random."""
@@ -32,26 +32,26 @@ class Origin:
     """The base model in an adapter's configuration: an absolute path or a hub id; None for random weights."""
 
 
-def export_model(model: PreTrainedModel, folder: Path, *, origin: Origin, end: End | None) -> None:
-    """Write the whole model in the dtype of its original checkpoint, or only its adapter in float32.
+def export_model(model: PreTrainedModel, folder: Path, *, sources: ExportSources, end: EndToken | None) -> None:
+    """Write the whole model in the dtype of its base model, or only its adapter in float32.
 
     Args:
         end: how the answers in the training data end; None if there were none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
-        _export_adapter(model, folder, origin.base)
+        _export_adapter(model, folder, sources.base)
     else:
         dtype = model.config.dtype or torch.float32
         _export_weights(model, folder, dtype)
-        write_config(model.config, folder, base=origin.model, dtype=dtype, end=end)
-    write_generation_config(model.config, folder, base=origin.model, end=end)
-    if origin.tokenizer is not None:
-        write_tokenizer(folder, origin.tokenizer, end=end)
-    _let_others_read(folder)
+        write_config(model.config, folder, base=sources.model, dtype=dtype, end=end)
+    write_generation_config(model.config, folder, base=sources.model, end=end)
+    if sources.tokenizer is not None:
+        write_tokenizer(folder, sources.tokenizer, end=end)
+    _set_default_permissions(folder)
 
 
-def _let_others_read(folder: Path) -> None:
+def _set_default_permissions(folder: Path) -> None:
     """Give the weights the usual permissions of a new file.
 
     safetensors lets only the owner read them, and an inference server often runs as another user.

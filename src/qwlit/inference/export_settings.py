@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]
 GENERATION_CONFIG = "generation_config.json"
-MORE_TEMPLATES = "additional_chat_templates"
+OTHER_TEMPLATES = "additional_chat_templates"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 COPIED = (
     "tokenizer.json",
@@ -31,8 +31,8 @@ COPIED = (
 
 
 @dataclass(frozen=True)
-class End:
-    """How the answers in the training data end, and their chat template."""
+class EndToken:
+    """The end token of the answers in the training data, and their chat template."""
 
     token: str
     """The token that ends an answer: <|im_end|> in conversations, <|endoftext|> in plain text."""
@@ -44,7 +44,7 @@ class End:
 
 
 def write_config(
-    config: "PretrainedConfig", folder: Path, *, base: Path | None, dtype: torch.dtype, end: End | None
+    config: "PretrainedConfig", folder: Path, *, base: Path | None, dtype: torch.dtype, end: EndToken | None
 ) -> None:
     """Write config.json: the base model's values with the dtype of the weights and the new end token.
 
@@ -59,7 +59,7 @@ def write_config(
         values["rope_scaling"] = rope
     name = str(dtype).removeprefix("torch.")
     values |= {"torch_dtype": name} | {key: name for key in DTYPE_KEYS if key in values}
-    # Folders of models in training often turn the KV cache off; generation needs it.
+    # Folders of fine-tuned models often have use_cache=false, but generation needs the KV cache.
     values["use_cache"] = True
     values.setdefault("architectures", config.architectures)
     if not values.get("quantization_config"):
@@ -70,7 +70,9 @@ def write_config(
     write_json_atomic(folder / "config.json", values)
 
 
-def write_generation_config(config: "PretrainedConfig", folder: Path, *, base: Path | None, end: End | None) -> None:
+def write_generation_config(
+    config: "PretrainedConfig", folder: Path, *, base: Path | None, end: EndToken | None
+) -> None:
     """Write generation_config.json: the base model's values, with the trained end token first among the end tokens."""
     values = read_json_if_there(base / GENERATION_CONFIG) if base else {}
     if end is None and not values:
@@ -87,15 +89,15 @@ def _as_list(value: Any) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def write_tokenizer(folder: Path, source: Path, *, end: End | None) -> None:
+def write_tokenizer(folder: Path, source: Path, *, end: EndToken | None) -> None:
     """Copy the tokenizer's files, and set the end token and the chat template that training used."""
     for name in COPIED:
         (folder / name).unlink(missing_ok=True)
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
-    if (source / MORE_TEMPLATES).is_dir():
-        shutil.copytree(source / MORE_TEMPLATES, folder / MORE_TEMPLATES)
+    shutil.rmtree(folder / OTHER_TEMPLATES, ignore_errors=True)
+    if (source / OTHER_TEMPLATES).is_dir():
+        shutil.copytree(source / OTHER_TEMPLATES, folder / OTHER_TEMPLATES)
     _change(folder / TOKENIZER_CONFIG, _for_transformers_4)
     if end is None:
         return
@@ -104,7 +106,7 @@ def write_tokenizer(folder: Path, source: Path, *, end: End | None) -> None:
         _change(folder / "special_tokens_map.json", lambda values: values | {"eos_token": end.token})
     if end.chat_template is None:
         return
-    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
+    shutil.rmtree(folder / OTHER_TEMPLATES, ignore_errors=True)
     if (folder / CHAT_TEMPLATE).is_file():
         write_text_atomic(folder / CHAT_TEMPLATE, end.chat_template)
         _change(folder / TOKENIZER_CONFIG, lambda values: {k: v for k, v in values.items() if k != "chat_template"})
@@ -114,7 +116,7 @@ def write_tokenizer(folder: Path, source: Path, *, end: End | None) -> None:
 
 
 def _change(file: Path, change: Callable[[Values], Values]) -> None:
-    """Rewrite a JSON file only if `change` changes its values, so that other copied files stay byte for byte equal."""
+    """Rewrite a JSON file if `change` changes its values. Otherwise the copied file stays equal byte for byte."""
     values = read_json_if_there(file)
     changed = change(dict(values))
     if changed != values:

@@ -10,80 +10,81 @@ from transformers import GenerationConfig, PreTrainedModel
 from qwlit.data.samples import Samples
 from qwlit.model.attention import generation_attention
 
-BATCH = 50
-# Tokens beyond the longest expected answer, so that an answer that does not stop by itself is not an exact match.
-SLACK_TOKENS = 16
+BATCH_SIZE = 50
+# The model may generate this many tokens more than the longest expected answer has, so that an answer that does not end
+# is no exact match.
+EXTRA_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Question:
-    """A sample, split before its last answer."""
+class EvalPrompt:
+    """A validation sample, split before its last answer."""
 
     sample: int
-    prompt: list[int]
+    tokens: list[int]
     answer: list[int]
     """The expected tokens, including the end-of-turn token."""
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A question with the model's answer."""
+class EvalAnswer:
+    """The model's answer to a prompt."""
 
-    question: Question
+    prompt: EvalPrompt
     tokens: list[int]
     """Generated tokens, up to and including the first end-of-turn token."""
 
     @property
     def exact(self) -> bool:
-        return self.tokens == self.question.answer
+        return self.tokens == self.prompt.answer
 
 
-def questions(samples: Samples, limit: int) -> list[Question]:
+def eval_prompts(samples: Samples, limit: int) -> list[EvalPrompt]:
     """Split each of the first `limit` samples before its last run of supervised tokens."""
-    asked = []
-    for number in range(min(limit, len(samples))):
-        ids, mask = samples.sample(number)
+    prompts = []
+    for index in range(min(limit, len(samples))):
+        ids, mask = samples.sample(index)
         supervised = [int(p) for p in mask.nonzero()[0]]
         start = end = supervised[-1]
         while start - 1 >= 0 and mask[start - 1]:
             start -= 1
-        asked.append(Question(number, ids[:start].tolist(), ids[start : end + 1].tolist()))
-    return asked
+        prompts.append(EvalPrompt(index, ids[:start].tolist(), ids[start : end + 1].tolist()))
+    return prompts
 
 
 def answer_greedily(
-    model: PreTrainedModel, asked: list[Question], *, end_of_turn_id: int, pad_id: int
-) -> Iterator[Answered]:
-    """Answer each question greedily, until the end-of-turn token.
+    model: PreTrainedModel, prompts: list[EvalPrompt], *, end_of_turn_id: int, pad_id: int
+) -> Iterator[EvalAnswer]:
+    """Answer each prompt greedily, until the end-of-turn token.
 
-    Questions are sorted by length, so that a batch needs little padding. The answers come in that order.
+    Prompts are sorted by length, so that a batch needs little padding. The answers are in that order.
     """
-    by_length = sorted(asked, key=lambda q: len(q.prompt))
+    by_length = sorted(prompts, key=lambda p: len(p.tokens))
     model.eval()
     with generation_attention(model), torch.inference_mode():
-        for first in range(0, len(by_length), BATCH):
-            yield from _answer_batch(model, by_length[first : first + BATCH], end_of_turn_id, pad_id)
+        for first in range(0, len(by_length), BATCH_SIZE):
+            yield from _answer_batch(model, by_length[first : first + BATCH_SIZE], end_of_turn_id, pad_id)
 
 
 def _answer_batch(
-    model: PreTrainedModel, asked: list[Question], end_of_turn_id: int, pad_id: int
-) -> Iterator[Answered]:
-    prompts = [torch.tensor(q.prompt, dtype=torch.int64) for q in asked]
+    model: PreTrainedModel, prompts: list[EvalPrompt], end_of_turn_id: int, pad_id: int
+) -> Iterator[EvalAnswer]:
+    token_ids = [torch.tensor(p.tokens, dtype=torch.int64) for p in prompts]
     # Pad on the left, so that every answer starts at the same position.
-    ids = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
-    mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
+    ids = pad_sequence(token_ids, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(t) for t in token_ids], batch_first=True, padding_side="left")
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         # Not the model folder's own generation settings: they are for sampling.
         generation_config=GenerationConfig(
-            max_new_tokens=max(len(q.answer) for q in asked) + SLACK_TOKENS,
+            max_new_tokens=max(len(p.answer) for p in prompts) + EXTRA_TOKENS,
             do_sample=False,
             repetition_penalty=1.0,
             eos_token_id=end_of_turn_id,
             pad_token_id=pad_id,
         ),
     )
-    for question, tokens in zip(asked, out[:, ids.shape[1] :].tolist(), strict=True):
+    for prompt, tokens in zip(prompts, out[:, ids.shape[1] :].tolist(), strict=True):
         stop = tokens.index(end_of_turn_id) + 1 if end_of_turn_id in tokens else len(tokens)
-        yield Answered(question, tokens[:stop])
+        yield EvalAnswer(prompt, tokens[:stop])

@@ -17,9 +17,9 @@ from qwlit.data.samples import supervises
 from qwlit.data.templates import IM_END as END_OF_TURN
 from qwlit.data.templates import ChatTemplateFamily
 from qwlit.data.tokenizer import END_OF_TEXT
-from qwlit.inference.export import Origin, export_model
-from qwlit.inference.export_settings import GENERATION_CONFIG, End
-from qwlit.inference.generate import answer_greedily, questions
+from qwlit.inference.export import ExportSources, export_model
+from qwlit.inference.export_settings import GENERATION_CONFIG, EndToken
+from qwlit.inference.generate import answer_greedily, eval_prompts
 from qwlit.model.folder import ADAPTER_CONFIG
 from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
@@ -56,7 +56,7 @@ def finish(run: "TrainingRun", training: TrainerWithCallbacks) -> list[Record]:
         # The other ranks have ended, and their shard slices with them: build the whole model again, from the files.
         loss_model = load_model(run.plan, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
     _load_best_weights(loss_model, training, folder, always=sharded)
-    export_model(loss_model.causal_lm, folder.path / "export", origin=_origin(run), end=end_of_answers(run))
+    export_model(loss_model.causal_lm, folder.path / "export", sources=_export_sources(run), end=end_of_answers(run))
     if not run.config.data.exact_match or run.data.split.validation is None:
         return []
     # The trainer moved the model to the CPU when it ended.
@@ -74,16 +74,16 @@ def finish(run: "TrainingRun", training: TrainerWithCallbacks) -> list[Record]:
     return records
 
 
-def _origin(run: "TrainingRun") -> Origin:
+def _export_sources(run: "TrainingRun") -> ExportSources:
     model = run.config.model
     base = None
     if model.init == "pretrained":
         base = str(resolve_path(model.path).resolve()) if model.path else model.hub_id
     tokenizer = tokenizer_folder(model)[0] if run.data.tokenized.tokenizer is not None else None
-    return Origin(model=weights_folder(model), tokenizer=tokenizer, base=base)
+    return ExportSources(model=weights_folder(model), tokenizer=tokenizer, base=base)
 
 
-def end_of_answers(run: "TrainingRun") -> End | None:
+def end_of_answers(run: "TrainingRun") -> EndToken | None:
     """Return the token that the model was trained to end its answers with; None: the base model's own end token holds.
 
     Conversations end with the template's end of turn, whatever the end token of the base model is. Plain text ends
@@ -96,11 +96,11 @@ def end_of_answers(run: "TrainingRun") -> End | None:
     if encoder.chat is not None and supervises(train, encoder.chat.end_of_turn_id):
         others = () if end_of_text is None else (end_of_text,)
         template = _template_to_write(run.data.tokenized.tokenizer, encoder.chat.family)
-        return End(END_OF_TURN, encoder.chat.end_of_turn_id, others, template)
+        return EndToken(END_OF_TURN, encoder.chat.end_of_turn_id, others, template)
     has_end = run.config.model.init == "pretrained"
     if has_end or end_of_text is None or not supervises(train, end_of_text):
         return None
-    return End(END_OF_TEXT, end_of_text, (), None)
+    return EndToken(END_OF_TEXT, end_of_text, (), None)
 
 
 def _template_to_write(tokenizer: Any, family: ChatTemplateFamily) -> str | None:
@@ -128,17 +128,17 @@ def _answer(run: "TrainingRun", loss_model: LossModel) -> list[Record]:
     validation, tokenizer = run.data.split.validation, run.data.tokenized.tokenizer
     chat = run.data.tokenized.encoder.chat
     assert validation is not None and tokenizer is not None and chat is not None
-    prompts = questions(validation, run.config.data.exact_match)
+    prompts = eval_prompts(validation, run.config.data.exact_match)
     with console().status(f"answering {len(prompts)} unseen prompts"):
         answers = list(
             answer_greedily(loss_model.causal_lm, prompts, end_of_turn_id=chat.end_of_turn_id, pad_id=run.data.pad_id)
         )
-    answers.sort(key=lambda a: a.question.sample)
+    answers.sort(key=lambda a: a.prompt.sample)
     return [
         {
-            "prompt": tokenizer.decode(answer.question.prompt),
+            "prompt": tokenizer.decode(answer.prompt.tokens),
             "answer": tokenizer.decode(answer.tokens),
-            "expected": tokenizer.decode(answer.question.answer),
+            "expected": tokenizer.decode(answer.prompt.answer),
             "exact": answer.exact,
         }
         for answer in answers
