@@ -12,7 +12,7 @@ from qwlit.core.errors import ConfigError
 from qwlit.optim.schedules import Schedule
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.preflight.rules import RULES, DataFacts, PreflightFacts, TokenizerFacts, find, refuse
+from qwlit.planning.preflight.rules import RULES, DataFacts, PreflightFacts, TokenizerFacts, refuse, run_rules
 from qwlit.planning.preflight.table import table
 from qwlit.planning.setup import resolve_setup
 from qwlit.training import machine
@@ -30,7 +30,7 @@ def facts(words: list[str], *, steps: int = 1000, data: DataFacts = GOOD_DATA, *
 
 
 def names(found: PreflightFacts) -> set[str]:
-    return {finding.name for finding in find(found)}
+    return {finding.name for finding in run_rules(found)}
 
 
 A100 = "hardware=a100x4"
@@ -96,7 +96,7 @@ def test_every_rule_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_a_rule_is_tripped_by_what_it_is_about_and_by_nothing_else(name):
     trips, passes = CASES[name]
-    (finding,) = [finding for finding in find(seen(**trips)) if finding.name == name]
+    (finding,) = [finding for finding in run_rules(seen(**trips)) if finding.name == name]
     assert finding.severity == RULES[name].severity and finding.message and finding.remedy
     assert name not in names(seen(**passes))
 
@@ -116,12 +116,12 @@ def test_pretraining_is_of_random_weights_and_refused_of_published_ones():
     with pytest.raises(
         ConfigError, match=r"optim.lr=0.0003 is too high for full fine-tuning.*preflight.allow=\[full_lr\]"
     ):
-        refuse(find(facts(["recipe=pretrain"], steps=20_000)))
+        refuse(run_rules(facts(["recipe=pretrain"], steps=20_000)))
 
 
 @pytest.mark.parametrize("rule", ["lr:0.01", "lr_multiplier:100"])
 def test_a_groups_rate_is_judged_as_the_runs_is(rule):
-    (finding, *_) = find(facts([f"optim.groups=[{{match:attention,{rule}}}]"]))
+    (finding, *_) = run_rules(facts([f"optim.groups=[{{match:attention,{rule}}}]"]))
     assert finding.name == "full_lr" and finding.message.startswith("a group's learning rate of ")
 
 
@@ -138,7 +138,7 @@ def test_sgds_rates_are_its_own():
 
 
 def test_what_is_allowed_only_warns():
-    found = find(facts(["optim.lr=3e-4", "preflight.allow=[full_lr]"]))
+    found = run_rules(facts(["optim.lr=3e-4", "preflight.allow=[full_lr]"]))
     assert [finding.severity for finding in found if finding.name == "full_lr"] == ["warning"]
     refuse(found)
 

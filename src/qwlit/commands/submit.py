@@ -97,10 +97,10 @@ def _run_preflight(composed: Composed) -> None:
         ConfigError: a preflight rule refuses the run.
     """
     from qwlit.planning.facts import facts_of
-    from qwlit.planning.preflight.rules import find, refuse
+    from qwlit.planning.preflight.rules import refuse, run_rules
     from qwlit.planning.setup import resolve_setup
 
-    refuse(find(facts_of(resolve_setup(composed, trust_profile=True))))
+    refuse(run_rules(facts_of(resolve_setup(composed, trust_profile=True))))
 
 
 def _submit(file: Path, text: str) -> None:

@@ -19,9 +19,9 @@ def facts_of(
     data: DataSplit | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> PreflightFacts:
-    """Collect the facts. Arguments that are None were not available; rules about them find nothing."""
+    """Collect the facts. An argument is None if it is not available; rules that need it then find nothing."""
     if memory is None:
-        # The rules without data read only the state's memory, which does not depend on the batches.
+        # Without data, the rules that can refuse read only weights, gradients and moments; batches do not matter.
         _, memory = setup.fit_memory(assume_batches(setup.config, setup.machine.world_size).largest)
     return PreflightFacts(
         config=setup.config,

@@ -1,4 +1,4 @@
-"""RunPlan: everything that is known about a run before its weights are loaded. `train` and `plan` start from it."""
+"""Build the RunPlan: everything that is known about a run before its weights are loaded. `train` and `plan` use it."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, measure_batches
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.planning.preflight.rules import Finding, find, refuse
+from qwlit.planning.preflight.rules import Finding, refuse, run_rules
 from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
 from qwlit.planning.steps import PlannedSteps, plan_schedule, plan_steps
 from qwlit.planning.tokenized_data import TokenizedData, is_small_or_tokenized, load_tokenized_data
@@ -45,7 +45,7 @@ class PlannedData:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything about a run but its weights."""
+    """Everything about a run except its weights."""
 
     setup: Setup
     batches: BatchStatistics
@@ -103,12 +103,12 @@ class RunPlan:
 
 
 def build_plan(composed: Composed, screen: Console, *, preview: bool = False) -> RunPlan:
-    """Resolve everything that the run needs but the weights; tokenize data that are not tokenized yet.
+    """Resolve everything that the run needs except the weights; tokenize data that are not tokenized yet.
 
     Args:
         screen: shows the progress of tokenizing.
-        preview: take the devices from the hardware profile, not from this machine, skip data that are missing or large,
-            and keep the findings instead of refusing the run.
+        preview: take the devices from the hardware profile and do not inspect this machine, skip data that are missing
+            or large, and keep the findings instead of refusing the run.
 
     Raises:
         ConfigError, DataError: a setting, file or device is missing or wrong, or a preflight rule refuses the run.
@@ -117,9 +117,11 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
     forget_meta_models()
     setup = resolve_setup(composed, trust_profile=preview)
     if not preview:
-        # Refuse what the settings alone make impossible before tokenizing for a long time.
-        refuse(find(facts_of(setup)))
-    tokenized, not_checked = _reachable_data(config, screen) if preview else (load_tokenized_data(config, screen), None)
+        # Refuse the run before tokenizing, which can take long, if the settings alone make it impossible.
+        refuse(run_rules(facts_of(setup)))
+    tokenized, not_checked = (
+        _data_for_preview(config, screen) if preview else (load_tokenized_data(config, screen), None)
+    )
     data = None if tokenized is None else _plan_data(setup, tokenized)
     if data is None:
         batches, schedule = assume_batches(config, setup.machine.world_size), _schedule_by_rows(config)
@@ -128,7 +130,7 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
         batches = measure_batches(data.steps.step_plan, schedule.total_steps)
     fitted, memory = setup.fit_memory(batches.largest)
     known = (data.split, data.tokenized.tokenizer) if data else (None, None)
-    findings = find(facts_of(fitted, memory, schedule, *known))
+    findings = run_rules(facts_of(fitted, memory, schedule, *known))
     if not preview:
         refuse(findings)
     flops = count_flops(setup.model)
@@ -140,7 +142,7 @@ def _plan_data(setup: Setup, tokenized: TokenizedData) -> PlannedData:
     return PlannedData(tokenized, split, plan_steps(setup.config, split, setup.machine.world_size))
 
 
-def _reachable_data(config: RunConfig, screen: Console) -> tuple[TokenizedData | None, str | None]:
+def _data_for_preview(config: RunConfig, screen: Console) -> tuple[TokenizedData | None, str | None]:
     """Return the tokenized data, or the reason for not reading them.
 
     Raises:

@@ -1,6 +1,6 @@
 """Rules about samples per step, gradient clipping and the number of steps."""
 
-from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Result, rule
+from qwlit.planning.preflight.rules import FAILED_RUN, GUIDE, PreflightFacts, Result, rule
 
 SMALLEST_BATCH = 16
 # Assumption: the result of fewer steps depends on chance.
@@ -19,7 +19,7 @@ def small_batch(facts: PreflightFacts) -> Result:
     )
 
 
-@rule("warning", source=f"{GUIDE}; {STORY}")
+@rule("warning", source=f"{GUIDE}; {FAILED_RUN}")
 def no_clip(facts: PreflightFacts) -> Result:
     """Without clipping, one bad batch can ruin a run."""
     if facts.config.train.max_grad_norm is not None:

@@ -22,7 +22,10 @@ def no_bf16(facts: PreflightFacts) -> Result:
     machine = facts.machine
     if machine.accelerator != "cuda" or machine.has_bf16:
         return None
-    return f"{machine.device_name} has no bfloat16", "watch the skipped steps, or set hardware.precision=32-true"
+    return (
+        f"{machine.device_name} has no bfloat16",
+        "check skipped_steps in summary.json, or set hardware.precision=32-true",
+    )
 
 
 @rule("warning", source="assumption")
@@ -40,25 +43,28 @@ def memory(facts: PreflightFacts) -> Result:
     estimate = facts.memory
     if estimate.fits is not False or _state(facts) > estimate.device:
         return None
-    return _too_much(facts, estimate.total), "`plan` with the same overrides lists what would make it fit"
+    return (
+        f"the run needs {_compared(facts, estimate.total)}",
+        "`plan` with the same overrides lists what would make it fit",
+    )
 
 
 @rule("error", source="`plan`, from the model's shape")
 def state_memory(facts: PreflightFacts) -> Result:
-    """Weights, gradients and moments alone exceed the device: no batch is small enough."""
+    """If weights, gradients and moments alone exceed the device's memory, no batch is small enough."""
     if not facts.memory.device or _state(facts) <= facts.memory.device:
         return None
-    needs = f"weights, gradients and moments alone: {_too_much(facts, _state(facts))}"
-    return needs, "`plan` with the same overrides lists what would make it fit"
+    message = f"weights, gradients and moments alone take {_compared(facts, _state(facts))}"
+    return message, "`plan` with the same overrides lists what would make it fit"
 
 
 def _state(facts: PreflightFacts) -> float:
-    held = facts.memory.components
-    return sum(held.get(name, 0.0) for name in ("weights", "gradients", "optimizer"))
+    components = facts.memory.components
+    return sum(components.get(name, 0.0) for name in ("weights", "gradients", "optimizer"))
 
 
-def _too_much(facts: PreflightFacts, size: float) -> str:
-    return f"the run needs {size / GIB:.1f} GiB on each device, which has {facts.memory.device / GIB:.1f} GiB"
+def _compared(facts: PreflightFacts, size: float) -> str:
+    return f"{size / GIB:.1f} GiB on each device of {facts.memory.device / GIB:.1f} GiB"
 
 
 @rule("warning", source="qwlit")

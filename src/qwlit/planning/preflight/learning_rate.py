@@ -1,14 +1,14 @@
 """Rules about the learning rate and its schedule."""
 
 from qwlit.optim.kinds import OPTIMIZERS
-from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Result, rule
+from qwlit.planning.preflight.rules import FAILED_RUN, GUIDE, PreflightFacts, Result, rule
 
 BILLION = 10**9
 HIGHEST_FULL, HIGHEST_FULL_LARGE, LARGE = 1e-4, 5e-5, 7 * BILLION
 LORA_RANGE, FULL_RANGE = (1e-5, 5e-4), (1e-6, HIGHEST_FULL)
 
 
-@rule("error", source=STORY)
+@rule("error", source=FAILED_RUN)
 def full_lr(facts: PreflightFacts) -> Result:
     """Full fine-tuning at LoRA's learning rate can turn to NaN after thousands of normal steps."""
     lr = facts.highest_lr
@@ -21,7 +21,7 @@ def full_lr(facts: PreflightFacts) -> Result:
     )
 
 
-@rule("warning", source=STORY)
+@rule("warning", source=FAILED_RUN)
 def full_lr_large(facts: PreflightFacts) -> Result:
     """From 7B on, full fine-tuning needs a lower learning rate: the run that failed at step 3600 had 3e-4."""
     lr = facts.highest_lr
@@ -36,7 +36,7 @@ def full_lr_large(facts: PreflightFacts) -> Result:
 
 @rule("warning", source=GUIDE)
 def lr_range(facts: PreflightFacts) -> Result:
-    """Below this range training is slow; above it LoRA oscillates. Random weights have no such range."""
+    """Usual are 1e-5 to 5e-4 for LoRA, 1e-6 to 1e-4 for full fine-tuning: training is slow below, unstable above."""
     config = facts.config
     if config.model.init == "random" or not OPTIMIZERS[config.optim.name].has_adamw_lr_range:
         return None
@@ -44,12 +44,14 @@ def lr_range(facts: PreflightFacts) -> Result:
     too_high = config.optim.lr > highest and config.adapter.kind == "lora"
     if config.optim.lr >= lowest and not too_high:
         return None
-    return f"optim.lr={config.optim.lr:g} is outside {lowest:g} to {highest:g}", "search this range on a log scale"
+    sweep = "lora" if config.adapter.kind == "lora" else "full_sft"
+    remedy = f"set optim.lr inside this range, or search it with `sweep sweep={sweep}`"
+    return f"optim.lr={config.optim.lr:g} is outside {lowest:g} to {highest:g}", remedy
 
 
 @rule("warning", source=GUIDE)
 def warmup(facts: PreflightFacts) -> Result:
-    """5 to 20 % of the run: the moments need steps before the learning rate is high, and the peak needs steps too."""
+    """5 to 20 % of the run: the moments need steps before the peak, and enough steps must remain after the warm-up."""
     schedule = facts.schedule
     if schedule is None:
         return None
@@ -69,11 +71,11 @@ def warmup_capped(facts: PreflightFacts) -> Result:
     scheduler, schedule = facts.config.scheduler, facts.schedule
     if schedule is None:
         return None
-    asked = scheduler.warmup_steps
-    if asked is None or schedule.warmup_steps >= asked:
+    requested = scheduler.warmup_steps
+    if requested is None or schedule.warmup_steps >= requested:
         return None
     return (
-        f"scheduler.warmup_steps={asked} is more than {scheduler.max_warmup_ratio:.0%} of the run's"
+        f"scheduler.warmup_steps={requested} is more than {scheduler.max_warmup_ratio:.0%} of the run's"
         f" {schedule.total_steps} steps; the run warms up for {schedule.warmup_steps}",
         "set scheduler.warmup_steps or scheduler.warmup_ratio to choose another value",
     )

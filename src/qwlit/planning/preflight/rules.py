@@ -1,4 +1,4 @@
-"""What a rule is, which facts it reads, and what it finds."""
+"""The rules' types, the facts that they read, and the function that runs all rules."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class PreflightFacts:
-    """Everything a rule may read. A fact that was not available is None, and rules about it find nothing."""
+    """Everything that a rule may read. A fact is None if it is not available; rules that need it then return None."""
 
     config: RunConfig
     machine: Machine
@@ -66,7 +66,7 @@ class PreflightFacts:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule finds wrong with a run."""
+    """The message of a rule about a run, with the remedy."""
 
     name: str
     severity: Severity
@@ -95,7 +95,7 @@ class Rule:
 
 RULES: dict[str, Rule] = {}
 GUIDE = "tuning guide for Qwen3-0.6B"
-STORY = "Qwen2-7B-Instruct, inf and nan from step 3600"
+FAILED_RUN = "Qwen2-7B-Instruct, inf and nan from step 3600"
 
 
 def rule(severity: Severity, *, source: str) -> Callable[[Check], Check]:
@@ -109,7 +109,7 @@ def rule(severity: Severity, *, source: str) -> Callable[[Check], Check]:
     return register
 
 
-def find(facts: PreflightFacts) -> list[Finding]:
+def run_rules(facts: PreflightFacts) -> list[Finding]:
     """Return the findings of all rules, errors first. Rules in `preflight.allow` only warn."""
     found = []
     for name, entry in RULES.items():

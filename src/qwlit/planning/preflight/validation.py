@@ -1,32 +1,32 @@
 """Rules about validation, checkpoints, early stopping and profiling."""
 
-from qwlit.planning.preflight.rules import GUIDE, STORY, PreflightFacts, Result, rule
+from qwlit.planning.preflight.rules import FAILED_RUN, GUIDE, PreflightFacts, Result, rule
 from qwlit.training.config import CheckpointConfig, ValidationConfig
 
-PATIENCE = range(3, 6)
+USUAL_PATIENCE = range(3, 6)
 
 
-@rule("warning", source=f"{GUIDE}; {STORY}")
+@rule("warning", source=f"{GUIDE}; {FAILED_RUN}")
 def no_validation(facts: PreflightFacts) -> Result:
     """The training loss falls even while a model overfits; only other data show it."""
     validation = facts.config.validation
     if facts.data is not None and not facts.data.has_validation:
         return "there is no validation set", "set data.val_fraction=0.05, or data.val_path"
-    if not _happens(facts, validation):
+    if not _occurs_before_end(facts, validation):
         return "the run validates only at its end", "set validation.each_epoch=true or validation.every_steps"
     return None
 
 
-@rule("warning", source=STORY)
+@rule("warning", source=FAILED_RUN)
 def no_checkpoints(facts: PreflightFacts) -> Result:
     """A run that is killed resumes from its last checkpoint; without one it starts from the beginning."""
-    if _happens(facts, facts.config.checkpoint):
+    if _occurs_before_end(facts, facts.config.checkpoint):
         return None
     return "the run saves only at its end", "set checkpoint.each_epoch=true or checkpoint.every_steps"
 
 
-def _happens(facts: PreflightFacts, settings: ValidationConfig | CheckpointConfig) -> bool:
-    """Tell whether the run validates or saves before its end."""
+def _occurs_before_end(facts: PreflightFacts, settings: ValidationConfig | CheckpointConfig) -> bool:
+    """Whether the run validates or saves before its end."""
     if settings.each_epoch or settings.every_steps is None:
         return settings.each_epoch
     return facts.schedule is None or settings.every_steps < facts.schedule.total_steps
@@ -34,13 +34,13 @@ def _happens(facts: PreflightFacts, settings: ValidationConfig | CheckpointConfi
 
 @rule("warning", source=GUIDE)
 def patience(facts: PreflightFacts) -> Result:
-    """Stop after three to five validations without a better loss: fewer react to noise, more only overfit."""
+    """A patience below three validations reacts to noise; above five it only adds overfitting."""
     config = facts.config
-    asked = config.validation.early_stopping_patience
+    patience = config.validation.early_stopping_patience
     # A run with train.max_steps instead of max_epochs has a length that the user chose.
-    if asked in PATIENCE or config.train.max_epochs is None or (facts.data and not facts.data.has_validation):
+    if patience in USUAL_PATIENCE or config.train.max_epochs is None or (facts.data and not facts.data.has_validation):
         return None
-    return f"validation.early_stopping_patience={'null' if asked is None else asked}", "set it between 3 and 5"
+    return f"validation.early_stopping_patience={'null' if patience is None else patience}", "set it between 3 and 5"
 
 
 @rule("warning", source="qwlit")
