@@ -29,7 +29,7 @@ from qwlit.optim.groups import plan_groups
 from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip
 from qwlit.planning.memory.activations import activation_bytes
 from qwlit.planning.memory.estimate import estimate_memory
-from qwlit.planning.memory.state import MicroShape, Placement
+from qwlit.planning.memory.state import MicroShape, ShardingAndPrecision
 from qwlit.training.machine import resolve_machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -179,10 +179,10 @@ def compare_fake(words: list[str]) -> tuple[float, float]:
 
     config = compose(["hardware=cpu", "dropout=none", *words]).config
     execution = Execution("sdpa", "none", torch.bfloat16, torch.bfloat16)
-    place = Placement("cpu", 1, 2)
+    sharding = ShardingAndPrecision("cpu", 1, 2)
     micro, size = micro_batch(packing=True)
     subject_model = build_meta_model(config.model, config.adapter, config.dropout, config.freeze)
-    predicted = activation_bytes(subject_model, config.adapter, config.dropout, execution, place, size).kept
+    predicted = activation_bytes(subject_model, config.adapter, config.dropout, execution, sharding, size).after_forward
     kept = _Kept()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = LossModel(_as_fake(subject_model, execution.frozen_dtype), "sdpa").train()

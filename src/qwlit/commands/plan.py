@@ -78,7 +78,7 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
             "components": {name: size / GIB for name, size in memory.components.items()},
             "total_gib": memory.total / GIB,
             "device_gib": memory.device / GIB if memory.device else None,
-            "fullest_at": memory.moment,
+            "fullest_at": memory.phase,
             "activation_checkpointing": machine.activation_checkpointing,
         },
         "fits": memory.fits,
@@ -138,7 +138,7 @@ def _show_memory(plan: "RunPlan", remedies: "list[Remedy]", screen: Console) -> 
     device = f" of {memory.device / GIB:.1f}" if memory.device else ""
     verdict = {True: "[green]fits[/]", False: "[red]does not fit[/]", None: "device not known"}[memory.fits]
     screen.print(
-        f"\n[bold]memory[/]  {memory.total / GIB:.2f}{device} GiB per device, {verdict}; peak at {memory.moment}"
+        f"\n[bold]memory[/]  {memory.total / GIB:.2f}{device} GiB per device, {verdict}; peak at {memory.phase}"
     )
     scale = max(memory.device, memory.total)
     for name, size in memory.components.items():

@@ -1,9 +1,9 @@
-"""How much memory a training takes on each device, counted before there are weights.
+"""How much memory a training takes on each device, counted before the weights are loaded.
 
-Nothing is fitted to measurements. The model is built on the meta device, and each module counts one kind of bytes from
-its shapes: `state` what is there all the time (weights, gradients) and what the head and unsharded layers take,
-`optimizer` the moments, `activations` what autograd keeps of a forward pass, operator by operator. `estimate` adds them
-up at the three moments of a step when a device may be fullest, and takes the fullest. The largest micro-batch comes
-from the step plan, so the estimate is of this run's data. `python -m benchmarks.memory` compares the sums with what a
-training allocates.
+No number is fitted to measurements. The model is built on the meta device, and each module counts bytes from its
+shapes: `state` counts weights, gradients, and what the head and unsharded layers take; `optimizer` counts the
+optimizer's state; `activations` counts what autograd keeps of a forward pass, operator by operator. `estimate` adds
+them up for the four phases of a step in which memory can peak, and takes the largest sum. The largest micro-batch comes
+from the step plan, so the estimate is for this run's data. `python -m benchmarks.memory` compares the estimate with
+what a training allocates.
 """

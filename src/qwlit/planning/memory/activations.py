@@ -1,6 +1,5 @@
 """Bytes that autograd keeps of a forward pass, counted operator by operator from the model's shape.
 
-Shapes: T tokens of a micro-batch, N supervised ones, D hidden, I intermediate, Q = heads * K, KV = key/value heads * K.
 A compiled layer keeps less than is counted here.
 """
 
@@ -14,7 +13,7 @@ from torch import nn
 from qwlit.model.config import AdapterConfig, DropoutConfig, Execution
 from qwlit.model.families import family_of
 from qwlit.model.flops import lowest_trained_layer
-from qwlit.planning.memory.state import FLOAT32, MicroShape, Placement
+from qwlit.planning.memory.state import FLOAT32, MicroShape, ShardingAndPrecision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """What of a forward pass is kept for the backward pass."""
+    """Bytes of the activations of a micro-batch at two points of a step."""
 
-    kept: float
-    """When the forward pass ends."""
-    recomputing: float
-    """The most that is kept while the backward pass recomputes a layer, with its gradients; 0 without checkpointing."""
+    after_forward: float
+    """Kept for the backward pass when the forward pass ends."""
+    peak_recompute: float
+    """The most while the backward pass recomputes a layer, with the layer's gradients; 0 without checkpointing."""
 
 
 def activation_bytes(
@@ -35,131 +34,147 @@ def activation_bytes(
     adapter: AdapterConfig,
     dropout: DropoutConfig,
     execution: Execution,
-    place: Placement,
+    sharding: ShardingAndPrecision,
     micro: MicroShape,
 ) -> ActivationBytes:
-    """Count what autograd keeps of every layer under the level of activation checkpointing."""
+    """Count what autograd keeps of every layer with the level of activation checkpointing in `execution`."""
     lowest = lowest_trained_layer(model)
     family = family_of(model)
     layers = [
-        _Layer(model, number, number - lowest, adapter, dropout, execution, place, micro)
-        for number in range(len(family.layers(model)))
+        _Layer(model, index, index - lowest, adapter, dropout, execution, sharding, micro)
+        for index in range(len(family.layers(model)))
     ]
     width = model.config.hidden_size
-    # Sine and cosine of every position, and the last norm over the label positions.
+    # Sine and cosine of every position, and what the final norm keeps at the label positions.
     rotary = 2 * FLOAT32 * model.config.head_dim * micro.tokens
-    last_norm = FLOAT32 * width * micro.supervised * (1 + family.final_norm(model).weight.requires_grad)
+    final_norm = FLOAT32 * width * micro.supervised * (1 + family.final_norm(model).weight.requires_grad)
     level = execution.activation_checkpointing
     if level == "none":
-        return ActivationBytes(rotary + last_norm + sum(layer.saved_bytes() for layer in layers), 0)
-    # Offloading on CPU goes from the host to the host.
-    offloads = level == "offload" and place.device == "cuda"
+        return ActivationBytes(rotary + final_norm + sum(layer.saved_bytes() for layer in layers), 0)
+    # On CPU, offloading saves no memory.
+    offloads = level == "offload" and sharding.device == "cuda"
     kept = [
-        (0 if offloads else layer.input_bytes()) + (layer.product_bytes() if level == "selective" else 0)
+        (0 if offloads else layer.input_bytes()) + (layer.selective_bytes() if level == "selective" else 0)
         for layer in layers
     ]
     below = [0.0, *accumulate(kept)]
-    during = (below[number] + layer.saved_bytes() + layer.gradient_bytes() for number, layer in enumerate(layers))
-    recomputing = max(during, default=0.0)
-    return ActivationBytes(rotary + last_norm + below[-1], rotary + recomputing)
+    during = (below[index] + layer.saved_bytes() + layer.backward_peak_bytes() for index, layer in enumerate(layers))
+    return ActivationBytes(rotary + final_norm + below[-1], rotary + max(during, default=0.0))
 
 
 class _Layer:
-    """One decoder layer's account, bytes."""
+    """Counts the bytes of one decoder layer."""
 
     def __init__(
         self,
         model: "PreTrainedModel",
-        number: int,
+        index: int,
         height: int,
         adapter: AdapterConfig,
         dropout: DropoutConfig,
         execution: Execution,
-        place: Placement,
+        sharding: ShardingAndPrecision,
         micro: MicroShape,
     ) -> None:
         config = model.config
         self.family = family_of(model)
-        self.layer = self.family.layers(model)[number]
-        # A product of 4-bit weights is an operator of bitsandbytes's own on CPU, which `selective` does not know; on
-        # CUDA the weight is unpacked for it.
-        self.packed = adapter.quantization == "nf4"
-        self.kernel, self.place, self.micro, self.dropout = execution.attention, place, micro, dropout
+        self.layer = self.family.layers(model)[index]
+        # On CPU bitsandbytes multiplies 4-bit weights with its own operator, whose results `selective` does not keep.
+        # On CUDA it dequantizes the weight first.
+        self.is_4bit = adapter.quantization == "nf4"
+        self.kernel, self.sharding, self.micro, self.dropout = execution.attention, sharding, micro, dropout
         self.hidden: int = config.hidden_size
-        self.inner: int = config.intermediate_size
+        self.intermediate: int = config.intermediate_size
         self.heads: int = config.num_attention_heads
         self.queries: int = self.heads * config.head_dim
         self.keys: int = config.num_key_value_heads * config.head_dim
-        self.compute = place.precision_bytes
-        # Counted from the lowest layer in or below which something is trained.
-        self.learns, self.input_learns = height >= 0, height > 0
-        last = number == len(self.family.layers(model)) - 1
-        self.rows = micro.supervised if last else micro.tokens
-        """Tokens that the feed-forward block sees."""
-        first_dropped, last_dropped = dropout.layers or (0, number)
-        self.drops = first_dropped <= number <= last_dropped
+        self.compute = sharding.precision_bytes
+        # `height` is 0 in the lowest layer in or below which something is trained: the backward pass ends there.
+        self.has_backward, self.input_has_gradient = height >= 0, height > 0
+        is_last = index == len(self.family.layers(model)) - 1
+        self.ffn_tokens = micro.supervised if is_last else micro.tokens
+        """Tokens that the feed-forward block computes."""
+        first_dropped, last_dropped = dropout.layers or (0, index)
+        self.has_dropout = first_dropped <= index <= last_dropped
 
     def input_bytes(self) -> float:
-        """The residual stream that enters the layer."""
-        return FLOAT32 * self.hidden * self.micro.tokens if self.learns else 0
+        """Return the bytes of the layer's input, which is the residual stream."""
+        return FLOAT32 * self.hidden * self.micro.tokens if self.has_backward else 0
 
-    def gradient_bytes(self) -> float:
-        """Gradients at the peak of the feed-forward block's backward pass, and one unpacked 4-bit weight.
+    def backward_peak_bytes(self) -> float:
+        """Return the bytes of the gradients when the feed-forward block's backward pass needs most memory.
 
-        They are the output's gradient, and two of the inner width beside the saved tensors that are not freed yet.
+        They are the output's gradient, and two gradients of intermediate width in addition to the saved tensors that
+        are not freed yet. On CUDA nf4 adds one dequantized weight.
         """
-        unpacked = self.hidden * self.inner * self.compute if self.packed and self.place.device == "cuda" else 0
-        gradients = (FLOAT32 * self.hidden + 2 * self.compute * self.inner) * self.rows
-        return gradients + unpacked if self.learns else 0
+        dequantized = (
+            self.hidden * self.intermediate * self.compute if self.is_4bit and self.sharding.device == "cuda" else 0
+        )
+        gradients = (FLOAT32 * self.hidden + 2 * self.compute * self.intermediate) * self.ffn_tokens
+        return gradients + dequantized if self.has_backward else 0
 
-    def product_bytes(self) -> float:
-        """What `selective` keeps: results of matrix products and of attention."""
-        if not self.learns:
+    def selective_bytes(self) -> float:
+        """Return the bytes that `selective` keeps: the results of matrix products and of attention."""
+        if not self.has_backward:
             return 0
         total = 0.0
-        hidden = self.packed and self.place.device == "cpu"
+        skips_base = self.is_4bit and self.sharding.device == "cpu"
         blocks = (
             (self.family.attention(self.layer), self.micro.tokens),
-            (self.family.feed_forward(self.layer), self.rows),
+            (self.family.feed_forward(self.layer), self.ffn_tokens),
         )
         for block, tokens in blocks:
             total += sum(
                 m.out_features * tokens * self.compute
                 for name, m in block.named_modules()
-                if isinstance(m, nn.Linear) and not (hidden and name.endswith("base_layer"))
+                if isinstance(m, nn.Linear) and not (skips_base and name.endswith("base_layer"))
             )
         return total + (self.queries * self.compute + self.heads * FLOAT32) * self.micro.tokens
 
     def saved_bytes(self) -> float:
-        """What autograd keeps when nothing is recomputed."""
-        if not self.learns:
+        """Return the bytes that autograd keeps if nothing is recomputed."""
+        if not self.has_backward:
             return 0
         family, layer = self.family, self.layer
-        before = self._norm(family.attention_norm(layer), self.input_learns) + self._inputs(family.query_inputs(layer))
+        before = self._norm(family.attention_norm(layer), self.input_has_gradient) + self._inputs(
+            family.query_inputs(layer)
+        )
         attention = before + self._attention() + self._inputs([family.attention_output(layer)])
         feed_forward = self._norm(family.feed_forward_norm(layer), True)
         feed_forward += self._inputs(family.feed_forward_inputs(layer))
-        # SiLU keeps its input, the product of gate and up both of its own.
-        feed_forward += 3 * self.inner * self.compute + self._inputs([family.feed_forward_output(layer)])
-        if self.drops:
-            feed_forward += self._mask(self.inner) * (self.dropout.feed_forward > 0)
+        # SiLU keeps its input; the product of gate and up keeps both factors.
+        feed_forward += 3 * self.intermediate * self.compute + self._inputs([family.feed_forward_output(layer)])
+        if self.has_dropout:
+            feed_forward += self._mask(self.intermediate) * (self.dropout.feed_forward > 0)
             feed_forward += self._mask(self.hidden) * (self.dropout.residual > 0)
             attention += self._mask(self.hidden) * (self.dropout.residual > 0)
-        return attention * self.micro.tokens + feed_forward * self.rows + self._weights_of_pairs()
+        return attention * self.micro.tokens + feed_forward * self.ffn_tokens + self._attention_weight_bytes()
 
-    def _norm(self, norm: nn.Module, input_learns: bool) -> float:
-        """Root mean square of a token, float32: its input, the factor, and for the weight's gradient the normed."""
-        return FLOAT32 * ((self.hidden + 1) * input_learns + self.hidden * _is_trained(norm))
+    def _norm(self, norm: nn.Module, input_has_gradient: bool) -> float:
+        """Return the bytes that RMSNorm keeps per token.
 
-    def _head_norm(self, name: str | None, width: int, heads: int) -> float:
-        """Qwen3's norms of queries and keys: a float32 copy of the input, and the normed in the input's type."""
+        They are float32: its input and one scale factor if the input has a gradient, and the normalized input if the
+        norm's weight is trained.
+        """
+        return FLOAT32 * ((self.hidden + 1) * input_has_gradient + self.hidden * _is_trained(norm))
+
+    def _attention_head_norm(self, name: str | None, width: int, heads: int) -> float:
+        """Return the bytes per token that the norm on each query head or each key head keeps (Qwen3).
+
+        They are a float32 copy of its input, a float32 scale factor per head, and if the norm's weight is trained the
+        normalized input in the compute dtype.
+        """
         if name is None:
             return 0
         norm = getattr(self.family.attention(self.layer), name)
         return FLOAT32 * (width + heads) + self.compute * width * _is_trained(norm)
 
     def _inputs(self, modules: list[nn.Module]) -> float:
-        """What linear layers with the same input keep of it. Under autocast each keeps its own half-precision copy."""
+        """Return the bytes per token that linear layers with one common input keep.
+
+        In float32 they share one copy of the input; under autocast each keeps its own half-precision copy. A layer with
+        an adapter also keeps the result of LoRA's A, and with LoRA dropout its own dropped input and the mask.
+        """
         kept = shared = 0.0
         for module in modules:
             base, ranks = _base(module), _ranks(module)
@@ -168,41 +183,47 @@ class _Layer:
             size = base.in_features * self.compute
             dropped = bool(ranks) and self.dropout.lora > 0
             kept += sum(ranks) * self.compute + dropped * self._mask(base.in_features)
-            if dropped or (self.place.mixed and (ranks or not self._kept_by_attention(module))):
+            if dropped or (self.sharding.mixed and (ranks or not self._kept_by_attention(module))):
                 kept += size
             elif not self._kept_by_attention(module):
                 shared = size
         return kept + shared
 
     def _kept_by_attention(self, module: nn.Module) -> bool:
-        """Whether the attention kernel keeps the module's input: the input of the output projection is its result.
+        """Whether the attention kernel already keeps the module's input, because this input is attention's result.
 
-        Not so where the results of several documents are joined in a copy, and in eager attention.
+        False if the results of several samples were concatenated, and for eager attention.
         """
-        joined = self.micro.packed and self.kernel != "varlen"
-        return module is self.family.attention_output(self.layer) and not joined and self.kernel != "eager"
+        concatenated = self.micro.packed and self.kernel != "varlen"
+        return module is self.family.attention_output(self.layer) and not concatenated and self.kernel != "eager"
 
     def _attention(self) -> float:
-        """Queries, keys, values, result and the logarithm of the sums; the head norms before them."""
-        kept = self._head_norm(self.family.query_norm, self.queries, self.heads)
-        kept += self._head_norm(self.family.key_norm, self.keys, self.keys * self.heads // self.queries)
+        """Return the bytes per token that attention keeps: queries, keys, values, its result and the log-sum-exp.
+
+        The query and key norms are included. Eager attention keeps neither its result nor the log-sum-exp.
+        """
+        kept = self._attention_head_norm(self.family.query_norm, self.queries, self.heads)
+        kept += self._attention_head_norm(self.family.key_norm, self.keys, self.keys * self.heads // self.queries)
         values = self.keys
         keys = self.keys
         if self.kernel == "eager":
-            keys = values = self.queries  # one head each
+            keys = values = self.queries  # repeated: one key head and one value head for each query head
             return kept + self.compute * (self.queries + keys + values)
         return kept + self.compute * (2 * self.queries + keys + values) + FLOAT32 * self.heads
 
-    def _weights_of_pairs(self) -> float:
-        """Attention weights, where they are kept: softmax's result and the mask; with dropout twice more on CPU."""
-        dropped = self.drops and self.dropout.attention > 0
-        if self.kernel == "eager" or (dropped and self.place.device == "cpu"):
+    def _attention_weight_bytes(self) -> float:
+        """Return the bytes of the attention weights, which eager attention and, on CPU, attention dropout keep.
+
+        They are the softmax's result and the causal mask (1 byte), and with dropout two more tensors like the result.
+        """
+        dropped = self.has_dropout and self.dropout.attention > 0
+        if self.kernel == "eager" or (dropped and self.sharding.device == "cpu"):
             return self.micro.token_pairs * (self.heads * FLOAT32 * (3 if dropped else 1) + 1)
         return 0
 
     def _mask(self, width: int) -> float:
-        """A dropout mask, bytes per token: one byte a value on CUDA, one factor a value on CPU."""
-        return width * (1 if self.place.device == "cuda" else self.compute)
+        """Return the bytes of a dropout mask per token: per element 1 on CUDA; on CPU a number in the compute dtype."""
+        return width * (1 if self.sharding.device == "cuda" else self.compute)
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""How much memory a training takes on each device, and the cheapest way in which it fits."""
+"""Estimate the memory that a training takes on each device, and list the strategies and levels that may be chosen."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,11 +11,11 @@ from qwlit.planning.memory.activations import activation_bytes
 from qwlit.planning.memory.optimizer import state_bytes, step_bytes
 from qwlit.planning.memory.state import (
     MicroShape,
-    Placement,
+    ShardingAndPrecision,
     autocast_bytes,
     embedding_gradient_bytes,
     gradient_bytes,
-    head_bytes,
+    lm_head_bytes,
     unsharded_bytes,
     weight_bytes,
 )
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 GIB = 2**30
 # Assumptions: the CUDA context with cuBLAS's workspaces, and the share that the allocator cannot use.
 CONTEXT_BYTES, FRAGMENTED_SHARE = 0.6 * GIB, 0.04
-# On CPU the interpreter and its libraries: measured, the demo's peak is 0.57 GiB resident, 0.1 of it counted here.
+# On CPU: the interpreter and its libraries. The demo's measured peak is 0.57 GiB, of which 0.1 GiB is counted below.
 PROCESS_BYTES = 0.5 * GIB
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A device's memory when it is fullest."""
+    """A device's memory in the phase of a step that needs most."""
 
-    moment: str
+    phase: str
     components: dict[str, float]
-    """Bytes by what holds them."""
+    """Bytes by component, such as weights, gradients and activations."""
     device: float
-    """Bytes there are; 0 where it is not known."""
+    """Device memory in bytes; 0 if unknown."""
 
     @property
     def total(self) -> float:
@@ -47,7 +47,7 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool | None:
-        """None where the device is not known."""
+        """Whether the training fits; None if the device's memory is unknown."""
         return self.total <= self.device if self.device else None
 
 
@@ -59,83 +59,84 @@ def estimate_memory(
     execution: Execution,
     micro: MicroShape,
 ) -> MemoryEstimate:
-    """Count a device's memory at the moments when it may be fullest, and return the fullest one.
+    """Count a device's memory in the phases of a step in which it can peak, and return the largest count.
 
     Args:
-        model: on the meta device, with adapters and frozen as it will be.
+        model: on the meta device, with its adapters and frozen parameters.
         micro: the micro-batch that takes the most memory.
     """
-    place = _placement(machine)
-    gradients = gradient_bytes(model, place)
-    head = head_bytes(model, micro, place)
+    sharding = _sharding_and_precision(machine)
+    gradients = gradient_bytes(model, sharding)
+    head = lm_head_bytes(model, micro, sharding)
     on_cpu = machine.accelerator == "cpu"
-    # Paged moments leave the GPU's memory when it is needed; on a CPU nothing is paged.
-    pages = OPTIMIZERS[config.optim.name].is_paged and not on_cpu
-    always: dict[str, float] = {
+    # Paged optimizer state moves to the host's memory when the GPU is full. On CPU nothing is paged.
+    is_paged = OPTIMIZERS[config.optim.name].is_paged and not on_cpu
+    whole_step: dict[str, float] = {
         # On CPU the memory of the logits is kept from call to call.
         "logits": head.logits if on_cpu else 0,
-        "weights": weight_bytes(model, config.adapter, execution, place),
-        "optimizer": 0 if pages else state_bytes(groups, config.optim, place.share),
-        "half-precision copies": autocast_bytes(model, place),
+        "weights": weight_bytes(model, config.adapter, execution, sharding),
+        "optimizer": 0 if is_paged else state_bytes(groups, config.optim, sharding.share),
+        "half-precision copies": autocast_bytes(model, sharding),
     }
-    root, reducing = unsharded_bytes(model, place)
-    # DDP's buckets hold the gradients from the start.
-    accumulated = gradients if micro.accumulates or machine.strategy == "ddp" else 0
-    activations = activation_bytes(model, config.adapter, config.dropout, execution, place, micro)
-    # A tied head's gradient waits for the embedding's, and FSDP2 reduces both together.
-    waits = model.config.tie_word_embeddings or place.shards > 1
-    head_gradient = head.weight_gradient if waits else 0
-    moments: dict[str, dict[str, float]] = {
+    root, reducing = unsharded_bytes(model, sharding)
+    # With DDP the gradients are in its buckets, which exist all the time.
+    kept_gradients = gradients if micro.accumulates or machine.strategy == "ddp" else 0
+    activations = activation_bytes(model, config.adapter, config.dropout, execution, sharding, micro)
+    # With a tied weight, the head's gradient is held until the embedding's is computed. FSDP2 always holds it, because
+    # it reduces both together.
+    holds_head_gradient = model.config.tie_word_embeddings or sharding.shards > 1
+    head_gradient = head.weight_gradient if holds_head_gradient else 0
+    phases: dict[str, dict[str, float]] = {
         "the head of a micro-batch": {
-            "gradients": accumulated,
-            "activations": activations.kept,
-            "head": (0 if on_cpu else head.logits) + head.chunk + head.weight_gradient,
+            "gradients": kept_gradients,
+            "activations": activations.after_forward,
+            "head": (0 if on_cpu else head.logits) + head.workspace + head.weight_gradient,
             "unsharded": root,
         },
         "a layer computed again": {
-            "gradients": accumulated,
-            "activations": activations.recomputing,
+            "gradients": kept_gradients,
+            "activations": activations.peak_recompute,
             "head": head_gradient,
             "unsharded": reducing,
         },
         "the end of a backward pass": {
             "gradients": gradients,
-            "head": head_gradient + embedding_gradient_bytes(model, micro, place),
+            "head": head_gradient + embedding_gradient_bytes(model, micro, sharding),
             "unsharded": reducing,
         },
-        "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, place.share)},
+        "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, sharding.share)},
     }
-    return _fullest(always, moments, machine)
+    return _peak_phase(whole_step, phases, machine)
 
 
-def _placement(machine: Machine) -> Placement:
-    return Placement(
+def _sharding_and_precision(machine: Machine) -> ShardingAndPrecision:
+    return ShardingAndPrecision(
         device=machine.accelerator,
         shards=machine.world_size if machine.strategy == "fsdp" else 1,
         precision_bytes=machine.compute_dtype.itemsize,
     )
 
 
-def _fullest(always: dict[str, float], moments: dict[str, dict[str, float]], machine: Machine) -> MemoryEstimate:
-    """Return the moment that holds most, with what is there all the time and with a reserve."""
-    moment, held = max(moments.items(), key=lambda item: sum(item[1].values()))
-    components = {name: size for name, size in (always | held).items() if size}
+def _peak_phase(whole_step: dict[str, float], phases: dict[str, dict[str, float]], machine: Machine) -> MemoryEstimate:
+    """Return the phase that needs most memory, with the components of the whole step and a reserve."""
+    phase, own = max(phases.items(), key=lambda item: sum(item[1].values()))
+    components = {name: size for name, size in (whole_step | own).items() if size}
     on_cuda = CONTEXT_BYTES + FRAGMENTED_SHARE * sum(components.values())
     components["reserve"] = on_cuda if machine.accelerator == "cuda" else PROCESS_BYTES
-    return MemoryEstimate(moment, components, machine.device_memory)
+    return MemoryEstimate(phase, components, machine.device_memory)
 
 
 def candidates(config: RunConfig, machine: Machine) -> list[Machine]:
-    """Return the choices of strategy and checkpointing level where they are "auto", the fastest first.
+    """Return the machine with every strategy and level of activation checkpointing that "auto" allows, fastest first.
 
-    Sharding sends weights between devices, and a higher level computes activations again.
+    Sharding costs communication, and a level that keeps less costs recomputation.
     """
     hardware, on_cuda = config.hardware, machine.accelerator == "cuda"
-    # Offloading on CPU moves nothing anywhere.
+    # On CPU, offloading saves no memory.
     levels = CHECKPOINTING_LEVELS if on_cuda else CHECKPOINTING_LEVELS[:-1]
     levels = levels if hardware.activation_checkpointing == "auto" else (machine.activation_checkpointing,)
     strategies = [machine.strategy]
-    # On CPU all processes share the host's memory, and FSDP2 has no loss scale.
+    # On CPU all processes share the host's memory, so sharding saves none. With FSDP2 there is no loss scale.
     may_shard = on_cuda and machine.precision != "16-mixed" and why_not_sharded(config, machine) is None
     if hardware.strategy == "auto" and machine.strategy == "ddp" and may_shard:
         strategies.append("fsdp")
@@ -147,7 +148,7 @@ def candidates(config: RunConfig, machine: Machine) -> list[Machine]:
 
 
 def why_not_sharded(config: RunConfig, machine: Machine) -> str | None:
-    """Return the setting that only works on whole tensors, with its remedy; None where all can be sharded."""
+    """Return the setting that does not work on sharded tensors, with its remedy; None if there is none."""
     if config.adapter.quantization != "none":
         return f"adapter.quantization={config.adapter.quantization} cannot be sharded; set hardware.strategy=ddp"
     optimizer = OPTIMIZERS[config.optim.name]
