@@ -1,8 +1,9 @@
-"""What a layer keeps of its forward pass for the backward pass, in four levels.
+"""The four levels of activation checkpointing, from keeping everything to keeping almost nothing.
 
-`none` keeps everything. `selective` keeps the results of matrix products and attention and computes the rest (norms,
-activations, rotations) again. `full` keeps one hidden state per layer and computes the layer again. `offload` is `full`
-with the hidden states in the host's memory. The gradients are the same on every level.
+A level decides what a layer keeps of its forward pass for the backward pass. `none` keeps everything. `selective` keeps
+the results of matrix products and attention and computes the rest (norms, activations, rotations) again. `full` keeps
+one hidden state per layer and computes the layer again. `offload` is `full` with the hidden states in the host's
+memory. The gradients are the same on every level.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 aten = torch.ops.aten
-# Results that are slow to compute and small. Not eager attention's batched products: their results grow with T squared.
+# Operators whose results are expensive to compute and small. Not eager attention's batched products: their results grow
+# with the square of the length.
 KEPT = {
     aten.mm.default,
     aten.addmm.default,
@@ -31,15 +33,15 @@ KEPT = {
 }
 
 
-def apply_activation_checkpointing(model: "PreTrainedModel", policy: ActivationCheckpointing) -> None:
+def apply_activation_checkpointing(model: "PreTrainedModel", level: ActivationCheckpointing) -> None:
     """Set what every decoder layer keeps in training mode. Call it before compiling and sharding."""
-    if policy == "none":
+    if level == "none":
         return
-    levels = {"selective": _selective, "full": _full, "offload": _offload}
+    functions = {"selective": _selective, "full": _full, "offload": _offload}
     for layer in family_of(model).layers(model):
         # transformers' own switch. It checkpoints `forward` only, so hooks such as FSDP2's do not run a second time.
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = levels[policy]
+        layer._gradient_checkpointing_func = functions[level]
 
 
 _full = partial(checkpoint, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""LoRA adapters: small trainable matrices in a frozen model (peft's layers, without peft's wrapper model)."""
+"""LoRA, rsLoRA and DoRA adapters in a frozen model: peft's layers, without peft's wrapper model."""
 
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,10 @@ EMBEDDINGS = ("lm_head", "embed_tokens")
 
 
 def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: float, seed: int) -> None:
-    """Put adapters beside the target layers and freeze everything else. Do nothing with adapter.kind=none.
+    """Add adapters to the target layers and freeze everything else. Do nothing with adapter.kind=none.
 
     The model keeps its class (no PeftModel around it), so `model.model`, `model.lm_head` and `generate` still work.
-    Adapters are float32, whatever the frozen dtype. At first they change nothing: B is zero, A is drawn with `seed`.
+    Adapters are float32 with any frozen dtype. At first they do not change the output: B is zero. `seed` seeds A.
 
     Raises:
         ConfigError: a target matches no linear layer, or is the embedding or the head; or the model lacks the layers.
@@ -50,10 +50,11 @@ def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: 
             parameter.data = parameter.data.float()
 
 
-def start_dora(model: "PreTrainedModel") -> None:
-    """Set DoRA's magnitudes to the lengths of the weights' rows in float32, so that at first they change nothing.
+def init_dora_magnitude(model: "PreTrainedModel") -> None:
+    """Set DoRA's magnitudes to the norms of the weights' rows, so that at first they do not change the model's output.
 
-    peft computes them when it adds the adapter: rounded to the base's dtype, or before the weights were filled in.
+    peft computes the magnitudes when it adds the adapter. That is too early if the weights are not loaded yet, and it
+    rounds them to the dtype of the base.
     """
     layers = [module for module in model.modules() if getattr(module, "lora_magnitude_vector", None)]
     if not layers:
@@ -63,8 +64,8 @@ def start_dora(model: "PreTrainedModel") -> None:
     with torch.no_grad():
         for layer in layers:
             rows = local(dequantize_module_weight(layer.base_layer)).float()
-            for lengths in layer.lora_magnitude_vector.values():
-                local(lengths.weight).copy_(rows.norm(dim=1))
+            for magnitude in layer.lora_magnitude_vector.values():
+                local(magnitude.weight).copy_(rows.norm(dim=1))
 
 
 def _targets(model: "PreTrainedModel", adapter: AdapterConfig) -> list[str]:
@@ -77,7 +78,7 @@ def _targets(model: "PreTrainedModel", adapter: AdapterConfig) -> list[str]:
     if adapter.layers is not None:
         names_in_layers(linears, adapter.layers, field="adapter.layers")
     for pattern in adapter.target_modules:
-        # Patterns match names of parameters, not of layers.
+        # Patterns match parameter names, not names of layers.
         names = [f"{name}.weight" for name in linears]
         found = select(names, pattern, field=field, layers=adapter.layers, things="linear layer")
         if any(is_kind("embedding", name) or is_kind("head", name) for name in found):

@@ -1,6 +1,6 @@
 """Causal attention within each packed document, registered with transformers under one name.
 
-Shapes: B rows, T positions, H query heads, G key/value heads (G divides H), K width of a head.
+Shapes: B sequences, T positions, H query heads, G key/value heads (G divides H), K width of a head.
 """
 
 import inspect
@@ -23,7 +23,7 @@ ATTENTION_NAME = "qwlit"
 
 
 def _causal_options() -> dict[str, Any]:
-    """Return the arguments for causal attention with grouped heads: torch changed their names from 2.10 to 2.13."""
+    """Return varlen_attn's arguments for causal attention with grouped heads; torch versions name them differently."""
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:  # older kernels group heads without this argument
@@ -49,7 +49,7 @@ def attend(  # noqa: PLR0913 - transformers calls it
     max_seqlen: int = 0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally, within each packed document or each right-padded row.
+    """Attend causally, within each packed document or each right-padded sequence.
 
     Right padding needs no mask: a real token never looks to its right, and nothing reads a padding token's output.
 
@@ -57,14 +57,14 @@ def attend(  # noqa: PLR0913 - transformers calls it
         query: (B, H, T, K). `key` and `value` are (B, G, T, K).
         scaling: factor on the scores before the softmax.
         dropout: probability on the attention weights; transformers passes 0 outside training.
-        cu_seqlens, document_lengths, max_seqlen: as in MicroBatch. varlen reads the first and the last, sdpa and eager
-            read document_lengths. Where the first two are None, the rows are padded.
+        cu_seqlens, document_lengths, max_seqlen: as in MicroBatch. varlen reads cu_seqlens and max_seqlen; sdpa and
+            eager read document_lengths. If cu_seqlens and document_lengths are None, the sequences are padded.
 
     Returns:
         (B, T, H, K), and None where transformers expects the weights.
 
     Raises:
-        RuntimeError: the caller is not LossModel; this function would silently ignore its masks or caches.
+        RuntimeError: the caller is not LossModel; this function would silently ignore the caller's masks or caches.
     """
     if attention_kernel is None or attention_mask is not None:
         raise RuntimeError("only LossModel may call this attention; call the model inside generation_attention(model)")
@@ -76,7 +76,7 @@ def attend(  # noqa: PLR0913 - transformers calls it
     if document_lengths is None:
         return compute(query, key, value, scaling, dropout).transpose(1, 2).contiguous(), None
     # One call per document. Batches of documents would not be faster, because they copy queries, keys and values (two
-    # CPU cores, 30 documents of 40-80 tokens, forward and backward: 4.2 ms against 4.6-8.6 ms).
+    # CPU cores, 30 documents of 40-80 tokens, forward and backward: 4.2 ms one by one, 4.6-8.6 ms in batches).
     lengths = list(document_lengths)
     documents = zip(*(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat([compute(q, k, v, scaling, dropout).transpose(1, 2) for q, k, v in documents], dim=1), None
@@ -86,15 +86,15 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: fl
     """Attend with torch's fused kernels: (B, H, T, K)."""
     if query.is_cuda and _compute_dtype(value) == torch.float32:
         # CUDA's only fused kernel for float32 cannot group heads: sdpa would fall back to the whole score matrix.
-        key, value = _one_head_each(query, key, value)
+        key, value = _repeat_key_value_heads(query, key, value)
     return F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-    """Attend by the definition, softmax in float32 (float64 stays): (B, H, T, K)."""
-    key, value = _one_head_each(query, key, value)
+    """Attend by the definition, softmax in float32 (float64 stays float64): (B, H, T, K)."""
+    key, value = _repeat_key_value_heads(query, key, value)
     scores = (query @ key.transpose(2, 3)) * scaling
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
     precise = torch.promote_types(scores.dtype, torch.float32)
@@ -111,7 +111,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_s
     return out.unsqueeze(0)  # type: ignore[union-attr]
 
 
-def _one_head_each(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _repeat_key_value_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Repeat key and value heads until every query head has its own: (B, H, T, K) each."""
     groups = query.shape[1] // key.shape[1]
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -123,7 +123,7 @@ def _compute_dtype(states: Tensor) -> torch.dtype:
 
 
 def register_attention() -> str:
-    """Make `attend` known to transformers and return the name to load a model with."""
+    """Register `attend` with transformers and return its name, for `_attn_implementation`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, attend)
@@ -132,7 +132,7 @@ def register_attention() -> str:
 
 @contextmanager
 def generation_attention(model: "PreTrainedModel") -> Iterator[None]:
-    """Let `model` generate: torch's sdpa with transformers' masks and caches while the block runs."""
+    """Let `model` generate in the block: it uses torch's sdpa with transformers' masks and caches."""
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:

@@ -1,4 +1,4 @@
-"""Compile every decoder layer: fewer kernels, and fewer reads and writes of memory between elementwise operations."""
+"""Compile every decoder layer, so that it has fewer kernels, and elementwise operations read and write memory less."""
 
 import sys
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from qwlit.model.families import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# torch compiles a layer for training and for validation, each with fixed and with dynamic shapes. A layer that needs
-# more graphs than this limit is an error, and torch's default of 8 is too low.
-GRAPHS = 32
+# Dynamo's limit of graphs per layer. It compiles a layer for training and for validation, each with static and with
+# dynamic shapes. With fullgraph, exceeding the limit is an error, and torch's default of 8 is too low.
+RECOMPILE_LIMIT = 32
 
 
 def compile_layers(model: "PreTrainedModel", *, backend: str = "inductor") -> None:
-    """Compile each decoder layer by itself; layers share their graphs.
+    """Compile each decoder layer by itself. Layers with the same code share their compiled graphs.
 
     Call it after `apply_activation_checkpointing` and before sharding.
     """
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = GRAPHS
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for layer in family_of(model).layers(model):
         # A graph break inside a layer would cost more time than compiling saves, so fullgraph makes it an error.
         layer.compile(fullgraph=True, backend=backend)

@@ -1,4 +1,4 @@
-"""Settings of the model: which one, from where, with which attention, dropout and adapter."""
+"""Settings of the model: its weights, attention, dropout, frozen parameters and adapter."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
@@ -26,14 +26,14 @@ CHECKPOINTING_LEVELS: tuple[ActivationCheckpointing, ...] = get_args(ActivationC
 """From the level that keeps most of the forward pass to the one that keeps least."""
 
 
-def higher_levels(level: ActivationCheckpointing) -> tuple[ActivationCheckpointing, ...]:
-    """Return the levels that keep less."""
+def levels_with_less_memory(level: ActivationCheckpointing) -> tuple[ActivationCheckpointing, ...]:
+    """Return the levels that keep less of the forward pass, the next one first."""
     return CHECKPOINTING_LEVELS[CHECKPOINTING_LEVELS.index(level) + 1 :]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How this machine computes the model."""
+    """How this machine computes the model: kernel, activation checkpointing, dtypes, compilation."""
 
     attention: AttentionKernel
     activation_checkpointing: ActivationCheckpointing
@@ -94,9 +94,9 @@ class ModelConfig:
     tokenizer: str | None = None
     """Folder, hub id or qwlit: path of the tokenizer; null means the model's own."""
     architecture: Architecture | None = None
-    """The shape, for random init and for counting; with a path, its config.json is read instead."""
+    """The shape of the model, for random weights and for `plan`; with model.path, its config.json has the shape."""
     attention: AttentionChoice = "auto"
-    """Attention kernel: auto takes varlen on CUDA in half precision and sdpa elsewhere."""
+    """Attention kernel: auto chooses varlen on CUDA with bf16-mixed and without attention dropout, else sdpa."""
 
 
 @config_dataclass
@@ -108,7 +108,7 @@ class DropoutConfig:
     feed_forward: Probability = 0.0
     """On the activations inside each feed-forward block, before its output projection."""
     residual: Probability = 0.0
-    """On what each attention and feed-forward block adds to the residual stream."""
+    """On the output of each attention and feed-forward block, before it is added to the residual stream."""
     embedding: Probability = 0.0
     """On the embedded tokens."""
     lora: Probability = 0.0
@@ -119,7 +119,7 @@ class DropoutConfig:
 
 @config_dataclass
 class FreezeConfig:
-    """What of the model is not trained. Frozen parameters cost no gradient and no optimizer state."""
+    """Which parameters are not trained. Frozen parameters need no gradient and no optimizer state."""
 
     parameters: tuple[str, ...] = ()
     """bias, norm, embedding, head, attention, mlp, parts of names (q_proj) or globs (model.layers.*.mlp.*). A head
@@ -132,7 +132,7 @@ class FreezeConfig:
 
 @config_dataclass
 class AdapterConfig:
-    """Small trainable matrices beside the frozen model, or none."""
+    """The adapters: small trainable matrices in the frozen model, or none."""
 
     kind: Literal["none", "lora"] = "none"
     """none trains the model itself; lora freezes it and trains low-rank adapters (Hu et al. 2021)."""

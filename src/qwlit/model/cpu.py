@@ -1,4 +1,4 @@
-"""What is faster on CPU only, and is not used on CUDA: one memory for all logits, and a sparse gradient.
+"""Two optimizations for CPU only: all calls share one memory for logits, and the embedding's gradient is sparse.
 
 Shapes: R rows of a chunk, V vocabulary.
 """
@@ -20,36 +20,36 @@ WORKSPACES: dict[torch.dtype, Tensor] = {}
 
 
 @contextmanager
-def logits_memory(num_rows: int, vocab_size: int, like: Tensor) -> Iterator[Tensor]:
-    """Yield uninitialized memory (R, V) with the dtype and device of `like`: on CPU that of the last call, if it fits.
+def logits_memory(num_rows: int, vocab_size: int, template: Tensor) -> Iterator[Tensor]:
+    """Yield uninitialized memory (R, V) with the dtype and device of `template`; on CPU reuse the last call's memory.
 
-    The operating system gives fresh memory page by page at the first write, which costs 4 % of the head's time at
-    V = 151,936. CUDA's allocator keeps its memory by itself.
+    The operating system provides new memory page by page at the first write, which costs 4 % of the head's time at
+    V = 151,936. CUDA needs no such reuse, because its caching allocator does it.
     """
-    if like.device.type != "cpu":
-        yield like.new_empty(num_rows, vocab_size)
+    if template.device.type != "cpu":
+        yield template.new_empty(num_rows, vocab_size)
         return
     size = num_rows * vocab_size
-    # Take the memory out of the dictionary while it is in use, so that another thread makes its own.
-    memory = WORKSPACES.pop(like.dtype, None)
+    # Take the memory out of the dictionary while it is in use, so that another thread allocates its own.
+    memory = WORKSPACES.pop(template.dtype, None)
     if memory is None or memory.numel() < size:
-        del memory  # free the smaller one before the larger one is made
-        memory = like.new_empty(size)
+        del memory  # free the smaller memory before allocating the larger one
+        memory = template.new_empty(size)
     yield memory[:size].view(num_rows, vocab_size)
-    # Outside of inference mode nothing may write to a tensor that was made inside it.
+    # torch forbids to write, outside inference mode, to a tensor that was allocated in it.
     if not memory.is_inference():
-        WORKSPACES[like.dtype] = memory
+        WORKSPACES[template.dtype] = memory
 
 
 def set_embedding_gradient(causal_lm: "PreTrainedModel", device: str) -> None:
-    """Make the embedding's gradient sparse or dense, as is best on the device that the batch is on."""
+    """Make the embedding's gradient sparse or dense, whichever is faster on the batch's device."""
     family_of(causal_lm).embedding(causal_lm).sparse = has_sparse_embedding(causal_lm, device)
 
 
 def has_sparse_embedding(causal_lm: "PreTrainedModel", device: str) -> bool:
-    """Whether the embedding's gradient holds only the rows that were read; torch then adds it to the head's gradient.
+    """Whether the embedding's gradient holds only the rows of the micro-batch's tokens.
 
-    Dense it would be filled, written and read once more: 6 % of a step at V = 151,936, D = 256 on two CPU cores
-    (measured). The whole gradient of a tied weight is dense all the same. On CUDA nobody has measured it.
+    True for a tied weight on CPU: torch adds the sparse gradient to the head's dense one. A dense gradient of the
+    embedding costs 6 % of a step at V = 151,936, D = 256 on two CPU cores (measured). On CUDA it is not measured.
     """
     return device == "cpu" and bool(causal_lm.config.tie_word_embeddings)

@@ -1,4 +1,4 @@
-"""Dropout for models that have none: hooks on their blocks, and no hook where a probability is 0."""
+"""Add dropout to models that have none, with hooks on their blocks. A probability of 0 adds no hook."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ def apply_dropout(model: "PreTrainedModel", dropout: DropoutConfig) -> None:
     """
     family = family_of(model)
     layers = family.layers(model)
-    names = [f"layers.{number}." for number in range(len(layers))]
+    names = [f"layers.{index}." for index in range(len(layers))]
     chosen = names if dropout.layers is None else names_in_layers(names, dropout.layers, field="dropout.layers")
     for name in chosen:
         layer = layers[layer_of(name)]

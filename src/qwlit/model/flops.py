@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 class Flops:
     """Model FLOPs of a training step, forward and backward, as in PaLM (Chowdhery et al. 2022, appendix B).
 
-    They do not include recomputation, nor the positions that the head skips.
+    They do not include recomputation. The head counts only the label positions, because it computes no others.
     """
 
     per_token: float
-    """The decoder's linear layers, without the last feed-forward block."""
+    """FLOPs of the decoder's linear layers, except the last layer's feed-forward block."""
     per_supervised_token: float
-    """The last feed-forward block and the head: both compute the label positions only."""
+    """FLOPs of the last layer's feed-forward block and of the head, which compute the label positions only."""
     per_token_pair: float
-    """Attention: each pair of a query and a key."""
+    """FLOPs of attention for each pair of a query and a key."""
 
     def of(self, *, num_tokens: int, num_supervised_tokens: int, num_token_pairs: float) -> float:
         return (
@@ -35,10 +35,10 @@ class Flops:
 
 
 def count_flops(model: "PreTrainedModel") -> Flops:
-    """Count the FLOPs of three matrix products per linear layer, two for each multiplication.
+    """Count the FLOPs of all matrix products: 2 for each multiply-add.
 
-    The three are the forward pass, the gradient of the input (where something in or below the layer is trained), and
-    the gradient of the weight (where it is trained).
+    A linear layer has up to three products: the forward pass, the gradient of the input (if anything in or below the
+    decoder layer is trained), and the gradient of the weight (if it is trained).
     """
     family = family_of(model)
     layers = family.layers(model)
@@ -46,8 +46,8 @@ def count_flops(model: "PreTrainedModel") -> Flops:
     head = family.head_weight(model)
     per_supervised_token = 2.0 * head.numel() * (2 + head.requires_grad)
     per_token = per_token_pair = 0.0
-    for number, layer in enumerate(layers):
-        passes = 2 if number >= lowest else 1
+    for index, layer in enumerate(layers):
+        passes = 2 if index >= lowest else 1
         per_token += _linear_flops(family.attention(layer), passes)
         if layer is layers[-1]:
             per_supervised_token += _linear_flops(family.feed_forward(layer), passes)
@@ -60,9 +60,9 @@ def count_flops(model: "PreTrainedModel") -> Flops:
 
 
 def lowest_trained_layer(model: "PreTrainedModel") -> int:
-    """Return the lowest layer in or below which something is trained: the backward pass ends there. -1: the embedding.
+    """Return the index of the lowest decoder layer with a trained parameter, where the backward pass ends.
 
-    It is the number of layers where nothing below the final norm is trained.
+    It is -1 if the embedding is trained, and the number of layers if nothing below the final norm is trained.
     """
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     layers = [-1 if is_kind("embedding", name) else layer_of(name) for name in trained]

@@ -21,7 +21,7 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size"),
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
 )
-"""Keys that every published config.json has. For a missing one transformers would use the value of a 7B model."""
+"""Keys that every published config.json has. For a missing key transformers would use the value of a 7B model."""
 
 
 def check_folder(folder: Path, field: str) -> None:
@@ -58,7 +58,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def read_json_if_there(file: Path) -> dict[str, Any]:
-    """Read a JSON object; return an empty one where there is no such file. Raises as `read_json_object`."""
+    """Read a JSON object; return {} if there is no such file. It raises what `read_json_object` raises."""
     return read_json_object(file) if file.is_file() else {}
 
 
@@ -86,7 +86,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a peft adapter and no model's weights; some trainers put a config.json beside it."""
+    """Whether the folder holds a peft adapter and no weights of a model; some trainers add a config.json to it."""
     return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
@@ -104,9 +104,9 @@ def base_of(adapter: Path) -> dict[str, str | None]:
     base = named_base(adapter)
     if isinstance(base, str):
         # A relative path counts from the folder where the adapter was trained, or from the adapter.
-        for place in (resolve_path(base), adapter / base):
-            if place.is_dir():
-                return {"path": str(place), "hub_id": None}
+        for candidate in (resolve_path(base), adapter / base):
+            if candidate.is_dir():
+                return {"path": str(candidate), "hub_id": None}
     if isinstance(base, str) and looks_like_hub_id(base):
         return {"path": None, "hub_id": base}
     said = f"names the base {base}, and there is no such folder here" if base else "names no base"
@@ -119,13 +119,13 @@ def _what_it_is(folder: Path) -> str:
     """Say what a folder without config.json is, and what to set instead."""
     if is_adapter(folder):
         return "is a peft adapter; give its base model as model.path and this folder as model.adapter_path"
-    places = (folder.absolute(), *folder.absolute().parents[:2])
-    run = next((place for place in places if (place / "config.yaml").is_file()), None)
+    candidates = (folder.absolute(), *folder.absolute().parents[:2])
+    run = next((candidate for candidate in candidates if (candidate / "config.yaml").is_file()), None)
     if run is None and (folder / "MANIFEST.json").is_file():
         return "is a checkpoint of qwlit without its run; give the run's export/ folder"
     if run is None:
         return "has no config.json; give a Hugging Face model folder"
-    what = "is a run of qwlit" if run == places[0] else "belongs to a run of qwlit"
+    what = "is a run of qwlit" if run == candidates[0] else "belongs to a run of qwlit"
     if not (run / "export").is_dir():
         return f"{what} that has not ended; train it to its end, which writes {run / 'export'}"
     return f"{what}; to start from the model that it trained, set model.path={run / 'export'}"
@@ -159,7 +159,7 @@ def _check_dtype(file: Path, config: dict[str, Any]) -> None:
     for key in DTYPE_KEYS:
         name = config.get(key)
         if name not in (None, "auto", *DTYPES, *(f"torch.{dtype}" for dtype in DTYPES)):
-            raise ConfigError(f"{file}: {key}={name!r} is none of auto, {', '.join(DTYPES)}")
+            raise ConfigError(f"{file}: {key}={name!r} must be one of auto, {', '.join(DTYPES)}")
 
 
 def _check_rope(file: Path, config: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ def _check_pad_token(file: Path, config: dict[str, Any]) -> None:
 
 
 def declared_dtype(config: dict[str, Any]) -> str | None:
-    """Return the name of the dtype in a checked config.json; None where the weights' own dtype counts."""
+    """Return the name of the dtype in a checked config.json; None if it names none, or "auto"."""
     name = next((config[key] for key in DTYPE_KEYS if config.get(key) not in (None, "auto")), None)
     return None if name is None else str(name).removeprefix("torch.")
 

@@ -15,7 +15,8 @@ def apply_freeze(model: "PreTrainedModel", freeze: FreezeConfig) -> None:
     """Freeze the parameters that `freeze` names, and train all others.
 
     Raises:
-        ConfigError: a pattern or a ratio matches nothing, the model lacks the layers, or nothing is left to train.
+        ConfigError: a pattern matches no parameter, a ratio selects no layer, the model does not have the layers, or no
+            parameter is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     num_layers = len(family_of(model).layers(model))
@@ -28,7 +29,7 @@ def apply_freeze(model: "PreTrainedModel", freeze: FreezeConfig) -> None:
     if freeze.lower_layers_ratio and not lower:
         raise ConfigError(
             f"freeze.lower_layers_ratio={freeze.lower_layers_ratio} of {num_layers} layers is none;"
-            " raise it, or set it 0"
+            " raise it, or set it to 0"
         )
     if lower:
         frozen.update(names_in_layers(names, (0, lower - 1), field="freeze.lower_layers_ratio"))

@@ -3,7 +3,7 @@
 At a vocabulary of 151,936 the logits are the largest tensor of a run, so the head computes them for a chunk of rows at
 a time. It computes the gradient in the forward pass too, while it has the logits; the backward pass only scales it.
 
-Shapes: N supervised rows, R rows of a chunk, D hidden, V vocabulary.
+Shapes: N label positions, R rows of a chunk, D hidden, V vocabulary.
 """
 
 from itertools import pairwise
@@ -28,15 +28,16 @@ BLOCK_BYTES = {"cuda": CHUNK_BYTES["cuda"], "cpu": 2**22}
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, count_correct: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of the cross-entropies of `hidden @ weight.T` and `targets`, and how many argmaxes are right.
+    """Return the summed cross-entropy of the logits `hidden @ weight.T`, and the number of correct argmaxes.
 
-    The matrix products run in autocast's dtype, or hidden's without autocast; the softmax in float32 (float64 stays).
+    The matrix products run in autocast's dtype, or in hidden's dtype without autocast. The softmax runs in float32, or
+    in float64 if `hidden` has it.
 
     Args:
         hidden: (N, D). N may be 0: the loss is then 0, and every parameter gets a gradient of 0.
         weight: (V, D), the head's. Its gradient is computed only if it requires one.
         targets: (N,) int64.
-        count_correct: count the right argmaxes, in another pass over the logits; without it the count is 0.
+        count_correct: count the correct argmaxes, in another pass over the logits; otherwise the count is 0.
 
     Returns:
         loss_sum, a float32 scalar in nats; num_correct, an int64 scalar.
@@ -54,12 +55,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count_correct: bool, grad_enabled: bool
     ) -> tuple[Tensor, Tensor]:
-        # Inside `forward` torch has turned gradients off, so the caller passes whether they were on.
-        hidden_needs, weight_needs = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        # torch turns grad mode off inside `forward`, so the caller passes `grad_enabled`.
+        hidden_needs_grad, weight_needs_grad = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         precise = torch.promote_types(hidden.dtype, torch.float32)
         head = weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden) if hidden_needs else None
-        grad_weight = torch.empty_like(weight, dtype=precise) if weight_needs else None
+        grad_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
+        grad_weight = torch.empty_like(weight, dtype=precise) if weight_needs_grad else None
         if grad_weight is not None and len(hidden) == 0:
             grad_weight.zero_()
         loss_sum = torch.zeros((), dtype=precise, device=hidden.device)
@@ -75,7 +76,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for block, target in blocks:
                     if count_correct:
                         num_correct += (block.argmax(dim=-1) == target).sum()
-                    loss_sum += _losses(block, target, precise, to_gradient=hidden_needs or weight_needs).sum()
+                    loss_sum += _losses(
+                        block, target, precise, to_gradient=hidden_needs_grad or weight_needs_grad
+                    ).sum()
                 if grad_hidden is not None:
                     torch.mm(logits, head, out=grad_hidden[start:end])
                 if grad_weight is not None:
@@ -108,7 +111,7 @@ def rows_within(limits: dict[str, int], vocab_size: int, device: str) -> int:
 
 
 def _losses(logits: Tensor, targets: Tensor, precise: torch.dtype, *, to_gradient: bool) -> Tensor:
-    """Return the losses of rows (R,). With `to_gradient` overwrite `logits` with the gradient of their sum."""
+    """Return the losses of the rows, (R,). With `to_gradient`, overwrite `logits` with the gradient of their sum."""
     log_probs = F.log_softmax(logits, dim=-1, dtype=precise)
     losses = -log_probs.gather(1, targets[:, None])[:, 0]
     if to_gradient:

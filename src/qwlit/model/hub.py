@@ -21,10 +21,12 @@ def looks_like_hub_id(name: str) -> bool:
 def fetch(hub_id: str, patterns: list[str]) -> Path:
     """Return a local folder with the repository's files that match the patterns; download only what the cache lacks.
 
-    Ask the hub one quick question first: without a network the download waits for a time-out per file and address.
+    First ask the hub for the model's info, with a short time-out. Without a network the download would wait for a
+    time-out per file and address.
 
     Raises:
-        ConfigError: the hub is not reachable and the cache has no copy, or the repository does not exist or is closed.
+        ConfigError: the hub cannot be reached and the cache has no copy; or the repository does not exist, is private
+            or is gated.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

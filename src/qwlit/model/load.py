@@ -24,10 +24,10 @@ from qwlit.model.folder import (
     read_model_config,
 )
 from qwlit.model.freeze import apply_freeze
-from qwlit.model.presets import check_heads, meta_causal_lm, to_hf_config, width_of_head
+from qwlit.model.presets import attention_head_dim, check_attention_heads, meta_causal_lm, to_hf_config
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS
 from qwlit.model.weight_files import fingerprint_files, stored_dtype, weight_files
-from qwlit.model.weights import Filled, draw_weights, fill_weights
+from qwlit.model.weights import OnWeightWritten, draw_weights, fill_weights
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -37,13 +37,13 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     """Load `model.tokenizer`, or the model's own.
 
     Raises:
-        ConfigError: no setting names a tokenizer, its files are missing or damaged, or the hub does not give them.
+        ConfigError: no setting names a tokenizer, its files are missing or damaged, or cannot be fetched from the hub.
     """
     folder, field = tokenizer_folder(config)
     check_tokenizer_files(folder, field)
     from transformers import AutoTokenizer
 
-    # With this argument transformers does not read the folder's config.json, and cannot fail at a value in it.
+    # Pass a config, so that transformers does not read the folder's config.json, which it may reject.
     model_type = read_json_if_there(folder / "config.json").get("model_type")
     given = {"config": FAMILIES[model_type].classes()[0]()} if model_type in FAMILIES else {}
     try:
@@ -59,7 +59,7 @@ def tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
     If an adapter's folder has a tokenizer, it is the one that the adapter was trained with.
 
     Raises:
-        ConfigError: no setting names a tokenizer, or the hub does not give it.
+        ConfigError: no setting names a tokenizer, or the hub cannot be reached.
     """
     if config.tokenizer:
         folder = resolve_path(config.tokenizer)
@@ -99,14 +99,14 @@ def empty_causal_lm(
 ) -> "PreTrainedModel":
     """Build the model with uninitialized weights, on the CPU, with qwlit's attention and without a KV cache.
 
-    The operating system gives the weights memory at the first write only: see `fill_causal_lm`.
+    The weights take memory only when `fill_causal_lm` writes them.
 
     Args:
-        freeze: what is not trained; None: nothing is trained. Trained weights are float32, whatever the file has.
+        freeze: which parameters are not trained; None: all of them. Trained weights are float32 in every case.
         frozen_dtype: the dtype of frozen weights.
 
     Raises:
-        ConfigError: something is wrong with the folder, or the hub does not give it.
+        ConfigError: something is wrong with the folder, or the hub cannot be reached.
     """
     from qwlit.model.attention import register_attention
 
@@ -129,8 +129,8 @@ def empty_causal_lm(
         model.config.dtype = model.config.dtype or stored_dtype(folder)
         model.generation_config = _read_generation_config(folder) or model.generation_config
     model.config.use_cache = False
-    # transformers took this from the configuration, which in many fine-tuned folders turns the cache off. Without a
-    # cache the time to generate grows with the square of the length.
+    # transformers built this from config.json, where fine-tuned folders often have use_cache=false. Without the cache
+    # each generated token takes as long as a forward pass over all tokens before it.
     model.generation_config.use_cache = True
     return model
 
@@ -158,10 +158,10 @@ def _read_generation_config(folder: Path) -> "GenerationConfig | None":
 
 
 def weights_folder(config: ModelConfig) -> Path | None:
-    """Return the folder of the pretrained weights; None where the weights are random.
+    """Return the folder of the pretrained weights; None if the weights are random.
 
     Raises:
-        ConfigError: the hub does not give it.
+        ConfigError: the hub cannot be reached, or does not have the model.
     """
     return _folder(config, hub.MODEL_FILES) if config.init == "pretrained" else None
 
@@ -173,7 +173,10 @@ def _folder(config: ModelConfig, patterns: list[str]) -> Path | None:
 
 
 def model_shape(config: ModelConfig) -> "PretrainedConfig":
-    """Return the configuration: the path's config.json, else the preset's architecture, else the hub's config.json."""
+    """Return the model's configuration, without weights.
+
+    It comes from config.json in model.path, else from model.architecture, else from config.json on the hub.
+    """
     if config.architecture and not config.path:
         return to_hf_config(config.architecture)
     folder = _folder(config, hub.CONFIG_FILES)
@@ -193,17 +196,19 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
     queries = config.num_attention_heads
     # Qwen2's published files do not have head_dim; transformers computes it in each layer.
-    head_dim = getattr(config, "head_dim", None) or width_of_head(config.hidden_size, queries, where=f"{file}: ")
-    check_heads(queries, config.num_key_value_heads, head_dim, where=f"{file}: ")
+    head_dim = getattr(config, "head_dim", None) or attention_head_dim(
+        config.hidden_size, queries, where=f"{file}: ", remedy=f"set head_dim in {file}"
+    )
+    check_attention_heads(queries, config.num_key_value_heads, head_dim, where=f"{file}: ")
     config.head_dim = head_dim
-    # Read it here, so that every subcommand finds a damaged file, and not the export after hours of training.
+    # Read it here, so that every subcommand finds a damaged file before the training, and not the export after it.
     _read_generation_config(folder)
     config.name_or_path = str(folder)
     return config
 
 
 def fingerprint(config: ModelConfig) -> str | None:
-    """Return a fingerprint of the pretrained weights and the adapter to start from; None where they are random."""
+    """Return a fingerprint of the pretrained weights and of model.adapter_path; None if the weights are random."""
     folder = weights_folder(config)
     if folder is None:
         return None
@@ -213,18 +218,20 @@ def fingerprint(config: ModelConfig) -> str | None:
     return f"{base}+{fingerprint_files({resolve_path(config.adapter_path) / ADAPTER_WEIGHTS: None})}"
 
 
-def fill_causal_lm(model: "PreTrainedModel", config: ModelConfig, *, seed: int, filled: Filled | None = None) -> None:
+def fill_causal_lm(
+    model: "PreTrainedModel", config: ModelConfig, *, seed: int, on_weight_written: OnWeightWritten | None = None
+) -> None:
     """Write the weights into a model of `empty_causal_lm`, sharded or not.
 
     Args:
         seed: of random weights.
-        filled: called with the name of each weight after it is written.
+        on_weight_written: called with the name of each weight after it is written.
 
     Raises:
         ConfigError: see `fill_weights`.
     """
     folder = weights_folder(config)
     if folder is None:
-        draw_weights(model, seed=seed, std=model.config.initializer_range, filled=filled)
+        draw_weights(model, seed=seed, std=model.config.initializer_range, on_weight_written=on_weight_written)
     else:
-        fill_weights(model, folder, tied=model.config.tie_word_embeddings, filled=filled)
+        fill_weights(model, folder, tied=model.config.tie_word_embeddings, on_weight_written=on_weight_written)

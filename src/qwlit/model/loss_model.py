@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qwlit.core.batch import MicroBatch
 from qwlit.model.activation_checkpointing import apply_activation_checkpointing
-from qwlit.model.adapters import apply_adapter, start_dora
+from qwlit.model.adapters import apply_adapter, init_dora_magnitude
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.cpu import set_embedding_gradient
@@ -17,11 +17,11 @@ from qwlit.model.dropout import apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.head import linear_cross_entropy
-from qwlit.model.last_layer import trim_last_layer
+from qwlit.model.last_layer import restrict_last_ffn_to_labels
 from qwlit.model.load import empty_causal_lm, fill_causal_lm, model_shape
 from qwlit.model.presets import meta_causal_lm
 from qwlit.model.quantize import Quantizer
-from qwlit.model.saved_adapter import check_start, load_start
+from qwlit.model.saved_adapter import check_initial_adapter, load_initial_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ class LossModel(nn.Module):
 
     def __init__(self, causal_lm: "PreTrainedModel", attention: AttentionKernel) -> None:
         super().__init__()
-        trim_last_layer(causal_lm)
+        restrict_last_ffn_to_labels(causal_lm)
         self.causal_lm = causal_lm
         self.family = family_of(causal_lm)
         self.attention = attention
@@ -60,7 +60,7 @@ class LossModel(nn.Module):
             attention_kernel=kernel,
             cu_seqlens=micro.cu_seqlens,
             max_seqlen=micro.max_seqlen,
-            # A compiled layer needs another graph for each tuple of lengths; varlen does not read them.
+            # A tuple would make the compiler recompile a layer for each packing, and varlen does not need it.
             document_lengths=None if kernel == "varlen" else micro.document_lengths,
             label_positions=micro.label_positions,
         ).last_hidden_state  # (N, D)
@@ -68,10 +68,10 @@ class LossModel(nn.Module):
         return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
 
     def _kernel(self, micro: MicroBatch) -> AttentionKernel:
-        """Return the kernel for this micro-batch: sdpa where varlen does not work, which is on CPU and with dropout."""
+        """Return the kernel for this micro-batch: sdpa instead of varlen on CPU and with attention dropout."""
         layers = self.family.layers(self.causal_lm)
-        drops = self.training and any(self.family.attention(layer).attention_dropout for layer in layers)
-        if self.attention == "varlen" and (drops or not micro.input_ids.is_cuda):
+        has_dropout = self.training and any(self.family.attention(layer).attention_dropout for layer in layers)
+        if self.attention == "varlen" and (has_dropout or not micro.input_ids.is_cuda):
             return "sdpa"
         return self.attention
 
@@ -90,7 +90,7 @@ def build_loss_model(
 
     Args:
         seed: of random weights and of adapters.
-        leave_empty: leave the weights to `fill_causal_lm` and the adapters to `start_adapter`.
+        leave_empty: leave the weights to `fill_causal_lm` and the adapters to `init_adapter`.
 
     Raises:
         ConfigError: see `empty_causal_lm`, `fill_causal_lm`, `apply_adapter` and `apply_dropout`.
@@ -98,43 +98,45 @@ def build_loss_model(
     trained = freeze if adapter.kind == "none" else None
     causal_lm = empty_causal_lm(model, freeze=trained, frozen_dtype=execution.frozen_dtype)
     if not leave_empty:
-        # The quantizer packs each layer into 4 bits as soon as its weight is there.
+        # The quantizer converts each linear layer to 4 bits as soon as its weight is written.
         quantizer = Quantizer(causal_lm, adapter, execution.compute_dtype) if adapter.quantization == "nf4" else None
-        fill_causal_lm(causal_lm, model, seed=seed, filled=quantizer)
-    _apply(causal_lm, adapter, dropout, seed)
+        fill_causal_lm(causal_lm, model, seed=seed, on_weight_written=quantizer)
+    _add_adapter_and_dropout(causal_lm, adapter, dropout, seed)
     if not leave_empty:
-        start_adapter(causal_lm, model)
+        init_adapter(causal_lm, model)
     apply_activation_checkpointing(causal_lm, execution.activation_checkpointing)
     if execution.compiled:
         compile_layers(causal_lm)
     return LossModel(causal_lm, execution.attention).train()
 
 
-def start_adapter(causal_lm: "PreTrainedModel", model: ModelConfig) -> None:
-    """Start DoRA's magnitudes, and load or merge the adapter of model.adapter_path. The weights must be filled in.
+def init_adapter(causal_lm: "PreTrainedModel", model: ModelConfig) -> None:
+    """Initialise the adapters after the base weights are loaded; if model.adapter_path is set, load or merge that one.
 
     Raises:
-        ConfigError: the adapter to start from is damaged.
+        ConfigError: the files of model.adapter_path are damaged.
     """
-    start_dora(causal_lm)
-    load_start(causal_lm, model)
+    init_dora_magnitude(causal_lm)
+    load_initial_adapter(causal_lm, model)
 
 
 def build_meta_model(
     model: ModelConfig, adapter: AdapterConfig, dropout: DropoutConfig, freeze: FreezeConfig
 ) -> "PreTrainedModel":
-    """Return the model without weights, on the meta device: its names, shapes, and what is trained.
+    """Return the model without weights, on the meta device: names, shapes, and which parameters are trained.
 
     Raises:
         ConfigError: a pattern matches nothing, or the model lacks the layers that a setting names.
     """
     causal_lm = meta_causal_lm(model_shape(model))
     apply_freeze(causal_lm, freeze)
-    _apply(causal_lm, adapter, dropout, seed=0)
-    check_start(causal_lm, model, adapter)
+    _add_adapter_and_dropout(causal_lm, adapter, dropout, seed=0)
+    check_initial_adapter(causal_lm, model, adapter)
     return causal_lm
 
 
-def _apply(causal_lm: "PreTrainedModel", adapter: AdapterConfig, dropout: DropoutConfig, seed: int) -> None:
+def _add_adapter_and_dropout(
+    causal_lm: "PreTrainedModel", adapter: AdapterConfig, dropout: DropoutConfig, seed: int
+) -> None:
     apply_adapter(causal_lm, adapter, dropout=dropout.lora, seed=seed)
     apply_dropout(causal_lm, dropout)

@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 
 def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
-    """Turn an Architecture into transformers' Qwen2Config or Qwen3Config.
+    """Turn an Architecture into transformers' configuration of its family.
 
     Raises:
-        ConfigError: the heads do not divide evenly, or the head width is odd (rotary embeddings turn pairs).
+        ConfigError: numbers of heads do not divide evenly, or head_dim is odd (rotary embeddings rotate pairs).
     """
     queries, keys = architecture.num_attention_heads, architecture.num_key_value_heads
-    head_dim = architecture.head_dim or width_of_head(architecture.hidden_size, queries, where="model.architecture.")
-    check_heads(queries, keys, head_dim, where="model.architecture.")
+    where = "model.architecture."
+    head_dim = architecture.head_dim or attention_head_dim(
+        architecture.hidden_size, queries, where=where, remedy=f"set {where}head_dim"
+    )
+    check_attention_heads(queries, keys, head_dim, where=where)
     family = FAMILIES[architecture.model_type]
     config_class, _ = family.classes()
     # An Architecture's fields have transformers' names, except for these two.
@@ -31,25 +34,24 @@ def to_hf_config(architecture: Architecture) -> "PretrainedConfig":
     return config_class(**values | {"head_dim": head_dim}, rope_parameters=rope, architectures=[family.class_name])
 
 
-def width_of_head(hidden_size: int, queries: int, *, where: str) -> int:
-    """Return hidden_size / queries.
+def attention_head_dim(hidden_size: int, queries: int, *, where: str, remedy: str) -> int:
+    """Return the width of an attention head, hidden_size / queries.
 
     Raises:
-        ConfigError: hidden_size is no multiple of it; `where` names the file or setting of the numbers.
+        ConfigError: hidden_size is no multiple of queries; `where` names the file or setting of the numbers,
+            `remedy` says where to set head_dim.
     """
     if hidden_size % queries:
-        raise ConfigError(
-            f"{where}hidden_size={hidden_size} is no multiple of num_attention_heads={queries}; set {where}head_dim."
-        )
+        raise ConfigError(f"{where}hidden_size={hidden_size} is no multiple of num_attention_heads={queries}; {remedy}")
     return hidden_size // queries
 
 
-def check_heads(queries: int, keys: int, head_dim: int, *, where: str) -> None:
-    """Raise ConfigError if query heads cannot share key heads evenly, or the width of a head is odd."""
+def check_attention_heads(queries: int, keys: int, head_dim: int, *, where: str) -> None:
+    """Raise ConfigError if the key heads do not divide the query heads, or the width of a head is odd."""
     if queries % keys:
         raise ConfigError(f"{where}num_key_value_heads={keys} must divide num_attention_heads={queries}.")
     if head_dim % 2:
-        raise ConfigError(f"{where}head_dim={head_dim} must be even: rotary embeddings turn pairs.")
+        raise ConfigError(f"{where}head_dim={head_dim} must be even: rotary embeddings rotate pairs.")
 
 
 def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
@@ -75,7 +77,7 @@ def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
 def context_length(config: "PretrainedConfig") -> int:
     """Return the longest context of a model: max_position_embeddings, or more where the rotary embedding is scaled.
 
-    YaRN and others state the length before scaling, and a factor.
+    For YaRN and other scalings, config.json states the length before scaling and a factor.
     """
     rope = config.rope_parameters or {}
     scaled = float(rope.get("factor") or 0) * int(rope.get("original_max_position_embeddings") or 0)

@@ -1,4 +1,4 @@
-"""Quantize frozen linear layers to 4 bits (NF4 of bitsandbytes), one layer at a time while weights are filled in."""
+"""Quantize frozen linear layers to 4 bits (NF4 of bitsandbytes), each one as soon as its weight is loaded."""
 
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,8 @@ from qwlit.model.families.decoder import DECODER_LINEARS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Number of weights that share a scale, as in the QLoRA paper. On CPU bitsandbytes 0.50 reads blocks wrongly that cross
-# rows (rows of 32: quantizing and dequantizing gave a relative error of 0.2-0.4 instead of 0.09).
+# Number of weights that share a scale, as in the QLoRA paper. On CPU, bitsandbytes 0.50 reads blocks that cross rows
+# wrongly (rows of 32: quantizing and dequantizing gave a relative error of 0.2-0.4 instead of 0.09).
 BLOCK = 64
 
 
@@ -34,9 +34,9 @@ def check_blocks(model: "PreTrainedModel") -> None:
 
 
 class Quantizer:
-    """Quantizes each linear layer of the decoder as soon as its weight is filled in.
+    """Quantizes each linear layer of the decoder as soon as its weight is written.
 
-    So the whole unquantized model is never in memory at once.
+    So the whole unquantized model is never in memory at once. Pass it to `fill_causal_lm` as `on_weight_written`.
     """
 
     def __init__(self, model: "PreTrainedModel", adapter: AdapterConfig, compute_dtype: torch.dtype) -> None:
@@ -58,7 +58,7 @@ class Quantizer:
         quieten_bitsandbytes()
         from bitsandbytes.nn import Linear4bit, Params4bit
 
-        made: nn.Module = Linear4bit(
+        quantized: nn.Module = Linear4bit(
             linear.in_features,
             linear.out_features,
             bias=False,
@@ -67,22 +67,22 @@ class Quantizer:
             quant_type="nf4",
             device="meta",
         )
-        made.weight = Params4bit(
+        quantized.weight = Params4bit(
             linear.weight.data,
             requires_grad=False,
             blocksize=BLOCK,
             compress_statistics=self._double,
             quant_type="nf4",
-            module=made,
+            module=quantized,
         ).to(linear.weight.device)
-        # The same tensor, no copy: it may be filled in after the weight.
-        made.bias = linear.bias
+        # The same tensor, not a copy, because its values may be loaded after the weight.
+        quantized.bias = linear.bias
         # On CPUs with AVX512-BF16 bitsandbytes repacks the weight at the first evaluation, and later training fails.
-        made.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        return made
+        quantized.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        return quantized
 
 
 def num_elements(parameter: nn.Parameter) -> int:
-    """Return how many weights a parameter has; in 4 bits two of them share a byte."""
+    """Return how many elements a parameter has; a byte of a 4-bit parameter holds two elements."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())

@@ -1,4 +1,4 @@
-"""Start from a peft adapter: read its folder, and merge its weights into the model or train them further.
+"""Read a saved peft adapter, and merge it into the model or load it to train it further.
 
 Shapes: O rows of a layer's weight, I columns, R rank. LoRA's A is (R, I) and its B (O, R).
 """
@@ -29,7 +29,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # peft's names have this prefix, because peft wraps the model.
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-READ_OR_HARMLESS = {
+SUPPORTED_CONFIG_KEYS = {
     *(
         "peft_type",
         "peft_version",
@@ -44,9 +44,10 @@ READ_OR_HARMLESS = {
     *("init_lora_weights", "eva_config", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
 }
 """Keys of peft's LoraConfig that this module reads, or that do not change what a saved adapter computes. If another key
-has a value, the adapter is a form of LoRA that computes something else."""
-# With the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) peft also changes the base model's weights when it loads.
-STARTS_BESIDE_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+has a value, the adapter is a form of LoRA that qwlit does not support."""
+# Values of init_lora_weights. With the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) peft also changes the base model's
+# weights when it loads the adapter.
+INITS_WITHOUT_BASE_CHANGE = (None, True, False, "gaussian", "orthogonal", "eva")
 MERGE_WITH_PEFT = "merge it with peft (merge_and_unload) and give the merged folder as model.path"
 
 
@@ -80,7 +81,7 @@ class SavedAdapter:
         rank = self.shapes[layer + A][0]
         patterns = self.config.get("alpha_pattern") or {}
         alpha = next(
-            (value for key, value in patterns.items() if _pattern_means(key, layer)), self.config["lora_alpha"]
+            (value for key, value in patterns.items() if _pattern_matches(key, layer)), self.config["lora_alpha"]
         )
         return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -90,7 +91,7 @@ def _plain_name(name: str) -> str:
     return name.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def _pattern_means(pattern: str, layer: str) -> bool:
+def _pattern_matches(pattern: str, layer: str) -> bool:
     """Whether a key of peft's alpha_pattern matches the layer: a regular expression for the end of the name."""
     return re.match(rf"(.*\.)?({pattern})$", layer) is not None
 
@@ -127,8 +128,8 @@ def _check_form(folder: Path, config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{FIELD}={folder} is a {config.get('peft_type')} adapter, qwlit reads LoRA; {MERGE_WITH_PEFT}"
         )
-    other = next((key for key, value in config.items() if value and key not in READ_OR_HARMLESS), None)
-    if config.get("init_lora_weights", True) not in STARTS_BESIDE_THE_BASE:
+    other = next((key for key, value in config.items() if value and key not in SUPPORTED_CONFIG_KEYS), None)
+    if config.get("init_lora_weights", True) not in INITS_WITHOUT_BASE_CHANGE:
         other = "init_lora_weights"
     if other:
         said = f"{other}={config[other]} is a form of LoRA that qwlit does not read"
@@ -145,14 +146,14 @@ def _check_form(folder: Path, config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{file}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
 
 
-def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterConfig) -> None:
-    """Refuse a saved adapter that does not fit the model, or the adapter that the run trains.
+def check_initial_adapter(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterConfig) -> None:
+    """Refuse model.adapter_path if it does not fit the model or the adapter.* settings.
 
     Args:
         model: on the meta device, with the adapters that the run trains.
 
     Raises:
-        ConfigError: it names the tensor, or the overrides to set.
+        ConfigError: naming the tensors that differ, or the overrides to set.
     """
     if config.adapter_path is None:
         return
@@ -163,7 +164,7 @@ def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterC
         _check_shapes(saved, saved.shapes, expected)
         return
     if model.config.tie_word_embeddings:
-        _check_tied_ends(saved)
+        _check_tied_weight(saved)
     weights = {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     found = {name: saved.shapes[name] for name in saved.replaced}
     for layer in saved.layers:
@@ -172,8 +173,8 @@ def check_start(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterC
     _check_shapes(saved, found, {name: weights[name] for name in found if name in weights})
 
 
-def _check_tied_ends(saved: SavedAdapter) -> None:
-    """Refuse an adapter that changes head and embedding differently in a model where they are one weight."""
+def _check_tied_weight(saved: SavedAdapter) -> None:
+    """Refuse an adapter that changes head and embedding differently, if they are one weight in the model."""
     changed = {*saved.replaced, *(f"{layer}.weight" for layer in saved.layers)} & {HEAD, EMBEDDING}
     if not changed:
         return
@@ -188,7 +189,7 @@ def _check_tied_ends(saved: SavedAdapter) -> None:
 
 
 def _check_same_settings(saved: SavedAdapter, adapter: AdapterConfig) -> None:
-    """Refuse settings that differ from the saved adapter's: training continues its matrices as they are."""
+    """Refuse settings that differ from the saved adapter's, because training continues with its matrices."""
     config = saved.config
     more = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     more += ["bias"] if config.get("bias", "none") != "none" else []
@@ -205,7 +206,7 @@ def _check_same_settings(saved: SavedAdapter, adapter: AdapterConfig) -> None:
         "adapter.use_dora": (bool(config.get("use_dora")), adapter.use_dora),
     }
     targets = sorted({layer.rpartition(".")[2] for layer in saved.layers})
-    typed = [f"{key}={str(there).lower()}" for key, (there, asked) in has.items() if there != asked]
+    typed = [f"{key}={str(saved_value).lower()}" for key, (saved_value, value) in has.items() if saved_value != value]
     if sorted(adapter.target_modules) != targets and not adapter.layers:
         typed.append(f"adapter.target_modules=[{','.join(targets)}]")
     if typed:
@@ -213,7 +214,7 @@ def _check_same_settings(saved: SavedAdapter, adapter: AdapterConfig) -> None:
 
 
 def _check_shapes(saved: SavedAdapter, found: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
-    differences = describe_differences(found, expected, unexpected="that the model has no place for")
+    differences = describe_differences(found, expected, unexpected="not in the model")
     if on_embedding := [name for name in found if "lora_embedding" in name and name not in expected]:
         differences = (
             f"{first_few(on_embedding)} are LoRA on the embedding, which qwlit does not read; {MERGE_WITH_PEFT}"
@@ -228,10 +229,11 @@ def saved_name(name: str) -> str:
     return plain.removesuffix(".weight") if MAGNITUDE in plain else plain
 
 
-def load_start(model: "PreTrainedModel", config: ModelConfig) -> None:
-    """Load the adapter that `config` names into the model, sharded or not. The model's own weights must be filled in.
+def load_initial_adapter(model: "PreTrainedModel", config: ModelConfig) -> None:
+    """Load model.adapter_path into the model, which may be sharded. The base weights must be loaded before.
 
-    A model with adapter layers gets the adapter's matrices; into a model without them they are merged (in float32).
+    If the model has adapter layers, they get the saved matrices. Otherwise the adapter is merged into the float32
+    weights.
     """
     if config.adapter_path is None:
         return
@@ -247,7 +249,7 @@ def load_start(model: "PreTrainedModel", config: ModelConfig) -> None:
 
 
 def _merge(model: "PreTrainedModel", saved: SavedAdapter) -> None:
-    """Add scale * B A to each weight; with DoRA (Liu et al. 2024) set the length of each row to its magnitude."""
+    """Add scale * B A to each weight. With DoRA (Liu et al. 2024), then scale each row to the saved magnitude."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = saved.tensors()
     for name in saved.replaced:
@@ -256,8 +258,8 @@ def _merge(model: "PreTrainedModel", saved: SavedAdapter) -> None:
         weight = parameters[f"{layer}.weight"]
         rows = local(weight)
         first, end = own_slice_range(weight)
-        low, high = tensors[layer + A].to(rows.device), tensors[layer + B][first:end].to(rows.device)  # (R, I), (O, R)
-        rows.add_(high @ low, alpha=saved.scale(layer))
+        a, b = tensors[layer + A].to(rows.device), tensors[layer + B][first:end].to(rows.device)  # (R, I), (O, R)
+        rows.add_(b @ a, alpha=saved.scale(layer))
         if layer + MAGNITUDE in tensors:
             lengths = tensors[layer + MAGNITUDE].flatten()[first:end].to(rows.device)
             rows.mul_((lengths / rows.norm(dim=1)).unsqueeze(1))

@@ -20,11 +20,11 @@ def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
     FSDP2 reduces gradients in float32 after every micro-batch, so that no device keeps an unsharded gradient.
 
     Args:
-        bf16: gather the layers' weights in bfloat16. Autocast decides what is computed in bfloat16, as without
-            sharding: the residual stream, embedding and head stay float32.
+        bf16: all-gather the layers' weights in bfloat16. Autocast chooses the compute dtype, as without sharding. The
+            residual stream and the weights of embedding and head stay float32.
     """
-    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy = replace(whole, param_dtype=torch.bfloat16) if bf16 else whole
+    root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layer_policy = replace(root_policy, param_dtype=torch.bfloat16) if bf16 else root_policy
     for layer in family_of(model.causal_lm).layers(model.causal_lm):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=whole)
+        fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
+    fully_shard(model, mesh=mesh, mp_policy=root_policy)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 Files = Mapping[Path, frozenset[str] | None]
-"""The tensors that count in each file: those that the index names; None: all, because there is no index."""
+"""The tensors to read from each file: those that the index names; None: all, because there is no index."""
 # Older versions of transformers saved these buffers; the model computes them from its configuration.
 COMPUTED_BUFFERS = ("rotary_emb.inv_freq",)
 
@@ -45,14 +45,14 @@ def weight_files(folder: Path) -> Files:
 
 
 def read_shapes(files: Files) -> dict[str, list[int]]:
-    """Return each tensor's shape by its name, from the files' headers; see `read_tensors`."""
+    """Return each tensor's shape by its name, from the files' headers. It raises what `read_tensors` raises."""
     return {name: list(tensor.get_shape()) for name, tensor in read_tensors(files)}
 
 
 def read_tensors(files: Files) -> Iterator[tuple[str, Any]]:
     """Yield each tensor's name and a handle. A slice of the handle reads only those rows from the file.
 
-    If two files have the same tensor, the file that the index names counts, as for transformers.
+    If two files have the same tensor, it comes from the file that the index names, as in transformers.
 
     Raises:
         ConfigError: a file is cut off or damaged, or lacks a tensor that the index names.
@@ -62,10 +62,10 @@ def read_tensors(files: Files) -> Iterator[tuple[str, Any]]:
     for file, wanted in files.items():
         try:
             with safe_open(str(file), framework="pt") as opened:
-                there = list(opened.keys())
-                if wanted is not None and (absent := sorted(wanted.difference(there))):
+                names = list(opened.keys())
+                if wanted is not None and (absent := sorted(wanted.difference(names))):
                     raise ConfigError(f"{file} lacks {first_few(absent)}, which the index says it holds; copy it again")
-                for name in there:
+                for name in names:
                     if (wanted is None or name in wanted) and not name.endswith(COMPUTED_BUFFERS):
                         yield name, opened.get_slice(name)
         except (SafetensorError, OSError) as error:
@@ -85,7 +85,7 @@ def stored_dtype(folder: Path) -> "torch.dtype":
     return names[most]
 
 
-# Enough of each file to notice other weights, and few enough to read for a model of any size.
+# Enough blocks to detect other weights, and few enough to read quickly from a model of any size.
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 
 
@@ -96,17 +96,17 @@ def fingerprint_files(files: Files) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as handle:
-            for number in range(SAMPLED_BLOCKS + 1):
-                handle.seek(max(0, size - BLOCK_BYTES) * number // SAMPLED_BLOCKS)
+            for block in range(SAMPLED_BLOCKS + 1):
+                handle.seek(max(0, size - BLOCK_BYTES) * block // SAMPLED_BLOCKS)
                 digest.update(handle.read(BLOCK_BYTES))
     return digest.hexdigest()[:16]
 
 
 def describe_differences(found: Mapping[str, list[int]], expected: Mapping[str, list[int]], *, unexpected: str) -> str:
-    """Name the tensors that are missing, unexpected or of another shape; empty where all agree.
+    """Name the tensors that are missing, unexpected or of another shape; return "" if there are none.
 
     Args:
-        unexpected: the word for tensors that are not expected.
+        unexpected: what the message calls tensors that are not expected.
     """
     findings = {
         "missing": [name for name in expected if name not in found],

@@ -1,4 +1,4 @@
-"""Fill a model with weights, from safetensors or random. In a sharded model each rank fills the rows that it holds."""
+"""Fill a model with weights, from safetensors or random. In a sharded model each rank fills its shard slices."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,16 +13,18 @@ from qwlit.core.sharding import copy_own_slice, local, own_slice_range
 from qwlit.model.families.decoder import EMBEDDING, HEAD
 from qwlit.model.weight_files import Files, describe_differences, read_shapes, read_tensors, weight_files
 
-Filled = Callable[[str], None]
+OnWeightWritten = Callable[[str], None]
 
 
-def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled | None = None) -> None:
+def fill_weights(
+    model: nn.Module, folder: Path, *, tied: bool, on_weight_written: OnWeightWritten | None = None
+) -> None:
     """Copy the folder's tensors into the model's, one at a time, converted to the dtype of the model's tensor.
 
     Args:
-        model: whole or sharded, with or without adapters.
+        model: whole, or with this rank's shard slices; with or without adapters.
         tied: head and embedding are one weight.
-        filled: called with the name of each weight after it is written.
+        on_weight_written: called with the name of each weight after it is written.
 
     Raises:
         ConfigError: tensors are missing, unexpected, of another shape, or hold inf or NaN.
@@ -43,25 +45,29 @@ def fill_weights(model: nn.Module, folder: Path, *, tied: bool, filled: Filled |
             if tied and name == HEAD:
                 continue
             local(target).copy_(rows)
-            if filled:
-                filled(name)
+            if on_weight_written:
+                on_weight_written(name)
         if tied:
             _check_tied(folder, files, embedding)
 
 
-def draw_weights(model: nn.Module, *, seed: int, std: float, filled: Filled | None = None) -> None:
-    """Fill the model with random weights, as transformers does: matrices normal with `std`, biases 0, norms 1.
+def draw_weights(model: nn.Module, *, seed: int, std: float, on_weight_written: OnWeightWritten | None = None) -> None:
+    """Fill the model with random weights, as transformers initialises it: matrices normal, biases 0, norms 1.
 
-    Each tensor has a generator of its own, seeded with `seed` and the tensor's name, so all machines and all numbers of
-    ranks start from the same weights. Only one unsharded tensor at a time is in memory.
+    Each tensor has its own generator, seeded with `seed` and the tensor's name, so the weights do not depend on the
+    machine or the number of ranks. Only one unsharded tensor at a time is in memory.
+
+    Args:
+        std: standard deviation of the matrices.
+        on_weight_written: called with the name of each weight after it is written.
     """
     targets = _targets(model)
     with torch.no_grad():
         for name in list(targets):
             parameter = targets.pop(name)
             copy_own_slice(parameter, _drawn(name, parameter.shape, seed, std))
-            if filled:
-                filled(name)
+            if on_weight_written:
+                on_weight_written(name)
 
 
 def _drawn(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
@@ -74,7 +80,7 @@ def _drawn(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
 
 def _targets(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the model's parameters without adapters, by their names in files; a tied weight occurs once."""
-    # Where peft adds an adapter, it moves the layer into the wrapper's `base_layer`.
+    # With an adapter on layer X, peft renames X.weight to X.base_layer.weight.
     return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
 
 
@@ -86,9 +92,10 @@ def _check_shapes(folder: Path, found: dict[str, list[int]], expected: dict[str,
 
 
 def _check_finite(folder: Path, name: str, rows: Tensor) -> None:
-    # An inf or NaN makes the sum not finite: one pass without a mask. Large values can too, so look at each one then.
+    # The sum is not finite if a value is inf or NaN, and it needs no mask in memory. Large finite values can overflow
+    # it too, so check each value then.
     if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
-        raise ConfigError(f"{folder}: {name} holds inf or NaN; the checkpoint is spoiled, take another one")
+        raise ConfigError(f"{folder}: {name} holds inf or NaN; these model files are damaged; download them again")
 
 
 def _check_tied(folder: Path, files: Files, embedding: Tensor) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from qwlit.config.compose import Composed, compose
 from qwlit.core.errors import ConfigError
-from qwlit.model.config import higher_levels
+from qwlit.model.config import levels_with_less_memory
 from qwlit.planning.batch_statistics import assume_batches, measure_batches
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.run_plan import RunPlan
@@ -26,7 +26,7 @@ def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
     found: list[Remedy] = []
     for more in _smaller(plan.setup.composed):
         if any(set(fitting) <= set(more) for fitting, _ in found):
-            continue  # a part of these overrides is enough
+            continue  # some of these overrides alone are enough
         try:
             setup = resolve_setup(_changed(overrides, plan.setup.composed, more), trust_profile=True)
             world_size = setup.machine.world_size
@@ -59,23 +59,25 @@ def _changed(typed: list[str], composed: Composed, overrides: list[str]) -> Comp
 
 
 def _smaller(composed: Composed) -> list[list[str]]:
-    """List overrides to try: those that only cost time, then another optimizer or recipe, then more devices."""
+    """Return overrides to try: first those that only cost time, then another optimizer or recipe, then more devices."""
     config = composed.config
     hardware = config.hardware
     on_cpu, from_scratch = hardware.accelerator == "cpu", config.model.init == "random"
     current = hardware.activation_checkpointing
-    levels = () if current == "auto" else higher_levels(current)
+    levels = () if current == "auto" else levels_with_less_memory(current)
     one_sample = [] if hardware.micro_batch_size == 1 else ["hardware.micro_batch_size=1"]
     tokens = hardware.micro_batch_tokens
-    ways = [["hardware.strategy=auto"]] if hardware.strategy == "ddp" else []
-    ways += [[f"hardware.activation_checkpointing={level}"] for level in levels]
-    ways += [[f"hardware.micro_batch_tokens={tokens // part}"] for part in (2, 4) if tokens and tokens >= 2 * part]
-    ways += [one_sample] if one_sample else []
+    candidates = [["hardware.strategy=auto"]] if hardware.strategy == "ddp" else []
+    candidates += [[f"hardware.activation_checkpointing={level}"] for level in levels]
+    candidates += [
+        [f"hardware.micro_batch_tokens={tokens // part}"] for part in (2, 4) if tokens and tokens >= 2 * part
+    ]
+    candidates += [one_sample] if one_sample else []
     if composed.choices:
         optimizers = ["adamw_8bit"] if on_cpu else ["adamw_8bit", "paged_adamw_8bit"]
         recipes = [] if from_scratch else ["recipe=lora", "recipe=qlora"]
-        for way in (*(f"optim={name}" for name in optimizers), *recipes):
-            ways += [[way], [way, *one_sample]]
+        for override in (*(f"optim={name}" for name in optimizers), *recipes):
+            candidates += [[override], [override, *one_sample]]
     devices = hardware.devices
     first = 1 if devices == "auto" else devices
-    return ways + [[f"hardware.devices={count}"] for count in (2, 4, 8) if count > first and not on_cpu]
+    return candidates + [[f"hardware.devices={count}"] for count in (2, 4, 8) if count > first and not on_cpu]

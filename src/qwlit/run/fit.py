@@ -11,7 +11,7 @@ from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.ranks import mark_process_group_joined
 from qwlit.model.compile import failed_to_compile
 from qwlit.model.load import fill_causal_lm
-from qwlit.model.loss_model import start_adapter
+from qwlit.model.loss_model import init_adapter
 from qwlit.model.shard import shard_model
 from qwlit.run.callbacks import TrainerWithCallbacks, build_trainer_with_callbacks
 from qwlit.run.modules import build_data_module, build_module
@@ -59,7 +59,7 @@ def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
     """
     shard_model(run.loss_model, mesh, bf16=run.plan.machine.precision == "bf16-mixed")
     fill_causal_lm(run.loss_model.causal_lm, run.config.model, seed=run.config.seed)
-    start_adapter(run.loss_model.causal_lm, run.config.model)
+    init_adapter(run.loss_model.causal_lm, run.config.model)
 
 
 def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataModule, start: ResumePoint) -> None:

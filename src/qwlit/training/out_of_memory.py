@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.sharding import local
-from qwlit.model.config import higher_levels
+from qwlit.model.config import levels_with_less_memory
 from qwlit.training.config import HardwareConfig
 from qwlit.training.machine import Machine
 
@@ -38,7 +38,10 @@ def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig,
 
 def remedies(hardware: HardwareConfig, machine: Machine) -> list[str]:
     """Return overrides in the order of the tuning guide: activation checkpointing, smaller micro-batches, bf16."""
-    found = [f"hardware.activation_checkpointing={level}" for level in higher_levels(machine.activation_checkpointing)]
+    found = [
+        f"hardware.activation_checkpointing={level}"
+        for level in levels_with_less_memory(machine.activation_checkpointing)
+    ]
     for name in ("micro_batch_size", "micro_batch_tokens"):
         limit = getattr(hardware, name)
         if limit is not None and limit > 1:

@@ -1,6 +1,6 @@
 """A decoder with norms before its blocks and a gated feed-forward block, with Hugging Face's module names.
 
-Shapes: B rows, T positions, N label positions, D hidden.
+Shapes: B sequences, T positions, N label positions, D hidden.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """An architecture: its classes in transformers, and the places of its parts in the model."""
+    """An architecture: its classes in transformers, and accessors for the modules of a model."""
 
     model_type: str
-    """As in config.json."""
+    """The value of `model_type` in config.json."""
     class_prefix: str
     """transformers' classes are this name plus Config, and this name plus ForCausalLM."""
     query_norm: str | None = None
-    """Name of the norm on each query head, in the attention block; None where there is none."""
+    """Name, in the attention block, of the norm on each query head; None if there is none."""
     key_norm: str | None = None
-    """Name of the norm on each key head; None where there is none."""
+    """Name, in the attention block, of the norm on each key head; None if there is none."""
 
     @property
     def class_name(self) -> str:
