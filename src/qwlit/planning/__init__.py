@@ -1,1 +1,1 @@
-"""From a RunConfig to a RunPlan: resolve once, before training, everything that depends on machine, model and data."""
+"""Turn a RunConfig into a RunPlan: before training, resolve once what depends on machine, model and data."""

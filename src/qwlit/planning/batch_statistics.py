@@ -1,4 +1,4 @@
-"""Statistics of the steps of a run: the number of micro-batches, and the size of the largest one."""
+"""Count the micro-batches per step of a run, and measure the largest one."""
 
 from dataclasses import dataclass, replace
 from statistics import median
@@ -9,7 +9,7 @@ from qwlit.config.run import RunConfig
 from qwlit.data.step_plan import StepPlan
 from qwlit.planning.memory.state import MicroShape
 
-# Of a longer run, only this many steps and samples are measured, evenly spread; it takes half a second.
+# In a longer run, only this many steps and samples are measured, at equal distances. That takes half a second.
 MOST_STEPS, MOST_SAMPLES = 2000, 200_000
 
 
@@ -32,7 +32,7 @@ class BatchStatistics:
 
 
 def measure_batches(plan: StepPlan, total_steps: int) -> BatchStatistics:
-    """Assign the samples of the steps (of a long run, of some steps) to micro-batches and measure them."""
+    """Assign the samples of all steps, or of some steps of a long run, to micro-batches and measure them."""
     counts, tokens, positions = [], [], []
     num_supervised, num_pairs = 0, 0.0
     largest = MicroShape(0, 0, 0.0, plan.packing)

@@ -1,4 +1,4 @@
-"""Resolve what follows from settings and machine alone, without tokenizer, data and weights."""
+"""Resolve everything that follows from settings and machine, without tokenizer, data and weights."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -42,7 +42,8 @@ class Setup:
     machine: Machine
     execution: Execution
     compile_obstacle: str | None
-    """Why hardware.compile=auto does not compile the layers; None if it does or was not asked."""
+    """Why hardware.compile=auto does not compile the layers; None if layers are compiled, or hardware.compile is not
+    auto."""
 
     @property
     def config(self) -> RunConfig:
@@ -57,7 +58,7 @@ class Setup:
         return sum(group.size for group in self.groups)
 
     def fit_memory(self, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
-        """Replace "auto" for strategy and activation checkpointing by the fastest choice that fits, else the smallest.
+        """Choose strategy and activation checkpointing where they are "auto": the fastest that fits, else the smallest.
 
         Args:
             micro: the micro-batch that takes the most memory.
@@ -66,14 +67,14 @@ class Setup:
         last = self._estimate(smallest, micro)
         if last[1].fits is not False:
             for machine in faster:
-                tried = self._estimate(machine, micro)
-                if tried[1].fits is not False:
-                    return tried
+                candidate = self._estimate(machine, micro)
+                if candidate[1].fits is not False:
+                    return candidate
         return last
 
     def _estimate(self, machine: Machine, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
         level = machine.activation_checkpointing
-        # `compiled` was chosen before the level, and a layer that offloads cannot be compiled.
+        # `compiled` was chosen before the level of activation checkpointing, and offloading layers cannot be compiled.
         compiled = self.execution.compiled and level != "offload"
         execution = replace(self.execution, activation_checkpointing=level, compiled=compiled)
         estimate = estimate_memory(self.config, self.model, self.groups, machine, execution, micro)
@@ -84,7 +85,7 @@ def resolve_setup(composed: Composed, *, trust_profile: bool = False) -> Setup:
     """Resolve what depends on the machine, and match every pattern against the model's parameters.
 
     Args:
-        trust_profile: take the devices from the hardware profile, not from this machine.
+        trust_profile: take the devices from the hardware profile; do not inspect this machine.
 
     Raises:
         ConfigError: a device or a model file is missing, settings cannot be combined, or a pattern matches nothing.
@@ -109,7 +110,7 @@ def resolve_setup(composed: Composed, *, trust_profile: bool = False) -> Setup:
     compiled, obstacle = resolve_compile(
         config.hardware.compile, machine, _why_not_compiled(config, machine, attention), trust_profile=trust_profile
     )
-    # Without an adapter, frozen parameters are exported too, so they keep float32 and stay equal to the bit.
+    # Without an adapter, frozen parameters are exported too, so they stay float32 and do not change by a bit.
     frozen = torch.float32 if config.adapter.kind == "none" else machine.frozen_dtype
     # The model's shape is enough to find patterns that match nothing, before hours of tokenizing.
     unquantized = replace(config.adapter, quantization="none")
@@ -127,7 +128,7 @@ def resolve_setup(composed: Composed, *, trust_profile: bool = False) -> Setup:
 
 
 def _why_not_compiled(config: RunConfig, machine: Machine, attention: AttentionKernel) -> str | None:
-    """Return the setting that keeps a layer from being one graph for all batches, or None."""
+    """Return the setting because of which a layer cannot be one graph for all batches; None if there is none."""
     if config.determinism == "strict":
         return "determinism=strict does not compile layers"
     if machine.activation_checkpointing == "offload":

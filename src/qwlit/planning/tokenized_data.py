@@ -64,7 +64,7 @@ def load_tokenized_data(config: RunConfig, screen: Console) -> TokenizedData:
 
 
 def is_small_or_tokenized(config: RunConfig, most_bytes: int) -> bool:
-    """Tell whether `load_tokenized_data` is quick: the data are small, or tokenized already.
+    """Whether `load_tokenized_data` is quick: the data are small, or tokenized already.
 
     Raises:
         DataError: the data do not exist.
