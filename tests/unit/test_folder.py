@@ -101,7 +101,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change_config(f, rope_parameters=None, rope_scaling={"type": "yarn"}),
         "factor",
     ),
-    "unknown dtype": (lambda f: change_config(f, dtype=None, torch_dtype="bfloat"), "torch_dtype='bfloat' must be one of"),
+    "unknown dtype": (
+        lambda f: change_config(f, dtype=None, torch_dtype="bfloat"),
+        "torch_dtype='bfloat' must be one of",
+    ),
     "pad beyond the embedding": (lambda f: change_config(f, pad_token_id=97), "pad_token_id=97 has no row"),
     "unknown activation": (lambda f: change_config(f, hidden_act="silly"), "no model can be built.*silly"),
     "heads that do not group": (lambda f: change_config(f, num_key_value_heads=3), "num_key_value_heads=3 must divide"),

@@ -36,7 +36,7 @@ def export_model(model: PreTrainedModel, folder: Path, *, sources: ExportSources
     """Write the whole model in the dtype of its base model, or only its adapter in float32.
 
     Args:
-        end: how the answers in the training data end; None if there were none.
+        end: the end token that the model learned; None to keep that of the base model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):

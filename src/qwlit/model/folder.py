@@ -33,7 +33,7 @@ def check_folder(folder: Path, field: str) -> None:
     if folder.is_dir():
         return
     if folder.exists():
-        raise ConfigError(f"{field}={folder} is a file; give the Hugging Face folder it lies in")
+        raise ConfigError(f"{field}={folder} is a file; give the Hugging Face folder that contains it")
     parent = folder.absolute().parent
     siblings = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
     hint = nearest(folder.name, siblings)
@@ -103,7 +103,7 @@ def base_of(adapter: Path) -> dict[str, str | None]:
     """
     base = named_base(adapter)
     if isinstance(base, str):
-        # A relative path counts from the folder where the adapter was trained, or from the adapter.
+        # A relative path is relative to the folder in which the adapter was trained, or to the adapter's folder.
         for candidate in (resolve_path(base), adapter / base):
             if candidate.is_dir():
                 return {"path": str(candidate), "hub_id": None}
@@ -142,12 +142,12 @@ def _check_sizes(file: Path, config: dict[str, Any]) -> None:
 def _check_attention(file: Path, config: dict[str, Any]) -> None:
     kinds = config.get("layer_types")
     if config.get("use_sliding_window"):
-        raise ConfigError(f"{file}: use_sliding_window=true is not supported, attention here is always full")
+        raise ConfigError(f"{file}: use_sliding_window=true is not supported, qwlit computes full attention only")
     if kinds is None:
         return
     other = [kind for kind in kinds if kind != FULL_ATTENTION] if isinstance(kinds, list) else [kinds]
     if other:
-        raise ConfigError(f"{file}: layer_types names {other[0]}, but attention here is always {FULL_ATTENTION}")
+        raise ConfigError(f"{file}: layer_types names {other[0]}, but qwlit computes {FULL_ATTENTION} only")
 
 
 def _check_weights(file: Path, config: dict[str, Any]) -> None:

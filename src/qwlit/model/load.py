@@ -136,7 +136,7 @@ def empty_causal_lm(
 
 
 def _read_generation_config(folder: Path) -> "GenerationConfig | None":
-    """Read generation_config.json where there is one.
+    """Read generation_config.json; return None if there is no such file.
 
     Raises:
         ConfigError: the file cannot be read, or a value is wrong.

@@ -75,7 +75,7 @@ def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
 
 
 def context_length(config: "PretrainedConfig") -> int:
-    """Return the longest context of a model: max_position_embeddings, or more where the rotary embedding is scaled.
+    """Return the longest context of a model: max_position_embeddings, or more if the rotary embedding is scaled.
 
     For YaRN and other scalings, config.json states the length before scaling and a factor.
     """

@@ -146,7 +146,7 @@ def _data_for_preview(config: RunConfig, screen: Console) -> tuple[TokenizedData
     """Return the tokenized data, or the reason for not reading them.
 
     Raises:
-        DataError: the data are here but cannot be used.
+        DataError: the data exist but cannot be used.
     """
     try:
         if not is_small_or_tokenized(config, MOST_BYTES):
