@@ -5,7 +5,7 @@ import torch
 
 from qwlit.model.head import linear_cross_entropy
 from qwlit.model.loss_model import LossModel, LossOutput
-from qwlit.run import fit
+from qwlit.run import modules
 from qwlit.training.loss_scale import LossScale
 from tests.runs.runs import TINY, assert_same_run, losses, qwlit, rows, summary, train
 
@@ -24,7 +24,7 @@ def test_losses_and_norms_are_those_of_float32_but_for_rounding(tmp_path):
 
 
 def test_an_overflow_is_skipped_and_halves_the_scale_and_does_not_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "LossScale", lambda: LossScale(2.0**30))
+    monkeypatch.setattr(modules, "LossScale", lambda: LossScale(2.0**30))
     run = train([*HALF, "train.max_steps=25", "run.name=high", "optim.lr=3e-3"], tmp_path)
     done = summary(run)
     assert done["status"] == "done"
@@ -48,7 +48,7 @@ def test_a_loss_that_is_not_finite_is_not_blamed_on_the_scale(tmp_path, monkeypa
 
 
 def test_a_run_cut_off_goes_on_to_the_same_bits_with_its_scale(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "LossScale", lambda: LossScale(2.0**28))
+    monkeypatch.setattr(modules, "LossScale", lambda: LossScale(2.0**28))
     whole = train([*HALF, "train.max_steps=20", "run.name=whole"], tmp_path)
     forward, calls = LossModel.forward, []
 
@@ -63,7 +63,7 @@ def test_a_run_cut_off_goes_on_to_the_same_bits_with_its_scale(tmp_path, monkeyp
     assert qwlit(["train", *TINY, *words], tmp_path).returncode == 2
     monkeypatch.setattr(LossModel, "forward", forward)
     # What a run begins with must not matter when it goes on.
-    monkeypatch.setattr(fit, "LossScale", lambda: LossScale(4.0))
+    monkeypatch.setattr(modules, "LossScale", lambda: LossScale(4.0))
     cut = train(words, tmp_path)
     assert summary(cut)["resumed_from"] == 10
     assert_same_run(whole, cut)

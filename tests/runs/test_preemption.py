@@ -31,7 +31,7 @@ from tests.runs.runs import (
 )
 from tests.runs.runs import qwlit as run_here
 
-SIGNALS = 30 if LONG else 3
+SIGNALS = 30 if LONG else 2
 WORDS = [
     *TINY,
     "recipe=pretrain",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.runs.runs import ENVIRONMENT, command, losses, qwlit, qwlit_process, summary
+from tests.runs.runs import ENVIRONMENT, command, interpreter, losses, qwlit, qwlit_process, summary
 from tests.runs.slurm_jobs import ENDS, WORDS, finished, said, submit
 from tests.slurm_cluster import why_not
 
@@ -159,4 +159,4 @@ def test_a_run_in_use_and_tasks_that_are_not_the_devices_are_refused(cluster, pl
 def test_python_of_the_environment_is_the_jobs(place):
     shown = qwlit(["submit", *WORDS, "hardware.devices=2", "dry_run=true"], place)
     assert shown.returncode == 0
-    assert f' --cpus-per-task="$SLURM_CPUS_PER_TASK" {sys.executable} -m qwlit train' in shown.stdout
+    assert f' --cpus-per-task="$SLURM_CPUS_PER_TASK" {interpreter()} -m qwlit train' in shown.stdout

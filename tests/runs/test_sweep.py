@@ -20,7 +20,7 @@ import yaml
 from qwlit.config.compose import compose
 from tests.runs.runs import ENVIRONMENT, LONG, TINY, losses, qwlit, qwlit_process, rows, summary, warm_command
 
-TRIALS, KILLS = (20, 6) if LONG else (8, 4)
+TRIALS, KILLS = (20, 6) if LONG else (6, 3)
 STEPS = 4
 WORDS = [
     *TINY,
