@@ -79,7 +79,7 @@ class Row:
 
 
 class _Samples:
-    """Random samples of the given lengths, their ends learnt."""
+    """Random samples of the given lengths, their ends supervised."""
 
     def sample(self, index: int) -> tuple[Any, Any]:
         import numpy as np

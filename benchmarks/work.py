@@ -24,7 +24,7 @@ class Case:
     name: str
     vocab_size: int
     supervised: float
-    """Share of a sample's tokens that are learnt: its end, as an answer is."""
+    """Share of a sample's tokens that are supervised: its end, as an answer is."""
     adapter: bool = False
     """LoRA on every linear layer of the decoder instead of full fine-tuning."""
     steps: int = 11

@@ -13,7 +13,7 @@ from qwlit.training import machine
 GIB = 2**30
 
 
-def settled(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def fitted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
     setup = resolve_setup(compose(["hardware=a100x4", *words]))
     return setup.fit_memory(assume_batches(setup.config, 4).largest)
@@ -35,7 +35,7 @@ def settled(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any
     ],
 )
 def test_the_cheapest_strategy_and_policy_that_fit_are_taken(words, strategy, memory, monkeypatch):
-    setup, estimate = settled(words, monkeypatch)
+    setup, estimate = fitted(words, monkeypatch)
     assert estimate.fits
     assert (
         setup.machine.strategy,
@@ -49,14 +49,14 @@ def test_the_cheapest_strategy_and_policy_that_fit_are_taken(words, strategy, me
     [["model=qwen3_8b", "hardware.strategy=ddp"], ["model=qwen3_4b", "optim=adamw_8bit"]],
 )
 def test_what_may_not_be_sharded_and_does_not_fit_is_counted_at_its_smallest(words, monkeypatch):
-    setup, estimate = settled(words, monkeypatch)
+    setup, estimate = fitted(words, monkeypatch)
     assert estimate.fits is False
     assert (setup.machine.strategy, setup.machine.activation_checkpointing) == ("ddp", "offload")
     assert not setup.execution.compiled
 
 
 def test_sharding_over_twice_the_devices_halves_weights_and_moments(monkeypatch):
-    _, four = settled(["model=qwen3_4b"], monkeypatch)
+    _, four = fitted(["model=qwen3_4b"], monkeypatch)
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(8, "NVIDIA A100-SXM4-40GB", True, 42.3))
     setup = resolve_setup(compose(["hardware=a100x8", "model=qwen3_4b", "hardware.strategy=fsdp"]))
     _, eight = setup.fit_memory(assume_batches(setup.config, 8).largest)

@@ -16,7 +16,7 @@ def parts(tmp_path: Path) -> list[Samples]:
     first = 0
     for number, size in enumerate((5, 1, 0, 20)):
         rows = [tokens(first + index, 3 + first + index) for index in range(size)]
-        # The row put aside keeps the file from being empty.
+        # The quarantined row keeps the file from being empty.
         found.append(build(write(tmp_path / f"{number}.jsonl", [b"{", *rows])))
         first += size
     return found
