@@ -78,8 +78,8 @@ class DataConfig:
     """Rows to validate on, in the same forms as `path`. null: see `val_fraction`."""
     val_fraction: Probability = 0.0
     """Share of rows (0 to 1) held out for validation if there is no `val_path`. A hash of the row's tokens decides: a
-    row stays on its side when other rows are added or removed, and all copies of a row are on one side. From .txt
-    files, qwlit holds out samples, not whole files."""
+    row stays on its side when other rows are added or removed, and all copies of a row are on one side. So the share of
+    few rows is only about this one. From .txt files, qwlit holds out samples, not whole files."""
     format: RowFormat = "auto"
     """Format of the rows. `auto` finds it by the keys of each row; a fixed format reads only its own keys."""
     template: TemplateName = "auto"
