@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlit.config.compose import Composed, compose
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, QwlitError, SignalExit
+from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, QwlitError
 from qwlit.core.files import read_json_lines, resolve_path
 from qwlit.core.ranks import launched_world_size
 from qwlit.training.tracking.run_folder import RunFolder
@@ -177,10 +177,7 @@ def _train_here(composed: Composed, callbacks: "Sequence[Callback]", loggers: "S
             f"callbacks: qwlit.train saves checkpoints itself (checkpoint.every_steps); leave {type(saving).__name__}"
             " out, or use it in a Trainer of your own (qwlit.lightning_modules)"
         )
-    try:
-        train_run(composed, Extensions(callbacks, loggers))
-    except SignalExit as end:
-        raise end.error from None
+    train_run(composed, Extensions(callbacks, loggers))
 
 
 def _train_in_subprocess(overrides: Sequence[str]) -> None:

@@ -73,9 +73,9 @@ def compose(overrides: list[str]) -> Composed:
         tree = _load_run(typed.pop("config"), chosen)
         choices: dict[str, str] = {}
     else:
-        tree, choices = _compose_groups(chosen, typed)
+        tree, choices = _compose_groups(groups, chosen, typed)
     settings = _with_typed(tree, typed)
-    _replace_architecture(settings, typed, choices.get("model"))
+    _replace_architecture(settings, typed, choices.get("model"), groups["model"])
     config = check(settings)
     check_relations(config)
     name = config.run.name or _default_name(config, choices)
@@ -86,9 +86,14 @@ def compose(overrides: list[str]) -> Composed:
     return Composed(replace(config, run=replace(config.run, name=name)), choices)
 
 
-def _compose_groups(chosen: dict[str, Any], typed: dict[str, Any]) -> tuple[DictConfig, dict[str, str]]:
-    """Compose the chosen files with Hydra. Return the tree, and the chosen file of every group."""
-    groups = group_options()
+def _compose_groups(
+    groups: dict[str, list[str]], chosen: dict[str, Any], typed: dict[str, Any]
+) -> tuple[DictConfig, dict[str, str]]:
+    """Compose the chosen files with Hydra. Return the tree, and the chosen file of every group.
+
+    Args:
+        groups: every packaged group with its choices.
+    """
     if "data.path" in typed:
         # The user's own data also replace the demo's validation set and its exact-match check.
         chosen = {"data": "files"} | chosen
@@ -177,7 +182,7 @@ def _packaged_hub_id(name: str) -> str | None:
     return hub_id
 
 
-def _replace_architecture(tree: dict[str, Any], typed: dict[str, Any], chosen: str | None) -> None:
+def _replace_architecture(tree: dict[str, Any], typed: dict[str, Any], chosen: str | None, packaged: list[str]) -> None:
     """Drop the architecture of the chosen model file if a folder or another hub id names the model.
 
     Raises:
@@ -190,7 +195,7 @@ def _replace_architecture(tree: dict[str, Any], typed: dict[str, Any], chosen: s
     is_other = hub_id is not None and ("model.hub_id" in typed or chosen is not None)
     if is_other and chosen is not None:
         # A model file of the user has its own hub id and architecture.
-        is_other = chosen in group_options()["model"] and _packaged_hub_id(chosen) != hub_id
+        is_other = chosen in packaged and _packaged_hub_id(chosen) != hub_id
     if not path and not is_other:
         return
     if useless := next((key for key in typed if key.startswith("model.architecture")), None):

@@ -88,8 +88,9 @@ def recognise_template(render_jinja: RenderJinja) -> ChatTemplateFamily:
             return family
     # Try again with the template's own system text. Now that text cannot distinguish the families, so a probe with
     # arguments as JSON text does.
-    default = _default_system(render_own(_CHAT, None))
-    writes_tools = render_own(_CHAT, [_TOOL]) != render_own(_CHAT, None)
+    plain = render_own(_CHAT, None)
+    default = _default_system(plain)
+    writes_tools = render_own(_CHAT, [_TOOL]) != plain
     for family in FAMILIES.values():
         candidate = replace(family, default_system=default)
         # A family without tools skips the tool probes: it must not match a template that writes tools in another way.

@@ -30,7 +30,7 @@ def unread_key_remarks(owner: Literal["row", "message"], keys: Iterable[str]) ->
 
 
 def add_remarks(total: Counter[str], more: Counter[str]) -> None:
-    """Add `more` to `total`, but name only the first MAX_NAMED unread keys: a data set can have any count of them."""
+    """Add `more` to `total`, but name only the first MAX_NAMED unread keys: a data set can have any number of them."""
     prefixes = tuple(_PREFIXES.values())
     num_named = sum(text.startswith(prefixes) for text in total)
     for text, count in more.items():

@@ -40,7 +40,6 @@ def build_module(
         with_telemetry: the module brings the callback that measures and logs; else the Trainer must have it.
     """
     config, machine, steps = plan.config, plan.machine, plan.planned_data.steps
-    telemetry = Telemetry(steps.milestones, (), plan.flops, machine) if with_telemetry else None
     return CausalLMModule(
         loss_model,
         optim=config.optim,
@@ -49,7 +48,7 @@ def build_module(
         shard=shard,
         loss_scale=LossScale() if machine.precision == "16-mixed" else None,
         seed=config.seed,
-        callbacks=[telemetry] if telemetry else [],
+        callbacks=[Telemetry(steps.milestones, (), plan.flops, machine)] if with_telemetry else [],
     )
 
 
