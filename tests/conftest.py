@@ -1,20 +1,32 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from tests.real_tokenizer import build_real_tokenizer
+from tests.real_tokenizer import build_real_tokenizer, real_backend
 
 
 @pytest.fixture(scope="session")
 def real_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function from family to a folder with its tokenizer, each built once a session."""
+    """A function from family to a folder with its tokenizer, each built once for all test processes."""
+    session = tmp_path_factory.getbasetemp()
+    shared = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "tokenizers"
+    shared.mkdir(exist_ok=True)
 
     @lru_cache
     def build(family: str) -> Path:
-        return build_real_tokenizer(family, tmp_path_factory.mktemp(family))
+        with FileLock(shared / "lock"):
+            backend = shared / "backend.json"
+            if not backend.exists():
+                backend.write_text(real_backend(), encoding="utf-8")
+            folder = shared / family
+            if not folder.exists():
+                build_real_tokenizer(family, folder, backend.read_text(encoding="utf-8"))
+            return folder
 
     return build

@@ -163,8 +163,8 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     )
 
 
-@lru_cache(maxsize=1)
-def _backend() -> str:
+def real_backend() -> str:
+    """Return the file tokenizer.json without added tokens. It takes seconds."""
     vocab, merges = vocabulary()
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
@@ -174,10 +174,10 @@ def _backend() -> str:
     return tokenizer.to_str()
 
 
-def build_real_tokenizer(family: str, folder: Path) -> Path:
+def build_real_tokenizer(family: str, folder: Path, backend_json: str) -> Path:
     """Save the tokenizer of `family` (a key of JINJA) as a Hugging Face folder and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    backend = Tokenizer.from_str(_backend())
+    backend = Tokenizer.from_str(backend_json)
     backend.add_tokens(added_tokens(family))
     backend.save(str(folder / "tokenizer.json"), pretty=False)
     config = {

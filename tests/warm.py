@@ -18,13 +18,19 @@ import socket
 import sys
 from pathlib import Path
 
-MODULES = ("qwlit", "tests.invariance.worker")
-READ_BY_IMPORTS = re.compile(r"HF_|TRANSFORMERS_|TORCH|OMP_|GOMP_|PYTHON|LD_|LC_ALL|LANG|CUDA_")
+# Lightning starts ranks as `-m qwlit.__main__`.
+MODULES = ("qwlit", "qwlit.__main__", "tests.invariance.worker")
+# torch reads TORCHELASTIC_ and TORCH_NCCL_, which torchrun sets, when ranks meet.
+READ_BY_IMPORTS = re.compile(
+    r"HF_|TRANSFORMERS_|TORCH(?!ELASTIC_|_NCCL_)|OMP_|GOMP_|PYTHON|LD_|LC_ALL|LANG|CUDA_(?!VISIBLE)"
+)
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def _read_by_imports(environment):
-    return {name: value for name, value in environment.items() if READ_BY_IMPORTS.match(name)}
+    found = {name: value for name, value in environment.items() if READ_BY_IMPORTS.match(name)}
+    # qwlit sets it for itself, and so for the processes that it starts.
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | found
 
 
 def _read(connection, size):
@@ -94,6 +100,7 @@ def warm_python(folder, environment):
     listener.bind(str(server))
     listener.listen(64)
     words = [sys.executable, "-m", "tests.warm", str(listener.fileno()), str(script), str(os.getpid())]
+    environment = _read_by_imports(environment) | environment
     process = subprocess.Popen(words, cwd=root, env=environment, pass_fds=[listener.fileno()])
     listener.close()
     atexit.register(process.kill)

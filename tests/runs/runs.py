@@ -57,7 +57,16 @@ class WarmProcess(subprocess.Popen):
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(int(Path(self.args[0]).with_name(str(self.pid)).read_text()), number)
+            os.kill(warm_pid(self.pid), number)
+
+
+def warm_pid(stand_in: int) -> int:
+    """The process that runs for a stand-in for the interpreter."""
+    return int(Path(interpreter()).with_name(str(stand_in)).read_text())
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def qwlit_process(

@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.runs.runs import ENVIRONMENT, TINY, command
+from tests.runs.runs import ENVIRONMENT, TINY, command, warm_command
 
 WORDS = [
     *TINY,
@@ -23,9 +23,11 @@ WORDS = [
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
-def submit(cluster, words, place) -> int:
+def submit(cluster, words, place, *, warm: bool = True) -> int:
+    """Submit a job and return its number. `warm`: its processes have imported everything already (tests/warm.py)."""
+    launch = warm_command if warm else command
     done = subprocess.run(
-        command(["submit", *words]),
+        launch(["submit", *words]),
         cwd=place,
         env=ENVIRONMENT | cluster.environment,
         capture_output=True,

@@ -28,6 +28,7 @@ from tests.runs.runs import (
     qwlit_process,
     steps_logged,
     summary,
+    warm_command,
 )
 from tests.runs.runs import qwlit as run_here
 
@@ -42,7 +43,7 @@ WORDS = [
 ]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # Else SIGUSR2 ends the launcher, and with it the ranks.
-TORCHRUN += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2", "-m", "qwlit"]
+TORCHRUN += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"]
 
 
 def ranks_below(launcher: int, place) -> list[int]:
@@ -87,7 +88,12 @@ def test_a_signal_to_every_process_spares_the_loaders_workers_and_the_run_goes_o
 @pytest.mark.parametrize("launcher", ["python", "python, 2 ranks", "torchrun"])
 def test_signals_at_random_moments_change_nothing(launcher, place):
     words = ["train", *WORDS, *([] if launcher == "python" else ["hardware.devices=2"])]
-    start = [*TORCHRUN, *words] if launcher == "torchrun" else command(words)
+    # One process imports as a user's does, so that signals also meet its imports; ranks have imported already.
+    start = {
+        "python": command(words),
+        "python, 2 ranks": warm_command(words),
+        "torchrun": [*TORCHRUN, "--no-python", *warm_command(words)],
+    }[launcher]
     run = place / "runs" / "cut"
     dice = random.Random(launcher)
     sent = lives = 0

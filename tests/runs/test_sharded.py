@@ -18,7 +18,9 @@ from tests.runs.runs import (
     DEMO,
     ENVIRONMENT,
     TINY,
+    children,
     free_port,
+    interpreter,
     losses,
     qwlit,
     qwlit_process,
@@ -28,6 +30,7 @@ from tests.runs.runs import (
     summary,
     train,
     warm_command,
+    warm_pid,
 )
 from tests.tiny import TINY as SHAPE
 from tests.tiny import save_folder, tiny_causal_lm
@@ -71,7 +74,7 @@ def test_two_shards_train_the_model_of_one_process_and_export_it(recipe, tmp_pat
 
 
 def test_a_run_goes_on_from_two_shards_to_four_to_two_replicas_to_one_process(tmp_path):
-    long = [*RUN, "train.max_steps=400", "validation.every_steps=null", "checkpoint.every_steps=null"]
+    long = [*RUN, "train.max_steps=150", "validation.every_steps=null", "checkpoint.every_steps=null"]
     whole = train([*long, "run.name=whole"], tmp_path)
     run = tmp_path / "runs" / "cut"
     words = [*long, "run.name=cut"]
@@ -178,7 +181,8 @@ def test_two_nodes_of_two_under_torchrun_train_what_one_process_trains(strategy,
     nodes = [
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
-            *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", "-m", "qwlit"),
+            *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"),
+            *("--no-python", interpreter(), "-m", "qwlit"),
             *(*words, f"hardware.strategy={strategy}"),
         ]
         for node in range(2)
@@ -190,9 +194,10 @@ def test_two_nodes_of_two_under_torchrun_train_what_one_process_trains(strategy,
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_that_is_killed_ends_the_job_soon_in_one_line_that_names_it(strategy, tmp_path):
     words = [*RUN, "train.max_steps=2000", "run.name=killed", "hardware.devices=2", f"hardware.strategy={strategy}"]
-    process = started(words, tmp_path / "runs" / "killed", logged=5, warm=False)
-    (child, *_) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGKILL)
+    real = strategy == "ddp"
+    process = started(words, tmp_path / "runs" / "killed", logged=5, warm=not real)
+    (child, *_) = children(process.pid if real else warm_pid(process.pid))
+    os.kill(child, signal.SIGKILL)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 1, said
     assert "lost another rank: rank 1 ended with signal 9 (out of memory?)" in said and "Traceback" not in said
@@ -202,9 +207,10 @@ def test_a_rank_that_is_killed_ends_the_job_soon_in_one_line_that_names_it(strat
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_that_is_stopped_is_named_by_the_one_that_waits_for_it(strategy, tmp_path):
     words = [*RUN, "train.max_steps=2000", "run.name=a", "hardware.devices=2", f"hardware.strategy={strategy}"]
-    process = started([*words, "hardware.timeout_seconds=8"], tmp_path / "runs" / "a", logged=5, warm=False)
-    (child, *_) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(child), signal.SIGSTOP)
+    process = started([*words, "hardware.timeout_seconds=8"], tmp_path / "runs" / "a", logged=5)
+    (stand_in, *_) = children(warm_pid(process.pid))
+    child = warm_pid(stand_in)
+    os.kill(child, signal.SIGSTOP)
     said = process.communicate(timeout=90)[1]
     assert process.returncode == 1, said
     assert re.search(

@@ -22,7 +22,9 @@ def test_two_nodes_of_two_tasks_compute_what_one_process_does(cluster, place):
     words = [*WORDS, "train.max_steps=8", "dropout=none"]
     nodes = ["hardware.num_nodes=2", "hardware.devices=2", "slurm.time=10"]
     jobs = {
-        strategy: submit(cluster, [*words, *nodes, f"hardware.strategy={strategy}", f"run.name={strategy}"], place)
+        strategy: submit(
+            cluster, [*words, *nodes, f"hardware.strategy={strategy}", f"run.name={strategy}"], place, warm=False
+        )
         for strategy in ("ddp", "fsdp")
     }
     for job in jobs.values():

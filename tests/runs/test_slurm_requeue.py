@@ -163,7 +163,7 @@ def test_a_cancelled_job_is_saved_and_not_requeued(cluster, place):
 
 def test_a_job_that_only_starts_and_stops_is_left_in_the_end(cluster, place):
     words = [*WORDS, "train.max_steps=50", "hardware.devices=1", "run.name=loop", "slurm.max_requeues_in_place=1"]
-    job = submit(cluster, words, place)
+    job = submit(cluster, words, place, warm=False)
     seen = set()
 
     def tell(state):

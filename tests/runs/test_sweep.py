@@ -76,7 +76,7 @@ def test_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_killed(p
         with (place / "said.log").open("ab") as said:
             parent = subprocess.Popen(warm_command(words), cwd=place, env=ENVIRONMENT, stdout=said, stderr=said)
         while parent.poll() is None:
-            time.sleep(dice.uniform(1.0, 9.0))
+            time.sleep(dice.uniform(0.5, 4.0))
             if kills == KILLS or parent.poll() is not None:
                 parent.wait(timeout=400)
                 break
@@ -112,6 +112,7 @@ def test_bad_trials_are_recorded_with_their_reason_and_pruned_ones_are_shorter(p
     sweep = write_sweep(place, method="grid", parameters=lrs, early_terminate=rule)
     # Long enough that a pruned one is still on its way when it is told.
     words = ["sweep", sweep, "backend=optuna", "run.name=mixed", "train.max_steps=60", "validation.every_steps=3"]
+    words += ["checkpoint.every_steps=null"]
     done = qwlit_process(words, place)
     assert done.returncode == 0, done.stderr
     folder = place / "runs" / "mixed"

@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.runs.runs import TINY, free_port, qwlit_process, rows, started, summary, train
+from tests.runs.runs import TINY, children, free_port, qwlit_process, rows, started, summary, train, warm_pid
 from tests.runs.wandb_runs import chat_rows, here, recorded, sent
 from tests.wandb_stub import KEY
 
@@ -97,11 +96,10 @@ def test_after_kill_9_a_run_goes_on_as_one_with_every_row_once(server_has, chat,
 def test_a_preempted_run_says_so_and_goes_on_as_one(goes_to, chat, stub, online, tmp_path):
     asked = words(chat, *LONG)
     folder = tmp_path / "runs" / "a"
-    process = started(asked, folder, logged=20, environment=online, warm=False)
+    process = started(asked, folder, logged=20, environment=online)
     if goes_to != "the run":
-        helper = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in helper:
-            os.kill(int(pid), signal.SIGTERM)
+        for helper in children(warm_pid(process.pid)):
+            os.kill(helper, signal.SIGTERM)
     process.terminate()
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75, said

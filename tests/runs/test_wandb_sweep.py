@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.runs.runs import TINY, command, qwlit_process, summary
+from tests.runs.runs import TINY, children, command, interpreter, qwlit_process, summary
 from tests.runs.wandb_runs import chat_rows, here, recorded, sent
 
 
@@ -39,8 +39,8 @@ def sweep_file(folder, chat, parameters, *more, method="grid", **entries):
 
 @pytest.fixture
 def agents(online):
-    """The environment of an agent, which starts trials by the name of python."""
-    return online | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """The environment of an agent, which starts trials by the name of python; here python has imported everything."""
+    return online | {"PATH": f"{Path(interpreter()).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def create(folder, environment):
@@ -136,8 +136,7 @@ def test_a_killed_trial_is_resumed_by_its_whole_config_and_is_one_run(chat, stub
     while not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("step-*/MANIFEST.json")):
         assert agent.poll() is None
         time.sleep(0.05)
-    (trial,) = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()[-1:]
-    os.kill(int(trial), signal.SIGKILL)
+    os.kill(children(agent.pid)[-1], signal.SIGKILL)
     finished(agent)
     assert stub.handed_out == [("run", "trial0"), ("resume", "trial0")]
     assert stub.runs["trial0"].config.keys() >= {"_wandb", "qwlit", "optim.lr"}
