@@ -29,7 +29,7 @@ from qwlit.data.store import build_store
 from qwlit.data.store_writer import BuildProgress
 from qwlit.data.templates import FAMILIES, Supervision
 from qwlit.data.tokenizer import TextTokenizer
-from tests.real_tokenizer import build_real_tokenizer
+from tests.real_tokenizer import build_real_tokenizer, real_backend
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = [
@@ -116,7 +116,7 @@ def apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
 
 def main(num_rows: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    build_real_tokenizer("qwen3", folder / "tokenizer")
+    build_real_tokenizer("qwen3", folder / "tokenizer", real_backend())
     write_rows(folder / "rows.jsonl", num_rows)
     megabytes = (folder / "rows.jsonl").stat().st_size / 2**20
     # Here and not apart: a pool's worker may not start workers of its own.
