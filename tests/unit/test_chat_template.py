@@ -62,3 +62,19 @@ def test_a_default_system_text_with_any_characters_survives() -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     trained = "".join(piece.text for piece in render(parse_conversation(messages), family, Supervision()))
     assert tokenizer.apply_chat_template(messages, tokenize=False) == trained
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_typed_system_text_is_written_as_the_official_template_writes_it_as_a_system_turn(name: str) -> None:
+    official, ours = small_tokenizer(name), small_tokenizer(name)
+    family = replace(FAMILIES[name], default_system="Sei knapp. 简短。")
+    ours.chat_template = chat_template(family)
+    chats = [conversation(seed, tools=family.tools, thinking=family.thinking) for seed in range(20)]
+    assert {messages[0]["role"] for messages, _ in chats} == {"system", "user"}
+    for messages, tools in chats:
+        given = messages[0]["role"] == "system"
+        explicit = messages if given else [{"role": "system", "content": "Sei knapp. 简短。"}, *messages]
+        expected = official.apply_chat_template(explicit, tools=tools, tokenize=False)
+        assert ours.apply_chat_template(messages, tools=tools, tokenize=False) == expected
+        trained = render(parse_conversation(messages, tools), family, Supervision())
+        assert "".join(piece.text for piece in trained) == expected

@@ -114,7 +114,7 @@ def _show_data(data: DataSplit, tokenized: "TokenizedData", config: RunConfig, s
     screen.print(f"\n[bold]training data[/]  {data.describe()}")
     if chat is not None:
         supervision = chat.supervision
-        template = f"{chat.family.name}{_other_system_text(chat.family)}"
+        template = f"{chat.family.name}{_other_system_text(chat.family, config.data.system)}"
         screen.print(f"  template {escape(template)}, loss on {supervision.loss_on}, thinking {supervision.thinking}")
     for text in (*data.describe_shares(config.seed), *data.remarks):
         screen.print(f"  {escape(text)}")
@@ -122,8 +122,10 @@ def _show_data(data: DataSplit, tokenized: "TokenizedData", config: RunConfig, s
     _show_steps(data, config, screen)
 
 
-def _other_system_text(family: ChatTemplateFamily) -> str:
-    """Describe the template's default system text if it is not the family's default, else return ""."""
+def _other_system_text(family: ChatTemplateFamily, typed: str | None) -> str:
+    """Describe the template's default system text if it is typed or not the family's default, else return ""."""
+    if typed is not None:
+        return f" with data.system='{one_line(typed, LONGEST_SYSTEM_TEXT)}'"
     text = family.default_system
     if text == FAMILIES[family.name].default_system:
         return ""

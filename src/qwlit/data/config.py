@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from qwlit.core.schema import (
     Flag,
@@ -63,6 +63,12 @@ def _as_typed(item: Any) -> str:
     return "[" + ",".join(map(_as_typed, item)) + "]" if isinstance(item, list) else str(item)
 
 
+def _system_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("an empty system turn is not the same as none; leave it out for the template's own default")
+    return text
+
+
 DataPath = Annotated[str | tuple[DataPart, ...] | None, BeforeValidator(_as_parts)]
 
 
@@ -85,6 +91,9 @@ class DataConfig:
     template: TemplateName = "auto"
     """Chat template. `auto` recognises the tokenizer's own template, with any default system text, and refuses an
     unknown template."""
+    system: Annotated[str, AfterValidator(_system_text)] | None = None
+    """System text of conversations without a system turn, also in the exported chat template. null: the default of the
+    chat template, which is no text for Qwen3."""
     loss_on: LossOn = "assistant"
     """What is supervised in a conversation: every answer with its end-of-turn token, only the last answer, or every
     token except the turns that a row marks as not supervised. All of a plain text is supervised; tokenized rows have

@@ -1,6 +1,6 @@
 """Load the tokenizer and the tokenized data that the settings name, for training and for `inspect`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -89,6 +89,8 @@ def _encoder(config: RunConfig) -> tuple[PreTrainedTokenizerFast | None, RowEnco
         check_vocabulary(config.model, tokenizer)
         text = TextTokenizer(tokenizer)
         family = resolve_template(tokenizer, data.template)
+        if data.system is not None:
+            family = replace(family, default_system=data.system)
         chat = ChatEncoder(text, family, Supervision(data.loss_on, data.thinking))
     except (ConfigError, DataError) as error:
         refusal = str(error)
