@@ -75,6 +75,10 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["train.max_steps=1.5"], "train.max_steps=1.5: .*integer"),
         (["train.max_steps=true"], "train.max_steps=true"),
         (["train.max_steps=null", "train.max_epochs=null"], "both null"),
+        (["train.max_epochs=0.0"], "train.max_epochs=0.0: .*greater than 0"),
+        (["train.max_epochs=nan"], "train.max_epochs=nan: .*finite"),
+        (["train.max_epochs=half"], "train.max_epochs=half: .*valid number"),
+        (["train.max_epochs=true"], "train.max_epochs=true: .*valid number"),
         (["scheduler.warmup_steps=5", "scheduler.warmup_ratio=0.1"], "both set"),
         (["scheduler.warmup_ratio=1.5"], "less than or equal to 1"),
         (["scheduler=exponential", "scheduler.min_lr_ratio=0"], "never reaches 0"),
@@ -134,6 +138,13 @@ def test_typed_steps_clear_the_recipes_epochs_and_the_other_way_round():
     assert compose(["train.max_steps=7"]).config.train.max_epochs is None
     train = compose(["experiment=demo", "train.max_epochs=2"]).config.train
     assert (train.max_steps, train.max_epochs) == (None, 2)
+
+
+@pytest.mark.parametrize(("typed", "dumped"), [("3", "3"), ("3.0", "3"), ("0.5", "0.5")])
+def test_epochs_may_be_a_fraction_and_whole_ones_stay_whole(typed, dumped):
+    config = compose([f"train.max_epochs={typed}"]).config
+    assert config.train.max_epochs == float(typed)
+    assert f"max_epochs: {dumped}\n" in dump(config)
 
 
 def test_ones_own_data_replaces_the_demos_validation_set_and_exact_match_check():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qwlit.core.errors import ConfigError
 from qwlit.data.order import Order
 from qwlit.data.samples import Indices
-from qwlit.data.step_plan import Limits, StepPlan, assign_micro_batches
+from qwlit.data.step_plan import Limits, StepPlan, assign_micro_batches, num_steps
 from qwlit.training.milestones import DueSteps
 
 
@@ -80,6 +80,25 @@ def test_epoch_e_ends_at_step_ceil_of_e_n_over_g(samples, batch, ends):
     while len(found) < 4:
         found.append(plan.next_epoch_end(found[-1]))
     assert found == ends
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch", "steps"),
+    # As products of binary fractions 1.1 * 10, 0.07 * 100 and 1.15 * 100 are a little more than 11, 7 and 115.
+    [
+        *((0.5, 10, 4, 2), (0.5, 9, 1, 5), (1.5, 10, 4, 4), (1e-9, 10, 4, 1), (3, 10, 4, 8), (2**40, 3, 1, 3 * 2**40)),
+        *((1.1, 10, 1, 11), (0.07, 100, 7, 1), (1.15, 100, 5, 23)),
+    ],
+)
+def test_a_part_of_an_epoch_has_the_steps_that_its_share_of_the_samples_fills(epochs, samples, batch, steps):
+    assert num_steps(epochs, samples, batch) == steps
+
+
+@pytest.mark.parametrize(("epochs", "due"), [(0.5, [2]), (1.5, [3, 4]), (2, [3, 5])])
+def test_a_run_of_a_part_of_an_epoch_validates_and_saves_at_each_end_of_an_epoch_and_after_its_last_step(epochs, due):
+    plan = make_plan([5] * 10, global_batch_size=4)
+    total = plan.steps_of_epochs(epochs)
+    assert [step for step in range(1, 20) if step in DueSteps(total, None, plan.next_epoch_end)] == due
 
 
 @pytest.mark.parametrize(

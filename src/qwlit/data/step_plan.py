@@ -6,8 +6,10 @@ only the step number.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -63,6 +65,11 @@ def assign_micro_batches(
     # All ranks need the same number: each forward and backward pass has collective operations, which wait for all.
     layouts += [MicroLayout((shortest,), filler=True)] * (-len(layouts) % world_size)
     return [layouts[rank::world_size] for rank in range(world_size)]
+
+
+def num_steps(epochs: float, num_samples: int, global_batch_size: int) -> int:
+    """Return ceil(epochs * N / G), exactly for the decimal number that the user wrote: 1.1 epochs of 10 are 11."""
+    return math.ceil(Fraction(str(epochs)) * num_samples / global_batch_size)
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
@@ -141,9 +148,9 @@ class StepPlan:
             self.train.lengths(samples).tolist(), self.world_size, self.limits, packing=self.packing
         )
 
-    def steps_of_epochs(self, epochs: int) -> int:
-        """Return the number of steps that finish `epochs` epochs: ceil(epochs * N / G)."""
-        return -(-epochs * self.order.epoch_length // self.global_batch_size)
+    def steps_of_epochs(self, epochs: float) -> int:
+        """Return the number of steps that finish `epochs` epochs; see `num_steps`."""
+        return num_steps(epochs, self.order.epoch_length, self.global_batch_size)
 
     def next_epoch_end(self, step: int) -> int:
         """Return the first step after `step` at which an epoch ends."""

@@ -12,6 +12,7 @@ from qwlit.data.readers import RowReader
 from qwlit.data.rows import NeedsTokenizer, Row
 from qwlit.data.sources import File, find_sources
 from qwlit.data.splits import DataSplit, split_data
+from qwlit.data.step_plan import num_steps
 from qwlit.model.config import Execution
 from qwlit.model.flops import Flops, count_flops
 from qwlit.optim.schedules import Schedule
@@ -166,7 +167,9 @@ def _schedule_by_rows(config: RunConfig) -> Schedule | None:
     if train.max_epochs is None:
         return plan_schedule(config, None)
     rows = _count_rows(config)
-    return None if rows is None else plan_schedule(config, -(-train.max_epochs * rows // train.global_batch_size))
+    if rows is None:
+        return None
+    return plan_schedule(config, num_steps(train.max_epochs, rows, train.global_batch_size))
 
 
 def _count_rows(config: RunConfig) -> int | None:

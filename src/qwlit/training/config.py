@@ -2,12 +2,20 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, PlainSerializer
 
-from qwlit.core.schema import Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
+from qwlit.core.schema import MAX_COUNT, Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
 from qwlit.model.config import ActivationCheckpointing
 
 Determinism = Literal["fast", "reproducible", "strict"]
+Epochs = Annotated[
+    float,
+    Field(gt=0, le=MAX_COUNT, strict=True, allow_inf_nan=False),
+    AfterValidator(lambda epochs: int(epochs) if epochs == int(epochs) else epochs),
+    # pydantic would write the int as a float.
+    PlainSerializer(lambda epochs: epochs),
+]
+"""A number of epochs; a whole one becomes an int, so that 3 is shown as 3."""
 
 
 @config_dataclass
@@ -16,8 +24,8 @@ class TrainConfig:
 
     max_steps: PositiveInt | None = None
     """Optimizer steps. Setting it clears the recipe's max_epochs; with both set the run ends at the first reached."""
-    max_epochs: PositiveInt | None = None
-    """Passes over the data."""
+    max_epochs: Epochs | None = None
+    """Passes over the data; 0.5 is the first half of the first one."""
     global_batch_size: Annotated[int, Field(gt=0, le=1_000_000, strict=True)] = 16
     """Samples per optimizer step, all devices together. It determines gradient accumulation."""
     max_grad_norm: PositiveFloat | None = 1.0
