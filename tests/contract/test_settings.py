@@ -87,6 +87,13 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["model.path="], "model.path is empty"),
         (["data=files"], "data.path is not set"),
         (["data.val_path=a", "data.val_fraction=0.1"], "both set"),
+        (["data.columns={instuction: q}"], "data.columns: no format reads 'instuction'. Did you mean 'instruction'"),
+        (["data.columns={问题: instruction}"], r"data.columns: write \{instruction: 问题\}"),
+        (["data.columns={instruction:", "q,", "output:", "a}"], r"put quotes around it: 'data\.columns=\{instruction"),
+        (["data.columns=instruction:q", "data.columns=output:a"], r"write \{KEY: COLUMN\} in quotes"),
+        (["data.columns={text: null}"], "give the file's column for 'text'"),
+        (["data.system= "], "data.system= ?: an empty system turn is not the same as none"),
+        (["data.system=x", "data.format=text"], "data.system is for conversations, but data.format=text"),
         (["optim.lr=1,2"], "gives several values"),
         (["optim"], "form key=value"),
         (["~optim"], "cannot be deleted"),
@@ -164,6 +171,33 @@ def test_of_a_key_typed_twice_the_later_one_counts():
 def test_names_in_other_letters_may_be_quoted_or_not(words):
     parts = parts_of(compose([f"data.path={words}"]).config.data.path)
     assert [part.path for part in parts] == ["数据.jsonl", "b 数.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "columns"),
+    [
+        ("{instruction: question, output: answer}", {"instruction": "question", "output": "answer"}),
+        ("{instruction:question,output:答案 文本}", {"instruction": "question", "output": "答案 文本"}),
+        (
+            "{prompt: 'the question?', completion: Answer (gold)}",
+            {"prompt": "the question?", "completion": "Answer (gold)"},
+        ),
+        ("{text: 2024}", {"text": "2024"}),
+    ],
+)
+def test_columns_are_read_as_typed_and_replace_those_of_an_earlier_run(typed, columns, tmp_path):
+    config = compose([f"data.columns={typed}"]).config
+    assert config.data.columns == columns
+    (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
+    earlier = f"config={tmp_path / 'config.yaml'}"
+    assert compose([earlier]).config.data.columns == columns
+    assert compose([earlier, "data.columns={messages: chat}"]).config.data.columns == {"messages": "chat"}
+    assert compose([earlier, "data.columns=null"]).config.data.columns is None
+
+
+def test_a_system_text_is_taken_as_typed():
+    for text in ("你是一个助手, 简短。", "Be brief: {x} [y].", "5e1", "It's (1)"):
+        assert compose([f"data.system={text}"]).config.data.system == text
 
 
 def test_defaults_are_the_ones_announced():

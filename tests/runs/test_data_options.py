@@ -22,6 +22,14 @@ def refused(folder, *words):
     return done.stderr
 
 
+def test_a_file_with_other_names_is_inspected_as_the_same_file_renamed(place):
+    (place / "own.csv").write_text("question,answer\n1 + 1?,2\n一加二？,三\n", encoding="utf-8")
+    (place / "renamed.csv").write_text("instruction,output\n1 + 1?,2\n一加二？,三\n", encoding="utf-8")
+    columns = "data.columns={instruction: question, output: answer}"
+    assert inspected(place, "data.path=own.csv", columns) == inspected(place, "data.path=renamed.csv")
+    assert "columns here: 'instruction', 'output'" in refused(place, "data.path=renamed.csv", columns)
+
+
 def test_a_system_text_is_in_the_training_and_in_the_export_as_a_system_turn_of_each_row_would_be(place):
     chats = [json.loads(line)["messages"] for line in (place / "chat.jsonl").read_text("utf-8").splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "tokenizer")

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from qwlit.config.explain import explain
-from qwlit.config.overrides import agent_overrides, read_overrides
+from qwlit.config.overrides import MAPPINGS, agent_overrides, read_overrides
 from qwlit.config.relations import check_relations
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, nearest
@@ -149,7 +149,8 @@ def _with_typed(tree: DictConfig, typed: dict[str, Any]) -> Any:
     try:
         for key, value in (_cleared(typed) | typed).items():
             # A wrong name is added, too: `check` then refuses it with the nearest valid name.
-            OmegaConf.update(tree, key, value, force_add=True)
+            # A typed mapping replaces the earlier one; merged, names that the user left out would stay.
+            OmegaConf.update(tree, key, value, force_add=True, merge=key not in MAPPINGS)
         return OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_one_line(error)) from None

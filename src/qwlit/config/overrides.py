@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -13,6 +14,8 @@ from qwlit.training.config import WANDB_CONFIG_KEY
 
 PATHS = {"data.path", "data.val_path"}
 """Settings of text that may also be lists."""
+MAPPINGS = {"data.columns": "{instruction: question, output: answer}"}
+"""Settings that may be a mapping, each with an example."""
 TEXT_LISTS = {"slurm.options", "slurm.setup", "slurm.mounts"}
 """Lists of text for other programs. Hydra's grammar cannot read [--mem=5G]."""
 # Hydra's grammar knows only ASCII letters. This finds what is quoted (group 1), and unquoted text with other letters.
@@ -56,10 +59,14 @@ def _read(text: str) -> tuple[str, Any]:
     if key in PATHS and typed.startswith("{"):
         raise ConfigError(f"'{text}': give the parts as a list, [{{path:…,weight:…}},…]")
     is_list = typed.startswith("[")
-    quoted = NON_ASCII.sub(lambda found: found[1] or repr(found[0].rstrip()), typed) if is_list else typed
+    is_mapping = key in MAPPINGS and typed.startswith("{")
+    has_items = is_list or is_mapping
+    quoted = NON_ASCII.sub(lambda found: found[1] or repr(found[0].rstrip()), typed) if has_items else typed
     try:
         override = parser.parse_override(f"{key}={quoted}")
     except HydraException:
+        if is_mapping:
+            return key, _read_mapping(key, typed)
         return key, read_list(typed) if is_list and key in TEXT_LISTS else typed
     value = override.value()
     if key in TEXTS and not isinstance(value, str | None) and not (key in PATHS and isinstance(value, list)):
@@ -68,6 +75,21 @@ def _read(text: str) -> tuple[str, Any]:
     if override.is_sweep_override():
         raise ConfigError(f"'{text}' gives several values, but a run takes one; write a list as [a,b]")
     return key, value
+
+
+def _read_mapping(key: str, typed: str) -> dict[Any, Any]:
+    """Read a mapping with keys or values that Hydra's grammar cannot read, e.g. with other letters or brackets.
+
+    Raises:
+        ConfigError: it is no mapping; without quotes, the shell passes only a part of it.
+    """
+    try:
+        value = yaml.safe_load(typed)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}={typed} is not a whole mapping; put quotes around it: '{key}={MAPPINGS[key]}'")
+    return value
 
 
 def format_value(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
+from qwlit.data.columns import check_columns
 from qwlit.data.formats import FORMATS_WITHOUT_ANSWER
 from qwlit.model.config import AdapterConfig, FreezeConfig
 from qwlit.optim.kinds import OPTIMIZERS
@@ -56,6 +57,7 @@ def _data(config: RunConfig) -> None:
         raise ConfigError("data.path is not set; give a file, a folder or hf:ORG/NAME, or data=demo")
     if data.val_path is not None and data.val_fraction > 0:
         raise ConfigError("data.val_path and data.val_fraction are both set; give one of them")
+    check_columns(data.columns or {})
     if data.system is not None and data.format in FORMATS_WITHOUT_ANSWER:
         raise ConfigError(f"data.system is for conversations, but data.format={data.format} has none; leave it out")
     if data.exact_match and data.val_path is None and data.val_fraction == 0:

@@ -63,6 +63,18 @@ def _as_typed(item: Any) -> str:
     return "[" + ",".join(map(_as_typed, item)) + "]" if isinstance(item, list) else str(item)
 
 
+def _as_columns(value: Any) -> Any:
+    """Check that the value is {key: column}, each side a text."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not value:
+        raise ValueError("write {KEY: COLUMN} in quotes, e.g. '{instruction: question, output: answer}'")
+    for key, column in value.items():
+        if isinstance(column, dict | list | bool | None) or column == "":
+            raise ValueError(f"give the file's column for '{key}', in quotes if it is no plain name")
+    return {str(key): str(column) for key, column in value.items()}
+
+
 def _system_text(text: str) -> str:
     if not text.strip():
         raise ValueError("an empty system turn is not the same as none; leave it out for the template's own default")
@@ -88,6 +100,9 @@ class DataConfig:
     few rows is only about this one. From .txt files, qwlit holds out samples, not whole files."""
     format: RowFormat = "auto"
     """Format of the rows. `auto` finds it by the keys of each row; a fixed format reads only its own keys."""
+    columns: Annotated[dict[str, str] | None, BeforeValidator(_as_columns)] = None
+    """Names of columns in the files, if they are not those of the format: {instruction: question, output: answer} reads
+    the column `question` as `instruction`. Every file must have them."""
     template: TemplateName = "auto"
     """Chat template. `auto` recognises the tokenizer's own template, with any default system text, and refuses an
     unknown template."""

@@ -69,6 +69,8 @@ class EncodedBatch:
     quarantined_rows: list[QuarantinedRow]
     remarks: Counter[str]
     """Number of rows for each remark."""
+    columns: dict[int, set[str]]
+    """See `ColumnRenamer.found`."""
     stop: FatalRow | None
 
 

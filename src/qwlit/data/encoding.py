@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwlit.data.chat import ChatEncoder
+from qwlit.data.columns import ColumnRenamer
 from qwlit.data.config import DataConfig
 from qwlit.data.conversation import Conversation
 from qwlit.data.encoded_batch import EncodedBatch, FatalRow, RowCounts, sample_arrays
@@ -38,7 +39,9 @@ class RowEncoder:
         config = self.config
         shape = [config.format, config.max_seq_len, config.too_long, config.drop_duplicates, config.loss_on]
         chat = [self.chat.family.name, self.chat.family.default_system, config.thinking] if self.chat else None
-        return [*shape, self.vocab_size, self.tokenizer.fingerprint if self.tokenizer else None, chat]
+        # A setting that is not set leaves the fingerprint as it was before there was the setting.
+        options = [sorted(config.columns.items())] if config.columns else []
+        return [*shape, self.vocab_size, self.tokenizer.fingerprint if self.tokenizer else None, chat, *options]
 
     def __call__(self, rows: Sequence[Row | QuarantinedRow]) -> EncodedBatch:
         """Encode rows.
@@ -47,10 +50,11 @@ class RowEncoder:
             NeedsTokenizer: a row is a text or a conversation, but there is no tokenizer or chat template.
         """
         row_counts, remark_counts = RowCounts(read=len(rows)), Counter[str]()
+        rename = ColumnRenamer(self.config.columns)
         samples: list[tuple[Row | QuarantinedRow, EncodedSample]] = []
         quarantined: list[QuarantinedRow] = []
         stop = None
-        for row, outcome in zip(rows, self._encode(rows, remark_counts), strict=True):
+        for row, outcome in zip(rows, self._encode(rows, rename, remark_counts), strict=True):
             result = self._apply_length_limit(row, outcome, row_counts) if isinstance(outcome, _Encoded) else outcome
             if isinstance(result, QuarantinedRow) and self.config.strict:
                 result = FatalRow(
@@ -65,14 +69,14 @@ class RowEncoder:
                 samples += [(row, sample) for sample in result]
         row_counts.quarantined = len(quarantined)
         row_counts.accepted = row_counts.read - row_counts.too_long - row_counts.quarantined
-        return EncodedBatch(sample_arrays(samples), row_counts, quarantined, remark_counts, stop)
+        return EncodedBatch(sample_arrays(samples), row_counts, quarantined, remark_counts, rename.found, stop)
 
     def _encode(
-        self, rows: Sequence[Row | QuarantinedRow], remark_counts: Counter[str]
+        self, rows: Sequence[Row | QuarantinedRow], rename: ColumnRenamer, remark_counts: Counter[str]
     ) -> Iterator["_Encoded | QuarantinedRow"]:
         """Yield for each row its sample, of any length, or why it is quarantined."""
         parser = RowParser(self.config.format, self.vocab_size, self.config.loss_on)
-        parsed = [self._parse(row, parser, remark_counts) for row in rows]
+        parsed = [self._parse(row, rename, parser, remark_counts) for row in rows]
         # All conversations, and all documents, of the batch go to the tokenizer in one call: it then uses all cores.
         rendered = [value for value in parsed if isinstance(value, list)]
         conversations = iter(self.chat.encode_batch(rendered) if self.chat else ())
@@ -87,14 +91,16 @@ class RowEncoder:
                 yield value if isinstance(value, QuarantinedRow) else _Encoded(value)
 
     def _parse(
-        self, row: Row | QuarantinedRow, parser: RowParser, remark_counts: Counter[str]
+        self, row: Row | QuarantinedRow, rename: ColumnRenamer, parser: RowParser, remark_counts: Counter[str]
     ) -> list[Piece] | Document | EncodedSample | QuarantinedRow:
         if isinstance(row, QuarantinedRow):
             return row
+        missing = ""
         try:
-            raw = row.value()
-            value = parser(raw)
-            row_remarks = [*unread_key_remarks("row", [*parser.unread_keys(raw), *row.unread_columns])]
+            renamed = rename(row)
+            missing = renamed.missing
+            value = parser(renamed.content)
+            row_remarks = [*unread_key_remarks("row", [*parser.unread_keys(renamed.content), *renamed.unread])]
             if isinstance(value, Document):
                 refuse_lone_surrogates(value.text)
                 row_remarks += [*document_remarks(value.text), *self._control_token_remarks([value.text])]
@@ -112,7 +118,7 @@ class RowEncoder:
             remark_counts.update(row_remarks)
             return pieces
         except RowError as error:
-            return row.quarantined(str(error))
+            return row.quarantined(f"{error}{missing}")
 
     def _control_token_remarks(self, texts: Iterable[str]) -> list[str]:
         tokenizer = self.tokenizer

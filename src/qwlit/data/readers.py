@@ -2,7 +2,8 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import BinaryIO, cast
 
 from qwlit.core.errors import DataError
@@ -11,7 +12,7 @@ from qwlit.data.hub import read_data_set
 from qwlit.data.json_files import read_json, read_json_lines
 from qwlit.data.rows import QuarantinedRow, Row
 from qwlit.data.sources import Source
-from qwlit.data.tables import read_csv, read_parquet
+from qwlit.data.tables import KNOWN_COLUMNS, read_csv, read_parquet
 from qwlit.data.text_files import read_text
 
 READERS = {
@@ -19,15 +20,17 @@ READERS = {
     ".json": read_json,
     ".csv": read_csv,
     ".txt": read_text,
-    ".parquet": read_parquet,
 }
 
 
 class RowReader:
     """Yields every row of every source in order; empty lines are not rows."""
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], columns: Mapping[str, str] | None = None) -> None:
+        """`columns`: see `data.columns`; the readers of tables load these columns too."""
         self._sources = sources
+        wanted = KNOWN_COLUMNS.union((columns or {}).values())
+        self._readers = READERS | {".parquet": partial(read_parquet, wanted=wanted)}
         self.num_bytes = sum(source.num_bytes() for source in sources if isinstance(source, File))
         self.estimated_bytes = sum(source.estimated_bytes() for source in sources)
         """Size of the rows after decompression, in bytes."""
@@ -59,7 +62,7 @@ class RowReader:
             with file.path.open("rb") as raw:
                 self._handle = raw
                 handle = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if file.is_compressed else raw
-                for row in READERS[file.suffix](source_index, file, handle):
+                for row in self._readers[file.suffix](source_index, file, handle):
                     line = row.line
                     yield row
                 self._handle = None

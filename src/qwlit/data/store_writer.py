@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from qwlit.core.errors import DataError
 from qwlit.core.files import fsync_folder, write_json_atomic
+from qwlit.data.columns import check_found
 from qwlit.data.encoded_batch import DTYPES, EncodedBatch, RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.readers import RowReader
@@ -76,7 +77,7 @@ def write_store(
         shutil.rmtree(abandoned, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
-    reader = RowReader(sources)
+    reader = RowReader(sources, encoder.config.columns)
     cores = num_cores()
     workers = cores if reader.estimated_bytes >= BYTES_WORTH_WORKERS else 1
     started = time.perf_counter()
@@ -96,6 +97,7 @@ def write_store(
                 writer.add(batch)
                 report(writer)
             report(writer, finished=True)
+        check_found(encoder.config.columns or {}, sources, writer.columns)
         writer.row_counts.duplicates = _count_duplicates(temporary, drop=encoder.config.drop_duplicates)
         meta = {"fingerprint": fingerprint, "account": asdict(writer.row_counts), "remarks": dict(writer.remarks)}
         write_json_atomic(temporary / "meta.json", meta)
@@ -156,6 +158,7 @@ class _StoreWriter:
         self.num_tokens = 0
         self.row_counts = RowCounts()
         self.remarks: Counter[str] = Counter()
+        self.columns: dict[int, set[str]] = {}
         self._open = ExitStack()
         self._arrays = {name: _GrowingArray(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
         for array in self._arrays.values():
@@ -168,6 +171,8 @@ class _StoreWriter:
     def add(self, batch: EncodedBatch) -> None:
         self.row_counts.add(batch.row_counts)
         add_remarks(self.remarks, batch.remarks)
+        for source, names in batch.columns.items():
+            self.columns.setdefault(source, set()).update(names)
         for name, values in batch.arrays.items():
             self._arrays[name].extend(values)
         self._arrays[ENDS].extend(self.num_tokens + np.cumsum(batch.arrays["lengths"], dtype=np.int64))

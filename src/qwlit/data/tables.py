@@ -2,7 +2,7 @@
 
 import csv
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import count
 from typing import Any, BinaryIO
 
@@ -90,8 +90,10 @@ def _lines(ahead: deque[bytes], handle: BinaryIO) -> Iterator[str]:
         yield ahead[position].decode("utf-8")
 
 
-def read_parquet(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
-    """Read a Parquet table row by row, only the columns that a format uses.
+def read_parquet(
+    source_index: int, file: File, handle: BinaryIO, *, wanted: Collection[str]
+) -> Iterator[Row | QuarantinedRow]:
+    """Read a Parquet table row by row, only the columns in `wanted`.
 
     Raises:
         DataError: the file is damaged.
@@ -103,7 +105,7 @@ def read_parquet(source_index: int, file: File, handle: BinaryIO) -> Iterator[Ro
     try:
         table = pyarrow.parquet.ParquetFile(handle)
         names = table.schema_arrow.names
-        known = [name for name in names if name in KNOWN_COLUMNS]
+        known = [name for name in names if name in wanted]
         if not known:
             # No format fits, so every row will be quarantined: its column names are enough for the reason.
             yield from (Row(source_index, row, dict.fromkeys(names)) for row in range(1, table.metadata.num_rows + 1))
@@ -111,7 +113,7 @@ def read_parquet(source_index: int, file: File, handle: BinaryIO) -> Iterator[Ro
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
         # Rows can be large, so limit a batch by bytes too.
         rows_at_once = max(1, min(PARQUET_ROWS, PARQUET_BYTES * table.metadata.num_rows // max(1, sum(sizes))))
-        unread = _unread_columns(table)
+        unread = _unread_columns(table, wanted)
         for batch in table.iter_batches(rows_at_once, columns=known):
             for row in _parquet_rows(source_index, line, batch, unread):
                 line = row.line
@@ -123,8 +125,8 @@ def read_parquet(source_index: int, file: File, handle: BinaryIO) -> Iterator[Ro
         ) from None
 
 
-def _unread_columns(table: Any) -> tuple[str, ...]:
-    """Return the columns that no format uses, without those that are empty according to the file's statistics."""
+def _unread_columns(table: Any, wanted: Collection[str]) -> tuple[str, ...]:
+    """Return the columns that are not in `wanted`, without those that are empty according to the file's statistics."""
     metadata = table.metadata
     filled = set()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
@@ -137,7 +139,7 @@ def _unread_columns(table: Any) -> tuple[str, ...]:
     return tuple(
         name
         for name, kind in zip(table.schema_arrow.names, table.schema_arrow.types, strict=True)
-        if name not in KNOWN_COLUMNS and kind != "null" and any(f"{path}.".startswith(f"{name}.") for path in filled)
+        if name not in wanted and kind != "null" and any(f"{path}.".startswith(f"{name}.") for path in filled)
     )[: MAX_NAMED + 1]
 
 
