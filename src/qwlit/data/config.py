@@ -8,6 +8,7 @@ from qwlit.core.schema import (
     Flag,
     NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     Probability,
     Ratio,
     TwoOrMore,
@@ -98,6 +99,10 @@ class DataConfig:
     """Share of rows (0 to 1) held out for validation if there is no `val_path`. A hash of the row's tokens decides: a
     row stays on its side when other rows are added or removed, and all copies of a row are on one side. So the share of
     few rows is only about this one. From .txt files, qwlit holds out samples, not whole files."""
+    max_samples: PositiveInt | None = None
+    """Most samples from each part of `path` and of `val_path`: the first ones; there qwlit stops reading. A long text
+    may be several samples, a row that is not used is none, and neither is a copy that `drop_duplicates` leaves out.
+    `val_fraction` holds out some of these samples."""
     format: RowFormat = "auto"
     """Format of the rows. `auto` finds it by the keys of each row; a fixed format reads only its own keys."""
     columns: Annotated[dict[str, str] | None, BeforeValidator(_as_columns)] = None

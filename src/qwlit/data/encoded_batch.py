@@ -67,11 +67,18 @@ class EncodedBatch:
     arrays: dict[str, NDArray[Any]]
     row_counts: RowCounts
     quarantined_rows: list[QuarantinedRow]
+    samples_per_row: list[int]
     remarks: Counter[str]
     """Number of rows for each remark."""
     columns: dict[int, set[str]]
     """See `ColumnRenamer.found`."""
     stop: FatalRow | None
+
+    def drop_samples_after(self, number: int) -> None:
+        """Keep the first `number` samples. The counts of rows stay: the last row may lose samples of a long text."""
+        num_tokens = int(self.arrays["lengths"][:number].sum())
+        for name, values in self.arrays.items():
+            self.arrays[name] = values[: num_tokens if name in ("tokens", "mask") else number]
 
 
 def sample_arrays(samples: Sequence[tuple[Row | QuarantinedRow, EncodedSample]]) -> dict[str, NDArray[Any]]:

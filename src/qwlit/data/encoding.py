@@ -39,9 +39,10 @@ class RowEncoder:
         config = self.config
         shape = [config.format, config.max_seq_len, config.too_long, config.drop_duplicates, config.loss_on]
         chat = [self.chat.family.name, self.chat.family.default_system, config.thinking] if self.chat else None
-        # A setting that is not set leaves the fingerprint as it was before there was the setting.
-        options = [sorted(config.columns.items())] if config.columns else []
-        return [*shape, self.vocab_size, self.tokenizer.fingerprint if self.tokenizer else None, chat, *options]
+        options = {"columns": sorted((config.columns or {}).items()), "max_samples": config.max_samples}
+        # Without these settings, the fingerprint stays as it was before they existed.
+        chosen = [{name: value for name, value in options.items() if value}] if any(options.values()) else []
+        return [*shape, self.vocab_size, self.tokenizer.fingerprint if self.tokenizer else None, chat, *chosen]
 
     def __call__(self, rows: Sequence[Row | QuarantinedRow]) -> EncodedBatch:
         """Encode rows.
@@ -52,6 +53,7 @@ class RowEncoder:
         row_counts, remark_counts = RowCounts(read=len(rows)), Counter[str]()
         rename = ColumnRenamer(self.config.columns)
         samples: list[tuple[Row | QuarantinedRow, EncodedSample]] = []
+        samples_per_row: list[int] = []
         quarantined: list[QuarantinedRow] = []
         stop = None
         for row, outcome in zip(rows, self._encode(rows, rename, remark_counts), strict=True):
@@ -63,13 +65,22 @@ class RowEncoder:
             if isinstance(result, FatalRow):
                 stop = result
                 break
+            kept = [] if isinstance(result, QuarantinedRow) else [(row, sample) for sample in result]
+            samples += kept
+            samples_per_row.append(len(kept))
             if isinstance(result, QuarantinedRow):
                 quarantined.append(result)
-            else:
-                samples += [(row, sample) for sample in result]
         row_counts.quarantined = len(quarantined)
         row_counts.accepted = row_counts.read - row_counts.too_long - row_counts.quarantined
-        return EncodedBatch(sample_arrays(samples), row_counts, quarantined, remark_counts, rename.found, stop)
+        return EncodedBatch(
+            arrays=sample_arrays(samples),
+            row_counts=row_counts,
+            quarantined_rows=quarantined,
+            samples_per_row=samples_per_row,
+            remarks=remark_counts,
+            columns=rename.found,
+            stop=stop,
+        )
 
     def _encode(
         self, rows: Sequence[Row | QuarantinedRow], rename: ColumnRenamer, remark_counts: Counter[str]

@@ -32,6 +32,8 @@ class DataSplit:
     stores: tuple[SampleStore, ...]
     """One store for each part of `data.path`, then one for each part of `data.val_path`."""
     val_fraction: float
+    max_samples: int | None
+    """`data.max_samples`."""
     num_duplicates_across_parts: int
     """Different training samples that also occur, with the same tokens and loss mask, in an earlier part."""
     num_leaked: int
@@ -81,6 +83,11 @@ class DataSplit:
         counts: Counter[str] = sum((store.remarks for store in self.stores), Counter())
         # OTHER_KEYS counts a row once for each unnamed key, so its number is an upper limit.
         texts = [f"{'up to ' * (text == OTHER_KEYS)}{number:,} rows have {text}" for text, number in counts.items()]
+        texts += [
+            f"{store.path}: only the first {store.row_counts.read:,} rows are read, for data.max_samples={len(store):,}"
+            for store in self.stores
+            if len(store) == self.max_samples
+        ]
         if self.num_leaked:
             texts.append(
                 f"{self.num_leaked:,} validation samples are also in the training data: val/loss will be too low"
@@ -166,6 +173,7 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
         parts=tuple((part, len(samples)) for part, samples in zip(parts_of(config.path), kept, strict=True)),
         stores=(*training, *validation),
         val_fraction=config.val_fraction,
+        max_samples=config.max_samples,
         num_duplicates_across_parts=num_copies,
         # Compare tokens alone: with another mask, the model has still seen the text.
         num_leaked=sum(len(store) - len(_ids_without_copies(store, training, "tokens")) for store in validation),

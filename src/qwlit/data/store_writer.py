@@ -23,6 +23,7 @@ from qwlit.data.encoded_batch import DTYPES, EncodedBatch, RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.readers import RowReader
 from qwlit.data.rows import QuarantinedRow, Row
+from qwlit.data.sample_limit import SampleLimit
 from qwlit.data.sources import Source
 from qwlit.data.unread import add_remarks
 from qwlit.data.workers import map_in_order, num_cores
@@ -79,7 +80,11 @@ def write_store(
     temporary.mkdir()
     reader = RowReader(sources, encoder.config.columns)
     cores = num_cores()
-    workers = cores if reader.estimated_bytes >= BYTES_WORTH_WORKERS else 1
+    limit = SampleLimit(encoder)
+    batch_rows = min(BATCH_ROWS, encoder.config.max_samples or BATCH_ROWS)
+    # A few samples are at the beginning of the data, however large the data are.
+    is_large = reader.estimated_bytes >= BYTES_WORTH_WORKERS and batch_rows == BATCH_ROWS
+    workers = cores if is_large else 1
     started = time.perf_counter()
 
     def report(writer: _StoreWriter, *, finished: bool = False) -> None:
@@ -88,14 +93,16 @@ def write_store(
             speed = tokens / max(1e-9, time.perf_counter() - started)
             progress(BuildProgress(rows, tokens, reader.num_bytes_read, reader.num_bytes, speed, cores, finished))
 
-    batches = map_in_order(encoder, _row_batches(reader), workers)
+    batches = map_in_order(encoder, limit.remember(_row_batches(reader, batch_rows)), workers)
     try:
         with closing(_StoreWriter(temporary)) as writer:
-            for batch in batches:
+            for batch in map(limit.cut, batches):
                 if batch.stop:
                     raise DataError(f"{sources[batch.stop.source]}:{batch.stop.line}: {batch.stop.reason}")
                 writer.add(batch)
                 report(writer)
+                if limit.reached:
+                    break
             report(writer, finished=True)
         check_found(encoder.config.columns or {}, sources, writer.columns)
         writer.row_counts.duplicates = _count_duplicates(temporary, drop=encoder.config.drop_duplicates)
@@ -112,13 +119,13 @@ def write_store(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _row_batches(rows: Iterable[Row | QuarantinedRow]) -> Iterator[list[Row | QuarantinedRow]]:
+def _row_batches(rows: Iterable[Row | QuarantinedRow], most_rows: int) -> Iterator[list[Row | QuarantinedRow]]:
     batch: list[Row | QuarantinedRow] = []
     size = 0
     for row in rows:
         batch.append(row)
         size += row.num_bytes() if isinstance(row, Row) else 0
-        if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:
+        if len(batch) >= most_rows or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:

@@ -175,11 +175,13 @@ def _schedule_by_rows(config: RunConfig) -> Schedule | None:
 def _count_rows(config: RunConfig) -> int | None:
     data = config.data
     try:
-        sources = [source for part in parts_of(data.path) for source in find_sources(part.path)]
+        parts = [find_sources(part.path) for part in parts_of(data.path)]
+        sources = [source for part in parts for source in part]
         files = [source for source in sources if isinstance(source, File)]
         if len(files) < len(sources) or sum(file.num_bytes() for file in files) > MOST_BYTES:
             return None
-        rows = sum(isinstance(row, Row) for row in RowReader(files))
+        counts = [sum(isinstance(row, Row) for row in RowReader(part)) for part in parts]
+        rows = sum(min(count, data.max_samples or count) for count in counts)
     except (ConfigError, DataError):
         return None
     return round(rows * (1 - data.val_fraction)) or None
