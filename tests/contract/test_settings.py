@@ -6,7 +6,7 @@ import pytest
 
 from qwlit.config.compose import check, compose, dump, group_options
 from qwlit.core.errors import ConfigError
-from qwlit.data.config import parts_of
+from qwlit.data.config import parts_of, validation_sets
 from qwlit.planning.batch_statistics import assume_batches
 
 OPTIONS = group_options()
@@ -89,9 +89,15 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["data.val_path=a", "data.val_fraction=0.1"], "both set"),
         (["data.columns={instuction: q}"], "data.columns: no format reads 'instuction'. Did you mean 'instruction'"),
         (["data.columns={问题: instruction}"], r"data.columns: write \{instruction: 问题\}"),
-        (["data.columns={instruction:", "q,", "output:", "a}"], r"put quotes around it: 'data\.columns=\{instruction"),
+        (["data.columns={instruction:", "q,", "output:", "a}"], r"put quotes around it, 'data\.columns=\{instruction"),
         (["data.columns=instruction:q", "data.columns=output:a"], r"write \{KEY: COLUMN\} in quotes"),
         (["data.columns={text: null}"], "give the file's column for 'text'"),
+        (["data.val_path={loss: a.jsonl}"], "'loss': a set's name has letters, digits, - and _, and is not loss"),
+        (["data.val_path={a b: a.jsonl}"], "'a b': a set's name has letters"),
+        (["data.val_path={path: a.jsonl, weight: 2}"], "give the parts as a list, .* or sets with names"),
+        (["data.val_path={math: 3}"], "give a path, or a list of paths, for the set 'math'"),
+        (["data.val_path={math:", "a.jsonl}"], r"put quotes around it, 'data\.val_path=\{math"),
+        (["data.path={a: b}"], "give the parts as a list"),
         (["data.system= "], "data.system= ?: an empty system turn is not the same as none"),
         (["data.system=x", "data.format=text"], "data.system is for conversations, but data.format=text"),
         (["optim.lr=1,2"], "gives several values"),
@@ -193,6 +199,18 @@ def test_columns_are_read_as_typed_and_replace_those_of_an_earlier_run(typed, co
     assert compose([earlier]).config.data.columns == columns
     assert compose([earlier, "data.columns={messages: chat}"]).config.data.columns == {"messages": "chat"}
     assert compose([earlier, "data.columns=null"]).config.data.columns is None
+
+
+def test_named_validation_sets_are_read_as_typed_and_replace_those_of_an_earlier_run(tmp_path):
+    config = compose(["data.path=x.jsonl", "data.val_path={math: 数据.jsonl, chat-2: [b.jsonl,'c d.jsonl']}"]).config
+    found = {name: [part.path for part in parts] for name, parts in validation_sets(config.data.val_path).items()}
+    assert found == {"math": ["数据.jsonl"], "chat-2": ["b.jsonl", "c d.jsonl"]}
+    assert [part.path for part in parts_of(config.data.val_path)] == ["数据.jsonl", "b.jsonl", "c d.jsonl"]
+    (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
+    earlier = f"config={tmp_path / 'config.yaml'}"
+    assert compose([earlier]).config.data == config.data
+    assert compose([earlier, "data.val_path={other: e.jsonl}"]).config.data.val_path == {"other": "e.jsonl"}
+    assert compose(["data=demo", "data.val_path.math=a.jsonl"]).config.data.val_path == {"math": "a.jsonl"}
 
 
 def test_a_system_text_is_taken_as_typed():

@@ -352,14 +352,19 @@ def test_lora_trains_and_saves_the_adapter_only(chat, tmp_path):
 
 
 def test_two_processes_train_the_same_model_as_one(chat, tmp_path):
+    lines = chat.read_text(encoding="utf-8").splitlines()
+    for name, part in (("few", lines[:7]), ("more", lines[20:36])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part), encoding="utf-8")
     exact = ["dropout.attention=0", "dropout.feed_forward=0", "hardware.micro_batch_size=3"]
+    exact += ["data.val_fraction=0.0", "data.val_path={few: few.jsonl, more: more.jsonl}"]
     one = train(words(chat, "one", *exact), tmp_path)
     two = train(words(chat, "two", *exact, "hardware.devices=2"), tmp_path, qwlit_process)
     for (step, a), (_, b) in zip(losses(one), losses(two), strict=True):
         assert math.isclose(a, b, rel_tol=2e-5), step
-    val_one = [row["val/loss"] for row in rows(one) if "val/loss" in row]
-    val_two = [row["val/loss"] for row in rows(two) if "val/loss" in row]
-    assert val_one == pytest.approx(val_two, rel=2e-5)
+    for key in ("val/loss", "val/few/loss", "val/more/loss"):
+        val_one = [row[key] for row in rows(one) if key in row]
+        val_two = [row[key] for row in rows(two) if key in row]
+        assert len(val_one) == 3 and val_one == pytest.approx(val_two, rel=2e-5)
     left, right = weights(one), weights(two)
     assert all((left[name] - right[name]).abs().max() < 1e-4 for name in left)
 

@@ -123,9 +123,12 @@ def test_changed_mathematics_is_named_with_both_values():
         return recipe_settings(compose(["data.path=a/chat.jsonl", "model.path=here/base", *words]).config)
 
     elsewhere = ["data.path=/b/chat.jsonl", "model.path=/there/base", "hardware=a100x4", "data.strict=true"]
+    elsewhere.append("data.val_path={math: a.jsonl, chat: [b.jsonl]}")
     refuse_changed_recipe(settings(), settings(*elsewhere))
     with pytest.raises(ConfigError, match=r"optim.lr was 1e-05, now 0.1"):
         refuse_changed_recipe(settings(), settings("optim.lr=0.1"))
+    with pytest.raises(ConfigError, match=r"data.columns.text was body, now None, data.max_samples was 5, now None"):
+        refuse_changed_recipe(settings("data.columns={text: body}", "data.max_samples=5"), settings())
 
 
 def test_late_numbers_come_back_in_order_with_their_tags():

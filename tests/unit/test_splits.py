@@ -233,3 +233,17 @@ def test_copies_with_another_mask_stand_on_the_same_side_and_count_as_leaked(tmp
     val = write(tmp_path / "val.jsonl", [masked(3, [0, 1, 1]), masked(300, [0, 1, 1])])
     leaked = load(tmp_path, path=str(path), val_path=str(val))
     assert leaked.num_leaked == 1
+
+
+def test_named_validation_sets_keep_their_order_and_their_parts(tmp_path: Path) -> None:
+    train, *val = paths(tmp_path, range(9), range(10, 13), range(20, 22), range(30, 31))
+    data = load(tmp_path, path=train, val_path={"math": val[0], "chat": val[1:]})
+    assert {name: first_tokens(samples) for name, samples in data.validation_sets.items()} == {
+        "math": [10, 11, 12],
+        "chat": [20, 21, 30],
+    }
+    assert data.validation is not None and first_tokens(data.validation) == [10, 11, 12, 20, 21, 30]
+    assert "; 6 to validate (math 3, chat 3)" in data.describe()
+    unnamed = load(tmp_path, path=train, val_path=val)
+    assert list(unnamed.validation_sets) == [""] and unnamed.fingerprint == data.fingerprint
+    assert load(tmp_path, path=train).validation_sets == {}

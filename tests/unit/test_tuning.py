@@ -17,6 +17,7 @@ from qwlit.config.run import recipe_settings
 from qwlit.core.errors import ConfigError
 from qwlit.tuning.best import as_experiment, fewest_overrides
 from qwlit.tuning.lr_range import evaluate
+from qwlit.tuning.optuna_search import check_metric
 from qwlit.tuning.slots import allocate_slots
 from qwlit.tuning.space import build_space, check_space, format_overrides, grid_points
 from qwlit.tuning.study import Study
@@ -320,3 +321,10 @@ def test_sweep_files_are_w_and_bs_own_format_with_nothing_of_ours():
         assert raw["command"][:4] == ["${env}", "${interpreter}", "-m", "qwlit"]
         assert "logger=wandb" in raw["command"]
         json.dumps(raw)
+
+
+def test_the_loss_of_a_named_validation_set_may_be_the_metric_and_of_no_other(tmp_path):
+    config = compose(["data.path=x.jsonl", "data.val_path={math: a.jsonl, chat: b.jsonl}"]).config
+    check_metric(sweep_of(tmp_path, metric={"name": "val/math/loss"}), config)
+    with pytest.raises(ConfigError, match=r"no run measures this. Did you mean 'val/math/loss'"):
+        check_metric(sweep_of(tmp_path, metric={"name": "val/maths/loss"}), config)

@@ -14,7 +14,10 @@ from qwlit.training.config import WANDB_CONFIG_KEY
 
 PATHS = {"data.path", "data.val_path"}
 """Settings of text that may also be lists."""
-MAPPINGS = {"data.columns": "{instruction: question, output: answer}"}
+MAPPINGS = {
+    "data.columns": "{instruction: question, output: answer}",
+    "data.val_path": "{math: a.jsonl, chat: b.jsonl}",
+}
 """Settings that may be a mapping, each with an example."""
 TEXT_LISTS = {"slurm.options", "slurm.setup", "slurm.mounts"}
 """Lists of text for other programs. Hydra's grammar cannot read [--mem=5G]."""
@@ -56,7 +59,7 @@ def _read(text: str) -> tuple[str, Any]:
         key = parser.parse_override(f"{typed_key}=").get_key_element().lstrip("+")
     except HydraException:
         raise ConfigError(f"'{text}' cannot be read as key=value") from None
-    if key in PATHS and typed.startswith("{"):
+    if key == "data.path" and typed.startswith("{"):
         raise ConfigError(f"'{text}': give the parts as a list, [{{path:…,weight:…}},…]")
     is_list = typed.startswith("[")
     is_mapping = key in MAPPINGS and typed.startswith("{")
@@ -69,6 +72,8 @@ def _read(text: str) -> tuple[str, Any]:
             return key, _read_mapping(key, typed)
         return key, read_list(typed) if is_list and key in TEXT_LISTS else typed
     value = override.value()
+    if is_mapping and isinstance(value, dict):
+        return key, value
     if key in TEXTS and not isinstance(value, str | None) and not (key in PATHS and isinstance(value, list)):
         # YAML reads 2024_01 as a number, but for a text setting it is a name.
         return key, typed
@@ -88,7 +93,10 @@ def _read_mapping(key: str, typed: str) -> dict[Any, Any]:
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):
-        raise ConfigError(f"{key}={typed} is not a whole mapping; put quotes around it: '{key}={MAPPINGS[key]}'")
+        raise ConfigError(
+            f"{key}={typed} is not a whole mapping; put quotes around it, '{key}={MAPPINGS[key]}', and inside it"
+            " other quotes around a name with brackets"
+        )
     return value
 
 

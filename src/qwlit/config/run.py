@@ -64,6 +64,8 @@ NOT_IN_RECIPE = {
     "model.attention",
 }
 """Settings in these sections that do not belong to the recipe."""
+VAL_SETS = "data.val_path."
+"""Beginning of the keys of named validation sets, which do not belong to the recipe either."""
 FOLDERS = {"model.path", "model.adapter_path", "model.tokenizer"}
 """Settings of which only the last part of the path is compared: a run can resume on a machine with other folders."""
 
@@ -72,7 +74,7 @@ def recipe_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the recipe, as dotted key → value."""
     tree = asdict(config)
     values = flatten({section: tree[section] for section in RECIPE_SECTIONS})
-    kept = {key: value for key, value in values.items() if key not in NOT_IN_RECIPE}
+    kept = {key: value for key, value in values.items() if not (key in NOT_IN_RECIPE or key.startswith(VAL_SETS))}
     kept["data.path's weights"] = [part.weight for part in parts_of(config.data.path)]
     return {key: Path(value).name if key in FOLDERS and value else value for key, value in kept.items()}
 

@@ -1,10 +1,22 @@
 """The metric that a sweep optimizes, and that orders the runs of a report."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from qwlit.core.schema import config_dataclass
+
+
+def set_loss_key(name: str) -> str:
+    """Return the key in metrics.jsonl of the loss of the validation set with this name."""
+    return f"val/{name}/loss"
+
+
+def set_of_key(key: str) -> str | None:
+    """Return the name of the validation set whose loss has this key; None for any other key."""
+    match = re.fullmatch(r"val/(.+)/loss", key)
+    return match[1] if match else None
 
 
 @config_dataclass

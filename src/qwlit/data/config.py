@@ -1,5 +1,6 @@
 """The settings under `data.`"""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
@@ -82,7 +83,25 @@ def _system_text(text: str) -> str:
     return text
 
 
-DataPath = Annotated[str | tuple[DataPart, ...] | None, BeforeValidator(_as_parts)]
+def _as_validation(value: Any) -> Any:
+    """Convert named sets, {NAME: PATH}, to parts by name; any other value is one set without a name."""
+    if not isinstance(value, dict):
+        return _as_parts(value)
+    if value.keys() <= {"path", "weight"}:
+        raise ValueError("give the parts as a list, [a.jsonl,b.jsonl], or sets with names, {NAME: a.jsonl}")
+    for name, path in value.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) or name in METRICS:
+            raise ValueError(f"'{name}': a set's name has letters, digits, - and _, and is not loss or accuracy")
+        if not isinstance(path, str | list | tuple):
+            raise ValueError(f"give a path, or a list of paths, for the set '{name}'")
+    return {str(name): _as_parts(path) for name, path in value.items()}
+
+
+Parts = str | tuple[DataPart, ...]
+DataPath = Annotated[Parts | None, BeforeValidator(_as_parts)]
+ValidationPath = Annotated[Parts | dict[str, Parts] | None, BeforeValidator(_as_validation)]
+METRICS = ("loss", "accuracy")
+"""Names that no validation set may have, because val/loss and val/accuracy are those of all sets."""
 
 
 @config_dataclass
@@ -93,8 +112,9 @@ class DataConfig:
     """A file (.jsonl .json .parquet .csv .txt; text formats also .gz), a folder of such files or from `save_to_disk`, a
     glob, hf:ORG/NAME[:SPLIT], or a list: [a.jsonl,b.parquet] joins, [{path:a.jsonl,weight:3},{path:b.csv,weight:1}]
     mixes by weight. `qwlit:demo/train.jsonl` is the bundled corpus."""
-    val_path: DataPath = None
-    """Rows to validate on, in the same forms as `path`. null: see `val_fraction`."""
+    val_path: ValidationPath = None
+    """Rows to validate on, in the same forms as `path`. Several sets by name, {math: a.jsonl, chat: [b.jsonl,c.jsonl]},
+    also have val/math/loss and val/chat/loss. null: see `val_fraction`."""
     val_fraction: Probability = 0.0
     """Share of rows (0 to 1) held out for validation if there is no `val_path`. A hash of the row's tokens decides: a
     row stays on its side when other rows are added or removed, and all copies of a row are on one side. So the share of
@@ -139,8 +159,17 @@ class DataConfig:
     """Validation samples that the model answers greedily at the end, for exact comparison. 0: none, for free text."""
 
 
-def parts_of(path: DataPath) -> tuple[DataPart, ...]:
-    """Return the parts of a path setting; a single path is one part."""
+def parts_of(path: Parts | dict[str, Parts] | None) -> tuple[DataPart, ...]:
+    """Return the parts of a path setting; a single path is one part, and named sets follow each other."""
     if path is None:
         return ()
+    if isinstance(path, dict):
+        return tuple(part for parts in path.values() for part in parts_of(parts))
     return (DataPart(path=path),) if isinstance(path, str) else path
+
+
+def validation_sets(path: Parts | dict[str, Parts] | None) -> dict[str, tuple[DataPart, ...]]:
+    """Return the parts of each validation set by its name; a set without a name has the name ""."""
+    if path is None:
+        return {}
+    return {name: parts_of(parts) for name, parts in (path if isinstance(path, dict) else {"": path}).items()}

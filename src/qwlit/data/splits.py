@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwlit.core.errors import ConfigError, DataError
-from qwlit.data.config import DataConfig, DataPart, parts_of
+from qwlit.data.config import DataConfig, DataPart, parts_of, validation_sets
 from qwlit.data.encoded_batch import RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.order import Order
@@ -26,7 +26,8 @@ class DataSplit:
     """The samples for training and for validation."""
 
     train: Samples
-    validation: Samples | None
+    validation_sets: dict[str, Samples]
+    """The validation samples by the name of their set, "" for a set without one; empty without validation."""
     parts: tuple[tuple[DataPart, int], ...]
     """The parts of `data.path`, each with its number of training samples."""
     stores: tuple[SampleStore, ...]
@@ -38,6 +39,11 @@ class DataSplit:
     """Different training samples that also occur, with the same tokens and loss mask, in an earlier part."""
     num_leaked: int
     """Validation samples whose tokens are also in the training data."""
+
+    @property
+    def validation(self) -> Samples | None:
+        """The samples of all validation sets; None without validation."""
+        return concat([*self.validation_sets.values()]) if self.validation_sets else None
 
     def order(self, seed: int) -> Order:
         """Return the order in which training meets the samples.
@@ -61,7 +67,9 @@ class DataSplit:
     def describe(self) -> str:
         """Return one line with the number of samples, tokens and special rows."""
         tokens, supervised = count_tokens(self.train)
-        validation = f"{len(self.validation):,} to validate" if self.validation is not None else "no validation set"
+        sets = ", ".join(f"{name} {len(samples):,}" for name, samples in self.validation_sets.items() if name)
+        number = sum(map(len, self.validation_sets.values()))
+        validation = f"{number:,} to validate{f' ({sets})' * bool(sets)}" if number else "no validation set"
         totals = self.totals
         named = ("too_long", "quarantined", "truncated", "split", "duplicates")
         special = [f"{totals[name]:,} {name.replace('_', ' ')}" for name in named if totals[name]]
@@ -83,11 +91,11 @@ class DataSplit:
         counts: Counter[str] = sum((store.remarks for store in self.stores), Counter())
         # OTHER_KEYS counts a row once for each unnamed key, so its number is an upper limit.
         texts = [f"{'up to ' * (text == OTHER_KEYS)}{number:,} rows have {text}" for text, number in counts.items()]
-        texts += [
+        limited = [store for store in self.stores if len(store) == self.max_samples]
+        texts += dict.fromkeys(
             f"{store.path}: only the first {store.row_counts.read:,} rows are read, for data.max_samples={len(store):,}"
-            for store in self.stores
-            if len(store) == self.max_samples
-        ]
+            for store in limited
+        )
         if self.num_leaked:
             texts.append(
                 f"{self.num_leaked:,} validation samples are also in the training data: val/loss will be too low"
@@ -153,7 +161,10 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
     kept: list[Samples] = [*training]
     if config.drop_duplicates and num_copies:
         kept = [SampleSubset(store, ids) for store, ids in zip(training, distinct_ids, strict=True)]
-    held_out: list[Samples] = [*validation]
+    stores = iter(validation)
+    sets: dict[str, Samples] = {
+        name: concat([next(stores) for _ in parts]) for name, parts in validation_sets(config.val_path).items()
+    }
     if config.val_fraction > 0:
         candidates = distinct_ids if config.drop_duplicates else [None] * len(training)
         # Split each part separately: the mixture needs the number of training samples of each part.
@@ -167,9 +178,10 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
                     f"data.val_fraction={config.val_fraction} of {samples} leaves none for {side};"
                     " choose another fraction, or set data.val_path"
                 )
+        sets = {"": concat(held_out)}
     return DataSplit(
         train=concat(kept),
-        validation=concat(held_out) if held_out else None,
+        validation_sets=sets,
         parts=tuple((part, len(samples)) for part, samples in zip(parts_of(config.path), kept, strict=True)),
         stores=(*training, *validation),
         val_fraction=config.val_fraction,

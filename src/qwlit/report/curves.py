@@ -6,6 +6,7 @@ from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
+from qwlit.core.metric import set_loss_key, set_of_key
 from qwlit.report.drawing import ALARM, GREY, LOG_SPREAD, PALETTE, figure, needs_log_axis, plain_number, set_log, to_svg
 from qwlit.report.runs import RunRecord, Series
 
@@ -42,6 +43,15 @@ PANELS = (
     Panel("optim/lr", "Learning rate", "learning rate", peaks=True, log_axis_by="peaks"),
     Panel("throughput/tokens_per_second", "Throughput", "tokens per second", log_axis_by="nothing"),
 )
+
+
+def panels(runs: Sequence[RunRecord]) -> list[Panel]:
+    """Return the panels of the runs' quantities: PANELS, and one for each named validation set."""
+    names = sorted({name for run in runs for key in run.series if (name := set_of_key(key))})
+    sets = [Panel(set_loss_key(name), f"Validation loss, {name}", PANELS[0].unit) for name in names]
+    return [PANELS[0], *sets, *PANELS[1:]]
+
+
 MARKS = {"skip": ("skipped step", ALARM), "resumed": ("resumed", PALETTE[2])}
 
 

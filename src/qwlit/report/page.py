@@ -8,7 +8,7 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path, write_text_atomic
 from qwlit.report.comparability import comparable
 from qwlit.report.compare import RunComparison
-from qwlit.report.curves import PANELS, draw_curves
+from qwlit.report.curves import draw_curves, panels
 from qwlit.report.drawing import BLACK, GREY, PALETTE
 from qwlit.report.importance import FEWEST_RUNS, Importance
 from qwlit.report.single import describe
@@ -38,7 +38,7 @@ def build_page(comparison: RunComparison, warnings: list[str], importance: Impor
     template = environment.from_string(resolve_path(TEMPLATE).read_text(encoding="utf-8"))
     several = comparison.sweep.name if comparison.sweep else comparison.home.absolute().name or "runs"
     colours = _colours(comparison)
-    drawings = [(panel, draw_curves(panel, comparison.runs, colours)) for panel in PANELS]
+    drawings = [(panel, draw_curves(panel, comparison.runs, colours)) for panel in panels(comparison.runs)]
     searched = len(comparison.runs) >= FEWEST_RUNS and bool(comparison.searched) and comparable(comparison.runs)
     page = template.render(
         title=several if len(comparison.runs) > 1 else comparison.runs[0].name,

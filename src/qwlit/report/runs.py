@@ -17,7 +17,7 @@ VAL_LOSS = Metric(name="val/loss")
 Series = list[tuple[int, float]]
 """(step, value) pairs; values that are not finite numbers are left out."""
 
-PATHS = ("path", "val_path", "tokenizer")
+PATHS = {"path", "val_path", "tokenizer"}
 """Last parts of the settings that name files: only the file name is compared, the folder differs between machines."""
 UNFINISHED = ("running", "killed")
 """With these statuses, summary.json still has the results of an earlier attempt."""
@@ -137,7 +137,9 @@ def _tree(file: Path) -> dict[str, Any]:
 
 def _settings(tree: Mapping[str, Any]) -> dict[str, Any]:
     settings = flatten({key: value for key, value in tree.items() if key != "run"})
-    return {key: _last_part(value) if key.split(".")[-1] in PATHS else value for key, value in settings.items()}
+    return {
+        key: _last_part(value) if not PATHS.isdisjoint(key.split(".")) else value for key, value in settings.items()
+    }
 
 
 def _last_part(value: Any) -> Any:

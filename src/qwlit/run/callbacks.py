@@ -44,6 +44,7 @@ class TrainerWithCallbacks:
             "train_loss_first": self.telemetry.first_loss,
             "train_loss_last": self.telemetry.last_loss,
             "val_loss_best": self.checkpointing.best_val_loss,
+            **{f"val_loss_best/{name}": loss for name, loss in self.checkpointing.best_set_losses.items()},
             "tokens_per_second": self.telemetry.tokens_per_second,
             "peak_memory_gib": peak_memory_gib(self.trainer.strategy.root_device),
             "skipped_steps": self.guard.skipped_steps,

@@ -39,7 +39,8 @@ def build_module(
         shard: splits the model under FSDP2, once the process group exists.
         with_telemetry: the module brings the callback that measures and logs; else the Trainer must have it.
     """
-    config, machine, steps = plan.config, plan.machine, plan.planned_data.steps
+    config, machine, data = plan.config, plan.machine, plan.planned_data
+    steps = data.steps
     return CausalLMModule(
         loss_model,
         optim=config.optim,
@@ -48,6 +49,7 @@ def build_module(
         shard=shard,
         loss_scale=LossScale() if machine.precision == "16-mixed" else None,
         seed=config.seed,
+        validation_sets=tuple(data.split.validation_sets),
         callbacks=[Telemetry(steps.milestones, (), plan.flops, machine)] if with_telemetry else [],
     )
 
@@ -58,7 +60,7 @@ def build_data_module(plan: RunPlan) -> StepDataModule:
     validates = data.steps.milestones.next_validation(0) is not None
     return StepDataModule(
         data.steps.step_plan,
-        data.split.validation if validates else None,
+        [*data.split.validation_sets.values()] if validates else [],
         plan.machine,
         total_steps=data.steps.total_steps,
         pad_id=data.pad_id,

@@ -1,5 +1,6 @@
 """A LightningDataModule over the step plan: one batch is one optimizer step, one Lightning epoch the whole run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -18,9 +19,9 @@ class StepDataModule(lightning.LightningDataModule):
     """Gives a Trainer the batches of the step plan, from the step at which the Trainer is."""
 
     def __init__(
-        self, plan: StepPlan, validation: Samples | None, machine: Machine, *, total_steps: int, pad_id: int
+        self, plan: StepPlan, validation: Sequence[Samples], machine: Machine, *, total_steps: int, pad_id: int
     ) -> None:
-        """`validation`: None if the run does not validate."""
+        """`validation`: the validation sets, each with its own loader; empty if the run does not validate."""
         super().__init__()
         self.plan = plan
         self.validation = validation
@@ -49,18 +50,19 @@ class StepDataModule(lightning.LightningDataModule):
             pin_memory=self.machine.pin_memory,
         )
 
-    def val_dataloader(self) -> DataLoader[MicroBatch] | list[Any]:
-        if self.validation is None:
-            return []
+    def val_dataloader(self) -> list[DataLoader[MicroBatch]]:
         trainer: Any = self.trainer
-        return validation_loader(
-            self.validation,
-            rank=trainer.global_rank,
-            world_size=self.plan.world_size,
-            limits=self.plan.limits,
-            packing=self.plan.packing,
-            pad_id=self.pad_id,
-        )
+        return [
+            validation_loader(
+                samples,
+                rank=trainer.global_rank,
+                world_size=self.plan.world_size,
+                limits=self.plan.limits,
+                packing=self.plan.packing,
+                pad_id=self.pad_id,
+            )
+            for samples in self.validation
+        ]
 
 
 def _find_wrong_argument(trainer: Trainer, machine: Machine, total_steps: int) -> str | None:

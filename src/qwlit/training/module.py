@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.core.metric import set_loss_key
 from qwlit.core.sharding import full_tensor
 from qwlit.model.loss_model import LossModel
 from qwlit.optim.config import OptimConfig
@@ -47,17 +48,30 @@ class StepOutcome:
 
 @dataclass
 class ValidationSums:
-    """Sums over the validation set so far: float64 [loss, supervised tokens, correct tokens]."""
+    """Sums over the validation sets so far."""
 
+    names: tuple[str, ...]
+    """Names of the sets; a set without a name has the name ""."""
     sums: Tensor
+    """float64 (sets, 3): loss, supervised tokens, correct tokens."""
 
     @property
     def loss(self) -> float:
-        return float(self.sums[0] / self.sums[1])
+        """The mean over the supervised tokens of all sets."""
+        loss, supervised, _ = self.sums.sum(0)
+        return float(loss / supervised)
 
     @property
     def accuracy(self) -> float:
-        return float(self.sums[2] / self.sums[1])
+        """The share of correct tokens among the supervised tokens of all sets, 0 to 1."""
+        _, supervised, correct = self.sums.sum(0)
+        return float(correct / supervised)
+
+    @property
+    def set_losses(self) -> dict[str, float]:
+        """The loss of each set with a name."""
+        losses = (self.sums[:, 0] / self.sums[:, 1]).tolist()
+        return {name: loss for name, loss in zip(self.names, losses, strict=True) if name}
 
 
 class CausalLMModule(lightning.LightningModule):
@@ -73,9 +87,15 @@ class CausalLMModule(lightning.LightningModule):
         loss_scale: LossScale | None,
         shard: Callable[[DeviceMesh], None] | None,
         seed: int,
+        validation_sets: Sequence[str] = ("",),
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        """`callbacks`: those that the module adds to its Trainer."""
+        """Build the module.
+
+        Args:
+            validation_sets: names of the validation sets, in the order of their loaders; "" for a set without one.
+            callbacks: those that the module adds to its Trainer.
+        """
         super().__init__()
         self.automatic_optimization = False
         # Checkpoints hold only trained weights; a resumed run loads frozen weights from the model folder again.
@@ -87,6 +107,7 @@ class CausalLMModule(lightning.LightningModule):
         self.loss_scale = loss_scale
         self._shard = shard
         self._seed = seed
+        self._validation_sets = tuple(validation_sets)
         self._callbacks = list(callbacks)
         self.outcome: StepOutcome
         self.validation: ValidationSums
@@ -159,13 +180,15 @@ class CausalLMModule(lightning.LightningModule):
         return wrapper.no_sync()  # type: ignore[no-any-return]
 
     def on_validation_epoch_start(self) -> None:
-        self.validation = ValidationSums(torch.zeros(3, dtype=torch.float64, device=self.device))
+        sums = torch.zeros((len(self._validation_sets), 3), dtype=torch.float64, device=self.device)
+        self.validation = ValidationSums(self._validation_sets, sums)
 
-    def validation_step(self, micro: MicroBatch, batch_idx: int) -> None:
+    def validation_step(self, micro: MicroBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         out = self.loss_model(micro)
-        self.validation.sums[0] += out.loss_sum
-        self.validation.sums[1] += len(micro.targets)
-        self.validation.sums[2] += out.num_correct
+        sums = self.validation.sums[dataloader_idx]
+        sums[0] += out.loss_sum
+        sums[1] += len(micro.targets)
+        sums[2] += out.num_correct
 
     def on_validation_epoch_end(self) -> None:
         if isinstance(self.loss_model, FSDPModule):
@@ -177,6 +200,8 @@ class CausalLMModule(lightning.LightningModule):
             torch.distributed.all_reduce(self.validation.sums)
         # EarlyStopping and ModelCheckpoint read it when the validation ends; Telemetry writes it to the loggers.
         self.log("val/loss", self.validation.loss, prog_bar=True, logger=False)
+        for name, loss in self.validation.set_losses.items():
+            self.log(set_loss_key(name), loss, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.trained_parameters()

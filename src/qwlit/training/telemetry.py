@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from qwlit.core.batch import StepBatch
+from qwlit.core.metric import set_loss_key
 from qwlit.model.compile import compile_seconds
 from qwlit.model.flops import Flops
 from qwlit.training.async_readback import AsyncReadback
@@ -150,7 +151,9 @@ class Telemetry(Callback):
             # Early stopping ends the run at this step, and the last step is always logged.
             self._measure(trainer, pl_module, trainer.global_step)
         self._write(wait=True)
-        record: Record = {"val/loss": pl_module.validation.loss, "val/accuracy": pl_module.validation.accuracy}
+        validation = pl_module.validation
+        record: Record = {"val/loss": validation.loss, "val/accuracy": validation.accuracy}
+        record |= {set_loss_key(name): loss for name, loss in validation.set_losses.items()}
         self._record(trainer.global_step, record)
         self._clock.resume()
 

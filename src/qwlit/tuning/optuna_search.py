@@ -15,8 +15,9 @@ from qwlit.config.run import RunConfig
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
-from qwlit.core.metric import Metric
+from qwlit.core.metric import Metric, set_loss_key
 from qwlit.core.signals import answering_signals
+from qwlit.data.config import validation_sets
 from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.display import SweepDisplay
@@ -94,10 +95,10 @@ def check_metric(sweep: Sweep, config: RunConfig) -> None:
         ConfigError: naming the setting to change.
     """
     data, name = config.data, sweep.document.metric.name
-    if name not in METRICS:
+    known = [*METRICS, *(set_loss_key(name) for name in validation_sets(data.val_path) if name)]
+    if name not in known:
         raise ConfigError(
-            f"{sweep.path}: metric.name={name}: no run measures this.{nearest(name, METRICS)}"
-            f" Known: {', '.join(METRICS)}"
+            f"{sweep.path}: metric.name={name}: no run measures this.{nearest(name, known)} Known: {', '.join(known)}"
         )
     if name == "exact_match" and not data.exact_match:
         raise ConfigError("the sweep's metric is exact_match; set data.exact_match to a number of samples")

@@ -230,14 +230,22 @@ class Checkpointing(BoundaryCallback):
         self._saved_step = 0
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
+        self.best_set_losses: dict[str, float] = {}
+        """The loss of each named validation set at `best_step`."""
         self._stopped_early = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_val_loss": self.best_val_loss, "best_step": self.best_step, "stopped_early": self._stopped_early}
+        return {
+            "best_val_loss": self.best_val_loss,
+            "best_step": self.best_step,
+            "best_set_losses": self.best_set_losses,
+            "stopped_early": self._stopped_early,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_val_loss = state_dict["best_val_loss"]
         self.best_step = state_dict["best_step"]
+        self.best_set_losses = state_dict.get("best_set_losses", {})  # older checkpoints do not have it
         self._stopped_early = state_dict["stopped_early"]
         if is_rank_zero():
             # A kill after a save and before its links leaves the links at an older checkpoint.
@@ -261,6 +269,7 @@ class Checkpointing(BoundaryCallback):
         if not math.isfinite(loss) or (self.best_val_loss is not None and loss >= self.best_val_loss):
             return False
         self.best_val_loss, self.best_step = loss, step
+        self.best_set_losses = module.validation.set_losses
         return True
 
     def save(self, trainer: Trainer, step: int) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from qwlit.core.console import progress_bar
+from qwlit.core.metric import set_of_key
 from qwlit.training.telemetry import Record
 
 SHOWN = {
@@ -74,6 +75,8 @@ class ProgressDisplay(Callback):
         return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
-def _text(numbers: dict[str, float], names: tuple[str, ...] = tuple(SHOWN)) -> str:
-    known = ((*SHOWN[name], numbers[name]) for name in names if name in numbers)
+def _text(numbers: dict[str, float], names: tuple[str, ...] | None = None) -> str:
+    """Write the named numbers; without `names`, those in SHOWN and the losses of validation sets."""
+    shown = SHOWN | {key: (name, ".4f") for key in numbers if (name := set_of_key(key))}
+    known = ((*shown[name], numbers[name]) for name in names or shown if name in numbers)
     return "  ".join(f"{label} {value:{form}}" for label, form, value in known)
