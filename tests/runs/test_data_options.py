@@ -1,6 +1,9 @@
 """Options of the data on the command line, each against the same data written by hand or a separate run."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import lightning.pytorch as lightning
 import pytest
@@ -11,6 +14,7 @@ from transformers import AutoTokenizer
 import qwlit as interface
 from tests.runs.runs import DEMO, TINY, qwlit, rows, summary, train
 
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 SHORT = ["train.max_steps=2", "data.val_fraction=0.2", "train.global_batch_size=4"]
 
 
@@ -89,10 +93,6 @@ def test_named_validation_sets_have_the_losses_of_separate_runs_and_their_mean_o
     assert summary(run)["val_loss_best"] == best["val/loss"]
     assert {name: summary(run)[f"val_loss_best/{name}"] for name in sets} == {n: best[f"val/{n}/loss"] for n in sets}
     assert not any("/" in key for key in summary(together))
-    done = qwlit(["report", f"runs={run}"], place)
-    assert done.returncode == 0, done.stderr
-    page = (run / "report.html").read_text("utf-8")
-    assert all(f"Validation loss, {name}" in page for name in sets)
 
 
 class Watch(lightning.Callback):
@@ -123,3 +123,20 @@ def test_a_trainer_of_ones_own_and_loggers_get_the_loss_of_each_named_set(place,
     assert best.best_model_score == min(found["val/b/loss"] for found in theirs.seen)
     header = (place / "csv/lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
     assert {"val/loss", "val/a/loss", "val/b/loss"} <= set(header.split(","))
+
+
+SHOWN = re.findall(
+    r"^qwlit (\w+) (.*data\.(?:system|columns|max_samples|val_path=\{).*)$", PAGE.read_text("utf-8"), re.M
+)
+
+
+@pytest.mark.parametrize(("subcommand", "words"), SHOWN)
+def test_the_examples_in_the_documents_run(subcommand, words, place):
+    (place / "qa.csv").write_text("question,answer\n1 + 1?,2\n", encoding="utf-8")
+    for name in ("math", "a", "b"):
+        (place / f"{name}.jsonl").write_bytes((place / "chat.jsonl").read_bytes())
+    # `plan` reads the data as `train` does; FOLDER stands for a model's folder.
+    subcommand = {"train": "plan"}.get(subcommand, subcommand)
+    done = qwlit([subcommand, *TINY, *shlex.split(words.replace(" model.path=FOLDER", ""))], place)
+    assert done.returncode == 0, done.stderr
+    assert len(SHOWN) == 4

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,17 @@ def test_a_sweeps_page_has_curves_bars_and_slices_with_every_choice_as_text(tmp_
     assert "中文" in slices and "<i>" in slices and "constant" not in slices
     # Ticks of a log axis: those of the learning rate.
     assert "5e-5" in slices and "5e-4" in slices
+
+
+def test_each_named_validation_set_has_curves_and_its_paths_are_files_names(tmp_path):
+    rows = [{"step": step, "val/loss": 2.0, "val/chat/loss": 3.0 - step, "val/math/loss": 1.0} for step in (1, 2)]
+    settings = {"data.val_path": {"chat": "/here/a.jsonl", "math": [{"path": "/here/b.jsonl", "weight": None}]}}
+    comparison = comparison_of(write_run(tmp_path / "a", settings, rows=rows), write_run(tmp_path / "b"))
+    titles = re.findall(r"Validation loss(?:, \w+)?", assert_self_contained(page_of(comparison)).text)
+    assert titles == ["Validation loss", "Validation loss, chat", "Validation loss, math"]
+    run = next(run for run in comparison.runs if run.name == "a")
+    assert run.settings["data.val_path.chat"] == "a.jsonl"
+    assert run.settings["data.val_path.math"] == [{"path": "b.jsonl", "weight": None}]
 
 
 def test_forty_runs_get_seven_colours_and_the_rest_is_grey(tmp_path):
