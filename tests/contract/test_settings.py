@@ -88,6 +88,7 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["data=files"], "data.path is not set"),
         (["data.val_path=a", "data.val_fraction=0.1"], "both set"),
         (["data.columns={instuction: q}"], "data.columns: no format reads 'instuction'. Did you mean 'instruction'"),
+        (["data.columns={prompt: q}", "data.format=text"], "data.format=text does not read 'prompt'. Known: text"),
         (["data.columns={问题: instruction}"], r"data.columns: write \{instruction: 问题\}"),
         (["data.columns={instruction:", "q,", "output:", "a}"], r"put quotes around it, 'data\.columns=\{instruction"),
         (["data.columns=instruction:q", "data.columns=output:a"], r"write \{KEY: COLUMN\} in quotes"),

@@ -57,7 +57,7 @@ def _data(config: RunConfig) -> None:
         raise ConfigError("data.path is not set; give a file, a folder or hf:ORG/NAME, or data=demo")
     if data.val_path is not None and data.val_fraction > 0:
         raise ConfigError("data.val_path and data.val_fraction are both set; give one of them")
-    check_columns(data.columns or {})
+    check_columns(data.columns or {}, data.format)
     if data.system is not None and data.format in FORMATS_WITHOUT_ANSWER:
         raise ConfigError(f"data.system is for conversations, but data.format={data.format} has none; leave it out")
     if data.exact_match and data.val_path is None and data.val_fraction == 0:

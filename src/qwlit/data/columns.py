@@ -5,30 +5,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwlit.core.errors import ConfigError, DataError, nearest
+from qwlit.data.config import RowFormat
 from qwlit.data.formats import READ_KEYS
 from qwlit.data.rows import Document, Row
 from qwlit.data.sources import Source
 from qwlit.data.unread import has_value
 
-KEYS = frozenset().union(*READ_KEYS.values())
-"""All keys that a format reads."""
 NAMED = 20
 """An error names at most this many columns of a file."""
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
-    """Check that a format reads the keys.
+def check_columns(columns: Mapping[str, str], row_format: RowFormat) -> None:
+    """Check that the format reads the keys, or with `auto` any format.
 
     Raises:
-        ConfigError: for the first key that no format reads.
+        ConfigError: for the first key that is not read.
     """
+    read = set().union(*READ_KEYS.values()) if row_format == "auto" else READ_KEYS[row_format]
     for key, column in columns.items():
-        if key in KEYS:
+        if key in read:
             continue
-        if column in KEYS:
+        if column in read:
             raise ConfigError(f"data.columns: write {{{column}: {key}}}; the file's column is on the right")
-        hint = nearest(key, KEYS) or f" Known: {', '.join(sorted(KEYS))}."
-        raise ConfigError(f"data.columns: no format reads '{key}'.{hint}")
+        who = "no format reads" if row_format == "auto" else f"data.format={row_format} does not read"
+        hint = nearest(key, read) or f" Known: {', '.join(sorted(read))}."
+        raise ConfigError(f"data.columns: {who} '{key}'.{hint}")
 
 
 @dataclass(frozen=True)
