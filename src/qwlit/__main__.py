@@ -102,6 +102,10 @@ def _requeue(subcommand: str, error: Preempted) -> None:
 
 def _run(subcommand: str, arguments: list[str]) -> None:
     if subcommand not in SUBCOMMANDS:
+        from qwlit.config.other_trainers import command_answer
+
+        if answer := command_answer(subcommand):
+            raise ConfigError(f"no such subcommand; here it is {answer}")
         raise ConfigError(
             f"no such subcommand.{nearest(subcommand, SUBCOMMANDS)} Subcommands: {', '.join(SUBCOMMANDS)};"
             " see python -m qwlit --help"
@@ -111,6 +115,9 @@ def _run(subcommand: str, arguments: list[str]) -> None:
 
         print(help_text(subcommand), end="")
         return
+    from qwlit.config.compose import check_arguments
+
+    check_arguments(arguments)
     if subcommand in PREEMPTIBLE_SUBCOMMANDS:
         record_signals()
     importlib.import_module(f"qwlit.commands.{subcommand}").main(arguments)

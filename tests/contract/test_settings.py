@@ -133,6 +133,17 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["train.global_batch_size=1000000000000"], "train.global_batch_size=1000000000000: .*less than"),
         (["hydra.searchpath=[file:///nowhere]"], "is not a folder"),
         (["data.path=x.jsonl", "data.exact_match=3"], "answers validation samples"),
+        (["optim.lr='1e-4x"], r"""optim.lr="'1e-4x": .*number"""),
+        (["determinism=\x1b[1m"], r"determinism='\\x1b\[1m': "),
+        (["recipe=lo'ra"], r"""recipe="lo'ra": no such recipe. Did you mean 'lora'"""),
+        (["data.loss_on='all '"], "data.loss_on='all ': .*Did you mean 'all'"),
+        (["recipe=lora\r"], r"'recipe=lora\\r' ends with a carriage return"),
+        (["data.path=[a.jsonl,", "b.jsonl]"], r"at its blanks; put quotes around it, 'data.path=\[a.jsonl, b.jsonl\]'"),
+        (["optim.groups=[{match:", "norm,", "lr:", "1e-5}]", "seed=1"], r"'optim.groups=\[{match: norm, lr: 1e-5}\]'"),
+        (["data.path=[path:a,{path:b}]", "data.path=[weight:3,{path:b}]"], "the shell expanded the braces"),
+        (["data.path=[a.jsonl,b(1).jsonl]"], r'item b\(1\).jsonl needs quotes.*\[a.jsonl,"b\(1\).jsonl"\]'),
+        (["data.path=[{path:a(1).jsonl,weight:3}]"], r'item a\(1\).jsonl needs quotes.*{path:"a\(1\).jsonl",weight:3}'),
+        (["data.path=[a.jsonl,b.jsonl"], r"\] is missing at the end"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_the_field(words, said):
@@ -159,6 +170,42 @@ def test_epochs_may_be_a_fraction_and_whole_ones_stay_whole(typed, dumped):
     config = compose([f"train.max_epochs={typed}"]).config
     assert config.train.max_epochs == float(typed)
     assert f"max_epochs: {dumped}\n" in dump(config)
+
+
+@pytest.mark.parametrize("recipe", OPTIONS["recipe"])
+def test_an_experiments_warm_up_and_length_replace_those_of_any_recipe(recipe):
+    config = compose(["experiment=demo", f"recipe={recipe}"]).config
+    assert (config.scheduler.warmup_steps, config.scheduler.warmup_ratio) == (50, None)
+    assert (config.train.max_steps, config.train.max_epochs) == (1000, None)
+    assert config.scheduler.max_warmup_ratio == 0.2, "only a typed warm-up is not capped"
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "expected"),
+    # The last file that sets one of a pair clears the other; what is typed wins over all files.
+    [
+        ("scheduler: {warmup_ratio: 0.1}\ntrain: {max_steps: 9}", [], (None, 0.1, 9, None)),
+        ("scheduler: {warmup_ratio: 0.1}\ntrain: {max_steps: 9}", ["experiment=demo"], (50, None, 1000, None)),
+        ("scheduler: {warmup_ratio: 0.1}", ["scheduler.warmup_steps=4", "train.max_steps=5"], (4, None, 5, None)),
+        ("train: {max_steps: 9, max_epochs: 2}", [], (500, None, 9, 2)),
+        ("scheduler: {warmup_ratio: null}", [], (500, None, None, 3)),
+    ],
+)
+def test_a_recipe_of_ones_own_replaces_warm_up_and_length_of_the_recipe_it_takes(content, words, expected, tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(f"# @package _global_\ndefaults: [lora, _self_]\n{content}\n")
+    config = compose([f"hydra.searchpath=[file://{tmp_path}]", "recipe=mine", *words]).config
+    scheduler, train = config.scheduler, config.train
+    assert (scheduler.warmup_steps, scheduler.warmup_ratio, train.max_steps, train.max_epochs) == expected
+
+
+def test_one_file_that_sets_both_kinds_of_warm_up_is_refused(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nscheduler: {warmup_steps: 5, warmup_ratio: 0.1}\n"
+    )
+    with pytest.raises(ConfigError, match="are both set; give one of them"):
+        compose([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
 
 
 def test_ones_own_data_replaces_the_demos_validation_set_and_exact_match_check():
@@ -245,6 +292,14 @@ def test_a_dumped_configuration_reads_back_to_the_same(tmp_path):
     assert (changed.run.name, changed.optim.lr, changed.train) == ("again", 1e-4, config.train)
     with pytest.raises(ConfigError, match="has fixed all groups"):
         compose([f"config={file}", "recipe=lora"])
+
+
+@pytest.mark.parametrize("name", ["a,b", "a=b", "x(1)", "it's", "a b", "数,据"])
+def test_a_run_folder_of_any_name_is_read_again(name, tmp_path):
+    config = compose(["experiment=demo"]).config
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.yaml").write_text(dump(config))
+    assert compose([f"config={tmp_path}/{name}/config.yaml"]).config == config
 
 
 def test_a_users_own_folder_of_settings_is_searched_and_checked(tmp_path):

@@ -37,7 +37,8 @@ def test_the_trainer_shown_trains(tmp_path, monkeypatch):
 
 
 def shown_commands() -> list[str]:
-    found = [c for page in PAGES for c in re.findall(r"\bqwlit (?:train|inspect) ([^\n&`]+)", page.read_text("utf-8"))]
+    texts = [page.read_text("utf-8").replace("\\\n", "") for page in PAGES]
+    found = [c for text in texts for c in re.findall(r"\bqwlit (?:train|inspect) ([^\n&`]+)", text)]
     return found + [c for file in SBATCH for c in re.findall(r"sbatch slurm/train\S* (.+)", file.read_text())]
 
 

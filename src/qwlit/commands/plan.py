@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qwlit.commands.options import own_options
+from qwlit.config.compose import compose
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
 
@@ -37,11 +38,12 @@ def main(arguments: list[str]) -> None:
     # Nearly every object lives until the end, so garbage collection only costs time.
     gc.disable()
     try:
-        from qwlit.config.compose import compose
+        composed = compose(overrides)
+        # Importing these takes seconds: a wrong setting must end the command before.
         from qwlit.planning.remedies import fitting_overrides
         from qwlit.planning.run_plan import build_plan
 
-        plan = build_plan(compose(overrides), console(stderr=True), preview=True)
+        plan = build_plan(composed, console(stderr=True), preview=True)
         remedies = fitting_overrides(overrides, plan)
     finally:
         gc.enable()

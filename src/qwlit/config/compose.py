@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from qwlit.config.explain import explain
-from qwlit.config.overrides import MAPPINGS, agent_overrides, read_overrides
+from qwlit.config.other_trainers import refuse_options_of_others
+from qwlit.config.overrides import MAPPINGS, agent_overrides, check_shell, read_overrides, show_value
 from qwlit.config.relations import check_relations
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, nearest
@@ -60,13 +62,25 @@ def group_options() -> dict[str, list[str]]:
     return {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in groups}
 
 
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse arguments that no subcommand reads: options of other trainers, and lists that the shell took apart.
+
+    Raises:
+        ConfigError: saying what to type instead.
+    """
+    check_shell(arguments)
+    refuse_options_of_others(arguments, group_options())
+
+
 def compose(overrides: list[str]) -> Composed:
     """Compose and check a run's configuration.
 
     Raises:
         ConfigError: naming the field, the rule and the nearest valid name.
     """
-    typed = read_overrides(agent_overrides(overrides) if under_agent() else overrides)
+    overrides = agent_overrides(overrides) if under_agent() else overrides
+    check_arguments(overrides)
+    typed = read_overrides(overrides)
     groups = group_options()
     chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key.startswith("hydra.")}
     if "config" in typed:
@@ -116,16 +130,39 @@ def _compose_groups(
         # If the user adds a folder of own files, only Hydra knows all choices.
         if choice not in options and not own_folders:
             hint = nearest(str(choice), options) or f" Choose one of {', '.join(options)}."
-            raise ConfigError(f"{group}={choice}: no such {group}.{hint}")
+            raise ConfigError(f"{group}={show_value(choice)}: no such {group}.{hint}")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
             overrides = [f"{key}={choice!r}" for key, choice in chosen.items()]
             composed = hydra_compose(MAIN, overrides, return_hydra_config=True)
+            _clear_alternatives(composed, overrides)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
     choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
     return OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]), choices
+
+
+def _clear_alternatives(composed: DictConfig, overrides: list[str]) -> None:
+    """Where files set both settings of a pair, keep those of the last file and set the other one to null.
+
+    So an experiment's warmup_steps replaces a recipe's warmup_ratio, as a typed one does.
+    """
+    pairs = [pair for pair in (WARMUP, LENGTH) if all(OmegaConf.select(composed, key) is not None for key in pair)]
+    if not pairs:
+        return
+    loader = GlobalHydra.instance().config_loader()
+    parsed, files = loader._parse_overrides_and_create_caching_repo(MAIN, overrides)
+    defaults = create_defaults_list(files, MAIN, parsed, prepend_hydra=False, skip_missing=False).defaults
+    for pair in pairs:
+        values: dict[str, Any] = {}
+        for default in defaults:
+            content = loader._load_single_config(default, files).config
+            in_file = {key: OmegaConf.select(content, key) for key in pair}
+            if any(value is not None for value in in_file.values()):
+                values = in_file
+        for key, value in values.items():
+            OmegaConf.update(composed, key, value)
 
 
 def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:

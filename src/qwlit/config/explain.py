@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from qwlit.config.overrides import format_value
+from qwlit.config.other_trainers import PAGE, find_option
+from qwlit.config.overrides import format_value, show_value
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import nearest
 
@@ -33,6 +34,8 @@ def explain(error: ValidationError, groups: list[str]) -> str:
             return f"{field}: a file of this group needs '# @package _global_' in its first line"
         if field in RENAMED:
             return f"{field} is now called {RENAMED[field]}"
+        if option := find_option(field):
+            return f"{field}: no such setting; here it is {option.answer(format_value(finding['input']))} ({PAGE})"
         prefix = field.removesuffix(names[-1])
         hint = nearest(field, [prefix + name for name in known]) or f" Known here: {', '.join(sorted(set(known)))}."
         return f"{field}: no such setting.{hint}"
@@ -42,7 +45,7 @@ def explain(error: ValidationError, groups: list[str]) -> str:
     rule = rule[0].lower() + rule[1:]
     for jargon, plain in PLAIN_PHRASES.items():
         rule = re.sub(jargon, plain, rule)
-    value = " ".join(format_value(finding["input"]).split())
+    value = show_value(finding["input"])
     hint = nearest(value, re.findall(r"'([^']+)'", rule)) if finding["type"] == "literal_error" else ""
     return f"{field}={value}: {rule}.{hint}"
 

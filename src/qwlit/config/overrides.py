@@ -1,6 +1,7 @@
 """Read and write overrides, `key=value`. Hydra's grammar reads the values; text that it cannot read stays as typed."""
 
 import re
+import shlex
 from typing import Any
 
 import yaml
@@ -21,6 +22,11 @@ MAPPINGS = {
 """Settings that may be a mapping, each with an example."""
 TEXT_LISTS = {"slurm.options", "slurm.setup", "slurm.mounts"}
 """Lists of text for other programs. Hydra's grammar cannot read [--mem=5G]."""
+VERBATIM = TEXTS | {"config"}
+"""Settings of text, and the path of an earlier run's settings."""
+BRACKETS = {"[": "]", "{": "}"}
+LEAVES = re.compile(r"""'[^']*'|"[^"]*"|[^\[\]{},]+""")
+"""The items inside of lists and mappings, each mapping's with its key."""
 # Hydra's grammar knows only ASCII letters. This finds what is quoted (group 1), and unquoted text with other letters.
 NON_ASCII = re.compile(r"""('[^']*'|"[^"]*")|[^\[\]{},:'"\s]*[^\x00-\x7f][^\[\]{},:'"]*""")
 # W&B's agent passes the whole W&B config of a resumed trial: also the keys of qwlit and of the client.
@@ -32,6 +38,42 @@ NONE = re.compile(r"(?<=[=\[, ])None(?=$|[\], ])")
 def agent_overrides(arguments: list[str]) -> list[str]:
     """Return those of the W&B agent's arguments that are settings, written as a user types them."""
     return [NONE.sub("null", argument) for argument in arguments if argument.partition("=")[0] not in NO_SETTINGS]
+
+
+def check_shell(arguments: list[str]) -> None:
+    """Refuse what a shell leaves of an override without quotes, and carriage returns of Windows files.
+
+    Raises:
+        ConfigError: with the override in quotes.
+    """
+    for at, argument in enumerate(arguments):
+        if argument.endswith("\r"):
+            raise ConfigError(
+                f"{argument!r} ends with a carriage return; give the file with this command Unix line ends (dos2unix)"
+            )
+        key, _, value = argument.partition("=")
+        if value[:1] in BRACKETS and not _is_closed(value) and at + 1 < len(arguments):
+            _refuse_split(arguments[at:])
+        expanded = [other for other in arguments if other.startswith(f"{key}=") and other != argument]
+        # data.columns explains itself what braces without quotes become.
+        if expanded and key != "data.columns" and re.match(r"\[?(?!hf:|qwlit:|file:)\w+:", value):
+            raise ConfigError(
+                f"{key} is typed several times ({argument}, {expanded[0]}): the shell expanded the braces; put the"
+                f" override into quotes, '{key}=…'"
+            )
+
+
+def _refuse_split(arguments: list[str]) -> None:
+    """Refuse an override that the shell split at its blanks, if the next arguments close its bracket."""
+    whole = arguments[0]
+    for argument in arguments[1:]:
+        whole += f" {argument}"
+        if _is_closed(whole.partition("=")[2]):
+            raise ConfigError(f"the shell split {whole} at its blanks; put quotes around it, {shlex.quote(whole)}")
+
+
+def _is_closed(text: str) -> bool:
+    return all(text.count(opening) <= text.count(closing) for opening, closing in BRACKETS.items())
 
 
 def read_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -70,11 +112,14 @@ def _read(text: str) -> tuple[str, Any]:
     except HydraException:
         if is_mapping:
             return key, _read_mapping(key, typed)
-        return key, read_list(typed) if is_list and key in TEXT_LISTS else typed
+        if is_list and key in TEXT_LISTS:
+            return key, read_list(typed)
+        _refuse_unreadable(key, quoted)
+        return key, typed
     value = override.value()
     if is_mapping and isinstance(value, dict):
         return key, value
-    if key in TEXTS and not isinstance(value, str | None) and not (key in PATHS and isinstance(value, list)):
+    if key in VERBATIM and not isinstance(value, str | None) and not (key in PATHS and isinstance(value, list)):
         # YAML reads 2024_01 as a number, but for a text setting it is a name.
         return key, typed
     if override.is_sweep_override():
@@ -98,6 +143,29 @@ def _read_mapping(key: str, typed: str) -> dict[Any, Any]:
             " other quotes around a name with brackets"
         )
     return value
+
+
+def _refuse_unreadable(key: str, typed: str) -> None:
+    """Refuse a list or mapping that cannot be read, and name the item that needs quotes."""
+    if typed[:1] not in BRACKETS:
+        return
+    if key in PATHS and not _is_closed(typed):
+        raise ConfigError(f"{key}={typed}: {BRACKETS[typed[0]]} is missing at the end")
+    for item in LEAVES.findall(typed):
+        value = re.sub(r"^\w+:", "", item.strip()).strip() if "{" in typed else item.strip()
+        try:
+            OverridesParser.create().parse_override(f"{key}={value}")
+        except HydraException:
+            quoted = shlex.quote(f"{key}={typed}".replace(value, f'"{value}"'))
+            raise ConfigError(
+                f"{key}={typed}: the item {value} needs quotes, and the override as well: {quoted}"
+            ) from None
+
+
+def show_value(value: Any) -> str:
+    """Write a value as typed; with quotes and escapes if it has blanks at its ends, quotes or control characters."""
+    text = format_value(value)
+    return text if text.isprintable() and text == text.strip() and not re.search("['\"]", text) else repr(text)
 
 
 def format_value(value: Any) -> str:

@@ -1,8 +1,10 @@
 """RunConfig: all settings of a run. Each section is defined beside the code that uses it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args
 
 from qwlit.config.settings import PreflightConfig, RunSettings, SlurmConfig
 from qwlit.core.schema import NonNegativeInt, config_dataclass
@@ -50,6 +52,18 @@ class RunConfig:
     preflight: PreflightConfig
     profile: ProfileConfig
     slurm: SlurmConfig
+
+
+@lru_cache
+def setting_names(owner: Any = RunConfig, prefix: str = "") -> frozenset[str]:
+    """Return the dotted names of all settings that have a value, without those of sections."""
+    names: set[str] = set()
+    for field in fields(owner):
+        members = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+        section: Any = next((member for member in members if is_dataclass(member)), None)
+        name = prefix + field.name
+        names |= setting_names(section, f"{name}.") if section else {name}
+    return frozenset(names)
 
 
 RECIPE_SECTIONS = ("seed", "model", "data", "train", "optim", "scheduler", "dropout", "freeze", "adapter")

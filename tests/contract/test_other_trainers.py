@@ -1,0 +1,350 @@
+"""Every option of another trainer is answered with what to type here, and docs/coming-from.md shows the same."""
+
+import ast
+import dataclasses
+import itertools
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import LoraConfig
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from qwlit.config.compose import as_tree, check, check_arguments, compose, group_options
+from qwlit.config.other_trainers import OTHERS, TRAINERS, find_option, options_by_name, read_table
+from qwlit.config.other_trainers_table import OVERRIDE, tables
+from qwlit.config.run import setting_names
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import resolve_path
+from tests.tiny import save_folder, tiny_causal_lm
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "coming-from.md").read_text("utf-8")
+OPTIONS = list(itertools.chain(*read_table()["options"].values()))
+NOT_YET = {"data.system", "data.columns", "data.max_samples", "dropout.neftune_alpha", "model.hub"} - setting_names()
+LOGGERS_NOT_YET = {"tensorboard", "mlflow", "csv", "swanlab"} - set(group_options()["logger"])
+
+
+def answer(*arguments: str) -> str:
+    """Return the answer to the arguments, without what is the same in every answer."""
+    with pytest.raises(ConfigError) as caught:
+        check_arguments(list(arguments))
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(". All options are in docs/coming-from.md")
+    return text.removeprefix("options of other trainers: ").removesuffix(". All options are in docs/coming-from.md")
+
+
+ANSWERS = {
+    "learning_rate=1e-4": "optim.lr=1e-4",
+    "+learning_rate=1e-4": "optim.lr=1e-4",
+    "--learning_rate=1e-4": "optim.lr=1e-4",
+    "--learning-rate 1e-4": "optim.lr=1e-4",
+    "lr=1e-4": "optim.lr=1e-4",
+    "training_args.learning_rate=1e-4": "optim.lr=1e-4",
+    "optim.learning_rate=1e-4": "optim.lr=1e-4",
+    "--optim.lr 1e-4": "optim.lr=1e-4",
+    "--recipe lora": "recipe=lora",
+    "num_train_epochs=3": "train.max_epochs=3",
+    "num_epochs=0.5": "train.max_epochs=0.5",
+    "trainer.max_epochs=3": "train.max_epochs=3",
+    "trainer.max_steps=9": "train.max_steps=9",
+    "max_steps=-1": "leave it out",
+    "lora_rank=8": "adapter.rank=8",
+    "lora_r=8": "adapter.rank=8",
+    "lora.r=8": "adapter.rank=8",
+    "lora_alpha=16": "adapter.alpha=16",
+    "lora_dropout=0.05": "dropout.lora=0.05",
+    "lora_target=all": "adapter.target_modules=all",
+    "target_modules=all-linear": "adapter.target_modules=all",
+    "lora_target=q_proj,v_proj": "adapter.target_modules=[q_proj,v_proj]",
+    "--target_modules q_proj v_proj": "adapter.target_modules=[q_proj,v_proj]",
+    "lora_target_linear=true": "adapter.target_modules=all",
+    "cutoff_len=2048": "data.max_seq_len=2048",
+    "max_length=2048": "data.max_seq_len=2048",
+    "sequence_len=2048": "data.max_seq_len=2048",
+    "max_seq_length=2048": "data.max_seq_len=2048",
+    "output_dir=out/x": "run.root=out run.name=x",
+    "output_dir=./out/a b/": "run.root=out 'run.name=a b'",
+    "run_name=x": "run.name=x",
+    "report_to=wandb": "logger=wandb",
+    "report_to=none": "logger=none",
+    "deepspeed=ds_z3.json": "hardware.strategy=fsdp",
+    "deepspeed=": "leave it out",
+    "fsdp=full_shard": "hardware.strategy=fsdp",
+    "packing=true": "data.packing=true",
+    "neat_packing=true": "data.packing=true",
+    "sample_packing=false": "data.packing=false",
+    "save_steps=500": "checkpoint.every_steps=500",
+    "eval_steps=500": "validation.every_steps=500",
+    "eval_strategy=epoch": "validation.each_epoch=true",
+    "save_total_limit=3": "checkpoint.keep_last=3",
+    "logging_steps=5": "logging.every_steps=5",
+    "bf16=true": "hardware.precision=bf16-mixed",
+    "--bf16": "hardware.precision=bf16-mixed",
+    "--fp16 True": "hardware.precision=16-mixed",
+    "gradient_checkpointing=true": "hardware.activation_checkpointing=full",
+    "--model_name_or_path Qwen/Qwen3-8B": "model.hub_id=Qwen/Qwen3-8B",
+    "base_model=./tests": "model.path=./tests",
+    "model_name_or_path=tests/unit": "model.path=tests/unit",
+    "model=Qwen/Qwen3-8B": "model.hub_id=Qwen/Qwen3-8B",
+    "model=./folder": "model.path=./folder",
+    "dataset=tatsu-lab/alpaca": "data.path=hf:tatsu-lab/alpaca",
+    "dataset=a.jsonl,b.jsonl": "data.path=[a.jsonl,b.jsonl]",
+    "data=./rows.jsonl": "data.path=./rows.jsonl",
+    "val_size=0.1": "data.val_fraction=0.1",
+    "max_samples=100": "data.max_samples=100",
+    "default_system=hello": "data.system=hello",
+    "field_messages=turns": "'data.columns={messages: turns}'",
+    "train_on_prompt=true": "data.loss_on=all",
+    "train_on_inputs=false": "data.loss_on=assistant",
+    "mask_history=true": "data.loss_on=last_assistant",
+    "assistant_only_loss=true": "data.loss_on=assistant",
+    "loss_scale=last_round": "data.loss_on=last_assistant",
+    "truncation_strategy=delete": "data.too_long=drop",
+    "neftune_noise_alpha=5": "dropout.neftune_alpha=5",
+    "finetuning_type=lora": "recipe=lora",
+    "adapter=qlora": "recipe=qlora",
+    "stage=pt": "recipe=pretrain",
+    "quantization_bit=4": "recipe=qlora, instead of recipe=lora",
+    "load_in_4bit=true": "recipe=qlora, instead of recipe=lora",
+    "load_in_4bit=false": "leave it out",
+    "optim=adamw_torch": "optim=adamw",
+    "optim=adamw_bnb_8bit": "optim=adamw_8bit",
+    "optimizer=paged_adamw_32bit": "optim=paged_adamw",
+    "lr_scheduler_type=cosine": "scheduler=cosine",
+    "scheduler=constant_with_warmup": "scheduler=constant",
+    "scheduler=cosine_with_restarts": "not in this version: scheduler=cosine has no restarts",
+    "warmup_ratio=0.1": "scheduler.warmup_ratio=0.1",
+    "adam_beta2=0.95": "optim.betas=[0.9,0.95]",
+    "max_grad_norm=0": "train.max_grad_norm=null",
+    "weight_decay=0": "optim.weight_decay=0",
+    "ddp_timeout=7200": "hardware.timeout_seconds=7200",
+    "nproc_per_node=4": "hardware.devices=4",
+    "gradient_accumulation_steps=8": "train.global_batch_size = hardware.micro_batch_size x 8 x devices",
+    "push_to_hub=false": "leave it out",
+    "push_to_hub=true": "not in this version: upload runs/NAME/export with `hf upload`",
+    "sequence_parallel_size=4": "not in this version: there is data parallelism only (hardware.strategy ddp or fsdp)",
+    "modules_to_save=embed_tokens": "not in this version: an adapter is saved without whole matrices; recipe=full_sft"
+    " or recipe=freeze trains embedding and head",
+    "--do_train": "not needed: train always trains",
+    "dataset_num_proc=8": "not needed: all cores tokenize",
+}
+
+
+@pytest.mark.parametrize("typed", ANSWERS)
+def test_an_option_of_another_trainer_is_answered_with_what_to_type(typed):
+    arguments = typed.split(" ") if typed.startswith("--") else [typed]
+    assert answer(*arguments) == f"{typed} → {ANSWERS[typed]}"
+
+
+def test_all_options_typed_at_once_are_answered_together():
+    typed = ["optim.lr=1e-5", "learning_rate=1", "--bf16", "--lora_r", "4", "recipe=lora", "do_eval=true"]
+    assert [part.partition(" → ")[0] for part in answer(*typed).split("; ")] == [
+        "learning_rate=1",
+        "--bf16",
+        "--lora_r 4",
+        "do_eval=true",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "size"),
+    [([], "16 (on one device, N times that on N)"), (["hardware.devices=4", "hardware.num_nodes=2"], "128")],
+)
+def test_micro_batch_and_accumulation_give_the_batch_of_a_step(typed, size):
+    theirs = ["per_device_train_batch_size=2", "gradient_accumulation_steps=8"]
+    expected = f"{' '.join(theirs)} → hardware.micro_batch_size=2 train.global_batch_size={size}"
+    assert answer(*theirs, *typed) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [f"{name}=1" for name in sorted(setting_names())],
+        [f"{group}={choice}" for group, choices in group_options().items() for choice in choices],
+        # The subcommands' own options.
+        [
+            "output=json",
+            "mfu=0.4",
+            "sample=3",
+            "runs=[a,b]",
+            "baseline=a",
+            "page=x.html",
+            "seeds=[0,1]",
+            "dry_run=true",
+        ],
+        ["sweep=lora", "backend=optuna", "action=best", "trials=3", "tasks=2", "jobs=2", "agents=1", "--cfg", "job"],
+        ["optmi.lr=1", "optim.lrr=1", "recipe=fullsft", "optim=3", "model=qwen9", "hydra.searchpath=[file:///x]"],
+    ],
+)
+def test_what_is_qwlits_own_is_no_other_trainers(arguments):
+    check_arguments(arguments)
+
+
+def test_every_name_has_one_answer():
+    counts: dict[str, int] = {}
+    for option in OPTIONS:
+        for name in set(itertools.chain(*option.names.values())):
+            counts[name] = counts.get(name, 0) + 1
+            assert option.answer("x") and option.answer("true")
+    assert {name: count for name, count in counts.items() if count > 1} == {}
+    assert len(counts) >= 500 and all(options_by_name()[name] for name in counts)
+
+
+def overrides_in(text: str) -> list[tuple[str, str]]:
+    return [tuple(found.strip("'").split("=", 1)) for found in OVERRIDE.findall(text)]
+
+
+def test_every_answer_names_settings_and_values_that_exist():
+    tree = as_tree(compose([]).config)
+    written = [part for option in OPTIONS for part in (option.ours, *option.values.values(), option.instead)]
+    written += [*read_table()["commands"].values(), *(option.missing for option in OPTIONS)]
+    for key, value in {pair for text in written for pair in overrides_in(text)}:
+        if key in group_options():
+            assert value in {*group_options()[key], *LOGGERS_NOT_YET}, (key, value)
+            continue
+        assert key in setting_names() | NOT_YET, key
+        section, _, name = key.partition(".")
+        if name and key not in NOT_YET and re.fullmatch(r"[\w.-]+", value) and value not in ("N", "all"):
+            check(tree | {section: tree[section] | {name: yaml.safe_load(value)}})
+
+
+def test_every_setting_that_takes_the_same_value_exists():
+    names = {name for option in OPTIONS for name in re.split(r" or | and ", option.ours.partition("=")[0]) if name}
+    assert names <= setting_names() | set(group_options()) | NOT_YET
+
+
+def test_the_names_are_those_of_transformers_and_peft():
+    arguments = {field.name for field in dataclasses.fields(TrainingArguments)}
+    shared = {name for entry in OPTIONS for name in set.intersection(*(set(entry.names[t]) for t in ("trl", "swift")))}
+    lora = {field.name for field in dataclasses.fields(LoraConfig)}
+    written_elsewhere = {"model_revision", "attn_implementation", "router_aux_loss_coef", "enable_thinking"}
+    others = {"packing", "max_length", "padding_free", "packing_strategy", "dataset_num_proc", "bnb_4bit_quant_type"}
+    assert shared - arguments - lora - written_elsewhere - others == set()
+    assert len(shared & arguments) > 60
+
+
+def test_every_optimizer_and_schedule_of_transformers_is_answered():
+    for key, names in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        option = find_option(key)
+        assert option
+        for name in names:
+            found = option.answer(name.value)
+            group = key.removeprefix("lr_").removesuffix("_type")
+            assert found.startswith("not in this version") or found.split()[0].split("=")[1] in group_options()[group]
+
+
+@pytest.mark.parametrize("name", ["experiment/mine.yaml"])
+def test_another_trainers_name_in_a_file_of_ones_own_is_answered(name, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / name).write_text("# @package _global_\ntrain: {num_train_epochs: 3}\n")
+    with pytest.raises(ConfigError, match=r"train.num_train_epochs: no such setting; here it is train.max_epochs=3"):
+        compose([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("chat", "not in this version"), ("sft", "here it is train recipe=full_sft"), ("trian", "Did you mean 'train'")],
+)
+def test_a_subcommand_of_another_trainer_is_answered(name, said, monkeypatch, capsys):
+    from qwlit import __main__
+
+    monkeypatch.setattr(sys, "argv", ["qwlit", name, "learning_rate=1"])
+    monkeypatch.setattr(__main__, "end_process", lambda code: code)
+    assert __main__.main() == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_subcommand_of_another_trainer_hides_one_of_qwlit():
+    from qwlit.__main__ import SUBCOMMANDS
+
+    assert not read_table()["commands"].keys() & SUBCOMMANDS.keys()
+    assert len(read_table()["commands"]) >= 30
+
+
+def test_the_tables_in_the_document_are_the_ones_printed():
+    assert PAGE.endswith(tables())
+    assert all(trainer in PAGE for trainer in TRAINERS.values())
+
+
+FILES = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
+(SCRIPT,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+COMMANDS = [
+    shlex.split(found.replace("\\\n", " ")) for found in re.findall(r"^```\nqwlit train (.*?)^```", PAGE, re.M | re.S)
+]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A current folder with the model and the data that the document's migrations name."""
+    save_folder(
+        tiny_causal_lm(vocab_size=520, hidden_size=64, intermediate_size=64), tmp_path / "models" / "Qwen3-0.6B"
+    )
+    shutil.copytree(resolve_path("qwlit:demo/tokenizer"), tmp_path / "models" / "Qwen3-0.6B", dirs_exist_ok=True)
+    (tmp_path / "data").mkdir()
+    row = '{"instruction": "%d", "input": "", "output": "two"}'
+    (tmp_path / "data" / "alpaca.json").write_text(f"[{','.join(row % number for number in range(40))}]")
+    turns = '{"messages": [{"role": "user", "content": "%d"}, {"role": "assistant", "content": "two"}]}\n'
+    (tmp_path / "data" / "chat.jsonl").write_text("".join(turns % number for number in range(40)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said_of(number: int, place: Path) -> str:
+    """Return what qwlit answers to the document's file, or to the options that its script sets."""
+    if number < len(FILES):
+        (place / "theirs.yaml").write_text(FILES[number])
+        return answer("config=theirs.yaml")
+    calls = [node for node in ast.walk(ast.parse(SCRIPT)) if isinstance(node, ast.Call)]
+    keywords = [k for call in calls for k in call.keywords if not isinstance(k.value, ast.Call) and k.arg != "split"]
+    written = [(k.arg, ast.get_source_segment(SCRIPT, k.value)) for k in keywords]
+    return answer(*(f"{name}={value.replace(' ', '').replace(chr(34), '')}" for name, value in written))
+
+
+@pytest.mark.parametrize("number", range(3), ids=["LLaMA-Factory", "axolotl", "TRL"])
+def test_a_migration_in_the_document_is_what_qwlit_answers_and_can_be_planned(number, place):
+    import qwlit
+
+    command = COMMANDS[number]
+    answers = said_of(number, place)
+    assert not re.search(r"; \d+ more", answers)
+    words = [word for part in answers.split("; ") for word in shlex.split(part.partition(" → ")[2])]
+    answered = {word.rstrip(",") for word in words if "=" in word}
+    # Neither is an option: the machine, and TRL's LoraConfig.
+    chosen = {"hardware=rtx4090", "recipe=lora"}
+    assert set(command) - chosen - answered == set()
+    # Another answer to the same file replaces these.
+    left_out = {"recipe=full_sft", "recipe=lora", "validation.every_steps=N"}
+    assert answered - set(command) - left_out == set(), "the command has every option of the file"
+    plan = qwlit.plan(*command, "preflight.allow=[]")
+    assert plan.data is not None and plan.schedule is not None
+    assert not [finding for finding in plan.findings if finding.severity == "error"]
+
+
+def test_another_trainers_file_is_recognised_wherever_it_is_named(place):
+    (place / "theirs.yaml").write_text("learning_rate: 1e-4\nbf16: true\ndo_train: true\npush_to_hub: false\n")
+    expected = (
+        "theirs.yaml is a settings file of another trainer; type its options here: learning_rate → optim.lr=1e-4;"
+        " bf16 → hardware.precision=bf16-mixed"
+    )
+    for arguments in (["theirs.yaml"], ["config=theirs.yaml"], ["--config", "theirs.yaml"], ["--config=theirs.yaml"]):
+        assert answer(*arguments) == expected
+    (place / "many.json").write_text(json.dumps(dict.fromkeys(list(options_by_name())[:150], 7)))
+    assert re.search(r"; \d+ more$", answer("many.json"))
+
+
+def test_qwlits_own_file_is_no_other_trainers(tmp_path):
+    (tmp_path / "own.yaml").write_text("seed: 1\noptim: {lr: 1}\n")
+    check_arguments([f"config={tmp_path}/own.yaml"])
+    with pytest.raises(ConfigError, match=r"own.yaml: write config=.*own.yaml"):
+        check_arguments([f"{tmp_path}/own.yaml"])
+    (tmp_path / "broken.yaml").write_text("a: [")
+    check_arguments([f"{tmp_path}/broken.yaml", f"{tmp_path}/none.yaml", "config=none.yaml"])
+    assert OTHERS not in TRAINERS
