@@ -1,6 +1,8 @@
 """Every file of settings composes, every combination checks, and what is wrong is said in one line."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 
@@ -150,6 +152,27 @@ def test_what_is_wrong_is_said_in_one_line_with_the_field(words, said):
     with pytest.raises(ConfigError, match=said) as caught:
         compose(words)
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_settings_alone_make_impossible_is_refused_before_torch_is_imported():
+    refused = [
+        ["train", "optim.lrr=1"],
+        ["train", "learning_rate=1"],
+        ["train", "preflight.allow=[full_lrr]"],
+        ["train", "determinism=strict", "model.attention=sdpa"],
+        ["plan", "recipe=fullsft"],
+        ["inspect", "data.path=[a.jsonl"],
+        ["sweep", "sweep=lora", "backend=optuna", "optim.lrr=1"],
+        ["submit", "slurm.time=abc"],
+    ]
+    code = (
+        "import sys; from qwlit import __main__ as m; m.end_process = int\n"
+        f"for sys.argv in {[['qwlit', *words] for words in refused]}:\n"
+        "    assert m.main() == 2, sys.argv\n"
+        "    assert not {'torch', 'transformers', 'lightning', 'wandb'} & set(sys.modules), sys.argv"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr.count("\n") == len(refused), done.stderr
 
 
 def test_a_typed_warm_up_clears_the_recipes_other_one_and_is_not_capped():

@@ -12,10 +12,10 @@ import optuna
 import pytest
 import yaml
 
-from qwlit.config.compose import compose, conf_dir
+from qwlit.config.compose import compose, conf_dir, dump
 from qwlit.config.run import recipe_settings
 from qwlit.core.errors import ConfigError
-from qwlit.tuning.best import as_experiment, fewest_overrides
+from qwlit.tuning.best import as_experiment, fewest_overrides, write_best
 from qwlit.tuning.lr_range import evaluate
 from qwlit.tuning.optuna_search import check_metric
 from qwlit.tuning.slots import allocate_slots
@@ -234,6 +234,20 @@ def test_kill_minus_nine_while_asking_leaves_a_study_that_resumes(tmp_path):
         numbers.append(assigned.number)
         study.finish(assigned.number, "done", 0.0, None)
     assert sorted(numbers) == list(range(20))
+
+
+def test_the_best_trial_of_a_sweep_whose_name_has_a_comma_is_found_and_composes(tmp_path):
+    folder = tmp_path / "a,b=(1)"
+    composed = compose(["experiment=demo", "optim.lr=0.002"])
+    for name, value in (("trial-0000", 2.0), ("trial,1", 1.0)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.yaml").write_text(dump(composed.config))
+        (folder / name / "manifest.json").write_text(json.dumps({"choices": composed.choices}))
+        (folder / name / "summary.json").write_text(json.dumps({"status": "done", "val/loss": value}))
+    file, overrides = write_best(folder, sweep_of(tmp_path), [])
+    assert "trial,1" in file.read_text()
+    again = compose([f"hydra.searchpath=['file://{file.parents[1]}']", f"experiment={file.stem}"]).config
+    assert recipe_settings(again) == recipe_settings(composed.config) == recipe_settings(compose(overrides).config)
 
 
 def test_the_best_trials_file_composes_to_the_same_run(tmp_path):

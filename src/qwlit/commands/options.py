@@ -1,8 +1,22 @@
 """Options of a subcommand that are not settings of a run, such as `output=json` of `plan`."""
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 from qwlit.core.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from qwlit.config.compose import Composed
+
+
+def compose_run(overrides: list[str]) -> "Composed":
+    """Compose a run and refuse what is wrong in its settings alone, before torch is imported, which takes seconds."""
+    from qwlit.config.compose import compose
+    from qwlit.planning.preflight.rules import check_allowed
+
+    composed = compose(overrides)
+    check_allowed(composed.config.preflight.allow)
+    return composed
 
 
 def own_options(

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qwlit.commands.options import own_options
-from qwlit.config.compose import compose
+from qwlit.commands.options import compose_run, own_options
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
 
@@ -38,7 +37,7 @@ def main(arguments: list[str]) -> None:
     # Nearly every object lives until the end, so garbage collection only costs time.
     gc.disable()
     try:
-        composed = compose(overrides)
+        composed = compose_run(overrides)
         # Importing these takes seconds: a wrong setting must end the command before.
         from qwlit.planning.remedies import fitting_overrides
         from qwlit.planning.run_plan import build_plan

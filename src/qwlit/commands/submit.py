@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from qwlit.cluster.script import SlurmJob, check_slurm, quoted, render
-from qwlit.commands.options import own_options, whole_number
-from qwlit.config.compose import Composed, compose
+from qwlit.commands.options import compose_run, own_options, whole_number
+from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.files import resolve_path, write_text_atomic
@@ -34,7 +34,7 @@ def _runs(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig, 
     for key in ("trials", "tasks"):
         if own[key] is not None:
             raise ConfigError(f"{key} is an option for sweeps; set sweep=NAME as well, or leave it out")
-    composed = compose(overrides)
+    composed = compose_run(overrides)
     config = composed.config
     _run_preflight(composed)
     # Write the name into the job: a requeued job must find the same run even if the default name would change.

@@ -1,12 +1,13 @@
 """`train`: trains a model, or resumes an unfinished run."""
 
-from qwlit.config.compose import compose, dump
+from qwlit.commands.options import compose_run
+from qwlit.config.compose import dump
 from qwlit.core.errors import ConfigError, nearest
 
 
 def main(arguments: list[str]) -> None:
     overrides, show_config = _split_options(arguments)
-    composed = compose(overrides)
+    composed = compose_run(overrides)
     if show_config:
         print(dump(composed.config), end="")
     else:

@@ -3,6 +3,7 @@
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
 from qwlit.data.columns import check_columns
+from qwlit.data.config import check_weights
 from qwlit.data.formats import FORMATS_WITHOUT_ANSWER
 from qwlit.model.config import AdapterConfig, FreezeConfig
 from qwlit.optim.kinds import OPTIMIZERS
@@ -27,7 +28,7 @@ def check_relations(config: RunConfig) -> None:
     Raises:
         ConfigError: naming both settings and the remedy.
     """
-    for check in (_texts, _length, _schedule, _data, _optimizer, _adapter, _dropout, _profile, _logger):
+    for check in (_texts, _length, _schedule, _data, _optimizer, _strict, _adapter, _dropout, _profile, _logger):
         check(config)
 
 
@@ -55,6 +56,7 @@ def _data(config: RunConfig) -> None:
     data = config.data
     if data.path is None:
         raise ConfigError("data.path is not set; give a file, a folder or hf:ORG/NAME, or data=demo")
+    check_weights(data)
     if data.val_path is not None and data.val_fraction > 0:
         raise ConfigError("data.val_path and data.val_fraction are both set; give one of them")
     check_columns(data.columns or {}, data.format)
@@ -72,10 +74,27 @@ def _optimizer(config: RunConfig) -> None:
         raise ConfigError(f"optim.amsgrad=true works only with adamw, but optim.name={optim.name}; set optim=adamw")
     if optim.nesterov and optim.momentum == 0 and kind.has_momentum:
         raise ConfigError("optim.nesterov=true needs momentum, but optim.momentum=0; change one of them")
-    if config.determinism == "strict" and not kind.allows_strict:
+
+
+def _strict(config: RunConfig) -> None:
+    if config.determinism != "strict":
+        return
+    name, precision, attention = config.optim.name, config.hardware.precision, config.model.attention
+    if not OPTIMIZERS[name].allows_strict:
         raise ConfigError(
-            f"determinism=strict trains in float32, but optim.name={optim.name} uses fewer bits; set optim=adamw"
+            f"determinism=strict trains in float32, but optim.name={name} uses fewer bits; set optim=adamw"
         )
+    if config.adapter.quantization != "none":
+        raise ConfigError(
+            "determinism=strict trains in float32, but adapter.quantization=nf4 has 4 bits; set it to none"
+        )
+    if precision not in ("auto", "32-true"):
+        raise ConfigError(
+            f"determinism=strict trains in float32, but hardware.precision={precision};"
+            " set hardware.precision=32-true, or use determinism=reproducible"
+        )
+    if attention not in ("auto", "eager"):
+        raise ConfigError(f"determinism=strict needs eager attention, but model.attention={attention}; use auto")
 
 
 def _adapter(config: RunConfig) -> None:
@@ -92,10 +111,6 @@ def _adapter(config: RunConfig) -> None:
             raise ConfigError(f"dropout.lora={config.dropout.lora}: there are no adapters; set it to 0, or recipe=lora")
     elif freeze != FreezeConfig():
         raise ConfigError("freeze.* has no effect with adapter.kind=lora, which freezes the whole base; leave it out")
-    if adapter.quantization != "none" and config.determinism == "strict":
-        raise ConfigError(
-            "determinism=strict trains in float32, but adapter.quantization=nf4 has 4 bits; set it to none"
-        )
 
 
 def _dropout(config: RunConfig) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
+from qwlit.core.errors import ConfigError
 from qwlit.core.schema import (
     Flag,
     NonNegativeInt,
@@ -173,3 +174,11 @@ def validation_sets(path: Parts | dict[str, Parts] | None) -> dict[str, tuple[Da
     if path is None:
         return {}
     return {name: parts_of(parts) for name, parts in (path if isinstance(path, dict) else {"": path}).items()}
+
+
+def check_weights(data: DataConfig) -> None:
+    """Raise ConfigError if only some parts of `data.path` have weights, or a part of `data.val_path` has one."""
+    if len({part.weight is None for part in parts_of(data.path)}) > 1:
+        raise ConfigError("data.path: give all parts a weight, or no part")
+    if any(part.weight is not None for part in parts_of(data.val_path)):
+        raise ConfigError("data.val_path takes no weights: every row is validated once")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwlit.core.errors import ConfigError, DataError
-from qwlit.data.config import DataConfig, DataPart, parts_of, validation_sets
+from qwlit.data.config import DataConfig, DataPart, check_weights, parts_of, validation_sets
 from qwlit.data.encoded_batch import RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.order import Order
@@ -133,11 +133,7 @@ def open_stores(
     parts = parts_of(config.path)
     if not parts:
         raise ConfigError("data.path is not set; give a file, a folder or hf:ORG/NAME, or choose data=demo")
-    if len({part.weight is None for part in parts}) > 1:
-        raise ConfigError("data.path: give all parts a weight, or no part")
-    if any(part.weight is not None for part in parts_of(config.val_path)):
-        raise ConfigError("data.val_path takes no weights: every row is validated once")
-
+    check_weights(config)
     for part in (*parts, *parts_of(config.val_path)):
         find_sources(part.path)  # report a wrong path now, not after hours of tokenizing another part
 

@@ -158,11 +158,6 @@ def _precision(
     config: HardwareConfig, accelerator: str, available: Devices, determinism: Determinism
 ) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
     if determinism == "strict":
-        if config.precision not in ("auto", "32-true"):
-            raise ConfigError(
-                f"determinism=strict trains in float32, but hardware.precision={config.precision};"
-                " set hardware.precision=32-true, or use determinism=reproducible"
-            )
         return "32-true"
     if config.precision == "bf16-mixed" and accelerator == "cuda" and not available.has_bf16:
         raise ConfigError(
@@ -186,8 +181,6 @@ def resolve_attention(
     """
     varlen_fits = machine.accelerator == "cuda" and machine.precision == "bf16-mixed" and attention_dropout == 0
     if determinism == "strict":
-        if requested not in ("auto", "eager"):
-            raise ConfigError(f"determinism=strict needs eager attention, but model.attention={requested}; use auto")
         return "eager"
     if requested == "varlen" and not varlen_fits:
         raise ConfigError(

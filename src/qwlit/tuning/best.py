@@ -1,6 +1,7 @@
 """Write the best trial as an experiment file, so that `train experiment=…` trains it again."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def write_best(folder: Path, sweep: Sweep, overrides: list[str]) -> tuple[Path, 
     choices = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))["choices"]
     searchpath = [override for override in overrides if override.startswith("hydra.searchpath=")]
     groups, settings = fewest_overrides(choices, config, searchpath)
-    file = folder / "conf" / "experiment" / f"{folder.name}_best.yaml"
+    # Hydra reads experiment=a,b as two choices.
+    name = re.sub(r"[^\w.-]", "_", folder.name)
+    file = folder / "conf" / "experiment" / f"{name}_best.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     title = f"The best of sweep {folder.name}: {run.path.name}, {metric.name} {value:.6g}."
     write_text_atomic(file, as_experiment(groups, settings, title))

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.model.config import Execution
 from qwlit.optim.kinds import OPTIMIZERS
 from qwlit.optim.schedules import Schedule
-from qwlit.planning.memory.estimate import MemoryEstimate
-from qwlit.training.machine import Machine
+
+if TYPE_CHECKING:
+    # They import torch, which takes seconds, and `preflight.allow` is checked before.
+    from qwlit.planning.memory.estimate import MemoryEstimate
+    from qwlit.training.machine import Machine
 
 Severity = Literal["error", "warning"]
 
@@ -40,12 +43,12 @@ class PreflightFacts:
     """Everything that a rule may read. A fact is None if it is not available; rules that need it then return None."""
 
     config: RunConfig
-    machine: Machine
+    machine: "Machine"
     execution: Execution
     compile_obstacle: str | None
     """Why hardware.compile=auto does not compile the layers; None if it does."""
     num_parameters: int
-    memory: MemoryEstimate
+    memory: "MemoryEstimate"
     schedule: Schedule | None
     """Learning-rate schedule with the number of steps."""
     highest_lr: float
