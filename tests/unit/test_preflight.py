@@ -1,5 +1,7 @@
 """Every rule has settings that trip it and settings that do not; recipes as they are trip none."""
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,71 @@ def test_intervals_longer_than_the_run_are_none():
     assert names(facts(longer)) >= {"no_validation", "no_checkpoints"}
     within = [*never, "validation.every_steps=999", "checkpoint.every_steps=500"]
     assert not names(facts(within)) & {"no_validation", "no_checkpoints"}
+
+
+@pytest.fixture(scope="module")
+def message() -> Callable[..., str]:
+    """A function that returns a rule's message about the settings that `words` give. The model is always the same."""
+    some = facts([])
+
+    def of(name: str, words: list[str], *, steps: int = 1000, **changes: Any) -> str:
+        composed = compose(words)
+        schedule = Schedule(composed.config.scheduler, steps)
+        settings = {"config": composed.config, "typed": composed.typed, "schedule": schedule}
+        return "; ".join(RULES[name].check(replace(some, **settings | changes)) or ())
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "steps", "said"),
+    [
+        ("few_steps", ["train.max_steps=20"], 20, "train.max_steps=20: the run has only 20 steps; raise it"),
+        ("few_steps", ["train.max_epochs=2"], 9, "train.max_epochs=2: .* only 9 steps; raise it, or add data"),
+        (
+            "few_steps",
+            [],
+            9,
+            "in 3 epochs over the data there are only 9 steps of 16 samples; add data, or set",
+        ),
+        ("few_steps", ["recipe=pretrain"], 9, "in 1 epoch over the data there are"),
+        ("few_steps", ["experiment=demo"], 9, "the run has only 9 steps; set train.max_steps"),
+        (
+            "warmup_capped",
+            ["recipe=lora"],
+            100,
+            "the default warm-up of 500 steps is shortened to 20, 20% of the run's 100 steps; set",
+        ),
+        (
+            "warmup_capped",
+            ["experiment=demo", "train.max_steps=60"],
+            60,
+            "train.max_steps=60: the default warm-up of 50",
+        ),
+        ("no_validation", ["validation.each_epoch=false"], 100, "validation.each_epoch=false: the run never validates"),
+        (
+            "no_validation",
+            ["validation.each_epoch=false", "validation.every_steps=50", "train.max_steps=40"],
+            40,
+            "train.max_steps=40: validation.every_steps=50 is not reached before the end; lower it",
+        ),
+    ],
+)
+def test_a_finding_speaks_of_what_was_typed(name, words, steps, said, message):
+    assert re.match(said, message(name, words, steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "there is no validation set; set data.val_fraction=0.05"),
+        (["data.path=x.jsonl"], "data.path=x.jsonl: there is no"),
+        (["data.path=[a.jsonl,b.jsonl]"], r"data.path=\[a.jsonl,b.jsonl\]: there is no"),
+        (["data.path=x.jsonl", "validation.every_steps=5"], "validation.every_steps=5: there is no validation set"),
+    ],
+)
+def test_a_missing_validation_set_is_said_of_what_was_typed(words, said, message):
+    assert re.match(said, message("no_validation", words, data=replace(GOOD_DATA, has_validation=False)))
 
 
 def test_sgds_rates_are_its_own():

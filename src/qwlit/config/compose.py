@@ -54,6 +54,8 @@ class Composed:
     config: RunConfig
     choices: dict[str, str]
     """Group → chosen file, e.g. recipe → full_sft; empty if `config=` named an earlier run's config.yaml."""
+    typed: dict[str, Any]
+    """Dotted key → value, of the settings that the user typed."""
 
 
 def group_options() -> dict[str, list[str]]:
@@ -97,7 +99,7 @@ def compose(overrides: list[str]) -> Composed:
         # Each trial of a W&B sweep needs its own folder. A resumed trial has the same id, so it gets the same folder.
         trial = f"-{os.environ['WANDB_RUN_ID']}"
         name = name[: LONGEST_NAME - len(trial)] + trial
-    return Composed(replace(config, run=replace(config.run, name=name)), choices)
+    return Composed(replace(config, run=replace(config.run, name=name)), choices, typed)
 
 
 def _compose_groups(

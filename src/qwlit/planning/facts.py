@@ -25,6 +25,7 @@ def facts_of(
         _, memory = setup.fit_memory(assume_batches(setup.config, setup.machine.world_size).largest)
     return PreflightFacts(
         config=setup.config,
+        typed=setup.composed.typed,
         machine=setup.machine,
         execution=setup.execution,
         compile_obstacle=setup.compile_obstacle,

@@ -32,5 +32,13 @@ def few_steps(facts: PreflightFacts) -> Result:
     """The result of a few steps depends more on the order of the samples than on the data."""
     if facts.schedule is None or facts.schedule.total_steps >= FEWEST_STEPS:
         return None
-    limit = "train.max_steps" if facts.config.train.max_steps else "train.max_epochs"
-    return f"the run has only {facts.schedule.total_steps} steps", f"raise {limit}, or add data"
+    train, steps = facts.config.train, facts.schedule.total_steps
+    if typed := facts.as_typed("train.max_steps", "train.max_epochs"):
+        return f"{typed}: the run has only {steps} steps", "raise it" + ("" if train.max_steps else ", or add data")
+    if train.max_steps:
+        return f"the run has only {steps} steps", "set train.max_steps"
+    epochs = f"{train.max_epochs:g} epoch{'s' * (train.max_epochs != 1)}"
+    return (
+        f"in {epochs} over the data there are only {steps} steps of {train.global_batch_size} samples",
+        f"add data, or set train.max_epochs above {train.max_epochs:g}",
+    )

@@ -74,8 +74,9 @@ def warmup_capped(facts: PreflightFacts) -> Result:
     requested = scheduler.warmup_steps
     if requested is None or schedule.warmup_steps >= requested:
         return None
+    typed = facts.as_typed("train.max_steps", "train.max_epochs")
     return (
-        f"scheduler.warmup_steps={requested} is more than {scheduler.max_warmup_ratio:.0%} of the run's"
-        f" {schedule.total_steps} steps; the run warms up for {schedule.warmup_steps}",
-        "set scheduler.warmup_steps or scheduler.warmup_ratio to choose another value",
+        f"{typed}: " * bool(typed) + f"the default warm-up of {requested:,} steps is shortened to"
+        f" {schedule.warmup_steps:,}, {scheduler.max_warmup_ratio:.0%} of the run's {schedule.total_steps:,} steps",
+        "set scheduler.warmup_steps or scheduler.warmup_ratio for another warm-up",
     )

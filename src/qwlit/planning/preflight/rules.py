@@ -1,9 +1,10 @@
 """The rules' types, the facts that they read, and the function that runs all rules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from qwlit.config.overrides import format_value
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.model.config import Execution
@@ -43,6 +44,8 @@ class PreflightFacts:
     """Everything that a rule may read. A fact is None if it is not available; rules that need it then return None."""
 
     config: RunConfig
+    typed: Mapping[str, Any]
+    """Dotted key → value, of the settings that the user typed."""
     machine: "Machine"
     execution: Execution
     compile_obstacle: str | None
@@ -58,6 +61,10 @@ class PreflightFacts:
     vocab_size: int
     context_length: int
     """Number of positions that the model was trained for."""
+
+    def as_typed(self, *keys: str) -> str | None:
+        """Return the first of these settings that the user typed, as key=value; None if none was typed."""
+        return next((f"{key}={format_value(self.typed[key])}" for key in keys if key in self.typed), None)
 
     @property
     def trains_pretrained(self) -> bool:

@@ -11,10 +11,18 @@ def no_validation(facts: PreflightFacts) -> Result:
     """The training loss falls even while a model overfits; only other data show it."""
     validation = facts.config.validation
     if facts.data is not None and not facts.data.has_validation:
-        return "there is no validation set", "set data.val_fraction=0.05, or data.val_path"
-    if not _occurs_before_end(facts, validation):
-        return "the run validates only at its end", "set validation.each_epoch=true or validation.every_steps"
-    return None
+        typed = facts.as_typed("validation.every_steps", "data.path")
+        return f"{typed}: " * bool(typed) + "there is no validation set", "set data.val_fraction=0.05, or data.val_path"
+    if _occurs_before_end(facts, validation):
+        return None
+    if validation.every_steps is None:
+        typed = facts.as_typed("validation.each_epoch", "validation.every_steps")
+        return f"{typed}: " * bool(typed) + "the run never validates", "set validation.every_steps"
+    typed = facts.as_typed("train.max_steps", "train.max_epochs")
+    return (
+        f"{typed}: " * bool(typed) + f"validation.every_steps={validation.every_steps} is not reached before the end",
+        "lower it, or set validation.each_epoch=true",
+    )
 
 
 @rule("warning", source=FAILED_RUN)
