@@ -38,7 +38,7 @@ def answer(*arguments: str) -> str:
         check_arguments(list(arguments))
     text = str(caught.value)
     assert "\n" not in text and text.endswith(". All options are in docs/coming-from.md")
-    return text.removeprefix("options of other trainers: ").removesuffix(". All options are in docs/coming-from.md")
+    return text.removeprefix("not options of qwlit: ").removesuffix(". All options are in docs/coming-from.md")
 
 
 ANSWERS = {
@@ -98,6 +98,7 @@ ANSWERS = {
     "dataset=tatsu-lab/alpaca": "data.path=hf:tatsu-lab/alpaca",
     "dataset=a.jsonl,b.jsonl": "data.path=[a.jsonl,b.jsonl]",
     "data=./rows.jsonl": "data.path=./rows.jsonl",
+    "dataset=ORG/NAME#500": "data.path=hf:ORG/NAME data.max_samples=500",
     "val_size=0.1": "data.val_fraction=0.1",
     "max_samples=100": "data.max_samples=100",
     "default_system=hello": "data.system=hello",
@@ -123,6 +124,8 @@ ANSWERS = {
     "scheduler=cosine_with_restarts": "not in this version: scheduler=cosine has no restarts",
     "warmup_ratio=0.1": "scheduler.warmup_ratio=0.1",
     "adam_beta2=0.95": "optim.betas=[0.9,0.95]",
+    "betas=[0.9,0.95]": "optim.betas=[0.9,0.95]",
+    "keep_last=3": "checkpoint.keep_last=3",
     "max_grad_norm=0": "train.max_grad_norm=null",
     "weight_decay=0": "optim.weight_decay=0",
     "ddp_timeout=7200": "hardware.timeout_seconds=7200",
@@ -186,6 +189,11 @@ def test_micro_batch_and_accumulation_give_the_batch_of_a_step(typed, size):
 )
 def test_what_is_qwlits_own_is_no_other_trainers(arguments):
     check_arguments(arguments)
+
+
+def test_both_betas_give_one_setting():
+    theirs = ["adam_beta2=0.95", "--adam_beta1", "0.8"]
+    assert answer(*theirs) == "--adam_beta1 0.8 adam_beta2=0.95 → optim.betas=[0.8,0.95]"
 
 
 def test_every_name_has_one_answer():
@@ -336,6 +344,15 @@ def test_another_trainers_file_is_recognised_wherever_it_is_named(place):
     )
     for arguments in (["theirs.yaml"], ["config=theirs.yaml"], ["--config", "theirs.yaml"], ["--config=theirs.yaml"]):
         assert answer(*arguments) == expected
+    (place / "axolotl.yaml").write_text("datasets:\n- {path: a.jsonl, type: alpaca}\n- {path: b.jsonl, type: alpaca}\n")
+    assert "data.path=[a.jsonl,b.jsonl]" in answer("axolotl.yaml")
+    (place / "litgpt.yaml").write_text(
+        "out_dir: out/x\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 2e-4}}\n"
+        "train: {global_batch_size: 8, micro_batch_size: 1, max_seq_length: null}\n"
+    )
+    litgpt = answer("config=litgpt.yaml")
+    for override in ("run.root=out run.name=x", "optim.lr=2e-4", "train.global_batch_size=8", "micro_batch_size=1"):
+        assert override in litgpt
     (place / "many.json").write_text(json.dumps(dict.fromkeys(list(options_by_name())[:150], 7)))
     assert re.search(r"; \d+ more$", answer("many.json"))
 
@@ -345,6 +362,11 @@ def test_qwlits_own_file_is_no_other_trainers(tmp_path):
     check_arguments([f"config={tmp_path}/own.yaml"])
     with pytest.raises(ConfigError, match=r"own.yaml: write config=.*own.yaml"):
         check_arguments([f"{tmp_path}/own.yaml"])
+    # An experiment of one's own, a file of the subcommand sweep, and data.
+    (tmp_path / "mine.yaml").write_text("defaults: [_self_]\ntrain: {max_steps: 9}\n")
+    (tmp_path / "search.yaml").write_text("method: grid\nparameters: {seed: {values: [1, 2]}}\n")
+    (tmp_path / "rows.json").write_text('{"learning_rate": "%s"}' % ("x" * 2**20))
+    check_arguments([f"config={tmp_path}/{name}" for name in ("mine.yaml", "search.yaml", "rows.json")])
     (tmp_path / "broken.yaml").write_text("a: [")
     check_arguments([f"{tmp_path}/broken.yaml", f"{tmp_path}/none.yaml", "config=none.yaml"])
     assert OTHERS not in TRAINERS

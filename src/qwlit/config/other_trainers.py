@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ SHARED, SHARING = "hf", ("lf", "trl", "swift")
 SETTINGS_FILES = (".yaml", ".yml", ".json")
 MOST_ANSWERS = 30
 """Answers for a settings file; the line would be too long with more."""
+LARGEST_FILE = 2**20
+"""Bytes of a settings file; a larger one holds data."""
 OFF = ("false", "none", "no", "null", "0", "[]", "")
 """Values that switch an option off."""
 LEAVE_OUT = "leave it out"
@@ -133,7 +136,7 @@ def refuse_options_of_others(arguments: Sequence[str], groups: Mapping[str, Sequ
         elif typed.text.startswith("-") or not _is_own(typed, groups, own_files):
             found.append(typed)
     if answers := list(_answers(found, groups, arguments)):
-        raise ConfigError(f"options of other trainers: {'; '.join(answers)}. All options are in {PAGE}")
+        raise ConfigError(f"not options of qwlit: {'; '.join(answers)}. All options are in {PAGE}")
 
 
 def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
@@ -166,23 +169,33 @@ def _is_own(typed: Typed, groups: Mapping[str, Sequence[str]], own_files: bool) 
 
 def _answers(found: Sequence[Typed], groups: Mapping[str, Sequence[str]], arguments: Sequence[str]) -> Iterator[str]:
     """Yield `typed → answer` of every option that is another trainer's."""
-    sizes = {option.read: typed for typed in found if (option := find_option(typed.name)) and option.read in BATCH}
-    both = list(sizes.values()) if len(sizes) == len(BATCH) else []
+    reads = {option.read: typed for typed in found if (option := find_option(typed.name)) and option.read}
+    pairs = {first: [reads[first], reads[second]] for first, second in PAIRS if {first, second} <= reads.keys()}
+    for first, (one, other) in pairs.items():
+        values = one.value, other.value
+        together = _batch_size(*values, arguments) if first == "micro_batch" else f"optim.betas=[{','.join(values)}]"
+        yield f"{one.text} {other.text} → {together}"
+    paired = list(chain(*pairs.values()))
     for typed in found:
         option = find_option(typed.name)
-        if typed in both:
-            if typed == both[0]:
-                yield f"{' '.join(size.text for size in both)} → {_batch_size(sizes, arguments)}"
-        elif typed.name in setting_names() or (typed.name in groups and typed.value in groups[typed.name]):
+        same = [name for name in setting_names() if name.endswith(f".{typed.name}")]
+        if typed in paired:
+            continue
+        if typed.name in setting_names() or (typed.name in groups and typed.value in groups[typed.name]):
             yield f"{typed.text} → {typed.name}={typed.value}"
         elif option is not None:
             yield f"{typed.text} → {option.answer(typed.value)}"
+        elif "." not in typed.name and len(same) == 1:
+            yield f"{typed.text} → {same[0]}={typed.value}"
 
 
 def _refuse_file(typed: Typed) -> None:
     """Refuse another trainer's settings file, with the answers of its first options."""
     try:
-        tree = yaml.load(resolve_path(typed.value).read_text(encoding="utf-8"), yaml.BaseLoader)
+        file = resolve_path(typed.value)
+        if file.stat().st_size > LARGEST_FILE:
+            return
+        tree = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return  # the error of `config=` says why
     if not isinstance(tree, dict):
@@ -192,6 +205,8 @@ def _refuse_file(typed: Typed) -> None:
             raise ConfigError(f"{typed.text}: write config={typed.value}")
         return
     found = [Typed(name, name, value) for name, value in _file_options(tree, "")]
+    if all(typed.name in setting_names() or find_option(typed.name) is None for typed in found):
+        return
     answers = [a for a in _answers(found, {}, ()) if not a.endswith(LEAVE_OUT) and "→ not needed" not in a]
     if answers:
         more = f"; {len(answers) - MOST_ANSWERS} more" if len(answers) > MOST_ANSWERS else ""
@@ -209,15 +224,17 @@ def _file_options(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, s
         if isinstance(value, dict) and (option is None or option.ours):
             yield from _file_options(value, f"{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for item in value:
-                yield from _file_options(item, f"{name}.")
+            keys = dict.fromkeys(key for item in value for key in item)
+            together = {key: ",".join(str(item[key]) for item in value if key in item) for key in keys}
+            yield from _file_options(together, f"{name}.")
         elif isinstance(value, list):
             yield name, f"[{','.join(map(str, value))}]"
         elif value not in ("", "null", "~"):
             yield name, str(value)
 
 
-BATCH = ("micro_batch", "accumulation")
+PAIRS = (("micro_batch", "accumulation"), ("beta1", "beta2"))
+"""Options that give one setting together, by the function that reads them alone."""
 
 
 def _micro_batch(ours: str, value: str) -> str:
@@ -228,9 +245,16 @@ def _accumulation(ours: str, value: str) -> str:
     return f"train.global_batch_size = hardware.micro_batch_size x {value} x devices"
 
 
-def _batch_size(sizes: Mapping[str, Typed], arguments: Sequence[str]) -> str:
+def _beta1(ours: str, value: str) -> str:
+    return f"optim.betas=[{value},0.999]"
+
+
+def _beta2(ours: str, value: str) -> str:
+    return f"optim.betas=[0.9,{value}]"
+
+
+def _batch_size(micro: str, accumulation: str, arguments: Sequence[str]) -> str:
     """Return the overrides for a micro-batch and an accumulation typed together."""
-    micro, accumulation = (sizes[kind].value for kind in BATCH)
     if not (micro.isdecimal() and accumulation.isdecimal()):
         return f"hardware.micro_batch_size={micro} train.global_batch_size = {micro} x {accumulation} x devices"
     overrides = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
@@ -247,9 +271,11 @@ def _model(ours: str, value: str) -> str:
 
 
 def _data(ours: str, value: str) -> str:
-    parts = [part.strip() for part in value.strip("[]").split(",")]
-    paths = [_data_path(part) for part in parts]
-    return _quoted(f"{ours}={paths[0]}" if len(paths) == 1 else f"{ours}=[{','.join(paths)}]")
+    # ms-swift writes a number of rows behind the name: ORG/NAME#500.
+    parts = [part.strip().partition("#") for part in value.strip("[]").split(",")]
+    paths = [_data_path(name) for name, _, _ in parts]
+    rows = f" data.max_samples={parts[0][2]}" if parts[0][2] else ""
+    return _quoted(f"{ours}={paths[0]}" if len(paths) == 1 else f"{ours}=[{','.join(paths)}]") + rows
 
 
 def _data_path(name: str) -> str:
@@ -260,7 +286,7 @@ def _data_path(name: str) -> str:
 
 
 def _modules(ours: str, value: str) -> str:
-    names = re.split(r"[,\s]+", value.strip("[] "))
+    names = re.findall(r"""[^\s,\[\]"']+""", value)
     return _quoted(f"{ours}=[{','.join(names)}]")
 
 
@@ -270,6 +296,8 @@ def _folder(ours: str, value: str) -> str:
 
 
 READERS = {
+    "beta1": _beta1,
+    "beta2": _beta2,
     "micro_batch": _micro_batch,
     "accumulation": _accumulation,
     "model": _model,
