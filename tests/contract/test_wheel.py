@@ -29,6 +29,7 @@ def test_settings_and_the_demo_are_inside(site):
         assert f"qwlit/conf/{file.relative_to(ROOT / 'conf')}" in inside
     assert {
         "qwlit/resources/report.html.jinja",
+        "qwlit/resources/other_trainers.yaml",
         "qwlit/resources/demo/train.jsonl",
         "qwlit/resources/demo/tokenizer/tokenizer.json",
     } <= inside

@@ -29,6 +29,8 @@ SHARED, SHARING = "hf", ("lf", "trl", "swift")
 SETTINGS_FILES = (".yaml", ".yml", ".json")
 MOST_ANSWERS = 30
 """Answers for a settings file; the line would be too long with more."""
+PAIRS = (("micro_batch", "accumulation"), ("beta1", "beta2"))
+"""Options that give one setting together, by the functions that read them alone."""
 LARGEST_FILE = 2**20
 """Bytes of a settings file; a larger one holds data."""
 OFF = ("false", "none", "no", "null", "0", "[]", "")
@@ -152,6 +154,8 @@ def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
             text, value = " ".join([text, *values]), ",".join(values) or "true"
         elif not equals and Path(text).suffix in SETTINGS_FILES:
             key, value = "config", text
+        elif not equals:
+            continue
         yield Typed(text, key.lstrip("+-").replace("-", "_"), value)
 
 
@@ -223,7 +227,7 @@ def _file_options(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, s
         option = find_option(name)
         if isinstance(value, dict) and (option is None or option.ours):
             yield from _file_options(value, f"{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             keys = dict.fromkeys(key for item in value for key in item)
             together = {key: ",".join(str(item[key]) for item in value if key in item) for key in keys}
             yield from _file_options(together, f"{name}.")
@@ -231,10 +235,6 @@ def _file_options(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, s
             yield name, f"[{','.join(map(str, value))}]"
         elif value not in ("", "null", "~"):
             yield name, str(value)
-
-
-PAIRS = (("micro_batch", "accumulation"), ("beta1", "beta2"))
-"""Options that give one setting together, by the function that reads them alone."""
 
 
 def _micro_batch(ours: str, value: str) -> str:
