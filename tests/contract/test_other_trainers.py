@@ -184,6 +184,7 @@ def test_micro_batch_and_accumulation_give_the_batch_of_a_step(typed, size):
             "dry_run=true",
         ],
         ["sweep=lora", "backend=optuna", "action=best", "trials=3", "tasks=2", "jobs=2", "agents=1", "--cfg", "job"],
+        ["data.columns.system=context", "data.val_path.beta=b.jsonl"],
         ["optmi.lr=1", "optim.lrr=1", "recipe=fullsft", "optim=3", "model=qwen9", "hydra.searchpath=[file:///x]"],
     ],
 )

@@ -162,7 +162,8 @@ def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
 def _is_own(typed: Typed, groups: Mapping[str, Sequence[str]], own_files: bool) -> bool:
     """Whether qwlit has this option, and for a group also the choice."""
     if typed.name not in groups:
-        return typed.name in setting_names()
+        # Of a setting that is a mapping, one entry can be typed: data.columns.system=context.
+        return not {typed.name, typed.name.rpartition(".")[0]}.isdisjoint(setting_names())
     if own_files or typed.value in groups[typed.name]:
         return True
     # A wrong choice: only what is surely another trainer's value has another answer than the nearest choice.
