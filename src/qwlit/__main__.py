@@ -105,7 +105,7 @@ def _run(subcommand: str, arguments: list[str]) -> None:
         from qwlit.config.other_trainers import command_answer
 
         if answer := command_answer(subcommand):
-            raise ConfigError(f"no such subcommand; here it is {answer}")
+            raise ConfigError(answer if answer.startswith("not in") else f"no such subcommand; type {answer}")
         raise ConfigError(
             f"no such subcommand.{nearest(subcommand, SUBCOMMANDS)} Subcommands: {', '.join(SUBCOMMANDS)};"
             " see python -m qwlit --help"

@@ -254,13 +254,17 @@ def test_every_optimizer_and_schedule_of_transformers_is_answered():
 def test_another_trainers_name_in_a_file_of_ones_own_is_answered(name, tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / name).write_text("# @package _global_\ntrain: {num_train_epochs: 3}\n")
-    with pytest.raises(ConfigError, match=r"train.num_train_epochs: no such setting; here it is train.max_epochs=3"):
+    with pytest.raises(ConfigError, match=r"train.num_train_epochs: no such setting; instead: train.max_epochs=3"):
         compose([f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("chat", "not in this version"), ("sft", "here it is train recipe=full_sft"), ("trian", "Did you mean 'train'")],
+    [
+        ("chat", "qwlit chat: not in this version: load"),
+        ("sft", "type train recipe=full_sft"),
+        ("trian", "Did you mean 'train'"),
+    ],
 )
 def test_a_subcommand_of_another_trainer_is_answered(name, said, monkeypatch, capsys):
     from qwlit import __main__

@@ -35,7 +35,7 @@ def explain(error: ValidationError, groups: list[str]) -> str:
         if field in RENAMED:
             return f"{field} is now called {RENAMED[field]}"
         if option := find_option(field):
-            return f"{field}: no such setting; here it is {option.answer(format_value(finding['input']))} ({PAGE})"
+            return f"{field}: no such setting; instead: {option.answer(format_value(finding['input']))} ({PAGE})"
         prefix = field.removesuffix(names[-1])
         hint = nearest(field, [prefix + name for name in known]) or f" Known here: {', '.join(sorted(set(known)))}."
         return f"{field}: no such setting.{hint}"
