@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 from qwlit.core.schema import (
     Flag,
     LayerRange,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -101,7 +102,7 @@ class ModelConfig:
 
 @config_dataclass
 class DropoutConfig:
-    """Dropout probabilities, in training only. The published Qwen checkpoints were trained with 0."""
+    """Dropout and embedding noise, in training only. The published Qwen checkpoints were trained with 0."""
 
     attention: Probability = 0.0
     """On the attention weights."""
@@ -111,6 +112,10 @@ class DropoutConfig:
     """On the output of each attention and feed-forward block, before it is added to the residual stream."""
     embedding: Probability = 0.0
     """On the embedded tokens."""
+    neftune_alpha: NonNegativeFloat = 0.0
+    """NEFTune (Jain et al. 2023, arXiv 2310.05914): add noise, uniform between plus and minus alpha / sqrt(L * hidden
+    size), to the embedded tokens; L is the number of tokens of the sample itself, also if it is packed or padded. The
+    paper uses 5 to 15; 0: no noise."""
     lora: Probability = 0.0
     """On the input of each LoRA adapter."""
     layers: LayerRange | None = None
