@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
+from pydantic import AfterValidator
+
 from qwlit.core.schema import (
     Flag,
     LayerRange,
     NonNegativeFloat,
+    Patterns,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -126,13 +129,20 @@ class DropoutConfig:
 class FreezeConfig:
     """Which parameters are not trained. Frozen parameters need no gradient and no optimizer state."""
 
-    parameters: tuple[str, ...] = ()
+    parameters: Patterns = ()
     """bias, norm, embedding, head, attention, mlp, parts of names (q_proj) or globs (model.layers.*.mlp.*). A head
     that is the embedding freezes with it."""
     layers: LayerRange | None = None
     """First and last decoder layer, counted from 0, of which all parameters are frozen."""
     lower_layers_ratio: Ratio = 0.0
     """Share of the decoder layers, from the lowest up and rounded down, of which all parameters are frozen."""
+
+
+def _with_all_linears(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Replace `all` by the linear layers of a decoder layer."""
+    if "all-linear" in patterns:
+        raise ValueError("peft's 'all-linear' is called 'all' here")
+    return tuple(name for pattern in patterns for name in (DECODER_LINEARS if pattern == "all" else (pattern,)))
 
 
 @config_dataclass
@@ -145,8 +155,8 @@ class AdapterConfig:
     """Inner width of the adapters."""
     alpha: PositiveFloat = 32.0
     """The adapters' output is scaled by alpha / rank."""
-    target_modules: tuple[str, ...] = DECODER_LINEARS
-    """Patterns of the linear layers that get an adapter: attention, mlp, parts of names or globs."""
+    target_modules: Annotated[Patterns, AfterValidator(_with_all_linears)] = DECODER_LINEARS
+    """Patterns of the linear layers that get an adapter: all, attention, mlp, parts of names or globs."""
     layers: LayerRange | None = None
     """First and last decoder layer, from 0, with adapters; null: all."""
     use_rslora: Flag = False
