@@ -19,6 +19,7 @@ from qwlit.core.schema import (
 )
 from qwlit.model.families import FAMILIES
 from qwlit.model.families.decoder import DECODER_LINEARS
+from qwlit.model.hub import HubName
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,9 @@ class ModelConfig:
     """Which model to train and where its weights come from."""
 
     hub_id: str | None = None
-    """Hugging Face repository, such as Qwen/Qwen3-0.6B; used when there is no path."""
+    """Repository on the hub, such as Qwen/Qwen3-0.6B; used when there is no path."""
+    hub: HubName = "huggingface"
+    """Where model.hub_id is fetched from, and model.tokenizer if it is a hub id; modelscope needs its package."""
     path: str | None = None
     """Local Hugging Face folder; wins over hub_id."""
     adapter_path: str | None = None
