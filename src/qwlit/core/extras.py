@@ -6,13 +6,16 @@ from typing import Any
 from qwlit.core.errors import ConfigError, first_line
 
 
-def import_extra(module: str, *, package: str, setting: str) -> Any:
-    """Import a module of an optional package.
+def import_extra(*modules: str, package: str, setting: str) -> Any:
+    """Import the first of the modules that is there; each serves the setting alike.
 
     Raises:
-        ConfigError: it cannot be imported; the error says what to install.
+        ConfigError: none can be imported; the error says what to install.
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{setting} needs a package ({first_line(error)}); run pip install {package}") from None
+    reason = ""
+    for module in modules:
+        try:
+            return importlib.import_module(module)
+        except ImportError as error:
+            reason = first_line(error)
+    raise ConfigError(f"{setting} needs a package ({reason}); run pip install {package}")
