@@ -113,7 +113,7 @@ def test_a_row_that_cannot_be_rendered_for_certain_is_refused(
             "{%- set messages = messages[-2:] %}",
             [USER | {"content": "First"}, ANSWER, USER, ANSWER],
             None,
-            "message 1 ",
+            "leaves out, or changes, a message or a call of the user",
         ),
         ("{%- set tools = none %}", [USER, ANSWER], [{"name": "add", "parameters": {}}], "not write the tool add"),
     ],

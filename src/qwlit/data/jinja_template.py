@@ -41,8 +41,11 @@ class JinjaTemplate(ChatTemplate):
         return (self.end,)
 
     def render(self, conversation: Conversation, supervision: Supervision) -> list[Piece]:
-        """Render a conversation; see `ChatTemplate.render`. In rendered text, a control token that the row spelled out
-        could not be told from the template's own, so such a row is refused."""
+        """Render a conversation; see `ChatTemplate.render`.
+
+        A row that spells out a control token is refused: in rendered text, its token could not be told from the
+        template's own.
+        """
         conversation = drop_thinking(conversation, supervision)
         if self.default_system is not None and conversation.messages[0].role != "system":
             system = Message("system", self.default_system)
@@ -58,7 +61,9 @@ class JinjaTemplate(ChatTemplate):
         texts = [part for message in conversation.messages for part in message.split_thinking()]
         found = _pattern(self.control_tokens).search("\n".join([*texts, _json([calls, conversation.tools])]))
         if found:
-            raise RowError(f"a text contains the control token {found[0]}, which {self.name} would make of it")
+            raise RowError(
+                f"a text contains the control token {found[0]}, which could not be told from the template's own"
+            )
 
 
 def has_marks(source: str) -> bool:
@@ -136,10 +141,10 @@ def _pattern(control_tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 def _refuse_missing_parts(conversation: Conversation, text: str) -> None:
     """Refuse a row of which the template leaves out a message, a call or a tool. Reasoning it may leave out."""
-    for number, message in enumerate(conversation.messages, start=1):
+    for message in conversation.messages:
         parts = (message.split_thinking()[1].strip(), *(call.name for call in message.tool_calls))
         if not all(part in text for part in parts):
-            raise RowError(f"message {number} is not, or not unchanged, in what the chat template writes")
+            raise RowError(f"the chat template leaves out, or changes, a message or a call of the {message.role}")
     names = [str(tool.get("function", tool).get("name", "")) for tool in conversation.tools]
     if missing := [name for name in names if name not in text]:
         raise RowError(f"the chat template does not write the tool {missing[0]}")
