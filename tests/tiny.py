@@ -96,6 +96,7 @@ def packed(samples: list[Sample]) -> MicroBatch:
         targets=targets,
         cu_seqlens=torch.tensor([*starts, sum(lengths)], dtype=torch.int32),
         document_lengths=tuple(lengths),
+        sample_lengths=torch.tensor(lengths),
         sample_ids=tuple(range(len(samples))),
     )
 
@@ -111,6 +112,7 @@ def padded(samples: list[Sample], pad_id: int = 0) -> MicroBatch:
         targets=targets,
         cu_seqlens=None,
         document_lengths=None,
+        sample_lengths=torch.tensor([len(ids) for ids, _ in samples]),
         sample_ids=tuple(range(len(samples))),
     )
 

@@ -9,6 +9,7 @@ import pytest
 from qwlit.config.compose import check, compose, dump, group_options
 from qwlit.core.errors import ConfigError
 from qwlit.data.config import parts_of, validation_sets
+from qwlit.model.families.decoder import DECODER_LINEARS
 from qwlit.planning.batch_statistics import assume_batches
 
 OPTIONS = group_options()
@@ -119,6 +120,10 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["adapter.quantization=nf4"], "set recipe=qlora or recipe=lora"),
         (["adapter.use_dora=true"], "adapter.use_dora needs adapters"),
         (["dropout.lora=0.1"], "there are no adapters"),
+        (
+            ["recipe=lora", "adapter.target_modules=all-linear"],
+            "all-linear: .*called 'all' here",
+        ),
         (["adapter.rank=64"], "adapter.rank needs adapters"),
         (["adapter.layers=[0,1]"], "adapter.layers needs adapters"),
         (["dropout=none", "dropout.layers=[0,1]"], "dropout.layers is set, but"),
@@ -235,6 +240,15 @@ def test_ones_own_data_replaces_the_demos_validation_set_and_exact_match_check()
     for words in (["data.path=x.jsonl"], ["experiment=demo", "data.path=x.jsonl"]):
         data = compose(words).config.data
         assert (data.path, data.val_path, data.exact_match) == ("x.jsonl", None, 0)
+
+
+@pytest.mark.parametrize("all_linears", ["all", "[all]", "[q_proj,mlp,all]"])
+def test_a_single_pattern_needs_no_brackets_and_all_means_every_linear_layer_of_a_decoder_layer(all_linears):
+    words = ["optim.no_decay=bias", "recipe=lora", f"adapter.target_modules={all_linears}"]
+    config = compose(words).config
+    assert set(DECODER_LINEARS) <= set(config.adapter.target_modules) and "all" not in config.adapter.target_modules
+    assert config.optim.no_decay == ("bias",)
+    assert compose(["freeze.parameters=embedding"]).config.freeze.parameters == ("embedding",)
 
 
 def test_of_a_key_typed_twice_the_later_one_counts():

@@ -27,6 +27,7 @@ KNOBS = {
     "dropout-layers": Knobs(dropout={"attention": 0.2, "residual": 0.2, "layers": (1, 1)}),
     "dropout-lora": Knobs(dropout={"lora": 0.1}, adapter=LORA),
     "dropout-checkpointed": Knobs(dropout={"attention": 0.1, "feed_forward": 0.1}, memory="full"),
+    "neftune": Knobs(dropout={"neftune_alpha": 0.1}, adapter=LORA, memory="full"),
     "freeze-embedding": Knobs(freeze={"parameters": ("embedding",)}),
     "freeze-lower-half": Knobs(freeze={"parameters": ("embedding",), "lower_layers_ratio": 0.5}),
     "freeze-layers": Knobs(freeze={"parameters": ("norm",), "layers": (1, 1)}),
@@ -45,7 +46,15 @@ KNOBS = {
 
 # What these do does not depend on the family: they act on numbers, whatever the parameters are called.
 ON_ONE_FAMILY = ("cosine", "linear", "exponential", "constant", "wsd", "sgd", "amsgrad", "paged_adamw", "adamw_8bit")
-ON_ONE_FAMILY += ("dropout-residual", "dropout-embedding", "rslora", "lora-plus", "qlora-single", "qlora-8bit")
+ON_ONE_FAMILY += (
+    "dropout-residual",
+    "dropout-embedding",
+    "neftune",
+    "rslora",
+    "lora-plus",
+    "qlora-single",
+    "qlora-8bit",
+)
 CASES = [
     (name, family) for name in KNOBS for family in ("qwen2", "qwen3") if family == "qwen3" or name not in ON_ONE_FAMILY
 ]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as lightning
+import pandas
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -75,10 +76,12 @@ def test_train_gives_the_run_of_the_command_line_and_calls_callbacks_and_loggers
 
 
 def test_a_run_is_read_from_its_folder(demo, tmp_path, monkeypatch):
-    run = qwlit.train(*demo, "run.name=a", "data.exact_match=4")
+    run = qwlit.train(*demo, "run.name=a", "data.exact_match=4", "logger.use=[csv,tensorboard]")
     assert run.summary["status"] == "done" and "done" in repr(run)
     frame = run.metrics()
     assert list(frame["step"][frame["val/loss"].notna()]) == [4, 8, 12]
+    pandas.testing.assert_frame_equal(pandas.read_csv(run.path / "csv" / "metrics.csv"), frame, check_like=True)
+    assert list((run.path / "tensorboard").glob("events.out.tfevents.*"))
     monkeypatch.setitem(sys.modules, "pandas", None)
     assert run.metrics() == rows(run.path)
     assert [event["step"] for event in run.events() if event["event"] == "checkpoint"] == [4, 8, 12]

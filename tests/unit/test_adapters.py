@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from qwlit.core.errors import ConfigError
 from qwlit.model.adapters import apply_adapter
@@ -18,6 +19,15 @@ def test_every_linear_of_a_decoder_layer_gets_an_adapter_and_only_adapters_train
     assert len(trained) == 2 * len(DECODER_LINEARS) * 2
     assert all("lora_A" in name or "lora_B" in name for name in trained)
     assert "model.layers.0.self_attn.q_proj.lora_A.default.weight" in trained
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_all_targets_the_layers_that_all_linear_of_peft_targets(family: str) -> None:
+    ours, theirs = tiny_causal_lm(family), tiny_causal_lm(family)
+    apply_adapter(ours, AdapterConfig(kind="lora", target_modules="all"), dropout=0.0, seed=0)  # type: ignore[arg-type]
+    inject_adapter_in_model(LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"), theirs)
+    adapted = [{name for name, module in m.named_modules() if hasattr(module, "lora_A")} for m in (ours, theirs)]
+    assert adapted[0] == adapted[1] and len(adapted[0]) == 14
 
 
 def test_adapters_are_float32_beside_a_bf16_model() -> None:

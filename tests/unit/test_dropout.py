@@ -1,9 +1,11 @@
-"""Dropout: on in training, off in evaluation, reproducible, and absent at 0."""
+"""Dropout and NEFTune: on in training, off in evaluation, reproducible, and absent at 0."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from qwlit.core.errors import ConfigError
 from qwlit.model.activation_checkpointing import apply_activation_checkpointing
@@ -20,7 +22,7 @@ def model_with(kernel: str = "sdpa", **dropout: Any) -> LossModel:
     causal_lm = tiny_causal_lm()
     causal_lm.set_attn_implementation(register_attention())
     apply_dropout(causal_lm, DropoutConfig(**dropout))
-    return LossModel(causal_lm, kernel)  # type: ignore[arg-type]
+    return LossModel(causal_lm, kernel, neftune_alpha=dropout.get("neftune_alpha", 0.0))  # type: ignore[arg-type]
 
 
 def loss(model: LossModel, seed: int, layout: object = packed) -> float:
@@ -31,7 +33,7 @@ def loss(model: LossModel, seed: int, layout: object = packed) -> float:
 
 @pytest.mark.parametrize("layout", [packed, padded])
 @pytest.mark.parametrize("kernel", ["sdpa", "eager", "varlen"])
-@pytest.mark.parametrize("place", ["attention", "feed_forward", "residual", "embedding"])
+@pytest.mark.parametrize("place", ["attention", "feed_forward", "residual", "embedding", "neftune_alpha"])
 def test_each_dropout_acts_in_training_only_and_repeats_with_the_seed(place: str, kernel: str, layout: object) -> None:
     model = model_with(kernel, **{place: 0.2})
     plain = loss(model_with(kernel).eval(), 0, layout)
@@ -89,9 +91,38 @@ def test_only_the_layers_in_the_range_drop() -> None:
 def test_dropout_under_checkpointing_is_dropout_without(policy: ActivationCheckpointing) -> None:
     gradients = []
     for memory in ("none", policy):
-        model = model_with(attention=0.1, feed_forward=0.1, residual=0.1, embedding=0.1).train()
+        model = model_with(attention=0.1, feed_forward=0.1, residual=0.1, embedding=0.1, neftune_alpha=5.0).train()
         apply_activation_checkpointing(model.causal_lm, memory)
         torch.manual_seed(5)
         model(packed(SAMPLES)).loss_sum.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def noise(layout: Any) -> torch.Tensor:
+    """Return what NEFTune with alpha 5 adds to the embedded tokens (B, T, D), as the first decoder layer gets them."""
+    model, micro = model_with(neftune_alpha=5.0).train(), layout(SAMPLES)
+    seen: list[torch.Tensor] = []
+    model.causal_lm.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    torch.manual_seed(3)
+    model(micro)
+    return seen[0] - model.causal_lm.model.embed_tokens(micro.input_ids)
+
+
+@pytest.mark.parametrize("layout", [packed, padded])
+def test_neftune_adds_uniform_noise_of_the_papers_size_for_each_samples_own_length(layout: object) -> None:
+    added = noise(layout)
+    rows = added[0].split([len(ids) for ids, _ in SAMPLES]) if layout is packed else added
+    for row, (ids, _) in zip(rows, SAMPLES, strict=True):
+        scaled = row[: len(ids)] * math.sqrt(len(ids) * 32) / 5.0
+        assert 0.97 < scaled.abs().max() <= 1.00001
+        assert abs(scaled.std() - 1 / math.sqrt(3)) < 0.05 and abs(scaled.mean()) < 0.1
+
+
+def test_neftune_of_one_sample_is_that_of_transformers() -> None:
+    embedding = tiny_causal_lm().model.embed_tokens.train()
+    embedding.neftune_noise_alpha = 5.0
+    ids = packed(SAMPLES[:1]).input_ids
+    torch.manual_seed(3)
+    expected = neftune_post_forward_hook(embedding, (ids,), embedding(ids)) - embedding(ids)
+    assert torch.allclose(noise(lambda samples: packed(samples[:1])), expected, atol=1e-6)

@@ -19,7 +19,7 @@ from qwlit.data.inspect import length_histogram, spans
 from qwlit.data.samples import Samples
 from qwlit.data.splits import DataSplit, split_data
 from qwlit.data.store import quarantine_reasons
-from qwlit.data.templates import FAMILIES, ChatTemplateFamily
+from qwlit.data.templates import FAMILIES, ChatTemplate
 
 if TYPE_CHECKING:
     from qwlit.planning.tokenized_data import TokenizedData
@@ -115,7 +115,7 @@ def _show_data(data: DataSplit, tokenized: "TokenizedData", config: RunConfig, s
     screen.print(f"\n[bold]training data[/]  {data.describe()}")
     if chat is not None:
         supervision = chat.supervision
-        template = f"{chat.family.name}{_other_system_text(chat.family, config.data.system)}"
+        template = f"{chat.template.name}{_other_system_text(chat.template, config.data.system)}"
         screen.print(f"  template {escape(template)}, loss on {supervision.loss_on}, thinking {supervision.thinking}")
     for text in (*data.describe_shares(config.seed), *data.remarks):
         screen.print(f"  {escape(text)}")
@@ -123,12 +123,13 @@ def _show_data(data: DataSplit, tokenized: "TokenizedData", config: RunConfig, s
     _show_steps(data, config, screen)
 
 
-def _other_system_text(family: ChatTemplateFamily, typed: str | None) -> str:
+def _other_system_text(template: ChatTemplate, typed: str | None) -> str:
     """Describe the template's default system text if it is typed or not the family's default, else return ""."""
     if typed is not None:
         return f" with data.system='{one_line(typed, LONGEST_SYSTEM_TEXT)}'"
-    text = family.default_system
-    if text == FAMILIES[family.name].default_system:
+    text = template.default_system
+    family = FAMILIES.get(template.name)
+    if text == (family.default_system if family else None):
         return ""
     if text is None:
         return " without a default system text"

@@ -17,7 +17,10 @@ PLAIN_PHRASES = {
     "^field required": "give two values, [first,second]",
     r"a dictionary or an instance of \w+": "settings, key by key",
 }
-RENAMED = {"hardware.memory": "hardware.activation_checkpointing"}
+RENAMED = {
+    "hardware.memory": "hardware.activation_checkpointing",
+    "logger.wandb": "logger.use, a list of loggers such as [wandb]",
+}
 """Old name of a setting → its new name, for the error message."""
 
 

@@ -76,6 +76,8 @@ NOT_IN_RECIPE = {
     "data.max_bad_ratio",
     "data.exact_match",
     "model.attention",
+    # The weights are compared by their content as well.
+    "model.hub",
 }
 """Settings in these sections that do not belong to the recipe."""
 VAL_SETS = "data.val_path."

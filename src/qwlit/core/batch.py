@@ -48,6 +48,8 @@ class MicroBatch(_TensorDataclass):
     """(documents + 1,) int32 cumulative document lengths when packed; None when padded."""
     document_lengths: tuple[int, ...] | None
     """The packed documents' lengths as Python numbers: reading them does not wait for the GPU. None when padded."""
+    sample_lengths: Tensor
+    """(samples,) int64: the tokens of each sample, without padding."""
     sample_ids: tuple[int, ...]
 
     @property

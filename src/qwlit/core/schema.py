@@ -20,6 +20,10 @@ Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Ratio = Annotated[float, Field(ge=0, le=1, strict=True)]
 LayerRange = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
 Flag = Annotated[bool, Field(strict=True)]
+OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+"""Makes a plain text a list of one item."""
+Patterns = Annotated[tuple[str, ...], OneOrMore]
+"""Patterns of parameter names, see core/patterns.py."""
 
 
 def key_of(table: Mapping[str, Any], *others: str) -> BeforeValidator:

@@ -49,6 +49,7 @@ def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: i
         # Attention uses these boundaries, so that a packed sample attends only to itself.
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packing else None,
         document_lengths=tuple(lengths) if packing else None,
+        sample_lengths=torch.tensor(lengths),
         sample_ids=tuple(sample_ids),
     )
 

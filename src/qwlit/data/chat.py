@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import Conversation
-from qwlit.data.templates import IM_END, IM_START, ChatTemplateFamily, Piece, Supervision, render
+from qwlit.data.templates import ChatTemplate, Piece, Supervision
 from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
 
@@ -27,28 +27,28 @@ class _Segment(NamedTuple):
 
 
 class ChatEncoder:
-    """Encodes conversations with one tokenizer and one template family."""
+    """Encodes conversations with one tokenizer and one template."""
 
-    def __init__(self, tokenizer: TextTokenizer, family: ChatTemplateFamily, supervision: Supervision) -> None:
-        """Use `family` as the template; see `recognise.resolve_template`.
+    def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate, supervision: Supervision) -> None:
+        """See `recognise.resolve_template` for the template.
 
         Raises:
             DataError: the vocabulary lacks the tokens that open and close a turn.
         """
-        if missing := [token for token in (IM_START, IM_END) if token not in tokenizer.control_ids]:
+        if missing := [token for token in template.turn_tokens if token not in tokenizer.control_ids]:
             raise DataError(f"the tokenizer has no {' and no '.join(missing)} token, which every Qwen template needs")
-        self.family = family
+        self.template = template
         self.supervision = supervision
         self._tokenizer = tokenizer
 
     @property
     def end_of_turn_id(self) -> int:
         """The token that ends an answer."""
-        return self._tokenizer.control_ids[IM_END]
+        return self._tokenizer.control_ids[self.template.end_of_turn]
 
     def render(self, conversation: Conversation) -> list[Piece]:
         """Render the conversation, or raise RowError if the template cannot express it."""
-        return render(conversation, self.family, self.supervision)
+        return self.template.render(conversation, self.supervision)
 
     def encode_batch(self, rendered: Iterable[list[Piece]]) -> list[EncodedSample]:
         """Encode rendered conversations, on all cores."""

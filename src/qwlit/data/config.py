@@ -130,8 +130,8 @@ class DataConfig:
     """Names of columns in the files, if they are not those of the format: {instruction: question, output: answer} reads
     the column `question` as `instruction`. Every file must have them."""
     template: TemplateName = "auto"
-    """Chat template. `auto` recognises the tokenizer's own template, with any default system text, and refuses an
-    unknown template."""
+    """Chat template. `auto` recognises the tokenizer's own template, with any default system text. It uses an unknown
+    template through its `{% generation %}` marks, and refuses one without them."""
     system: Annotated[str, AfterValidator(_system_text)] | None = None
     """System text of conversations without a system turn, also in the exported chat template. null: the default of the
     chat template, which is no text for Qwen3."""

@@ -38,7 +38,8 @@ class RowEncoder:
         """Everything that decides what is stored, except for the rows."""
         config = self.config
         shape = [config.format, config.max_seq_len, config.too_long, config.drop_duplicates, config.loss_on]
-        chat = [self.chat.family.name, self.chat.family.default_system, config.thinking] if self.chat else None
+        template = self.chat.template if self.chat else None
+        chat = [template.name, template.default_system, config.thinking] if template else None
         options = {"columns": sorted((config.columns or {}).items()), "max_samples": config.max_samples}
         # Without these settings, the fingerprint stays as it was before they existed.
         chosen = [{name: value for name, value in options.items() if value}] if any(options.values()) else []
@@ -124,7 +125,7 @@ class RowEncoder:
             pieces = self.chat.render(value)
             refuse_lone_surrogates("".join([piece.text for piece in pieces]))
             from_table = isinstance(row.content, dict)
-            row_remarks += remarks(value, self.chat.family, self.chat.supervision, from_table=from_table)
+            row_remarks += remarks(value, self.chat.template, self.chat.supervision, from_table=from_table)
             row_remarks += self._control_token_remarks(piece.text for piece in pieces if not piece.control)
             remark_counts.update(row_remarks)
             return pieces

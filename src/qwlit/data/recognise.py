@@ -6,7 +6,8 @@ from typing import Any
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.templates import FAMILIES, IM_END, IM_START, ChatTemplateFamily, Supervision, render
+from qwlit.data.jinja_template import has_marks, jinja_template
+from qwlit.data.templates import FAMILIES, IM_END, IM_START, ChatTemplate, ChatTemplateFamily, Supervision, render
 
 *_FIRST, _LAST = sorted(FAMILIES)
 REMEDY = f"set data.template={', '.join(_FIRST)} or {_LAST}"
@@ -44,11 +45,13 @@ _TEXT_CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a"
 _TEXT_ARGUMENTS = [_TOOL_CHAT[0], {"role": "assistant", "content": "Adding.", "tool_calls": [_TEXT_CALL]}]
 
 
-def resolve_template(tokenizer: Any, template_name: str) -> ChatTemplateFamily:
-    """Return the template family: the one that `template_name` names, or for `auto` the tokenizer's own.
+def resolve_template(tokenizer: Any, template_name: str) -> ChatTemplate:
+    """Return the template: the family that `template_name` names, or for `auto` the tokenizer's own.
+
+    The tokenizer's own is a known family, or else its Jinja template where that has `{% generation %}` marks.
 
     Raises:
-        DataError: for `auto`, if the tokenizer has no chat template or an unknown one.
+        DataError: for `auto`, if the tokenizer has no chat template, or an unknown one without usable marks.
     """
     if template_name != "auto":
         return FAMILIES[template_name]
@@ -60,9 +63,16 @@ def resolve_template(tokenizer: Any, template_name: str) -> ChatTemplateFamily:
         own = own.get("default")
     if own is None:
         raise DataError(f"the tokenizer has several chat templates, but none called 'default'; {REMEDY}")
-    return recognise_template(
-        lambda messages, tools: tokenizer.apply_chat_template(messages, tools=tools, chat_template=own, tokenize=False)
-    )
+    try:
+        return recognise_template(
+            lambda messages, tools: tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=own, tokenize=False
+            )
+        )
+    except DataError:
+        if not has_marks(own):
+            raise
+    return jinja_template(tokenizer, own)
 
 
 def recognise_template(render_jinja: RenderJinja) -> ChatTemplateFamily:
@@ -99,7 +109,8 @@ def recognise_template(render_jinja: RenderJinja) -> ChatTemplateFamily:
         if _renders_the_same(candidate, render_own, (*_PROBES, (_TEXT_ARGUMENTS, [_TOOL]))):
             return candidate
     raise DataError(
-        f"the tokenizer's chat template is unknown (known: {', '.join(FAMILIES)}); to train with a known one, {REMEDY}"
+        f"the tokenizer's chat template is unknown (known: {', '.join(FAMILIES)}); put {{% generation %}} and"
+        f" {{% endgeneration %}} around what the assistant writes in it, or to train with a known one, {REMEDY}"
     )
 
 

@@ -12,6 +12,7 @@ from qwlit.data.templates import (
     END_TOOL_RESPONSE,
     TOOL_CALL,
     TOOL_RESPONSE,
+    ChatTemplate,
     ChatTemplateFamily,
     Supervision,
     last_query_index,
@@ -44,14 +45,22 @@ _TAGS = re.compile("|".join((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL, TOOL_RE
 
 
 def remarks(
-    conversation: Conversation, family: ChatTemplateFamily, supervision: Supervision, *, from_table: bool
+    conversation: Conversation, template: ChatTemplate, supervision: Supervision, *, from_table: bool
 ) -> Iterator[str]:
-    """Yield remarks on how the template writes this conversation."""
+    """Yield remarks on the conversation and on how a template of a known family writes it."""
     arguments = [call.arguments for message in conversation.messages for call in message.tool_calls]
     if from_table and _holds_null([*arguments, *conversation.tools]):
         yield NULLS_FROM_TABLE
     yield from unread_key_remarks("message", [key for message in conversation.messages for key in message.unread_keys])
     yield from _reading_remarks(conversation, supervision)
+    if isinstance(template, ChatTemplateFamily):
+        yield from _writing_remarks(conversation, template, supervision, arguments)
+
+
+def _writing_remarks(
+    conversation: Conversation, family: ChatTemplateFamily, supervision: Supervision, arguments: list[Any]
+) -> Iterator[str]:
+    """Yield remarks on what the family's template writes in another way than a user may expect."""
     if not family.json_text_arguments and any(isinstance(value, str) for value in arguments):
         yield QUOTED_ARGUMENTS
     answers = [message for message in conversation.messages if message.role == "assistant"]

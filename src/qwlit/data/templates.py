@@ -7,6 +7,7 @@ text, even if it looks like a control token.
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,18 +41,48 @@ class Supervision:
 
 
 @dataclass(frozen=True)
-class ChatTemplateFamily:
-    """The differences between the templates of the families, which are all ChatML."""
+class ChatTemplate(ABC):
+    """What qwlit needs of a chat template: one of the families below, or a `JinjaTemplate`."""
 
     name: str
-    """Value of `data.template`."""
+    """For people and for the manifest; of a family, the value of `data.template`."""
     default_system: str | None
     """The system text for a conversation without one."""
+
+    @property
+    @abstractmethod
+    def turn_tokens(self) -> tuple[str, ...]:
+        """The control tokens that the vocabulary must have; the last one ends an answer."""
+
+    @property
+    def end_of_turn(self) -> str:
+        return self.turn_tokens[-1]
+
+    @abstractmethod
+    def render(self, conversation: Conversation, supervision: Supervision) -> list[Piece]:
+        """Render a conversation.
+
+        Raises:
+            RowError: the template cannot express the conversation.
+        """
+
+
+@dataclass(frozen=True)
+class ChatTemplateFamily(ChatTemplate):
+    """The differences between the templates of the families, which are all ChatML."""
+
     tools: bool = False
     thinking: bool = False
     json_text_arguments: bool = False
     """True: write arguments that are JSON text unchanged. False: write them as a quoted JSON string, like the official
     template."""
+
+    @property
+    def turn_tokens(self) -> tuple[str, ...]:
+        return IM_START, IM_END
+
+    def render(self, conversation: Conversation, supervision: Supervision) -> list[Piece]:
+        return render(conversation, self, supervision)
 
 
 FAMILIES = {
@@ -87,8 +118,7 @@ def render(conversation: Conversation, family: ChatTemplateFamily, supervision: 
     Raises:
         RowError: the template would leave out a tool or a whole answer.
     """
-    if supervision.thinking == "drop":
-        conversation = replace(conversation, messages=tuple(m.without_thinking() for m in conversation.messages))
+    conversation = drop_thinking(conversation, supervision)
     _check(conversation, family)
     # With loss_on=all, headers and other roles are in the loss too.
     supervises_all = supervision.loss_on == "all"
@@ -100,13 +130,24 @@ def render(conversation: Conversation, family: ChatTemplateFamily, supervision: 
     ]
 
 
+def drop_thinking(conversation: Conversation, supervision: Supervision) -> Conversation:
+    """Remove the reasoning with data.thinking=drop.
+
+    Raises:
+        RowError: an answer is only reasoning.
+    """
+    if supervision.thinking != "drop":
+        return conversation
+    messages = tuple(message.without_thinking() for message in conversation.messages)
+    if any(message.role == "assistant" and message.is_empty for message in messages):
+        raise RowError("an assistant message has only reasoning, which data.thinking=drop removes")
+    return replace(conversation, messages=messages)
+
+
 def _check(conversation: Conversation, family: ChatTemplateFamily) -> None:
     messages = conversation.messages
     if not family.tools and (conversation.tools or any(m.role == "tool" or m.tool_calls for m in messages)):
         raise RowError(f"template {family.name} does not support tools")
-    answers = [m for m in messages if m.role == "assistant"]
-    if any(m.is_empty for m in answers):
-        raise RowError("an assistant message has only reasoning, which data.thinking=drop removes")
     # The template writes reasoning only into answers after the last query; some families never write it.
     shown_after = last_query_index(messages) if family.thinking else len(messages)
     for message in messages[: shown_after + 1]:

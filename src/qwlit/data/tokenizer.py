@@ -34,7 +34,7 @@ class TextTokenizer:
 
         backend = tokenizer.backend_tokenizer
         added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
-        self.control_ids: dict[str, int] = {t.content: i for i, t in added.items() if _is_control(t)}
+        self.control_ids = control_token_ids(tokenizer)
         # The new tokenizer does not know the control tokens, so their names stay plain text.
         self._plain = Tokenizer(backend.model)
         if backend.normalizer is not None:
@@ -111,6 +111,12 @@ class TextTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode on all cores; return only ids, which is faster."""
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def control_token_ids(tokenizer: Any) -> dict[str, int]:
+    """Return the ids of a Hugging Face fast tokenizer's control tokens."""
+    added: dict[int, AddedToken] = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return {token.content: i for i, token in added.items() if _is_control(token)}
 
 
 def _is_control(token: "AddedToken") -> bool:

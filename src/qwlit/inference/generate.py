@@ -39,8 +39,11 @@ class EvalAnswer:
         return self.tokens == self.prompt.answer
 
 
-def eval_prompts(samples: Samples, limit: int) -> list[EvalPrompt]:
-    """Split each of the first `limit` samples before its last run of supervised tokens."""
+def eval_prompts(samples: Samples, limit: int, *, end_of_turn_id: int) -> list[EvalPrompt]:
+    """Split each of the first `limit` samples before its last run of supervised tokens.
+
+    A template may supervise a line break after the end-of-turn token; no answer is generated so far.
+    """
     prompts = []
     for index in range(min(limit, len(samples))):
         ids, mask = samples.sample(index)
@@ -48,6 +51,8 @@ def eval_prompts(samples: Samples, limit: int) -> list[EvalPrompt]:
         start = end = supervised[-1]
         while start - 1 >= 0 and mask[start - 1]:
             start -= 1
+        while end > start and ids[end] != end_of_turn_id:
+            end -= 1
         prompts.append(EvalPrompt(index, ids[:start].tolist(), ids[start : end + 1].tolist()))
     return prompts
 

@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
+from pydantic import AfterValidator
+
 from qwlit.core.schema import (
     Flag,
     LayerRange,
+    NonNegativeFloat,
+    Patterns,
     PositiveFloat,
     PositiveInt,
     Probability,
@@ -15,6 +19,7 @@ from qwlit.core.schema import (
 )
 from qwlit.model.families import FAMILIES
 from qwlit.model.families.decoder import DECODER_LINEARS
+from qwlit.model.hub import HubName
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +88,9 @@ class ModelConfig:
     """Which model to train and where its weights come from."""
 
     hub_id: str | None = None
-    """Hugging Face repository, such as Qwen/Qwen3-0.6B; used when there is no path."""
+    """Repository on the hub, such as Qwen/Qwen3-0.6B; used when there is no path."""
+    hub: HubName = "huggingface"
+    """Where model.hub_id is fetched from, and model.tokenizer if it is a hub id; modelscope needs its package."""
     path: str | None = None
     """Local Hugging Face folder; wins over hub_id."""
     adapter_path: str | None = None
@@ -101,7 +108,7 @@ class ModelConfig:
 
 @config_dataclass
 class DropoutConfig:
-    """Dropout probabilities, in training only. The published Qwen checkpoints were trained with 0."""
+    """Dropout and embedding noise, in training only. The published Qwen checkpoints were trained with 0."""
 
     attention: Probability = 0.0
     """On the attention weights."""
@@ -111,6 +118,10 @@ class DropoutConfig:
     """On the output of each attention and feed-forward block, before it is added to the residual stream."""
     embedding: Probability = 0.0
     """On the embedded tokens."""
+    neftune_alpha: NonNegativeFloat = 0.0
+    """NEFTune (Jain et al. 2023, arXiv 2310.05914): add noise, uniform between plus and minus alpha / sqrt(L * hidden
+    size), to the embedded tokens; L is the number of tokens of the sample itself, also if it is packed or padded. The
+    paper uses 5 to 15; 0: no noise."""
     lora: Probability = 0.0
     """On the input of each LoRA adapter."""
     layers: LayerRange | None = None
@@ -121,13 +132,20 @@ class DropoutConfig:
 class FreezeConfig:
     """Which parameters are not trained. Frozen parameters need no gradient and no optimizer state."""
 
-    parameters: tuple[str, ...] = ()
+    parameters: Patterns = ()
     """bias, norm, embedding, head, attention, mlp, parts of names (q_proj) or globs (model.layers.*.mlp.*). A head
     that is the embedding freezes with it."""
     layers: LayerRange | None = None
     """First and last decoder layer, counted from 0, of which all parameters are frozen."""
     lower_layers_ratio: Ratio = 0.0
     """Share of the decoder layers, from the lowest up and rounded down, of which all parameters are frozen."""
+
+
+def _with_all_linears(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Replace `all` by the linear layers of a decoder layer."""
+    if "all-linear" in patterns:
+        raise ValueError("peft's 'all-linear' is called 'all' here")
+    return tuple(name for pattern in patterns for name in (DECODER_LINEARS if pattern == "all" else (pattern,)))
 
 
 @config_dataclass
@@ -140,8 +158,8 @@ class AdapterConfig:
     """Inner width of the adapters."""
     alpha: PositiveFloat = 32.0
     """The adapters' output is scaled by alpha / rank."""
-    target_modules: tuple[str, ...] = DECODER_LINEARS
-    """Patterns of the linear layers that get an adapter: attention, mlp, parts of names or globs."""
+    target_modules: Annotated[Patterns, AfterValidator(_with_all_linears)] = DECODER_LINEARS
+    """Patterns of the linear layers that get an adapter: all, attention, mlp, parts of names or globs."""
     layers: LayerRange | None = None
     """First and last decoder layer, from 0, with adapters; null: all."""
     use_rslora: Flag = False

@@ -1,11 +1,13 @@
-"""Add dropout to models that have none, with hooks on their blocks. A probability of 0 adds no hook."""
+"""Add dropout to models that have none, with hooks on their blocks (a probability of 0 adds no hook), and NEFTune."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwlit.core.batch import MicroBatch
 from qwlit.core.patterns import layer_of, names_in_layers
 from qwlit.model.config import DropoutConfig
 from qwlit.model.families import family_of
@@ -33,6 +35,20 @@ def apply_dropout(model: "PreTrainedModel", dropout: DropoutConfig) -> None:
         for block in (family.attention(layer), family.feed_forward(layer)):
             _drop_after(block, dropout.residual)
     _drop_after(family.embedding(model), dropout.embedding)
+
+
+def add_neftune_noise(embedded: Tensor, micro: MicroBatch, alpha: float) -> Tensor:
+    """Add uniform noise to the embedded tokens (B, T, D), see `dropout.neftune_alpha`.
+
+    It draws from torch's default generator, as dropout does.
+    """
+    _, T, D = embedded.shape
+    lengths = micro.sample_lengths
+    if micro.cu_seqlens is not None:
+        # Packed: one row with the length of each token's own sample. `output_size` saves a wait for the device.
+        lengths = lengths.repeat_interleave(lengths, output_size=T)
+    largest = alpha / (lengths * D).sqrt().view(len(embedded), -1, 1)  # (1, T, 1) packed, (B, 1, 1) padded
+    return embedded + (torch.empty_like(embedded).uniform_(-1, 1) * largest).to(embedded.dtype)
 
 
 def _drop_before(module: nn.Module, probability: float) -> None:

@@ -64,7 +64,7 @@ def tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
     if config.tokenizer:
         folder = resolve_path(config.tokenizer)
         if not folder.is_dir() and hub.looks_like_hub_id(config.tokenizer):
-            folder = hub.fetch(config.tokenizer, hub.TOKENIZER_FILES)
+            folder = hub.fetch(config.tokenizer, hub.TOKENIZER_FILES, config.hub)
         return folder, "model.tokenizer"
     if config.adapter_path and has_tokenizer(resolve_path(config.adapter_path)):
         return resolve_path(config.adapter_path), "model.adapter_path"
@@ -169,7 +169,7 @@ def weights_folder(config: ModelConfig) -> Path | None:
 def _folder(config: ModelConfig, patterns: list[str]) -> Path | None:
     if config.path:
         return resolve_path(config.path)
-    return hub.fetch(config.hub_id, patterns) if config.hub_id else None
+    return hub.fetch(config.hub_id, patterns, config.hub) if config.hub_id else None
 
 
 def model_shape(config: ModelConfig) -> "PretrainedConfig":

@@ -1,6 +1,6 @@
 """Backbone, head and loss as one module, which DDP or FSDP2 wraps as the root.
 
-Shapes: N label positions, D hidden.
+Shapes: B sequences, T positions, N label positions, D hidden.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +13,7 @@ from qwlit.model.adapters import apply_adapter, init_dora_magnitude
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.cpu import set_embedding_gradient
-from qwlit.model.dropout import apply_dropout
+from qwlit.model.dropout import add_neftune_noise, apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.head import linear_cross_entropy
@@ -42,19 +42,23 @@ class LossModel(nn.Module):
     Only `forward` may use the weights of backbone and head: FSDP2 gathers them for `forward` only.
     """
 
-    def __init__(self, causal_lm: "PreTrainedModel", attention: AttentionKernel) -> None:
+    def __init__(self, causal_lm: "PreTrainedModel", attention: AttentionKernel, *, neftune_alpha: float = 0.0) -> None:
         super().__init__()
         restrict_last_ffn_to_labels(causal_lm)
         self.causal_lm = causal_lm
         self.family = family_of(causal_lm)
         self.attention = attention
+        self.neftune_alpha = neftune_alpha
 
     def forward(self, micro: MicroBatch) -> LossOutput:
         """Compute the summed loss at the label positions. Never waits for the device."""
         kernel = self._kernel(micro)
         set_embedding_gradient(self.causal_lm, micro.input_ids.device.type)
+        embedded = self.family.embedding(self.causal_lm)(micro.input_ids)  # (B, T, D)
+        if self.neftune_alpha and self.training:
+            embedded = add_neftune_noise(embedded, micro, self.neftune_alpha)
         supervised = self.causal_lm.model(
-            input_ids=micro.input_ids,
+            inputs_embeds=embedded,
             position_ids=micro.position_ids,
             use_cache=False,
             attention_kernel=kernel,
@@ -107,7 +111,7 @@ def build_loss_model(
     apply_activation_checkpointing(causal_lm, execution.activation_checkpointing)
     if execution.compiled:
         compile_layers(causal_lm)
-    return LossModel(causal_lm, execution.attention).train()
+    return LossModel(causal_lm, execution.attention, neftune_alpha=dropout.neftune_alpha).train()
 
 
 def init_adapter(causal_lm: "PreTrainedModel", model: ModelConfig) -> None:

@@ -9,6 +9,7 @@ from qwlit.core.schema import (
     LayerRange,
     NonNegativeFloat,
     NonNegativeInt,
+    OneOrMore,
     PositiveFloat,
     Probability,
     Ratio,
@@ -59,7 +60,7 @@ class OptimConfig:
     """Momentum of muon and sgd."""
     nesterov: Flag = True
     """muon and sgd: use Nesterov momentum."""
-    no_decay: tuple[Literal["bias", "norm", "embedding"], ...] = ()
+    no_decay: Annotated[tuple[Literal["bias", "norm", "embedding"], ...], OneOrMore] = ()
     """Kinds of parameters without weight decay: biases, normalization weights, the embedding."""
     groups: tuple[GroupRule, ...] = ()
     """Rules for parameters with a learning rate or weight decay of their own, [{match: norm, lr: 1e-5},…]."""

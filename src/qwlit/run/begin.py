@@ -63,7 +63,7 @@ def _manifest_facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
         "determinism": run.config.determinism,
         "attention": run.plan.execution.attention,
         "compiled": run.plan.execution.compiled,
-        "template": run.data.tokenized.encoder.chat.family.name if run.data.tokenized.encoder.chat else None,
+        "template": run.data.tokenized.encoder.chat.template.name if run.data.tokenized.encoder.chat else None,
         "tokenizer": run.data.tokenized.encoder.tokenizer.fingerprint if run.data.tokenized.encoder.tokenizer else None,
         "data": run.data.split.fingerprint,
         "base": base,
@@ -104,7 +104,7 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoin
         + accumulation
         + checkpointing,
         f"  data      {run.data.split.describe()}",
-        *(f"  template  {chat.family.name}" for chat in [run.data.tokenized.encoder.chat] if chat),
+        *(f"  template  {chat.template.name}" for chat in [run.data.tokenized.encoder.chat] if chat),
         f"  schedule  {config.scheduler.name}, peak lr {config.optim.lr:g}"
         f" after {steps.schedule.warmup_steps} steps of warm-up",
         *_group_lines(manifest["groups"]),

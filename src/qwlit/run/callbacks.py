@@ -17,7 +17,7 @@ from qwlit.training.resilience.guard import Guard
 from qwlit.training.resilience.hang_watchdog import HangWatchdog
 from qwlit.training.resilience.preemption import StopOnSignal
 from qwlit.training.resilience.rank_consistency import RankConsistency
-from qwlit.training.telemetry import Telemetry, peak_memory_gib
+from qwlit.training.telemetry import Listener, Telemetry, peak_memory_gib
 from qwlit.training.tracking.determinism_trace import DeterminismTrace
 from qwlit.training.tracking.progress import ProgressDisplay
 from qwlit.training.tracking.wandb_run import WandbRun
@@ -59,11 +59,13 @@ class Extensions:
     loggers: Sequence[Logger] = ()
 
 
-def build_trainer_with_callbacks(run: "TrainingRun", wandb_run: WandbRun | None) -> TrainerWithCallbacks:
+def build_trainer_with_callbacks(
+    run: "TrainingRun", wandb_run: WandbRun | None, listeners: Sequence[Listener]
+) -> TrainerWithCallbacks:
     """Build the callbacks and the trainer that calls them."""
     config, folder, machine, milestones = run.config, run.folder, run.plan.machine, run.data.steps.milestones
     display = ProgressDisplay(console(), milestones.total_steps)
-    listeners = (folder.append_metrics, display.show, *([wandb_run.log] if wandb_run else []))
+    listeners = (folder.append_metrics, display.show, *([wandb_run.log] if wandb_run else []), *listeners)
     telemetry = Telemetry(milestones, listeners, run.plan.flops, machine)
     guard = Guard(config.guard, folder, run.data.split.train)
     checkpointing = Checkpointing(config.checkpoint, milestones, folder, wandb_run.upload if wandb_run else None)

@@ -14,8 +14,7 @@ from qwlit.core.files import resolve_path
 from qwlit.data.chat_template import chat_template
 from qwlit.data.recognise import resolve_template
 from qwlit.data.samples import supervises
-from qwlit.data.templates import IM_END as END_OF_TURN
-from qwlit.data.templates import ChatTemplateFamily
+from qwlit.data.templates import ChatTemplate, ChatTemplateFamily
 from qwlit.data.tokenizer import END_OF_TEXT
 from qwlit.inference.export import ExportSources, export_model
 from qwlit.inference.export_settings import GENERATION_CONFIG, EndToken
@@ -95,21 +94,24 @@ def end_of_answers(run: "TrainingRun") -> EndToken | None:
     end_of_text = encoder.tokenizer.control_ids.get(END_OF_TEXT)
     if encoder.chat is not None and supervises(train, encoder.chat.end_of_turn_id):
         others = () if end_of_text is None else (end_of_text,)
-        template = _template_to_write(run.data.tokenized.tokenizer, encoder.chat.family)
-        return EndToken(END_OF_TURN, encoder.chat.end_of_turn_id, others, template)
+        template = encoder.chat.template
+        jinja = _template_to_write(run.data.tokenized.tokenizer, template)
+        return EndToken(template.end_of_turn, encoder.chat.end_of_turn_id, others, jinja)
     has_end = run.config.model.init == "pretrained"
     if has_end or end_of_text is None or not supervises(train, end_of_text):
         return None
     return EndToken(END_OF_TEXT, end_of_text, (), None)
 
 
-def _template_to_write(tokenizer: Any, family: ChatTemplateFamily) -> str | None:
+def _template_to_write(tokenizer: Any, template: ChatTemplate) -> str | None:
     """Return the chat template of the training, unless the tokenizer's folder already has it."""
+    if not isinstance(template, ChatTemplateFamily):
+        return None  # it is the folder's own
     try:
         own = resolve_template(tokenizer, "auto")
     except DataError:
         own = None
-    return None if own == family else chat_template(family)
+    return None if own == template else chat_template(template)
 
 
 def _load_best_weights(
@@ -128,7 +130,7 @@ def _answer(run: "TrainingRun", loss_model: LossModel) -> list[Record]:
     validation, tokenizer = run.data.split.validation, run.data.tokenized.tokenizer
     chat = run.data.tokenized.encoder.chat
     assert validation is not None and tokenizer is not None and chat is not None
-    prompts = eval_prompts(validation, run.config.data.exact_match)
+    prompts = eval_prompts(validation, run.config.data.exact_match, end_of_turn_id=chat.end_of_turn_id)
     with console().status(f"answering {len(prompts)} unseen prompts"):
         answers = list(
             answer_greedily(loss_model.causal_lm, prompts, end_of_turn_id=chat.end_of_turn_id, pad_id=run.data.pad_id)

@@ -1,5 +1,6 @@
 """Build module, trainer and callbacks, and train."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from qwlit.run.resume import ResumePoint
 from qwlit.training.data_module import StepDataModule
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
+from qwlit.training.telemetry import Listener
 from qwlit.training.tracking.wandb_run import WandbRun
 from qwlit.training.trainer import kill_started_ranks, lost_rank, stop_watching_ranks
 
@@ -26,12 +28,21 @@ if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
 
 
-def fit(run: "TrainingRun", start: ResumePoint, wandb_run: WandbRun | None = None) -> TrainerWithCallbacks:
-    """Train from `start` to the last step; return the trainer and the callbacks that hold results."""
+def fit(
+    run: "TrainingRun",
+    start: ResumePoint,
+    wandb_run: WandbRun | None = None,
+    listeners: Sequence[Listener] = (),
+) -> TrainerWithCallbacks:
+    """Train from `start` to the last step; return the trainer and the callbacks that hold results.
+
+    Args:
+        listeners: called with each record of metrics.jsonl.
+    """
     config, folder = run.config, run.folder
     shard = partial(_shard, run) if run.plan.machine.strategy == "fsdp" else None
     module = build_module(run.plan, run.loss_model, shard=shard)
-    training = build_trainer_with_callbacks(run, wandb_run)
+    training = build_trainer_with_callbacks(run, wandb_run, listeners)
     if training.trainer.world_size != run.plan.machine.world_size:
         raise ConfigError(
             f"Lightning has {training.trainer.world_size} processes, but hardware.devices x hardware.num_nodes is"

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from rich.markup import escape
 
-from qwlit.config.compose import Composed
+from qwlit.config.compose import Composed, as_tree
 from qwlit.core.console import console
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
@@ -17,10 +17,12 @@ from qwlit.run.callbacks import Extensions
 from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
 from qwlit.run.modules import load_model
+from qwlit.run.named_loggers import named_loggers
 from qwlit.run.resume import ResumePoint, newest, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.requeue_limit import counting_requeues
+from qwlit.training.tracking.loggers import check_named_loggers
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
 from qwlit.training.tracking.wandb_access import check_logger
 
@@ -81,6 +83,7 @@ def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> b
     if send_missing_to_wandb(config, folder) or is_done:
         return True
     refuse_occupied_folder(folder, overwrite=config.run.overwrite)
+    check_named_loggers(config.logger)
     check_logger(config.logger)
     if warning := torchrun_warning():
         console().print(f"[yellow]note[/] {warning}")
@@ -102,10 +105,16 @@ class TrainingRun:
         # Rank 0 has written all files that the other ranks read; processes that Lightning starts need not wait.
         lock.announce_ready()
         # `recording_status` is the inner block: it writes the status, then W&B gets the summary with the status.
-        with logged_to_wandb(self.config, self.folder) as wandb_run, recording_status(self.folder):
+        with (
+            logged_to_wandb(self.config, self.folder) as wandb_run,
+            named_loggers(self.config, self.folder) as loggers,
+            recording_status(self.folder),
+        ):
             if wandb_run:
                 wandb_run.open(continues=start.checkpoint is not None)
-            training = fit(self, start, wandb_run)
+            for logger in loggers:
+                logger.open(as_tree(self.config))
+            training = fit(self, start, wandb_run, [logger.log for logger in loggers])
             records = finish(self, training) if is_rank_zero() else []
         # Print last, when the run is recorded as done: printing fails where the terminal has gone.
         print_summary(training, records, self.folder)

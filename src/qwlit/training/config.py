@@ -4,7 +4,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PlainSerializer
 
-from qwlit.core.schema import MAX_COUNT, Flag, NonNegativeInt, PositiveFloat, PositiveInt, config_dataclass
+from qwlit.core.schema import (
+    MAX_COUNT,
+    Flag,
+    NonNegativeInt,
+    OneOrMore,
+    PositiveFloat,
+    PositiveInt,
+    config_dataclass,
+)
 from qwlit.model.config import ActivationCheckpointing
 
 Determinism = Literal["fast", "reproducible", "strict"]
@@ -111,6 +119,7 @@ class LoggingConfig:
     """One record after every this many steps; the first and last step always have one."""
 
 
+LoggerName = Literal["wandb", "tensorboard", "mlflow", "csv", "swanlab"]
 WANDB_CONFIG_KEY = "qwlit"
 """The W&B config key that holds all settings: at the top level a sweep's values would overwrite them."""
 
@@ -119,18 +128,22 @@ WANDB_CONFIG_KEY = "qwlit"
 class LoggerConfig:
     """Where metrics go in addition to metrics.jsonl."""
 
-    wandb: Flag = False
-    """Log to W&B; offline where no API key is set. Trials of a W&B sweep need it."""
+    use: Annotated[tuple[LoggerName, ...], OneOrMore] = ()
+    """One or several loggers. wandb is W&B, offline where no API key is set; trials of a W&B sweep need it."""
     project: str | None = None
-    """W&B project; null: WANDB_PROJECT, else qwlit."""
+    """Project of W&B and SwanLab, experiment of MLflow; null: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, else qwlit."""
     entity: str | None = None
     """W&B user or team; null: WANDB_ENTITY, else the account's own."""
     group: str | None = None
     """W&B shows runs of one group together."""
     tags: tuple[str, ...] = ()
-    """W&B tags of the run."""
+    """Tags of the run on W&B and SwanLab."""
     upload_checkpoints: Flag = False
     """Upload every saved checkpoint as a W&B artifact."""
+
+    @property
+    def wandb(self) -> bool:
+        return "wandb" in self.use
 
 
 @config_dataclass

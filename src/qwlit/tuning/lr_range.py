@@ -97,7 +97,7 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
         "checkpoint.every_steps=null",
         "logging.every_steps=1",
         "data.exact_match=0",
-        "logger.wandb=false",
+        "logger.use=[]",
         f"run.name={name}",
     ]
     steps = compose(overrides).config.train.max_steps or STEPS

@@ -1,0 +1,180 @@
+"""A tokenizer's own chat template of no known family, used through its `{% generation %}` marks.
+
+transformers renders it. The marks say which parts of the rendered text the assistant writes.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from qwlit.core.errors import DataError, one_line
+from qwlit.data.conversation import Conversation, Message, parse_conversation
+from qwlit.data.rows import RowError
+from qwlit.data.templates import ChatTemplate, Piece, Supervision, drop_thinking
+from qwlit.data.tokenizer import control_token_ids
+
+Span = tuple[int, int]
+"""First character and end of a part of the rendered text."""
+ANSWER = "An answer."
+_PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": ANSWER}]
+
+
+@dataclass(frozen=True)
+class JinjaTemplate(ChatTemplate):
+    """A Jinja template with the variables that a tokenizer passes to it. It can be pickled, for worker processes."""
+
+    source: str
+    variables: dict[str, Any] = field(hash=False)
+    """Names of special tokens, such as eos_token, and their texts."""
+    control_tokens: tuple[str, ...]
+    """The texts that become control tokens where the template writes them."""
+    end: str
+    """The control token that ends an answer."""
+
+    @property
+    def turn_tokens(self) -> tuple[str, ...]:
+        return (self.end,)
+
+    def render(self, conversation: Conversation, supervision: Supervision) -> list[Piece]:
+        """Render a conversation; see `ChatTemplate.render`.
+
+        A row that spells out a control token is refused: in rendered text, its token could not be told from the
+        template's own.
+        """
+        conversation = drop_thinking(conversation, supervision)
+        if self.default_system is not None and conversation.messages[0].role != "system":
+            system = Message("system", self.default_system)
+            conversation = replace(conversation, messages=(system, *conversation.messages))
+        self._refuse_control_tokens(conversation)
+        text, marked = render_marked(self.source, self.variables, conversation)
+        _refuse_missing_parts(conversation, text)
+        supervised = _supervised_spans(conversation, text, marked, supervision)
+        return list(_pieces(text, supervised, _pattern(self.control_tokens)))
+
+    def _refuse_control_tokens(self, conversation: Conversation) -> None:
+        calls = [(call.name, call.arguments) for message in conversation.messages for call in message.tool_calls]
+        texts = [part for message in conversation.messages for part in message.split_thinking()]
+        found = _pattern(self.control_tokens).search("\n".join([*texts, _json([calls, conversation.tools])]))
+        if found:
+            raise RowError(
+                f"a text contains the control token {found[0]}, which could not be told from the template's own"
+            )
+
+
+def has_marks(source: str) -> bool:
+    """Whether the template has `{% generation %}` marks."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+
+
+def jinja_template(tokenizer: Any, source: str) -> JinjaTemplate:
+    """Return the tokenizer's template `source`; find in a rendered probe how it ends an answer.
+
+    Raises:
+        DataError: it cannot be rendered, or its marks do not contain an answer with its end.
+    """
+    variables = dict(tokenizer.special_tokens_map)
+    control_tokens = tuple(control_token_ids(tokenizer))
+    remedy = "correct it, or set data.template to a known one"
+    try:
+        text, marked = render_marked(source, variables, parse_conversation(_PROBE))
+    except RowError as error:
+        raise DataError(f"the tokenizer's chat template cannot render a plain chat ({error}); {remedy}") from None
+    start, stop = next(((a, b) for a, b in marked if ANSWER in text[a:b]), (0, 0))
+    end = _pattern(control_tokens).search(text, text.rfind(ANSWER, start, stop) + len(ANSWER), stop)
+    if end is None:
+        raise DataError(
+            "the tokenizer's chat template does not have an answer and the special token that ends it in one pair of"
+            f" {{% generation %}} marks, so the model would not learn to end its answers; {remedy}"
+        )
+    digest = hashlib.sha256(json.dumps([source, variables], sort_keys=True).encode()).hexdigest()
+    return JinjaTemplate(f"the tokenizer's own ({digest[:12]})", None, source, variables, control_tokens, end[0])
+
+
+def render_marked(source: str, variables: dict[str, Any], conversation: Conversation) -> tuple[str, list[Span]]:
+    """Render with transformers; return the text and its marked parts.
+
+    Raises:
+        RowError: the template refuses the conversation, with the template's reason.
+    """
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        (text,), (marked,) = render_jinja_template(
+            [[_as_dict(message) for message in conversation.messages]],
+            tools=list(conversation.tools) or None,
+            chat_template=source,
+            return_assistant_tokens_mask=True,
+            **variables,
+        )
+    except TemplateError as error:
+        raise RowError(f"the chat template refuses it: {one_line(str(error))}") from None
+    except Exception as error:  # the template's expressions can raise anything
+        raise RowError(f"the chat template fails on it: {one_line(str(error)) or type(error).__name__}") from None
+    return text, [span for span in marked if span[0] < span[1]]
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """Return the message as transformers passes it to a template: without keys that have no value."""
+    calls = [
+        {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in message.tool_calls
+    ]
+    values = {"role": message.role, "content": message.content, "reasoning_content": message.reasoning}
+    return {key: value for key, value in values.items() if value is not None} | ({"tool_calls": calls} if calls else {})
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+@lru_cache
+def _pattern(control_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern of control tokens. As in the tokenizer, of two that begin at one place the longer counts."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) + ")")
+
+
+def _refuse_missing_parts(conversation: Conversation, text: str) -> None:
+    """Refuse a row of which the template leaves out a message, a call or a tool. Reasoning it may leave out."""
+    for message in conversation.messages:
+        parts = (message.split_thinking()[1].strip(), *(call.name for call in message.tool_calls))
+        if not all(part in text for part in parts):
+            raise RowError(f"the chat template leaves out, or changes, a message or a call of the {message.role}")
+    names = [str(tool.get("function", tool).get("name", "")) for tool in conversation.tools]
+    if missing := [name for name in names if name not in text]:
+        raise RowError(f"the chat template does not write the tool {missing[0]}")
+
+
+def _supervised_spans(
+    conversation: Conversation, text: str, marked: list[Span], supervision: Supervision
+) -> list[Span]:
+    """Return the parts of the text in the loss.
+
+    Raises:
+        RowError: the row marks a turn as not supervised, and the template does not mark each turn.
+    """
+    answers = [message for message in conversation.messages if message.role == "assistant"]
+    concerned = conversation.messages if supervision.loss_on == "all" else answers
+    if all(message.is_supervised for message in concerned):
+        if supervision.loss_on == "all":
+            return [(0, len(text))]
+        return marked[-1:] if supervision.loss_on == "last_assistant" else marked
+    if supervision.loss_on == "all" or len(marked) != len(answers):
+        raise RowError("a turn is marked as not supervised, and the chat template does not show where it is")
+    last = marked[-1:] if supervision.loss_on == "last_assistant" else marked
+    return [span for span, answer in zip(marked, answers, strict=True) if answer.is_supervised and span in last]
+
+
+def _pieces(text: str, supervised: list[Span], control_tokens: re.Pattern[str]) -> Iterator[Piece]:
+    edges = sorted({0, len(text), *(edge for span in supervised for edge in span)})
+    for start, end in pairwise(edges):
+        is_supervised = any(first <= start and end <= last for first, last in supervised)
+        # The pattern's group makes `split` return the control tokens too, at the odd places.
+        for place, part in enumerate(control_tokens.split(text[start:end])):
+            if part:
+                yield Piece(part, control=place % 2 == 1, supervised=is_supervised)
