@@ -92,7 +92,7 @@ def test_a_column_that_no_row_has_is_named_with_the_columns_that_are_there(
         build(path, tokenizer, columns={"text": column})
     assert str(caught.value) == (
         f"{path}: no row has the column '{column}', which data.columns reads as 'text';"
-        f" columns here: 'body', 'id'.{hint}"
+        f" columns here: 'body', 'id'.{hint} data.columns is for all files: rename the columns in this one"
     )
 
 

@@ -189,6 +189,11 @@ def test_prose_is_refused_where_another_format_is_set(name: Any) -> None:
     [
         ({}, "unknown format: keys none; expected 'messages', or 'conversations'"),
         ({"prompt": "a", "answer": "b"}, "unknown format: keys 'prompt', 'answer'"),
+        ({"问题": "a", "答案": "b"}, 'set "data.columns={prompt: 问题, completion: 答案}"; expected'),
+        ({"id": 7, "the question": "a", "a.b": "b"}, "data.columns={prompt: 'the question', completion: 'a.b'}"),
+        ({"query": "a", "response": "b"}, 'set "data.columns={prompt: query}"; expected'),
+        ({"prompt": "a", "answer": "b", "c": "d"}, 'set "data.columns={completion: answer}"; expected'),
+        ({"question": "a", "n": 1}, "unknown format: keys 'question', 'n'; expected"),
         ({f"{'k' * 500}{i}": 1 for i in range(50)}, "unknown format"),
         ({"messages": "Hi"}, "'messages' is a text, but not valid JSON"),
         ({"messages": '"Hi"'}, "'messages' must be a list"),

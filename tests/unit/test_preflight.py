@@ -154,6 +154,7 @@ def message() -> Callable[..., str]:
     [
         ("few_steps", ["train.max_steps=20"], 20, "train.max_steps=20: the run has only 20 steps; raise it"),
         ("few_steps", ["train.max_epochs=2"], 9, "train.max_epochs=2: .* only 9 steps; raise it, or add data"),
+        ("few_steps", ["train.max_epochs=1", "train.max_steps=100"], 9, "train.max_epochs=1: .* only 9 steps; raise"),
         (
             "few_steps",
             [],

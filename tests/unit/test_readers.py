@@ -223,9 +223,22 @@ def test_the_hash_of_a_broken_row_is_of_its_raw_line(tmp_path: Path) -> None:
     assert bad.sha256 == sha256(b'1,"x\n').hexdigest()
 
 
-@pytest.mark.parametrize("header", [b"a,a", b'a,"b', b"a,\xff", b"a,b\r1,2"])
-def test_a_first_row_that_names_no_columns_is_an_error(header: bytes, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows\.csv': the first row must name the columns, each once, but it is b'a,"):
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"a,a", "the first row must name the columns, each once, but it is b'a,a"),
+        (b'a,"b', "the first row must name the columns, but it is not valid CSV: .*; save it in UTF-8"),
+        (b"a,b\r1,2", "the first row must name the columns, but it is not valid CSV: .*; save it in UTF-8"),
+        (
+            "问题,答案".encode("gbk"),
+            "the first row must name the columns, but it is not valid UTF-8 at byte 1; save it in UTF-8",
+        ),
+        (b"question;answer", "its columns are separated by ';'; save it with commas"),
+        (b"question\tanswer", r"its columns are separated by '\\t'; save it with commas"),
+    ],
+)
+def test_a_first_row_that_names_no_columns_is_an_error(header: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"rows\.csv': {message}"):
         read(written(tmp_path, header + b"\n1,2\n", "rows.csv"))
 
 

@@ -119,6 +119,19 @@ def test_files_of_several_kinds_are_asked_about(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
+        (r"C:\data\chat.jsonl", "Is it a Windows path"),
+        ("math: a.jsonl", r"For validation sets with names write 'data\.val_path=\{NAME: PATH, NAME: PATH\}'"),
+        ("math:a.jsonl chat: b.jsonl", "For validation sets with names"),
+    ],
+)
+def test_a_path_that_seems_to_mean_something_else_is_answered_with_it(path: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        find_sources(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
         ("trian.jsonl", r"trian.jsonl' does not exist\. Did you mean 'train.jsonl'\?"),
         ("no/such/folder", "no/such/folder' does not exist"),
         ("rows.xlsx", r"must end in \.jsonl, \.json, \.parquet, \.csv, \.txt \(text ones also \.gz\)"),
@@ -131,6 +144,7 @@ def test_files_of_several_kinds_are_asked_about(tmp_path: Path) -> None:
         ("rows.*", r"matches .*rows\.(gz|xlsx|parquet\.gz), which does not end in \.jsonl"),
         ("train.jsonl/x", "cannot be read|does not exist"),
         ("x" * 5000, "cannot be read: File name too long"),
+        ("a.jsonl,b.jsonl", r"does not exist\. For several files write \[a,b\]"),
     ],
 )
 def test_paths_that_lead_nowhere_are_errors_that_name_them(path: str, message: str, tmp_path: Path) -> None:

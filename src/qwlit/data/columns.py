@@ -85,5 +85,6 @@ def check_found(columns: Mapping[str, str], sources: Sequence[Source], found: Ma
                 existing = ", ".join(map(repr, sorted(names))) or "none"
                 raise DataError(
                     f"{sources[index]}: no row has the column '{column}', which data.columns reads as '{key}';"
-                    f" columns here: {existing}.{nearest(column, names)}"
+                    f" columns here: {existing}.{nearest(column, names)} data.columns is for all files: rename the"
+                    " columns in this one"
                 )

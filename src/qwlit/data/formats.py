@@ -54,7 +54,7 @@ class RowParser:
         refuse_unsupported_row(value, has_answer=name not in FORMATS_WITHOUT_ANSWER)
         if name is None:
             expected = ", or ".join(map(_name_required_keys, REQUIRED_KEYS))
-            raise RowError(f"unknown format: {_name_keys(value)}; expected {expected}")
+            raise RowError(f"unknown format: {_name_keys(value)}{_columns_hint(value)}; expected {expected}")
         if not _has_keys(value, name):
             hint = f"; this row looks like {recognised}" if recognised else ""
             needed = _name_required_keys(name)
@@ -206,6 +206,19 @@ def recognise_format(row: Columns) -> str | None:
 
 def _has_keys(row: Columns, name: str) -> bool:
     return all(any(key in row for key in group) for group in REQUIRED_KEYS[name])
+
+
+def _columns_hint(row: Columns) -> str:
+    """Return how `data.columns` would read a row of two texts as question and answer; "" for another row."""
+    texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
+    has_answer = "completion" in texts or "response" in texts
+    missing = [key for key in ("prompt", "completion") if key not in texts and not (key == "completion" and has_answer)]
+    unread = [key for key in texts if key not in READ_KEYS["prompt_completion"]]
+    if len(unread) < len(missing):
+        return ""
+    pairs = zip(missing, unread, strict=False)
+    columns = ", ".join(f"{key}: {column if column.isidentifier() else repr(column)}" for key, column in pairs)
+    return f'; for a question and its answer set "data.columns={{{columns}}}"'
 
 
 def _name_required_keys(name: str) -> str:

@@ -42,7 +42,16 @@ def find_sources(path: str) -> list[Source]:
         names = [child.name for child in root.parent.iterdir()] if root.parent.is_dir() else []
     except OSError as error:
         raise DataError(f"data.path or data.val_path: '{path}' cannot be read: {error.strerror}") from error
-    raise DataError(f"data.path or data.val_path: '{path}' does not exist.{nearest(root.name, names)}")
+    raise DataError(f"data.path or data.val_path: '{path}' does not exist.{_hint(path) or nearest(root.name, names)}")
+
+
+def _hint(path: str) -> str:
+    """Return how to write what the missing path seems to mean; "" if it looks like a path."""
+    if "\\" in path:
+        return " Is it a Windows path? Write it with /, on WSL as /mnt/c/…"
+    if re.match(r"[\w-]+:\s*\S", path):
+        return " For validation sets with names write 'data.val_path={NAME: PATH, NAME: PATH}'."
+    return " For several files write [a,b]." if "," in path else ""
 
 
 def _folder_files(path: str, root: Path) -> list[Source]:

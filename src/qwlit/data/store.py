@@ -177,10 +177,10 @@ def check_row_counts(store: SampleStore, config: DataConfig) -> None:
     # Only for a refusal: the quarantine may be long.
     reasons = [str(reason) for reason in quarantine_reasons([store])[:REASONS_NAMED]]
     if too_many:
+        limit = f", or set a higher limit than data.max_bad_ratio={config.max_bad_ratio:g}"
         raise DataError(
             f"{row_counts.quarantined} of {row_counts.read} rows cannot be used: {'; '.join(reasons)}."
-            f" All are in {store.folder / QUARANTINE}. Fix them, or set a higher limit than"
-            f" data.max_bad_ratio={config.max_bad_ratio:g}"
+            f" All are in {store.folder / QUARANTINE}. Fix them{limit if row_counts.accepted else ''}"
         )
     if row_counts.too_long:
         reasons.append(f"{row_counts.too_long} have more than data.max_seq_len={config.max_seq_len} tokens")

@@ -29,8 +29,14 @@ def read_csv(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | 
     _, names, raw, broken = first
     # pandas writes its index as a column without a name.
     header = [name.strip() or f"column {position}" for position, name in enumerate(names, start=1)]
-    if broken or len(set(header)) < len(header):
+    if broken:
+        raise DataError(
+            f"data file '{file}': the first row must name the columns, but it is {broken}; save it in UTF-8"
+        )
+    if len(set(header)) < len(header):
         raise DataError(f"data file '{file}': the first row must name the columns, each once, but it is {raw[:80]!r}")
+    if len(header) == 1 and (separator := next((s for s in (";", "\t", "，") if s in header[0]), None)):
+        raise DataError(f"data file '{file}': its columns are separated by {separator!r}; save it with commas")
     for line, cells, raw, broken in rows:
         if broken:
             yield Row(source_index, line, raw).quarantined(broken)

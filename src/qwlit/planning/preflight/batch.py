@@ -33,9 +33,11 @@ def few_steps(facts: PreflightFacts) -> Result:
     if facts.schedule is None or facts.schedule.total_steps >= FEWEST_STEPS:
         return None
     train, steps = facts.config.train, facts.schedule.total_steps
-    if typed := facts.as_typed("train.max_steps", "train.max_epochs"):
-        return f"{typed}: the run has only {steps} steps", "raise it" + ("" if train.max_steps else ", or add data")
-    if train.max_steps:
+    # The run ends at the first limit that it reaches.
+    is_limited_by_steps = train.max_steps is not None and (train.max_epochs is None or train.max_steps <= steps)
+    if typed := facts.as_typed("train.max_steps" if is_limited_by_steps else "train.max_epochs"):
+        return f"{typed}: the run has only {steps} steps", "raise it" + ("" if is_limited_by_steps else ", or add data")
+    if is_limited_by_steps:
         return f"the run has only {steps} steps", "set train.max_steps"
     epochs = f"{train.max_epochs:g} epoch{'s' * (train.max_epochs != 1)}"
     return (
