@@ -333,7 +333,7 @@ TABLES: dict[str, Case] = {
     "csv: a column without a name": file_rows("rows.csv", b",prompt,completion\n0,a,b\n", [2], {}),
     "csv: two columns of one name": file("rows.csv", b"prompt,prompt,\na,b,\n", "must name the columns"),
     "csv: the wrong columns": file("rows.csv", b"a,b\n1,2\n", "rows.csv:2", "unknown format: keys 'a', 'b'"),
-    "csv: semicolons": file("rows.csv", b"prompt;completion\na;b\n", "rows.csv:2", "'prompt;completion'"),
+    "csv: semicolons": file("rows.csv", b"prompt;completion\na;b\n", "rows.csv", "separated by ';'"),
     "csv: UTF-16": file("rows.csv", "prompt,completion\na,b\n".encode("utf-16"), "must name the columns"),
     "csv: a first row that is not UTF-8": file("rows.csv", b"prompt,completion\xff\na,b\n", "must name the columns"),
     "csv: a first row of 10 MB": file("rows.csv", b"x" * TEN_MB + b"\na\n", "must name the columns"),
