@@ -19,7 +19,7 @@ from qwlit.tuning.best import as_experiment, fewest_overrides, write_best
 from qwlit.tuning.lr_range import evaluate
 from qwlit.tuning.optuna_search import check_metric
 from qwlit.tuning.slots import allocate_slots
-from qwlit.tuning.space import build_space, check_space, format_overrides, grid_points
+from qwlit.tuning.space import build_space, check_space, format_overrides, grid_points, with_distributions
 from qwlit.tuning.study import Study
 from qwlit.tuning.sweep_file import read_sweep, sweep_names
 from qwlit.tuning.trial import JsonlTail
@@ -82,6 +82,11 @@ def test_the_guides_ranges_and_full_fine_tunings_own_are_searched():
         ({"parameters": {"optim.lr": {"minn": 1}}}, "no such entry. Did you mean 'min'"),
         ({"parameters": {"optim.lr": {"distribution": "beta"}}}, "only W&B supports it"),
         ({"parameters": {"optim.lr": {"distribution": "log_uniform_values", "min": 0, "max": 1}}}, "above 0"),
+        ({"parameters": {"optim.lr": {"distribution": "uniform", "min": 0.1, "max": 1.0, "q": 0.1}}}, "has no step"),
+        ({"parameters": {"optim": {"parameters": {"lr": {"value": 1}}}}}, "full name, parameters.optim.lr"),
+        ({"parameters": {"optim.groups": {"values": [[{"match": "norm", "lr": 1e-5}]]}}}, "not rules with keys"),
+        ({"parameters": {"optim.groups": {"value": {"match": "norm"}}}}, "not rules with keys"),
+        ({"parameters": {"optim.lr": [1e-5, 1e-4]}}, "give value, values, or min and max"),
         ({"parameters": {}}, "parameters is empty"),
         ({"method": "grid"}, "a grid needs values"),
         ({"method": "tpe"}, "method"),
@@ -118,6 +123,18 @@ def test_multiples_of_q_are_w_and_bs_and_whole_where_q_is(tmp_path):
     study = study_of(tmp_path / "r", sweep_of(tmp_path, method="random", parameters=parameters))
     drawn = [study.next().parameters for _ in range(20)]
     assert {p["train.global_batch_size"] for p in drawn} == {8, 16, 24, 32}
+
+
+@pytest.mark.parametrize("entries", [{"q": 8}, {"q": 8.0}, {"q": 8, "distribution": "q_uniform"}])
+def test_a_whole_step_is_kept_also_where_no_distribution_is_named(entries, tmp_path):
+    parameters = {"train.global_batch_size": {"min": 8, "max": 64, **entries}}
+    sweep = sweep_of(tmp_path, method="random", parameters=parameters)
+    check_space(sweep, [*sweep.overrides, "data.path=x.jsonl"])
+    study = study_of(tmp_path / "s", sweep)
+    values = [study.next().parameters["train.global_batch_size"] for _ in range(12)]
+    assert all(isinstance(value, int) and value % 8 == 0 for value in values) and len(set(values)) > 3
+    # W&B would ignore q without its distribution.
+    assert with_distributions(sweep)["train.global_batch_size"]["distribution"] == "q_uniform"
 
 
 def test_an_unknown_sweep_names_the_nearest(tmp_path):

@@ -37,11 +37,20 @@ def build_space(sweep: Sweep) -> Space:
     return {name: _distribution(sweep, name, p) for name, p in sorted(sweep.document.parameters.items())}
 
 
+def with_distributions(sweep: Sweep) -> dict[str, Any]:
+    """Return the file's parameters for W&B, which would ignore a step q without `distribution: q_uniform`."""
+    implied = {name: _implied(parameter) for name, parameter in sweep.document.parameters.items()}
+    return {
+        name: {**raw, "distribution": implied[name]} if implied[name] == "q_uniform" else raw
+        for name, raw in sweep.raw["parameters"].items()
+    }
+
+
 def _distribution(sweep: Sweep, name: str, parameter: Parameter) -> "BaseDistribution":
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     where = f"{sweep.path}: parameters.{name}"
-    kind = parameter.distribution or _implied(parameter)
+    kind = _implied(parameter)
     if kind in ("constant", "categorical"):
         if parameter.probabilities is not None:
             raise ConfigError(f"{where}.probabilities: only W&B supports them; leave them out, or use backend=wandb")
@@ -75,7 +84,7 @@ def _multiples(where: str, parameter: Parameter) -> "BaseDistribution":
     """Return W&B's q_uniform: multiples of q, which are whole numbers if q is one."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    low, high, q = parameter.min or 0, parameter.max or 0, 1 if parameter.q is None else parameter.q
+    low, high, q = parameter.min or 0, parameter.max or 0, parameter.step
     if q <= 0:
         raise ConfigError(f"{where}.q={q:g}: values are multiples of q; give a number above 0")
     first, last = math.ceil(low / q - 1e-9), math.floor(high / q + 1e-9)
@@ -87,7 +96,11 @@ def _multiples(where: str, parameter: Parameter) -> "BaseDistribution":
 
 
 def _implied(parameter: Parameter) -> str:
-    """Return the distribution that W&B assumes if the file names none."""
+    """Return the distribution; where the file names none, the one that W&B assumes, and q_uniform for a step q."""
+    if parameter.distribution is not None:
+        return parameter.distribution
+    if parameter.q is not None:
+        return "q_uniform"
     if parameter.values is not None:
         return "categorical"
     if parameter.min is None:
@@ -145,8 +158,7 @@ def _ends(parameter: Parameter) -> Sequence[Any]:
         ends = [parameter.mu]
     else:
         return [parameter.value] if parameter.distribution in (None, "constant") else []
-    if parameter.distribution == "q_uniform" and isinstance(parameter.q, int | None):
-        q = parameter.q or 1
+    if _implied(parameter) == "q_uniform" and isinstance(q := parameter.step, int) and q > 0:
         ends = [math.ceil(ends[0] / q) * q, math.floor(ends[-1] / q) * q]
     exponents = parameter.distribution in ("log_uniform", "inv_log_uniform", "q_log_uniform", "log_normal")
     return [math.exp(end) for end in ends] if exponents else ends

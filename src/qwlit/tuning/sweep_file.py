@@ -32,6 +32,12 @@ class Parameter:
     sigma: float | None = None
     probabilities: list[float] | None = None
 
+    @property
+    def step(self) -> float | int:
+        """q, by default 1; a whole number where it is one."""
+        q = 1 if self.q is None else self.q
+        return int(q) if q == int(q) else q
+
 
 @config_dataclass
 class EarlyTerminate:
@@ -119,6 +125,18 @@ def _explain(error: ValidationError) -> str:
     finding = sorted(error.errors(), key=lambda f: f["type"] != "unexpected_keyword_argument")[0]
     *owner, name = [str(part) for part in finding["loc"]] or [""]
     field = ".".join([*owner, name])
+    if owner[:1] == ["parameters"]:
+        setting = f"parameters.{[*owner, name][1]}"
+        if name == "parameters":
+            inner = next(iter(finding["input"]), "NAME") if isinstance(finding["input"], dict) else "NAME"
+            return f"{setting} has nested parameters; write each setting with its full name, {setting}.{inner}"
+        if len(owner) > 1 and _has_rules(finding["input"]):
+            return (
+                f"{setting}: a value here is text, a number or a list of them, not rules with keys; write each set of"
+                " rules into an experiment file, and list the files: parameters.experiment: {values: [a, b]}"
+            )
+        if len(owner) == 1:
+            return f"{setting}: give value, values, or min and max, e.g. {{values: [1, 2]}}"
     if finding["type"] == "unexpected_keyword_argument":
         sections = {"parameters": Parameter, "metric": Metric, "early_terminate": EarlyTerminate}
         known = sections.get(owner[0], SweepDocument) if owner else SweepDocument
@@ -128,6 +146,11 @@ def _explain(error: ValidationError) -> str:
     if finding["type"] in ("missing", "missing_argument"):
         return f"{field} is not set"
     return f"{field}: {finding['msg'][0].lower()}{finding['msg'][1:]}"
+
+
+def _has_rules(value: Any) -> bool:
+    """Whether the value is a dict, or a list with one."""
+    return isinstance(value, dict) or (isinstance(value, list) and any(_has_rules(item) for item in value))
 
 
 def _check_command(path: Path, command: list[str]) -> None:
@@ -152,6 +175,10 @@ def _check_parameters(path: Path, parameters: dict[str, Parameter], raw: dict[st
             raise ConfigError(f"{path}: parameters.{name}: give one of value, values, or min and max")
         if given == [("min", "max")] and None in (parameter.min, parameter.max):
             raise ConfigError(f"{path}: parameters.{name}: a range needs both min and max")
+        if parameter.q is not None and parameter.distribution is not None and "q_" not in parameter.distribution:
+            raise ConfigError(
+                f"{path}: parameters.{name}.q: {parameter.distribution} has no step; write distribution: q_uniform"
+            )
         if parameter.values == []:
             raise ConfigError(f"{path}: parameters.{name}.values is empty; list the values to try")
         low, high = parameter.min, parameter.max

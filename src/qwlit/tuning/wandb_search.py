@@ -20,7 +20,7 @@ from qwlit.core.signals import answering_signals
 from qwlit.training.tracking.wandb_access import find_access, project_of, stop_client
 from qwlit.tuning.optuna_search import check_metric, sweep_folder
 from qwlit.tuning.slots import allocate_slots
-from qwlit.tuning.space import check_space, keys_of
+from qwlit.tuning.space import check_space, keys_of, with_distributions
 from qwlit.tuning.sweep_file import Sweep
 
 # The agent forwards a signal to its trial, which saves and ends.
@@ -59,7 +59,8 @@ def _create(sweep: Sweep, overrides: list[str], config: RunConfig, trials: int |
     import wandb
 
     *command, values = sweep.document.command
-    spec: dict[str, Any] = {"name": sweep.name, **sweep.raw, "command": [*command, *overrides, values]}
+    spec: dict[str, Any] = {"name": sweep.name, **sweep.raw, "parameters": with_distributions(sweep)}
+    spec["command"] = [*command, *overrides, values]
     if trials is not None:
         spec["run_cap"] = trials
     entity, project = spec.pop("entity", config.logger.entity), spec.pop("project", project_of(config.logger))
