@@ -20,6 +20,7 @@ import yaml
 
 ENTITY = "tester"
 KEY = "0123456789abcdef0123456789abcdef01234567"
+LONGEST_NAME, LONGEST_TAG = 128, 64
 FILES = {"wandb-history.jsonl": "history", "wandb-events.jsonl": "events", "output.log": "output"}
 Json = dict[str, Any]
 
@@ -203,6 +204,9 @@ class WandbStub:
 
     def _on_upsert_bucket(self, variables: Json) -> Json:
         id = variables["name"]
+        # The server's own limits.
+        assert len(variables.get("displayName") or "") <= LONGEST_NAME
+        assert all(1 <= len(tag) <= LONGEST_TAG for tag in variables.get("tags") or [])
         inserted = id not in self.runs
         run = self.runs.setdefault(id, Run(id, variables["project"], sweep=variables.get("sweep")))
         run.record |= {key: value for key, value in variables.items() if value is not None}

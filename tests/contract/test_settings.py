@@ -87,6 +87,9 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["scheduler=exponential", "scheduler.min_lr_ratio=0"], "never reaches 0"),
         (["run.name=../x"], r"run.name=../x: a run's name is one folder"),
         (["run.name=a/b"], "run.name=a/b"),
+        (["run.name=" + "名" * 67], "run.name=名+: a run's name has at most 200 bytes, this one has 201"),
+        (["logger=wandb", "logger.tags=[" + "x" * 65 + "]"], "logger.tags: a W&B tag has 1 to 64 .* has 65"),
+        (["logger=wandb", "logger.project=a/b"], "logger.project=a/b: a W&B project's name"),
         (["model.path="], "model.path is empty"),
         (["data=files"], "data.path is not set"),
         (["data.val_path=a", "data.val_fraction=0.1"], "both set"),
@@ -376,6 +379,9 @@ def test_a_list_is_no_config_file(tmp_path):
 
 def test_names_that_look_like_numbers_stay_names_and_derived_ones_fit_a_folder():
     assert compose(["run.name=2024_01"]).config.run.name == "2024_01"
+    assert compose(["run.name=" + "名" * 66]).config.run.name == "名" * 66
+    default = str(compose([f"data.path={'名' * 80}.jsonl"]).config.run.name)
+    assert default.startswith("qwen3_0_6b-full_sft-名") and len(default.encode()) in (198, 199, 200)
     assert compose(["run.name=1e5"]).config.run.name == "1e5"
     assert len(compose([f"data.path={'x' * 300}.jsonl"]).config.run.name) <= 200
 

@@ -25,6 +25,7 @@ from qwlit.config.other_trainers import refuse_options_of_others
 from qwlit.config.overrides import MAPPINGS, agent_overrides, check_shell, read_overrides, show_value
 from qwlit.config.relations import check_relations
 from qwlit.config.run import RunConfig
+from qwlit.config.settings import LONGEST_NAME, cut_name
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import under_agent
@@ -34,8 +35,6 @@ from qwlit.model.folder import base_of, is_adapter
 MAIN = "train"
 SWEEPS = "sweep"
 """Folder of sweep files for the subcommand `sweep`; not a group of settings."""
-LONGEST_NAME = 200
-"""Characters of a run's name."""
 
 
 def conf_dir() -> Path:
@@ -98,7 +97,7 @@ def compose(overrides: list[str]) -> Composed:
     if under_agent() and "run.name" not in typed:
         # Each trial of a W&B sweep needs its own folder. A resumed trial has the same id, so it gets the same folder.
         trial = f"-{os.environ['WANDB_RUN_ID']}"
-        name = name[: LONGEST_NAME - len(trial)] + trial
+        name = cut_name(name, LONGEST_NAME - len(trial)) + trial
     return Composed(replace(config, run=replace(config.run, name=name)), choices, typed)
 
 
@@ -284,7 +283,7 @@ def _default_name(config: RunConfig, choices: dict[str, str]) -> str:
     if source:
         model = resolve_path(source).name
     name = choices.get("experiment") or f"{model}-{choices.get('recipe', 'recipe')}-{data}"
-    return re.sub(r"[^\w.-]+", "_", name).lstrip("._-")[:LONGEST_NAME]
+    return cut_name(re.sub(r"[^\w.-]+", "_", name).lstrip("._-"))
 
 
 def _one_line(error: Exception) -> str:

@@ -127,6 +127,22 @@ def _profile(config: RunConfig) -> None:
         raise ConfigError(f"profile.steps={list(steps)}: give [first,last] with 1 <= first <= last")
 
 
+# Limits of W&B's server and client, which would end the run only when it has read the data.
+LONGEST_TAG, LONGEST_PROJECT, NOT_IN_PROJECT = 64, 128, "/\\#?%:"
+
+
 def _logger(config: RunConfig) -> None:
-    if config.logger.upload_checkpoints and not config.logger.wandb:
+    logger = config.logger
+    if logger.upload_checkpoints and not logger.wandb:
         raise ConfigError("logger.upload_checkpoints=true uploads to W&B, but logger=none; set logger=wandb")
+    if not logger.wandb:
+        return
+    for tag in logger.tags:
+        if not 0 < len(tag) <= LONGEST_TAG:
+            raise ConfigError(f"logger.tags: a W&B tag has 1 to {LONGEST_TAG} characters, '{tag}' has {len(tag)}")
+    project = logger.project or ""
+    if len(project) > LONGEST_PROJECT or set(project) & set(NOT_IN_PROJECT):
+        raise ConfigError(
+            f"logger.project={project}: a W&B project's name has at most {LONGEST_PROJECT} characters, and none of"
+            f" {' '.join(NOT_IN_PROJECT)}"
+        )

@@ -8,11 +8,24 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from qwlit.core.schema import Flag, PositiveInt, config_dataclass
 from qwlit.core.slurm import time_limit_seconds
 
+LONGEST_NAME = 200
+"""Bytes of a run's name. A file system allows 255; files beside the run folder have the name and a suffix."""
+
+
+def cut_name(name: str, longest: int = LONGEST_NAME) -> str:
+    """Return the name cut to `longest` bytes, between two characters."""
+    return name.encode()[:longest].decode(errors="ignore")
+
 
 def _folder_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w.=,+-]{0,199}", name):
+    if not re.fullmatch(r"\w[\w.=,+-]*", name):
         raise ValueError(
             "a run's name is one folder of letters, digits and _ . = , + -; set run.root for another place"
+        )
+    if cut_name(name) != name:
+        raise ValueError(
+            f"a run's name has at most {LONGEST_NAME} bytes, this one has {len(name.encode())}; shorten it (a Chinese"
+            " character has 3 bytes)"
         )
     return name
 

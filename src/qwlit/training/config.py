@@ -72,7 +72,8 @@ class HardwareConfig:
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens per device and forward pass; null: no limit but micro_batch_size."""
     timeout_seconds: PositiveFloat = 1800.0
-    """With several devices: if no batch ends for this long, the run ends and names the rank that others wait for."""
+    """With several devices: if no batch ends for this long, the run ends and names the rank that others wait for. As
+    long, a starting rank waits for the other ranks."""
     num_workers: NonNegativeInt | Literal["auto"] = "auto"
     """Processes per device that prepare batches ahead of the step. auto: 4 with CUDA, none on CPU."""
     pin_memory: Flag | Literal["auto"] = "auto"

@@ -27,6 +27,8 @@ from qwlit.training.tracking.wandb_uploads import Uploads
 INIT_SECONDS = 30
 FINISH_SECONDS = 30
 """How long a finished run waits for a server that does not answer: it still occupies its GPUs, and a requeue waits."""
+LONGEST_NAME = 128
+"""Characters of a run's name on W&B, whose server refuses longer ones; the settings there have the whole name."""
 CTRL_C = 255
 """The exit code that W&B shows as killed by the user."""
 
@@ -109,7 +111,7 @@ class WandbRun:
             **({} if under_agent() else identity),
             dir=folder,
             mode=access.mode,
-            name=folder.name,
+            name=folder.name[:LONGEST_NAME],
             group=logger.group,
             tags=logger.tags,
             config={WANDB_CONFIG_KEY: self._settings},
