@@ -35,6 +35,7 @@ if [ "$code" -ne 0 ] && [[ $facts == *PreemptTime=2* ]]; then again=yes; fi
 if [ "$again" = yes ] && [[ $facts =~ JobState=(RUNNING|SIGNALING) ]]; then scontrol requeue "$job" || true; fi
 exit "$code"
 """
+SRUN = "srun --export=ALL --kill-on-bad-exit=1 --wait=0"
 # Slurm's own names for interactive jobs: Lightning would treat the job as interactive.
 INTERACTIVE = ("bash", "interactive")
 
@@ -92,7 +93,8 @@ def render(config: RunConfig, job: SlurmJob, *, python: str, folder: Path) -> st
         else "# One task, which starts its own processes.",
         # Since Slurm 22.05, srun gives a task only one core unless told otherwise.
         "code=0",
-        f'srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task="$SLURM_CPUS_PER_TASK"{container} {command} || code=$?',
+        # After `sbatch --export=NONE`, srun would drop the variables that this file and `slurm.setup` set.
+        f'{SRUN} --cpus-per-task="$SLURM_CPUS_PER_TASK"{container} {command} || code=$?',
     ]
     return "\n".join(lines) + "\n" + ASK_FOR_REQUEUE
 
