@@ -6,9 +6,10 @@ import os
 import sys
 
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pruned, QwlitError, SignalExit, nearest
-from qwlit.core.ranks import end_process, is_rank_zero, rank_label
+from qwlit.core.ranks import check_rank_numbers, end_process, forget_rank_variables, is_rank_zero, rank_label
 from qwlit.core.signals import record_signals
 from qwlit.core.slurm import has_scontrol, is_ending_job, job_id, leave_requeue_to_script, requeue_job
+from qwlit.core.streams import finish_stdout, open_closed_streams, say
 
 SUBCOMMANDS = {
     "train": "train a model, or resume an unfinished run",
@@ -51,6 +52,7 @@ def main() -> int:
     # By default OpenMP's waiting threads keep their cores busy, and each step waits when another process needs a core.
     # On two cores shared with one such process the demo trains at 13,400 instead of 3,100 tokens per second.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character must not end a run.
         sys.stdout.reconfigure(errors="replace")
@@ -64,17 +66,25 @@ def main() -> int:
 
         print(f"qwlit {__version__}")
         return 0
+    return end_process(_exit_code(subcommand, arguments[1:]))
+
+
+def _exit_code(subcommand: str, arguments: list[str]) -> int:
+    """Run the subcommand; turn an error into one line. Return the exit code."""
     try:
-        _run(subcommand, arguments[1:])
-        return end_process(0)
+        _run(subcommand, arguments)
+        if subcommand not in PREEMPTIBLE_SUBCOMMANDS:
+            # A training has its result without standard output.
+            finish_stdout()
+        return 0
     except QwlitError as error:
-        return end_process(_report(subcommand, error))
+        return _report(subcommand, error)
     except SignalExit as end:
-        return end_process(_report(subcommand, end.error))
+        return _report(subcommand, end.error)
     except KeyboardInterrupt:
         if is_rank_zero():
-            print(f"qwlit {subcommand}: interrupted; run the same command to resume", file=sys.stderr)
-        return end_process(130)
+            say(f"qwlit {subcommand}: interrupted; run the same command to resume")
+        return 130
 
 
 def _report(subcommand: str, error: QwlitError) -> int:
@@ -84,7 +94,7 @@ def _report(subcommand: str, error: QwlitError) -> int:
         # rank 0 may still be writing into the run folder.
         return 0
     process = "" if is_rank_zero() else f", {rank_label()}"
-    print(f"qwlit {subcommand}{process}: {error}", file=sys.stderr)
+    say(f"qwlit {subcommand}{process}: {error}")
     if isinstance(error, Preempted) and job_id() is not None:
         _requeue(subcommand, error)
     return error.exit_code
@@ -97,7 +107,7 @@ def _requeue(subcommand: str, error: Preempted) -> None:
     if error.requeue or (error.requeue is None and has_scontrol() and is_ending_job()):
         refusal = request_requeue()
         message = f"not requeued: {refusal}" if refusal else "the job is requeued"
-        print(f"qwlit {subcommand}: {message}", file=sys.stderr)
+        say(f"qwlit {subcommand}: {message}")
 
 
 def _run(subcommand: str, arguments: list[str]) -> None:
@@ -115,6 +125,10 @@ def _run(subcommand: str, arguments: list[str]) -> None:
 
         print(help_text(subcommand), end="")
         return
+    if subcommand == "train":
+        check_rank_numbers()
+    else:
+        forget_rank_variables()
     from qwlit.config.compose import check_arguments
 
     check_arguments(arguments)

@@ -38,7 +38,7 @@ def environment(monkeypatch):
         ({"NODE_RANK": "0"}, True),
         ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
         ({"SLURM_PROCID": "0"}, True),
-        ({"SLURM_PROCID": "3"}, False),
+        ({"SLURM_PROCID": "3", "SLURM_JOB_ID": "7"}, False),
         ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),
         (AGENT | {"SLURM_PROCID": "3"}, True),
     ],
@@ -52,13 +52,17 @@ def test_one_process_of_a_launch_is_rank_zero(values, zero, environment):
     ("values", "devices", "said"),
     [
         ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2"}, 1, "2 processes were launched"),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "4"}, 2, "4 processes were launched"),
-        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, 2, "use --ntasks-per-node=2"),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "4"},
+            2,
+            "4 processes were launched",
+        ),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, 2, "use --ntasks-per-node=2"),
         # A trial starts its own ranks, whichever task its agent is.
         (AGENT | {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, 2, None),
-        ({"SLURM_NTASKS": "4"}, 4, "start it with srun"),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, 4, "start it with srun"),
         ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, 2, None),
-        ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "2"}, 2, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "2"}, 2, None),
     ],
 )
 def test_a_launch_must_agree_with_the_settings(values, devices, said, environment, monkeypatch):

@@ -15,6 +15,7 @@ from qwlit.config.compose import compose
 from qwlit.config.run import RunConfig
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, one_line
+from qwlit.core.streams import write_out
 from qwlit.data.inspect import length_histogram, spans
 from qwlit.data.samples import Samples
 from qwlit.data.splits import DataSplit, split_data
@@ -65,7 +66,7 @@ def inspect(config: RunConfig, output: str, sample: int | None) -> None:
         raise ConfigError(f"sample={sample}: there are {len(data.train)} samples, 0 to {len(data.train) - 1}")
     if output == "json":
         for line in _json_lines(data.train, range(len(data.train)) if sample is None else [sample]):
-            print(line)
+            write_out(line)
     elif sample is not None:
         _show_sample(data.train, sample, tokenized, screen)
         _show_tokens(data.train, sample, tokenized, screen)
@@ -174,7 +175,7 @@ def _show_sample(samples: Samples, index: int, tokenized: "TokenizedData", scree
     input_ids, loss_mask = samples.sample(index)
     counts = f"{len(input_ids):,} tokens, {int(loss_mask.sum()):,} supervised"
     screen.print(f"\n[bold]sample {index}[/]  {escape(samples.origin(index))}  {counts}")
-    colours = screen.is_terminal and not screen.no_color
+    colours = screen.color_system is not None and not screen.no_color
     text = Text()
     was_supervised = False
     for span in spans(input_ids, loss_mask, _control_ids(tokenized)):

@@ -15,6 +15,7 @@ from rich.table import Table
 from qwlit.commands.options import compose_run, own_options
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
+from qwlit.core.streams import write_out
 
 if TYPE_CHECKING:
     from qwlit.optim.schedules import Schedule
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> None:
     finally:
         gc.enable()
     if own["output"] == "json":
-        print(json.dumps(as_json(plan, remedies, mfu), indent=1, ensure_ascii=False))
+        write_out(json.dumps(as_json(plan, remedies, mfu), indent=1, ensure_ascii=False))
     else:
         show(plan, remedies, mfu, console())
 

@@ -1,41 +1,78 @@
 """The console: rank 0 prints what a person reads to stdout; the other ranks print nothing."""
 
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.segment import Segment
+from rich.table import Column
 
+from qwlit.core.errors import printable
 from qwlit.core.ranks import is_rank_zero
+from qwlit.core.streams import discard, say
 
 PLAIN_LINE_SECONDS = 5.0
+SPEED_SECONDS = 24 * 3600.0
+"""A bar estimates the time left from the progress of this time, at most of the last 1,000 steps."""
 
 
 class Screen(Console):
-    """A console that becomes quiet when the reader closes the pipe (`| head`): training must continue."""
+    """A console for text of the user: it prints no control characters, and it never ends a training.
+
+    It becomes quiet when it cannot print any more: the reader closed the pipe (`| head`), the disk is full, or the
+    terminal is closed.
+    """
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stderr if self.stderr else sys.stdout)
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            self.on_broken_pipe()
+            say(f"qwlit: standard output cannot be written ({error.strerror}), so nothing more is shown")
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        # Segments with `control` are the console's own, such as the cursor movements of a bar.
+        return super()._render_buffer(s if s.control else s._replace(text=printable(s.text)) for s in buffer)
 
 
 @cache
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False) -> Screen:
     """Return the console; set `stderr` where stdout carries what a program reads."""
     # Without a terminal rich assumes 80 columns and would break paths and log lines.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
     return Screen(stderr=stderr, quiet=not is_rank_zero(), width=width, highlight=False, soft_wrap=True)
 
 
+def can_redraw(screen: Console) -> bool:
+    """Whether it is a terminal that can redraw a line, as a progress bar does."""
+    return screen.is_terminal and not screen.is_dumb_terminal
+
+
 def progress_bar(label: str, count: ProgressColumn, screen: Console, **options: Any) -> Progress:
     """Return a progress bar with a description; `count` is the column with the progress, `options` go to rich."""
-    columns = (BarColumn(bar_width=12), TextColumn("{task.description}"), TimeRemainingColumn())
-    return Progress(TextColumn(label), count, *columns, console=screen, **options)
+    times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
+    # The description is the column that becomes shorter where the screen is narrow.
+    description = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
+    columns = (TextColumn(label), count, BarColumn(bar_width=8), *times, description)
+    # By default rich forgets steps after 30 s, so it would know no speed where a step takes longer.
+    return Progress(*columns, console=screen, expand=True, speed_estimate_period=SPEED_SECONDS, **options)
 
 
 @contextmanager
@@ -45,14 +82,14 @@ def showing_progress(what: str, screen: Console) -> Iterator[Callable[..., None]
     Yields:
         show(done, in_all, text, *, finished): `in_all` is 0 where the total is unknown; the finished text is kept.
     """
-    bar = progress_bar(what, TaskProgressColumn(), screen, transient=True, disable=not screen.is_terminal)
+    bar = progress_bar(what, TaskProgressColumn(), screen, transient=True, disable=not can_redraw(screen))
     last_line = time.monotonic()
 
     def show(done: int, in_all: int, text: str, *, finished: bool = False) -> None:
         nonlocal last_line
         if finished:
             screen.print(f"{what} done: {text}")
-        elif screen.is_terminal:
+        elif can_redraw(screen):
             task = bar.task_ids[0] if bar.task_ids else bar.add_task("")
             bar.update(task, completed=done, total=in_all or None, description=text)
         elif time.monotonic() - last_line > PLAIN_LINE_SECONDS:

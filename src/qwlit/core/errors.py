@@ -1,7 +1,11 @@
 """Errors that end a run with one line, each with the exit code that scripts rely on."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but tab and line break. A terminal would obey them: escape sequences move the cursor and change colours."""
 
 
 class QwlitError(Exception):
@@ -65,9 +69,14 @@ class SignalExit(BaseException):
         self.error = error
 
 
+def printable(text: str) -> str:
+    """Return text of the user for a terminal: control characters are written as Python escapes, such as \\x1b."""
+    return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def one_line(text: str, longest: int | None = None) -> str:
-    """Return the text without line breaks, cut to `longest` characters."""
-    line = " ".join(text.splitlines())
+    """Return the text without line breaks and control characters, cut to `longest` characters."""
+    line = printable(" ".join(text.splitlines()))
     return line if longest is None or len(line) <= longest else f"{line[: longest - 1]}…"
 
 

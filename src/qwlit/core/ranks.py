@@ -1,13 +1,51 @@
 """The rank of this process and its launcher, read from the environment before any process group exists.
 
 torchrun sets RANK, srun sets SLURM_PROCID. Lightning's own launcher sets LOCAL_RANK for the processes that it starts.
-The user sets NODE_RANK, so on every node but the first, the first process has only NODE_RANK.
+The user sets NODE_RANK, so on every node but the first, the first process has only NODE_RANK. `check_rank_variables`
+refuses variables that another program has left behind.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+
+from qwlit.core.errors import ConfigError
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
+ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+"""Host and port at which the ranks meet."""
+FIRST_SPECIAL_STEP = 4294967290
+"""Slurm numbers the steps that srun starts from 0; higher numbers are the shell of salloc and the batch script."""
+
+
+def whole_number(name: str) -> int | None:
+    """Return an environment variable as a number; None where it is not set.
+
+    Raises:
+        ConfigError: it is empty or not a whole number.
+    """
+    text = os.environ.get(name)
+    if text is not None and not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"the environment variable {name}={text!r} is not a whole number; run: unset {name}")
+    return None if text is None else int(text)
+
+
+def check_rank_numbers() -> None:
+    """Refuse rank variables that are no numbers. Call it before anything imports Lightning, which reads them then.
+
+    Raises:
+        ConfigError: naming the variable.
+    """
+    for name in (*RANK_VARIABLES, "SLURM_PROCID"):
+        whole_number(name)
+
+
+def forget_rank_variables() -> None:
+    """Remove the rank variables: only `train` has ranks, and a trial starts its own."""
+    for name in (*RANK_VARIABLES, *ADDRESS):
+        os.environ.pop(name, None)
 
 
 def is_rank_zero() -> bool:
@@ -16,7 +54,7 @@ def is_rank_zero() -> bool:
     # srun does not set LOCAL_RANK. If it is set under srun, a launcher inside the task set it, so check it first.
     if "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:
         return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-    return under_agent() or os.environ.get("SLURM_PROCID", "0") == "0"
+    return under_agent() or not in_slurm_job() or os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 _joined_process_group = False
@@ -35,8 +73,9 @@ def end_process(code: int) -> int:
     about one run of twenty under FSDP2), although all files are written.
     """
     if _joined_process_group:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         os._exit(code)
     return code
 
@@ -51,16 +90,74 @@ def launched_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def in_slurm_job() -> bool:
+    """Whether this process belongs to a Slurm job; without SLURM_JOB_ID, other SLURM_ variables are leftovers."""
+    return "SLURM_JOB_ID" in os.environ
+
+
+def num_slurm_tasks() -> int:
+    """Return the number of tasks of the Slurm job or step; 1 outside a job."""
+    return (whole_number("SLURM_NTASKS") or 1) if in_slurm_job() else 1
+
+
 def launched_by_srun() -> bool:
-    """Whether srun started this process: the batch script and the processes that a task starts do not count."""
-    return not launched_by_torchrun() and not under_agent() and {"SLURM_NTASKS", "SLURM_STEP_ID"} <= os.environ.keys()
+    """Whether srun has started this process and the other ranks.
+
+    Not so the batch script, the processes that a task starts, and the shells of salloc and `srun --pty`. A step of one
+    task starts its own ranks.
+    """
+    if launched_by_torchrun() or under_agent() or num_slurm_tasks() == 1:
+        return False
+    step = whole_number("SLURM_STEP_ID")
+    return step is not None and step < FIRST_SPECIAL_STEP and "SLURM_PTY_PORT" not in os.environ
 
 
 def launched_world_size() -> int | None:
     """Return how many processes torchrun or srun started; None where qwlit starts the processes itself."""
     if launched_by_torchrun():
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ["SLURM_NTASKS"]) if launched_by_srun() else None
+        return whole_number("WORLD_SIZE")
+    return num_slurm_tasks() if launched_by_srun() else None
+
+
+def check_rank_variables(devices: int, num_nodes: int) -> None:
+    """Refuse rank variables that do not fit a process of this run: another program has left them behind.
+
+    Where neither torchrun nor srun starts the ranks, either qwlit starts those of its node, or each rank is started by
+    hand: with LOCAL_RANK, WORLD_SIZE and the address, as Lightning's launcher does it.
+
+    Raises:
+        ConfigError: naming the variables, and how to unset them.
+    """
+    world_size = devices * num_nodes
+    given = {name: number for name in RANK_VARIABLES if (number := whole_number(name)) is not None}
+    fitting = {
+        "RANK": range(world_size),
+        "LOCAL_RANK": range(devices),
+        "NODE_RANK": range(num_nodes),
+        "GROUP_RANK": range(num_nodes),
+        "WORLD_SIZE": (world_size,),
+    }
+    wrong = [name for name, number in given.items() if number not in fitting[name]]
+    by_hand = {"LOCAL_RANK", "WORLD_SIZE"} if given.keys() & {"RANK", "LOCAL_RANK"} and world_size > 1 else set()
+    needed = by_hand | ({"NODE_RANK"} if num_nodes > 1 else set())
+    missing = [name for name in (*sorted(needed), *ADDRESS) if needed and not os.environ.get(name)]
+    if by_hand and not (wrong or missing):
+        rank = given.get("NODE_RANK", 0) * devices + given["LOCAL_RANK"]
+        wrong = ["RANK"] if given.get("RANK", rank) != rank else []
+    setting = f"hardware.devices={devices} x hardware.num_nodes={num_nodes}"
+    if wrong or (missing and given):
+        named = " ".join(f"{name}={given[name]}" for name in wrong or given)
+        reason = f"does not fit {setting}" if wrong else f"names a rank of {world_size}, but {missing[0]} is not set"
+        raise ConfigError(
+            f"the environment variable {named} {reason}: has another program left it behind? Run: unset"
+            f" {' '.join(given)}; or start every rank with torchrun or srun"
+        )
+    if missing:
+        raise ConfigError(
+            f"{setting}: start every rank with torchrun or srun, or set {', '.join(missing)} on each node"
+        )
+    if needed:
+        whole_number("MASTER_PORT")
 
 
 def under_agent() -> bool:

@@ -1,13 +1,16 @@
-"""How a process answers Ctrl-C, SIGTERM and SIGUSR2: one state machine, from the first import to the exit code.
+"""How a process answers Ctrl-C and signals: one state machine, from the first import to the exit code.
 
+SIGHUP: the terminal is closed. Under nohup it is ignored, and stays so.
 SIGTERM: the scheduler needs the machine, or, in a trial of a W&B sweep, the sweep ends the trial.
 SIGUSR2: Slurm's time limit is near; the process asks for a requeue. (SIGUSR1 would collide with NCCL.)
 
-There is one handler, `_handle`. `Phase` says what it does with SIGTERM and SIGUSR2, in order of time. Ctrl-C raises
-Python's KeyboardInterrupt, except for the first one in the steps, which the handler records. Outside of the steps only
-rank 0 answers Ctrl-C, which reaches every process of a terminal: rank 0 ends the others.
+There is one handler, `_handle`. `Phase` says what it does with these three, in order of time. Ctrl-C raises Python's
+KeyboardInterrupt, except for the first one in the steps, which the handler records. Outside of the steps only rank 0
+answers Ctrl-C, which reaches every process of a terminal: rank 0 ends the others, or their launcher does. A rank that
+the user has started by hand answers itself.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,9 +18,9 @@ from enum import Enum, auto
 from types import FrameType
 
 from qwlit.core.errors import Preempted, Pruned, SignalExit
-from qwlit.core.ranks import is_rank_zero, under_agent
+from qwlit.core.ranks import is_rank_zero, launched_world_size, under_agent
 
-EXIT_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+EXIT_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR2)
 BY_URGENCY = (0, signal.SIGINT, *EXIT_SIGNALS)
 """No signal, then the handled signals, least urgent first: Slurm sends SIGTERM after SIGUSR2, and SIGUSR2 must win."""
 HANDLED_SIGNALS = BY_URGENCY[1:]
@@ -44,7 +47,7 @@ received_signals: list[int] = []
 
 
 def record_signals() -> None:
-    """Record signals from now on: importing takes seconds, and by default SIGTERM and SIGUSR2 kill the process."""
+    """Record signals from now on: importing takes seconds, and by default these signals kill the process."""
     for signum in EXIT_SIGNALS:
         if signal.getsignal(signum) == signal.SIG_DFL:
             signal.signal(signum, _handle)
@@ -65,12 +68,12 @@ def answering_signals() -> Iterator[None]:
     """
     # An ignored signal stays ignored: rank 0 has started this rank.
     answered = [signum for signum in EXIT_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
-    ignored = [] if is_rank_zero() else [signal.SIGINT]
+    ignored = [] if _answers_itself() else [signal.SIGINT]
     try:
         with handling(answered, _handle), handling(ignored, signal.SIG_IGN):
             enter_phase(Phase.OUTSIDE_STEPS)
             # Signals that arrived while Python was importing.
-            if received_signals and (is_rank_zero() or signal.SIGTERM in received_signals):
+            if received_signals and (_answers_itself() or signal.SIGTERM in received_signals):
                 _exit(most_urgent(received_signals))
             yield
     except SignalExit as end:
@@ -83,7 +86,9 @@ def answering_signals() -> Iterator[None]:
 @contextmanager
 def recording_signals() -> Iterator[None]:
     """Record signals while the steps run, on every rank: `StopOnSignal` reads them. For use in `answering_signals`."""
-    with handling(HANDLED_SIGNALS, _handle):
+    # Ranks that rank 0 has started ignore signals until here. The end of a terminal reaches rank 0 too.
+    hangup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    with handling((s for s in HANDLED_SIGNALS if s != signal.SIGHUP or not hangup_ignored), _handle):
         enter_phase(Phase.IN_STEPS)
         yield
         if _phase is Phase.IN_STEPS:
@@ -108,8 +113,13 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     if signum == signal.SIGINT:
         # A second Ctrl-C must stop at once, without a save.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    elif _phase is Phase.OUTSIDE_STEPS and (is_rank_zero() or (signum == signal.SIGTERM and not is_first)):
+    elif _phase is Phase.OUTSIDE_STEPS and (_answers_itself() or (signum == signal.SIGTERM and not is_first)):
         _exit(signum)
+
+
+def _answers_itself() -> bool:
+    """Whether nobody else ends this process: it is rank 0, or the user has started it by hand."""
+    return is_rank_zero() or ("RANK" not in os.environ and launched_world_size() is None)
 
 
 def _exit(signum: int) -> None:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from qwlit.core.ranks import launched_by_torchrun
+from qwlit.core.ranks import in_slurm_job, launched_by_torchrun
 
 REQUEUE_FILE = "QWLIT_REQUEUE_FILE"
 """Variable with a file name, set by the batch script. A run without scontrol creates the file; the script requeues."""
@@ -40,13 +40,15 @@ def job_id() -> str | None:
 
     For a task of an array it is ARRAY_TASK: the last task's own SLURM_JOB_ID is also the id of the whole array.
     """
+    if not in_slurm_job():
+        return None
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
+    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def was_requeued() -> bool:
     """Whether Slurm has requeued this job: it has run before."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    return in_slurm_job() and os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def torchrun_warning() -> str | None:

@@ -1,6 +1,5 @@
 """After the last step: export the best weights, answer validation prompts with them, and print the summary."""
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 """A record of samples.jsonl: prompt, answer, expected, exact."""
 FILES = {
-    "export": "the trained model for from_pretrained, the best by val/loss (LoRA: the adapter, see docs/models.md)",
+    "export": "the trained model for from_pretrained{best} (LoRA: the adapter, see docs/models.md)",
     "checkpoints/best": "the same model: float32 weights and optimizer state",
     "checkpoints/last": "the newest checkpoint",
     "samples.jsonl": "prompts, answers and expected answers",
@@ -147,15 +146,13 @@ def _answer(run: "TrainingRun", loss_model: LossModel) -> list[Record]:
     ]
 
 
-# The language of an answer: Chinese with a Chinese character, English with an English word and no such character.
-LANGUAGES = {"English": r"^[^\u4e00-\u9fff]*[A-Za-z]{3,}[^\u4e00-\u9fff]*<", "Chinese": r"[\u4e00-\u9fff]"}
+ANSWERS_SHOWN = 2
 
 
 def print_summary(training: TrainerWithCallbacks, records: list[Record], folder: RunFolder) -> None:
-    """Print the results, an answer in each language, and the files of the run."""
-    numbers: dict[str, Any] = training.results()
-    if records:
-        numbers["exact_match"] = folder.read_summary()["exact_match"]
+    """Print the results of summary.json, the first answers, and the files of the run."""
+    summary = folder.read_summary()
+    numbers = {name: summary.get(name) for name in (*training.results(), "exact_match")}
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in numbers.items():
         if value is not None:
@@ -163,15 +160,14 @@ def print_summary(training: TrainerWithCallbacks, records: list[Record], folder:
     screen = console()
     screen.print("\n[bold]done[/]")
     screen.print(table)
-    for language, pattern in LANGUAGES.items():
-        example = next((r for r in records if re.search(pattern, r["expected"])), None)
-        if example:
-            screen.print(f"\n[bold]an answer in {language}[/]")
-            screen.print(Text.assemble(example["prompt"], (example["answer"], "green")))
+    for record in records[:ANSWERS_SHOWN]:
+        screen.print(f"\n[bold]an answer[/], {'as' if record['exact'] else 'not as'} expected")
+        screen.print(Text.assemble(record["prompt"], (record["answer"], "green")))
     screen.print(f"\n[bold]where the files are[/]  {escape(str(folder.path))}")
+    best = ", the best by val/loss" if summary.get("val_loss_best") is not None else ""
     for name, what in FILES.items():
         if (folder.path / name).exists():
-            screen.print(f"  {name:<18} {what}")
+            screen.print(f"  {name:<18} {what.format(best=best)}")
     export = folder.path / "export"
     if (export / ADAPTER_CONFIG).is_file() and (export / GENERATION_CONFIG).is_file():
         # peft and transformers read the base model's generation configuration, which may have another end token.

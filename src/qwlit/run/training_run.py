@@ -21,6 +21,7 @@ from qwlit.run.named_loggers import named_loggers
 from qwlit.run.resume import ResumePoint, newest, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.determinism import prepare_determinism
+from qwlit.training.machine import resolve_machine
 from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.tracking.loggers import check_named_loggers
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
@@ -53,11 +54,17 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     is_done = is_requeued and folder.status == FINISHED
     if is_done and not is_rank_zero():
         return
+    # Before the lock: a rank that nobody else belongs to would wait there. `build_plan` resolves the machine again.
+    resolve_machine(
+        composed.config.hardware,
+        composed.config.determinism,
+        profile=composed.choices.get("hardware") or "of this config.yaml",
+    )
     counting = counting_requeues(
         folder, lambda: ResumePoint(newest(folder)).step, composed.config.slurm.max_requeues_in_place
     )
     # A signal raises Preempted out of the lock, and only then `counting` may refuse another requeue.
-    with counting, answering_signals(), RunLock(folder) as lock:
+    with counting, answering_signals(), RunLock(folder, composed.config.hardware.timeout_seconds) as lock:
         # Before the plan, which tokenizes the data and loads the model: a refusal must not come after hours of work.
         if is_rank_zero() and _nothing_to_do(folder, composed, is_done=is_done):
             return

@@ -10,7 +10,16 @@ import torch
 
 from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
-from qwlit.core.ranks import launched_by_srun, launched_world_size, under_agent
+from qwlit.core.ranks import (
+    check_rank_variables,
+    in_slurm_job,
+    launched_by_srun,
+    launched_by_torchrun,
+    launched_world_size,
+    num_slurm_tasks,
+    under_agent,
+    whole_number,
+)
 from qwlit.model.config import ActivationCheckpointing, AttentionChoice, AttentionKernel
 from qwlit.training.config import Determinism, HardwareConfig
 
@@ -119,22 +128,48 @@ def _devices_of_profile(config: HardwareConfig) -> Devices:
 _REMEDY = "Use hardware=auto for this machine, or start with experiment=demo"
 
 
+# What Lightning reads as numbers, where torchrun or srun has started the ranks.
+SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK")
+SET_BY_SRUN = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+
+
 def _check_launcher(devices: int, num_nodes: int) -> None:
     """Refuse a launch with another number of processes than the settings name: ranks would train different things."""
-    world_size, launched = devices * num_nodes, launched_world_size()
-    if launched is not None and launched != world_size:
+    world_size, launched, tasks = devices * num_nodes, launched_world_size(), num_slurm_tasks()
+    setting = f"hardware.devices={devices} x hardware.num_nodes={num_nodes}"
+    # Inside a step, a new step gets no cores unless it may share those of the first one.
+    overlap = " --overlap" if "SLURM_STEP_ID" in os.environ else ""
+    srun = f"srun{overlap} --nodes={num_nodes} --ntasks-per-node={devices} python -m qwlit train …"
+    if launched_by_torchrun():
+        for name in SET_BY_TORCHRUN:
+            whole_number(name)
+        if launched != world_size:
+            reason = "WORLD_SIZE is not set" if launched is None else f"{launched} processes were launched"
+            raise ConfigError(
+                f"{reason}, but {setting} is {world_size}; launch {world_size} processes or change these settings;"
+                " if torchrun did not start this process, run: unset TORCHELASTIC_RUN_ID WORLD_SIZE"
+            )
+    elif launched_by_srun():
+        for name in (*SET_BY_SRUN, "MASTER_PORT"):
+            whole_number(name)
+        if launched != world_size:
+            raise ConfigError(
+                f"{launched} processes were launched, but {setting} is {world_size}; launch {world_size} processes"
+                f" instead of SLURM_NTASKS={launched}, `{srun}`, or change these settings"
+            )
+        if "SLURM_NTASKS_PER_NODE" not in os.environ:
+            # With --ntasks alone Slurm may put any number of tasks on a node.
+            raise ConfigError(
+                f"--ntasks={tasks} does not say how many tasks a node has; use --ntasks-per-node={devices}: `{srun}`"
+            )
+    elif in_slurm_job() and not under_agent() and (tasks > 1 or (num_nodes > 1 and "NODE_RANK" not in os.environ)):
+        alone = "; or let qwlit start all: `env -u SLURM_NTASKS python -m qwlit train …`" if num_nodes == 1 else ""
         raise ConfigError(
-            f"{launched} processes were launched, but hardware.devices={devices} x hardware.num_nodes={num_nodes}"
-            f" is {world_size}; launch {world_size} processes or change these settings"
+            f"this Slurm job has {tasks} tasks (SLURM_NTASKS), but only one process was started; start it with srun:"
+            f" `{srun}`{alone}"
         )
-    if launched is None and num_nodes > 1 and "MASTER_ADDR" not in os.environ:
-        raise ConfigError(f"hardware.num_nodes={num_nodes}: start one process per device with torchrun or srun")
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if launched_by_srun() and tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-        # With --ntasks alone Slurm may put any number of tasks on a node.
-        raise ConfigError(f"--ntasks={tasks} does not say how many tasks a node has; use --ntasks-per-node={devices}")
-    if launched is None and tasks > 1 and not under_agent():
-        raise ConfigError(f"this Slurm job has {tasks} tasks, but only one process was started; start it with srun")
+    else:
+        check_rank_variables(devices, num_nodes)
 
 
 def _too_small(config: HardwareConfig, available: Devices) -> bool:

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +12,8 @@ from subprocess import Popen
 from threading import Thread
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -21,9 +22,11 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from qwlit.core.errors import ConfigError, QwlitError
-from qwlit.core.ranks import launched_by_srun, launched_by_torchrun
+from qwlit.core.errors import ConfigError, QwlitError, first_line
+from qwlit.core.ranks import ADDRESS, RANK_VARIABLES, launched_by_srun, launched_by_torchrun, launched_world_size
 from qwlit.core.signals import HANDLED_SIGNALS, Phase, enter_phase, handling
+from qwlit.core.streams import say
+from qwlit.core.waiting import NOTICE_SECONDS, call_with_timeout
 from qwlit.training.checkpointing.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
 from qwlit.training.resilience.hang_watchdog import REPORT_SECONDS
@@ -40,6 +43,10 @@ def build_trainer(
 ) -> Trainer:
     """Build the Trainer; a background thread calls `record_failure` before it ends the process."""
     _quieten_lightning()
+    if launched_world_size() is None and machine.num_nodes == 1 and "LOCAL_RANK" not in os.environ:
+        # This process starts all ranks, so they meet on this machine at a free port, wherever other programs meet.
+        for name in ADDRESS:
+            os.environ.pop(name, None)
     plugins: list[Any] = [] if machine.strategy == "fsdp" else [StepFolderIO()]
     if machine.precision == "16-mixed":
         plugins.append(_autocast_to_float16(machine.accelerator))
@@ -76,7 +83,7 @@ def build_trainer(
 
 
 class _Launcher(_SubprocessScriptLauncher):
-    """Starts the other ranks with Ctrl-C, SIGTERM and SIGUSR2 ignored (an ignored signal stays ignored over exec).
+    """Starts the other ranks with the handled signals ignored (an ignored signal stays ignored over exec).
 
     Until they train, rank 0 handles signals for them. Lightning's observer kills all ranks when one has ended; it gets
     nothing to watch (`procs` is empty), so that a failing collective can report the rank first, in `lost_rank`. If the
@@ -114,13 +121,17 @@ class _Launcher(_SubprocessScriptLauncher):
             return  # `stop_watching_ranks` was called: the training is over
         lost = LostRank(failed)
         self.record_failure()
-        print(f"qwlit: {lost}", file=sys.stderr)
+        say(f"qwlit: {lost}")
         self.kill(signal.SIGKILL)
         os._exit(lost.exit_code)
 
 
 class _OwnLauncher(ParallelStrategy):
+    """A strategy with the launcher above. Its ranks meet with a time limit, and answer signals while they wait."""
+
     record_failure: Callable[[], None]
+    meeting_seconds: float
+    """How long a rank waits for the other ranks."""
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
@@ -128,6 +139,51 @@ class _OwnLauncher(ParallelStrategy):
             launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes)  # type: ignore[attr-defined]
             launcher.record_failure = self.record_failure
             self._launcher = launcher
+
+    def setup_environment(self) -> None:
+        """Join the process group before Lightning does, which then leaves it as it is.
+
+        Raises:
+            ConfigError: the ranks cannot meet at this address, for example because the port is taken.
+            QwlitError: not all ranks came in time.
+        """
+        cluster = self.cluster_environment
+        assert cluster is not None
+        self.set_world_ranks()  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
+        address = f"{cluster.main_address}:{cluster.main_port} (MASTER_ADDR, MASTER_PORT)"
+        leftovers = " ".join(name for name in RANK_VARIABLES if name in os.environ)
+        by_hand = launched_world_size() is None and cluster.creates_processes_externally
+        hint = f"; if nothing else starts the other ranks, run: unset {leftovers}" if by_hand else ""
+
+        def notify() -> None:
+            if self.global_rank == 0 or by_hand:
+                say(f"qwlit: rank {self.global_rank} of {self.world_size} waits for other ranks at {address}{hint}")
+
+        try:
+            call_with_timeout(self.meeting_seconds, self._join, notice_after=NOTICE_SECONDS, notice=notify)
+        except TimeoutError:
+            raise QwlitError(
+                f"rank {self.global_rank}: not all {self.world_size} ranks met at {address} within"
+                f" {self.meeting_seconds:g} s (hardware.timeout_seconds){hint}"
+            ) from None
+        except dist.DistNetworkError as error:
+            taken = "the port is taken; set another MASTER_PORT" if "EADDRINUSE" in str(error) else first_line(error)
+            raise ConfigError(f"the ranks cannot meet at {address}: {taken}") from None
+        super().setup_environment()
+
+    def _join(self) -> None:
+        """Join the process group, in a thread of its own."""
+        device = self.root_device if self.root_device.type == "cuda" else None
+        if device is not None:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            self._process_group_backend,  # type: ignore[attr-defined]
+            rank=self.global_rank,
+            world_size=self.world_size,
+            timeout=self._timeout,  # type: ignore[attr-defined]
+            device_id=device,
+        )
 
 
 class _Replicated(_OwnLauncher, DDPStrategy):
@@ -246,6 +302,7 @@ def _strategy(machine: Machine, record_failure: Callable[[], None]) -> Any:
         else _Replicated(broadcast_buffers=False, gradient_as_bucket_view=True, **group)
     )
     strategy.record_failure = record_failure
+    strategy.meeting_seconds = machine.timeout_seconds
     return strategy
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 
-from qwlit.core.console import progress_bar
+from qwlit.core.console import can_redraw, progress_bar
 from qwlit.core.metric import Metric
 from qwlit.tuning.study import AssignedTrial, Outcome
 from qwlit.tuning.trial import TrialRun
@@ -22,7 +22,7 @@ class SweepDisplay:
         self._screen = screen
         self._metric = metric
         # No refresh thread: the parent forks to start trials, and forking beside threads is unsafe.
-        options = {"auto_refresh": False, "transient": True, "disable": not screen.is_terminal}
+        options = {"auto_refresh": False, "transient": True, "disable": not can_redraw(screen)}
         self._bar = progress_bar("trials", MofNCompleteColumn(), screen, **options)
         self._task = self._bar.add_task("", total=limit)
 

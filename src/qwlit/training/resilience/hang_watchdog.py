@@ -24,6 +24,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.distributed_c10d import _get_default_store
 
+from qwlit.core.streams import say
+
 # Assumption: a healthy host runs the thread at least this often, however busy it is.
 HEARTBEAT_SECONDS = 5.0
 SILENT_HEARTBEATS = 4
@@ -133,11 +135,9 @@ class HangWatchdog(Callback):
     def _end(self, rank: int, reporter: int, missing: str) -> None:
         # The lowest rank that still sends heartbeats reports for all.
         if rank == reporter:
-            print(
+            say(
                 f"qwlit: no progress for {self._timeout:g} s (hardware.timeout_seconds): {missing};"
-                " run the same command to resume from the newest checkpoint",
-                file=sys.stderr,
-                flush=True,
+                " run the same command to resume from the newest checkpoint"
             )
         if rank == 0:
             self._record_failure()

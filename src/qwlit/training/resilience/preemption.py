@@ -1,4 +1,4 @@
-"""Save and end the run at a step boundary after Ctrl-C, SIGTERM or SIGUSR2; `core/signals.py` has the other phases."""
+"""Save and end the run at a step boundary after Ctrl-C or a signal; `core/signals.py` has the other phases."""
 
 import signal
 from contextlib import ExitStack

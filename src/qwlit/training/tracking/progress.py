@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from qwlit.core.console import progress_bar
+from qwlit.core.console import can_redraw, progress_bar
 from qwlit.core.metric import set_of_key
 from qwlit.training.telemetry import Record
 
@@ -37,7 +37,7 @@ class ProgressDisplay(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._started, self._first_step = time.perf_counter(), trainer.global_step
-        if trainer.is_global_zero and self._console.is_terminal:
+        if trainer.is_global_zero and can_redraw(self._console):
             self._bar = progress_bar("step", MofNCompleteColumn(), self._console)
             self._bar.add_task("", total=self._total, completed=trainer.global_step)
             self._bar.start()

@@ -24,8 +24,10 @@ from qwlit.core.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token, launched_by_torchrun
+from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token, launched_by_torchrun, rank_label
 from qwlit.core.slurm import job_id, was_requeued
+from qwlit.core.streams import say
+from qwlit.core.waiting import NOTICE_SECONDS
 
 FINISHED = "done"
 STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl")
@@ -149,11 +151,12 @@ class RunLock:
     """
 
     POLL_SECONDS = 0.2
-    WAIT_SECONDS = 600
     TRIES, REQUEUED_TRIES = 5, 600
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, wait_seconds: float = 600.0) -> None:
+        """`wait_seconds`: how long the other ranks wait for rank 0 to take the lock."""
         self._folder = folder
+        self._wait_seconds = wait_seconds
         self._path = folder.lock_file
         self._held = contextlib.ExitStack()
         self._announced = False
@@ -204,16 +207,26 @@ class RunLock:
         """Wait until rank 0 of this launch holds the lock and has announced that the folder is ready.
 
         Raises:
-            ConfigError: rank 0 released the lock before that, or did not take it within `WAIT_SECONDS`.
+            ConfigError: rank 0 released the lock before that, or did not take it in time.
         """
         token = launch_token()
-        give_up = time.monotonic() + self.WAIT_SECONDS
+        began = time.monotonic()
+        said = False
         while not (locked_now := is_locked(self._path)) or self._read() != token:
             # A text with another token is from an earlier launch, such as the job's earlier start: keep waiting.
             text = self._read()
             ended = text == f"{token}{ENDED}" or (text == f"{token}{BEGUN}" and not locked_now)
-            if ended or (not text.startswith(token) and time.monotonic() > give_up):
+            if ended:
                 raise ConfigError("rank 0 ended before the run started; its own message says why")
+            seconds = 0 if text.startswith(token) else time.monotonic() - began
+            if seconds > self._wait_seconds:
+                raise ConfigError(
+                    f"rank 0 did not come to {self._folder.path} within {self._wait_seconds:g} s"
+                    " (hardware.timeout_seconds): start all ranks of the run, with the same run.name and run.root"
+                )
+            if seconds > NOTICE_SECONDS and not said:
+                said = True
+                say(f"qwlit: {rank_label()} waits for rank 0 of the run {self._folder.path}")
             time.sleep(self.POLL_SECONDS)
 
     def _read(self) -> str:
