@@ -2,11 +2,13 @@
 
 import io
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from rich.progress import MofNCompleteColumn
 
 from qwlit import __main__ as program
 from qwlit.core import console, ranks, signals, streams
+from qwlit.core.batch import MicroBatch, StepBatch
 from qwlit.core.devices import Devices
 from qwlit.core.errors import ConfigError, Preempted, QwlitError, printable
 from qwlit.core.slurm import job_id, was_requeued
@@ -25,7 +28,7 @@ from qwlit.run.finish import print_summary
 from qwlit.training import machine, trainer
 from qwlit.training.config import HardwareConfig, LoggerConfig
 from qwlit.training.tracking.run_folder import RunFolder, RunLock
-from qwlit.training.tracking.wandb_access import Access
+from qwlit.training.tracking.wandb_access import Access, find_access
 from qwlit.training.tracking.wandb_run import WandbRun
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "interactive", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
@@ -290,3 +293,25 @@ def test_the_end_screen_shows_the_numbers_of_summary_json_and_the_best_only_wher
     assert "0.2500" in shown and "0.75" not in shown
     assert ("best by val/loss" in shown) is (best is not None) and ("val_loss_best" in shown) is (best is not None)
     assert "p\\x1b[2Ja0" in shown and "not as expected\np\\x1b[2Ja1" in shown and "a2" not in shown
+
+
+def test_a_batch_comes_from_a_worker_without_shared_memory(monkeypatch):
+    """As a DataLoader sends it, where /dev/shm is full."""
+    for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
+        monkeypatch.setattr(torch.UntypedStorage, name, lambda *_: pytest.fail("shared memory"))
+    numbers = torch.arange(6).reshape(1, 6)
+    none = numbers[0, :0]
+    micro = MicroBatch(numbers, numbers, none, none, None, (6,), torch.tensor([6]), (3,))
+    sent = StepBatch(0, (micro, micro), 0, 6, 18.0, (3, 4))
+    came = pickle.loads(ForkingPickler.dumps(sent))
+    assert torch.equal(came.micro_batches[1].input_ids, numbers) and came.micro_batches[0].targets.dtype == torch.int64
+    assert came.micro_batches[0].cu_seqlens is None and (came.num_tokens, came.sample_ids) == (6, (3, 4))
+
+
+def test_a_user_without_a_home_folder_is_told_so_by_the_logger(monkeypatch):
+    def setup(settings):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(wandb, "setup", setup)
+    with pytest.raises(ConfigError, match=r"logger=wandb: Could not determine home directory\. Set HOME"):
+        find_access()

@@ -7,11 +7,22 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 
 class _TensorDataclass:
-    """Gives a dataclass of tensors the methods `to` and `pin_memory`, which Lightning and the DataLoader call."""
+    """Gives a dataclass of tensors the methods `to` and `pin_memory`, which Lightning and the DataLoader call.
+
+    A DataLoader's worker sends it through a pipe: torch would put each tensor into a file of its own in /dev/shm, which
+    is small in containers, and a worker that finds it full leaves the run waiting.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: v.numpy() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({k: torch.from_numpy(v) if isinstance(v, ndarray) else v for k, v in state.items()})
 
     def _map(self, convert: Any) -> Self:
         moved = {f.name: convert(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]

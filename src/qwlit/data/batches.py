@@ -99,9 +99,6 @@ def train_loader(
     dataset: StepDataset, *, start_step: int, total_steps: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[StepBatch]:
     """Load one item per step, from `start_step` to the end of the run."""
-    if num_workers:
-        # By default each tensor from a worker needs a file descriptor, and a step of 64 micro-batches has hundreds.
-        torch.multiprocessing.set_sharing_strategy("file_system")
     return DataLoader(
         dataset,
         # An item is already a batch.

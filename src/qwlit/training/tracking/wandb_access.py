@@ -29,7 +29,11 @@ def find_access(*, verify: bool = False) -> Access:
     from wandb.errors import AuthenticationError
 
     # qwlit prints W&B's address itself; W&B still prints warnings and errors.
-    settings = wandb.setup(wandb.Settings(quiet=True, show_info=False)).settings
+    try:
+        settings = wandb.setup(wandb.Settings(quiet=True, show_info=False)).settings
+    except RuntimeError as error:
+        # The user has no home folder, as in a container under a number that has no name.
+        raise ConfigError(f"logger=wandb: {one_line(str(error))} Set HOME to a folder, or logger=none") from None
     if settings.mode in ("disabled", "offline", "dryrun"):
         chosen: Any = "disabled" if settings.mode == "disabled" else "offline"
         return Access(chosen, f"WANDB_MODE={settings.mode}" if "WANDB_MODE" in os.environ else f"`wandb {chosen}`")
