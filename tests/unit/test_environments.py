@@ -40,6 +40,7 @@ SALLOC = {**JOB, "SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}
 AGENT = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}
 SRUN = "`srun --nodes=1 --ntasks-per-node=2 python -m qwlit train …`"
 OVERLAP = "`srun --overlap --nodes=1 --ntasks-per-node=2 python -m qwlit train …`"
+PTY = OVERLAP.replace("srun", "env -u SLURM_PTY_PORT srun", 1)
 ALONE = "`env -u SLURM_NTASKS python -m qwlit train …`"
 
 
@@ -89,7 +90,7 @@ def clean(monkeypatch):
         (JOB | {"SLURM_NTASKS": "1"}, (2, 1), []),
         (JOB | {"SLURM_NTASKS": "2"}, (2, 1), ["2 tasks (SLURM_NTASKS)", SRUN, ALONE]),
         (SALLOC | {"SLURM_NTASKS": "2"}, (2, 1), ["2 tasks (SLURM_NTASKS)", OVERLAP, ALONE]),
-        (STEP | {"SLURM_NTASKS": "2", "SLURM_PTY_PORT": "5"}, (2, 1), ["2 tasks (SLURM_NTASKS)", OVERLAP, ALONE]),
+        (STEP | {"SLURM_NTASKS": "2", "SLURM_PTY_PORT": "5"}, (2, 1), ["2 tasks (SLURM_NTASKS)", PTY, ALONE]),
         (STEP | {"SLURM_NTASKS": "1", "SLURM_PTY_PORT": "5"}, (2, 1), []),
         (STEP | {"SLURM_NTASKS": "1"}, (2, 1), []),
         (STEP | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, (2, 1), []),

@@ -139,7 +139,9 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
     setting = f"hardware.devices={devices} x hardware.num_nodes={num_nodes}"
     # Inside a step, a new step gets no cores unless it may share those of the first one.
     overlap = " --overlap" if "SLURM_STEP_ID" in os.environ else ""
-    srun = f"srun{overlap} --nodes={num_nodes} --ntasks-per-node={devices} python -m qwlit train …"
+    # The tasks of a step inherit the mark of a shell of `srun --pty`, and must not be taken for it.
+    unmarked = "env -u SLURM_PTY_PORT " if "SLURM_PTY_PORT" in os.environ else ""
+    srun = f"{unmarked}srun{overlap} --nodes={num_nodes} --ntasks-per-node={devices} python -m qwlit train …"
     if launched_by_torchrun():
         for name in SET_BY_TORCHRUN:
             whole_number(name)
