@@ -94,6 +94,8 @@ def test_signals_at_random_moments_change_nothing(launcher, place):
         "python, 2 ranks": warm_command(words),
         "torchrun": [*TORCHRUN, "--no-python", *warm_command(words)],
     }[launcher]
+    # Seconds until the first step.
+    starting = {"python": 5.0, "python, 2 ranks": 1.0, "torchrun": 4.0}[launcher]
     run = place / "runs" / "cut"
     dice = random.Random(launcher)
     sent = lives = 0
@@ -104,7 +106,7 @@ def test_signals_at_random_moments_change_nothing(launcher, place):
         with (place / "said.log").open("ab") as log:
             process = subprocess.Popen([*start, "run.name=cut"], cwd=place, env=ENVIRONMENT, stdout=log, stderr=log)
         # A signal while it starts, or after a few steps.
-        moment = time.monotonic() + dice.uniform(0.5, 5.0) if dice.random() < 0.3 else None
+        moment = time.monotonic() + dice.uniform(0.1, starting) if dice.random() < 0.3 else None
         steps = dice.randrange(1, 50)
         while process.poll() is None and sent < SIGNALS:
             time.sleep(0.02)
