@@ -9,7 +9,7 @@ from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pr
 from qwlit.core.ranks import check_rank_numbers, end_process, forget_rank_variables, is_rank_zero, rank_label
 from qwlit.core.signals import record_signals
 from qwlit.core.slurm import has_scontrol, is_ending_job, job_id, leave_requeue_to_script, requeue_job
-from qwlit.core.streams import finish_stdout, open_closed_streams, say
+from qwlit.core.streams import discard, finish_stdout, open_closed_streams, say
 
 SUBCOMMANDS = {
     "train": "train a model, or resume an unfinished run",
@@ -81,6 +81,10 @@ def _exit_code(subcommand: str, arguments: list[str]) -> int:
         return _report(subcommand, error)
     except SignalExit as end:
         return _report(subcommand, end.error)
+    except BrokenPipeError:
+        # The reader of standard output has read enough (`| head`).
+        discard(sys.stdout)
+        return 0
     except KeyboardInterrupt:
         if is_rank_zero():
             say(f"qwlit {subcommand}: interrupted; run the same command to resume")

@@ -7,7 +7,7 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from tests.runs.runs import DEMO, ENVIRONMENT, TINY, command, qwlit
+from tests.runs.runs import DEMO, ENVIRONMENT, TINY, qwlit, warm_command
 
 ROWS = [
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\nthere"}]},
@@ -111,12 +111,14 @@ def test_what_train_would_refuse_is_shown_first_and_then_refused_alike(folder):
     assert trained.stderr.removeprefix("qwlit train") == said
 
 
-def test_a_reader_that_leaves_early_makes_no_traceback(folder):
+@pytest.mark.parametrize("subcommand", ["inspect", "plan"])
+def test_a_reader_that_leaves_early_makes_no_traceback(subcommand, folder):
     (folder / "many.jsonl").write_text("\n".join([json.dumps(ROWS[0])] * 20_000))
-    words = command(["inspect", *TINY, "data.path=many.jsonl", "output=json"])
+    words = warm_command([subcommand, *TINY, "data.path=many.jsonl", "output=json"])
     process = subprocess.Popen(words, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
-    assert json.loads(process.stdout.readline())["sample"] == 0
+    if subcommand == "inspect":
+        assert json.loads(process.stdout.readline())["sample"] == 0
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read()
     assert process.wait() == 0

@@ -1,8 +1,6 @@
 """`inspect`: show the data as the model will see it, without training."""
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +32,7 @@ LONGEST_SYSTEM_TEXT = 200
 def main(arguments: list[str]) -> None:
     own, overrides = own_options(arguments, {"output": OUTPUTS, "sample": None})
     sample = _sample(own["sample"] or None)
-    config = compose(overrides).config
-    try:
-        inspect(config, str(own["output"]), sample)
-    except BrokenPipeError:
-        # The reader closed the pipe (`| head`). Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    inspect(compose(overrides).config, str(own["output"]), sample)
 
 
 def _sample(text: str | None) -> int | None:
