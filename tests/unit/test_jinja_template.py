@@ -1,23 +1,27 @@
 """A tokenizer's own template with `{% generation %}` marks: ids and loss mask of transformers, or a refused row."""
 
+import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from qwlit.config.compose import compose
 from qwlit.core.errors import DataError
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.conversation import parse_conversation
-from qwlit.data.jinja_template import JinjaTemplate
+from qwlit.data.jinja_template import JinjaTemplate, _pattern, _pieces
 from qwlit.data.recognise import resolve_template
-from qwlit.data.rows import RowError
-from qwlit.data.templates import Supervision
+from qwlit.data.rows import NeedsTokenizer, Row, RowError
+from qwlit.data.templates import Piece, Supervision
 from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
 from qwlit.inference.generate import eval_prompts
+from qwlit.planning.tokenized_data import _encoder
 from tests.conversations import Messages, conversation
 from tests.real_tokenizer import JINJA, small_tokenizer
 
@@ -89,6 +93,67 @@ def test_the_settings_and_a_rows_marks_choose_among_the_marked_parts(tokenizer: 
         supervised(tokenizer, one_off, loss_on="all")
 
 
+# The answer, each call and the end have marks of their own; before a call stands text that no mark covers.
+PIECEWISE = (
+    MARKED.replace("{{ m.content | trim }}", "{{ m.content | trim }}{%- endgeneration %}")
+    .replace("{{ '<tool_call>'", "{{ '\\n' }}{%- generation %}{{ '<tool_call>'")
+    .replace("'</tool_call>' }}", "'</tool_call>' }}{%- endgeneration %}")
+    .replace("{{ eos_token", "{%- generation %}{{ eos_token")
+)
+CALLS = [{"function": {"name": name, "arguments": {"a": 1}}} for name in ("add", "sub")]
+CHAIN = [USER, ANSWER | {"tool_calls": CALLS}, {"role": "tool", "content": "3"}, ANSWER, USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "messages", "only"),
+    [
+        ("last_assistant", CHAIN[:2], [1]),
+        ("last_assistant", [USER, ANSWER, *CHAIN[:2]], [3]),
+        ("last_assistant", CHAIN, [5]),
+        ("assistant", [CHAIN[0], CHAIN[1] | {"loss": False}, *CHAIN[2:]], [3, 5]),
+        ("assistant", [*CHAIN[:3], ANSWER | {"loss": False}, *CHAIN[4:]], [1, 5]),
+        ("assistant", [USER, ANSWER | {"loss": False}, ANSWER, CHAIN[1]], [2, 3]),
+    ],
+)
+def test_answers_marked_piece_by_piece_are_chosen_whole(loss_on: Any, messages: Messages, only: list[int]) -> None:
+    tokenizer = tokenizer_with(PIECEWISE)
+    # The reference renders each chosen answer alone: what stands inside marks there.
+    alone = [
+        tokenizer.apply_chat_template([messages[i]], return_dict=True, return_assistant_tokens_mask=True) for i in only
+    ]
+    kept = [
+        token for part in alone for token, flag in zip(part["input_ids"], part["assistant_masks"], strict=True) if flag
+    ]
+    assert supervised(tokenizer, messages, loss_on=loss_on) == tokenizer.decode(kept)
+
+
+def test_a_turn_is_not_chosen_where_the_template_hides_its_place() -> None:
+    template = tokenizer_with("{{ messages | length }}" + PIECEWISE)
+    assert supervised(template, CHAIN)
+    with pytest.raises(RowError, match="does not show where message 2 begins"):
+        supervised(template, CHAIN, loss_on="last_assistant")
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "reason"),
+    [
+        ("{%- if messages[0].role == 'system' %}{{ raise_exception('no system') }}{%- endif %}", "Short.", "no system"),
+        ("{%- set messages = messages[-2:] %}", "Short.", "leaves out"),
+        ("", "Short <|im_end|>", "control token"),
+    ],
+)
+def test_a_system_text_that_the_template_cannot_write_is_refused_once(template: str, text: str, reason: str) -> None:
+    own = resolve_template(tokenizer_with(template + MARKED), "auto")
+    with pytest.raises(DataError, match=rf"data\.system.*{reason}.*data\.template"):
+        own.with_system(text)
+    family = resolve_template(tokenizer_with(JINJA["qwen3"]), "auto")
+    assert family.with_system(text) == replace(family, default_system=text)
+
+
+def test_without_control_tokens_a_text_stays_whole() -> None:
+    assert list(_pieces("ab", [(0, 1)], _pattern(()))) == [Piece("a", False, True), Piece("b", False, False)]
+
+
 @pytest.mark.parametrize(
     ("messages", "tools", "reason"),
     [
@@ -145,6 +210,7 @@ def test_a_default_system_text_becomes_a_system_message(tokenizer: Any) -> None:
             MARKED.replace("{{ eos_token ~ '\\n' }}{%- endgeneration %}", "{%- endgeneration %}<|im_end|>"),
             "learn to end",
         ),
+        ("{{ strftime_now('%d %B %Y') }}" + MARKED, "today's date"),
         ("{{ raise_exception('no') }}" + MARKED, r"cannot render a plain chat \(the chat template refuses it: no\)"),
     ],
 )
@@ -172,3 +238,10 @@ def test_an_expected_answer_ends_with_its_end_token_also_where_the_marks_reach_f
     (prompt,) = eval_prompts(One(), 3, end_of_turn_id=encoder.end_of_turn_id)  # type: ignore[arg-type]
     assert tokenizer.decode(prompt.tokens) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>model\n"
     assert tokenizer.decode(prompt.answer) == "One.<|im_end|>"
+
+
+def test_settings_without_effect_on_an_own_template_are_refused_for_conversations(tmp_path: Path) -> None:
+    tokenizer_with(MARKED).save_pretrained(tmp_path)
+    settings = ["data.path=a.jsonl", f"model.tokenizer={tmp_path}", "model.init=random", "data.thinking=keep"]
+    with pytest.raises(NeedsTokenizer, match=r"data\.thinking=keep has no effect"):
+        _encoder(compose(settings).config)[1]([Row(0, 1, json.dumps({"messages": [USER, ANSWER]}).encode())])

@@ -53,8 +53,68 @@ class JinjaTemplate(ChatTemplate):
         self._refuse_control_tokens(conversation)
         text, marked = render_marked(self.source, self.variables, conversation)
         _refuse_missing_parts(conversation, text)
-        supervised = _supervised_spans(conversation, text, marked, supervision)
+        supervised = self._supervised_spans(conversation, text, marked, supervision)
         return list(_pieces(text, supervised, _pattern(self.control_tokens)))
+
+    def with_system(self, text: str) -> "JinjaTemplate":
+        """See `ChatTemplate.with_system`. One probe replaces an error for each row."""
+        changed = replace(self, default_system=text)
+        try:
+            changed.render(parse_conversation(_PROBE), Supervision())
+        except RowError as error:
+            raise DataError(
+                f"data.system cannot be used with the tokenizer's own chat template ({error}); leave it out, or set"
+                " data.template to a known one"
+            ) from None
+        return changed
+
+    def _supervised_spans(
+        self, conversation: Conversation, text: str, marked: list[Span], supervision: Supervision
+    ) -> list[Span]:
+        """Return the parts of the text in the loss.
+
+        Raises:
+            RowError: only some turns are in the loss, and it is not certain where they are.
+        """
+        messages = conversation.messages
+        if supervision.loss_on == "all":
+            if all(message.is_supervised for message in messages):
+                return [(0, len(text))]
+            raise RowError("a turn is marked as not supervised, and the chat template does not show where it is")
+        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        candidates = answers[-1:] if supervision.loss_on == "last_assistant" else answers
+        chosen = [index for index in candidates if messages[index].is_supervised]
+        if chosen == answers:
+            return marked
+        if len(marked) == len(answers) and all(
+            messages[index].split_thinking()[1].strip() in text[start:end]
+            for index, (start, end) in zip(answers, marked, strict=True)
+        ):
+            return [marked[answers.index(index)] for index in chosen]
+        # An answer's marked parts are those between its first character and the next answer's.
+        edges = [*(self._start_of_answer(conversation, index, text) for index in answers), len(text)]
+        regions = dict(zip(answers, pairwise(edges), strict=True))
+        parts = [
+            (max(start, regions[index][0]), min(end, regions[index][1])) for index in chosen for start, end in marked
+        ]
+        return [(start, end) for start, end in parts if start < end]
+
+    def _start_of_answer(self, conversation: Conversation, index: int, text: str) -> int:
+        """Return where the messages before an answer end in the text: they are rendered alone for it."""
+        if index == 0:
+            return 0
+        try:
+            before, _ = render_marked(
+                self.source, self.variables, replace(conversation, messages=conversation.messages[:index])
+            )
+        except RowError:
+            before = None
+        if before is None or not text.startswith(before):
+            raise RowError(
+                f"only some answers are supervised, and the chat template does not show where message {index + 1}"
+                " begins: it writes the messages before it in another way if they are alone"
+            )
+        return len(before)
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         calls = [(call.name, call.arguments) for message in conversation.messages for call in message.tool_calls]
@@ -88,8 +148,8 @@ def jinja_template(tokenizer: Any, source: str) -> JinjaTemplate:
     end = _pattern(control_tokens).search(text, text.rfind(ANSWER, start, stop) + len(ANSWER), stop)
     if end is None:
         raise DataError(
-            "the tokenizer's chat template does not have an answer and the special token that ends it in one pair of"
-            f" {{% generation %}} marks, so the model would not learn to end its answers; {remedy}"
+            "the tokenizer's chat template does not have an answer and the special token that ends it inside"
+            f" {{% generation %}} marks without a gap, so the model would not learn to end its answers; {remedy}"
         )
     digest = hashlib.sha256(json.dumps([source, variables], sort_keys=True).encode()).hexdigest()
     return JinjaTemplate(f"the tokenizer's own ({digest[:12]})", None, source, variables, control_tokens, end[0])
@@ -116,7 +176,18 @@ def render_marked(source: str, variables: dict[str, Any], conversation: Conversa
         raise RowError(f"the chat template refuses it: {one_line(str(error))}") from None
     except Exception as error:  # the template's expressions can raise anything
         raise RowError(f"the chat template fails on it: {one_line(str(error)) or type(error).__name__}") from None
-    return text, [span for span in marked if span[0] < span[1]]
+    return text, _joined(marked)
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Join spans without a gap between them: a template may mark an answer's text and its end one by one."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        elif start < end:
+            joined.append((start, end))
+    return joined
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
@@ -136,7 +207,8 @@ def _json(value: Any) -> str:
 @lru_cache
 def _pattern(control_tokens: tuple[str, ...]) -> re.Pattern[str]:
     """Return a pattern of control tokens. As in the tokenizer, of two that begin at one place the longer counts."""
-    return re.compile("(" + "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) + ")")
+    # "(?!)" matches nowhere; an empty pattern would match everywhere.
+    return re.compile("(" + ("|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or "(?!)") + ")")
 
 
 def _refuse_missing_parts(conversation: Conversation, text: str) -> None:
@@ -148,26 +220,6 @@ def _refuse_missing_parts(conversation: Conversation, text: str) -> None:
     names = [str(tool.get("function", tool).get("name", "")) for tool in conversation.tools]
     if missing := [name for name in names if name not in text]:
         raise RowError(f"the chat template does not write the tool {missing[0]}")
-
-
-def _supervised_spans(
-    conversation: Conversation, text: str, marked: list[Span], supervision: Supervision
-) -> list[Span]:
-    """Return the parts of the text in the loss.
-
-    Raises:
-        RowError: the row marks a turn as not supervised, and the template does not mark each turn.
-    """
-    answers = [message for message in conversation.messages if message.role == "assistant"]
-    concerned = conversation.messages if supervision.loss_on == "all" else answers
-    if all(message.is_supervised for message in concerned):
-        if supervision.loss_on == "all":
-            return [(0, len(text))]
-        return marked[-1:] if supervision.loss_on == "last_assistant" else marked
-    if supervision.loss_on == "all" or len(marked) != len(answers):
-        raise RowError("a turn is marked as not supervised, and the chat template does not show where it is")
-    last = marked[-1:] if supervision.loss_on == "last_assistant" else marked
-    return [span for span, answer in zip(marked, answers, strict=True) if answer.is_supervised and span in last]
 
 
 def _pieces(text: str, supervised: list[Span], control_tokens: re.Pattern[str]) -> Iterator[Piece]:

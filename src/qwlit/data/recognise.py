@@ -1,5 +1,6 @@
 """Recognise the template family of a tokenizer by what its template renders."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -51,7 +52,8 @@ def resolve_template(tokenizer: Any, template_name: str) -> ChatTemplate:
     The tokenizer's own is a known family, or else its Jinja template where that has `{% generation %}` marks.
 
     Raises:
-        DataError: for `auto`, if the tokenizer has no chat template, or an unknown one without usable marks.
+        DataError: for `auto`, if the tokenizer has no chat template, or an unknown one without usable marks,
+            or one that writes today's date.
     """
     if template_name != "auto":
         return FAMILIES[template_name]
@@ -63,6 +65,11 @@ def resolve_template(tokenizer: Any, template_name: str) -> ChatTemplate:
         own = own.get("default")
     if own is None:
         raise DataError(f"the tokenizer has several chat templates, but none called 'default'; {REMEDY}")
+    if re.search(r"\bstrftime_now\b", own):
+        raise DataError(
+            "the tokenizer's chat template writes today's date (strftime_now), so the same run would have other tokens"
+            f" tomorrow; write a fixed date into the template, or {REMEDY}, with the date in data.system"
+        )
     try:
         return recognise_template(
             lambda messages, tools: tokenizer.apply_chat_template(

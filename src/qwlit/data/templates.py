@@ -58,6 +58,14 @@ class ChatTemplate(ABC):
     def end_of_turn(self) -> str:
         return self.turn_tokens[-1]
 
+    def with_system(self, text: str) -> "ChatTemplate":
+        """Return the template with another default system text.
+
+        Raises:
+            DataError: the template cannot write it.
+        """
+        return replace(self, default_system=text)
+
     @abstractmethod
     def render(self, conversation: Conversation, supervision: Supervision) -> list[Piece]:
         """Render a conversation.

@@ -1,6 +1,6 @@
 """Load the tokenizer and the tokenized data that the settings name, for training and for `inspect`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from qwlit.core.files import resolve_path
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.config import parts_of
 from qwlit.data.encoding import RowEncoder
+from qwlit.data.jinja_template import JinjaTemplate
 from qwlit.data.recognise import resolve_template
 from qwlit.data.sources import find_sources
 from qwlit.data.splits import open_stores
@@ -88,10 +89,15 @@ def _encoder(config: RunConfig) -> tuple[PreTrainedTokenizerFast | None, RowEnco
         tokenizer = load_tokenizer(config.model)
         check_vocabulary(config.model, tokenizer)
         text = TextTokenizer(tokenizer)
-        family = resolve_template(tokenizer, data.template)
+        template = resolve_template(tokenizer, data.template)
         if data.system is not None:
-            family = replace(family, default_system=data.system)
-        chat = ChatEncoder(text, family, Supervision(data.loss_on, data.thinking))
+            template = template.with_system(data.system)
+        if data.thinking == "keep" and isinstance(template, JinjaTemplate):
+            raise ConfigError(
+                "data.thinking=keep has no effect with the tokenizer's own chat template, which decides itself what it"
+                " writes of the reasoning; leave it out"
+            )
+        chat = ChatEncoder(text, template, Supervision(data.loss_on, data.thinking))
     except (ConfigError, DataError) as error:
         refusal = str(error)
     return tokenizer, RowEncoder(data, vocabulary_size(config.model), text, chat, refusal)
