@@ -301,9 +301,22 @@ def test_named_validation_sets_are_read_as_typed_and_replace_those_of_an_earlier
     assert compose(["data=demo", "data.val_path.math=a.jsonl"]).config.data.val_path == {"math": "a.jsonl"}
 
 
-def test_a_system_text_is_taken_as_typed():
-    for text in ("你是一个助手, 简短。", "Be brief: {x} [y].", "5e1", "It's (1)"):
-        assert compose([f"data.system={text}"]).config.data.system == text
+def test_a_system_text_is_taken_as_typed(tmp_path):
+    texts = ["你是一个助手, 简短。", "Be brief: {x} [y].", "5e1", "It's (1)", "Solve \\(x\\).\n"]
+    texts += ["Use ${seed}, not \\${seed} or \\\\${oc.env:HOME}", "an open ${", "C:\\a\\"]
+    for text in texts:
+        config = compose([f"data.system={text}"]).config
+        assert config.data.system == text
+        (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
+        assert compose([f"config={tmp_path / 'config.yaml'}"]).config == config
+
+
+def test_dollars_in_other_texts_are_taken_as_typed_too():
+    config = compose(
+        ["data.path=[a$b.jsonl,'${x}.jsonl']", "data.columns={text: '${y}'}", "slurm.setup=['a ${B}']"]
+    ).config
+    assert [part.path for part in parts_of(config.data.path)] == ["a$b.jsonl", "${x}.jsonl"]
+    assert (config.data.columns, config.slurm.setup) == ({"text": "${y}"}, ("a ${B}",))
 
 
 def test_defaults_are_the_ones_announced():

@@ -17,13 +17,14 @@ from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from qwlit.config.explain import explain
 from qwlit.config.other_trainers import refuse_options_of_others
-from qwlit.config.overrides import MAPPINGS, agent_overrides, check_shell, read_overrides, show_value
-from qwlit.config.relations import check_relations
+from qwlit.config.overrides import MAPPINGS, TEXT_LISTS, agent_overrides, check_shell, read_overrides, show_value
+from qwlit.config.relations import TEXTS, check_relations
 from qwlit.config.run import RunConfig
 from qwlit.config.settings import LONGEST_NAME, cut_name
 from qwlit.core.errors import ConfigError, nearest
@@ -35,6 +36,8 @@ from qwlit.model.folder import base_of, is_adapter
 MAIN = "train"
 SWEEPS = "sweep"
 """Folder of sweep files for the subcommand `sweep`; not a group of settings."""
+LITERAL = TEXTS | TEXT_LISTS | MAPPINGS.keys()
+"""Typed settings that are taken as they are; in the values of others, OmegaConf reads `${…}`."""
 
 
 def conf_dir() -> Path:
@@ -174,12 +177,13 @@ def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
     for key, choice in chosen.items():
         raise ConfigError(f"{key}={choice}: config={path} has fixed all groups; set single values")
     try:
-        tree = OmegaConf.load(file)
+        # `dump` writes values, never interpolations.
+        tree = _literal(yaml.load(file.read_text(encoding="utf-8"), Loader=get_yaml_loader()))
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
-    if not isinstance(tree, DictConfig):
+    if not isinstance(tree, dict):
         raise ConfigError(f"config={path} is not a run's config.yaml; give runs/NAME/config.yaml")
-    return tree
+    return OmegaConf.create(tree)
 
 
 def _with_typed(tree: DictConfig, typed: dict[str, Any]) -> Any:
@@ -188,10 +192,21 @@ def _with_typed(tree: DictConfig, typed: dict[str, Any]) -> Any:
         for key, value in (_cleared(typed) | typed).items():
             # A wrong name is added, too: `check` then refuses it with the nearest valid name.
             # A typed mapping replaces the earlier one; merged, names that the user left out would stay.
-            OmegaConf.update(tree, key, value, force_add=True, merge=key not in MAPPINGS)
+            literal = _literal(value) if key in LITERAL else value
+            OmegaConf.update(tree, key, literal, force_add=True, merge=key not in MAPPINGS)
         return OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
+
+
+def _literal(value: Any) -> Any:
+    """Escape the texts in a value, so that OmegaConf reads no `${…}` in them as an interpolation."""
+    if isinstance(value, dict):
+        return {name: _literal(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    # Backslashes before "${" escape each other.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 WARMUP = ("scheduler.warmup_steps", "scheduler.warmup_ratio")
@@ -263,7 +278,9 @@ def check(tree: dict[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """Return the configuration as YAML; `config=` reads it back to an equal one."""
-    return yaml.safe_dump(as_tree(config), sort_keys=False, allow_unicode=True)
+    # Unlike safe_dump, it puts quotes around texts that OmegaConf's loader reads as numbers, such as 5e1.
+    text: str = yaml.dump(as_tree(config), Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def as_tree(config: RunConfig) -> dict[str, Any]:

@@ -119,9 +119,10 @@ def _read(text: str) -> tuple[str, Any]:
     value = override.value()
     if is_mapping and isinstance(value, dict):
         return key, value
-    if key in VERBATIM and not isinstance(value, str | None) and not (key in PATHS and isinstance(value, list)):
-        # YAML reads 2024_01 as a number, but for a text setting it is a name.
-        return key, typed
+    is_quoted = isinstance(value, str) and typed[:1] in ("'", '"')
+    if key in VERBATIM and not (value is None or is_quoted or (key in PATHS and isinstance(value, list))):
+        # The grammar reads 2024_01 as a number and \( as (, but a text setting is what is typed, without blanks around.
+        return key, typed.strip(" \t")
     if override.is_sweep_override():
         raise ConfigError(f"'{text}' gives several values, but a run takes one; write a list as [a,b]")
     return key, value
