@@ -153,6 +153,8 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["data.path=[path:a,{path:b}]", "data.path=[weight:3,{path:b}]"], "the shell expanded the braces"),
         (["data.path=[a.jsonl,b(1).jsonl]"], r'item b\(1\).jsonl needs quotes.*\[a.jsonl,"b\(1\).jsonl"\]'),
         (["data.path=[{path:a(1).jsonl,weight:3}]"], r'item a\(1\).jsonl needs quotes.*{path:"a\(1\).jsonl",weight:3}'),
+        (["data.val_path={math:a.jsonl,math:b.jsonl}"], "math is given twice"),
+        (["data.columns={text: 'a b', 'text': 数据}"], "text is given twice"),
         (["data.path=[a.jsonl,b.jsonl"], r"\] is missing at the end"),
     ],
 )

@@ -105,6 +105,8 @@ def _read(text: str) -> tuple[str, Any]:
         raise ConfigError(f"'{text}': give the parts as a list, [{{path:…,weight:…}},…]")
     is_list = typed.startswith("[")
     is_mapping = key in MAPPINGS and typed.startswith("{")
+    if is_mapping:
+        _refuse_twice(key, typed)
     has_items = is_list or is_mapping
     quoted = NON_ASCII.sub(lambda found: found[1] or repr(found[0].rstrip()), typed) if has_items else typed
     try:
@@ -126,6 +128,19 @@ def _read(text: str) -> tuple[str, Any]:
     if override.is_sweep_override():
         raise ConfigError(f"'{text}' gives several values, but a run takes one; write a list as [a,b]")
     return key, value
+
+
+def _refuse_twice(key: str, typed: str) -> None:
+    """Refuse a mapping that has a name twice: of the two values, a reader would keep only the last one."""
+    try:
+        node = yaml.compose(typed, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return
+    # YAML reads name:value without a blank as a name.
+    names = [name.value.partition(":")[0] for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{key}={typed}: {name} is given twice")
 
 
 def _read_mapping(key: str, typed: str) -> dict[Any, Any]:
