@@ -180,7 +180,7 @@ CONVERSATIONS: dict[str, Case] = {
     "messages a number": row({"messages": 3}, "'messages' must be a list"),
     "messages null": row({"messages": None}, "'messages' must be a list with at least one message, not null"),
     "messages an empty list": row({"messages": []}, "'messages' must be a list with at least one message"),
-    "nested messages": row(chat(GOOD), "message 1: role 'None' is none of"),
+    "nested messages": row(chat(GOOD), "message 1: the key 'role' is missing"),
     "messages inside messages": row({"messages": GOOD}, "not an object"),
     "a message that is a list": row(chat(USER, [ANSWER]), "message 2 must be an object, not a list"),
     "a message that is a string": row(chat("Hi", ANSWER), "message 1 must be an object, not a string"),
@@ -189,10 +189,10 @@ CONVERSATIONS: dict[str, Case] = {
     "a role in capitals": row(chat({"role": "User", "content": "x"}, ANSWER), "Did you mean 'user'?"),
     "a role that is a list": row(chat({"role": ["user"], "content": "x"}, ANSWER), "message 1: role"),
     "a role that is a number": row(chat({"role": 1, "content": "x"}, ANSWER), "message 1: role '1'"),
-    "a role that is null": row(chat({"role": None, "content": "x"}, ANSWER), "message 1: role 'None'"),
+    "a role that is null": row(chat({"role": None, "content": "x"}, ANSWER), "message 1: the key 'role' is missing"),
     "a role of two lines": row(chat({"role": "us\ner", "content": "x"}, ANSWER), "message 1: role 'us"),
     "a role of a megabyte": row(chat({"role": "user" * 2**18, "content": "x"}, ANSWER), "message 1: role"),
-    "a missing role": row(chat({"content": "x"}, ANSWER), "message 1: role 'None'"),
+    "a missing role": row(chat({"content": "x"}, ANSWER), "message 1: the key 'role' is missing"),
     "content a number": row(chat(USER | {"content": 3}, ANSWER), "'content' must be a string or a list of text parts"),
     "content an object": row(chat(USER | {"content": {"text": "x"}}, ANSWER), "not an object"),
     "content true": row(chat(USER | {"content": True}, ANSWER), "not true or false"),
@@ -349,7 +349,7 @@ TABLES: dict[str, Case] = {
         [{"messages": b"\xff"}, {"messages": line_of(GOOD["messages"])}], [], {1: "'messages'", 2: "'messages'"}
     ),
     "parquet: a null inside a message": parquet(
-        [GOOD, chat({"role": None, "content": None}, ANSWER)], [1], {2: "message 1: role 'None'"}
+        [GOOD, chat({"role": None, "content": None}, ANSWER)], [1], {2: "message 1: the key 'role' is missing"}
     ),
     "parquet: a bad row among 2500": parquet(
         [{"text": "" if i == 1700 else f"text {i}"} for i in range(2500)],

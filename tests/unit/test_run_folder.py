@@ -11,7 +11,7 @@ from qwlit.config.compose import compose
 from qwlit.config.run import recipe_settings
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json_lines
-from qwlit.run.resume import newest, prepare_folder, refuse_changed_recipe
+from qwlit.run.resume import newest, prepare_folder, refuse_changed_recipe, refuse_changed_validation
 from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.checkpointing.checkpoint import (
     MANIFEST,
@@ -127,8 +127,29 @@ def test_changed_mathematics_is_named_with_both_values():
     refuse_changed_recipe(settings(), settings(*elsewhere))
     with pytest.raises(ConfigError, match=r"optim.lr was 1e-05, now 0.1"):
         refuse_changed_recipe(settings(), settings("optim.lr=0.1"))
-    with pytest.raises(ConfigError, match=r"data.columns.text was body, now None, data.max_samples was 5, now None"):
+    with pytest.raises(ConfigError, match=r"data.columns.text was body, now null, data.max_samples was 5, now null"):
         refuse_changed_recipe(settings("data.columns={text: body}", "data.max_samples=5"), settings())
+
+
+SWAPPED = {"data.path": ["1"], "data.val_path.x": ["b"], "data.val_path.y": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("now", "named"),
+    [
+        (SWAPPED, r"data\.val_path\.x, data\.val_path\.y: the validation sets changed"),
+        ({"data.path": ["1"], "data.val_path.x": ["a"]}, r"data\.val_path\.y: the validation"),
+        ({"data.path": ["1"], "data.val_path.y": ["b"], "data.val_path.x": ["a"]}, r"data\.val_path: the validation"),
+    ],
+)
+def test_other_validation_sets_of_the_same_training_data_are_named(folder, now, named):
+    refuse_changed_validation(folder, now)  # no manifest, as in a run of an earlier version
+    before = {"data.path": ["1"], "data.val_path.x": ["a"], "data.val_path.y": ["b"]}
+    folder.write_json("manifest.json", {"contents": before})
+    refuse_changed_validation(folder, before)
+    refuse_changed_validation(folder, now | {"data.path": ["2"]})  # the data or the tokenizer, which is named elsewhere
+    with pytest.raises(ConfigError, match=f"^{named}"):
+        refuse_changed_validation(folder, now)
 
 
 def test_late_numbers_come_back_in_order_with_their_tags():

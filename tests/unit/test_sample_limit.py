@@ -64,6 +64,7 @@ def test_the_first_samples_are_those_of_the_file_cut_by_hand(
     expected = build(write(tmp_path / "cut" / "rows.jsonl", ROWS[:end]), tokenizer, **options)
     assert content(store) == content(expected)
     assert len(store) == min(number, len(sampled))
+    assert store.stopped_early == (end < len(ROWS))
 
 
 def test_of_a_long_text_only_the_first_pieces_are_kept(tmp_path: Path, tokenizer: TextTokenizer) -> None:
@@ -80,7 +81,14 @@ def test_reading_stops_before_what_is_broken_behind_the_last_sample(tmp_path: Pa
     with pytest.raises(DataError, match="has no rows"):
         build(tmp_path / "rows", cache_root=tmp_path / "cache")
     store = build(tmp_path / "rows", cache_root=tmp_path / "cache", max_samples=5)
-    assert first_tokens(store) == [0, 1, 2, 3, 4]
+    assert first_tokens(store) == [0, 1, 2, 3, 4] and store.stopped_early
+
+
+@pytest.mark.parametrize("number", [4, 5])
+def test_a_file_with_just_as_many_samples_is_read_whole(number: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [tokens(i) for i in range(5)])
+    remarks = load(tmp_path, path=str(path), max_samples=number).remarks
+    assert remarks == [f"{path}: only the first 4 rows are read, for data.max_samples=4"] * (number == 4)
 
 
 def test_real_workers_stop_where_one_process_does(

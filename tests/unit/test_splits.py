@@ -235,6 +235,18 @@ def test_copies_with_another_mask_stand_on_the_same_side_and_count_as_leaked(tmp
     assert leaked.num_leaked == 1
 
 
+def test_turns_of_another_format_are_refused_with_the_columns_that_read_them(tmp_path: Path) -> None:
+    tokenizer = TextTokenizer(small_tokenizer("qwen3"))
+    rows = [{"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}] * 9
+    file = str(write(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(DataError, match=r"'\{conversations: messages\}'\. All are in"):
+        load(tmp_path, tokenizer, path=file)
+    assert len(load(tmp_path, tokenizer, path=file, columns={"conversations": "messages"}).train) == 9
+    unknown = str(write(tmp_path / "unknown.jsonl", [{"messages": [{"role": "zzz", "content": "Hi"}]}] * 9))
+    with pytest.raises(DataError, match=r"user, assistant, tool\. All are in"):
+        load(tmp_path, tokenizer, path=unknown)
+
+
 def test_named_validation_sets_keep_their_order_and_their_parts(tmp_path: Path) -> None:
     train, *val = paths(tmp_path, range(9), range(10, 13), range(20, 22), range(30, 31))
     data = load(tmp_path, path=train, val_path={"math": val[0], "chat": val[1:]})
@@ -247,3 +259,7 @@ def test_named_validation_sets_keep_their_order_and_their_parts(tmp_path: Path) 
     unnamed = load(tmp_path, path=train, val_path=val)
     assert list(unnamed.validation_sets) == [""] and unnamed.fingerprint == data.fingerprint
     assert load(tmp_path, path=train).validation_sets == {}
+    swapped = load(tmp_path, path=train, val_path={"math": val[1], "chat": [val[0], val[2]]})
+    one, two, three = data.contents["data.val_path.math"] + data.contents["data.val_path.chat"]
+    assert swapped.contents == data.contents | {"data.val_path.math": [two], "data.val_path.chat": [one, three]}
+    assert unnamed.contents == {"data.path": data.contents["data.path"], "data.val_path": [one, two, three]}

@@ -53,7 +53,7 @@ def inspect(config: RunConfig, output: str, sample: int | None) -> None:
     screen = console(stderr=output == "json")
     tokenized = load_tokenized_data(config, screen)
     if sample is None:
-        _show_row_counts(tokenized, config.data.max_samples, screen)
+        _show_row_counts(tokenized, screen)
     data = split_data(config.data, tokenized.training, tokenized.validation)
     if sample is not None and sample >= len(data.train):
         raise ConfigError(f"sample={sample}: there are {len(data.train)} samples, 0 to {len(data.train) - 1}")
@@ -82,7 +82,7 @@ def _json_lines(samples: Samples, indices: Any) -> Iterator[str]:
         )
 
 
-def _show_row_counts(tokenized: "TokenizedData", max_samples: int | None, screen: Console) -> None:
+def _show_row_counts(tokenized: "TokenizedData", screen: Console) -> None:
     """Print how many rows were accepted, too long or quarantined, and the reasons."""
     stores = [("data.path", store) for store in tokenized.training]
     stores += [("data.val_path", store) for store in tokenized.validation]
@@ -90,7 +90,7 @@ def _show_row_counts(tokenized: "TokenizedData", max_samples: int | None, screen
         counts = store.row_counts
         parts = f"{counts.accepted:,} accepted + {counts.too_long:,} too long + {counts.quarantined:,} quarantined"
         more = [f"{getattr(counts, name):,} {name}" for name in ("truncated", "split", "duplicates")]
-        rows = f"{'the first ' * (len(store) == max_samples)}{counts.read:,} rows"
+        rows = f"the first {counts.read:,} rows" if store.stopped_early else f"{counts.read:,} rows"
         screen.print(f"[bold]{setting}[/]  {escape(store.path)}: {rows} = {parts}; {', '.join(more)}")
     found = quarantine_reasons(store for _, store in stores)
     if found:

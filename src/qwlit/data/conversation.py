@@ -163,7 +163,10 @@ def from_json_text(value: object, what: str) -> Any:
 def _message(where: str, message: object) -> Message:
     if not isinstance(message, dict):
         raise RowError(f"{where} must be an object, not {kind_of(message)}")
-    role = ROLE_NAMES.get(str(message.get("role")), message.get("role"))
+    if message.get("role") is None:
+        hint = "; for 'from' and 'value', read the column as conversations: data.columns='{conversations: messages}'"
+        raise RowError(f"{where}: the key 'role' is missing{hint if 'from' in message else ''}")
+    role = ROLE_NAMES.get(str(message["role"]), message["role"])
     if role not in ROLES:
         raise RowError(f"{where}: role {str(role)[:30]!r} is none of {', '.join(ROLES)}.{nearest(str(role), ROLES)}")
     refuse_unsupported_row(message, has_answer=role == "assistant", where=f"{where}: ")

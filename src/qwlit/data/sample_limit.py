@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from qwlit.core.errors import DataError
 from qwlit.data.encoded_batch import EncodedBatch
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.rows import QuarantinedRow, Row
@@ -21,14 +22,26 @@ class SampleLimit:
         self._batches: deque[Rows] = deque()
         """Batches of rows that are read and not cut yet; workers read ahead."""
         self._digests: set[int] = set()
+        self._source: Iterator[Rows] = iter(())
+        self._has_cut = False
 
     @property
     def reached(self) -> bool:
         return self._num_left == 0
 
+    def leaves_rows(self) -> bool:
+        """Whether rows follow that of the last wanted sample, also where they cannot be read."""
+        if not self.reached or self._has_cut or self._batches:
+            return self.reached
+        try:
+            return next(self._source, None) is not None
+        except DataError:
+            return True
+
     def remember(self, batches: Iterable[Rows]) -> Iterator[Rows]:
         """Yield the batches, and keep each until `cut` gets its samples."""
-        for rows in batches:
+        self._source = iter(batches)
+        for rows in self._source:
             self._batches.append(rows)
             yield rows
 
@@ -45,6 +58,7 @@ class SampleLimit:
         self._num_left = 0
         num_rows = int(np.searchsorted(np.cumsum(batch.samples_per_row), last, side="right")) + 1
         # Encode the rows again, without those that follow: so counts, remarks and quarantine are of these rows alone.
+        self._has_cut = num_rows < len(rows)
         cut = self._encoder(rows[:num_rows])
         cut.drop_samples_after(int(last) + 1)
         return cut

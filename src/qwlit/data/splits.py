@@ -33,8 +33,8 @@ class DataSplit:
     stores: tuple[SampleStore, ...]
     """One store for each part of `data.path`, then one for each part of `data.val_path`."""
     val_fraction: float
-    max_samples: int | None
-    """`data.max_samples`."""
+    contents: dict[str, list[str]]
+    """The fingerprints of the stores by setting: data.path, then data.val_path, or data.val_path.NAME of each set."""
     num_duplicates_across_parts: int
     """Different training samples that also occur, with the same tokens and loss mask, in an earlier part."""
     num_leaked: int
@@ -91,10 +91,10 @@ class DataSplit:
         counts: Counter[str] = sum((store.remarks for store in self.stores), Counter())
         # OTHER_KEYS counts a row once for each unnamed key, so its number is an upper limit.
         texts = [f"{'up to ' * (text == OTHER_KEYS)}{number:,} rows have {text}" for text, number in counts.items()]
-        limited = [store for store in self.stores if len(store) == self.max_samples]
         texts += dict.fromkeys(
             f"{store.path}: only the first {store.row_counts.read:,} rows are read, for data.max_samples={len(store):,}"
-            for store in limited
+            for store in self.stores
+            if store.stopped_early
         )
         if self.num_leaked:
             texts.append(
@@ -110,7 +110,7 @@ class DataSplit:
     @property
     def fingerprint(self) -> str:
         """A name for everything that decides which samples training uses and how often."""
-        parts = [store.fingerprint[:16] for store in self.stores]
+        parts = [_short(store) for store in self.stores]
         weights = [f"{part.weight:g}" for part, _ in self.parts if part.weight is not None]
         held_out = [f"/{self.val_fraction:g}"] if self.val_fraction else []
         return "+".join(parts) + ("*" + ",".join(weights) if weights else "") + "".join(held_out)
@@ -158,9 +158,11 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
     if config.drop_duplicates and num_copies:
         kept = [SampleSubset(store, ids) for store, ids in zip(training, distinct_ids, strict=True)]
     stores = iter(validation)
-    sets: dict[str, Samples] = {
-        name: concat([next(stores) for _ in parts]) for name, parts in validation_sets(config.val_path).items()
-    }
+    stores_of = {name: [next(stores) for _ in parts] for name, parts in validation_sets(config.val_path).items()}
+    sets: dict[str, Samples] = {name: concat([*part]) for name, part in stores_of.items()}
+    contents = {"data.path": [_short(store) for store in training]}
+    for name, part in stores_of.items():
+        contents[f"data.val_path.{name}" if name else "data.val_path"] = [_short(store) for store in part]
     if config.val_fraction > 0:
         candidates = distinct_ids if config.drop_duplicates else [None] * len(training)
         # Split each part separately: the mixture needs the number of training samples of each part.
@@ -181,11 +183,15 @@ def split_data(config: DataConfig, training: list[SampleStore], validation: list
         parts=tuple((part, len(samples)) for part, samples in zip(parts_of(config.path), kept, strict=True)),
         stores=(*training, *validation),
         val_fraction=config.val_fraction,
-        max_samples=config.max_samples,
+        contents=contents,
         num_duplicates_across_parts=num_copies,
         # Compare tokens alone: with another mask, the model has still seen the text.
         num_leaked=sum(len(store) - len(_ids_without_copies(store, training, "tokens")) for store in validation),
     )
+
+
+def _short(store: SampleStore) -> str:
+    return store.fingerprint[:16]
 
 
 def _ids_without_copies(store: SampleStore, earlier: list[SampleStore], of: DigestOf = "samples") -> NDArray[np.int32]:

@@ -39,6 +39,9 @@ class SampleStore:
         self.fingerprint: str = meta["fingerprint"]
         self.row_counts = RowCounts(**meta["account"])
         self.remarks: Counter[str] = Counter(meta["remarks"])
+        # Stores that an earlier version wrote do not have it.
+        self.stopped_early: bool = meta.get("stopped_early", False)
+        """Whether `data.max_samples` left rows unread."""
         (folder / QUARANTINE).stat()  # a missing file must be an error now, not when someone reads it
         # As plain arrays: numpy's memmap class makes each of the many small slices slower.
         self._arrays: dict[str, NDArray[Any]] = {
@@ -178,8 +181,10 @@ def check_row_counts(store: SampleStore, config: DataConfig) -> None:
     reasons = [str(reason) for reason in quarantine_reasons([store])[:REASONS_NAMED]]
     if too_many:
         limit = f", or set a higher limit than data.max_bad_ratio={config.max_bad_ratio:g}"
+        named = "; ".join(reasons)
+        stop = "" if named.endswith((".", "?")) else "."
         raise DataError(
-            f"{row_counts.quarantined} of {row_counts.read} rows cannot be used: {'; '.join(reasons)}."
+            f"{row_counts.quarantined} of {row_counts.read} rows cannot be used: {named}{stop}"
             f" All are in {store.folder / QUARANTINE}. Fix them{limit if row_counts.accepted else ''}"
         )
     if row_counts.too_long:

@@ -106,7 +106,12 @@ def write_store(
             report(writer, finished=True)
         check_found(encoder.config.columns or {}, sources, writer.columns)
         writer.row_counts.duplicates = _count_duplicates(temporary, drop=encoder.config.drop_duplicates)
-        meta = {"fingerprint": fingerprint, "account": asdict(writer.row_counts), "remarks": dict(writer.remarks)}
+        meta = {
+            "fingerprint": fingerprint,
+            "account": asdict(writer.row_counts),
+            "remarks": dict(writer.remarks),
+            "stopped_early": limit.leaves_rows(),
+        }
         write_json_atomic(temporary / "meta.json", meta)
         if store_fingerprint(sources, encoder, folder.parent) != fingerprint:
             raise DataError(f"'{sources[0]}' or a file beside it changed while it was read; start again")

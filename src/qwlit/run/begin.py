@@ -20,7 +20,14 @@ from qwlit.model.config import ModelConfig
 from qwlit.model.folder import named_base
 from qwlit.model.load import fingerprint
 from qwlit.model.quantize import num_elements
-from qwlit.run.resume import ResumePoint, newest, prepare_folder, refuse_changed_content, refuse_changed_recipe
+from qwlit.run.resume import (
+    ResumePoint,
+    newest,
+    prepare_folder,
+    refuse_changed_content,
+    refuse_changed_recipe,
+    refuse_changed_validation,
+)
 from qwlit.training.checkpointing.checkpoint import list_checkpoints
 from qwlit.training.tracking.manifest import build_manifest
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
@@ -42,6 +49,7 @@ def begin(run: "TrainingRun") -> ResumePoint:
     if config.resume == "auto" and not config.run.overwrite and list_checkpoints(folder):
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_changed_recipe(recipe_settings(earlier), recipe_settings(config))
+        refuse_changed_validation(folder, run.data.split.contents)
         refuse_changed_content(folder, data=run.data.split.fingerprint, base=base)
     # All checks are done: from here on the folder changes.
     start = prepare_folder(folder, resume=config.resume, overwrite=config.run.overwrite)
@@ -66,6 +74,7 @@ def _manifest_facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
         "template": run.data.tokenized.encoder.chat.template.name if run.data.tokenized.encoder.chat else None,
         "tokenizer": run.data.tokenized.encoder.tokenizer.fingerprint if run.data.tokenized.encoder.tokenizer else None,
         "data": run.data.split.fingerprint,
+        "contents": run.data.split.contents,
         "base": base,
         "parameters": {
             "total": sum(num_elements(p) for p in run.loss_model.parameters()),

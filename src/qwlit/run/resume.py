@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qwlit.config.overrides import format_value
 from qwlit.core.errors import ConfigError
+from qwlit.core.files import read_json
 from qwlit.core.slurm import job_id
 from qwlit.training.checkpointing.checkpoint import (
     find_damage,
@@ -109,12 +111,33 @@ def refuse_changed_recipe(before: dict[str, Any], after: dict[str, Any]) -> None
     """
     changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     if changed:
-        named = ", ".join(f"{key} was {before.get(key)}, now {after.get(key)}" for key in changed[:3])
+        named = ", ".join(
+            f"{key} was {format_value(before.get(key))}, now {format_value(after.get(key))}" for key in changed[:3]
+        )
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
             f"this run started with other settings: {named}{more}."
             " Use the old values to resume, or start again with run.name=… or run.overwrite=true"
         )
+
+
+def refuse_changed_validation(folder: RunFolder, contents: dict[str, list[str]]) -> None:
+    """Refuse to resume where the same training data have other validation sets: a curve would be of two sets.
+
+    Args:
+        contents: see `DataSplit.contents`. Runs of earlier versions have not recorded it.
+
+    Raises:
+        ConfigError: it names the sets that changed.
+    """
+    before = read_json(folder.path / "manifest.json").get("contents")
+    if before is None or before["data.path"] != contents["data.path"] or [*before.items()] == [*contents.items()]:
+        return
+    changed = [key for key in before | contents if before.get(key) != contents.get(key)]
+    raise ConfigError(
+        f"{', '.join(changed) or 'data.val_path'}: the validation sets changed since {folder.path} started; give the"
+        " same names, files and order to resume, or start again with run.name=… or run.overwrite=true"
+    )
 
 
 def refuse_changed_content(folder: RunFolder, *, data: str, base: str | None) -> None:
