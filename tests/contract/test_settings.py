@@ -102,6 +102,9 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["data.val_path={loss: a.jsonl}"], "'loss': a set's name has letters, digits, - and _, and is not loss"),
         (["data.val_path={a b: a.jsonl}"], "'a b': a set's name has letters"),
         (["data.val_path={path: a.jsonl, weight: 2}"], "give the parts as a list, .* or sets with names"),
+        (["data.val_path={math: '', chat: 数据.jsonl}"], "give a path, or a list of paths, for the set 'math'"),
+        (["data.path=x", "model.path=a", "model.hub=modelscope"], "model.hub=modelscope has no effect"),
+        (["data.path=x", "model=demo", "model.hub=modelscope"], "model.hub=modelscope has no effect"),
         (["data.val_path={math: 3}"], "give a path, or a list of paths, for the set 'math'"),
         (["data.val_path={math:", "a.jsonl}"], r"put quotes around it, 'data\.val_path=\{math"),
         (["data.path={a: b}"], "give the parts as a list"),
@@ -296,6 +299,13 @@ def test_named_validation_sets_are_read_as_typed_and_replace_those_of_an_earlier
     found = {name: [part.path for part in parts] for name, parts in validation_sets(config.data.val_path).items()}
     assert found == {"math": ["数据.jsonl"], "chat-2": ["b.jsonl", "c d.jsonl"]}
     assert [part.path for part in parts_of(config.data.val_path)] == ["数据.jsonl", "b.jsonl", "c d.jsonl"]
+    for typed in ("{数学: a.jsonl, 'null': b.jsonl}", "{数学: a.jsonl, null: b.jsonl}"):
+        named = compose(["data.path=x.jsonl", f"data.val_path={typed}"]).config
+        assert named.data.val_path == {"数学": "a.jsonl", "null": "b.jsonl"}
+    ascii_names = compose(["data.path=x.jsonl", "data.val_path={true: a.jsonl, null: b.jsonl, 2: c.jsonl}"]).config
+    assert ascii_names.data.val_path == {"true": "a.jsonl", "null": "b.jsonl", "2": "c.jsonl"}
+    (tmp_path / "config.yaml").write_text(dump(ascii_names), encoding="utf-8")
+    assert compose([f"config={tmp_path / 'config.yaml'}"]).config == ascii_names
     (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
     earlier = f"config={tmp_path / 'config.yaml'}"
     assert compose([earlier]).config.data == config.data

@@ -70,7 +70,8 @@ def test_lora_dropout_acts_in_training_only() -> None:
     ("targets", "message"),
     [
         (("q_prj",), r"'q_prj' matches no linear layer. Did you mean 'q_proj'\?"),
-        (("q_proj", "xyz"), "'xyz' matches no linear layer. Known: attention, down_proj, embed_tokens"),
+        (("q_proj", "xyz"), "'xyz' matches no linear layer. Known: attention, down_proj, gate_proj"),
+        (("embed",), r"'embed' matches no linear layer. Known: attention, .*, v_proj\.$"),
         (("lm_head",), "'lm_head' cannot have an adapter"),
         (("q_proj", "embed_tokens"), "'embed_tokens' cannot have an adapter"),
         (("model.embed_tokens",), "cannot have an adapter"),

@@ -120,7 +120,8 @@ def _read(text: str) -> tuple[str, Any]:
         return key, typed
     value = override.value()
     if is_mapping and isinstance(value, dict):
-        return key, value
+        # A name such as true or null is a text too.
+        return key, {format_value(name): item for name, item in value.items()}
     is_quoted = isinstance(value, str) and typed[:1] in ("'", '"')
     if key in VERBATIM and not (value is None or is_quoted or (key in PATHS and isinstance(value, list))):
         # The grammar reads 2024_01 as a number and \( as (, but a text setting is what is typed, without blanks around.
@@ -144,13 +145,13 @@ def _refuse_twice(key: str, typed: str) -> None:
 
 
 def _read_mapping(key: str, typed: str) -> dict[Any, Any]:
-    """Read a mapping with keys or values that Hydra's grammar cannot read, e.g. with other letters or brackets.
+    """Read a mapping of texts that Hydra's grammar cannot read, e.g. with other letters or brackets.
 
     Raises:
         ConfigError: it is no mapping; without quotes, the shell passes only a part of it.
     """
     try:
-        value = yaml.safe_load(typed)
+        value = yaml.load(typed, Loader=yaml.BaseLoader)
     except yaml.YAMLError:
         value = None
     if not isinstance(value, dict):

@@ -6,6 +6,7 @@ from qwlit.data.columns import check_columns
 from qwlit.data.config import check_weights
 from qwlit.data.formats import FORMATS_WITHOUT_ANSWER
 from qwlit.model.config import AdapterConfig, FreezeConfig
+from qwlit.model.hub import looks_like_hub_id
 from qwlit.optim.kinds import OPTIMIZERS
 
 TEXTS = {
@@ -28,7 +29,7 @@ def check_relations(config: RunConfig) -> None:
     Raises:
         ConfigError: naming both settings and the remedy.
     """
-    for check in (_texts, _length, _schedule, _data, _optimizer, _strict, _adapter, _dropout, _profile, _logger):
+    for check in (_texts, _length, _schedule, _data, _optimizer, _strict, _hub, _adapter, _dropout, _profile, _logger):
         check(config)
 
 
@@ -95,6 +96,14 @@ def _strict(config: RunConfig) -> None:
         )
     if attention not in ("auto", "eager"):
         raise ConfigError(f"determinism=strict needs eager attention, but model.attention={attention}; use auto")
+
+
+def _hub(config: RunConfig) -> None:
+    model = config.model
+    if model.hub != "huggingface" and not (model.hub_id or (model.tokenizer and looks_like_hub_id(model.tokenizer))):
+        raise ConfigError(
+            f"model.hub={model.hub} has no effect: neither model.hub_id nor model.tokenizer is a hub id; leave it out"
+        )
 
 
 def _adapter(config: RunConfig) -> None:

@@ -91,7 +91,7 @@ def _where(layers: tuple[int, int] | None) -> str:
 
 
 def _hint(pattern: str, names: list[str]) -> str:
-    if pattern == "head":
+    if pattern == "head" and any(is_kind("embedding", name) for name in names):
         return " The head is tied to the embedding; use 'embedding'."
     known = {part for name in names for part in name.split(".") if not part.isdigit()} - {"weight", "model"}
     known |= {kind for kind in KINDS if any(is_kind(kind, name) for name in names)}

@@ -91,9 +91,9 @@ def _as_validation(value: Any) -> Any:
     if value.keys() <= {"path", "weight"}:
         raise ValueError("give the parts as a list, [a.jsonl,b.jsonl], or sets with names, {NAME: a.jsonl}")
     for name, path in value.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) or name in METRICS:
+        if not re.fullmatch(r"[\w-]+", str(name)) or name in METRICS:
             raise ValueError(f"'{name}': a set's name has letters, digits, - and _, and is not loss or accuracy")
-        if not isinstance(path, str | list | tuple):
+        if not path or not isinstance(path, str | list | tuple):
             raise ValueError(f"give a path, or a list of paths, for the set '{name}'")
     return {str(name): _as_parts(path) for name, path in value.items()}
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.patterns import is_kind, names_in_layers, select
+from qwlit.core.patterns import is_kind, matches, names_in_layers, select
 from qwlit.core.quiet import quieten_bitsandbytes
 from qwlit.core.sharding import local
 from qwlit.model.config import AdapterConfig
@@ -77,15 +77,17 @@ def _targets(model: "PreTrainedModel", adapter: AdapterConfig) -> list[str]:
     field, chosen = "adapter.target_modules", set()
     if adapter.layers is not None:
         names_in_layers(linears, adapter.layers, field="adapter.layers")
+    # Patterns match parameter names, not names of layers.
+    names = [f"{name}.weight" for name in linears]
+    without = [name for name in names if is_kind("embedding", name) or is_kind("head", name)]
+    allowed = [name for name in names if name not in without]
     for pattern in adapter.target_modules:
-        # Patterns match parameter names, not names of layers.
-        names = [f"{name}.weight" for name in linears]
-        found = select(names, pattern, field=field, layers=adapter.layers, things="linear layer")
-        if any(is_kind("embedding", name) or is_kind("head", name) for name in found):
+        if adapter.layers is None and any(matches(pattern, name) for name in without):
             raise ConfigError(
                 f"{field}: '{pattern}' cannot have an adapter, the loss reads its weight directly; "
                 f"choose among {', '.join(leaves)}"
             )
+        found = select(allowed, pattern, field=field, layers=adapter.layers, things="linear layer")
         chosen |= {name.removesuffix(".weight") for name in found}
     plain = adapter.layers is None and all(pattern in leaves for pattern in adapter.target_modules)
     return list(adapter.target_modules) if plain else sorted(chosen)

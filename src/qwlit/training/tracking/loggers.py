@@ -6,6 +6,7 @@ abrupt end, and none is there twice.
 
 import logging
 import os
+import shlex
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -116,7 +117,10 @@ class NamedLogger(ABC):
 
 
 class TensorBoard(NamedLogger):
-    """Event files in tensorboard/, written anew by each launch."""
+    """Event files in tensorboard/, written anew by each launch.
+
+    metrics.jsonl has no times, so after a resume TensorBoard's WALL axis shows all earlier steps at its start.
+    """
 
     name, modules, package = "tensorboard", ("tensorboard", "tensorboardX"), "tensorboard"
 
@@ -130,7 +134,7 @@ class TensorBoard(NamedLogger):
         logger = TensorBoardLogger(self._folder.path, name=self.name, version="", purge_step=0)
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         logger.experiment.add_text("settings", f"```\n{text}```")
-        return logger, f"tensorboard --logdir {self._folder.path.parent}"
+        return logger, f"tensorboard --logdir {shlex.quote(str(self._folder.path.parent))}"
 
 
 class Csv(NamedLogger):
