@@ -344,6 +344,9 @@ def test_another_trainers_name_in_a_file_of_ones_own_is_answered(name, tmp_path)
         ("chat", "qwlit chat: not in this version: load"),
         ("sft", "type train recipe=full_sft"),
         ("trian", "Did you mean 'train'"),
+        ("--lora_rank=8", "--lora_rank=8 → adapter.rank=8; learning_rate=1 → optim.lr=1"),
+        ("none.yaml", "none.yaml: no such file"),
+        ("train.sh", "train.sh: a script is not read"),
     ],
 )
 def test_a_subcommand_of_another_trainer_is_answered(name, said, monkeypatch, capsys):
@@ -471,3 +474,10 @@ def test_qwlits_own_file_is_no_other_trainers(tmp_path):
     with pytest.raises(ConfigError, match=r"train.py: a script is not read; type its options as key=value"):
         check_arguments(["train.py"])
     assert OTHERS not in TRAINERS
+
+
+def test_options_without_a_subcommand_are_told_so():
+    from qwlit.__main__ import _run
+
+    with pytest.raises(ConfigError, match="a subcommand is missing; type qwlit train seed=1 …"):
+        _run("seed=1", ["recipe=lora"])

@@ -50,8 +50,19 @@ def explain(error: ValidationError, groups: list[str]) -> str:
     for jargon, plain in PLAIN_PHRASES.items():
         rule = re.sub(jargon, plain, rule)
     value = show_value(finding["input"])
-    hint = nearest(value, re.findall(r"'([^']+)'", rule)) if finding["type"] == "literal_error" else ""
-    return f"{field}={value}: {rule}.{hint}"
+    return f"{field}={value}: {rule}.{_hint(finding['type'], finding['input'], rule)}"
+
+
+def _hint(kind: str, value: Any, rule: str) -> str:
+    """Return what is probably meant instead of a wrong value; empty if nothing is near."""
+    text = format_value(value)
+    if kind == "literal_error":
+        return nearest(text, re.findall(r"'([^']+)'", rule))
+    if kind == "tuple_type" and isinstance(value, dict):
+        return f" Write a list with brackets, [{','.join(map(str, value))}]."
+    if percent := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+        return f" Write {float(percent[1]) / 100:g}."
+    return ""
 
 
 def _trace(location: list[str]) -> tuple[Any, list[str]]:
