@@ -21,6 +21,7 @@ from qwlit.config.compose import as_tree, check, check_arguments, compose, group
 from qwlit.config.other_trainers import (
     ALTERNATIVES,
     OTHERS,
+    OWN_OPTIONS,
     TRAINERS,
     find_option,
     options_by_name,
@@ -110,6 +111,7 @@ ANSWERS = {
     "val_size=0.1": "data.val_fraction=0.1",
     "max_samples=100": "data.max_samples=100",
     "default_system=hello": "data.system=hello",
+    "default_system=it's $5": shlex.quote("data.system=it's $5"),
     "field_messages=turns": "'data.columns={messages: turns}'",
     "train_on_prompt=true": "data.loss_on=all",
     "train_on_inputs=false": "data.loss_on=assistant",
@@ -203,6 +205,20 @@ TOGETHER = {
 @pytest.mark.parametrize("typed", TOGETHER)
 def test_options_that_set_the_same_have_one_answer_and_unknown_ones_are_named(typed):
     assert answer(*typed.split(" ")) == TOGETHER[typed]
+
+
+def test_the_subcommands_own_options_are_no_unknown_ones():
+    from qwlit.commands import report, submit
+
+    assert {*report.OPTIONS, *submit.OWN} <= OWN_OPTIONS
+
+
+@pytest.mark.parametrize("value", ["\\", '"', "'", "5\\", "[", "{", "{a: 'b", "a'b"])
+def test_a_value_that_no_shell_could_read_has_an_answer_without_a_traceback(value):
+    for name in options_by_name():
+        if name not in setting_names() | group_options().keys():
+            with pytest.raises(ConfigError):
+                check_arguments([f"{name}={value}"])
 
 
 def test_every_answer_with_an_override_starts_with_words_of_a_shell_and_has_its_remark_in_parentheses():
@@ -461,7 +477,9 @@ def test_qwlits_own_file_is_no_other_trainers(tmp_path):
     with pytest.raises(ConfigError, match=r"own.yaml: write config=.*own.yaml"):
         check_arguments([f"{tmp_path}/own.yaml"])
     # An experiment of one's own, a file of the subcommand sweep, and data.
-    (tmp_path / "mine.yaml").write_text("defaults: [_self_]\ntrain: {max_steps: 9}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [_self_]\ntrain: {max_steps: 9}\nlogger: {use: [csv]}\nmodel: {init: random}\ndata: {path: x}\n"
+    )
     (tmp_path / "search.yaml").write_text("method: grid\nparameters: {seed: {values: [1, 2]}}\n")
     (tmp_path / "rows.json").write_text('{"learning_rate": "%s"}' % ("x" * 2**20))
     check_arguments([f"config={tmp_path}/{name}" for name in ("mine.yaml", "search.yaml", "rows.json")])

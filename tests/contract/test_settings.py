@@ -508,4 +508,4 @@ def test_a_whole_float_is_an_integer():
 
 
 def test_a_command_line_that_qwlit_builds_has_only_the_last_override_of_each_key():
-    assert last_of_each(["a=1", "--cfg", "job", "+a=2", "b=3", "a=4"]) == ["a=4", "--cfg", "job", "b=3"]
+    assert last_of_each(["a", "a=1", "--cfg", "job", "+a=2", "b=3", "a=4"]) == ["a", "a=4", "--cfg", "job", "b=3"]

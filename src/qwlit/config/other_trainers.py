@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from qwlit.config.other_trainers_values import LEAVE_OUT, READERS, Others, quoted, read_mapping
+from qwlit.config.other_trainers_values import LEAVE_OUT, READ_WHOLE, READERS, Others, quoted, read_mapping
 from qwlit.config.run import RunConfig, setting_names
 from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.files import resolve_path
@@ -60,7 +60,7 @@ ALTERNATIVES = {
 """Setting → the setting that replaces it where another trainer's options give both."""
 RECIPES = ("full_sft", "pretrain", "freeze", "lora", "qlora")
 """The recipes; where several options name one, the last of these counts."""
-WORD = re.compile(r"""\s*(?:'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"])+""")
+WORD = re.compile(r"""\s*(?:'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\])+""")
 """A word as a shell reads it."""
 NOT_NEEDED, NOT_YET = "not needed: ", "not in this version: "
 LARGEST_FILE = 2**20
@@ -86,6 +86,10 @@ class Option:
     note: str = ""
     theirs: tuple[str, ...] = ()
     """Values that other trainers have and qwlit has not."""
+
+    def has_options(self) -> bool:
+        """Whether a mapping as the value has options of its own."""
+        return bool(self.ours) and self.read not in READ_WHOLE
 
     def answer(self, value: str, others: Others = MappingProxyType({})) -> str:
         """Return what to type instead of this option with this value, or why there is nothing to type.
@@ -237,8 +241,9 @@ def _is_own(typed: Typed, groups: Mapping[str, Sequence[str]], own_files: bool) 
     # A wrong choice: only what is surely another trainer's value has another answer than the nearest choice.
     option = options_by_name().get(typed.name)
     value = plain_value(typed.value).lower()
-    is_path_or_list = "/" in value or "," in value or Path(value).exists()
-    return option is None or not (value in (*option.values, *option.theirs) or (option.read and is_path_or_list))
+    is_path = "/" in value or Path(value).exists()
+    is_list = typed.name == "logger" and re.search("[],]", value)
+    return option is None or not (value in (*option.values, *option.theirs) or (option.read and (is_path or is_list)))
 
 
 def _answers(
@@ -270,13 +275,8 @@ def _answers(
 def _parts(typed: Typed) -> Iterator[Typed]:
     """Yield the entries of an option whose value is a mapping of options, else the option itself."""
     option = find_option(typed.name)
-    if (
-        typed.value.startswith("{")
-        and option
-        and option.ours
-        and not option.read
-        and (tree := read_mapping(typed.value))
-    ):
+    is_mapping = typed.value.startswith("{") and option is not None and option.has_options()
+    if is_mapping and (tree := read_mapping(typed.value)):
         yield from (Typed(typed.text, name, value) for name, value in _file_options(tree, f"{typed.name}."))
     else:
         yield typed
@@ -336,7 +336,7 @@ def _replaces(key: str, value: str, rival: str, rival_value: str, later_counts: 
 
 def meant(name: str) -> str:
     """Return the nearest name of a setting or of an option as a question in parentheses; empty if none is near."""
-    near = get_close_matches(name, [*setting_names(), *options_by_name()], n=1, cutoff=0.75)
+    near = get_close_matches(name.rpartition(".")[2], [*setting_names(), *options_by_name()], n=1, cutoff=0.75)
     if not near:
         return ""
     option = options_by_name().get(near[0])
@@ -402,7 +402,7 @@ def _file_options(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, s
     for key, value in tree.items():
         name = f"{prefix}{key}"
         option = find_option(name)
-        if isinstance(value, dict) and (option is None or (option.ours and not option.read)):
+        if isinstance(value, dict) and (option is None or option.has_options()):
             yield from _file_options(value, f"{name}.")
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             keys = dict.fromkeys(key for item in value for key in item)

@@ -5,6 +5,7 @@ else by our setting, else by their name. It returns overrides and a remark in pa
 """
 
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ SHAREGPT = {"role": "from", "content": "value"}
 NO_WHOLE_LOGITS = ("liger", "cut_cross_entropy")
 """Parts of the names of axolotl's plugins that save the memory of the logits."""
 
+READ_WHOLE = ("columns_of_swift",)
+"""Functions below that read a mapping."""
+
 
 def quoted(override: str) -> str:
     """Put an override that a shell would split or expand into quotes."""
-    if "'" in override:
-        return '"' + re.sub(r'(["$`\\])', r"\\\1", override) + '"'
-    return f"'{override}'" if re.search(r'[\s{}*?|&;<>()$"#`\\]', override) else override
+    return shlex.quote(override) if re.search(r"""[\s{}*?|&;<>()$"'#`!\\]""", override) else override
 
 
 def read_mapping(text: str) -> dict[str, Any]:

@@ -132,8 +132,8 @@ def refuse_repeated(arguments: list[str]) -> None:
 
 
 def last_of_each(overrides: Iterable[str]) -> list[str]:
-    """Return the overrides without those that a later one with the same key replaces."""
-    return list({override.lstrip("+").partition("=")[0]: override for override in overrides}.values())
+    """Return the overrides without those that a later one with the same key replaces; other words stay."""
+    return list({override.lstrip("+").partition("=")[:2]: override for override in overrides}.values())
 
 
 def read_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _refuse_miswritten(key: str, typed: str) -> None:
         raise ConfigError(f"{key}={typed}: write a list with brackets, '{key}=[{typed[1:-1]}]'")
     if key == "hardware.devices" and ("," in typed or typed.startswith("[")):
         raise ConfigError(f"{key}={typed}: it is the number of devices; choose them with CUDA_VISIBLE_DEVICES")
-    if key in PATHS | TEXT_LISTS or key.startswith("hydra.") or re.search("['\"{]", typed):
+    if key in PATHS | TEXT_LISTS | {"logger.tags"} or key.startswith("hydra.") or re.search("['\"{]", typed):
         return
     if typed.startswith("[") and any(" " in item.strip() for item in typed.strip("[]").split(",")):
         raise ConfigError(f"{key}={typed}: separate the items with commas, {re.sub('[ ,]+', ',', typed)}")
