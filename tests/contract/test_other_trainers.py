@@ -443,7 +443,8 @@ def test_another_trainers_file_is_recognised_wherever_it_is_named(place):
         "theirs.yaml is a settings file of another trainer; type: qwlit train optim.lr=1e-4"
         " hardware.precision=bf16-mixed; not needed: do_train, push_to_hub"
     )
-    for arguments in (["theirs.yaml"], ["config=theirs.yaml"], ["--config", "theirs.yaml"], ["--config=theirs.yaml"]):
+    forms = (["theirs.yaml"], ["config=theirs.yaml"], ["--config", "theirs.yaml"], ["--config=theirs.yaml"])
+    for arguments in (*forms, ["data.path=a.jsonl", "theirs.yaml"]):
         assert answer(*arguments) == expected
     (place / "axolotl.yaml").write_text("datasets:\n- {path: a.jsonl, type: alpaca}\n- {path: b.jsonl, type: alpaca}\n")
     assert "data.path=[a.jsonl,b.jsonl]" in answer("axolotl.yaml")

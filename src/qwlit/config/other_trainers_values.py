@@ -24,7 +24,6 @@ SHAREGPT = {"role": "from", "content": "value"}
 """Keys of a ShareGPT turn."""
 NO_WHOLE_LOGITS = ("liger", "cut_cross_entropy")
 """Parts of the names of axolotl's plugins that save the memory of the logits."""
-
 READ_WHOLE = ("columns_of_swift",)
 """Functions below that read a mapping."""
 

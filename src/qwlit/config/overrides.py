@@ -62,12 +62,13 @@ def check_shell(arguments: list[str]) -> None:
                 f"{argument!r} is no override: nothing, not even a blank, may follow a \\ at the end of a line, and a"
                 " shell variable must be set"
             )
-        key, _, value = argument.partition("=")
-        following = list(itertools.takewhile(lambda word: "=" not in word and word[:1] != "-", arguments[at + 1 :]))
-        if key in TEXTS and following and value[:1] not in BRACKETS:
-            _refuse_blanks(key, value, following)
         if argument[:1] == "=" and at > 0:
-            raise ConfigError(f"leave out the blanks around =, {arguments[at - 1]}{''.join(arguments[at : at + 2])}")
+            value = "".join(arguments[at : at + (2 if argument == "=" else 1)])
+            raise ConfigError(f"leave out the blanks around =, {arguments[at - 1]}{value}")
+        key, _, value = argument.partition("=")
+        following = list(itertools.takewhile(_is_plain_word, arguments[at + 1 :]))
+        if following and (argument.endswith("=") or (key in TEXTS and value[:1] not in BRACKETS)):
+            _refuse_blanks(key, value, following)
         if value[:1] in BRACKETS and not _is_closed(value) and at + 1 < len(arguments):
             _refuse_split(arguments[at:])
         expanded = [other for other in arguments if other.startswith(f"{key}=") and other != argument]
@@ -88,8 +89,13 @@ def _refuse_split(arguments: list[str]) -> None:
             raise ConfigError(f"the shell split {whole} at its blanks; put quotes around it, {shlex.quote(whole)}")
 
 
+def _is_plain_word(argument: str) -> bool:
+    """Whether the argument is no override, option or settings file."""
+    return "=" not in argument and argument[:1] != "-" and not argument.endswith((".yaml", ".yml"))
+
+
 def _refuse_blanks(key: str, value: str, following: list[str]) -> None:
-    """Refuse a text that the shell split at its blanks, or several files."""
+    """Refuse a text that the shell split at its blanks, several files, and a blank behind `=`."""
     if not value:
         raise ConfigError(f"leave out the blanks around =, {key}={following[0]}")
     if key in PATHS:
