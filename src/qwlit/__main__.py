@@ -5,8 +5,25 @@ import io
 import os
 import sys
 
-from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pruned, QwlitError, SignalExit, nearest
-from qwlit.core.ranks import check_rank_numbers, end_process, forget_rank_variables, is_rank_zero, rank_label
+from qwlit.core.errors import (
+    ConfigError,
+    DataError,
+    GuardStop,
+    Interrupted,
+    Preempted,
+    Pruned,
+    QwlitError,
+    SignalExit,
+    nearest,
+)
+from qwlit.core.ranks import (
+    check_rank_numbers,
+    end_process,
+    forget_rank_variables,
+    is_rank_zero,
+    rank_label,
+    under_agent,
+)
 from qwlit.core.signals import record_signals
 from qwlit.core.slurm import has_scontrol, is_ending_job, job_id, leave_requeue_to_script, requeue_job
 from qwlit.core.streams import discard, finish_stdout, open_closed_streams, say
@@ -116,10 +133,14 @@ def _requeue(subcommand: str, error: Preempted) -> None:
 
 def _run(subcommand: str, arguments: list[str]) -> None:
     if subcommand not in SUBCOMMANDS:
+        from qwlit.config.compose import check_arguments
         from qwlit.config.other_trainers import command_answer
 
         if answer := command_answer(subcommand):
             raise ConfigError(answer if answer.startswith("not in") else f"no such subcommand; type {answer}")
+        if subcommand.startswith("-") or "=" in subcommand or "." in subcommand:
+            check_arguments([subcommand, *arguments])
+            raise ConfigError(f"a subcommand is missing; type qwlit train {subcommand} …, see python -m qwlit --help")
         raise ConfigError(
             f"no such subcommand.{nearest(subcommand, SUBCOMMANDS)} Subcommands: {', '.join(SUBCOMMANDS)};"
             " see python -m qwlit --help"
@@ -134,11 +155,18 @@ def _run(subcommand: str, arguments: list[str]) -> None:
     else:
         forget_rank_variables()
     from qwlit.config.compose import check_arguments
+    from qwlit.config.overrides import full_width_remark, refuse_repeated
 
     check_arguments(arguments)
+    if not under_agent():
+        # W&B's agent writes a trial's values behind those of the sweep.
+        refuse_repeated(arguments)
     if subcommand in PREEMPTIBLE_SUBCOMMANDS:
         record_signals()
-    importlib.import_module(f"qwlit.commands.{subcommand}").main(arguments)
+    try:
+        importlib.import_module(f"qwlit.commands.{subcommand}").main(arguments)
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{error}{full_width_remark(arguments, str(error))}") from error
 
 
 if __name__ == "__main__":

@@ -18,7 +18,16 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from qwlit.config.compose import as_tree, check, check_arguments, compose, group_options
-from qwlit.config.other_trainers import OTHERS, TRAINERS, find_option, options_by_name, read_table
+from qwlit.config.other_trainers import (
+    ALTERNATIVES,
+    OTHERS,
+    OWN_OPTIONS,
+    TRAINERS,
+    find_option,
+    options_by_name,
+    read_table,
+    split_answer,
+)
 from qwlit.config.other_trainers_table import OVERRIDE, tables
 from qwlit.config.run import setting_names
 from qwlit.core.errors import ConfigError
@@ -102,6 +111,7 @@ ANSWERS = {
     "val_size=0.1": "data.val_fraction=0.1",
     "max_samples=100": "data.max_samples=100",
     "default_system=hello": "data.system=hello",
+    "default_system=it's $5": shlex.quote("data.system=it's $5"),
     "field_messages=turns": "'data.columns={messages: turns}'",
     "train_on_prompt=true": "data.loss_on=all",
     "train_on_inputs=false": "data.loss_on=assistant",
@@ -113,8 +123,8 @@ ANSWERS = {
     "finetuning_type=lora": "recipe=lora",
     "adapter=qlora": "recipe=qlora",
     "stage=pt": "recipe=pretrain",
-    "quantization_bit=4": "recipe=qlora, instead of recipe=lora",
-    "load_in_4bit=true": "recipe=qlora, instead of recipe=lora",
+    "quantization_bit=4": "recipe=qlora (instead of recipe=lora)",
+    "load_in_4bit=true": "recipe=qlora (instead of recipe=lora)",
     "load_in_4bit=false": "leave it out",
     "optim=adamw_torch": "optim=adamw",
     "optim=adamw_bnb_8bit": "optim=adamw_8bit",
@@ -138,7 +148,93 @@ ANSWERS = {
     " or recipe=freeze trains embedding and head",
     "--do_train": "not needed: train always trains",
     "dataset_num_proc=8": "not needed: all cores tokenize",
+    "bf16=True,": "hardware.precision=bf16-mixed",
+    "flash_attn=fa2": "model.attention=auto (it takes the varlen kernel on CUDA)",
+    "sdp_attention=true": "model.attention=sdpa",
+    "device=cuda:1": "hardware.accelerator=cuda (choose the device with CUDA_VISIBLE_DEVICES=1)",
+    "val_size=100": "data.val_fraction=0.05 (a share: divide 100 by the number of rows)",
+    "warmup_steps=0.1": "scheduler.warmup_ratio=0.1",
+    "scheduler.warmup=100": "scheduler.warmup_steps=100",
+    "eval_steps=0.25": "give validation.every_steps a number of steps, 0.25 of all steps",
+    "lr_scheduler_kwargs={min_lr_rate: 0.1}": "scheduler.min_lr_ratio=0.1",
+    "lr_scheduler_kwargs={num_cycles: 2}": "not in this version: the schedules have scheduler.min_lr_ratio, and wsd"
+    " scheduler.decay_ratio",
+    "report_to=tensorboard,wandb": "logger.use=[tensorboard,wandb]",
+    "logger=[tensorboard,wandb]": "logger.use=[tensorboard,wandb]",
+    "logger=tensorboard,wandb": "logger.use=[tensorboard,wandb]",
+    "logger.tensorboard=true": "logger=tensorboard",
+    "pissa_init=true": "not in this version: adapters start as in the LoRA paper, with B = 0",
+    "task_type=CAUSAL_LM": "leave it out",
+    "roles_to_train=[assistant]": "data.loss_on=assistant",
+    "mix_strategy=concat": "leave it out",
+    'columns={"q":"query","a":"response"}': "'data.columns={prompt: q, completion: a}'",
+    "dataset=identity": "data.path=FILE_OF_identity (put the file there that data/dataset_info.json names)",
+    "hardware=2xA100": "hardware=a100x2",
+    "adapter.dropout=0.1": "dropout.lora=0.1",
+    "CUDA_VISIBLE_DEVICES=0": "write the variable before the command, in front of qwlit",
 }
+
+
+TOGETHER = {
+    "stage=sft finetuning_type=lora quantization_bit=4 task_type=CAUSAL_LM": (
+        "stage=sft finetuning_type=lora quantization_bit=4 → recipe=qlora (instead of recipe=lora);"
+        " task_type=CAUSAL_LM → leave it out"
+    ),
+    "use_peft=true stage=sft": "use_peft=true stage=sft → recipe=lora",
+    "packing=true neat_packing=true": "packing=true neat_packing=true → data.packing=true",
+    "run_name=y output_dir=out/x": "run_name=y output_dir=out/x → run.name=y run.root=out",
+    "eval_steps=9 eval_strategy=steps": "eval_steps=9 eval_strategy=steps → validation.every_steps=9",
+    "eval_strategy=epoch eval_steps=9": "eval_strategy=epoch eval_steps=9 → validation.each_epoch=true",
+    # transformers' TrainingArguments: max_steps "overrides num_train_epochs", warmup_steps "overrides warmup_ratio".
+    "max_steps=9 num_train_epochs=3": "max_steps=9 num_train_epochs=3 → train.max_steps=9",
+    "num_train_epochs=3 max_steps=9": "num_train_epochs=3 max_steps=9 → train.max_steps=9",
+    "warmup_ratio=0.1 warmup_steps=9": "warmup_ratio=0.1 warmup_steps=9 → scheduler.warmup_steps=9",
+    "warmup_ratio=0.1 warmup_steps=0": "warmup_ratio=0.1 warmup_steps=0 → scheduler.warmup_ratio=0.1",
+    "min_lr=1e-5 learning_rate=1e-4": "min_lr=1e-5 → scheduler.min_lr_ratio=0.1; learning_rate=1e-4 → optim.lr=1e-4",
+    "field_instruction=q field_output=a": (
+        "field_instruction=q field_output=a → 'data.columns={instruction: q, output: a}'"
+    ),
+    "lr=1 learing_rate=2 xyz=3 --xzy": (
+        "lr=1 → optim.lr=1; learing_rate=2 → not known (did you mean learning_rate, here optim.lr?);"
+        " xyz=3 → not known; --xzy → not known"
+    ),
+    "output=json mfu=0.4 sweep=x lr=1 --cfg job": "lr=1 → optim.lr=1",
+}
+
+
+@pytest.mark.parametrize("typed", TOGETHER)
+def test_options_that_set_the_same_have_one_answer_and_unknown_ones_are_named(typed):
+    assert answer(*typed.split(" ")) == TOGETHER[typed]
+
+
+def test_the_subcommands_own_options_are_no_unknown_ones():
+    from qwlit.commands import report, submit
+
+    assert {*report.OPTIONS, *submit.OWN} <= OWN_OPTIONS
+
+
+@pytest.mark.parametrize("value", ["\\", '"', "'", "5\\", "[", "{", "{a: 'b", "a'b"])
+def test_a_value_that_no_shell_could_read_has_an_answer_without_a_traceback(value):
+    for name in options_by_name():
+        if name not in setting_names() | group_options().keys():
+            with pytest.raises(ConfigError):
+                check_arguments([f"{name}={value}"])
+
+
+def test_every_answer_with_an_override_starts_with_words_of_a_shell_and_has_its_remark_in_parentheses():
+    for option in OPTIONS:
+        for value in (*option.values, "x", "2"):
+            overrides, remark = split_answer(option.answer(value))
+            text = option.answer(value)
+            assert not remark or not overrides or text.endswith(f" ({remark})"), text
+
+
+@pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
+def test_an_optimizer_of_transformers_is_not_taken_for_a_misspelt_one_of_qwlit(name):
+    if name in group_options()["optim"]:
+        check_arguments([f"optim={name}"])
+    else:
+        assert re.match("optim=|not in this version: the optimizers are", answer(f"optim={name}").partition(" → ")[2])
 
 
 @pytest.mark.parametrize("typed", ANSWERS)
@@ -194,7 +290,7 @@ def test_what_is_qwlits_own_is_no_other_trainers(arguments):
 
 def test_both_betas_give_one_setting():
     theirs = ["adam_beta2=0.95", "--adam_beta1", "0.8"]
-    assert answer(*theirs) == "--adam_beta1 0.8 adam_beta2=0.95 → optim.betas=[0.8,0.95]"
+    assert answer(*theirs) == "adam_beta2=0.95 --adam_beta1 0.8 → optim.betas=[0.8,0.95]"
 
 
 def test_every_name_has_one_answer():
@@ -264,6 +360,9 @@ def test_another_trainers_name_in_a_file_of_ones_own_is_answered(name, tmp_path)
         ("chat", "qwlit chat: not in this version: load"),
         ("sft", "type train recipe=full_sft"),
         ("trian", "Did you mean 'train'"),
+        ("--lora_rank=8", "--lora_rank=8 → adapter.rank=8; learning_rate=1 → optim.lr=1"),
+        ("none.yaml", "none.yaml: no such file"),
+        ("train.sh", "train.sh: a script is not read"),
     ],
 )
 def test_a_subcommand_of_another_trainer_is_answered(name, said, monkeypatch, capsys):
@@ -327,16 +426,13 @@ def test_a_migration_in_the_document_is_what_qwlit_answers_and_can_be_planned(nu
 
     command = COMMANDS[number]
     answers = said_of(number, place)
-    assert not re.search(r"; \d+ more", answers)
-    words = [word for part in answers.split("; ") for word in shlex.split(part.partition(" → ")[2])]
-    answered = {word.rstrip(",") for word in words if "=" in word}
-    # Neither is an option: the machine, and TRL's LoraConfig.
-    chosen = {"hardware=rtx4090", "recipe=lora"}
-    assert set(command) - chosen - answered == set()
-    # Another answer to the same file replaces these.
-    left_out = {"recipe=full_sft", "recipe=lora", "validation.every_steps=N"}
-    assert answered - set(command) - left_out == set(), "the command has every option of the file"
-    plan = qwlit.plan(*command, "preflight.allow=[]")
+    if number < len(FILES):
+        assert shlex.split(answers.partition("type: qwlit train ")[2].partition("; ")[0]) == command
+    else:
+        words = [word for part in answers.split("; ") for word in shlex.split(part.partition(" → ")[2])]
+        # TRL's LoraConfig is no option.
+        assert {word for word in words if "=" in word} | {"recipe=lora"} == set(command)
+    plan = qwlit.plan(*command, "hardware=rtx4090", "preflight.allow=[]")
     assert plan.data is not None and plan.schedule is not None
     assert not [finding for finding in plan.findings if finding.severity == "error"]
 
@@ -344,13 +440,23 @@ def test_a_migration_in_the_document_is_what_qwlit_answers_and_can_be_planned(nu
 def test_another_trainers_file_is_recognised_wherever_it_is_named(place):
     (place / "theirs.yaml").write_text("learning_rate: 1e-4\nbf16: true\ndo_train: true\npush_to_hub: false\n")
     expected = (
-        "theirs.yaml is a settings file of another trainer; type its options here: learning_rate → optim.lr=1e-4;"
-        " bf16 → hardware.precision=bf16-mixed"
+        "theirs.yaml is a settings file of another trainer; type: qwlit train optim.lr=1e-4"
+        " hardware.precision=bf16-mixed; not needed: do_train, push_to_hub"
     )
-    for arguments in (["theirs.yaml"], ["config=theirs.yaml"], ["--config", "theirs.yaml"], ["--config=theirs.yaml"]):
+    forms = (["theirs.yaml"], ["config=theirs.yaml"], ["--config", "theirs.yaml"], ["--config=theirs.yaml"])
+    for arguments in (*forms, ["data.path=a.jsonl", "theirs.yaml"]):
         assert answer(*arguments) == expected
     (place / "axolotl.yaml").write_text("datasets:\n- {path: a.jsonl, type: alpaca}\n- {path: b.jsonl, type: alpaca}\n")
     assert "data.path=[a.jsonl,b.jsonl]" in answer("axolotl.yaml")
+    (place / "chat.yaml").write_text(
+        "datasets:\n- path: ORG/NAME\n  type: chat_template\n  field_messages: conversations\n"
+        "  message_property_mappings: {role: from, content: value}\n  roles_to_train: [assistant]\n"
+        "plugins: [axolotl.integrations.liger.LigerPlugin]\nspecial_tokens: {pad_token: x}\nstrict: false\n"
+    )
+    assert answer("chat.yaml").partition("; ")[2] == (
+        "type: qwlit train data.path=hf:ORG/NAME data.loss_on=assistant; not needed: datasets.type,"
+        " datasets.field_messages, datasets.message_property_mappings, plugins, special_tokens, strict"
+    )
     (place / "litgpt.yaml").write_text(
         "out_dir: out/x\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 2e-4}}\n"
         "train: {global_batch_size: 8, micro_batch_size: 1, max_seq_length: null}\n"
@@ -358,8 +464,12 @@ def test_another_trainers_file_is_recognised_wherever_it_is_named(place):
     litgpt = answer("config=litgpt.yaml")
     for override in ("run.root=out run.name=x", "optim.lr=2e-4", "train.global_batch_size=8", "micro_batch_size=1"):
         assert override in litgpt
-    (place / "many.json").write_text(json.dumps(dict.fromkeys(list(options_by_name())[:150], 7)))
-    assert re.search(r"; \d+ more$", answer("many.json"))
+    (place / "many.json").write_text(json.dumps(dict.fromkeys(options_by_name(), 7) | {"learing_rate": 1, "xyz": 2}))
+    said = answer("many.json")
+    for name, option in options_by_name().items():
+        keys = split_answer(option.answer("7"))[0].keys()
+        assert name in said or all(f" {key}=" in said or ALTERNATIVES.get(key, "") in said for key in keys), name
+    assert said.endswith("; not known: learing_rate (did you mean learning_rate, here optim.lr?), xyz")
 
 
 def test_qwlits_own_file_is_no_other_trainers(tmp_path):
@@ -368,10 +478,25 @@ def test_qwlits_own_file_is_no_other_trainers(tmp_path):
     with pytest.raises(ConfigError, match=r"own.yaml: write config=.*own.yaml"):
         check_arguments([f"{tmp_path}/own.yaml"])
     # An experiment of one's own, a file of the subcommand sweep, and data.
-    (tmp_path / "mine.yaml").write_text("defaults: [_self_]\ntrain: {max_steps: 9}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [_self_]\ntrain: {max_steps: 9}\nlogger: {use: [csv]}\nmodel: {init: random}\ndata: {path: x}\n"
+    )
     (tmp_path / "search.yaml").write_text("method: grid\nparameters: {seed: {values: [1, 2]}}\n")
     (tmp_path / "rows.json").write_text('{"learning_rate": "%s"}' % ("x" * 2**20))
     check_arguments([f"config={tmp_path}/{name}" for name in ("mine.yaml", "search.yaml", "rows.json")])
     (tmp_path / "broken.yaml").write_text("a: [")
-    check_arguments([f"{tmp_path}/broken.yaml", f"{tmp_path}/none.yaml", "config=none.yaml"])
+    check_arguments(["config=none.yaml", f"config={tmp_path}/broken.yaml"])
+    for name, reason in [("broken.yaml", "line 1 is not YAML: "), ("none.yaml", "no such file")]:
+        for arguments in ([f"{tmp_path}/{name}"], ["--config", f"{tmp_path}/{name}"]):
+            with pytest.raises(ConfigError, match=f"{name}: {reason}"):
+                check_arguments(arguments)
+    with pytest.raises(ConfigError, match=r"train.py: a script is not read; type its options as key=value"):
+        check_arguments(["train.py"])
     assert OTHERS not in TRAINERS
+
+
+def test_options_without_a_subcommand_are_told_so():
+    from qwlit.__main__ import _run
+
+    with pytest.raises(ConfigError, match="a subcommand is missing; type qwlit train seed=1 …"):
+        _run("seed=1", ["recipe=lora"])

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from qwlit.config.compose import check, compose, dump, group_options
+from qwlit.config.overrides import last_of_each
 from qwlit.core.errors import ConfigError
 from qwlit.data.config import parts_of, validation_sets
 from qwlit.model.families.decoder import DECODER_LINEARS
@@ -159,6 +160,30 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["data.val_path={math:a.jsonl,math:b.jsonl}"], "math is given twice"),
         (["data.columns={text: 'a b', 'text': 数据}"], "text is given twice"),
         (["data.path=[a.jsonl,b.jsonl"], r"\] is missing at the end"),
+        (["freeze.layers=[0,1"], r"\] is missing at the end"),
+        (["optim.groups=[{match:norm,lr:1e-5}"], r"\] is missing at the end"),
+        (["slurm.options=[--mem=5G,--x"], r"\] is missing at the end"),
+        (["optim.lr=2e-4,"], "optim.lr=2e-4, has a comma at the end; leave it out"),
+        (["run.name=foo,"], "has a comma at the end"),
+        (["data.path", "=", "x.jsonl"], "leave out the blanks around =, data.path=x.jsonl"),
+        (["data.path", "=x.jsonl", "seed=1"], r"leave out the blanks around =, data.path=x\.jsonl$"),
+        (["data.path=", "x.jsonl"], "leave out the blanks around =, data.path=x.jsonl"),
+        (["optim.lr=", "1e-4"], "leave out the blanks around =, optim.lr=1e-4"),
+        (["recipe=lora", "\\"], r"may follow a \\ at the end of a line"),
+        (["recipe=lora", " "], r"may follow a \\ at the end of a line"),
+        (["data.system=Hello,", "world.", "seed=1"], "put quotes around it, 'data.system=Hello, world.'"),
+        (["data.path=a.jsonl", "b.jsonl"], r"for several files: 'data.path=\[a.jsonl,b.jsonl\]'"),
+        (["data.path={path=a.jsonl,weight=2}"], "inside braces write path:…, not path="),
+        (["data.path=[{path=a.jsonl,weight=2}]"], "inside braces write path:…, not path="),
+        (["data.path={a.jsonl,b.jsonl}"], r"write a list with brackets, 'data.path=\[a.jsonl,b.jsonl\]'"),
+        (["adapter.target_modules={q_proj,v_proj}"], r"'adapter.target_modules=\[q_proj,v_proj\]'"),
+        (["adapter.target_modules={q_proj: 1,v_proj: 2}"], r"Write a list with brackets, \[q_proj,v_proj\]"),
+        (["adapter.target_modules=[q_proj v_proj]"], r"separate the items with commas, \[q_proj,v_proj\]"),
+        (["hardware.devices=0,1"], "number of devices; choose them with CUDA_VISIBLE_DEVICES"),
+        (["hardware.devices=[0,1]"], "number of devices; choose them with CUDA_VISIBLE_DEVICES"),
+        (["data.val_fraction=5%"], "data.val_fraction=5%: .*Write 0.05"),
+        (["learing_rate=1e-4"], r"learing_rate: no such setting \(did you mean learning_rate, here optim.lr\?\)"),
+        (["data.columns={query: q}"], "no format reads 'query'. Did you mean 'prompt'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_the_field(words, said):
@@ -452,3 +477,61 @@ def test_a_model_file_of_ones_own_keeps_its_architecture(tmp_path):
 def test_an_old_name_is_answered_with_the_new_one():
     with pytest.raises(ConfigError, match=r"^hardware.memory is now called hardware.activation_checkpointing$"):
         compose(["hardware.memory=full"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr=1e-4", "optim.lr=2e-4"], r"optim.lr is typed twice \(1e-4, 2e-4\), and the last one would count"),
+        (["recipe=lora", "+recipe=qlora"], r"recipe is typed twice \(lora, qlora\)"),
+        (["data.path=a.jsonl", "seed=1", "data.path=b.jsonl"], r"'data.path=\[a.jsonl,b.jsonl\]'"),
+        (["data.columns=text:a", "data.columns=label:b"], "put a mapping into quotes: 'data.columns={instruction"),
+    ],
+)
+def test_a_key_typed_twice_is_refused_on_the_command_line_except_under_wandbs_agent(words, said, monkeypatch):
+    from qwlit.__main__ import _run
+
+    with pytest.raises(ConfigError, match=said):
+        _run("plan", words)
+    with pytest.raises(ConfigError, match="no such recipe"):
+        _run("plan", ["seed=1", "seed=1", "recipe=lorra"])
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "r")
+    with pytest.raises(ConfigError, match="no such recipe"):
+        _run("plan", [*words, "recipe=lorra"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr＝1e-4"], r"＝ is a full-width character; type ="),
+        (["optim.lr=1e-4，"], "， is a full-width character; type ,"),
+        (["recipe=lora；"], "； is a full-width character; type ;"),
+        (["data.columns={instruction：question}"], "： is a full-width character; type :"),
+        (["data.path=x.jsonl", "seed=“3”"], '“ is a full-width character; type "'),
+    ],
+)
+def test_full_width_punctuation_is_named_where_an_override_is_refused(words, said):
+    from qwlit.__main__ import _run
+
+    with pytest.raises(ConfigError, match=said):
+        _run("plan", words)
+
+
+def test_full_width_punctuation_in_a_text_is_kept_and_not_named():
+    from qwlit.__main__ import _run
+
+    text = "data.system=你好，世界：【一】"
+    assert compose([text, "data.path=x.jsonl"]).config.data.system == text.partition("=")[2]
+    with pytest.raises(ConfigError, match=r"seed=x: input should be a valid integer\.$"):
+        _run("plan", [text, "seed=x"])
+
+
+def test_a_whole_float_is_an_integer():
+    train = compose(["train.max_steps=1e3", "train.global_batch_size=32.0"]).config.train
+    assert (train.max_steps, train.global_batch_size) == (1000, 32)
+    assert isinstance(train.max_steps, int) and "max_steps: 1000\n" in dump(compose(["train.max_steps=1e3"]).config)
+
+
+def test_a_command_line_that_qwlit_builds_has_only_the_last_override_of_each_key():
+    assert last_of_each(["a", "a=1", "--cfg", "job", "+a=2", "b=3", "a=4"]) == ["a", "a=4", "--cfg", "job", "b=3"]

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwlit.__main__ import main
+from qwlit.config.overrides import last_of_each
 from tests.warm import warm_python
 
 DEMO = Path(__file__).parents[2] / "src" / "qwlit" / "resources" / "demo"
@@ -44,12 +45,12 @@ def interpreter() -> str:
 
 def command(words: list[str]) -> list[str]:
     """The command line in Python itself: for signals, kills, launchers, and whatever imports decide."""
-    return [sys.executable, "-m", "qwlit", *words]
+    return [sys.executable, "-m", "qwlit", *last_of_each(words)]
 
 
 def warm_command(words: list[str]) -> list[str]:
     """The command line without the seconds of its imports."""
-    return [interpreter(), "-m", "qwlit", *words]
+    return [interpreter(), "-m", "qwlit", *last_of_each(words)]
 
 
 class WarmProcess(subprocess.Popen):
@@ -79,11 +80,14 @@ def qwlit_process(
 
 
 def qwlit(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line in this process, which has imported everything already; its children are warm too."""
+    """Run the command line in this process, which has imported everything already; its children are warm too.
+
+    A test's words replace earlier ones with the same key, e.g. those of TINY.
+    """
     out, err = io.StringIO(), io.StringIO()
     torch.set_num_threads(1)
     argv, python = sys.argv, sys.executable
-    sys.argv, sys.executable = ["qwlit", *words], interpreter()
+    sys.argv, sys.executable = ["qwlit", *last_of_each(words)], interpreter()
     try:
         with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main()

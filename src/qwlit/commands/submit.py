@@ -43,11 +43,12 @@ def _runs(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig, 
     if own["seeds"] is None:
         return config, SlurmJob(name, " ".join(overrides), ["train", *quoted(named)])
     seeds = _seeds(own["seeds"])
+    fixed = [override for override in overrides if override.lstrip("+").partition("=")[0] not in ("seed", "run.name")]
     chosen = "${seeds[$SLURM_ARRAY_TASK_ID]}"
     return config, SlurmJob(
         name,
         f"seeds={own['seeds']} {' '.join(overrides)}",
-        ["train", *quoted(overrides), f"seed={chosen}", f"run.name={name}-seed{chosen}"],
+        ["train", *quoted(fixed), f"seed={chosen}", f"run.name={name}-seed{chosen}"],
         array=f"0-{len(seeds) - 1}",
         before=(f"seeds=({' '.join(str(seed) for seed in seeds)})",),
     )

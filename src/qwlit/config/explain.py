@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from qwlit.config.other_trainers import PAGE, find_option
+from qwlit.config.other_trainers import PAGE, find_option, meant
 from qwlit.config.overrides import format_value, show_value
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import nearest
@@ -40,8 +40,9 @@ def explain(error: ValidationError, groups: list[str]) -> str:
         if option := find_option(field):
             return f"{field}: no such setting; instead: {option.answer(format_value(finding['input']))} ({PAGE})"
         prefix = field.removesuffix(names[-1])
-        hint = nearest(field, [prefix + name for name in known]) or f" Known here: {', '.join(sorted(set(known)))}."
-        return f"{field}: no such setting.{hint}"
+        near = nearest(field, [prefix + name for name in known])
+        hint = f".{near}" if near else meant(field)
+        return f"{field}: no such setting" + (hint or f". Known here: {', '.join(sorted(set(known)))}.")
     if finding["type"] in ("missing", "missing_argument") and not isinstance(finding["loc"][-1], int):
         return f"{field} is not set"
     rule = finding["msg"].removeprefix("Value error, ")
@@ -49,8 +50,19 @@ def explain(error: ValidationError, groups: list[str]) -> str:
     for jargon, plain in PLAIN_PHRASES.items():
         rule = re.sub(jargon, plain, rule)
     value = show_value(finding["input"])
-    hint = nearest(value, re.findall(r"'([^']+)'", rule)) if finding["type"] == "literal_error" else ""
-    return f"{field}={value}: {rule}.{hint}"
+    return f"{field}={value}: {rule}.{_hint(finding['type'], finding['input'], rule)}"
+
+
+def _hint(kind: str, value: Any, rule: str) -> str:
+    """Return what is probably meant instead of a wrong value; empty if nothing is near."""
+    text = format_value(value)
+    if kind == "literal_error":
+        return nearest(text, re.findall(r"'([^']+)'", rule))
+    if kind == "tuple_type" and isinstance(value, dict):
+        return f" Write a list with brackets, [{','.join(map(str, value))}]."
+    if percent := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+        return f" Write {float(percent[1]) / 100:g}."
+    return ""
 
 
 def _trace(location: list[str]) -> tuple[Any, list[str]]:

@@ -4,19 +4,20 @@ The table is resources/other_trainers.yaml; docs/coming-from.md shows it.
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import lru_cache
-from itertools import chain
-from math import prod
+from functools import lru_cache, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
+from qwlit.config.other_trainers_values import LEAVE_OUT, READ_WHOLE, READERS, Others, quoted, read_mapping
 from qwlit.config.run import RunConfig, setting_names
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.files import resolve_path
 
 TABLE = "qwlit:other_trainers.yaml"
@@ -27,15 +28,45 @@ OTHERS = "also"
 SHARED, SHARING = "hf", ("lf", "trl", "swift")
 """Key of the names in transformers' TrainingArguments, and the trainers that take these."""
 SETTINGS_FILES = (".yaml", ".yml", ".json")
-MOST_ANSWERS = 30
-"""Answers for a settings file; the line would be too long with more."""
-PAIRS = (("micro_batch", "accumulation"), ("beta1", "beta2"))
-"""Options that give one setting together, by the functions that read them alone."""
+SCRIPTS = (".py", ".sh", ".ipynb")
+OWN_OPTIONS = {
+    "cfg",
+    "output",
+    "mfu",
+    "sample",
+    "runs",
+    "baseline",
+    "page",
+    "sweep",
+    "backend",
+    "action",
+    "trials",
+    "jobs",
+    "agents",
+    "dry_run",
+    "seeds",
+    "tasks",
+    "hydra",
+}
+"""Options of qwlit's subcommands, which are not settings of a run."""
+ALTERNATIVES = {
+    "train.max_epochs": "train.max_steps",
+    "scheduler.warmup_ratio": "scheduler.warmup_steps",
+    "data.val_fraction": "data.val_path",
+    "validation.every_steps": "validation.each_epoch",
+    "checkpoint.every_steps": "checkpoint.each_epoch",
+    "logger": "logger.use",
+}
+"""Setting → the setting that replaces it where another trainer's options give both."""
+RECIPES = ("full_sft", "pretrain", "freeze", "lora", "qlora")
+"""The recipes; where several options name one, the last of these counts."""
+WORD = re.compile(r"""\s*(?:'[^']*'|"(?:\\.|[^"\\])*"|[^\s'"\\])+""")
+"""A word as a shell reads it."""
+NOT_NEEDED, NOT_YET = "not needed: ", "not in this version: "
 LARGEST_FILE = 2**20
 """Bytes of a settings file; a larger one holds data."""
 OFF = ("false", "none", "no", "null", "0", "[]", "")
 """Values that switch an option off."""
-LEAVE_OUT = "leave it out"
 PYTHONS = {"True": "true", "False": "false", "None": "null"}
 """Values in Python's spelling, as transformers takes them, and in YAML's."""
 
@@ -53,21 +84,37 @@ class Option:
     missing: str = ""
     needless: str = ""
     note: str = ""
+    theirs: tuple[str, ...] = ()
+    """Values that other trainers have and qwlit has not."""
 
-    def answer(self, value: str) -> str:
-        """Return what to type instead of this option with this value, or why there is nothing to type."""
-        value = PYTHONS.get(value, value.strip("'\""))
+    def has_options(self) -> bool:
+        """Whether a mapping as the value has options of its own."""
+        return bool(self.ours) and self.read not in READ_WHOLE
+
+    def answer(self, value: str, others: Others = MappingProxyType({})) -> str:
+        """Return what to type instead of this option with this value, or why there is nothing to type.
+
+        Args:
+            others: the values of all options typed, see other_trainers_values.py.
+        """
+        value = plain_value(value)
         if value.lower() in self.values:
             return self.values[value.lower()]
         if self.needless:
-            return f"not needed: {self.needless}"
+            return NOT_NEEDED + self.needless
         if value.lower() in OFF and (self.instead or self.missing or self.values):
             return LEAVE_OUT
         if self.instead or self.missing:
-            return self.instead or f"not in this version: {self.missing}"
+            return self.instead or NOT_YET + self.missing
         if self.read:
-            return READERS[self.read](self.ours, value)
-        return _quoted(self.ours.format(value=value) if "{value}" in self.ours else f"{self.ours}={value}")
+            return READERS[self.read](self.ours, value, others)
+        return quoted(self.ours.format(value=value) if "{value}" in self.ours else f"{self.ours}={value}")
+
+
+def plain_value(text: str) -> str:
+    """Return a value without quotes and without the comma at its end, and Python's words as those of YAML."""
+    value = text.removesuffix(",").strip("'\"")
+    return PYTHONS.get(value, value)
 
 
 @dataclass(frozen=True)
@@ -77,6 +124,27 @@ class Typed:
     text: str
     name: str
     value: str
+
+
+@dataclass
+class Answer:
+    """What to type here instead of one or several options that set the same."""
+
+    typed: list[Typed]
+    overrides: dict[str, str] = field(default_factory=dict)
+    remark: str = ""
+    """About the overrides; without any, why there are none."""
+    is_weak: bool = False
+    """Whether another answer with the same setting replaces this one."""
+
+    def command(self) -> str:
+        """Return the overrides as words of a shell."""
+        return " ".join(quoted(f"{key}={value}") for key, value in self.overrides.items())
+
+    def __str__(self) -> str:
+        texts = " ".join(dict.fromkeys(typed.text for typed in self.typed))
+        remark = f" ({self.remark})" if self.overrides and self.remark else self.remark
+        return f"{texts} → {self.command()}{remark}"
 
 
 @lru_cache
@@ -96,7 +164,7 @@ def _option(entry: dict[str, Any]) -> Option:
         own = (written,) if isinstance(written, str) else tuple(written)
         for each in SHARING if trainer == SHARED else (trainer,):
             names[each] = names.get(each, ()) + own
-    return Option(names, entry.pop("values", {}), **entry)
+    return Option(names, entry.pop("values", {}), theirs=tuple(entry.pop("theirs", ())), **entry)
 
 
 @lru_cache
@@ -134,11 +202,13 @@ def refuse_options_of_others(arguments: Sequence[str], groups: Mapping[str, Sequ
     found: list[Typed] = []
     for typed in _read_arguments(arguments):
         if typed.name == "config":
-            _refuse_file(typed)
+            _refuse_file(typed, arguments)
         elif typed.text.startswith("-") or not _is_own(typed, groups, own_files):
             found.append(typed)
-    if answers := list(_answers(found, groups, arguments)):
-        raise ConfigError(f"not options of qwlit: {'; '.join(answers)}. All options are in {PAGE}")
+    answers, unknown = _answers(found, groups, arguments)
+    if answers:
+        said = [*map(str, answers), *(f"{typed.text} → not known{meant(typed.name)}" for typed in unknown)]
+        raise ConfigError(f"not options of qwlit: {'; '.join(said)}. All options are in {PAGE}")
 
 
 def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
@@ -154,6 +224,8 @@ def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
             text, value = " ".join([text, *values]), ",".join(values) or "true"
         elif not equals and Path(text).suffix in SETTINGS_FILES:
             key, value = "config", text
+        elif not equals and Path(text).suffix in SCRIPTS:
+            raise ConfigError(f"{text}: a script is not read; type its options as key=value, see {PAGE}")
         elif not equals:
             continue
         yield Typed(text, key.lstrip("+-").replace("-", "_"), value)
@@ -168,57 +240,161 @@ def _is_own(typed: Typed, groups: Mapping[str, Sequence[str]], own_files: bool) 
         return True
     # A wrong choice: only what is surely another trainer's value has another answer than the nearest choice.
     option = options_by_name().get(typed.name)
-    is_path = "/" in typed.value or Path(typed.value).exists()
-    return option is None or not (typed.value.lower() in option.values or (option.read and is_path))
+    value = plain_value(typed.value).lower()
+    is_path = "/" in value or Path(value).exists()
+    is_list = typed.name == "logger" and re.search("[],]", value)
+    return option is None or not (value in (*option.values, *option.theirs) or (option.read and (is_path or is_list)))
 
 
-def _answers(found: Sequence[Typed], groups: Mapping[str, Sequence[str]], arguments: Sequence[str]) -> Iterator[str]:
-    """Yield `typed → answer` of every option that is another trainer's."""
-    reads = {option.read: typed for typed in found if (option := find_option(typed.name)) and option.read}
-    pairs = {first: [reads[first], reads[second]] for first, second in PAIRS if {first, second} <= reads.keys()}
-    for first, (one, other) in pairs.items():
-        values = one.value, other.value
-        together = _batch_size(*values, arguments) if first == "micro_batch" else f"optim.betas=[{','.join(values)}]"
-        yield f"{one.text} {other.text} → {together}"
-    paired = list(chain(*pairs.values()))
-    for typed in found:
-        option = find_option(typed.name)
+def _answers(
+    found: Sequence[Typed], groups: Mapping[str, Sequence[str]], arguments: Sequence[str]
+) -> tuple[list[Answer], list[Typed]]:
+    """Return the answers to the options that are another trainer's, and the options that nobody has."""
+    found = [part for typed in found for part in _parts(typed)]
+    options = [find_option(typed.name) for typed in found]
+    others = {argument.lstrip("+").partition("=")[0]: argument.partition("=")[2] for argument in arguments}
+    for typed, option in zip(found, options, strict=True):
+        others[(option.read or option.ours) if option else typed.name] = plain_value(typed.value)
+        others[typed.name] = plain_value(typed.value)
+    answers, unknown = [], []
+    for typed, option in zip(found, options, strict=True):
         same = [name for name in setting_names() if name.endswith(f".{typed.name}")]
-        if typed in paired:
-            continue
         if typed.name in setting_names() or (typed.name in groups and typed.value in groups[typed.name]):
-            yield f"{typed.text} → {typed.name}={typed.value}"
+            answers.append(Answer([typed], {typed.name: typed.value}))
         elif option is not None:
-            yield f"{typed.text} → {option.answer(typed.value)}"
+            overrides, remark = split_answer(option.answer(typed.value, others))
+            is_weak = option.read == "folder" or plain_value(typed.value).lower() in OFF or "N" in overrides.values()
+            answers.append(Answer([typed], overrides, remark, is_weak))
         elif "." not in typed.name and len(same) == 1:
-            yield f"{typed.text} → {same[0]}={typed.value}"
+            answers.append(Answer([typed], {same[0]: typed.value}))
+        elif typed.name.partition(".")[0] not in OWN_OPTIONS:
+            unknown.append(typed)
+    return _merged(answers), unknown
 
 
-def _refuse_file(typed: Typed) -> None:
-    """Refuse another trainer's settings file, with the answers of its first options."""
+def _parts(typed: Typed) -> Iterator[Typed]:
+    """Yield the entries of an option whose value is a mapping of options, else the option itself."""
+    option = find_option(typed.name)
+    is_mapping = typed.value.startswith("{") and option is not None and option.has_options()
+    if is_mapping and (tree := read_mapping(typed.value)):
+        yield from (Typed(typed.text, name, value) for name, value in _file_options(tree, f"{typed.name}."))
+    else:
+        yield typed
+
+
+def split_answer(text: str) -> tuple[dict[str, str], str]:
+    """Return the overrides at the beginning of an answer, and the remark behind them without its parentheses."""
+    overrides: dict[str, str] = {}
+    while found := WORD.match(text):
+        key, equals, value = shlex.split(found[0])[0].partition("=")
+        if not equals:
+            break
+        overrides[key] = value
+        text = text[found.end() :].lstrip()
+    return overrides, text[1:-1] if overrides and text.startswith("(") else text
+
+
+def _merged(answers: Sequence[Answer]) -> list[Answer]:
+    """Join answers with the same setting: of each setting one value is left."""
+    merged: list[Answer] = []
+    for answer in answers:
+        slots = set(map(_slot, answer.overrides))
+        earlier = [each for each in merged if slots & set(map(_slot, each.overrides))]
+        merged = [each for each in merged if each not in earlier]
+        merged.append(reduce(_joined, [*earlier, answer]))
+    return merged
+
+
+def _joined(first: Answer, second: Answer) -> Answer:
+    """Join two answers; where they differ in a setting, the stronger value counts."""
+    overrides = dict(first.overrides)
+    for key, value in second.overrides.items():
+        rival = next((other for other in overrides if _slot(other) == _slot(key)), None)
+        if rival == key == "data.columns":
+            overrides[key] = overrides[key].removesuffix("}") + ", " + value.removeprefix("{")
+        elif rival is None or _replaces(key, value, rival, overrides[rival], first.is_weak >= second.is_weak):
+            overrides.pop(rival or key, None)
+            overrides[key] = value
+    kept = [answer for answer in (first, second) if answer.overrides.items() <= overrides.items()]
+    remark = ", ".join(dict.fromkeys(answer.remark for answer in kept if answer.remark))
+    return Answer([*first.typed, *second.typed], overrides, remark, first.is_weak and second.is_weak)
+
+
+def _slot(key: str) -> str:
+    return ALTERNATIVES.get(key, key)
+
+
+def _replaces(key: str, value: str, rival: str, rival_value: str, later_counts: bool) -> bool:
+    """Whether a setting with this value replaces the rival, the same setting or its alternative."""
+    if key == "recipe" and {value, rival_value} <= set(RECIPES):
+        return RECIPES.index(value) >= RECIPES.index(rival_value)
+    if key == rival:
+        return later_counts
+    preferred = value if key == _slot(key) else rival_value
+    return (preferred != "0") == (key == _slot(key))
+
+
+def meant(name: str) -> str:
+    """Return the nearest name of a setting or of an option as a question in parentheses; empty if none is near."""
+    near = get_close_matches(name.rpartition(".")[2], [*setting_names(), *options_by_name()], n=1, cutoff=0.75)
+    if not near:
+        return ""
+    option = options_by_name().get(near[0])
+    return f" (did you mean {near[0]}{f', here {option.ours}' if option and option.ours else ''}?)"
+
+
+def _refuse_file(typed: Typed, arguments: Sequence[str]) -> None:
+    """Refuse another trainer's settings file with the command that does the same."""
+    is_named = typed.text.startswith("config=")
     try:
         file = resolve_path(typed.value)
         if file.stat().st_size > LARGEST_FILE:
             return
         tree = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return  # the error of `config=` says why
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if is_named:
+            return  # the error of `config=` says why
+        raise ConfigError(f"{typed.value}: {_why_unread(error)}") from None
     if not isinstance(tree, dict):
         return
     if tree.keys() <= RunConfig.__dataclass_fields__.keys():
-        if not typed.text.startswith("config="):
+        if not is_named:
             raise ConfigError(f"{typed.text}: write config={typed.value}")
         return
     found = [Typed(name, name, value) for name, value in _file_options(tree, "")]
     if all(typed.name in setting_names() or find_option(typed.name) is None for typed in found):
         return
-    answers = [a for a in _answers(found, {}, ()) if not a.endswith(LEAVE_OUT) and "→ not needed" not in a]
-    if answers:
-        more = f"; {len(answers) - MOST_ANSWERS} more" if len(answers) > MOST_ANSWERS else ""
-        raise ConfigError(
-            f"{typed.value} is a settings file of another trainer; type its options here:"
-            f" {'; '.join(answers[:MOST_ANSWERS])}{more}. All options are in {PAGE}"
-        )
+    said = "; ".join(_said_of_file(*_answers(found, {}, arguments)))
+    raise ConfigError(f"{typed.value} is a settings file of another trainer; {said}. All options are in {PAGE}")
+
+
+def _why_unread(error: Exception) -> str:
+    """Return why a settings file cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1} is not YAML: {error.problem}"
+    return f"cannot be read: {one_line(str(error))}"
+
+
+def _said_of_file(answers: Sequence[Answer], unknown: Sequence[Typed]) -> Iterator[str]:
+    """Yield the finished command, what is to be known about it, and all options that are not in it."""
+    typed_here = [answer for answer in answers if answer.overrides]
+    if typed_here:
+        yield f"type: qwlit train {' '.join(answer.command() for answer in typed_here)}"
+    yield from (f"{', '.join(answer.overrides)}: {answer.remark}" for answer in typed_here if answer.remark)
+    texts = [answer for answer in answers if not answer.overrides]
+    starts = {NOT_YET: NOT_YET, NOT_NEEDED: NOT_NEEDED, LEAVE_OUT: NOT_NEEDED}
+    lists: dict[str, list[str]] = {NOT_YET: [], NOT_NEEDED: []}
+    for answer in texts:
+        start = next((start for start in starts if answer.remark.startswith(start)), None)
+        if start is None:
+            yield f"{answer}"
+        else:
+            lists[starts[start]].append(answer.typed[0].text)
+    yield from (f"{start}{', '.join(names)}" for start, names in lists.items() if names)
+    if unknown:
+        yield f"not known: {', '.join(typed.text + meant(typed.name) for typed in unknown)}"
 
 
 def _file_options(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
@@ -226,88 +402,15 @@ def _file_options(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, s
     for key, value in tree.items():
         name = f"{prefix}{key}"
         option = find_option(name)
-        if isinstance(value, dict) and (option is None or option.ours):
+        if isinstance(value, dict) and (option is None or option.has_options()):
             yield from _file_options(value, f"{name}.")
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             keys = dict.fromkeys(key for item in value for key in item)
-            together = {key: ",".join(str(item[key]) for item in value if key in item) for key in keys}
+            together = {key: ",".join(dict.fromkeys(_text(item[key]) for item in value if key in item)) for key in keys}
             yield from _file_options(together, f"{name}.")
-        elif isinstance(value, list):
-            yield name, f"[{','.join(map(str, value))}]"
         elif value not in ("", "null", "~"):
-            yield name, str(value)
+            yield name, _text(value)
 
 
-def _micro_batch(ours: str, value: str) -> str:
-    return f"hardware.micro_batch_size={value}, and in train.global_batch_size all samples of a step on all devices"
-
-
-def _accumulation(ours: str, value: str) -> str:
-    return f"train.global_batch_size = hardware.micro_batch_size x {value} x devices"
-
-
-def _beta1(ours: str, value: str) -> str:
-    return f"optim.betas=[{value},0.999]"
-
-
-def _beta2(ours: str, value: str) -> str:
-    return f"optim.betas=[0.9,{value}]"
-
-
-def _batch_size(micro: str, accumulation: str, arguments: Sequence[str]) -> str:
-    """Return the overrides for a micro-batch and an accumulation typed together."""
-    if not (micro.isdecimal() and accumulation.isdecimal()):
-        return f"hardware.micro_batch_size={micro} train.global_batch_size = {micro} x {accumulation} x devices"
-    overrides = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
-    counts = [overrides.get(key, "") for key in ("hardware.devices", "hardware.num_nodes")]
-    devices = [int(count) for count in counts if count.isdecimal()]
-    size = int(micro) * int(accumulation) * prod(devices)
-    on = "" if devices else " (on one device, N times that on N)"
-    return f"hardware.micro_batch_size={micro} train.global_batch_size={size}{on}"
-
-
-def _model(ours: str, value: str) -> str:
-    is_folder = value.startswith((".", "/", "~")) or resolve_path(value).is_dir() or value.count("/") != 1
-    return _quoted(f"model.path={value}" if is_folder else f"model.hub_id={value}")
-
-
-def _data(ours: str, value: str) -> str:
-    # ms-swift writes a number of rows behind the name: ORG/NAME#500.
-    parts = [part.strip().partition("#") for part in value.strip("[]").split(",")]
-    paths = [_data_path(name) for name, _, _ in parts]
-    rows = f" data.max_samples={parts[0][2]}" if parts[0][2] else ""
-    return _quoted(f"{ours}={paths[0]}" if len(paths) == 1 else f"{ours}=[{','.join(paths)}]") + rows
-
-
-def _data_path(name: str) -> str:
-    """Return the path of a data set's name: a file as it is, ORG/NAME on the hub, else a placeholder."""
-    if name.startswith(("/", ".", "~", "hf:")) or Path(name).suffix or resolve_path(name).exists():
-        return name
-    return f"hf:{name}" if name.count("/") == 1 else f"FILE_OF_{name}"
-
-
-def _modules(ours: str, value: str) -> str:
-    names = re.findall(r"""[^\s,\[\]"']+""", value)
-    return _quoted(f"{ours}=[{','.join(names)}]")
-
-
-def _folder(ours: str, value: str) -> str:
-    path = Path(value)
-    return _quoted(f"run.root={path.parent}") + " " + _quoted(f"run.name={path.name}")
-
-
-READERS = {
-    "beta1": _beta1,
-    "beta2": _beta2,
-    "micro_batch": _micro_batch,
-    "accumulation": _accumulation,
-    "model": _model,
-    "data": _data,
-    "modules": _modules,
-    "folder": _folder,
-}
-
-
-def _quoted(override: str) -> str:
-    """Put an override that a shell would split or expand into quotes."""
-    return f"'{override}'" if re.search(r"[\s{}*?|&;<>()$]", override) else override
+def _text(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)

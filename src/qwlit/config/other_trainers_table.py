@@ -14,7 +14,7 @@ COMMANDS = """\
 | theirs | here |
 |---|---|
 """
-OVERRIDE = re.compile(r"'[\w.]+=[^']+'|(?<![`\w'])[\w.]+=[^\s,;)]+")
+OVERRIDE = re.compile(r"'[\w.]+=[^']+'|(?<![`\w'])[\w.]+=(?:\[[^\]]+\]|[^\s,;)]+)")
 
 
 def tables() -> str:

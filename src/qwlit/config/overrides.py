@@ -1,7 +1,9 @@
 """Read and write overrides, `key=value`. Hydra's grammar reads the values; text that it cannot read stays as typed."""
 
+import itertools
 import re
 import shlex
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -22,9 +24,13 @@ MAPPINGS = {
 """Settings that may be a mapping, each with an example."""
 TEXT_LISTS = {"slurm.options", "slurm.setup", "slurm.mounts"}
 """Lists of text for other programs. Hydra's grammar cannot read [--mem=5G]."""
+FREE_TEXTS = TEXTS - PATHS - {"run.name"}
+"""Settings whose text may have any brackets and commas."""
 VERBATIM = TEXTS | {"config"}
 """Settings of text, and the path of an earlier run's settings."""
 BRACKETS = {"[": "]", "{": "}"}
+FULL_WIDTH = str.maketrans("，：；＝“”‘’【】［］｛｝（）％", ",:;=\"\"''[][]{}()%")
+"""Punctuation of Chinese input methods, and what is meant in an override."""
 LEAVES = re.compile(r"""'[^']*'|"[^"]*"|[^\[\]{},]+""")
 """The items inside of lists and mappings, each mapping's with its key."""
 # Hydra's grammar knows only ASCII letters. This finds what is quoted (group 1), and unquoted text with other letters.
@@ -51,7 +57,18 @@ def check_shell(arguments: list[str]) -> None:
             raise ConfigError(
                 f"{argument!r} ends with a carriage return; give the file with this command Unix line ends (dos2unix)"
             )
+        if argument.strip() in ("", "\\"):
+            raise ConfigError(
+                f"{argument!r} is no override: nothing, not even a blank, may follow a \\ at the end of a line, and a"
+                " shell variable must be set"
+            )
+        if argument[:1] == "=" and at > 0:
+            value = "".join(arguments[at : at + (2 if argument == "=" else 1)])
+            raise ConfigError(f"leave out the blanks around =, {arguments[at - 1]}{value}")
         key, _, value = argument.partition("=")
+        following = list(itertools.takewhile(_is_plain_word, arguments[at + 1 :]))
+        if following and (argument.endswith("=") or (key in TEXTS and value[:1] not in BRACKETS)):
+            _refuse_blanks(key, value, following)
         if value[:1] in BRACKETS and not _is_closed(value) and at + 1 < len(arguments):
             _refuse_split(arguments[at:])
         expanded = [other for other in arguments if other.startswith(f"{key}=") and other != argument]
@@ -72,8 +89,57 @@ def _refuse_split(arguments: list[str]) -> None:
             raise ConfigError(f"the shell split {whole} at its blanks; put quotes around it, {shlex.quote(whole)}")
 
 
+def _is_plain_word(argument: str) -> bool:
+    """Whether the argument is no override, option or settings file."""
+    return "=" not in argument and argument[:1] != "-" and not argument.endswith((".yaml", ".yml"))
+
+
+def _refuse_blanks(key: str, value: str, following: list[str]) -> None:
+    """Refuse a text that the shell split at its blanks, several files, and a blank behind `=`."""
+    if not value:
+        raise ConfigError(f"leave out the blanks around =, {key}={following[0]}")
+    if key in PATHS:
+        raise ConfigError(
+            f"{' '.join(following)} is no override; for several files: '{key}=[{','.join([value, *following])}]'"
+        )
+    whole = " ".join([f"{key}={value}", *following])
+    raise ConfigError(f"the shell split {whole} at its blanks; put quotes around it, {shlex.quote(whole)}")
+
+
+def full_width_remark(arguments: list[str], message: str) -> str:
+    """Return which full-width punctuation an argument has that the error message shows; empty if there is none."""
+    for part in itertools.chain.from_iterable(re.split(r"[=,\[\]{}]", argument) for argument in arguments):
+        found = next((letter for letter in part if ord(letter) in FULL_WIDTH), None)
+        if found and part.strip() in message:
+            return f" ({found} is a full-width character; type {found.translate(FULL_WIDTH)})"
+    return ""
+
+
 def _is_closed(text: str) -> bool:
     return all(text.count(opening) <= text.count(closing) for opening, closing in BRACKETS.items())
+
+
+def refuse_repeated(arguments: list[str]) -> None:
+    """Refuse a key that is typed twice with different values, of which only the last would count.
+
+    Raises:
+        ConfigError: with both values; for files, also with the list of both.
+    """
+    typed: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.lstrip("+").partition("=")
+        earlier = typed.setdefault(key, value) if equals else value
+        if earlier == value:
+            continue
+        remedy = f"; for several files: '{key}=[{earlier},{value}]'" if key in PATHS else "; leave one out"
+        if key in MAPPINGS and ":" in value:
+            remedy = f"; put a mapping into quotes: '{key}={MAPPINGS[key]}'"
+        raise ConfigError(f"{key} is typed twice ({earlier}, {value}), and the last one would count{remedy}")
+
+
+def last_of_each(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides without those that a later one with the same key replaces; other words stay."""
+    return list({override.lstrip("+").partition("=")[:2]: override for override in overrides}.values())
 
 
 def read_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -101,6 +167,8 @@ def _read(text: str) -> tuple[str, Any]:
         key = parser.parse_override(f"{typed_key}=").get_key_element().lstrip("+")
     except HydraException:
         raise ConfigError(f"'{text}' cannot be read as key=value") from None
+    if key not in FREE_TEXTS:
+        _refuse_miswritten(key, typed)
     if key == "data.path" and typed.startswith("{"):
         raise ConfigError(f"'{text}': give the parts as a list, [{{path:…,weight:…}},…]")
     is_list = typed.startswith("[")
@@ -114,10 +182,7 @@ def _read(text: str) -> tuple[str, Any]:
     except HydraException:
         if is_mapping:
             return key, _read_mapping(key, typed)
-        if is_list and key in TEXT_LISTS:
-            return key, read_list(typed)
-        _refuse_unreadable(key, quoted)
-        return key, typed
+        return key, _read_unreadable(key, typed, quoted)
     value = override.value()
     if is_mapping and isinstance(value, dict):
         # A name such as true or null is a text too.
@@ -144,6 +209,22 @@ def _refuse_twice(key: str, typed: str) -> None:
             raise ConfigError(f"{key}={typed}: {name} is given twice")
 
 
+def _refuse_miswritten(key: str, typed: str) -> None:
+    """Refuse what other languages allow in a value, and what reads as a part of the value here."""
+    if typed.endswith(","):
+        raise ConfigError(f"{key}={typed} has a comma at the end; leave it out")
+    if found := re.search(r"\{[^{}]*?(\w+)=", typed):
+        raise ConfigError(f"{key}={typed}: inside braces write {found[1]}:…, not {found[1]}=")
+    if key != "data.columns" and re.fullmatch(r"\{[^{}:]+\}", typed):
+        raise ConfigError(f"{key}={typed}: write a list with brackets, '{key}=[{typed[1:-1]}]'")
+    if key == "hardware.devices" and ("," in typed or typed.startswith("[")):
+        raise ConfigError(f"{key}={typed}: it is the number of devices; choose them with CUDA_VISIBLE_DEVICES")
+    if key in PATHS | TEXT_LISTS | {"logger.tags"} or key.startswith("hydra.") or re.search("['\"{]", typed):
+        return
+    if typed.startswith("[") and any(" " in item.strip() for item in typed.strip("[]").split(",")):
+        raise ConfigError(f"{key}={typed}: separate the items with commas, {re.sub('[ ,]+', ',', typed)}")
+
+
 def _read_mapping(key: str, typed: str) -> dict[Any, Any]:
     """Read a mapping of texts that Hydra's grammar cannot read, e.g. with other letters or brackets.
 
@@ -162,12 +243,27 @@ def _read_mapping(key: str, typed: str) -> dict[Any, Any]:
     return value
 
 
+def _read_unreadable(key: str, typed: str, quoted: str) -> Any:
+    """Return a value that Hydra's grammar cannot read: a list of text for another program, else the text itself.
+
+    Args:
+        quoted: the value with quotes around the items that have other letters.
+
+    Raises:
+        ConfigError: a bracket is missing, or an item of a list needs quotes.
+    """
+    if key not in FREE_TEXTS and len(typed) > 1 and typed[0] in BRACKETS and not _is_closed(typed):
+        raise ConfigError(f"{key}={typed}: {BRACKETS[typed[0]]} is missing at the end")
+    if typed.startswith("[") and key in TEXT_LISTS:
+        return read_list(typed)
+    _refuse_unreadable(key, quoted)
+    return typed
+
+
 def _refuse_unreadable(key: str, typed: str) -> None:
     """Refuse a list or mapping that cannot be read, and name the item that needs quotes."""
     if typed[:1] not in BRACKETS:
         return
-    if key in PATHS and not _is_closed(typed):
-        raise ConfigError(f"{key}={typed}: {BRACKETS[typed[0]]} is missing at the end")
     for item in LEAVES.findall(typed):
         value = re.sub(r"^\w+:", "", item.strip()).strip() if "{" in typed else item.strip()
         try:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from qwlit.core.schema import Flag, PositiveInt, config_dataclass
+from qwlit.core.schema import Flag, PositiveInt, WholeNumber, config_dataclass
 from qwlit.core.slurm import time_limit_seconds
 
 LONGEST_NAME = 200
@@ -73,7 +73,7 @@ class SlurmConfig:
     """Features that the nodes must have."""
     time: Annotated[str, BeforeValidator(_slurm_time)] = "24:00:00"
     """Time limit of one job; the job is requeued and the run resumes until it is done."""
-    signal_seconds: Annotated[int, Field(ge=10, le=65535, strict=True)] = 120
+    signal_seconds: Annotated[int, WholeNumber, Field(ge=10, le=65535, strict=True)] = 120
     """Seconds before the time limit at which the run is told to save: enough for one step and one checkpoint."""
     max_requeues_in_place: PositiveInt = 3
     """After this many requeues without a new step, the run is not requeued again; it would loop forever."""

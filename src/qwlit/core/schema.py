@@ -11,9 +11,11 @@ T = TypeVar("T")
 
 # Larger than any run needs, and small enough for numpy's int64.
 MAX_COUNT = 2**40
-PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT, strict=True)]
-TwoOrMore = Annotated[int, Field(ge=2, le=MAX_COUNT, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT, strict=True)]
+WholeNumber = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+"""Makes 1e3 and 8.0 integers."""
+PositiveInt = Annotated[int, WholeNumber, Field(gt=0, le=MAX_COUNT, strict=True)]
+TwoOrMore = Annotated[int, WholeNumber, Field(ge=2, le=MAX_COUNT, strict=True)]
+NonNegativeInt = Annotated[int, WholeNumber, Field(ge=0, le=MAX_COUNT, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]

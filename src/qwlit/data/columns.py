@@ -11,6 +11,8 @@ from qwlit.data.rows import Document, Row
 from qwlit.data.sources import Source
 from qwlit.data.unread import has_value
 
+NAMES_OF_OTHERS = {"query": "prompt"}
+"""ms-swift's name of a key, and the name here."""
 NAMED = 20
 """An error names at most this many columns of a file."""
 
@@ -28,7 +30,7 @@ def check_columns(columns: Mapping[str, str], row_format: RowFormat) -> None:
         if column in read:
             raise ConfigError(f"data.columns: write {{{column}: {key}}}; the file's column is on the right")
         who = "no format reads" if row_format == "auto" else f"data.format={row_format} does not read"
-        hint = nearest(key, read) or f" Known: {', '.join(sorted(read))}."
+        hint = nearest(NAMES_OF_OTHERS.get(key, key), read) or f" Known: {', '.join(sorted(read))}."
         raise ConfigError(f"data.columns: {who} '{key}'.{hint}")
 
 

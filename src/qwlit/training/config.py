@@ -11,6 +11,7 @@ from qwlit.core.schema import (
     OneOrMore,
     PositiveFloat,
     PositiveInt,
+    WholeNumber,
     config_dataclass,
 )
 from qwlit.model.config import ActivationCheckpointing
@@ -34,7 +35,7 @@ class TrainConfig:
     """Optimizer steps. Setting it clears the recipe's max_epochs; with both set the run ends at the first reached."""
     max_epochs: Epochs | None = None
     """Passes over the data; 0.5 is the first half of the first one."""
-    global_batch_size: Annotated[int, Field(gt=0, le=1_000_000, strict=True)] = 16
+    global_batch_size: Annotated[int, WholeNumber, Field(gt=0, le=1_000_000, strict=True)] = 16
     """Samples per optimizer step, all devices together. It determines gradient accumulation."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Clip gradients to this total norm; null: do not clip."""
