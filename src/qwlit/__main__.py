@@ -22,7 +22,6 @@ from qwlit.core.ranks import (
     forget_rank_variables,
     is_rank_zero,
     rank_label,
-    under_agent,
 )
 from qwlit.core.signals import record_signals
 from qwlit.core.slurm import has_scontrol, is_ending_job, job_id, leave_requeue_to_script, requeue_job
@@ -155,12 +154,9 @@ def _run(subcommand: str, arguments: list[str]) -> None:
     else:
         forget_rank_variables()
     from qwlit.config.compose import check_arguments
-    from qwlit.config.overrides import full_width_remark, refuse_repeated
+    from qwlit.config.overrides import full_width_remark
 
     check_arguments(arguments)
-    if not under_agent():
-        # W&B's agent writes a trial's values behind those of the sweep.
-        refuse_repeated(arguments)
     if subcommand in PREEMPTIBLE_SUBCOMMANDS:
         record_signals()
     try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlit.config.compose import Composed, compose
-from qwlit.config.overrides import last_of_each
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, QwlitError
 from qwlit.core.files import read_json_lines, resolve_path
@@ -183,7 +182,7 @@ def _train_here(composed: Composed, callbacks: "Sequence[Callback]", loggers: "S
 
 def _train_in_subprocess(overrides: Sequence[str]) -> None:
     """Run `qwlit train` and print what it prints; raise its last line as the error that its exit code stands for."""
-    command = [sys.executable, "-m", "qwlit", "train", *last_of_each(overrides)]
+    command = [sys.executable, "-m", "qwlit", "train", *overrides]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
     ) as process:

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 
 from qwlit.__main__ import main
-from qwlit.config.overrides import last_of_each
 from tests.warm import warm_python
 
 DEMO = Path(__file__).parents[2] / "src" / "qwlit" / "resources" / "demo"
@@ -45,12 +44,12 @@ def interpreter() -> str:
 
 def command(words: list[str]) -> list[str]:
     """The command line in Python itself: for signals, kills, launchers, and whatever imports decide."""
-    return [sys.executable, "-m", "qwlit", *last_of_each(words)]
+    return [sys.executable, "-m", "qwlit", *words]
 
 
 def warm_command(words: list[str]) -> list[str]:
     """The command line without the seconds of its imports."""
-    return [interpreter(), "-m", "qwlit", *last_of_each(words)]
+    return [interpreter(), "-m", "qwlit", *words]
 
 
 class WarmProcess(subprocess.Popen):
@@ -87,7 +86,7 @@ def qwlit(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     torch.set_num_threads(1)
     argv, python = sys.argv, sys.executable
-    sys.argv, sys.executable = ["qwlit", *last_of_each(words)], interpreter()
+    sys.argv, sys.executable = ["qwlit", *words], interpreter()
     try:
         with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main()

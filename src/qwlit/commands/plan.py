@@ -197,6 +197,8 @@ def _curve(schedule: "Schedule") -> str:
 
 
 def _show_findings(plan: "RunPlan", screen: Console) -> None:
+    for remark in plan.setup.composed.remarks:
+        screen.print(f"\n[yellow]note[/]  {escape(remark)}")
     screen.print(f"\n[bold]preflight[/]  {len(plan.findings) or 'no'} finding{'s' * (len(plan.findings) != 1)}")
     for finding in plan.findings:
         colour = "red" if finding.severity == "error" else "yellow"

@@ -23,7 +23,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from qwlit.config.explain import explain
 from qwlit.config.other_trainers import refuse_options_of_others
-from qwlit.config.overrides import MAPPINGS, TEXT_LISTS, agent_overrides, check_shell, read_overrides, show_value
+from qwlit.config.overrides import (
+    MAPPINGS,
+    TEXT_LISTS,
+    agent_overrides,
+    check_shell,
+    read_overrides,
+    repeated_keys,
+    show_value,
+)
 from qwlit.config.relations import TEXTS, check_relations
 from qwlit.config.run import RunConfig
 from qwlit.config.settings import LONGEST_NAME, cut_name
@@ -58,6 +66,8 @@ class Composed:
     """Group → chosen file, e.g. recipe → full_sft; empty if `config=` named an earlier run's config.yaml."""
     typed: dict[str, Any]
     """Dotted key → value, of the settings that the user typed."""
+    remarks: list[str]
+    """Keys that are typed twice."""
 
 
 def group_options() -> dict[str, list[str]]:
@@ -101,7 +111,7 @@ def compose(overrides: list[str]) -> Composed:
         # Each trial of a W&B sweep needs its own folder. A resumed trial has the same id, so it gets the same folder.
         trial = f"-{os.environ['WANDB_RUN_ID']}"
         name = cut_name(name, LONGEST_NAME - len(trial)) + trial
-    return Composed(replace(config, run=replace(config.run, name=name)), choices, typed)
+    return Composed(replace(config, run=replace(config.run, name=name)), choices, typed, repeated_keys(overrides))
 
 
 def _compose_groups(

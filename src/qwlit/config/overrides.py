@@ -119,27 +119,18 @@ def _is_closed(text: str) -> bool:
     return all(text.count(opening) <= text.count(closing) for opening, closing in BRACKETS.items())
 
 
-def refuse_repeated(arguments: list[str]) -> None:
-    """Refuse a key that is typed twice with different values, of which only the last would count.
-
-    Raises:
-        ConfigError: with both values; for files, also with the list of both.
-    """
+def repeated_keys(arguments: Iterable[str]) -> list[str]:
+    """Return a remark for each key that is typed twice with different values."""
     typed: dict[str, str] = {}
+    remarks = []
     for argument in arguments:
         key, equals, value = argument.lstrip("+").partition("=")
-        earlier = typed.setdefault(key, value) if equals else value
-        if earlier == value:
-            continue
-        remedy = f"; for several files: '{key}=[{earlier},{value}]'" if key in PATHS else "; leave one out"
-        if key in MAPPINGS and ":" in value:
-            remedy = f"; put a mapping into quotes: '{key}={MAPPINGS[key]}'"
-        raise ConfigError(f"{key} is typed twice ({earlier}, {value}), and the last one would count{remedy}")
-
-
-def last_of_each(overrides: Iterable[str]) -> list[str]:
-    """Return the overrides without those that a later one with the same key replaces; other words stay."""
-    return list({override.lstrip("+").partition("=")[:2]: override for override in overrides}.values())
+        earlier = typed.get(key, value)
+        if equals and earlier != value:
+            remedy = f"; for several files: '{key}=[{earlier},{value}]'" if key in PATHS else ""
+            remarks.append(f"{key} is typed twice ({earlier}, {value}), and the last one counts{remedy}")
+        typed[key] = value
+    return remarks
 
 
 def read_overrides(overrides: list[str]) -> dict[str, Any]:

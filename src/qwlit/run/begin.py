@@ -129,6 +129,7 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoin
     lines += [f"  share     {escape(share)}" for share in run.data.split.describe_shares(config.seed)]
     for reason in quarantine_reasons(run.data.split.stores)[:REASONS_NAMED]:
         lines.append(f"  [yellow]note[/]      quarantined: {escape(str(reason))}")
+    lines += [f"  [yellow]note[/]      {escape(remark)}" for remark in run.plan.setup.composed.remarks]
     for remark in run.data.split.remarks:
         lines.append(f"  [yellow]note[/]      {escape(remark)}")
         folder.append_event(start.step, "finding", name="data", severity="note", message=remark)

@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from qwlit.config.overrides import last_of_each
 from qwlit.core.children import start_child
 from qwlit.core.errors import GuardStop, Interrupted, Preempted
 from qwlit.core.files import is_locked
@@ -58,9 +57,7 @@ def start_training(overrides: list[str], log: Path, environment: dict[str, str])
     """
     # Hide Slurm's variables: the sweep is the Slurm task and requeues the job, and trials start their own ranks.
     own = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    return start_child(
-        ["-m", "qwlit", "train", *last_of_each(overrides)], log, own | environment, parent_death_signal=signal.SIGTERM
-    )
+    return start_child(["-m", "qwlit", "train", *overrides], log, own | environment, parent_death_signal=signal.SIGTERM)
 
 
 def last_message(log: Path) -> str | None:
