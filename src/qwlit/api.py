@@ -43,7 +43,7 @@ def train(*overrides: str, callbacks: "Sequence[Callback]" = (), loggers: "Seque
         QwlitError: ConfigError or DataError for wrong input, GuardStop if the guard stopped the run, Interrupted after
             Ctrl-C and Preempted after a signal; the same call then resumes the run.
     """
-    composed = compose(list(overrides))
+    composed = _composed(overrides)
     from qwlit.run.training_run import run_folder
 
     reason = _why_not_here(composed)
@@ -64,7 +64,7 @@ def plan(*overrides: str) -> "RunPlan":
     """
     from qwlit.planning.run_plan import build_plan
 
-    return build_plan(compose(list(overrides)), console(stderr=True), preview=True)
+    return build_plan(_composed(overrides), console(stderr=True), preview=True)
 
 
 def lightning_modules(*overrides: str) -> "tuple[CausalLMModule, StepDataModule]":
@@ -80,7 +80,7 @@ def lightning_modules(*overrides: str) -> "tuple[CausalLMModule, StepDataModule]
     from qwlit.run.modules import build_data_module, build_module, load_model
     from qwlit.training.determinism import prepare_determinism
 
-    composed = compose(list(overrides))
+    composed = _composed(overrides)
     prepare_determinism(composed.config.determinism)
     run_plan = build_plan(composed, console(stderr=True))
     machine = run_plan.machine
@@ -149,6 +149,13 @@ class Run:
                 f"{self.path} has no export/ yet: its status is {self._folder.status}; train it to the end"
             )
         return export
+
+
+def _composed(overrides: Sequence[str]) -> Composed:
+    for override in overrides:
+        if not isinstance(override, str):
+            raise ConfigError(f"{override!r} is not a text: pass each override by itself, 'experiment=demo', 'seed=1'")
+    return compose(list(overrides))
 
 
 def _why_not_here(composed: Composed) -> str | None:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from qwlit.commands.options import own_options
 from qwlit.config.compose import as_tree, check, check_arguments, compose, group_options
 from qwlit.config.other_trainers import (
     ALTERNATIVES,
@@ -500,3 +501,26 @@ def test_options_without_a_subcommand_are_told_so():
 
     with pytest.raises(ConfigError, match="a subcommand is missing; type qwlit train seed=1 …"):
         _run("seed=1", ["recipe=lora"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hub_token=hf_secret"], "hub_token=… → set the environment variable HF_TOKEN"),
+        (["lr=1", "--foo_api_key", "hf_secret"], "foo_api_key=… → not known"),
+        (["-lr", "1e-4"], "-lr 1e-4 → optim.lr=1e-4"),
+        (["learning_rate: 1e-4"], "learning_rate: 1e-4 → optim.lr=1e-4"),
+        (["LEARNING_RATE=1e-4"], "LEARNING_RATE=1e-4 → optim.lr=1e-4"),
+        (["--weight_decay", "-1", "seed=1"], "--weight_decay -1 → optim.weight_decay=-1"),
+    ],
+)
+def test_other_spellings_are_read_and_no_secret_is_shown(words, said):
+    with pytest.raises(ConfigError) as caught:
+        check_arguments(words)
+    assert said in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--output", "json"], ["--output=json"]])
+def test_a_subcommands_own_option_is_typed_without_dashes(words):
+    with pytest.raises(ConfigError, match=r"write output=.*, without dashes"):
+        own_options(words, {"output": ("text", "json")})

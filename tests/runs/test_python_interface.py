@@ -210,3 +210,8 @@ def test_fsdp_and_float16_need_the_trainer_of_qwlit(demo):
     for setting in ("hardware.strategy=fsdp", "hardware.precision=16-mixed"):
         with pytest.raises(qwlit.ConfigError, match=f"{setting} needs qwlit's own Trainer"):
             qwlit.lightning_modules(*demo, setting, "hardware.devices=2" if "fsdp" in setting else "seed=1")
+
+
+def test_overrides_in_a_list_are_refused():
+    with pytest.raises(qwlit.ConfigError, match=r"\['seed=1'\] is not a text: pass each override by itself"):
+        qwlit.plan(["seed=1"])

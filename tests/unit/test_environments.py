@@ -30,6 +30,7 @@ from qwlit.training.config import HardwareConfig, LoggerConfig
 from qwlit.training.tracking.run_folder import RunFolder, RunLock
 from qwlit.training.tracking.wandb_access import Access, find_access
 from qwlit.training.tracking.wandb_run import WandbRun
+from tests.runs.runs import free_port
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "interactive", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
 STEP = {**JOB, "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
@@ -75,6 +76,7 @@ def clean(monkeypatch):
         (BY_HAND | {"RANK": "1"}, (2, 1), []),
         (BY_HAND | {"RANK": "0"}, (2, 1), ["RANK=0 does not fit", "unset RANK LOCAL_RANK WORLD_SIZE;"]),
         (BY_HAND | {"MASTER_PORT": "x"}, (2, 1), ["MASTER_PORT='x' is not a whole number"]),
+        (BY_HAND | {"MASTER_PORT": "99999"}, (2, 1), ["MASTER_PORT=99999 is no port; it must be below 65,536"]),
         # Two nodes.
         ({}, (1, 2), ["start every rank with torchrun or srun, or set NODE_RANK, MASTER_ADDR, MASTER_PORT on"]),
         ({"NODE_RANK": "1"}, (1, 2), ["NODE_RANK=1 names a rank of 2, but MASTER_ADDR is not set"]),
@@ -107,6 +109,7 @@ def clean(monkeypatch):
         # SLURM_ variables outside a job.
         ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, (1, 1), []),
         ({"SLURM_NTASKS": ""}, (1, 1), []),
+        ({"SLURM_JOB_ID": "", "SLURM_NTASKS": "4"}, (1, 1), []),
         # Read as numbers when Lightning is imported.
         ({"LOCAL_RANK": ""}, (1, 1), ["LOCAL_RANK='' is not a whole number; run: unset LOCAL_RANK"]),
         ({"RANK": "one"}, (1, 1), ["RANK='one' is not a whole number; run: unset RANK"]),
@@ -199,6 +202,30 @@ def test_ranks_that_cannot_meet_end_in_one_line(taken, seconds, said, monkeypatc
             monkeypatch.setenv(name, value)
         with pytest.raises(QwlitError, match=said):
             OneOfTwo(seconds).setup_environment()
+
+
+def test_a_rank_of_qwlits_own_launcher_is_not_told_to_unset_variables(monkeypatch):
+    for name, value in (BY_HAND | {"LOCAL_RANK": "0", "MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    strategy = OneOfTwo(0.3)
+    strategy._launcher = trainer._Launcher(LightningEnvironment(), 2, 1)
+    with pytest.raises(QwlitError, match=r"not all 2 ranks met .* within 0\.3 s \(hardware\.timeout_seconds\)$"):
+        strategy.setup_environment()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (JOB | {"SLURM_PROCID": "1"}, True),
+        (STEP | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, True),
+        (STEP | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, False),
+        (STEP | {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, True),
+    ],
+)
+def test_only_among_several_tasks_slurm_numbers_the_ranks(environment, expected, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.is_rank_zero() is expected
 
 
 def test_a_rank_that_waits_for_rank_zero_says_so_and_gives_up(tmp_path, monkeypatch, capsys):

@@ -38,7 +38,7 @@ def environment(monkeypatch):
         ({"NODE_RANK": "0"}, True),
         ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
         ({"SLURM_PROCID": "0"}, True),
-        ({"SLURM_PROCID": "3", "SLURM_JOB_ID": "7"}, False),
+        ({"SLURM_PROCID": "3", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),
         ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),
         (AGENT | {"SLURM_PROCID": "3"}, True),
     ],

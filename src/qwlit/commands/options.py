@@ -37,6 +37,8 @@ def own_options(
     overrides = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if (name := key.lstrip("-")) != key and name in known:
+            raise ConfigError(f"{argument}: write {name}={value or '…'}, without dashes")
         if key not in known:
             if equals and (hint := nearest(key, known)) and not _is_setting(key):
                 raise ConfigError(f"{argument}: there is no '{key}' here.{hint}")

@@ -27,6 +27,11 @@ OTHERS = "also"
 """Key of the names in LitGPT, Lightning, peft and older versions."""
 SHARED, SHARING = "hf", ("lf", "trl", "swift")
 """Key of the names in transformers' TrainingArguments, and the trainers that take these."""
+SECRET = re.compile("token$|api_key|password", re.IGNORECASE)
+"""Names of options whose value no message may show."""
+DASHED = re.compile("--?[A-Za-z]")
+IN_YAML = re.compile(r"([A-Za-z_][\w.]*): +(.*)")
+"""An option as a settings file writes it."""
 SETTINGS_FILES = (".yaml", ".yml", ".json")
 SCRIPTS = (".py", ".sh", ".ipynb")
 OWN_OPTIONS = {
@@ -125,6 +130,10 @@ class Typed:
     name: str
     value: str
 
+    def __str__(self) -> str:
+        # A log may keep the error message.
+        return f"{self.name}=…" if SECRET.search(self.name) else self.text
+
 
 @dataclass
 class Answer:
@@ -142,7 +151,7 @@ class Answer:
         return " ".join(quoted(f"{key}={value}") for key, value in self.overrides.items())
 
     def __str__(self) -> str:
-        texts = " ".join(dict.fromkeys(typed.text for typed in self.typed))
+        texts = " ".join(dict.fromkeys(map(str, self.typed)))
         remark = f" ({self.remark})" if self.overrides and self.remark else self.remark
         return f"{texts} → {self.command()}{remark}"
 
@@ -176,7 +185,7 @@ def options_by_name() -> dict[str, Option]:
 
 def find_option(name: str) -> Option | None:
     """Return the option of this name; `training_args.learning_rate` is found as `learning_rate`."""
-    if exact := options_by_name().get(name):
+    if exact := options_by_name().get(name) or options_by_name().get(name.lower()):
         return exact
     option = options_by_name().get(name.rpartition(".")[2])
     # `optmi.lr` is a misspelt setting of qwlit.
@@ -207,25 +216,27 @@ def refuse_options_of_others(arguments: Sequence[str], groups: Mapping[str, Sequ
             found.append(typed)
     answers, unknown = _answers(found, groups, arguments)
     if answers:
-        said = [*map(str, answers), *(f"{typed.text} → not known{meant(typed.name)}" for typed in unknown)]
+        said = [*map(str, answers), *(f"{typed} → not known{meant(typed.name)}" for typed in unknown)]
         raise ConfigError(f"not options of qwlit: {'; '.join(said)}. All options are in {PAGE}")
 
 
 def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
-    """Yield the options typed as key=value, --key=value, --key value or --key, and settings files."""
+    """Yield the options typed as key=value, --key=value, --key value, --key or "key: value", and settings files."""
     rest = list(arguments)
     while rest:
         text = rest.pop(0)
         key, equals, value = text.partition("=")
-        if text.startswith("--") and not equals:
+        if DASHED.match(text) and not equals:
             values = []
-            while rest and not rest[0].startswith("--") and "=" not in rest[0]:
+            while rest and not DASHED.match(rest[0]) and "=" not in rest[0]:
                 values.append(rest.pop(0))
             text, value = " ".join([text, *values]), ",".join(values) or "true"
         elif not equals and Path(text).suffix in SETTINGS_FILES:
             key, value = "config", text
         elif not equals and Path(text).suffix in SCRIPTS:
             raise ConfigError(f"{text}: a script is not read; type its options as key=value, see {PAGE}")
+        elif in_yaml := IN_YAML.fullmatch(text):
+            key, value = in_yaml.groups()
         elif not equals:
             continue
         yield Typed(text, key.lstrip("+-").replace("-", "_"), value)

@@ -16,6 +16,7 @@ from qwlit.core.errors import ConfigError
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 """Host and port at which the ranks meet."""
+NUM_PORTS = 65_536
 FIRST_SPECIAL_STEP = 4294967290
 """Slurm numbers the steps that srun starts from 0; higher numbers are the shell of salloc and the batch script."""
 
@@ -30,6 +31,13 @@ def whole_number(name: str) -> int | None:
     if text is not None and not (text.isascii() and text.isdecimal()):
         raise ConfigError(f"the environment variable {name}={text!r} is not a whole number; run: unset {name}")
     return None if text is None else int(text)
+
+
+def check_port() -> None:
+    """Raise ConfigError if MASTER_PORT is set and is no port."""
+    port = whole_number("MASTER_PORT")
+    if port is not None and not 0 < port < NUM_PORTS:
+        raise ConfigError(f"the environment variable MASTER_PORT={port} is no port; it must be below {NUM_PORTS:,}")
 
 
 def check_rank_numbers() -> None:
@@ -54,7 +62,9 @@ def is_rank_zero() -> bool:
     # srun does not set LOCAL_RANK. If it is set under srun, a launcher inside the task set it, so check it first.
     if "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:
         return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-    return under_agent() or not in_slurm_job() or os.environ.get("SLURM_PROCID", "0") == "0"
+    # Without SLURM_NTASKS, or in a step of one task, this process starts the other ranks.
+    is_only_task = not in_slurm_job() or os.environ.get("SLURM_NTASKS", "1") == "1"
+    return under_agent() or is_only_task or os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 _joined_process_group = False
@@ -92,7 +102,7 @@ def launched_by_torchrun() -> bool:
 
 def in_slurm_job() -> bool:
     """Whether this process belongs to a Slurm job; without SLURM_JOB_ID, other SLURM_ variables are leftovers."""
-    return "SLURM_JOB_ID" in os.environ
+    return bool(os.environ.get("SLURM_JOB_ID"))
 
 
 def num_slurm_tasks() -> int:
@@ -157,7 +167,7 @@ def check_rank_variables(devices: int, num_nodes: int) -> None:
             f"{setting}: start every rank with torchrun or srun, or set {', '.join(missing)} on each node"
         )
     if needed:
-        whole_number("MASTER_PORT")
+        check_port()
 
 
 def under_agent() -> bool:

@@ -72,7 +72,7 @@ class HardwareConfig:
     """Most samples per device and forward pass; null: no limit but micro_batch_tokens."""
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens per device and forward pass; null: no limit but micro_batch_size."""
-    timeout_seconds: PositiveFloat = 1800.0
+    timeout_seconds: Annotated[float, Field(gt=0, le=30 * 86_400, strict=True)] = 1800.0
     """With several devices: if no batch ends for this long, the run ends and names the rank that others wait for. As
     long, a starting rank waits for the other ranks."""
     num_workers: NonNegativeInt | Literal["auto"] = "auto"

@@ -11,6 +11,7 @@ import torch
 from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
 from qwlit.core.ranks import (
+    check_port,
     check_rank_variables,
     in_slurm_job,
     launched_by_srun,
@@ -152,8 +153,9 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
                 " if torchrun did not start this process, run: unset TORCHELASTIC_RUN_ID WORLD_SIZE"
             )
     elif launched_by_srun():
-        for name in (*SET_BY_SRUN, "MASTER_PORT"):
+        for name in SET_BY_SRUN:
             whole_number(name)
+        check_port()
         if launched != world_size:
             raise ConfigError(
                 f"{launched} processes were launched, but {setting} is {world_size}; launch {world_size} processes"

@@ -1,5 +1,6 @@
 """Build the Lightning Trainer, for which one epoch is the whole run and one batch is one step; detect lost ranks."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ from qwlit.core.waiting import NOTICE_SECONDS, call_with_timeout
 from qwlit.training.checkpointing.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
 from qwlit.training.resilience.hang_watchdog import REPORT_SECONDS
+from qwlit.training.tracking.run_folder import READY_VARIABLE
 
 
 def build_trainer(
@@ -120,7 +122,9 @@ class _Launcher(_SubprocessScriptLauncher):
         if not failed:
             return  # `stop_watching_ranks` was called: the training is over
         lost = LostRank(failed)
-        self.record_failure()
+        # The process must end in any case.
+        with contextlib.suppress(Exception):
+            self.record_failure()
         say(f"qwlit: {lost}")
         self.kill(signal.SIGKILL)
         os._exit(lost.exit_code)
@@ -149,11 +153,17 @@ class _OwnLauncher(ParallelStrategy):
         """
         cluster = self.cluster_environment
         assert cluster is not None
+        if dist.is_initialized():
+            # An earlier training in this process has joined it.
+            super().setup_environment()
+            return
         self.set_world_ranks()  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
         address = f"{cluster.main_address}:{cluster.main_port} (MASTER_ADDR, MASTER_PORT)"
         leftovers = " ".join(name for name in RANK_VARIABLES if name in os.environ)
-        by_hand = launched_world_size() is None and cluster.creates_processes_externally
+        # The launcher sets LOCAL_RANK in its own process too, so Lightning takes all ranks for started by others.
+        is_child = self.global_rank > 0 and READY_VARIABLE in os.environ
+        by_hand = launched_world_size() is None and not (is_child or isinstance(self._launcher, _Launcher))
         hint = f"; if nothing else starts the other ranks, run: unset {leftovers}" if by_hand else ""
 
         def notify() -> None:

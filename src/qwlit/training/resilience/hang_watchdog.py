@@ -5,6 +5,7 @@ of steps and the line that its main thread executes. When a rank has made no pro
 heartbeats of all ranks. The missing rank is one without new heartbeats, or one that does not wait for others itself.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -140,7 +141,9 @@ class HangWatchdog(Callback):
                 " run the same command to resume from the newest checkpoint"
             )
         if rank == 0:
-            self._record_failure()
+            # The process must end in any case.
+            with contextlib.suppress(Exception):
+                self._record_failure()
         else:
             # Rank 0 must print and write first: a launcher ends all ranks as soon as one has ended.
             time.sleep(HEARTBEAT_SECONDS)
