@@ -526,3 +526,8 @@ def test_a_whole_float_is_an_integer():
     train = compose(["train.max_steps=1e3", "train.global_batch_size=32.0"]).config.train
     assert (train.max_steps, train.global_batch_size) == (1000, 32)
     assert isinstance(train.max_steps, int) and "max_steps: 1000\n" in dump(compose(["train.max_steps=1e3"]).config)
+
+
+def test_shell_lines_of_a_job_are_taken_as_they_are():
+    line = 'srun() { first="$1"; command srun env A=b "$@"; }'
+    assert compose([f"slurm.setup=['{line}']", "slurm.options=[--comment={a=b},]"]).config.slurm.setup == (line,)

@@ -76,7 +76,7 @@ def test_trials_two_at_a_time_lose_nothing_when_parent_and_children_are_killed(p
         with (place / "said.log").open("ab") as said:
             parent = subprocess.Popen(warm_command(words), cwd=place, env=ENVIRONMENT, stdout=said, stderr=said)
         while parent.poll() is None:
-            time.sleep(dice.uniform(0.5, 4.0))
+            time.sleep(dice.uniform(0.3, 1.2))
             if kills == KILLS or parent.poll() is not None:
                 parent.wait(timeout=400)
                 break

@@ -158,7 +158,7 @@ def _read(text: str) -> tuple[str, Any]:
         key = parser.parse_override(f"{typed_key}=").get_key_element().lstrip("+")
     except HydraException:
         raise ConfigError(f"'{text}' cannot be read as key=value") from None
-    if key not in FREE_TEXTS:
+    if key not in FREE_TEXTS | TEXT_LISTS:
         _refuse_miswritten(key, typed)
     if key == "data.path" and typed.startswith("{"):
         raise ConfigError(f"'{text}': give the parts as a list, [{{path:…,weight:…}},…]")
@@ -210,7 +210,7 @@ def _refuse_miswritten(key: str, typed: str) -> None:
         raise ConfigError(f"{key}={typed}: write a list with brackets, '{key}=[{typed[1:-1]}]'")
     if key == "hardware.devices" and ("," in typed or typed.startswith("[")):
         raise ConfigError(f"{key}={typed}: it is the number of devices; choose them with CUDA_VISIBLE_DEVICES")
-    if key in PATHS | TEXT_LISTS | {"logger.tags"} or key.startswith("hydra.") or re.search("['\"{]", typed):
+    if key in PATHS | {"logger.tags"} or key.startswith("hydra.") or re.search("['\"{]", typed):
         return
     if typed.startswith("[") and any(" " in item.strip() for item in typed.strip("[]").split(",")):
         raise ConfigError(f"{key}={typed}: separate the items with commas, {re.sub('[ ,]+', ',', typed)}")
