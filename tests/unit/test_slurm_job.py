@@ -162,7 +162,8 @@ def test_what_follows_on_the_way_out_does_not_change_how_it_ends():
 
 
 def test_a_rank_waits_for_rank_zero_while_this_jobs_last_life_still_holds_the_lock(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_PROCID", "1")
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}.items():
+        monkeypatch.setenv(name, value)
     folder, waited = RunFolder(tmp_path / "a"), []
 
     def wait(seconds):
