@@ -8,16 +8,17 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from qwlit.core.files import resolve_path
 from qwlit.core.lists import read_list
+from qwlit.training.config import LoggerName
 
 Others = Mapping[str, str]
 LEAVE_OUT = "leave it out"
-LOGGERS = ("wandb", "tensorboard", "mlflow", "csv", "swanlab")
+LOGGERS: tuple[str, ...] = get_args(LoggerName)
 COLUMNS_OF_SWIFT = {"query": "prompt", "response": "completion"}
 """ms-swift's names of columns, and the keys that a format reads here."""
 SHAREGPT = {"role": "from", "content": "value"}

@@ -69,6 +69,11 @@ class SignalExit(BaseException):
         self.error = error
 
 
+def reason_of(raised: BaseException) -> BaseException:
+    """Return the error for which the process ends: the one that a signal stands for, or the raised one itself."""
+    return raised.error if isinstance(raised, SignalExit) else raised
+
+
 def printable(text: str) -> str:
     """Return text of the user for a terminal: control characters are written as Python escapes, such as \\x1b."""
     return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

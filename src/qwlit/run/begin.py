@@ -12,7 +12,7 @@ from rich.markup import escape
 from qwlit.config.compose import compose, dump
 from qwlit.config.run import RunConfig, recipe_settings
 from qwlit.core.console import console
-from qwlit.core.errors import GuardStop, Interrupted, Preempted, Pruned, SignalExit
+from qwlit.core.errors import GuardStop, Interrupted, Preempted, Pruned, reason_of
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import is_rank_zero
 from qwlit.data.store import REASONS_NAMED, quarantine_reasons
@@ -193,7 +193,7 @@ def recording_status(folder: RunFolder) -> Iterator[None]:
         yield
         status = FINISHED
     except BaseException as error:
-        status = STATUS_OF_ERROR.get(type(error.error if isinstance(error, SignalExit) else error), "failed")
+        status = STATUS_OF_ERROR.get(type(reason_of(error)), "failed")
         raise
     finally:
         folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qwlit.config.run import RunConfig
-from qwlit.core.errors import Interrupted, Preempted, Pruned, SignalExit
+from qwlit.core.errors import Interrupted, Preempted, Pruned, reason_of
 from qwlit.core.ranks import is_rank_zero
 from qwlit.training.tracking.loggers import LOGGERS, NamedLogger
 from qwlit.training.tracking.run_folder import RunFolder
@@ -20,9 +20,8 @@ def named_loggers(config: RunConfig, folder: RunFolder) -> Iterator[list[NamedLo
     try:
         yield loggers
     except BaseException as raised:
-        error = raised.error if isinstance(raised, SignalExit) else raised
         for logger in loggers:
-            logger.close("stopped" if isinstance(error, STOPPED) else "failed")
+            logger.close("stopped" if isinstance(reason_of(raised), STOPPED) else "failed")
         raise
     for logger in loggers:
         logger.close("done")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from qwlit.config.compose import as_tree
 from qwlit.config.run import RunConfig
-from qwlit.core.errors import QwlitError, SignalExit
+from qwlit.core.errors import QwlitError, reason_of
 from qwlit.core.ranks import is_rank_zero
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.training.tracking.wandb_run import WandbRun
@@ -21,7 +21,7 @@ def logged_to_wandb(config: RunConfig, folder: RunFolder) -> Iterator[WandbRun |
     try:
         yield run
     except BaseException as raised:
-        error = raised.error if isinstance(raised, SignalExit) else raised
+        error = reason_of(raised)
         run.finish(error.exit_code if isinstance(error, QwlitError) else QwlitError.exit_code, error)
         raise
     run.finish(0)
