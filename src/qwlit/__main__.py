@@ -133,7 +133,7 @@ def _requeue(subcommand: str, error: Preempted) -> None:
 def _run(subcommand: str, arguments: list[str]) -> None:
     if subcommand not in SUBCOMMANDS:
         from qwlit.config.compose import check_arguments
-        from qwlit.config.other_trainers import command_answer
+        from qwlit.config.other_trainers_options import command_answer
 
         if answer := command_answer(subcommand):
             raise ConfigError(answer if answer.startswith("not in") else f"no such subcommand; type {answer}")

@@ -19,15 +19,13 @@ from transformers.training_args import OptimizerNames
 
 from qwlit.commands.options import own_options
 from qwlit.config.compose import as_tree, check, check_arguments, compose, group_options
-from qwlit.config.other_trainers import (
-    ALTERNATIVES,
+from qwlit.config.other_trainers import ALTERNATIVES, OWN_OPTIONS, split_answer
+from qwlit.config.other_trainers_options import (
     OTHERS,
-    OWN_OPTIONS,
     TRAINERS,
     find_option,
     options_by_name,
     read_table,
-    split_answer,
 )
 from qwlit.config.other_trainers_table import OVERRIDE, tables
 from qwlit.config.run import setting_names

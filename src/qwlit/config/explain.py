@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from qwlit.config.other_trainers import PAGE, find_option, meant
+from qwlit.config.other_trainers import PAGE, meant
+from qwlit.config.other_trainers_options import find_option
 from qwlit.config.overrides import format_value, show_value
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import nearest

@@ -6,7 +6,7 @@ docs/coming-from.md ends with them.
 import re
 from collections.abc import Iterable
 
-from qwlit.config.other_trainers import OTHERS, TRAINERS, Option, read_table
+from qwlit.config.other_trainers_options import OTHERS, TRAINERS, Option, read_table
 
 COMMANDS = """\
 ## Subcommands
