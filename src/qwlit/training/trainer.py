@@ -41,11 +41,12 @@ def build_trainer(
     total_steps: int,
     callbacks: list[Callback],
     folder: Path,
-    writer: CheckpointWriter,
     loggers: Sequence[Logger] = (),
+    writer: CheckpointWriter | None = None,
     record_failure: Callable[[], None] = lambda: None,
 ) -> Trainer:
     """Build the Trainer; a background thread calls `record_failure` before it ends the process."""
+    writer = writer or CheckpointWriter()
     _quieten_lightning()
     if launched_world_size() is None and machine.num_nodes == 1 and "LOCAL_RANK" not in os.environ:
         # This process starts all ranks, so they meet on this machine at a free port, wherever other programs meet.
