@@ -29,6 +29,9 @@ from qwlit.optim.schedules import Schedule
 from qwlit.training.determinism import seed_micro_batch
 from qwlit.training.loss_scale import LossScale
 
+MOMENTS_OF_EACH_WEIGHT = {"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"}
+"""What the optimizers keep for each weight, in the parameter's shape (torch's names and bitsandbytes')."""
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -238,5 +241,11 @@ class CausalLMModule(lightning.LightningModule):
         found = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
         if different := sorted(name for name, _ in expected.items() ^ found.items()):
             raise RuntimeError(f"checkpoint and model differ in {different[0]}")
+        (optimizer,) = checkpoint["optimizer_states"]
+        for index, moments in optimizer["state"].items():
+            name = checkpoint["optimizer_parameters"][index]
+            for key in MOMENTS_OF_EACH_WEIGHT & moments.keys():
+                if tuple(moments[key].shape) != expected[name]:
+                    raise RuntimeError(f"{key} of {name} has the shape {tuple(moments[key].shape)}")
         if self.loss_scale and "loss_scale" in checkpoint:
             self.loss_scale = LossScale(**checkpoint["loss_scale"])

@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from qwlit.core.errors import ConfigError, first_line
 from qwlit.core.files import fsync_folder
 from qwlit.core.sharding import local
+from qwlit.training.checkpointing.finite import find_nonfinite
 from qwlit.training.checkpointing.folder import temporary_folder
 from qwlit.training.checkpointing.manifest import (
     MOMENTS,
@@ -186,6 +187,8 @@ def read_checkpoint(folder: Path, template: dict[str, Tensor] | None = None, ran
 
             checkpoint["state_dict"] = {PREFIX + name: read(weights, name, name) for name in weights.names()}
             tensors = {key: read(moments, key, key.partition(".")[2]) for key in moments.names()}
+            if name := find_nonfinite(checkpoint["state_dict"] | tensors):
+                raise ValueError(f"{name} is not finite")
             indices = {name.removeprefix(PREFIX): index for index, name in enumerate(names)}
             state: dict[int, dict[str, Any]] = {}
             for key, value in (tensors | checkpoint.pop("optimizer_numbers", {})).items():

@@ -92,6 +92,10 @@ class Checkpointing(BoundaryCallback):
         checkpoint[IDENTITY] = self._identity
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # Lightning passes over a callback without state, and the run would forget its best loss.
+        states = checkpoint["callbacks"]
+        if self.state_key not in states or not all(isinstance(state, dict) for state in states.values()):
+            raise ValueError("the state of the callbacks is missing")
         # Another number of ranks is allowed. Checkpoints of earlier versions do not say of which run they are.
         for what in ("recipe", "data"):
             if checkpoint[IDENTITY].get(what, self._identity.get(what)) != self._identity.get(what):

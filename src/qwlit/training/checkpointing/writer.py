@@ -4,6 +4,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -24,6 +25,8 @@ class CheckpointWriter(CheckpointIO):
         self.ranks = ONE_RANK
         """The ranks that agree about a save."""
         self._writes_shards = False
+        self._buffers: list[Tensor] = []
+        """The memory of the last copy: touching new pages takes as long as copying."""
 
     def join_ranks(self, trainer: Trainer, *, write_shards: bool) -> None:
         """Create the group in which the ranks agree about a save. A collective: all ranks call it.
@@ -39,9 +42,27 @@ class CheckpointWriter(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Copy the checkpoint to host memory and begin to write it."""
         self.join()
-        copied = apply_to_collection(checkpoint, Tensor, _copy_to_host)
+        copied = self._copy_to_host(checkpoint)
         self._thread = Thread(target=self._write, args=(copied, Path(path)), name="checkpoint writer")
         self._thread.start()
+
+    def _copy_to_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Copy every tensor, or this rank's shard slice of it, into memory that the saves share."""
+        buffers, self._buffers = iter(self._buffers), []
+
+        def copy(tensor: Tensor) -> Tensor:
+            own = local(tensor.detach())
+            buffer = next(buffers, None)
+            if buffer is None or (buffer.shape, buffer.dtype) != (own.shape, own.dtype):
+                buffer = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
+            self._buffers.append(buffer)
+            return buffer.copy_(own, non_blocking=True)
+
+        copied: dict[str, Any] = apply_to_collection(checkpoint, Tensor, copy)
+        if torch.cuda.is_available():
+            # The copies above run on the device's stream; the next step would change what they read.
+            torch.cuda.synchronize()
+        return copied
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         try:
@@ -80,9 +101,3 @@ class CheckpointWriter(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         delete_checkpoint(Path(path))
-
-
-def _copy_to_host(tensor: Tensor) -> Tensor:
-    """Return a copy of the tensor or of this rank's shard slice in host memory."""
-    own = local(tensor.detach())
-    return own.to("cpu", copy=True)
