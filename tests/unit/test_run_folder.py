@@ -36,6 +36,7 @@ def save(folder, step):
         "optimizer_parameters": [name],
         "global_step": step,
         "loops": {"a": [1, None]},
+        "callbacks": {},
     }
     write_checkpoint(checkpoint, path)
     return path

@@ -74,7 +74,7 @@ def build_trainer_with_callbacks(
         "recipe": recipe_fingerprint(config),
         "data": run.data.split.fingerprint,
     }
-    writer = CheckpointWriter()
+    writer = CheckpointWriter(copy=run.plan.saves.is_copied)
     on_saved = wandb_run.upload if wandb_run else None
     checkpointing = Checkpointing(config.checkpoint, milestones, folder, on_saved, identity, writer)
     # Lightning calls the callbacks in this order, on every rank:

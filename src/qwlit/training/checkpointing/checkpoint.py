@@ -6,6 +6,7 @@ file written, and every reader compares the files with it first.
 
 import io
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from qwlit.training.checkpointing.manifest import (
     read_manifest,
     shard_file,
     shard_files,
+    step_of,
     write_manifest,
 )
 from qwlit.training.checkpointing.shards import ShardReader, safetensors_pieces, write_file
@@ -40,6 +42,8 @@ from qwlit.training.checkpointing.shards import ShardReader, safetensors_pieces,
 PREFIX = "loss_model.causal_lm."
 IDENTITY = "identity"
 """Key of what the manifest says beside the files, see `manifest.write_manifest`."""
+REQUIRED = {"global_step", "loops", "callbacks", "optimizer_parameters", "optimizer_groups"}
+"""Keys of the state without which Lightning would begin anew without an error."""
 T = TypeVar("T")
 
 
@@ -175,7 +179,11 @@ def read_checkpoint(folder: Path, template: dict[str, Tensor] | None = None, ran
     found = ranks.together(lambda: find_damage(folder, rank=ranks.rank, count=ranks.count))
     _refuse_damaged(folder, next(filter(None, found), None))
     try:
-        checkpoint: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        checkpoint = _read_state(folder / STATE)
+        if missing := REQUIRED - checkpoint.keys():
+            raise ValueError(f"{STATE} lacks {min(missing)}")
+        if checkpoint["global_step"] != step_of(folder):
+            raise ValueError(f"{STATE} is of step {checkpoint['global_step']}")
         names = checkpoint["optimizer_parameters"]
         with _open(folder, WEIGHTS) as weights, _open(folder, MOMENTS) as moments:
 
@@ -199,6 +207,14 @@ def read_checkpoint(folder: Path, template: dict[str, Tensor] | None = None, ran
     except NOT_LOADABLE as error:
         raise not_loadable(folder, error) from None
     return checkpoint
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # torch warns about other pickle protocols, beside the error.
+        warnings.simplefilter("ignore")
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return state
 
 
 NOT_LOADABLE = (

@@ -54,6 +54,8 @@ class Checkpointing(BoundaryCallback):
         self._writer = writer or CheckpointWriter()
         self._begun_step: int | None = None
         """The step of the save that is being written."""
+        self._resumed_step: int | None = None
+        """The step of the checkpoint that is loaded."""
         self._saved_step = 0
         self._num_failed = 0
         self.has_begun = False
@@ -96,6 +98,7 @@ class Checkpointing(BoundaryCallback):
         states = checkpoint["callbacks"]
         if self.state_key not in states or not all(isinstance(state, dict) for state in states.values()):
             raise ValueError("the state of the callbacks is missing")
+        self._resumed_step = checkpoint["global_step"]
         # Another number of ranks is allowed. Checkpoints of earlier versions do not say of which run they are.
         for what in ("recipe", "data"):
             if checkpoint[IDENTITY].get(what, self._identity.get(what)) != self._identity.get(what):
@@ -105,6 +108,8 @@ class Checkpointing(BoundaryCallback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        if self._resumed_step not in (None, trainer.global_step):
+            raise ValueError(f"the loops are at step {trainer.global_step}")
         self.has_begun = True
         self._writer.join_ranks(trainer, write_shards=pl_module.is_sharded)
         # A run that was killed after early stopping and before its end must not train further.

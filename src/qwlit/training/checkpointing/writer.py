@@ -19,7 +19,13 @@ from qwlit.training.checkpointing.folder import delete_checkpoint
 class CheckpointWriter(CheckpointIO):
     """Writes one checkpoint at a time. Lightning's strategies call it as their checkpoint plugin."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, copy: bool = True) -> None:
+        """Create the writer.
+
+        Args:
+            copy: copy a checkpoint to host memory and write it from there in a thread; else write it at once.
+        """
+        self._copies = copy
         self._thread: Thread | None = None
         self._failure: Exception | None = None
         self.ranks = ONE_RANK
@@ -40,8 +46,11 @@ class CheckpointWriter(CheckpointIO):
             self.ranks = Ranks(trainer.global_rank, trainer.world_size, dist.new_group(backend="gloo"))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Copy the checkpoint to host memory and begin to write it."""
+        """Begin to write the checkpoint; it holds the values of now, whatever the training changes meanwhile."""
         self.join()
+        if not self._copies:
+            self._write(checkpoint, Path(path))
+            return
         copied = self._copy_to_host(checkpoint)
         self._thread = Thread(target=self._write, args=(copied, Path(path)), name="checkpoint writer")
         self._thread.start()
