@@ -72,8 +72,10 @@ def find_damage(checkpoint: Path, *, rank: int = 0, count: int = 1) -> str | Non
     """Compare a checkpoint with its manifest and its seal; return what is wrong, None where nothing is.
 
     Args:
+        checkpoint: its folder, or a link to it.
         rank, count: this rank's place among those that each hash a part of the files.
     """
+    checkpoint = checkpoint.resolve()
     try:
         if not _is_regular(checkpoint / MANIFEST) or (checkpoint / MANIFEST).stat().st_size > LARGEST_MANIFEST:
             raise _DamageError(f"{MANIFEST} is not a file that qwlit wrote")
