@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,12 @@ class Checkpointing(BoundaryCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         # All ranks stop for the guard at the same step. After other errors a rank may be gone, and nobody may wait.
-        if trainer.world_size == 1 or isinstance(exception, GuardStop):
-            self._finish_save()
+        if isinstance(exception, GuardStop) or (
+            trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt)
+        ):
+            # The error that ends the run is the one to report.
+            with suppress(ConfigError):
+                self._finish_save()
 
     @property
     def _resume_hint(self) -> str:

@@ -52,7 +52,7 @@ class CheckpointWriter(CheckpointIO):
             self._write(checkpoint, Path(path))
             return
         copied = self._copy_to_host(checkpoint)
-        self._thread = Thread(target=self._write, args=(copied, Path(path)), name="checkpoint writer")
+        self._thread = Thread(target=self._write, args=(copied, Path(path)), name="checkpoint writer", daemon=True)
         self._thread.start()
 
     def _copy_to_host(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
