@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlit.config.compose import Composed, compose
+from qwlit.config.compose import Composed, check_arguments, compose
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, QwlitError
 from qwlit.core.files import read_json_lines, resolve_path
@@ -155,6 +155,7 @@ def _composed(overrides: Sequence[str]) -> Composed:
     for override in overrides:
         if not isinstance(override, str):
             raise ConfigError(f"{override!r} is not a text: pass each override by itself, 'experiment=demo', 'seed=1'")
+    check_arguments(list(overrides))
     return compose(list(overrides))
 
 

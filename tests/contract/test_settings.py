@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from qwlit.config.compose import check, compose, dump, group_options
+from qwlit.config.compose import check, check_arguments, compose, dump, group_options
 from qwlit.config.overrides import repeated_keys
 from qwlit.core.errors import ConfigError
 from qwlit.data.config import parts_of, validation_sets
@@ -188,6 +188,7 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
 )
 def test_what_is_wrong_is_said_in_one_line_with_the_field(words, said):
     with pytest.raises(ConfigError, match=said) as caught:
+        check_arguments(words)
         compose(words)
     assert "\n" not in str(caught.value)
 

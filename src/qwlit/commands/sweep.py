@@ -8,7 +8,7 @@ from rich.table import Table
 
 from qwlit.commands.options import own_options, whole_number
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, QwlitError, nearest
+from qwlit.core.errors import ConfigError, QwlitError
 
 BACKENDS = ("wandb", "optuna")
 ACTIONS = ("run", "best", "find_lr")
@@ -20,9 +20,6 @@ def main(arguments: list[str]) -> None:
         arguments,
         {"sweep": None, "backend": BACKENDS, "action": ACTIONS, "trials": None, "jobs": None, "agents": None},
     )
-    for override in overrides:
-        if override.startswith("-"):
-            raise ConfigError(f"{override}: no such option.{nearest(override, ['--help'])} Settings are key=value")
     unused = {"find_lr": ("sweep", "trials", "jobs", "agents"), "best": ("trials", "jobs", "agents"), "run": ()}
     for key in unused[str(own["action"])]:
         if own[key] is not None:

@@ -6,6 +6,7 @@ whole tree against the dataclasses reports wrong names and values.
 
 import os
 import re
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from qwlit.config.overrides import (
     repeated_keys,
     show_value,
 )
-from qwlit.config.relations import TEXTS, check_relations
+from qwlit.config.relations import LENGTH, TEXTS, WARMUP, check_relations
 from qwlit.config.run import RunConfig
 from qwlit.config.settings import LONGEST_NAME, cut_name
 from qwlit.core.errors import ConfigError, nearest
@@ -76,24 +77,30 @@ def group_options() -> dict[str, list[str]]:
     return {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in groups}
 
 
-def check_arguments(arguments: list[str]) -> None:
+def check_arguments(arguments: list[str], own: Container[str] = ()) -> None:
     """Refuse arguments that no subcommand reads: options of other trainers, and lists that the shell took apart.
+
+    Args:
+        own: options of the subcommand that are not settings.
 
     Raises:
         ConfigError: saying what to type instead.
     """
     check_shell(arguments)
-    refuse_options_of_others(arguments, group_options())
+    others = [argument for argument in arguments if argument.lstrip("-").partition("=")[0] not in own]
+    refuse_options_of_others(others, group_options())
 
 
 def compose(overrides: list[str]) -> Composed:
     """Compose and check a run's configuration.
 
+    Args:
+        overrides: those that a user has typed went through `check_arguments`.
+
     Raises:
         ConfigError: naming the field, the rule and the nearest valid name.
     """
     overrides = agent_overrides(overrides) if under_agent() else overrides
-    check_arguments(overrides)
     typed = read_overrides(overrides)
     groups = group_options()
     chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key.startswith("hydra.")}
@@ -217,10 +224,6 @@ def _literal(value: Any) -> Any:
         return [_literal(item) for item in value]
     # Backslashes before "${" escape each other.
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-WARMUP = ("scheduler.warmup_steps", "scheduler.warmup_ratio")
-LENGTH = ("train.max_steps", "train.max_epochs")
 
 
 def _cleared(typed: dict[str, Any]) -> dict[str, Any]:
