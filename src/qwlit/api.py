@@ -165,12 +165,10 @@ def _why_not_here(composed: Composed) -> str | None:
         return "this is not the main thread, and Python handles signals only there"
     if launched_world_size() is not None:
         return None
-    from qwlit.training.machine import resolve_machine
+    from qwlit.planning.setup import machine_of
 
-    config = composed.config
-    machine = resolve_machine(config.hardware, config.determinism, profile=composed.choices.get("hardware", ""))
-    if machine.world_size > 1:
-        return f"hardware.devices x hardware.num_nodes starts {machine.world_size} processes; set hardware.devices=1"
+    if (world_size := machine_of(composed).world_size) > 1:
+        return f"hardware.devices x hardware.num_nodes starts {world_size} processes; set hardware.devices=1"
     return None
 
 

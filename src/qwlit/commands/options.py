@@ -68,7 +68,7 @@ def _is_setting(key: str) -> bool:
     return name in {"config", "hydra", *group_options(), *(field.name for field in fields(RunConfig))}
 
 
-def whole_number(own: Mapping[str, str | None], key: str, least: int = 1) -> int | None:
+def typed_number(own: Mapping[str, str | None], key: str, least: int = 1) -> int | None:
     """Return the typed number of `key`, or None if it was not typed.
 
     Raises:
