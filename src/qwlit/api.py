@@ -177,12 +177,14 @@ def _train_here(composed: Composed, callbacks: "Sequence[Callback]", loggers: "S
 
     from qwlit.run.callbacks import Extensions
     from qwlit.run.training_run import train as train_run
+    from qwlit.training.tracking.loggers import check_named_loggers
 
     if saving := next((c for c in callbacks if isinstance(c, Checkpoint)), None):
         raise ConfigError(
             f"callbacks: qwlit.train saves checkpoints itself (checkpoint.every_steps); leave {type(saving).__name__}"
             " out, or use it in a Trainer of your own (qwlit.lightning_modules)"
         )
+    check_named_loggers(composed.config.logger)
     train_run(composed, Extensions(callbacks, loggers))
 
 

@@ -203,9 +203,13 @@ def test_what_the_settings_alone_make_impossible_is_refused_before_torch_is_impo
         ["inspect", "data.path=[a.jsonl"],
         ["sweep", "sweep=lora", "backend=optuna", "optim.lrr=1"],
         ["submit", "slurm.time=abc"],
+        *(["train", f"logger={name}"] for name in ("tensorboard", "mlflow", "swanlab")),
+        ["train", "model.hub=modelscope"],
     ]
+    missing = ["tensorboard", "tensorboardX", "mlflow", "swanlab", "modelscope"]
     code = (
-        "import sys; from qwlit import __main__ as m; m.end_process = int\n"
+        f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+        "from qwlit import __main__ as m; m.end_process = int\n"
         f"for sys.argv in {[['qwlit', *words] for words in refused]}:\n"
         "    assert m.main() == 2, sys.argv\n"
         "    assert not {'torch', 'transformers', 'lightning', 'wandb'} & set(sys.modules), sys.argv"

@@ -3,6 +3,8 @@
 from qwlit.commands.options import compose_run, own_options
 from qwlit.config.compose import dump
 from qwlit.core.errors import ConfigError
+from qwlit.model.hub import client_of
+from qwlit.training.tracking.loggers import check_named_loggers
 
 
 def main(arguments: list[str]) -> None:
@@ -14,7 +16,10 @@ def main(arguments: list[str]) -> None:
     composed = compose_run(overrides)
     if shown:
         print(dump(composed.config), end="")
-    else:
-        from qwlit.run.training_run import train
+        return
+    # A missing package must end the command before torch is imported, which takes seconds.
+    check_named_loggers(composed.config.logger)
+    client_of(composed.config.model.hub)
+    from qwlit.run.training_run import train
 
-        train(composed)
+    train(composed)

@@ -23,7 +23,6 @@ from qwlit.run.resume import ResumePoint, newest, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.requeue_limit import counting_requeues
-from qwlit.training.tracking.loggers import check_named_loggers
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
 from qwlit.training.tracking.wandb_access import check_logger
 
@@ -86,7 +85,6 @@ def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> b
     if send_missing_to_wandb(config, folder) or is_done:
         return True
     refuse_occupied_folder(folder, overwrite=config.run.overwrite)
-    check_named_loggers(config.logger)
     check_logger(config.logger)
     if warning := torchrun_warning():
         console().print(f"[yellow]note[/] {warning}")
