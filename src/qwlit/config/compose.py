@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
@@ -172,18 +172,16 @@ def _clear_alternatives(composed: DictConfig, overrides: list[str]) -> None:
     pairs = [pair for pair in (WARMUP, LENGTH) if all(OmegaConf.select(composed, key) is not None for key in pair)]
     if not pairs:
         return
-    loader = GlobalHydra.instance().config_loader()
-    parsed, files = loader._parse_overrides_and_create_caching_repo(MAIN, overrides)
-    defaults = create_defaults_list(files, MAIN, parsed, prepend_hydra=False, skip_missing=False).defaults
-    for pair in pairs:
-        values: dict[str, Any] = {}
-        for default in defaults:
-            content = loader._load_single_config(default, files).config
+    folders = [Path(source.path) for source in composed.hydra.runtime.config_sources if source.schema == "file"]
+    for default in GlobalHydra.instance().config_loader().compute_defaults_list(MAIN, overrides, RunMode.RUN).defaults:
+        files = (folder / f"{default.config_path.removesuffix('.yaml')}.yaml" for folder in folders)
+        # Hydra's own settings are in no folder.
+        content = next((OmegaConf.load(file) for file in files if file.is_file()), OmegaConf.create())
+        for pair in pairs:
             in_file = {key: OmegaConf.select(content, key) for key in pair}
             if any(value is not None for value in in_file.values()):
-                values = in_file
-        for key, value in values.items():
-            OmegaConf.update(composed, key, value)
+                for key, value in in_file.items():
+                    OmegaConf.update(composed, key, value)
 
 
 def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
@@ -194,7 +192,8 @@ def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
     for key, choice in chosen.items():
         raise ConfigError(f"{key}={choice}: config={path} has fixed all groups; set single values")
     try:
-        # `dump` writes values, never interpolations.
+        # `dump` writes values, never interpolations, and `OmegaConf.load` refuses a text such as "${". Its own loader
+        # reads 1e-4 as a number, unlike yaml's, and is not public.
         tree = _literal(yaml.load(file.read_text(encoding="utf-8"), Loader=get_yaml_loader()))
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
@@ -291,8 +290,8 @@ def check(tree: dict[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """Return the configuration as YAML; `config=` reads it back to an equal one."""
-    # Unlike safe_dump, it puts quotes around texts that OmegaConf's loader reads as numbers, such as 5e1.
-    text: str = yaml.dump(as_tree(config), Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True)
+    # Unlike yaml's, it puts quotes around texts that OmegaConf's loader reads as numbers, such as 5e1.
+    text: str = OmegaConf.to_yaml(OmegaConf.create(_literal(as_tree(config))), resolve=True)
     return text
 
 
