@@ -1,6 +1,7 @@
 """Every file of settings composes, every combination checks, and what is wrong is said in one line."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -494,6 +495,18 @@ def test_a_model_file_of_ones_own_keeps_its_architecture(tmp_path):
 def test_an_old_name_is_answered_with_the_new_one():
     with pytest.raises(ConfigError, match=r"^hardware.memory is now called hardware.activation_checkpointing$"):
         compose(["hardware.memory=full"])
+
+
+@pytest.mark.parametrize(("old", "used"), [("true", ("wandb",)), ("false", ())])
+def test_a_run_of_an_earlier_version_is_read_once_its_file_is_changed_as_the_error_says(old, used, tmp_path):
+    file = tmp_path / "config.yaml"
+    text, count = re.subn(r"^  use: .*", f"  wandb: {old}", dump(compose([]).config), flags=re.MULTILINE)
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"logger\.wandb is now called logger\.use") as caught:
+        compose([f"config={file}"])
+    (new,) = re.findall(f"`wandb: {old}` by `(.*?)`", str(caught.value))
+    file.write_text(text.replace(f"wandb: {old}", new))
+    assert count == 1 and compose([f"config={file}"]).config.logger.use == used
 
 
 @pytest.mark.parametrize(
