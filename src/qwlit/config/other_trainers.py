@@ -20,14 +20,14 @@ from qwlit.config.other_trainers_options import (
     options_by_name,
     plain_value,
 )
-from qwlit.config.other_trainers_values import Answer, read_mapping
+from qwlit.config.other_trainers_values import Answer, read_yaml
 from qwlit.config.relations import LENGTH, VALIDATION, WARMUP
 from qwlit.config.run import RunConfig, setting_names
 from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.files import resolve_path
 
 PAGE = "docs/coming-from.md"
-SECRET = re.compile("token$|api_key|password", re.IGNORECASE)
+SECRET = re.compile("(?<!eos_|pad_|bos_|unk_)token$|api_key|password", re.IGNORECASE)
 """Names of options whose value no message may show."""
 DASHED = re.compile("--?[A-Za-z]")
 IN_YAML = re.compile(r"([A-Za-z_][\w.]*): +(.*)")
@@ -73,9 +73,9 @@ def refuse_options_of_others(arguments: Sequence[str], groups: Mapping[str, Sequ
         if typed.name == "config":
             _refuse_file(typed, arguments)
         elif typed.text.startswith("-") or not _is_own(typed, groups, own_files):
-            tree = read_mapping(typed.value) if typed.value.startswith("{") and find_option(typed.name) else None
-            parts = _file_options({typed.name: tree or typed.value})
-            found += [Typed(typed.text, name, value) for name, value in parts]
+            has_options = typed.value.startswith(("{", "[{")) and find_option(typed.name)
+            tree = {typed.name: read_yaml(typed.value) if has_options else typed.value}
+            found += [Typed(typed.text, name, value) for name, value in _file_options(tree)]
     answers, unknown = _answers(found, groups, arguments)
     if answers:
         said = [*map(str, answers), *(f"{typed} → not known{meant(typed.name)}" for typed in unknown)]
@@ -101,7 +101,7 @@ def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
             key, value = in_yaml.groups()
         elif not equals:
             continue
-        yield Typed(text, key.lstrip("+-").replace("-", "_"), value)
+        yield Typed(text, key.lstrip("+-").strip().replace("-", "_"), value)
 
 
 def _is_own(typed: Typed, groups: Mapping[str, Sequence[str]], own_files: bool) -> bool:
@@ -130,7 +130,7 @@ def _answers(
     unknown = []
     for typed, option in options:
         same = [name for name in setting_names() if name.endswith(f".{typed.name}") and "." not in typed.name]
-        if typed.name in setting_names() or typed.value in groups.get(typed.name, ()):
+        if typed.name in setting_names() - options_by_name().keys() or typed.value in groups.get(typed.name, ()):
             answer = Answer({typed.name: typed.value})
         elif option is not None:
             answer = option.answer(typed.value, others)

@@ -80,7 +80,7 @@ def _parsed(text: str) -> Answer:
 
 def plain_value(text: str) -> str:
     """Return a value without quotes and without the comma at its end, and Python's words as those of YAML."""
-    value = text.removesuffix(",").strip("'\"")
+    value = text.strip().removesuffix(",").strip("'\"")
     return PYTHONS.get(value, value)
 
 

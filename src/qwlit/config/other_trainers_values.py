@@ -44,13 +44,12 @@ class Answer:
         return " ".join([*self.typed, "→"] * bool(self.typed) + [f"{self.command()}{remark}"])
 
 
-def read_mapping(text: str) -> dict[str, Any]:
-    """Return the mapping that a text in YAML, JSON or Python holds; an empty one if it holds none."""
+def read_yaml(text: str) -> Any:
+    """Return the value that a text in YAML, JSON or Python holds, or the text itself if it cannot be read."""
     try:
-        value = yaml.load(text, yaml.BaseLoader)
+        return yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return text
 
 
 def _batch(ours: str, value: str, others: Others) -> Answer:
@@ -78,14 +77,14 @@ def _model(ours: str, value: str, others: Others) -> Answer:
 
 def _data(ours: str, value: str, others: Others) -> Answer:
     # ms-swift writes a number of rows behind the name: ORG/NAME#500.
-    parts = [part.strip().partition("#") for part in value.strip("[]").split(",")]
+    parts = [part.strip(" '\"").partition("#") for part in value.strip("[]").split(",")]
     paths = [_data_path(name) for name, _, _ in parts]
     overrides = {ours: paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"}
     registry = Path(others.get("dataset_dir", "data")) / "dataset_info.json"
     remarks = [f"put the file there that {registry} names"] if any(p.startswith("FILE_OF_") for p in paths) else []
     counts = {count for _, _, count in parts}
     if len(counts) > 1:
-        remarks.append("data.max_samples is one number for every set, so make files of the sets that you cut")
+        remarks.append("data.max_samples is one number for all sets, so cut the files to these rows")
     elif counts != {""}:
         overrides["data.max_samples"] = counts.pop()
     return Answer(overrides, ", ".join(remarks))
@@ -116,9 +115,10 @@ def _min_lr(ours: str, value: str, others: Others) -> Answer:
 
 def _columns_of_swift(ours: str, value: str, others: Others) -> Answer:
     # Their column comes first, and query and response have other names here.
-    keys = [f"{COLUMNS_OF_SWIFT.get(key, key)}: {column}" for column, key in read_mapping(value).items()]
-    if not keys:
+    columns = read_yaml(value)
+    if not (columns and isinstance(columns, dict)):
         return Answer({}, f"give {ours} our key first, '{ours}={{instruction: question}}'")
+    keys = (f"{COLUMNS_OF_SWIFT.get(key, key)}: {column}" for column, key in columns.items())
     return Answer({ours: f"{{{', '.join(keys)}}}"})
 
 
