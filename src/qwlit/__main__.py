@@ -133,9 +133,9 @@ def _requeue(subcommand: str, error: Preempted) -> None:
 def _run(subcommand: str, arguments: list[str]) -> None:
     if subcommand not in SUBCOMMANDS:
         from qwlit.config.compose import check_arguments
-        from qwlit.config.other_trainers_options import command_answer
+        from qwlit.config.other_trainers_options import read_table
 
-        if answer := command_answer(subcommand):
+        if answer := read_table()["commands"].get(subcommand):
             raise ConfigError(answer if answer.startswith("not in") else f"no such subcommand; type {answer}")
         if subcommand.startswith("-") or "=" in subcommand or "." in subcommand:
             check_arguments([subcommand, *arguments])
@@ -153,10 +153,8 @@ def _run(subcommand: str, arguments: list[str]) -> None:
         check_rank_numbers()
     else:
         forget_rank_variables()
-    from qwlit.config.compose import check_arguments
     from qwlit.config.overrides import full_width_remark
 
-    check_arguments(arguments)
     if subcommand in PREEMPTIBLE_SUBCOMMANDS:
         record_signals()
     try:

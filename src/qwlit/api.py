@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlit.config.compose import Composed, compose
+from qwlit.config.compose import Composed, check_arguments, compose
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, QwlitError
 from qwlit.core.files import read_json_lines, resolve_path
@@ -155,6 +155,7 @@ def _composed(overrides: Sequence[str]) -> Composed:
     for override in overrides:
         if not isinstance(override, str):
             raise ConfigError(f"{override!r} is not a text: pass each override by itself, 'experiment=demo', 'seed=1'")
+    check_arguments(list(overrides))
     return compose(list(overrides))
 
 
@@ -164,12 +165,10 @@ def _why_not_here(composed: Composed) -> str | None:
         return "this is not the main thread, and Python handles signals only there"
     if launched_world_size() is not None:
         return None
-    from qwlit.training.machine import resolve_machine
+    from qwlit.planning.setup import machine_of
 
-    config = composed.config
-    machine = resolve_machine(config.hardware, config.determinism, profile=composed.choices.get("hardware", ""))
-    if machine.world_size > 1:
-        return f"hardware.devices x hardware.num_nodes starts {machine.world_size} processes; set hardware.devices=1"
+    if (world_size := machine_of(composed).world_size) > 1:
+        return f"hardware.devices x hardware.num_nodes starts {world_size} processes; set hardware.devices=1"
     return None
 
 
@@ -178,12 +177,14 @@ def _train_here(composed: Composed, callbacks: "Sequence[Callback]", loggers: "S
 
     from qwlit.run.callbacks import Extensions
     from qwlit.run.training_run import train as train_run
+    from qwlit.training.tracking.loggers import check_named_loggers
 
     if saving := next((c for c in callbacks if isinstance(c, Checkpoint)), None):
         raise ConfigError(
             f"callbacks: qwlit.train saves checkpoints itself (checkpoint.every_steps); leave {type(saving).__name__}"
             " out, or use it in a Trainer of your own (qwlit.lightning_modules)"
         )
+    check_named_loggers(composed.config.logger)
     train_run(composed, Extensions(callbacks, loggers))
 
 

@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from qwlit.commands.options import own_options
 from qwlit.config.compose import as_tree, check, check_arguments, compose, group_options
-from qwlit.config.other_trainers import ALTERNATIVES, OWN_OPTIONS, split_answer
+from qwlit.config.other_trainers import REPLACED_BY
 from qwlit.config.other_trainers_options import (
     OTHERS,
     TRAINERS,
@@ -27,10 +27,10 @@ from qwlit.config.other_trainers_options import (
     options_by_name,
     read_table,
 )
-from qwlit.config.other_trainers_table import OVERRIDE, tables
 from qwlit.config.run import setting_names
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
+from scripts.other_trainers_table import OVERRIDE, tables
 from tests.tiny import save_folder, tiny_causal_lm
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +170,26 @@ ANSWERS = {
     "dataset=identity": "data.path=FILE_OF_identity (put the file there that data/dataset_info.json names)",
     "hardware=2xA100": "hardware=a100x2",
     "adapter.dropout=0.1": "dropout.lora=0.1",
+    # Everyday spellings, and values that other trainers' examples have.
+    'dataset=["a.jsonl","b.jsonl"]': "data.path=[a.jsonl,b.jsonl]",
+    "datasets=[{path: a.jsonl}]": "data.path=a.jsonl",
+    "--dataset a/b#500 c/d#500": "data.path=[hf:a/b,hf:c/d] data.max_samples=500",
+    "--dataset a/b#500 c/d": "data.path=[hf:a/b,hf:c/d] (data.max_samples is one number for all sets, so cut the files"
+    " to these rows)",
+    "target_modules=[all-linear]": "adapter.target_modules=all",
+    "lora=true": "recipe=lora",
+    "--resume": "not needed: the same command resumes an unfinished run; resume=never starts a new one",
+    "gpu=0": "choose device 0 with the environment variable CUDA_VISIBLE_DEVICES",
+    "devices=-1": "hardware.devices=auto",
+    "strategy=deepspeed_stage_2": "hardware.strategy=fsdp",
+    "zero_optimization={stage: 3}": "hardware.strategy=fsdp",
+    "train_batch_size=auto": "leave it out",
+    "train_batch_size=8": "train.global_batch_size=8",
+    "ddp_timeout=180000000": "hardware.timeout_seconds=2592000 (the most)",
+    "learning_rate = 1e-4": "optim.lr=1e-4",
+    "model.name=Qwen/Qwen3-8B": "model.hub_id=Qwen/Qwen3-8B",
+    "eos_token=<|im_end|>": "not needed: the model's template ends the answers",
+    "same_network=true": "not needed: train starts its processes itself",
     "CUDA_VISIBLE_DEVICES=0": "write the variable before the command, in front of qwlit",
 }
 
@@ -197,7 +217,6 @@ TOGETHER = {
         "lr=1 → optim.lr=1; learing_rate=2 → not known (did you mean learning_rate, here optim.lr?);"
         " xyz=3 → not known; --xzy → not known"
     ),
-    "output=json mfu=0.4 sweep=x lr=1 --cfg job": "lr=1 → optim.lr=1",
 }
 
 
@@ -207,9 +226,27 @@ def test_options_that_set_the_same_have_one_answer_and_unknown_ones_are_named(ty
 
 
 def test_the_subcommands_own_options_are_no_unknown_ones():
-    from qwlit.commands import report, submit
+    known = {"output": ("text", "json"), "mfu": None}
+    with pytest.raises(ConfigError, match=r"^not options of qwlit: lr=1 → optim.lr=1\. All"):
+        own_options(["output=json", "--mfu", "0.4", "lr=1"], known)
+    with pytest.raises(ConfigError, match="lr=1 → optim"):
+        own_options(["lr=1", "sample=3"], known)
 
-    assert {*report.OPTIONS, *submit.OWN} <= OWN_OPTIONS
+
+@pytest.mark.parametrize("subcommand", ["train", "plan", "inspect", "submit", "sweep", "python"])
+def test_the_arguments_are_checked_once_whatever_reads_them(subcommand, monkeypatch):
+    import qwlit
+    from qwlit.__main__ import _run
+    from qwlit.config import compose as module
+
+    calls = []
+    check_shell = module.check_shell
+    monkeypatch.setattr(module, "check_shell", lambda arguments: calls.append(check_shell(arguments)))
+    words = ["sweep=lora", "backend=optuna"] if subcommand == "sweep" else []
+    for wrong, said in (("optim.lrr=1", "optim.lrr: no such setting"), ("lr=1", "lr=1 → optim.lr=1")):
+        with pytest.raises(ConfigError, match=said):
+            qwlit.plan(wrong) if subcommand == "python" else _run(subcommand, [*words, wrong])
+        assert calls.pop() is None and not calls
 
 
 @pytest.mark.parametrize("value", ["\\", '"', "'", "5\\", "[", "{", "{a: 'b", "a'b"])
@@ -223,9 +260,9 @@ def test_a_value_that_no_shell_could_read_has_an_answer_without_a_traceback(valu
 def test_every_answer_with_an_override_starts_with_words_of_a_shell_and_has_its_remark_in_parentheses():
     for option in OPTIONS:
         for value in (*option.values, "x", "2"):
-            overrides, remark = split_answer(option.answer(value))
-            text = option.answer(value)
-            assert not remark or not overrides or text.endswith(f" ({remark})"), text
+            answer = option.answer(value)
+            assert answer.overrides or (answer.remark and not OVERRIDE.match(answer.remark)), answer
+            assert not answer.overrides or shlex.split(str(answer).partition(" (")[0]), answer
 
 
 @pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
@@ -309,7 +346,8 @@ def overrides_in(text: str) -> list[tuple[str, str]]:
 def test_every_answer_names_settings_and_values_that_exist():
     tree = as_tree(compose([]).config)
     written = [part for option in OPTIONS for part in (option.ours, *option.values.values(), option.instead)]
-    written += [*read_table()["commands"].values(), *(option.missing for option in OPTIONS)]
+    patterns = [text.partition(" (")[0] for option in OPTIONS for text in option.patterns.values()]
+    written += [*read_table()["commands"].values(), *patterns]
     for key, value in {pair for text in written for pair in overrides_in(text)}:
         if key in group_options():
             assert value in {*group_options()[key], *LOGGERS_NOT_YET}, (key, value)
@@ -340,9 +378,12 @@ def test_every_optimizer_and_schedule_of_transformers_is_answered():
         option = find_option(key)
         assert option
         for name in names:
-            found = option.answer(name.value)
+            found = str(option.answer(name.value))
             group = key.removeprefix("lr_").removesuffix("_type")
-            assert found.startswith("not in this version") or found.split()[0].split("=")[1] in group_options()[group]
+            assert (
+                found.startswith("not in this version")
+                or found.split(maxsplit=1)[0].split("=")[1] in group_options()[group]
+            )
 
 
 @pytest.mark.parametrize("name", ["experiment/mine.yaml"])
@@ -360,6 +401,8 @@ def test_another_trainers_name_in_a_file_of_ones_own_is_answered(name, tmp_path)
         ("sft", "type train recipe=full_sft"),
         ("trian", "Did you mean 'train'"),
         ("--lora_rank=8", "--lora_rank=8 → adapter.rank=8; learning_rate=1 → optim.lr=1"),
+        ("torchrun", "type train, which starts a process for each of hardware.devices by itself"),
+        ("llamafactory-cli", "type train, and behind it the options or the settings file"),
         ("none.yaml", "none.yaml: no such file"),
         ("train.sh", "train.sh: a script is not read"),
     ],
@@ -466,8 +509,8 @@ def test_another_trainers_file_is_recognised_wherever_it_is_named(place):
     (place / "many.json").write_text(json.dumps(dict.fromkeys(options_by_name(), 7) | {"learing_rate": 1, "xyz": 2}))
     said = answer("many.json")
     for name, option in options_by_name().items():
-        keys = split_answer(option.answer("7"))[0].keys()
-        assert name in said or all(f" {key}=" in said or ALTERNATIVES.get(key, "") in said for key in keys), name
+        keys = option.answer("7").overrides
+        assert name in said or all(f" {key}=" in said or REPLACED_BY.get(key, "") in said for key in keys), name
     assert said.endswith("; not known: learing_rate (did you mean learning_rate, here optim.lr?), xyz")
 
 

@@ -10,8 +10,6 @@ from qwlit.planning.batch_statistics import assume_batches
 from qwlit.planning.setup import resolve_setup
 from qwlit.training import machine
 
-GIB = 2**30
-
 
 def fitted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+import qwlit
 from qwlit.config.compose import compose, conf_dir
 from qwlit.core.errors import ConfigError, Preempted
 from qwlit.core.files import read_json_lines
@@ -251,12 +252,15 @@ def test_only_rank_0_logs_and_closes_with_the_runs_result(folder: RunFolder, mon
     ],
 )
 def test_a_missing_package_is_named(
-    name: str, modules: list[str], package: str, monkeypatch: pytest.MonkeyPatch
+    name: str, modules: list[str], package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"^logger={name} needs a package \(.*\); run pip install {package}$"):
+    said = rf"^logger={name} needs a package \(.*\); run pip install {package}$"
+    with pytest.raises(ConfigError, match=said):
         check_named_loggers(LoggerConfig(use=("csv", name)))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=said):
+        qwlit.train("hardware=cpu", f"logger={name}", f"run.root={tmp_path}")
 
 
 def test_every_logger_has_its_file_and_several_can_be_used_together() -> None:

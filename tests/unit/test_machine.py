@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import pytest
 
 from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
 from qwlit.core.errors import ConfigError
+from qwlit.planning import setup
+from qwlit.run import training_run
 from qwlit.training import machine
 
 H100 = Devices(1, "NVIDIA H100", True, 85.0)
@@ -57,3 +61,16 @@ def test_bfloat16_is_refused_where_the_card_has_none(monkeypatch: pytest.MonkeyP
     hardware = compose(["hardware=rtx4090"]).config.hardware
     with pytest.raises(ConfigError, match=r"Quadro RTX 6000 has no bfloat16; set hardware\.precision=16-mixed"):
         machine.resolve_machine(hardware, "fast", profile="rtx4090")
+
+
+def test_a_training_resolves_its_machine_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reached(Exception):
+        pass
+
+    detected = []
+    monkeypatch.setattr(machine, "detect_devices", lambda: detected.append(NONE) or NONE)
+    # The plan needs the machine first; what follows takes long and resolves no machine.
+    monkeypatch.setattr(setup, "why_not_sharded", lambda config, machine: (_ for _ in ()).throw(Reached))
+    with pytest.raises(Reached):
+        training_run.train(compose(["experiment=demo", f"run.root={tmp_path}"]))
+    assert detected == [NONE]

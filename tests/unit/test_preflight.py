@@ -11,6 +11,7 @@ import pytest
 from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
 from qwlit.core.errors import ConfigError
+from qwlit.model.config import AdapterConfig
 from qwlit.optim.schedules import Schedule
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
@@ -68,6 +69,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "greedy_thinking": ({"words": ["data.thinking=keep"]}, {"words": ["data.thinking=drop"]}),
     "weight_decay": ({"words": ["optim.weight_decay=0.3"]}, {"words": ["recipe=lora", "optim.weight_decay=0"]}),
     "lora_dropout": ({"words": ["recipe=lora", "dropout.lora=0.1"]}, {"words": ["recipe=lora", "dropout.lora=0.05"]}),
+    "lora_scale": (
+        {"words": ["recipe=lora", "adapter.rank=8"]},
+        {"words": ["recipe=lora", "adapter.rank=8", "adapter.alpha=32"]},
+    ),
     "high_dropout": ({"words": ["dropout.feed_forward=0.3"]}, {"words": ["dropout.feed_forward=0.2"]}),
     "adapter_on_random": ({"words": ["recipe=lora", "model.init=random"]}, {"words": ["recipe=lora"]}),
     "little_supervised": ({"words": [], "data": replace(GOOD_DATA, supervised_share=0.04)}, {"words": []}),
@@ -204,6 +209,21 @@ def test_a_finding_speaks_of_what_was_typed(name, words, steps, said, message):
 )
 def test_a_missing_validation_set_is_said_of_what_was_typed(words, said, message):
     assert re.match(said, message("no_validation", words, data=replace(GOOD_DATA, has_validation=False)))
+
+
+@pytest.mark.parametrize("words", [["adapter.rank=16"], ["adapter.rank=8", "adapter.use_rslora=true"]])
+def test_a_rank_that_leaves_the_scale_of_the_recipe_or_of_rslora_is_no_finding(words):
+    for recipe in ("lora", "qlora"):
+        adapter = compose([f"recipe={recipe}"]).config.adapter
+        assert adapter.alpha / adapter.rank == AdapterConfig().alpha / AdapterConfig().rank
+    assert "lora_scale" not in names(facts(["recipe=lora", *words]))
+
+
+def test_a_rank_with_the_recipes_alpha_says_the_alpha_that_keeps_the_scale(message):
+    assert message("lora_scale", ["recipe=lora", "adapter.rank=8"]) == (
+        "adapter.alpha stays 32 for adapter.rank=8: adapters are scaled by 4 instead of 2; set adapter.alpha=16, or"
+        " adapter.alpha=32 if that is meant"
+    )
 
 
 def test_sgds_rates_are_its_own():

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from qwlit.commands.options import own_options
+from qwlit.commands.options import own_options, typed_number
 from qwlit.config.compose import compose
 from qwlit.config.run import RunConfig
 from qwlit.core.console import console
@@ -31,14 +31,8 @@ LONGEST_SYSTEM_TEXT = 200
 
 def main(arguments: list[str]) -> None:
     own, overrides = own_options(arguments, {"output": OUTPUTS, "sample": None})
-    sample = _sample(own["sample"] or None)
+    sample = typed_number(own, "sample", least=0)
     inspect(compose(overrides).config, str(own["output"]), sample)
-
-
-def _sample(text: str | None) -> int | None:
-    if text is not None and not text.isdecimal():
-        raise ConfigError(f"sample={text}: give a sample's number, counted from 0")
-    return None if text is None else int(text)
 
 
 def inspect(config: RunConfig, output: str, sample: int | None) -> None:

@@ -31,14 +31,21 @@ def own_options(
         The value of every known key, and the overrides.
 
     Raises:
-        ConfigError: a value is not among the choices, or an unknown key resembles one of `known` and is not a setting.
+        ConfigError: an option is another trainer's or begins with a dash, a value is not among the choices, or an
+            unknown key resembles one of `known` and is not a setting.
     """
+    from qwlit.config.compose import check_arguments
+
+    check_arguments(arguments, known)
     own = {key: next(iter(choices)) if choices else None for key, choices in known.items()}
     overrides = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if (name := key.lstrip("-")) != key and name in known:
-            raise ConfigError(f"{argument}: write {name}={value or '…'}, without dashes")
+        if (name := key.lstrip("-")) != key:
+            if name in known:
+                raise ConfigError(f"{argument}: write {name}={value or '…'}, without dashes")
+            hint = nearest(argument, ["--help"])
+            raise ConfigError(f"{argument}: no such option.{hint} Settings are key=value")
         if key not in known:
             if equals and (hint := nearest(key, known)) and not _is_setting(key):
                 raise ConfigError(f"{argument}: there is no '{key}' here.{hint}")
@@ -61,7 +68,7 @@ def _is_setting(key: str) -> bool:
     return name in {"config", "hydra", *group_options(), *(field.name for field in fields(RunConfig))}
 
 
-def whole_number(own: Mapping[str, str | None], key: str, least: int = 1) -> int | None:
+def typed_number(own: Mapping[str, str | None], key: str, least: int = 1) -> int | None:
     """Return the typed number of `key`, or None if it was not typed.
 
     Raises:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from qwlit.commands.options import compose_run, own_options
 from qwlit.core.console import console
+from qwlit.core.devices import GIB
 from qwlit.core.errors import ConfigError
 from qwlit.core.streams import write_out
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from qwlit.planning.remedies import Remedy
     from qwlit.planning.run_plan import RunPlan
 
-GIB = 2**30
 OUTPUTS = ("text", "json")
 BAR_WIDTH, CURVE_WIDTH = 30, 60
 # MFU of large runs that do not wait for data, with FLOPs counted as here: PaLM 46 %, torchtitan 33-39 %.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from qwlit.cluster.script import SlurmJob, check_slurm, quoted, render
-from qwlit.commands.options import compose_run, own_options, whole_number
+from qwlit.commands.options import compose_run, own_options, typed_number
 from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, QwlitError
@@ -68,9 +68,9 @@ def _sweep(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig,
     if config.hardware.num_nodes > 1:
         raise ConfigError("hardware.num_nodes: a trial of a sweep runs on one node; set hardware.num_nodes=1")
     check_metric(sweep, config)
-    trials = whole_number(own, "trials")
+    trials = typed_number(own, "trials")
     limit = number_of_trials(sweep, build_space(sweep), trials)
-    tasks = whole_number(own, "tasks") or 1
+    tasks = typed_number(own, "tasks") or 1
     if tasks > limit:
         raise ConfigError(
             f"tasks={tasks}: the sweep has only {limit} trials, and each task runs one at a time; lower it"

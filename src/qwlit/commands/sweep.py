@@ -6,9 +6,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qwlit.commands.options import own_options, whole_number
+from qwlit.commands.options import own_options, typed_number
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, QwlitError, nearest
+from qwlit.core.errors import ConfigError, QwlitError
 
 BACKENDS = ("wandb", "optuna")
 ACTIONS = ("run", "best", "find_lr")
@@ -20,9 +20,6 @@ def main(arguments: list[str]) -> None:
         arguments,
         {"sweep": None, "backend": BACKENDS, "action": ACTIONS, "trials": None, "jobs": None, "agents": None},
     )
-    for override in overrides:
-        if override.startswith("-"):
-            raise ConfigError(f"{override}: no such option.{nearest(override, ['--help'])} Settings are key=value")
     unused = {"find_lr": ("sweep", "trials", "jobs", "agents"), "best": ("trials", "jobs", "agents"), "run": ()}
     for key in unused[str(own["action"])]:
         if own[key] is not None:
@@ -44,7 +41,7 @@ def _run(own: dict[str, str | None], overrides: list[str]) -> None:
     from qwlit.tuning.sweep_file import read_sweep
 
     sweep = read_sweep(str(own["sweep"]))
-    trials = whole_number(own, "trials")
+    trials = typed_number(own, "trials")
     if own["backend"] == "wandb":
         if own["jobs"] is not None:
             raise ConfigError(
@@ -52,7 +49,7 @@ def _run(own: dict[str, str | None], overrides: list[str]) -> None:
             )
         from qwlit.tuning.wandb_search import run_wandb
 
-        run_wandb(sweep, overrides, trials=trials, agents=whole_number(own, "agents", least=0))
+        run_wandb(sweep, overrides, trials=trials, agents=typed_number(own, "agents", least=0))
         return
     if own["agents"] is not None:
         raise ConfigError(
@@ -61,7 +58,7 @@ def _run(own: dict[str, str | None], overrides: list[str]) -> None:
     from qwlit.tuning.optuna_search import run_local
     from qwlit.tuning.record import read_record
 
-    folder = run_local(sweep, overrides, trials=trials, jobs=whole_number(own, "jobs"))
+    folder = run_local(sweep, overrides, trials=trials, jobs=typed_number(own, "jobs"))
     record = read_record(folder)
     _show(record)
     screen = console()

@@ -1,32 +1,25 @@
 """`train`: trains a model, or resumes an unfinished run."""
 
-from qwlit.commands.options import compose_run
+from qwlit.commands.options import compose_run, own_options
 from qwlit.config.compose import dump
-from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.errors import ConfigError
+from qwlit.model.hub import client_of
+from qwlit.training.tracking.loggers import check_named_loggers
 
 
 def main(arguments: list[str]) -> None:
-    overrides, show_config = _split_options(arguments)
+    at = arguments.index("--cfg") if "--cfg" in arguments else len(arguments)
+    shown = arguments[at : at + 2]
+    if shown not in ([], ["--cfg", "job"]):
+        raise ConfigError("--cfg takes one value: --cfg job prints the composed settings")
+    _, overrides = own_options([*arguments[:at], *arguments[at + 2 :]], {})
     composed = compose_run(overrides)
-    if show_config:
+    if shown:
         print(dump(composed.config), end="")
-    else:
-        from qwlit.run.training_run import train
+        return
+    # A missing package must end the command before torch is imported, which takes seconds.
+    check_named_loggers(composed.config.logger)
+    client_of(composed.config.model.hub)
+    from qwlit.run.training_run import train
 
-        train(composed)
-
-
-def _split_options(arguments: list[str]) -> tuple[list[str], bool]:
-    """Separate `--cfg job` from the overrides. Return the overrides, and whether to print the settings only."""
-    overrides = list(arguments)
-    show_config = "--cfg" in overrides
-    if show_config:
-        at = overrides.index("--cfg")
-        if overrides[at + 1 : at + 2] != ["job"]:
-            raise ConfigError("--cfg takes one value: --cfg job prints the composed settings")
-        del overrides[at : at + 2]
-    for override in overrides:
-        if override.startswith("-"):
-            hint = nearest(override, ["--help", "--cfg"])
-            raise ConfigError(f"{override}: no such option.{hint} Settings are key=value")
-    return overrides, show_config
+    train(composed)

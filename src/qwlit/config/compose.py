@@ -6,6 +6,7 @@ whole tree against the dataclasses reports wrong names and values.
 
 import os
 import re
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
@@ -32,7 +33,7 @@ from qwlit.config.overrides import (
     repeated_keys,
     show_value,
 )
-from qwlit.config.relations import TEXTS, check_relations
+from qwlit.config.relations import LENGTH, TEXTS, WARMUP, check_relations
 from qwlit.config.run import RunConfig
 from qwlit.config.settings import LONGEST_NAME, cut_name
 from qwlit.core.errors import ConfigError, nearest
@@ -76,24 +77,30 @@ def group_options() -> dict[str, list[str]]:
     return {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in groups}
 
 
-def check_arguments(arguments: list[str]) -> None:
+def check_arguments(arguments: list[str], own: Container[str] = ()) -> None:
     """Refuse arguments that no subcommand reads: options of other trainers, and lists that the shell took apart.
+
+    Args:
+        own: options of the subcommand that are not settings.
 
     Raises:
         ConfigError: saying what to type instead.
     """
     check_shell(arguments)
-    refuse_options_of_others(arguments, group_options())
+    others = [argument for argument in arguments if argument.lstrip("-").partition("=")[0] not in own]
+    refuse_options_of_others(others, group_options())
 
 
 def compose(overrides: list[str]) -> Composed:
     """Compose and check a run's configuration.
 
+    Args:
+        overrides: those that a user has typed went through `check_arguments`.
+
     Raises:
         ConfigError: naming the field, the rule and the nearest valid name.
     """
     overrides = agent_overrides(overrides) if under_agent() else overrides
-    check_arguments(overrides)
     typed = read_overrides(overrides)
     groups = group_options()
     chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key.startswith("hydra.")}
@@ -165,18 +172,16 @@ def _clear_alternatives(composed: DictConfig, overrides: list[str]) -> None:
     pairs = [pair for pair in (WARMUP, LENGTH) if all(OmegaConf.select(composed, key) is not None for key in pair)]
     if not pairs:
         return
-    loader = GlobalHydra.instance().config_loader()
-    parsed, files = loader._parse_overrides_and_create_caching_repo(MAIN, overrides)
-    defaults = create_defaults_list(files, MAIN, parsed, prepend_hydra=False, skip_missing=False).defaults
-    for pair in pairs:
-        values: dict[str, Any] = {}
-        for default in defaults:
-            content = loader._load_single_config(default, files).config
+    folders = [Path(source.path) for source in composed.hydra.runtime.config_sources if source.schema == "file"]
+    for default in GlobalHydra.instance().config_loader().compute_defaults_list(MAIN, overrides, RunMode.RUN).defaults:
+        files = (folder / f"{default.config_path.removesuffix('.yaml')}.yaml" for folder in folders)
+        # Hydra's own settings are in no folder.
+        content = next((OmegaConf.load(file) for file in files if file.is_file()), OmegaConf.create())
+        for pair in pairs:
             in_file = {key: OmegaConf.select(content, key) for key in pair}
             if any(value is not None for value in in_file.values()):
-                values = in_file
-        for key, value in values.items():
-            OmegaConf.update(composed, key, value)
+                for key, value in in_file.items():
+                    OmegaConf.update(composed, key, value)
 
 
 def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
@@ -187,7 +192,8 @@ def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
     for key, choice in chosen.items():
         raise ConfigError(f"{key}={choice}: config={path} has fixed all groups; set single values")
     try:
-        # `dump` writes values, never interpolations.
+        # `dump` writes values, never interpolations, and `OmegaConf.load` refuses a text such as "${". Its own loader
+        # reads 1e-4 as a number, unlike yaml's, and is not public.
         tree = _literal(yaml.load(file.read_text(encoding="utf-8"), Loader=get_yaml_loader()))
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
@@ -217,10 +223,6 @@ def _literal(value: Any) -> Any:
         return [_literal(item) for item in value]
     # Backslashes before "${" escape each other.
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-WARMUP = ("scheduler.warmup_steps", "scheduler.warmup_ratio")
-LENGTH = ("train.max_steps", "train.max_epochs")
 
 
 def _cleared(typed: dict[str, Any]) -> dict[str, Any]:
@@ -288,8 +290,8 @@ def check(tree: dict[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """Return the configuration as YAML; `config=` reads it back to an equal one."""
-    # Unlike safe_dump, it puts quotes around texts that OmegaConf's loader reads as numbers, such as 5e1.
-    text: str = yaml.dump(as_tree(config), Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True)
+    # Unlike yaml's, it puts quotes around texts that OmegaConf's loader reads as numbers, such as 5e1.
+    text: str = OmegaConf.to_yaml(OmegaConf.create(_literal(as_tree(config))), resolve=True)
     return text
 
 

@@ -20,7 +20,8 @@ PLAIN_PHRASES = {
 }
 RENAMED = {
     "hardware.memory": "hardware.activation_checkpointing",
-    "logger.wandb": "logger.use, a list of loggers such as [wandb]",
+    "logger.wandb": "logger.use: type logger=wandb, and in a run's config.yaml replace `wandb: true` by `use: [wandb]`,"
+    " `wandb: false` by `use: []`",
 }
 """Old name of a setting → its new name, for the error message."""
 

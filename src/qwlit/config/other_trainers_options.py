@@ -3,8 +3,9 @@
 docs/coming-from.md shows it.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qwlit.config.other_trainers_values import LEAVE_OUT, READ_WHOLE, READERS, Others, quoted
+from qwlit.config.other_trainers_values import READERS, Answer, Others
 from qwlit.core.files import resolve_path
 
 TABLE = "qwlit:other_trainers.yaml"
@@ -21,7 +22,7 @@ OTHERS = "also"
 """Key of the names in LitGPT, Lightning, peft and older versions."""
 SHARED, SHARING = "hf", ("lf", "trl", "swift")
 """Key of the names in transformers' TrainingArguments, and the trainers that take these."""
-NOT_NEEDED, NOT_YET = "not needed: ", "not in this version: "
+NOT_NEEDED, NOT_YET, LEAVE_OUT = "not needed: ", "not in this version: ", "leave it out"
 OFF = ("false", "none", "no", "null", "0", "[]", "")
 """Values that switch an option off."""
 PYTHONS = {"True": "true", "False": "false", "None": "null"}
@@ -34,43 +35,52 @@ class Option:
 
     names: Mapping[str, tuple[str, ...]]
     """Trainer → its names for this option."""
-    values: Mapping[str, str]
+    values: Mapping[str, str] = field(default_factory=dict)
+    patterns: Mapping[str, str] = field(default_factory=dict)
     ours: str = ""
     read: str = ""
     instead: str = ""
-    missing: str = ""
-    needless: str = ""
+    """Also why the option is missing or needless."""
     note: str = ""
-    theirs: tuple[str, ...] = ()
-    """Values that other trainers have and qwlit has not."""
 
     def has_options(self) -> bool:
         """Whether a mapping as the value has options of its own."""
-        return bool(self.ours) and self.read not in READ_WHOLE
+        return bool(self.ours) and self.read != "columns_of_swift"
 
-    def answer(self, value: str, others: Others = MappingProxyType({})) -> str:
+    def by_value(self, value: str) -> str | None:
+        """Return the answer that the table gives to this value, empty where it only knows the value; else None."""
+        found = (re.fullmatch(pattern, value) for pattern in self.patterns)
+        expanded = (match.expand(self.patterns[match.re.pattern]) for match in found if match)
+        return self.values.get(value.lower(), next(expanded, None))
+
+    def answer(self, value: str, others: Others = MappingProxyType({})) -> Answer:
         """Return what to type instead of this option with this value, or why there is nothing to type.
 
         Args:
             others: the values of all options typed, see other_trainers_values.py.
         """
         value = plain_value(value)
-        if value.lower() in self.values:
-            return self.values[value.lower()]
-        if self.needless:
-            return NOT_NEEDED + self.needless
-        if value.lower() in OFF and (self.instead or self.missing or self.values):
-            return LEAVE_OUT
-        if self.instead or self.missing:
-            return self.instead or NOT_YET + self.missing
+        is_off = value.lower() in OFF and bool(self.instead or self.values) and not self.instead.startswith(NOT_NEEDED)
+        if text := self.by_value(value) or (LEAVE_OUT if is_off else self.instead):
+            return _parsed(text)
         if self.read:
             return READERS[self.read](self.ours, value, others)
-        return quoted(self.ours.format(value=value) if "{value}" in self.ours else f"{self.ours}={value}")
+        key, _, template = self.ours.partition("=")
+        return Answer({key: template.format(value=value) or value})
+
+
+def _parsed(text: str) -> Answer:
+    """Return the answer that the table writes as overrides and a remark in parentheses, or only as a text."""
+    words, _, remark = text.partition(" (")
+    pairs = [word.partition("=") for word in words.split()]
+    if not all(equals for _, equals, _ in pairs):
+        return Answer({}, text)
+    return Answer({key: value for key, _, value in pairs}, remark.removesuffix(")"))
 
 
 def plain_value(text: str) -> str:
     """Return a value without quotes and without the comma at its end, and Python's words as those of YAML."""
-    value = text.removesuffix(",").strip("'\"")
+    value = text.strip().removesuffix(",").strip("'\"")
     return PYTHONS.get(value, value)
 
 
@@ -85,13 +95,13 @@ def read_table() -> dict[str, Any]:
 
 
 def _option(entry: dict[str, Any]) -> Option:
-    names: dict[str, tuple[str, ...]] = {}
-    for trainer in (SHARED, *TRAINERS, OTHERS):
-        written = entry.pop(trainer, [])
-        own = (written,) if isinstance(written, str) else tuple(written)
-        for each in SHARING if trainer == SHARED else (trainer,):
-            names[each] = names.get(each, ()) + own
-    return Option(names, entry.pop("values", {}), theirs=tuple(entry.pop("theirs", ())), **entry)
+    written = {key: entry.pop(key, ()) for key in (SHARED, *TRAINERS, OTHERS)}
+    lists = {key: (names,) if isinstance(names, str) else tuple(names) for key, names in written.items()}
+    names = {key: lists[SHARED] * (key in SHARING) + lists[key] for key in (*TRAINERS, OTHERS)}
+    for key, beginning in (("missing", NOT_YET), ("needless", NOT_NEEDED)):
+        if key in entry:
+            entry["instead"] = beginning + entry.pop(key)
+    return Option(names, **entry)
 
 
 @lru_cache
@@ -108,9 +118,3 @@ def find_option(name: str) -> Option | None:
     option = options_by_name().get(name.rpartition(".")[2])
     # `optmi.lr` is a misspelt setting of qwlit.
     return None if option and get_close_matches(name, [option.ours], cutoff=0.8) else option
-
-
-def command_answer(name: str) -> str | None:
-    """Return what to type instead of another trainer's subcommand; None if it is not known."""
-    answer: str | None = read_table()["commands"].get(name)
-    return answer

@@ -21,6 +21,10 @@ TEXTS = {
     "data.system",
 } | {f"slurm.{name}" for name in ("partition", "account", "qos", "constraint", "time", "container")}
 """Settings that are text even if they look like a number, and that must not be empty."""
+WARMUP = ("scheduler.warmup_steps", "scheduler.warmup_ratio")
+LENGTH = ("train.max_steps", "train.max_epochs")
+VALIDATION = ("data.val_path", "data.val_fraction")
+"""Pairs of settings of which a run needs one."""
 
 
 def check_relations(config: RunConfig) -> None:

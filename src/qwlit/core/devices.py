@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class Devices:

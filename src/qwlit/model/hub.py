@@ -51,7 +51,7 @@ def fetch(hub_id: str, patterns: list[str], hub: HubName) -> Path:
     """
     if not looks_like_hub_id(hub_id):
         raise ConfigError(f"model.hub_id={hub_id} is no hub id, such as Qwen/Qwen3-0.6B; a folder is model.path=FOLDER")
-    client = _modelscope() if hub == "modelscope" else _huggingface()
+    client = client_of(hub)
     try:
         call_with_timeout(PROBE_SECONDS, lambda: client.probe(hub_id))
         return Path(client.download(hub_id, allow_patterns=patterns))
@@ -68,6 +68,15 @@ def fetch(hub_id: str, patterns: list[str], hub: HubName) -> Path:
             f"{hub_id} could not be fetched ({reason}); "
             "set model.path=FOLDER to a local copy, model.init=random with model.tokenizer=FOLDER, or experiment=demo"
         ) from None
+
+
+def client_of(hub: HubName) -> _Client:
+    """Import the client library of a hub.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    return _modelscope() if hub == "modelscope" else _huggingface()
 
 
 def _huggingface() -> _Client:

@@ -108,11 +108,14 @@ class RunPlan:
         return self.num_tokens * self.flops_per_token / (machine.peak_flops * machine.world_size * mfu)
 
 
-def build_plan(composed: Composed, screen: Console, *, preview: bool = False) -> RunPlan:
+def build_plan(
+    composed: Composed, screen: Console, *, machine: Machine | None = None, preview: bool = False
+) -> RunPlan:
     """Resolve everything that the run needs except the weights; tokenize data that are not tokenized yet.
 
     Args:
         screen: shows the progress of tokenizing.
+        machine: that of the run, if it is resolved already.
         preview: take the devices from the hardware profile and do not inspect this machine, skip data that are missing
             or large, and keep the findings instead of refusing the run.
 
@@ -121,7 +124,7 @@ def build_plan(composed: Composed, screen: Console, *, preview: bool = False) ->
     """
     config = composed.config
     forget_meta_models()
-    setup = resolve_setup(composed, trust_profile=preview)
+    setup = resolve_setup(composed, machine=machine, trust_profile=preview)
     if not preview:
         # Refuse the run before tokenizing, which can take long, if the settings alone make it impossible.
         refuse(run_rules(facts_of(setup)))

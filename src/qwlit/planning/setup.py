@@ -81,10 +81,18 @@ class Setup:
         return replace(self, machine=machine, execution=execution), estimate
 
 
-def resolve_setup(composed: Composed, *, trust_profile: bool = False) -> Setup:
+def machine_of(composed: Composed, *, trust_profile: bool = False) -> Machine:
+    """Return the machine of a run, see `resolve_machine`."""
+    config = composed.config
+    profile = composed.choices.get("hardware") or "of this config.yaml"
+    return resolve_machine(config.hardware, config.determinism, profile=profile, trust_profile=trust_profile)
+
+
+def resolve_setup(composed: Composed, *, machine: Machine | None = None, trust_profile: bool = False) -> Setup:
     """Resolve what depends on the machine, and match every pattern against the model's parameters.
 
     Args:
+        machine: that of the run, if it is resolved already.
         trust_profile: take the devices from the hardware profile; do not inspect this machine.
 
     Raises:
@@ -92,12 +100,7 @@ def resolve_setup(composed: Composed, *, trust_profile: bool = False) -> Setup:
     """
     config = composed.config
     check_allowed(config.preflight.allow)
-    machine = resolve_machine(
-        config.hardware,
-        config.determinism,
-        profile=composed.choices.get("hardware") or "of this config.yaml",
-        trust_profile=trust_profile,
-    )
+    machine = machine or machine_of(composed, trust_profile=trust_profile)
     refusal = why_not_sharded(config, machine)
     if machine.strategy == "fsdp" and refusal:
         raise ConfigError(refusal)

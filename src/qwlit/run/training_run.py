@@ -12,6 +12,7 @@ from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
 from qwlit.core.signals import answering_signals
 from qwlit.core.slurm import torchrun_warning
 from qwlit.planning.run_plan import RunPlan, build_plan
+from qwlit.planning.setup import machine_of
 from qwlit.run.begin import begin, recording_status
 from qwlit.run.callbacks import Extensions
 from qwlit.run.finish import finish, print_summary
@@ -22,9 +23,7 @@ from qwlit.run.resume import ResumePoint, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.checkpointing.folder import newest
 from qwlit.training.determinism import prepare_determinism
-from qwlit.training.machine import resolve_machine
 from qwlit.training.resilience.requeue_limit import counting_requeues
-from qwlit.training.tracking.loggers import check_named_loggers
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
 from qwlit.training.tracking.wandb_access import check_logger
 
@@ -55,12 +54,8 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     is_done = is_requeued and folder.status == FINISHED
     if is_done and not is_rank_zero():
         return
-    # Before the lock: a rank that nobody else belongs to would wait there. `build_plan` resolves the machine again.
-    resolve_machine(
-        composed.config.hardware,
-        composed.config.determinism,
-        profile=composed.choices.get("hardware") or "of this config.yaml",
-    )
+    # Before the lock: a rank that nobody else belongs to would wait there.
+    machine = machine_of(composed)
     counting = counting_requeues(
         folder, lambda: ResumePoint(newest(folder)).step, composed.config.slurm.max_requeues_in_place
     )
@@ -70,7 +65,7 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
         if is_rank_zero() and _nothing_to_do(folder, composed, is_done=is_done):
             return
         # The other ranks waited for the lock, so they read the data that rank 0 has prepared.
-        TrainingRun(build_plan(composed, console()), folder, extensions).execute(lock)
+        TrainingRun(build_plan(composed, console(), machine=machine), folder, extensions).execute(lock)
 
 
 def resume_requeued(composed: Composed) -> Composed:
@@ -91,7 +86,6 @@ def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> b
     if send_missing_to_wandb(config, folder) or is_done:
         return True
     refuse_occupied_folder(folder, overwrite=config.run.overwrite)
-    check_named_loggers(config.logger)
     check_logger(config.logger)
     if warning := torchrun_warning():
         console().print(f"[yellow]note[/] {warning}")

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from qwlit.core.batch import StepBatch
+from qwlit.core.devices import GIB
 from qwlit.core.metric import set_loss_key
 from qwlit.model.compile import compile_seconds
 from qwlit.model.flops import Flops
@@ -19,7 +20,6 @@ from qwlit.training.machine import Machine
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 
-GIB = 2**30
 Record = dict[str, float | None]
 """A record of metrics.jsonl, without its step."""
 Listener = Callable[[int, Record], None]

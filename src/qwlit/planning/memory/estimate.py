@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwlit.config.run import RunConfig
+from qwlit.core.devices import GIB
 from qwlit.model.config import CHECKPOINTING_LEVELS, Execution
 from qwlit.optim.groups import ParameterGroup
 from qwlit.optim.kinds import OPTIMIZERS
@@ -24,7 +25,6 @@ from qwlit.training.machine import Machine
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GIB = 2**30
 # Assumptions: the CUDA context with cuBLAS's workspaces, and the share that the allocator cannot use.
 CONTEXT_BYTES, FRAGMENTED_SHARE = 0.6 * GIB, 0.04
 # On CPU: the interpreter and its libraries. The demo's measured peak is 0.57 GiB, of which 0.1 GiB is counted below.

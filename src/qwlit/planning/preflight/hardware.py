@@ -1,9 +1,9 @@
 """Rules about precision, attention, memory and compilation."""
 
+from qwlit.core.devices import GIB
 from qwlit.optim.kinds import OPTIMIZERS
 from qwlit.planning.preflight.rules import GUIDE, PreflightFacts, Result, rule
 
-GIB = 2**30
 # Assumption: the score matrix of one head, 4096 by 4096 in float32, is 64 MiB.
 LONG = 4096
 

@@ -1,5 +1,6 @@
 """Rules about weight decay, dropout and adapters."""
 
+from qwlit.model.config import AdapterConfig
 from qwlit.planning.preflight.rules import GUIDE, PreflightFacts, Result, rule
 
 HIGHEST_WEIGHT_DECAY, HIGHEST_DROPOUT, HIGHEST_LORA_DROPOUT = 0.2, 0.2, 0.05
@@ -28,6 +29,21 @@ def lora_dropout(facts: PreflightFacts) -> Result:
     if dropout.lora <= HIGHEST_LORA_DROPOUT:
         return None
     return f"dropout.lora={dropout.lora:g} is above {HIGHEST_LORA_DROPOUT}", "lower dropout.lora"
+
+
+@rule("warning", source="LLaMA-Factory, whose alpha is twice the rank unless it is given")
+def lora_scale(facts: PreflightFacts) -> Result:
+    """Adapters are scaled by alpha / rank, which acts like the learning rate; another rank alone changes it."""
+    adapter, usual = facts.config.adapter, AdapterConfig()
+    scale, usual_scale = adapter.alpha / adapter.rank, usual.alpha / usual.rank
+    is_chosen = "adapter.rank" not in facts.typed or "adapter.alpha" in facts.typed
+    if is_chosen or adapter.use_rslora or scale == usual_scale:
+        return None
+    return (
+        f"adapter.alpha stays {adapter.alpha:g} for adapter.rank={adapter.rank}: adapters are scaled by {scale:g}"
+        f" instead of {usual_scale:g}",
+        f"set adapter.alpha={usual_scale * adapter.rank:g}, or adapter.alpha={adapter.alpha:g} if that is meant",
+    )
 
 
 @rule("warning", source=GUIDE)

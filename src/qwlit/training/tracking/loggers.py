@@ -19,12 +19,14 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.extras import import_extra
 from qwlit.core.files import read_json, read_json_lines
+from qwlit.core.ranks import is_rank_zero
 from qwlit.training.config import LoggerConfig
-from qwlit.training.telemetry import Record
 from qwlit.training.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
+
+    from qwlit.training.telemetry import Record
 
 Ending = Literal["done", "stopped", "failed"]
 """stopped: by a signal; the run can be resumed."""
@@ -85,7 +87,7 @@ class NamedLogger(ABC):
         self._logger = logger
         console().print(f"  {self.name:<9} {escape(where)}")
 
-    def log(self, step: int, record: Record) -> None:
+    def log(self, step: int, record: "Record") -> None:
         if self._logger is None:
             return
         try:
@@ -104,7 +106,7 @@ class NamedLogger(ABC):
         except Exception as error:
             self._note(int(self._folder.read_summary().get("steps") or 0), error)
 
-    def _send(self, logger: "Logger", step: int, record: Record) -> None:
+    def _send(self, logger: "Logger", step: int, record: "Record") -> None:
         new = {name: value for name, value in record.items() if value is not None and (name, step) not in self._known}
         if new:
             logger.log_metrics(new, step)
@@ -234,11 +236,11 @@ LOGGERS: dict[str, type[NamedLogger]] = {kind.name: kind for kind in (TensorBoar
 
 
 def check_named_loggers(config: LoggerConfig) -> None:
-    """Refuse a logger whose package is missing.
+    """Refuse a logger whose package is missing. Rank 0 opens the loggers, so other ranks check nothing.
 
     Raises:
         ConfigError: naming the package.
     """
     for name in config.use:
-        if (kind := LOGGERS.get(name)) and kind.modules:
+        if is_rank_zero() and (kind := LOGGERS.get(name)) and kind.modules:
             import_extra(*kind.modules, package=kind.package, setting=f"logger={name}")

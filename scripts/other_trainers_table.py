@@ -1,12 +1,9 @@
-"""Print the options of other trainers as tables: `python -m qwlit.config.other_trainers_table`.
-
-docs/coming-from.md ends with them.
-"""
+"""Print the options of other trainers as tables, the end of docs/coming-from.md."""
 
 import re
 from collections.abc import Iterable
 
-from qwlit.config.other_trainers_options import OTHERS, TRAINERS, Option, read_table
+from qwlit.config.other_trainers_options import NOT_YET, OTHERS, TRAINERS, Option, read_table
 
 COMMANDS = """\
 ## Subcommands
@@ -38,12 +35,10 @@ def _row(option: Option) -> list[str]:
 
 def _here(option: Option) -> str:
     """Return what the option is here: the setting, the values that differ, and what is missing."""
-    reason = f"not in this version: {option.missing}" if option.missing else ""
-    reason = f"not needed: {option.needless}" if option.needless else reason
-    if option.values and option.missing:
-        reason = f"other values: {reason}"
     ours = " or ".join(f"`{name}`" for name in option.ours.format(value="…").split(" or ")) if option.ours else ""
-    texts = [ours, *_values(option), _as_code(option.instead), _as_code(reason), _as_code(option.note)]
+    others = "other values: " if (option.values or option.patterns) and option.instead.startswith(NOT_YET) else ""
+    instead = _as_code(f"{others}{option.instead}")
+    texts = [ours, *_values(option), instead, _as_code(option.note)]
     return "; ".join(text for text in texts if text).replace("|", "\\|")
 
 
