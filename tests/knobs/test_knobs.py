@@ -77,7 +77,7 @@ def family(case):
 
 @pytest.fixture(scope="module")
 def checkpoint(family, knobs, tmp_path_factory):
-    return tmp_path_factory.mktemp("knobs") / "step"
+    return tmp_path_factory.mktemp("knobs") / "checkpoints" / f"step-{SAVED:06d}"
 
 
 @pytest.fixture(scope="module")

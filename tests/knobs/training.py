@@ -14,6 +14,7 @@ from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeCo
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.optim.schedules import Schedule
+from qwlit.training.checkpointing.writer import CheckpointWriter
 from qwlit.training.module import CausalLMModule
 from qwlit.training.trainer import build_trainer
 from tests.invariance.worker import Ragged, machine, plan_of
@@ -88,8 +89,10 @@ def trained(family: str, knobs: Knobs, *, save: Path | None = None, resume: Path
         shard=None,
         seed=0,
     )
-    trainer = build_trainer(machine("single", 1), total_steps=STEPS, callbacks=[watch], folder=Path())
+    writer = CheckpointWriter()
+    trainer = build_trainer(machine("single", 1), total_steps=STEPS, callbacks=[watch], folder=Path(), writer=writer)
     steps = StepDataset(samples, plan_of(samples, 1, Limits(max_samples=8), packing=True), 0, pad_id=0)
     loader = train_loader(steps, start_step=SAVED if resume else 0, total_steps=STEPS, num_workers=0, pin_memory=False)
     trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+    assert writer.finish() is None
     return Trained(watch.losses, watch.rates, before, weights(model), model)

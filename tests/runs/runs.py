@@ -14,9 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from qwlit.__main__ import main
+from qwlit.training.checkpointing.checkpoint import read_weights
 from tests.warm import warm_python
 
 DEMO = Path(__file__).parents[2] / "src" / "qwlit" / "resources" / "demo"
@@ -160,7 +160,7 @@ def steps_logged(run: Path) -> int:
 
 
 def weights(run: Path, pointer: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / pointer / "model.safetensors")
+    return dict(read_weights(run / "checkpoints" / pointer))
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -60,6 +60,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"words": ["checkpoint.each_epoch=false"]},
         {"words": ["checkpoint.each_epoch=false", "checkpoint.every_steps=100"]},
     ),
+    "slow_save": ({"words": ["model=qwen2_7b"]}, {"words": ["model=qwen2_7b", "slurm.signal_seconds=200"]}),
     "patience": (
         {"words": ["validation.early_stopping_patience=2"]},
         {"words": ["validation.early_stopping_patience=5"]},
@@ -114,7 +115,9 @@ def test_a_rule_is_tripped_by_what_it_is_about_and_by_nothing_else(name):
 def test_no_rule_finds_fault_with_a_recipe_as_it_is(recipe, model, hardware):
     # 4000 steps hold the recipes' warm-up whole. On how dropout is computed the README says more.
     found = names(facts([f"recipe={recipe}", f"model={model}", f"hardware={hardware}"], steps=4000))
-    about_the_machine = {"not_compiled", "memory", "state_memory"} if recipe in ("full_sft", "freeze") else set()
+    about_the_machine = (
+        {"not_compiled", "memory", "state_memory", "slow_save"} if recipe in ("full_sft", "freeze") else set()
+    )
     assert found <= about_the_machine
 
 
@@ -157,6 +160,8 @@ def message() -> Callable[..., str]:
 @pytest.mark.parametrize(
     ("name", "words", "steps", "said"),
     [
+        ("slow_save", ["slurm.signal_seconds=10"], 1000, r"a checkpoint of 7 GB takes about 14 s.*signal_seconds=29"),
+        ("slow_save", ["slurm.signal_seconds=20"], 1000, "^$"),
         ("few_steps", ["train.max_steps=20"], 20, "train.max_steps=20: the run has only 20 steps; raise it"),
         ("few_steps", ["train.max_epochs=2"], 9, "train.max_epochs=2: .* only 9 steps; raise it, or add data"),
         ("few_steps", ["train.max_epochs=1", "train.max_steps=100"], 9, "train.max_epochs=1: .* only 9 steps; raise"),

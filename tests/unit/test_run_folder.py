@@ -11,16 +11,11 @@ from qwlit.config.compose import compose
 from qwlit.config.run import recipe_settings
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json_lines
-from qwlit.run.resume import newest, prepare_folder, refuse_changed_recipe, refuse_changed_validation
+from qwlit.run.resume import prepare_folder, refuse_changed_recipe, refuse_changed_validation
 from qwlit.training.async_readback import AsyncReadback
-from qwlit.training.checkpointing.checkpoint import (
-    MANIFEST,
-    StepFolderIO,
-    link_checkpoint,
-    linked_checkpoint,
-    list_checkpoints,
-    read_weights,
-)
+from qwlit.training.checkpointing.checkpoint import read_checkpoint, read_weights, write_checkpoint
+from qwlit.training.checkpointing.folder import link_checkpoint, linked_checkpoint, list_checkpoints, newest
+from qwlit.training.checkpointing.manifest import MANIFEST
 from qwlit.training.tracking.run_folder import RunFolder, RunLock
 
 
@@ -41,8 +36,9 @@ def save(folder, step):
         "optimizer_parameters": [name],
         "global_step": step,
         "loops": {"a": [1, None]},
+        "callbacks": {},
     }
-    StepFolderIO().save_checkpoint(checkpoint, path)
+    write_checkpoint(checkpoint, path)
     return path
 
 
@@ -55,7 +51,7 @@ def test_a_checkpoint_reads_back_and_lists_its_files_with_their_hashes(folder):
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
     assert set(manifest["files"]) | {MANIFEST} == {p.name for p in path.iterdir()}
     assert dict(read_weights(path))["model.norm.weight"].tolist() == [7, 7, 7]
-    loaded = StepFolderIO().load_checkpoint(path)
+    loaded = read_checkpoint(path)
     assert loaded["loops"] == {"a": [1, None]} and "loss_model.causal_lm.model.norm.weight" in loaded["state_dict"]
     (optimizer,) = loaded["optimizer_states"]
     assert optimizer["param_groups"] == [{"lr": 0.1, "params": [0]}]
@@ -64,8 +60,8 @@ def test_a_checkpoint_reads_back_and_lists_its_files_with_their_hashes(folder):
 
 def test_a_checkpoint_cut_off_while_written_is_not_taken_for_one(folder):
     save(folder, 7)
-    (folder.checkpoints / ".step-000009.123.tmp").mkdir()
-    (folder.checkpoints / "step-000008").mkdir()
+    (folder.checkpoints / ".step-000009.tmp").mkdir()
+    (folder.checkpoints / "step-000008").touch()
     assert [p.name for p in list_checkpoints(folder)] == ["step-000007"]
     assert newest(folder).name == "step-000007"
 

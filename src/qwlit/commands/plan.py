@@ -97,6 +97,8 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
         "precision": machine.precision,
         "attention": plan.execution.attention,
         "compiled": plan.execution.compiled,
+        "checkpoint_bytes": plan.saves.num_bytes,
+        "checkpoint_seconds": plan.saves.seconds,
         "steps": schedule.total_steps if schedule else None,
         "warmup_steps": schedule.warmup_steps if schedule else None,
         "tokens": plan.num_tokens if plan.data else None,
@@ -174,6 +176,9 @@ def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
             f"  {schedule.total_steps:,} steps{assumed}; warm-up {schedule.warmup_steps:,}, then {schedule.config.name}"
         )
         screen.print(f"  lr  [cyan]{_curve(schedule)}[/]  peak {config.optim.lr:g}")
+    saves = plan.saves
+    meanwhile = "the training goes on meanwhile" if saves.is_copied else "the training waits: no memory for a copy"
+    screen.print(f"  checkpoints of {saves.num_bytes / 1e9:.2f} GB, about {saves.seconds:.0f} s to write; {meanwhile}")
     if plan.data is not None:
         padding = f", {batches.padding_share:.1%} padding" if batches.padding_share else ""
         screen.print(f"  data  {plan.data.split.describe()}{padding}")

@@ -1,5 +1,6 @@
 """RunConfig: all settings of a run. Each section is defined beside the code that uses it."""
 
+import hashlib
 from dataclasses import asdict, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,6 +94,12 @@ def recipe_settings(config: RunConfig) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if not (key in NOT_IN_RECIPE or key.startswith(VAL_SETS))}
     kept["data.path's weights"] = [part.weight for part in parts_of(config.data.path)]
     return {key: Path(value).name if key in FOLDERS and value else value for key, value in kept.items()}
+
+
+def recipe_fingerprint(config: RunConfig) -> str:
+    """Return a hash of the recipe's settings that are on: a new setting of a later version is off, and changes none."""
+    switched_on = {key: value for key, value in recipe_settings(config).items() if value}
+    return hashlib.sha256(repr(sorted(switched_on.items())).encode()).hexdigest()[:16]
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

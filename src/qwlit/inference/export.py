@@ -12,9 +12,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from qwlit.core.errors import GuardStop
 from qwlit.inference.export_settings import EndToken, write_config, write_generation_config, write_tokenizer
 from qwlit.model.families.decoder import HEAD
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS, PREFIX
+from qwlit.training.checkpointing.finite import find_nonfinite
 
 MAX_SHARD_SIZE = "5GB"
 """Largest size of one safetensors file."""
@@ -68,6 +70,7 @@ def _export_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) ->
         # A tied head is the embedding. Converted below under its own name, it would become a second copy.
         del state[HEAD]
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
+    _refuse_nonfinite(state)
     save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
 
 
@@ -80,4 +83,11 @@ def _export_adapter(model: PreTrainedModel, folder: Path, base: str | None) -> N
     config.save_pretrained(folder)
     # peft expects the names of its wrapper model; here the adapters are inside the model itself, without the prefix.
     state = {f"{PREFIX}{name}": t.detach().cpu() for name, t in get_peft_model_state_dict(model).items()}
+    _refuse_nonfinite(state)
     save_file(state, folder / ADAPTER_WEIGHTS)
+
+
+def _refuse_nonfinite(state: dict[str, torch.Tensor]) -> None:
+    """Refuse weights that no model can use: they were not finite, or are not in this dtype."""
+    if name := find_nonfinite(state):
+        raise GuardStop(f"nothing is exported: {name} is not finite in {str(state[name].dtype).removeprefix('torch.')}")

@@ -9,6 +9,7 @@ from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import assume_batches
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.preflight.rules import DataFacts, PreflightFacts, TokenizerFacts
+from qwlit.planning.saves import plan_saves
 from qwlit.planning.setup import Setup
 
 
@@ -31,6 +32,7 @@ def facts_of(
         compile_obstacle=setup.compile_obstacle,
         num_parameters=setup.num_parameters,
         memory=memory,
+        saves=plan_saves(setup.groups, setup.config.optim, setup.machine, memory),
         schedule=schedule,
         highest_lr=max((group.lr for group in setup.groups), default=0.0),
         data=None if data is None else _data_facts(data),

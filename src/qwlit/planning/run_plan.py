@@ -20,6 +20,7 @@ from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, mea
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.preflight.rules import Finding, refuse, run_rules
+from qwlit.planning.saves import SavePlan, plan_saves
 from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
 from qwlit.planning.steps import PlannedSteps, plan_schedule, plan_steps
 from qwlit.planning.tokenized_data import TokenizedData, is_small_or_tokenized, load_tokenized_data
@@ -77,6 +78,10 @@ class RunPlan:
     @property
     def execution(self) -> Execution:
         return self.setup.execution
+
+    @property
+    def saves(self) -> SavePlan:
+        return plan_saves(self.setup.groups, self.config.optim, self.machine, self.memory)
 
     @property
     def accumulate_grad_batches(self) -> int:

@@ -22,13 +22,12 @@ from qwlit.model.load import fingerprint
 from qwlit.model.quantize import num_elements
 from qwlit.run.resume import (
     ResumePoint,
-    newest,
     prepare_folder,
     refuse_changed_content,
     refuse_changed_recipe,
     refuse_changed_validation,
 )
-from qwlit.training.checkpointing.checkpoint import list_checkpoints
+from qwlit.training.checkpointing.folder import newest
 from qwlit.training.tracking.manifest import build_manifest
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
@@ -46,7 +45,7 @@ def begin(run: "TrainingRun") -> ResumePoint:
     if not is_rank_zero():
         return ResumePoint(newest(folder))
     base = fingerprint(config.model)
-    if config.resume == "auto" and not config.run.overwrite and list_checkpoints(folder):
+    if config.resume == "auto" and not config.run.overwrite and newest(folder):
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_changed_recipe(recipe_settings(earlier), recipe_settings(config))
         refuse_changed_validation(folder, run.data.split.contents)
@@ -94,6 +93,9 @@ def _manifest_facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
     }
 
 
+STRAYS_NAMED = 5
+
+
 def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoint) -> None:
     """Print model, machine, data, schedule and findings in a few lines; record the findings as events."""
     config, steps, machine, folder = run.config, run.data.steps, run.plan.machine, run.folder
@@ -123,6 +125,10 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoin
     for damage in start.damaged:
         lines.append(f"  [yellow]note[/]      {escape(damage)}")
         folder.append_event(start.step, "damaged", message=damage)
+    if start.strays:
+        lines.append(
+            f"  [yellow]note[/]      no checkpoints, passed over: {escape(', '.join(start.strays[:STRAYS_NAMED]))}"
+        )
     if start.checkpoint:
         lines.append(f"  resuming  from step {start.step}")
         folder.append_event(start.step, "resumed", device=machine.device_name, devices=machine.world_size)

@@ -8,10 +8,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from qwlit.config.run import recipe_settings
+from qwlit.config.run import recipe_fingerprint, recipe_settings
 from qwlit.core.console import console
 from qwlit.core.errors import QwlitError
-from qwlit.training.checkpointing.checkpoint import Checkpointing
+from qwlit.training.checkpointing.saving import Checkpointing
+from qwlit.training.checkpointing.writer import CheckpointWriter
 from qwlit.training.profiler import ProfileSteps
 from qwlit.training.resilience.guard import Guard
 from qwlit.training.resilience.hang_watchdog import HangWatchdog
@@ -68,7 +69,14 @@ def build_trainer_with_callbacks(
     listeners = (folder.append_metrics, display.show, *([wandb_run.log] if wandb_run else []), *listeners)
     telemetry = Telemetry(milestones, listeners, run.plan.flops, machine)
     guard = Guard(config.guard, folder, run.data.split.train)
-    checkpointing = Checkpointing(config.checkpoint, milestones, folder, wandb_run.upload if wandb_run else None)
+    identity = {
+        "world_size": machine.world_size,
+        "recipe": recipe_fingerprint(config),
+        "data": run.data.split.fingerprint,
+    }
+    writer = CheckpointWriter(copy=run.plan.saves.is_copied)
+    on_saved = wandb_run.upload if wandb_run else None
+    checkpointing = Checkpointing(config.checkpoint, milestones, folder, on_saved, identity, writer)
     # Lightning calls the callbacks in this order, on every rank:
     # - early stopping first, because the others must know whether this step is the last;
     # - guard and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
@@ -101,6 +109,7 @@ def build_trainer_with_callbacks(
         callbacks=callbacks,
         loggers=run.extensions.loggers,
         folder=folder.path,
+        writer=writer,
         record_failure=record_failure,
     )
     return TrainerWithCallbacks(trainer, telemetry, guard, checkpointing)

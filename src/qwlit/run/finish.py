@@ -1,15 +1,18 @@
 """After the last step: export the best weights, answer validation prompts with them, and print the summary."""
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from qwlit.core.console import console
-from qwlit.core.errors import DataError
-from qwlit.core.files import resolve_path
+from qwlit.core.errors import ConfigError, DataError
+from qwlit.core.files import read_json_lines, resolve_path
 from qwlit.data.chat_template import chat_template
 from qwlit.data.recognise import resolve_template
 from qwlit.data.samples import supervises
@@ -23,8 +26,9 @@ from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
 from qwlit.run.callbacks import TrainerWithCallbacks
 from qwlit.run.modules import load_model
-from qwlit.run.resume import newest
-from qwlit.training.checkpointing.checkpoint import read_weights, step_of
+from qwlit.training.checkpointing.checkpoint import read_weights
+from qwlit.training.checkpointing.folder import list_checkpoints
+from qwlit.training.checkpointing.manifest import step_of
 from qwlit.training.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -116,12 +120,51 @@ def _template_to_write(tokenizer: Any, template: ChatTemplate) -> str | None:
 def _load_best_weights(
     loss_model: LossModel, training: TrainerWithCallbacks, folder: RunFolder, *, always: bool
 ) -> None:
-    best = training.checkpointing.best_checkpoint or (newest(folder) if always else None)
-    if best is not None and (always or step_of(best) != training.trainer.global_step):
-        parameters = dict(loss_model.causal_lm.named_parameters())
-        with torch.no_grad():
-            for name, weight in read_weights(best):
-                parameters[name].copy_(weight)
+    """Fill in the weights with the lowest val/loss, or with the next best ones if their checkpoint is damaged.
+
+    Args:
+        always: read them also if they are those of the last step, which `loss_model` has.
+
+    Raises:
+        ConfigError: no checkpoint is good.
+    """
+    best, held = training.checkpointing.best_step, None if always else training.trainer.global_step
+    validations = {row["step"]: row for row in read_json_lines(folder.path / "metrics.jsonl") if row.get("val/loss")}
+    others = {step_of(checkpoint) for checkpoint in list_checkpoints(folder)} - {best}
+    by_loss = sorted(others, key=lambda step: (validations.get(step, {}).get("val/loss", math.inf), -step))
+    candidates = [held] if best is None and held is not None else [*([best] if best else []), *by_loss]
+    damaged = []
+    for step in candidates:
+        if step != held:
+            try:
+                weights = read_weights(training.checkpointing.path(step))
+                _fill(loss_model, weights)
+            except ConfigError as error:
+                damaged.append(str(error))
+                continue
+        if damaged:
+            _record_next_best(training, folder, step, validations.get(step, {}), damaged)
+        return
+    raise ConfigError(f"nothing is exported, because no checkpoint is good: {'; '.join(damaged)}")
+
+
+def _fill(loss_model: LossModel, weights: Iterable[tuple[str, Tensor]]) -> None:
+    parameters = dict(loss_model.causal_lm.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights:
+            parameters[name].copy_(weight)
+
+
+def _record_next_best(
+    training: TrainerWithCallbacks, folder: RunFolder, step: int, validation: Record, damaged: list[str]
+) -> None:
+    """Say that another checkpoint than the best is exported, and make it the best of summary.json."""
+    loss = validation.get("val/loss")
+    message = f"{'; '.join(damaged)}: exported is step {step}" + (f", val/loss {loss:.4f}" if loss else "")
+    folder.append_event(training.trainer.global_step, "damaged", message=message)
+    console().print(f"  [yellow]note[/]      {escape(message)}")
+    training.checkpointing.replace_best(step, validation)
+    folder.write_summary(**training.results())
 
 
 def _answer(run: "TrainingRun", loss_model: LossModel) -> list[Record]:

@@ -17,6 +17,7 @@ from qwlit.model.shard import shard_model
 from qwlit.run.callbacks import TrainerWithCallbacks, build_trainer_with_callbacks
 from qwlit.run.modules import build_data_module, build_module
 from qwlit.run.resume import ResumePoint
+from qwlit.training.checkpointing.checkpoint import NOT_LOADABLE, not_loadable
 from qwlit.training.data_module import StepDataModule
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
@@ -87,12 +88,18 @@ def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataM
     except QwlitError:
         kill_started_ranks(training.trainer)
         raise
-    except RuntimeError as error:
-        lost = lost_rank(training.trainer, error)
-        if lost is None:
+    except torch.OutOfMemoryError:
+        raise
+    except NOT_LOADABLE as error:
+        failure: QwlitError | None = None
+        if isinstance(error, RuntimeError):
+            failure = lost_rank(training.trainer, error)
+        if failure is None and start.checkpoint is not None and not training.checkpointing.has_begun:
+            failure = not_loadable(start.checkpoint, error)
+        if failure is None:
             raise
         kill_started_ranks(training.trainer)
-        raise lost from None
+        raise failure from None
     stop_watching_ranks(training.trainer)
     if dist.is_initialized():
         # If the group still exists at the interpreter's shutdown, gloo's threads can abort the process.

@@ -1,7 +1,6 @@
 """Decide whether the run starts at step 0, resumes, or is refused."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +9,8 @@ from qwlit.config.overrides import format_value
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json
 from qwlit.core.slurm import job_id
-from qwlit.training.checkpointing.checkpoint import (
-    find_damage,
-    list_checkpoints,
-    remove_unfinished_checkpoints,
-    step_of,
-)
+from qwlit.training.checkpointing.folder import find_strays, newest, remove_unfinished_checkpoints, rename_damaged
+from qwlit.training.checkpointing.manifest import step_of
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
 
@@ -28,6 +23,8 @@ class ResumePoint:
     """The new name of an unfinished run that this one replaces."""
     damaged: tuple[str, ...] = ()
     """What is wrong with newer checkpoints."""
+    strays: tuple[str, ...] = ()
+    """Names in checkpoints/ that are passed over."""
 
     @property
     def step(self) -> int:
@@ -68,36 +65,8 @@ def prepare_folder(folder: RunFolder, *, resume: Literal["auto", "never"], overw
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     folder.write_summary(status="running", job=job_id())
     remove_unfinished_checkpoints(folder)
-    damaged = _rename_damaged(folder)
-    return ResumePoint(checkpoint=newest(folder), renamed_to=renamed, damaged=damaged)
-
-
-def _rename_damaged(folder: RunFolder) -> tuple[str, ...]:
-    """Rename damaged checkpoints, the newest first, until one is good; return what is wrong with each.
-
-    Every file format loads a flipped bit without an error; only the checksum detects it.
-    """
-    found: list[str] = []
-    while checkpoint := newest(folder):
-        reason = find_damage(checkpoint)
-        if reason is None:
-            return tuple(found)
-        renamed = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        shutil.rmtree(renamed, ignore_errors=True)
-        checkpoint.rename(renamed)
-        found.append(f"{checkpoint.name} is damaged ({reason}), now {renamed.name}")
-    if found:
-        raise ConfigError(
-            f"{folder.path} has no good checkpoint left: {'; '.join(found)}."
-            " Start again with resume=never or run.overwrite=true"
-        )
-    return ()
-
-
-def newest(folder: RunFolder) -> Path | None:
-    """Return the newest complete checkpoint; None where there is none."""
-    checkpoints = list_checkpoints(folder)
-    return checkpoints[-1] if checkpoints else None
+    damaged = rename_damaged(folder)
+    return ResumePoint(newest(folder), renamed, tuple(damaged), tuple(find_strays(folder)))
 
 
 def refuse_changed_recipe(before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -19,8 +19,9 @@ from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
 from qwlit.run.modules import load_model
 from qwlit.run.named_loggers import named_loggers
-from qwlit.run.resume import ResumePoint, newest, refuse_occupied_folder
+from qwlit.run.resume import ResumePoint, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
+from qwlit.training.checkpointing.folder import newest
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock

@@ -29,6 +29,9 @@ from qwlit.optim.schedules import Schedule
 from qwlit.training.determinism import seed_micro_batch
 from qwlit.training.loss_scale import LossScale
 
+MOMENTS_OF_EACH_WEIGHT = {"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"}
+"""What the optimizers keep for each weight, in the parameter's shape (torch's names and bitsandbytes')."""
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -191,10 +194,10 @@ class CausalLMModule(lightning.LightningModule):
         sums[2] += out.num_correct
 
     def on_validation_epoch_end(self) -> None:
-        if isinstance(self.loss_model, FSDPModule):
+        if self.is_sharded:
             # FSDP2 keeps the root's weights whole after a forward pass until the backward pass, which validation does
             # not have. A checkpoint may follow, and it must save shard slices.
-            self.loss_model.reshard()
+            self.loss_model.reshard()  # type: ignore[operator]
         # Every rank ends its validation here, also a rank with fewer micro-batches.
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(self.validation.sums)
@@ -216,9 +219,33 @@ class CausalLMModule(lightning.LightningModule):
         """Return the trained parameters by the module's own names; tied weights occur once."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds shard slices only."""
+        return isinstance(self.loss_model, FSDPModule)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return the trained parameters and the optimizer's tensors, by names for messages."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        state = self.optimizers(use_pl_optimizer=False).state  # type: ignore[union-attr]
+        moments = {
+            f"{key} of {names[id(parameter)]}": value
+            for parameter, values in state.items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return self.trained_parameters() | moments
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        expected, found = set(self.trained_parameters()), set(checkpoint["state_dict"])
-        if expected != found:
-            raise RuntimeError(f"checkpoint and model differ in {sorted(expected ^ found)[:3]}")
+        expected = {name: tuple(tensor.shape) for name, tensor in self.trained_parameters().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        if different := sorted(name for name, _ in expected.items() ^ found.items()):
+            raise RuntimeError(f"checkpoint and model differ in {different[0]}")
+        (optimizer,) = checkpoint["optimizer_states"]
+        for index, moments in optimizer["state"].items():
+            name = checkpoint["optimizer_parameters"][index]
+            for key in MOMENTS_OF_EACH_WEIGHT & moments.keys():
+                if tuple(moments[key].shape) != expected[name]:
+                    raise RuntimeError(f"{key} of {name} has the shape {tuple(moments[key].shape)}")
         if self.loss_scale and "loss_scale" in checkpoint:
             self.loss_scale = LossScale(**checkpoint["loss_scale"])

@@ -28,7 +28,8 @@ from qwlit.core.ranks import ADDRESS, RANK_VARIABLES, launched_by_srun, launched
 from qwlit.core.signals import HANDLED_SIGNALS, Phase, enter_phase, handling
 from qwlit.core.streams import say
 from qwlit.core.waiting import NOTICE_SECONDS, call_with_timeout
-from qwlit.training.checkpointing.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
+from qwlit.training.checkpointing.checkpoint import Ranks, read_checkpoint
+from qwlit.training.checkpointing.writer import CheckpointWriter
 from qwlit.training.machine import Machine
 from qwlit.training.resilience.hang_watchdog import REPORT_SECONDS
 from qwlit.training.tracking.run_folder import READY_VARIABLE
@@ -41,15 +42,17 @@ def build_trainer(
     callbacks: list[Callback],
     folder: Path,
     loggers: Sequence[Logger] = (),
+    writer: CheckpointWriter | None = None,
     record_failure: Callable[[], None] = lambda: None,
 ) -> Trainer:
     """Build the Trainer; a background thread calls `record_failure` before it ends the process."""
+    writer = writer or CheckpointWriter()
     _quieten_lightning()
     if launched_world_size() is None and machine.num_nodes == 1 and "LOCAL_RANK" not in os.environ:
         # This process starts all ranks, so they meet on this machine at a free port, wherever other programs meet.
         for name in ADDRESS:
             os.environ.pop(name, None)
-    plugins: list[Any] = [] if machine.strategy == "fsdp" else [StepFolderIO()]
+    plugins: list[Any] = [] if machine.strategy == "fsdp" else [writer]
     if machine.precision == "16-mixed":
         plugins.append(_autocast_to_float16(machine.accelerator))
     if launched_by_srun():
@@ -62,7 +65,7 @@ def build_trainer(
         accelerator="gpu" if machine.accelerator == "cuda" else "cpu",
         devices=machine.devices,
         num_nodes=machine.num_nodes,
-        strategy=_strategy(machine, record_failure),
+        strategy=_strategy(machine, record_failure, writer),
         # For float16 the plugin above sets the precision; Lightning accepts only one of the two.
         precision=None if machine.precision == "16-mixed" else machine.precision,
         max_steps=total_steps,
@@ -136,6 +139,7 @@ class _OwnLauncher(ParallelStrategy):
     record_failure: Callable[[], None]
     meeting_seconds: float
     """How long a rank waits for the other ranks."""
+    writer: CheckpointWriter
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
@@ -204,7 +208,7 @@ class _Sharded(_OwnLauncher, ModelParallelStrategy):
     """FSDP2: every rank holds shard slices of all tensors, and writes and reads its own.
 
     Lightning would gather the whole state dictionary on rank 0, or write torch's sharded format. These methods replace
-    both: the module adds its trained parameters, and `write_checkpoint` writes each rank's slices.
+    both: the module adds its trained parameters, and the writer writes each rank's slices.
     """
 
     @property
@@ -219,11 +223,12 @@ class _Sharded(_OwnLauncher, ModelParallelStrategy):
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        write_checkpoint(checkpoint, Path(filepath), rank=self.global_rank, count=self.world_size)
+        self.writer.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return read_checkpoint(Path(checkpoint_path), dict(self.lightning_module.named_parameters()))
+        template = dict(self.lightning_module.named_parameters())
+        return read_checkpoint(Path(checkpoint_path), template, Ranks.all())
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -298,7 +303,7 @@ def kill_started_ranks(trainer: Trainer) -> None:
         trainer.strategy.launcher.kill(signal.SIGKILL)
 
 
-def _strategy(machine: Machine, record_failure: Callable[[], None]) -> Any:
+def _strategy(machine: Machine, record_failure: Callable[[], None], writer: CheckpointWriter) -> Any:
     if machine.strategy == "single":
         return "auto"
     group: dict[str, Any] = {
@@ -313,6 +318,7 @@ def _strategy(machine: Machine, record_failure: Callable[[], None]) -> Any:
     )
     strategy.record_failure = record_failure
     strategy.meeting_seconds = machine.timeout_seconds
+    strategy.writer = writer
     return strategy
 
 

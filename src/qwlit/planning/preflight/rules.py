@@ -14,6 +14,7 @@ from qwlit.optim.schedules import Schedule
 if TYPE_CHECKING:
     # They import torch, which takes seconds, and `preflight.allow` is checked before.
     from qwlit.planning.memory.estimate import MemoryEstimate
+    from qwlit.planning.saves import SavePlan
     from qwlit.training.machine import Machine
 
 Severity = Literal["error", "warning"]
@@ -52,6 +53,7 @@ class PreflightFacts:
     """Why hardware.compile=auto does not compile the layers; None if it does."""
     num_parameters: int
     memory: "MemoryEstimate"
+    saves: "SavePlan"
     schedule: Schedule | None
     """Learning-rate schedule with the number of steps."""
     highest_lr: float

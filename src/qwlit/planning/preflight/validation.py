@@ -33,6 +33,16 @@ def no_checkpoints(facts: PreflightFacts) -> Result:
     return "the run saves only at its end", "set checkpoint.each_epoch=true or checkpoint.every_steps"
 
 
+@rule("warning", source="qwlit")
+def slow_save(facts: PreflightFacts) -> Result:
+    """Slurm ends a job `slurm.signal_seconds` after its signal; the checkpoint must be on the disk by then."""
+    seconds, notice = facts.saves.seconds, facts.config.slurm.signal_seconds
+    if seconds <= notice:
+        return None
+    size = f"a checkpoint of {facts.saves.num_bytes / 1e9:.0f} GB takes about {seconds:.0f} s to write"
+    return f"{size}, and slurm.signal_seconds={notice}", f"in Slurm jobs, set slurm.signal_seconds={2 * seconds:.0f}"
+
+
 def _occurs_before_end(facts: PreflightFacts, settings: ValidationConfig | CheckpointConfig) -> bool:
     """Whether the run validates or saves before its end."""
     if settings.each_epoch or settings.every_steps is None:

@@ -3,54 +3,82 @@
 Any number of ranks can read what any other number of ranks wrote: each rank reads the slice that it now holds.
 """
 
-import re
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qwlit.core.sharding import local, own_slice_range
+from qwlit.core.sharding import own_slice_range
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The names in a safetensors header, https://huggingface.co/docs/safetensors (format)."""
 
 
-def write_shard(folder: Path, stem: str, tensors: dict[str, Tensor], *, rank: int, count: int) -> Path:
-    """Write this rank's shard slices of the tensors; return the file."""
-    file = folder / (f"{stem}.safetensors" if count == 1 else f"{stem}-{rank + 1:05d}-of-{count:05d}.safetensors")
-    save_file(_unshare({name: local(t).detach().contiguous() for name, t in tensors.items()}), file, {"format": "pt"})
-    return file
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file and sync it to the disk; return its bytes and sha256, computed while it is written."""
+    sha256, size = hashlib.sha256(), 0
+    with path.open("wb") as handle:
+        for piece in pieces:
+            handle.write(piece)
+            sha256.update(piece)
+            size += len(piece)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return {"bytes": size, "sha256": sha256.hexdigest()}
 
 
-def _unshare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory, which safetensors refuses: bitsandbytes' moments share one quantization table."""
-    seen: set[int] = set()
-    unshared = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        unshared[name] = tensor.clone() if storage in seen and tensor.numel() else tensor
-        seen.add(storage)
-    return unshared
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterable[bytes | memoryview]:
+    """Yield the content of a safetensors file piece by piece: the library itself writes it without a hash."""
+    # The format wants no gaps. Wide dtypes first keep every tensor aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for _, tensor in ordered:
+        if tensor.numel():
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class ShardReader:
-    """Reads tensors that `write_shard` wrote."""
+    """Reads tensors from the files of one stem."""
 
-    def __init__(self, folder: Path, stem: str) -> None:
-        """Open the files.
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Open the files, given in the order of their slices.
 
         Raises:
             FileNotFoundError: one of them is missing.
             SafetensorError: one is damaged.
         """
-        names = re.compile(rf"{stem}(-\d+-of-(?P<count>\d+))?\.safetensors")
-        found = [(file, match) for file in sorted(folder.glob(f"{stem}*")) if (match := names.fullmatch(file.name))]
-        if not found or len(found) != int(found[0][1]["count"] or 1):
-            raise FileNotFoundError(f"{folder} has only {len(found)} of the {stem} files; some are missing")
         self._open = ExitStack()
-        self._files: list[Any] = [self._open.enter_context(safe_open(str(file), framework="pt")) for file, _ in found]
+        self._files: list[Any] = [self._open.enter_context(safe_open(str(file), framework="pt")) for file in files]
 
     def __enter__(self) -> Self:
         return self

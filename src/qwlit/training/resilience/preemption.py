@@ -11,7 +11,7 @@ from torch import tensor
 from qwlit.core import signals
 from qwlit.core.errors import Interrupted, Preempted, Pruned
 from qwlit.core.ranks import under_agent
-from qwlit.training.checkpointing.checkpoint import Checkpointing
+from qwlit.training.checkpointing.saving import Checkpointing
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 from qwlit.training.step_boundary import BoundaryCallback
@@ -77,8 +77,7 @@ class StopOnSignal(BoundaryCallback):
         if not signum or step >= self.milestones.total_steps:
             return
         # `signum` is the same on all ranks, so all of them save, which is a collective too.
-        self._checkpointing.save(trainer, step)
-        saved = f"saved {self._folder.path} at step {step}"
+        saved = self._checkpointing.save_before_exit(trainer, step)
         if signum == signal.SIGINT:
             self._folder.append_event(step, "interrupted")
             raise Interrupted(f"{saved}; run the same command to resume")

@@ -13,7 +13,8 @@ from rich.markup import escape
 from qwlit.core.console import console
 from qwlit.core.errors import SignalExit, one_line
 from qwlit.core.files import read_json_lines
-from qwlit.training.checkpointing.checkpoint import linked_checkpoint, list_checkpoints, step_of
+from qwlit.training.checkpointing.folder import linked_checkpoint, list_checkpoints
+from qwlit.training.checkpointing.manifest import step_of
 from qwlit.training.tracking.run_folder import RunFolder
 
 UPLOADED = "uploaded"
@@ -42,7 +43,7 @@ class Uploads:
         held.mkdir(parents=True)
         for file in checkpoint.iterdir():
             _link(file, held / file.name)
-        pointers = [name for name in ("best", "last") if linked_checkpoint(self._folder, name) == checkpoint.resolve()]
+        pointers = [name for name in ("best", "last") if linked_checkpoint(self._folder, name) == checkpoint]
         self._waiting.put((held, [f"step-{step_of(checkpoint)}", *pointers]))
 
     def _work(self) -> None:

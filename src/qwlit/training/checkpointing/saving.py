@@ -1,0 +1,252 @@
+"""Checkpointing: when a checkpoint is saved, which one is the best, and which are deleted."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from rich.markup import escape
+
+from qwlit.core.console import console
+from qwlit.core.errors import ConfigError, GuardStop
+from qwlit.core.metric import set_loss_key
+from qwlit.core.ranks import is_rank_zero
+from qwlit.training.checkpointing.checkpoint import IDENTITY
+from qwlit.training.checkpointing.finite import find_nonfinite
+from qwlit.training.checkpointing.folder import delete_checkpoint, link_checkpoint, list_checkpoints
+from qwlit.training.checkpointing.manifest import SAVED, read_seals, seal_of, step_of
+from qwlit.training.checkpointing.writer import CheckpointWriter
+from qwlit.training.config import CheckpointConfig
+from qwlit.training.milestones import Milestones
+from qwlit.training.module import CausalLMModule
+from qwlit.training.step_boundary import BoundaryCallback
+from qwlit.training.tracking.run_folder import RunFolder
+
+MAX_FAILED_SAVES = 3
+"""So many saves in a row may fail before the run stops."""
+
+
+class Checkpointing(BoundaryCallback):
+    """Saves at due steps, at the best val/loss so far, and on request; keeps the newest checkpoints and the best."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        milestones: Milestones,
+        folder: RunFolder,
+        on_saved: Callable[[Path], None] | None = None,
+        identity: Mapping[str, Any] | None = None,
+        writer: CheckpointWriter | None = None,
+    ) -> None:
+        """Create the callback.
+
+        Args:
+            on_saved: called on rank 0 with every new checkpoint, before older ones are deleted.
+            identity: what the manifest says of the run: its world size, recipe and data.
+            writer: the writer that the trainer's strategy uses.
+        """
+        super().__init__(milestones)
+        self._keep_last = config.keep_last
+        self._on_saved = on_saved
+        self._folder = folder
+        self._identity = dict(identity or {})
+        self._writer = writer or CheckpointWriter()
+        self._begun_step: int | None = None
+        """The step of the save that is being written."""
+        self._resumed_step: int | None = None
+        """The step of the checkpoint that is loaded."""
+        self._saved_step = 0
+        self._num_failed = 0
+        self.has_begun = False
+        """Whether the training has begun: the checkpoint at which it resumes is loaded."""
+        self.best_val_loss: float | None = None
+        self.best_step: int | None = None
+        self.best_set_losses: dict[str, float] = {}
+        """The loss of each named validation set at `best_step`."""
+        self._best_before: tuple[float | None, int | None, dict[str, float]] = (None, None, {})
+        """The best before the save that is being written."""
+        self._stopped_early = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best_val_loss": self.best_val_loss,
+            "best_step": self.best_step,
+            "best_set_losses": self.best_set_losses,
+            "stopped_early": self._stopped_early,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_val_loss = state_dict["best_val_loss"]
+        self.best_step = state_dict["best_step"]
+        self.best_set_losses = state_dict.get("best_set_losses", {})  # older checkpoints do not have it
+        self._stopped_early = state_dict["stopped_early"]
+        if is_rank_zero():
+            # A kill after a save and before its pointers leaves the pointers at an older checkpoint.
+            newest = list_checkpoints(self._folder)[-1]
+            if step_of(newest) not in read_seals(self._folder.path):
+                self._append_event(newest)
+            self._point("last", newest)
+            if self.best_step is not None and self.path(self.best_step).is_dir():
+                self._point("best", self.path(self.best_step))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint[IDENTITY] = self._identity
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # Lightning passes over a callback without state, and the run would forget its best loss.
+        states = checkpoint["callbacks"]
+        if self.state_key not in states or not all(isinstance(state, dict) for state in states.values()):
+            raise ValueError("the state of the callbacks is missing")
+        self._resumed_step = checkpoint["global_step"]
+        # Another number of ranks is allowed. Checkpoints of earlier versions do not say of which run they are.
+        for what in ("recipe", "data"):
+            if checkpoint[IDENTITY].get(what, self._identity.get(what)) != self._identity.get(what):
+                raise ConfigError(
+                    f"the newest checkpoint in {self._folder.checkpoints} is of a run with another {what}; move it away"
+                    " to resume from the checkpoint before"
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        if self._resumed_step not in (None, trainer.global_step):
+            raise ValueError(f"the loops are at step {trainer.global_step}")
+        self.has_begun = True
+        self._writer.join_ranks(trainer, write_shards=pl_module.is_sharded)
+        # A run that was killed after early stopping and before its end must not train further.
+        trainer.should_stop = trainer.should_stop or self._stopped_early
+
+    def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
+        self._stopped_early = trainer.should_stop
+        # A new best loss changes which checkpoints are superfluous, so the save before it must be recorded first.
+        if self.milestones.validate(step) or (trainer.world_size == 1 and not self._writer.is_writing):
+            self._finish_save()
+        improved = self.milestones.validate(step) and self._improved(module, step)
+        is_last = trainer.should_stop or step >= self.milestones.total_steps
+        # If early stopping ends the run here, this is the last step, which is always saved.
+        if improved or self.milestones.save(step) or is_last:
+            self.save(trainer, step, wait=is_last)
+        if is_last and self._saved_step != step:
+            raise ConfigError(f"the last step could not be saved; free disk space and {self._resume_hint}")
+
+    def _improved(self, module: CausalLMModule, step: int) -> bool:
+        loss = module.validation.loss
+        if not math.isfinite(loss) or (self.best_val_loss is not None and loss >= self.best_val_loss):
+            return False
+        self._best_before = (self.best_val_loss, self.best_step, self.best_set_losses)
+        self.best_val_loss, self.best_step = loss, step
+        self.best_set_losses = module.validation.set_losses
+        return True
+
+    def save(self, trainer: Trainer, step: int, *, wait: bool = False) -> None:
+        """Write the checkpoint of this step, unless it exists; delete those beyond `keep_last`. All ranks call it.
+
+        Args:
+            wait: return when it is on the disk; else it is written while the training goes on.
+
+        Raises:
+            GuardStop: a weight or a moment is not finite.
+            ConfigError: several saves in a row could not be written.
+        """
+        self._finish_save()
+        if step != self._saved_step:
+            self._refuse_nonfinite(trainer, step)
+            trainer.save_checkpoint(self.path(step))
+            self._begun_step = step
+            if wait:
+                self._finish_save()
+
+    def save_before_exit(self, trainer: Trainer, step: int) -> str:
+        """Save this step if it can be saved; return a sentence about where the run resumes. All ranks call it."""
+        self.save(trainer, step, wait=True)
+        if self._saved_step == step:
+            return f"saved {self._folder.path} at step {step}"
+        newest = f"step {self._saved_step}" if self._saved_step else "the newest checkpoint, if there is one"
+        return f"step {step} could not be saved; {self._folder.path} resumes from {newest}"
+
+    def _refuse_nonfinite(self, trainer: Trainer, step: int) -> None:
+        module = trainer.lightning_module
+        found = self._writer.ranks.together(lambda: find_nonfinite(module.trained_state()))
+        if name := next(filter(None, found), None):
+            raise GuardStop(
+                f"stopped at step {step}: {name} is not finite, so this step is not saved; {self._resume_hint}"
+            )
+
+    def _finish_save(self) -> None:
+        """Wait for the save that was begun, and do what follows it."""
+        if self._begun_step is None:
+            return
+        step, self._begun_step = self._begun_step, None
+        failure = self._writer.finish()
+        if failure is None:
+            self._saved_step, self._num_failed = step, 0
+            if is_rank_zero():
+                self._record(step)
+            return
+        self._num_failed += 1
+        if self.best_step == step:
+            self.best_val_loss, self.best_step, self.best_set_losses = self._best_before
+        message = (
+            f"the checkpoint of step {step} could not be written: {failure.strerror or failure}"
+            f" ({self._folder.checkpoints})"
+        )
+        if self._num_failed >= MAX_FAILED_SAVES:
+            raise ConfigError(
+                f"{message}, and {self._num_failed - 1} before it; free disk space and {self._resume_hint}"
+            )
+        self._folder.append_event(step, "save_failed", message=message)
+        if is_rank_zero():
+            console().print(f"  [yellow]note[/]      {escape(message)}; the training goes on")
+
+    def _record(self, step: int) -> None:
+        """Point to the new checkpoint, record it, and delete those that are now superfluous."""
+        path = self.path(step)
+        self._append_event(path)
+        self._point("last", path)
+        if self.best_step == step:
+            self._point("best", path)
+        if self._on_saved is not None:
+            self._on_saved(path)
+        for old in list_checkpoints(self._folder)[: -self._keep_last]:
+            if step_of(old) != self.best_step:
+                delete_checkpoint(old)
+
+    def _append_event(self, path: Path) -> None:
+        relative = str(path.relative_to(self._folder.path))
+        self._folder.append_event(step_of(path), SAVED, path=relative, manifest=seal_of(path))
+
+    def _point(self, name: str, checkpoint: Path) -> None:
+        if problem := link_checkpoint(self._folder, name, checkpoint):
+            console().print(f"  [yellow]note[/]      {escape(problem)}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._finish_save()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        # All ranks stop for the guard at the same step. After other errors a rank may be gone, and nobody may wait.
+        if isinstance(exception, GuardStop) or (
+            trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt)
+        ):
+            # The error that ends the run is the one to report.
+            with suppress(ConfigError):
+                self._finish_save()
+
+    @property
+    def _resume_hint(self) -> str:
+        if not self._saved_step:
+            return "run the same command again"
+        return f"run the same command to resume from step {self._saved_step}"
+
+    def replace_best(self, step: int, validation: Mapping[str, Any]) -> None:
+        """Make this step the best, because the best checkpoint is damaged.
+
+        Args:
+            validation: the record of its validation in metrics.jsonl; empty where it has none.
+        """
+        self.best_step, self.best_val_loss = step, validation.get("val/loss")
+        self.best_set_losses = {name: validation[set_loss_key(name)] for name in self.best_set_losses if validation}
+        self._point("best", self.path(step))
+
+    def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of this step."""
+        return self._folder.checkpoints / f"step-{step:06d}"
