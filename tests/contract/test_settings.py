@@ -1,12 +1,13 @@
 """Every file of settings composes, every combination checks, and what is wrong is said in one line."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from qwlit.config.compose import check, compose, dump, group_options
+from qwlit.config.compose import check, compose, conf_dir, dump, group_options
 from qwlit.config.overrides import repeated_keys
 from qwlit.core.errors import ConfigError
 from qwlit.data.config import parts_of, validation_sets
@@ -190,6 +191,15 @@ def test_what_is_wrong_is_said_in_one_line_with_the_field(words, said):
     with pytest.raises(ConfigError, match=said) as caught:
         compose(words)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_composed_twice_are_independent_and_an_edited_file_is_read_again(tmp_path, monkeypatch):
+    settings = shutil.copytree(conf_dir(), tmp_path / "conf")
+    monkeypatch.setattr("qwlit.config.compose.conf_dir", lambda: settings)
+    assert [compose(words).config.optim.lr for words in ([], ["optim.lr=1"], [])] == [1e-5, 1, 1e-5]
+    recipe = settings / "recipe" / "full_sft.yaml"
+    recipe.write_text(recipe.read_text().replace("lr: 1.0e-5", "lr: 3.0e-5"))
+    assert compose([]).config.optim.lr == 3e-5
 
 
 def test_what_the_settings_alone_make_impossible_is_refused_before_torch_is_imported():
