@@ -6,6 +6,7 @@ whole tree against the dataclasses reports wrong names and values.
 
 import os
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
@@ -98,7 +98,7 @@ def compose(overrides: list[str]) -> Composed:
     check_arguments(overrides)
     typed = read_overrides(overrides)
     groups = group_options()
-    chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key.startswith("hydra.")}
+    chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key == "hydra.searchpath"}
     if "config" in typed:
         tree = _load_run(typed.pop("config"), chosen)
         choices: dict[str, str] = {}
@@ -171,34 +171,39 @@ def _read_groups(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
-            composed = hydra_compose(MAIN, list(overrides), return_hydra_config=True)
-            _clear_alternatives(composed, list(overrides))
+            # As hydra.compose does, without Hydra's own settings, which would take half of the time.
+            loader = GlobalHydra.instance().config_loader()
+            parsed, files = loader._parse_overrides_and_create_caching_repo(MAIN, list(overrides))
+            defaults = create_defaults_list(files, MAIN, parsed, prepend_hydra=False, skip_missing=False)
+            tree = loader._compose_config_from_defaults_list(defaults.defaults, files)
+            # In the order in which they are merged, each when it is asked for.
+            merged = (loader._load_single_config(file, files).config for file in defaults.defaults)
+            _clear_alternatives(tree, merged)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
-    choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
-    return OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]), choices
+    return tree, dict(defaults.overrides.known_choices)
 
 
-def _clear_alternatives(composed: DictConfig, overrides: list[str]) -> None:
+def _clear_alternatives(tree: DictConfig, files: Iterator[DictConfig]) -> None:
     """Where files set both settings of a pair, keep those of the last file and set the other one to null.
 
     So an experiment's warmup_steps replaces a recipe's warmup_ratio, as a typed one does.
+
+    Args:
+        files: what was merged into `tree`, in this order.
     """
-    pairs = [pair for pair in (WARMUP, LENGTH) if all(OmegaConf.select(composed, key) is not None for key in pair)]
+    pairs = [pair for pair in (WARMUP, LENGTH) if all(OmegaConf.select(tree, key) is not None for key in pair)]
     if not pairs:
         return
-    loader = GlobalHydra.instance().config_loader()
-    parsed, files = loader._parse_overrides_and_create_caching_repo(MAIN, overrides)
-    defaults = create_defaults_list(files, MAIN, parsed, prepend_hydra=False, skip_missing=False).defaults
-    for pair in pairs:
-        values: dict[str, Any] = {}
-        for default in defaults:
-            content = loader._load_single_config(default, files).config
-            in_file = {key: OmegaConf.select(content, key) for key in pair}
-            if any(value is not None for value in in_file.values()):
-                values = in_file
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    for file in files:
+        for pair in pairs:
+            values = {key: OmegaConf.select(file, key) for key in pair}
+            if any(value is not None for value in values.values()):
+                last[pair] = values
+    for values in last.values():
         for key, value in values.items():
-            OmegaConf.update(composed, key, value)
+            OmegaConf.update(tree, key, value)
 
 
 def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
