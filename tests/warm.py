@@ -19,10 +19,10 @@ import sys
 from pathlib import Path
 
 # Lightning starts ranks as `-m qwlit.__main__`.
-MODULES = ("qwlit", "qwlit.__main__", "tests.invariance.worker")
-# torch reads TORCHELASTIC_ and TORCH_NCCL_, which torchrun sets, when ranks meet.
+MODULES = ("qwlit", "qwlit.__main__", "tests.invariance.worker", "benchmarks.arms")
+# torch reads TORCHELASTIC_ and TORCH_NCCL_, set by torchrun, when ranks meet; it sets TORCHINDUCTOR_CACHE_DIR itself.
 READ_BY_IMPORTS = re.compile(
-    r"HF_|TRANSFORMERS_|TORCH(?!ELASTIC_|_NCCL_)|OMP_|GOMP_|PYTHON|LD_|LC_ALL|LANG|CUDA_(?!VISIBLE)"
+    r"HF_|TRANSFORMERS_|TORCH(?!ELASTIC_|_NCCL_|INDUCTOR_)|OMP_|GOMP_|PYTHON|LD_|LC_ALL|LANG|CUDA_(?!VISIBLE)"
 )
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

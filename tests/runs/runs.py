@@ -23,8 +23,6 @@ DEMO = Path(__file__).parents[2] / "src" / "qwlit" / "resources" / "demo"
 # One thread a process, so that tests do not slow each other down on small machines.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 UNCHANGED = dict(ENVIRONMENT)
-LONG = os.environ.get("QWLIT_LONG") == "1"
-"""Whether there is time for more of the same: more kills, preemptions and signals, and real time limits."""
 TINY = [
     "model=demo",
     "model.architecture.num_hidden_layers=2",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from tests.runs.runs import LONG
+from tests.long import LONG
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("lightning", "transformers")

@@ -17,9 +17,9 @@ import pytest
 
 import qwlit
 from qwlit.training.resilience.preemption import StopOnSignal
+from tests.long import LONG
 from tests.runs.runs import (
     ENVIRONMENT,
-    LONG,
     TINY,
     assert_same_run,
     command,

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from tests.runs.runs import LONG, assert_same_run, losses, qwlit, qwlit_process, rows, steps_logged, summary
+from tests.long import LONG
+from tests.runs.runs import assert_same_run, losses, qwlit, qwlit_process, rows, steps_logged, summary
 from tests.runs.slurm_jobs import WORDS, finished, said, submit, tasks
 from tests.slurm_cluster import why_not
 

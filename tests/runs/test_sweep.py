@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from qwlit.config.compose import compose
-from tests.runs.runs import ENVIRONMENT, LONG, TINY, losses, qwlit, qwlit_process, rows, summary, warm_command
+from tests.long import LONG
+from tests.runs.runs import ENVIRONMENT, TINY, losses, qwlit, qwlit_process, rows, summary, warm_command
 
 TRIALS, KILLS = (20, 6) if LONG else (6, 3)
 STEPS = 4

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.long import LONG
 from tests.published import CONFIGS, published_folder
-from tests.runs.runs import LONG, qwlit
+from tests.runs.runs import qwlit
 from tests.tiny import save_folder, tiny_causal_lm
 
 PYTHON = os.environ.get("QWLIT_TRANSFORMERS4")

@@ -7,7 +7,9 @@ whole tree against the dataclasses reports wrong names and values.
 import os
 import re
 from collections.abc import Container
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def compose(overrides: list[str]) -> Composed:
     overrides = agent_overrides(overrides) if under_agent() else overrides
     typed = read_overrides(overrides)
     groups = group_options()
-    chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key.startswith("hydra.")}
+    chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key == "hydra.searchpath"}
     if "config" in typed:
         tree = _load_run(typed.pop("config"), chosen)
         choices: dict[str, str] = {}
@@ -152,12 +154,32 @@ def _compose_groups(
         if choice not in options and not own_folders:
             hint = nearest(str(choice), options) or f" Choose one of {', '.join(options)}."
             raise ConfigError(f"{group}={show_value(choice)}: no such {group}.{hint}")
+    overrides = tuple(f"{key}={choice!r}" for key, choice in chosen.items())
+    if own_folders:
+        return _read_groups(overrides)
+    packaged = frozenset((str(file), file.stat().st_mtime_ns) for file in conf_dir().rglob("*.yaml"))
+    return deepcopy(_read_packaged_groups(overrides, packaged))
+
+
+@lru_cache(maxsize=32)
+def _read_packaged_groups(
+    overrides: tuple[str, ...], packaged: frozenset[tuple[str, int]]
+) -> tuple[DictConfig, dict[str, str]]:
+    """Keep what Hydra composed, because a sweep composes its settings hundreds of times, 0.1 s each.
+
+    Args:
+        packaged: path and time of every packaged file, so that an edited file is read again.
+    """
+    return _read_groups(overrides)
+
+
+def _read_groups(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    """Compose the files of the groups that `overrides` choose."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
-            overrides = [f"{key}={choice!r}" for key, choice in chosen.items()]
-            composed = hydra_compose(MAIN, overrides, return_hydra_config=True)
-            _clear_alternatives(composed, overrides)
+            composed = hydra_compose(MAIN, list(overrides), return_hydra_config=True)
+            _clear_alternatives(composed, list(overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
     choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}

@@ -43,7 +43,8 @@ def apply_adapter(model: "PreTrainedModel", adapter: AdapterConfig, *, dropout: 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
+        # On the meta device peft would draw A and then drop it, seconds for a large model.
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=next(model.parameters()).is_meta)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:

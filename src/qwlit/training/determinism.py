@@ -31,4 +31,8 @@ def prepare_determinism(mode: Determinism) -> None:
 def seed_micro_batch(seed: int, step: int, rank: int, micro: int) -> None:
     """Seed torch's generators for one forward pass, so that no checkpoint has to store their state for dropout."""
     high, low = np.random.SeedSequence([seed, step, rank, micro]).generate_state(2, dtype=np.uint32)
-    torch.manual_seed((int(high) << 32) | int(low))
+    value = (int(high) << 32) | int(low)
+    torch.default_generator.manual_seed(value)
+    # Without CUDA, torch.manual_seed keeps the seed and formats the stack for each kind of device: milliseconds.
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
