@@ -270,6 +270,6 @@ def test_every_logger_has_its_file_and_several_can_be_used_together() -> None:
     both = compose(["logger.use=[wandb,tensorboard]"]).config.logger
     assert both.use == ("wandb", "tensorboard") and both.wandb
     with pytest.raises(
-        ConfigError, match=r"logger\.wandb is now called logger\.use, a list of loggers such as \[wandb\]"
+        ConfigError, match=r"logger\.wandb is now called logger\.use: type logger=wandb, .* by `use: \[wandb\]`"
     ):
         compose(["logger.wandb=true"])
