@@ -50,7 +50,7 @@ def test_cfg_job_prints_the_settings_and_trains_nothing(tmp_path):
     [
         (["trian"], "no such subcommand. Did you mean 'train'"),
         (["inspect", *TINY, "output=jsn"], "output=jsn: choose one of text, json.*'json'"),
-        (["inspect", *TINY, "sample=first"], "sample=first: give a sample's number"),
+        (["inspect", *TINY, "sample=first"], "sample=first: give a whole number of at least 0"),
         (["inspect", *TINY, "sample=8000"], "sample=8000: there are 8000 samples, 0 to 7999"),
         (["inspect", *TINY, "data.loss_on=assistent"], "data.loss_on=assistent: .*Did you mean 'assistant'"),
         (["inspect", *TINY, "data.path=[]"], "data.path=.*the list is empty"),
