@@ -16,7 +16,7 @@ from qwlit.training.checkpointing.checkpoint import (
     remove_unfinished_checkpoints,
     step_of,
 )
-from qwlit.training.tracking.run_folder import FINISHED, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, RUNNING, RunFolder
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def prepare_folder(folder: RunFolder, *, resume: Literal["auto", "never"], overw
         elif resume == "never":
             renamed = folder.rename_old_run()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    folder.write_summary(status="running", job=job_id())
+    folder.write_summary(status=RUNNING, job=job_id())
     remove_unfinished_checkpoints(folder)
     damaged = _rename_damaged(folder)
     return ResumePoint(checkpoint=newest(folder), renamed_to=renamed, damaged=damaged)

@@ -2,6 +2,7 @@
 
 import signal
 from dataclasses import replace
+from functools import cached_property
 
 from rich.markup import escape
 
@@ -11,8 +12,9 @@ from qwlit.core.files import resolve_path
 from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
 from qwlit.core.signals import answering_signals
 from qwlit.core.slurm import torchrun_warning
+from qwlit.model.load import fingerprint
 from qwlit.planning.run_plan import RunPlan, build_plan
-from qwlit.run.begin import begin, recording_status
+from qwlit.run.begin import begin, recording_status, refuse_changes
 from qwlit.run.callbacks import Extensions
 from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
@@ -106,17 +108,25 @@ class TrainingRun:
         # Under FSDP2 `fit` fills in the weights after sharding, so that no rank ever holds all of them.
         self.loss_model = load_model(plan, leave_empty=plan.machine.strategy == "fsdp")
 
+    @cached_property
+    def base(self) -> str | None:
+        """The fingerprint of the pretrained weights; None if the weights are random."""
+        return fingerprint(self.config.model)
+
     def execute(self, lock: RunLock) -> None:
         """Start or resume, fit, export and print the summary."""
-        start = begin(self)
-        # Rank 0 has written all files that the other ranks read; processes that Lightning starts need not wait.
-        lock.announce_ready()
+        if is_rank_zero():
+            # A refusal must leave the folder as it is.
+            refuse_changes(self)
         # `recording_status` is the inner block: it writes the status, then W&B gets the summary with the status.
         with (
             logged_to_wandb(self.config, self.folder) as wandb_run,
             named_loggers(self.config, self.folder) as loggers,
             recording_status(self.folder),
         ):
+            start = begin(self)
+            # Rank 0 has written all files that the other ranks read; processes that Lightning starts need not wait.
+            lock.announce_ready()
             if wandb_run:
                 wandb_run.open(continues=start.checkpoint is not None)
             for logger in loggers:

@@ -29,7 +29,7 @@ from qwlit.core.slurm import job_id, was_requeued
 from qwlit.core.streams import say
 from qwlit.core.waiting import NOTICE_SECONDS
 
-FINISHED = "done"
+RUNNING, FINISHED = "running", "done"
 STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl")
 """Files to which a run appends a record at a time."""
 
