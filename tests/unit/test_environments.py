@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,14 +18,18 @@ import wandb
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.progress import MofNCompleteColumn
 
+import qwlit
 from qwlit import __main__ as program
 from qwlit.core import console, ranks, signals, streams
 from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.core.children import start_child
 from qwlit.core.devices import Devices
-from qwlit.core.errors import ConfigError, Preempted, QwlitError, printable
+from qwlit.core.errors import ConfigError, Preempted, QwlitError, SignalExit, printable
 from qwlit.core.slurm import job_id, was_requeued
 from qwlit.core.waiting import call_with_timeout
+from qwlit.run import fit, training_run
 from qwlit.run.finish import print_summary
+from qwlit.run.resume import ResumePoint
 from qwlit.training import machine, trainer
 from qwlit.training.config import HardwareConfig, LoggerConfig
 from qwlit.training.tracking.run_folder import RunFolder, RunLock
@@ -149,26 +154,112 @@ def test_commands_without_ranks_show_their_output_whatever_rank_is_left_behind(m
     assert "RANK" not in os.environ
 
 
-@pytest.mark.parametrize("rank", [{}, {"NODE_RANK": "1"}])
-def test_a_process_that_waits_says_so_and_answers_signals(rank, monkeypatch):
-    """Also a rank that the user has started by hand: no launcher ends it."""
+RANK_ONE = {"RANK": "1", "LOCAL_RANK": "1"}
+SRUN_RANK = STEP | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "signum", "end"),
+    [
+        ({}, signal.SIGTERM, Preempted),
+        ({"NODE_RANK": "1"}, signal.SIGTERM, SystemExit),
+        (BY_HAND | RANK_ONE, signal.SIGTERM, SystemExit),
+        (TORCHRUN | RANK_ONE, signal.SIGTERM, SystemExit),
+        (TORCHRUN | RANK_ONE, signal.SIGHUP, SystemExit),
+        (TORCHRUN | RANK_ONE, signal.SIGINT, KeyboardInterrupt),
+    ],
+)
+def test_a_process_that_waits_says_so_and_answers_its_first_signal(rank, signum, end, monkeypatch):
+    """Also a rank that the user has started by hand, which no launcher ends, and one that torchrun ends."""
     for name, value in rank.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
     said = []
 
     def notice():
         said.append(True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
 
     waits = subprocess.Popen(["sleep", "20"])
     try:
-        with pytest.raises(SystemExit if rank else Preempted), signals.answering_signals():
+        with (
+            signals.handling(signals.EXIT_SIGNALS, signal.SIG_DFL),
+            pytest.raises(end),
+            signals.answering_signals(),
+        ):
             call_with_timeout(20.0, waits.wait, notice_after=0.05, notice=notice)
         assert said and waits.poll() is None
     finally:
         waits.kill()
         waits.wait()
+
+
+@pytest.mark.parametrize(("rank", "records"), [(TORCHRUN, True), (TORCHRUN | RANK_ONE, False)])
+def test_of_torchruns_ranks_only_rank_0_lives_on_after_a_signal_in_the_imports(rank, records, monkeypatch):
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    with signals.handling(signals.EXIT_SIGNALS, signal.SIG_DFL):
+        signals.record_signals()
+        assert [signal.getsignal(s) != signal.SIG_DFL for s in signals.EXIT_SIGNALS] == [records] * 3
+
+
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+# Were the first signal not ignored, it would be the one that ends the rank.
+TELL = "rank.terminate(); rank.kill(); sys.exit(rank.wait() != -signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    ("rank", "then", "code"),
+    [
+        (TORCHRUN | RANK_ONE, DIE, -signal.SIGKILL),
+        ({"LOCAL_RANK": "1"}, DIE, -signal.SIGKILL),
+        ({"LOCAL_RANK": "1"}, TELL, 0),
+    ],
+    ids=["torchrun", "rank 0", "a signal"],
+)
+def test_a_rank_that_imports_is_killed_with_its_launcher_and_leaves_signals_to_rank_0(rank, then, code, tmp_path):
+    (tmp_path / "omegaconf.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    launcher = (
+        "import os, signal, subprocess, sys\n"
+        f"variables = os.environ | {rank!r} | {{{ranks.READY_VARIABLE!r}: f'{{os.getpid()}} a'}}\n"
+        "rank = subprocess.Popen([sys.executable, '-m', 'qwlit', 'train'], env=variables, stdout=subprocess.PIPE)\n"
+        f"assert rank.stdout.readline() == b'importing\\n'\n{then}\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(qwlit.__file__).parents[1]}"}
+    # The rank holds the pipe of standard error: `run` returns when both have ended.
+    done = subprocess.run(
+        [sys.executable, "-c", launcher], env=environment, stderr=subprocess.PIPE, timeout=30, check=False
+    )
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("raised", [SignalExit(Preempted("a signal")), KeyboardInterrupt(), RuntimeError("a fault")])
+def test_no_rank_that_rank_0_has_started_outlives_the_training(raised, monkeypatch):
+    def end(*arguments, **options):
+        raise raised
+
+    monkeypatch.setattr(fit, "mark_process_group_joined", lambda: None)
+    launcher = trainer._Launcher(LightningEnvironment(), 2, 1)
+    launcher.children = [subprocess.Popen(["sleep", "20"])]
+    two_ranks = SimpleNamespace(world_size=2, fit=end, strategy=SimpleNamespace(launcher=launcher))
+    with pytest.raises(type(raised)):
+        fit._run(SimpleNamespace(trainer=two_ranks), None, None, ResumePoint(None))
+    assert launcher.children[0].wait(timeout=10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_trial_asks_for_a_signal_that_it_answers_when_its_agent_is_killed(handler, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ask(*, signum):
+        raise Asked(signum)
+
+    for name, value in AGENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(training_run, "die_with_parent", ask)
+    with signals.handling([signal.SIGINT], handler), pytest.raises(Asked) as asked:
+        training_run.train(None)
+    assert asked.value.args == (signal.SIGUSR2 if handler == signal.SIG_IGN else signal.SIGINT,)
 
 
 class OneOfTwo(trainer._Replicated):
@@ -241,13 +332,35 @@ def test_a_rank_that_waits_for_rank_zero_says_so_and_gives_up(tmp_path, monkeypa
     assert capsys.readouterr().err == f"qwlit: node_rank 1 waits for rank 0 of the run {tmp_path / 'a'}\n"
 
 
-@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
-def test_a_hangup_is_recorded_in_the_steps_unless_nohup_ignores_it(before):
-    with signals.handling([signal.SIGHUP], before):
+@pytest.mark.parametrize(
+    ("rank", "before", "recorded"),
+    [
+        ({}, signal.SIG_DFL, signals.HANDLED_SIGNALS),
+        # nohup, or `&` in a script.
+        ({}, signal.SIG_IGN, ()),
+        # Rank 0 has started it, and gets what a terminal sends.
+        ({"LOCAL_RANK": "1"}, signal.SIG_IGN, (signal.SIGTERM, signal.SIGUSR2)),
+    ],
+)
+def test_an_ignored_signal_stays_ignored_in_the_steps_unless_rank_0_answered_it_before_them(
+    rank, before, recorded, monkeypatch
+):
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    with signals.handling(signals.HANDLED_SIGNALS, before):
         signals.record_signals()
         with signals.answering_signals(), signals.recording_signals():
-            signal.raise_signal(signal.SIGHUP)
-            assert signals.received_signals == ([signal.SIGHUP] if before == signal.SIG_DFL else [])
+            for signum in signals.HANDLED_SIGNALS:
+                signal.raise_signal(signum)
+            assert signals.received_signals == list(recorded)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_child_answers_the_ctrl_c_that_its_parent_sends_whatever_the_parent_ignores(handler, tmp_path):
+    code = "import signal, sys; sys.exit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
+    with signals.handling([signal.SIGINT], handler):
+        child = start_child(["-c", code], tmp_path / "log", dict(os.environ), parent_death_signal=signal.SIGTERM)
+        assert child.wait(timeout=30) == 0
 
 
 def test_control_characters_of_the_users_text_never_reach_the_terminal():

@@ -16,6 +16,8 @@ from qwlit.core.errors import ConfigError
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 """Host and port at which the ranks meet."""
+READY_VARIABLE = "QWLIT_RUN_READY"
+"""Rank 0 sets it for the ranks that it starts: its process id, and the path of the run folder, which is ready."""
 NUM_PORTS = 65_536
 FIRST_SPECIAL_STEP = 4294967290
 """Slurm numbers the steps that srun starts from 0; higher numbers are the shell of salloc and the batch script."""
@@ -195,3 +197,15 @@ def die_with_parent(parent: int | None = None, signum: int = signal.SIGKILL) -> 
         # The parent may have ended before the call above.
         if parent is not None and os.getppid() != parent:
             sys.exit(1)
+
+
+def started_by_rank_zero() -> bool:
+    """Whether qwlit's own launcher has started this process: its parent is rank 0."""
+    starter = os.environ.get(READY_VARIABLE, "").partition(" ")[0]
+    return not is_rank_zero() and starter == str(os.getppid())
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel to end this process when torchrun ends, or rank 0 if that has started it."""
+    if launched_by_torchrun() or started_by_rank_zero():
+        die_with_parent(os.getppid())

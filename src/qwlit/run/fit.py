@@ -74,25 +74,20 @@ def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
 
 
 def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataModule, start: ResumePoint) -> None:
-    """Run the trainer. If it fails, end the ranks that this process started; else leave the process group."""
+    """Run the trainer. If anything ends it early, end the ranks that this process started; else leave the group."""
     if training.trainer.world_size > 1:
         mark_process_group_joined()
     try:
         training.trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
-    except SystemExit as end:
+    except BaseException as error:
+        lost = lost_rank(training.trainer, error)
+        kill_started_ranks(training.trainer)
+        if lost is not None:
+            raise lost from None
         # Outside the steps, and at the second Ctrl-C, Lightning turns KeyboardInterrupt into SystemExit(1).
-        if isinstance(end.__context__, KeyboardInterrupt):
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    except QwlitError:
-        kill_started_ranks(training.trainer)
-        raise
-    except RuntimeError as error:
-        lost = lost_rank(training.trainer, error)
-        if lost is None:
-            raise
-        kill_started_ranks(training.trainer)
-        raise lost from None
     stop_watching_ranks(training.trainer)
     if dist.is_initialized():
         # If the group still exists at the interpreter's shutdown, gloo's threads can abort the process.

@@ -45,7 +45,8 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     """
     if under_agent() and is_rank_zero():
         # A trial whose agent was killed must end: the next agent uses the same GPU.
-        die_with_parent(signum=signal.SIGINT)
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        die_with_parent(signum=signal.SIGUSR2 if ignored else signal.SIGINT)
     # Before CUDA starts: CUDA reads the environment only once.
     prepare_determinism(composed.config.determinism)
     folder = run_folder(composed)

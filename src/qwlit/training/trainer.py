@@ -24,14 +24,20 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Par
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from qwlit.core.errors import ConfigError, QwlitError, first_line
-from qwlit.core.ranks import ADDRESS, RANK_VARIABLES, launched_by_srun, launched_by_torchrun, launched_world_size
-from qwlit.core.signals import HANDLED_SIGNALS, Phase, enter_phase, handling
+from qwlit.core.ranks import (
+    ADDRESS,
+    RANK_VARIABLES,
+    launched_by_srun,
+    launched_by_torchrun,
+    launched_world_size,
+    started_by_rank_zero,
+)
+from qwlit.core.signals import Phase, enter_phase, handling
 from qwlit.core.streams import say
 from qwlit.core.waiting import NOTICE_SECONDS, call_with_timeout
 from qwlit.training.checkpointing.checkpoint import StepFolderIO, read_checkpoint, write_checkpoint
 from qwlit.training.machine import Machine
 from qwlit.training.resilience.hang_watchdog import REPORT_SECONDS
-from qwlit.training.tracking.run_folder import READY_VARIABLE
 
 
 def build_trainer(
@@ -85,11 +91,10 @@ def build_trainer(
 
 
 class _Launcher(_SubprocessScriptLauncher):
-    """Starts the other ranks with the handled signals ignored (an ignored signal stays ignored over exec).
+    """Starts the other ranks, which ignore the handled signals until they train: rank 0 handles signals for them.
 
-    Until they train, rank 0 handles signals for them. Lightning's observer kills all ranks when one has ended; it gets
-    nothing to watch (`procs` is empty), so that a failing collective can report the rank first, in `lost_rank`. If the
-    collective hangs instead, `_watch` ends the job.
+    Lightning's observer kills all ranks when one has ended; it gets nothing to watch (`procs` is empty), so that a
+    failing collective can report the rank first, in `lost_rank`. If it hangs instead, `_watch` ends the job.
     """
 
     procs: list[Popen[bytes]]
@@ -100,9 +105,13 @@ class _Launcher(_SubprocessScriptLauncher):
         self.record_failure: Callable[[], None] = lambda: None
 
     def _call_children_scripts(self) -> None:
-        with handling(HANDLED_SIGNALS, signal.SIG_IGN):
-            super()._call_children_scripts()
-        self.children, self.procs = self.procs, []
+        try:
+            # An ignored signal stays ignored over exec: Python would print a traceback at a Ctrl-C before `main`. This
+            # process must not miss the other signals, so a rank can ignore them only in `main`.
+            with handling([signal.SIGINT], signal.SIG_IGN):
+                super()._call_children_scripts()
+        finally:
+            self.children, self.procs = self.procs, []
         Thread(target=self._watch, daemon=True).start()
 
     def kill(self, signum: int) -> None:
@@ -162,8 +171,8 @@ class _OwnLauncher(ParallelStrategy):
         address = f"{cluster.main_address}:{cluster.main_port} (MASTER_ADDR, MASTER_PORT)"
         leftovers = " ".join(name for name in RANK_VARIABLES if name in os.environ)
         # The launcher sets LOCAL_RANK in its own process too, so Lightning takes all ranks for started by others.
-        is_child = self.global_rank > 0 and READY_VARIABLE in os.environ
-        by_hand = launched_world_size() is None and not (is_child or isinstance(self._launcher, _Launcher))
+        is_launcher = isinstance(self._launcher, _Launcher)
+        by_hand = launched_world_size() is None and not (started_by_rank_zero() or is_launcher)
         hint = f"; if nothing else starts the other ranks, run: unset {leftovers}" if by_hand else ""
 
         def notify() -> None:
@@ -268,9 +277,11 @@ class LostRank(QwlitError):
         super().__init__(f"lost another rank: {named or 'see the messages of the other ranks'}; {remedy}")
 
 
-def lost_rank(trainer: Trainer, error: RuntimeError) -> LostRank | None:
+def lost_rank(trainer: Trainer, error: BaseException) -> LostRank | None:
     """Return the error when a collective failed because another rank has ended; None for any other failure."""
-    if trainer.world_size == 1 or not any(part in str(error) for part in LOST_PEER):
+    if trainer.world_size == 1 or not isinstance(error, RuntimeError) or isinstance(error, QwlitError):
+        return None
+    if not any(part in str(error) for part in LOST_PEER):
         return None
     # torchrun now sends SIGTERM to this rank too; it must not end as preempted.
     enter_phase(Phase.ENDING)
@@ -293,7 +304,7 @@ def stop_watching_ranks(trainer: Trainer) -> None:
 
 
 def kill_started_ranks(trainer: Trainer) -> None:
-    """Kill the ranks that this process has started: the run has failed, and they would only add follow-up errors."""
+    """Kill the ranks that this process has started: the run has ended, and they would wait or add follow-up errors."""
     if isinstance(trainer.strategy.launcher, _Launcher):
         trainer.strategy.launcher.kill(signal.SIGKILL)
 

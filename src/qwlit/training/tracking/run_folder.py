@@ -24,7 +24,14 @@ from qwlit.core.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token, launched_by_torchrun, rank_label
+from qwlit.core.ranks import (
+    READY_VARIABLE,
+    die_with_launcher,
+    die_with_parent,
+    is_rank_zero,
+    launch_token,
+    rank_label,
+)
 from qwlit.core.slurm import job_id, was_requeued
 from qwlit.core.streams import say
 from qwlit.core.waiting import NOTICE_SECONDS
@@ -140,7 +147,6 @@ def _jsonable(value: Any) -> Any:
 
 
 BEGUN, ENDED = " begun", " ended"
-READY_VARIABLE = "QWLIT_RUN_READY"
 
 
 class RunLock:
@@ -162,8 +168,7 @@ class RunLock:
         self._announced = False
 
     def __enter__(self) -> Self:
-        if launched_by_torchrun():
-            die_with_parent()
+        die_with_launcher()
         started_by, _, ready = os.environ.get(READY_VARIABLE, "").partition(" ")
         if is_rank_zero():
             self._acquire()
