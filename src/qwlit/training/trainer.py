@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,11 +27,11 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from qwlit.core.errors import ConfigError, QwlitError, first_line
 from qwlit.core.ranks import (
     ADDRESS,
-    RANK_VARIABLES,
     launched_by_srun,
     launched_by_torchrun,
     launched_world_size,
     started_by_rank_zero,
+    unset_hint,
 )
 from qwlit.core.signals import Phase, enter_phase, handling
 from qwlit.core.streams import say
@@ -157,8 +158,8 @@ class _OwnLauncher(ParallelStrategy):
         """Join the process group before Lightning does, which then leaves it as it is.
 
         Raises:
-            ConfigError: the ranks cannot meet at this address, for example because the port is taken.
-            QwlitError: not all ranks came in time.
+            ConfigError: the ranks cannot meet at this address, for example because the port is taken, or not all came
+                in time.
         """
         cluster = self.cluster_environment
         assert cluster is not None
@@ -169,20 +170,18 @@ class _OwnLauncher(ParallelStrategy):
         self.set_world_ranks()  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
         address = f"{cluster.main_address}:{cluster.main_port} (MASTER_ADDR, MASTER_PORT)"
-        leftovers = " ".join(name for name in RANK_VARIABLES if name in os.environ)
         # The launcher sets LOCAL_RANK in its own process too, so Lightning takes all ranks for started by others.
-        is_launcher = isinstance(self._launcher, _Launcher)
-        by_hand = launched_world_size() is None and not (started_by_rank_zero() or is_launcher)
-        hint = f"; if nothing else starts the other ranks, run: unset {leftovers}" if by_hand else ""
+        by_qwlit = started_by_rank_zero() or isinstance(self._launcher, _Launcher)
+        hint = "" if by_qwlit else unset_hint()
 
         def notify() -> None:
-            if self.global_rank == 0 or by_hand:
+            if self.global_rank == 0 or hint:
                 say(f"qwlit: rank {self.global_rank} of {self.world_size} waits for other ranks at {address}{hint}")
 
         try:
             call_with_timeout(self.meeting_seconds, self._join, notice_after=NOTICE_SECONDS, notice=notify)
         except TimeoutError:
-            raise QwlitError(
+            raise ConfigError(
                 f"rank {self.global_rank}: not all {self.world_size} ranks met at {address} within"
                 f" {self.meeting_seconds:g} s (hardware.timeout_seconds){hint}"
             ) from None
@@ -193,6 +192,7 @@ class _OwnLauncher(ParallelStrategy):
 
     def _join(self) -> None:
         """Join the process group, in a thread of its own."""
+        _look_up(os.environ["MASTER_ADDR"])
         device = self.root_device if self.root_device.type == "cuda" else None
         if device is not None:
             torch.cuda.set_device(device)
@@ -203,6 +203,30 @@ class _OwnLauncher(ParallelStrategy):
             timeout=self._timeout,  # type: ignore[attr-defined]
             device_id=device,
         )
+
+
+# In a cluster the name of a node may be known only some time after its process has started.
+LOOK_UP_SECONDS = 10.0
+
+
+def _look_up(host: str) -> None:
+    """Wait until the host name can be looked up: torch would try for as long as the ranks wait for each other.
+
+    Raises:
+        ConfigError: it cannot within LOOK_UP_SECONDS.
+    """
+    end = time.monotonic() + LOOK_UP_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"MASTER_ADDR={host}: {socket.gethostname()} cannot look up this host name ({first_line(error)});"
+                    " set MASTER_ADDR to a name or an IP address of rank 0's node that all nodes can look up"
+                ) from None
+        time.sleep(LOOK_UP_SECONDS / 20)
 
 
 class _Replicated(_OwnLauncher, DDPStrategy):
