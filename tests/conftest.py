@@ -1,6 +1,8 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +11,10 @@ import pytest
 from filelock import FileLock
 
 from tests.real_tokenizer import build_real_tokenizer, real_backend
+
+# Tests send Ctrl-C to processes that they start: these would ignore it where pytest does (`pytest &` in a script).
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

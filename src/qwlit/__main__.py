@@ -18,12 +18,14 @@ from qwlit.core.errors import (
 )
 from qwlit.core.ranks import (
     check_rank_numbers,
+    die_with_launcher,
     end_process,
     forget_rank_variables,
     is_rank_zero,
     rank_label,
+    started_by_rank_zero,
 )
-from qwlit.core.signals import record_signals
+from qwlit.core.signals import ignore_signals, record_signals
 from qwlit.core.slurm import has_scontrol, is_ending_job, job_id, leave_requeue_to_script, requeue_job
 from qwlit.core.streams import discard, finish_stdout, open_closed_streams, say
 
@@ -151,6 +153,10 @@ def _run(subcommand: str, arguments: list[str]) -> None:
         return
     if subcommand == "train":
         check_rank_numbers()
+        # Before the imports, which take seconds.
+        die_with_launcher()
+        if started_by_rank_zero():
+            ignore_signals()
     else:
         forget_rank_variables()
     from qwlit.config.overrides import full_width_remark

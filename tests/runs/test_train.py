@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwlit.core.errors import ConfigError, Preempted, SignalExit
 from qwlit.model.adapters import apply_adapter
 from qwlit.model.config import AdapterConfig
 from qwlit.model.presets import to_hf_config
+from qwlit.run import begin
 from tests.runs.runs import (
     DEMO,
     ENVIRONMENT,
@@ -114,6 +116,23 @@ def test_a_run_cut_off_goes_on_to_the_same_bits_with_dropout_on(number, chat, tm
     train(words(chat, "cut", *long), tmp_path)
     assert 0 < summary(cut)["resumed_from"] < 40
     assert_same_run(whole, cut)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "status"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (SignalExit(Preempted("a signal")), 75, "preempted"),
+        (ConfigError("a fault"), 2, "failed"),
+    ],
+)
+def test_a_run_that_ends_before_its_first_step_has_a_true_status(raised, code, status, chat, tmp_path, monkeypatch):
+    def end(*arguments):
+        raise raised
+
+    monkeypatch.setattr(begin, "_print_start", end)
+    assert qwlit(["train", *TINY, *words(chat, "a")], tmp_path).returncode == code
+    assert summary(tmp_path / "runs/a")["status"] == status
 
 
 def test_a_finished_run_is_refused_until_told_to_overwrite(chat, tmp_path):

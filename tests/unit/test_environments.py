@@ -7,8 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,17 +20,23 @@ import wandb
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.progress import MofNCompleteColumn
 
+import qwlit
 from qwlit import __main__ as program
 from qwlit.core import console, ranks, signals, streams
 from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.core.children import start_child
 from qwlit.core.devices import Devices
-from qwlit.core.errors import ConfigError, Preempted, QwlitError, printable
+from qwlit.core.errors import ConfigError, Preempted, QwlitError, SignalExit, printable
+from qwlit.core.files import locked
 from qwlit.core.slurm import job_id, was_requeued
 from qwlit.core.waiting import call_with_timeout
+from qwlit.run import fit, training_run
 from qwlit.run.finish import print_summary
+from qwlit.run.resume import ResumePoint
 from qwlit.training import machine, trainer
 from qwlit.training.config import HardwareConfig, LoggerConfig
-from qwlit.training.tracking.run_folder import RunFolder, RunLock
+from qwlit.training.tracking import run_folder
+from qwlit.training.tracking.run_folder import BEGUN, ENDED, RunFolder, RunLock
 from qwlit.training.tracking.wandb_access import Access, find_access
 from qwlit.training.tracking.wandb_run import WandbRun
 from tests.runs.runs import free_port
@@ -84,6 +93,10 @@ def clean(monkeypatch):
         ({"NODE_RANK": "2"} | ADDRESS, (1, 2), ["NODE_RANK=2", "unset NODE_RANK;"]),
         # torchrun.
         (TORCHRUN | ADDRESS, (2, 1), []),
+        (TORCHRUN | {"RANK": "2"}, (2, 1), ["RANK=2 does not fit hardware.devices=2 x", "unset TORCHELASTIC_RUN_ID"]),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, (2, 1), ["LOCAL_RANK=2 does not fit", "unset TORCHELASTIC_RUN_ID"]),
+        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2"}, (2, 1), ["RANK is not set", "unset TORCHELASTIC_RUN_ID"]),
+        (TORCHRUN | ADDRESS | {"MASTER_PORT": "x"}, (2, 1), ["MASTER_PORT='x' is not a whole number"]),
         (TORCHRUN | ADDRESS, (1, 1), ["2 processes were launched", "unset TORCHELASTIC_RUN_ID WORLD_SIZE"]),
         ({"TORCHELASTIC_RUN_ID": "a"}, (1, 1), ["WORLD_SIZE is not set", "unset TORCHELASTIC_RUN_ID"]),
         (TORCHRUN | {"WORLD_SIZE": ""}, (2, 1), ["WORLD_SIZE='' is not a whole number; run: unset WORLD_SIZE"]),
@@ -97,6 +110,8 @@ def clean(monkeypatch):
         (STEP | {"SLURM_NTASKS": "1"}, (2, 1), []),
         (STEP | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, (2, 1), []),
         (STEP | {"SLURM_NTASKS": "2"}, (2, 1), ["--ntasks=2 does not say", OVERLAP]),
+        (STEP | {"SLURM_NTASKS": "2", "SLURM_PROCID": "2"}, (2, 1), ["SLURM_PROCID=2 does not fit", OVERLAP]),
+        (STEP | {"SLURM_NTASKS": "2", "SLURM_LOCALID": "2"}, (2, 1), ["SLURM_LOCALID=2 does not fit", OVERLAP]),
         (
             STEP | {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"},
             (2, 1),
@@ -104,6 +119,8 @@ def clean(monkeypatch):
         ),
         (JOB, (2, 2), ["only one process was started", "`srun --nodes=2 --ntasks-per-node=2 python -m qwlit train …`"]),
         (JOB | {"SLURM_NTASKS": ""}, (1, 1), ["SLURM_NTASKS='' is not a whole number; run: unset SLURM_NTASKS"]),
+        (JOB | {"SLURM_NTASKS": "0"}, (1, 1), ["SLURM_NTASKS=0 is no number of tasks; run: unset SLURM_NTASKS"]),
+        (JOB | {"SLURM_NTASKS": "-1"}, (1, 1), ["SLURM_NTASKS='-1' is not a whole number; run: unset SLURM_NTASKS"]),
         (STEP | {"SLURM_NTASKS": "2", "SLURM_LOCALID": "?"}, (2, 1), ["SLURM_LOCALID='?' is not a whole number"]),
         (JOB | AGENT | {"SLURM_NTASKS": "4"}, (2, 1), []),
         # SLURM_ variables outside a job.
@@ -149,26 +166,132 @@ def test_commands_without_ranks_show_their_output_whatever_rank_is_left_behind(m
     assert "RANK" not in os.environ
 
 
-@pytest.mark.parametrize("rank", [{}, {"NODE_RANK": "1"}])
-def test_a_process_that_waits_says_so_and_answers_signals(rank, monkeypatch):
-    """Also a rank that the user has started by hand: no launcher ends it."""
+@pytest.mark.parametrize("end", [SystemExit(3), KeyboardInterrupt(), SignalExit(Preempted("a signal"))])
+def test_whatever_ends_a_call_in_a_thread_reaches_the_caller(end):
+    def call():
+        raise end
+
+    with pytest.raises(type(end)) as caught:
+        call_with_timeout(5.0, call)
+    assert caught.value is end
+
+
+RANK_ONE = {"RANK": "1", "LOCAL_RANK": "1"}
+SRUN_RANK = STEP | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "signum", "end"),
+    [
+        ({}, signal.SIGTERM, Preempted),
+        ({"NODE_RANK": "1"}, signal.SIGTERM, SystemExit),
+        (BY_HAND | RANK_ONE, signal.SIGTERM, SystemExit),
+        (TORCHRUN | RANK_ONE, signal.SIGTERM, SystemExit),
+        (TORCHRUN | RANK_ONE, signal.SIGHUP, SystemExit),
+        (TORCHRUN | RANK_ONE, signal.SIGINT, KeyboardInterrupt),
+    ],
+)
+def test_a_process_that_waits_says_so_and_answers_its_first_signal(rank, signum, end, monkeypatch):
+    """Also a rank that the user has started by hand, which no launcher ends, and one that torchrun ends."""
     for name, value in rank.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
     said = []
 
     def notice():
         said.append(True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
 
     waits = subprocess.Popen(["sleep", "20"])
     try:
-        with pytest.raises(SystemExit if rank else Preempted), signals.answering_signals():
+        with (
+            signals.handling(signals.EXIT_SIGNALS, signal.SIG_DFL),
+            pytest.raises(end),
+            signals.answering_signals(),
+        ):
             call_with_timeout(20.0, waits.wait, notice_after=0.05, notice=notice)
         assert said and waits.poll() is None
     finally:
         waits.kill()
         waits.wait()
+
+
+@pytest.mark.parametrize(("rank", "records"), [(TORCHRUN, True), (TORCHRUN | RANK_ONE, False)])
+def test_of_torchruns_ranks_only_rank_0_lives_on_after_a_signal_in_the_imports(rank, records, monkeypatch):
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    with signals.handling(signals.EXIT_SIGNALS, signal.SIG_DFL):
+        signals.record_signals()
+        assert [signal.getsignal(s) != signal.SIG_DFL for s in signals.EXIT_SIGNALS] == [records] * 3
+
+
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+# Were the first signal not ignored, it would be the one that ends the rank.
+TELL = "rank.terminate(); rank.kill(); sys.exit(rank.wait() != -signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    ("rank", "then", "code"),
+    [
+        (TORCHRUN | RANK_ONE, DIE, -signal.SIGKILL),
+        ({"LOCAL_RANK": "1"}, DIE, -signal.SIGKILL),
+        ({"LOCAL_RANK": "1"}, TELL, 0),
+    ],
+    ids=["torchrun", "rank 0", "a signal"],
+)
+def test_a_rank_that_imports_is_killed_with_its_launcher_and_leaves_signals_to_rank_0(rank, then, code, tmp_path):
+    (tmp_path / "omegaconf.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    launcher = (
+        "import os, signal, subprocess, sys\n"
+        f"variables = os.environ | {rank!r} | {{{ranks.READY_VARIABLE!r}: f'{{os.getpid()}} a'}}\n"
+        "rank = subprocess.Popen([sys.executable, '-m', 'qwlit', 'train'], env=variables, stdout=subprocess.PIPE)\n"
+        f"assert rank.stdout.readline() == b'importing\\n'\n{then}\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(qwlit.__file__).parents[1]}"}
+    # The rank holds the pipe of standard error: `run` returns when both have ended.
+    done = subprocess.run(
+        [sys.executable, "-c", launcher], env=environment, stderr=subprocess.PIPE, timeout=30, check=False
+    )
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("raised", [SignalExit(Preempted("a signal")), KeyboardInterrupt(), RuntimeError("a fault")])
+def test_no_rank_that_rank_0_has_started_outlives_the_training(raised, monkeypatch):
+    def end(*arguments, **options):
+        raise raised
+
+    monkeypatch.setattr(fit, "mark_process_group_joined", lambda: None)
+    launcher = trainer._Launcher(LightningEnvironment(), 2, 1)
+    launcher.children = [subprocess.Popen(["sleep", "20"])]
+    two_ranks = SimpleNamespace(world_size=2, fit=end, strategy=SimpleNamespace(launcher=launcher))
+    with pytest.raises(type(raised)):
+        fit._run(SimpleNamespace(trainer=two_ranks), None, None, ResumePoint(None))
+    assert launcher.children[0].wait(timeout=10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_trial_asks_for_a_signal_that_it_answers_when_its_agent_is_killed(handler, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ask(*, signum):
+        raise Asked(signum)
+
+    for name, value in AGENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(training_run, "die_with_parent", ask)
+    with signals.handling([signal.SIGINT], handler), pytest.raises(Asked) as asked:
+        training_run.train(None)
+    assert asked.value.args == (signal.SIGUSR2 if handler == signal.SIG_IGN else signal.SIGINT,)
+
+
+@pytest.fixture
+def no_threads_left():
+    """A thread of torch that outlives the tests could abort the process at its end."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive(), thread
 
 
 class OneOfTwo(trainer._Replicated):
@@ -178,7 +301,8 @@ class OneOfTwo(trainer._Replicated):
 
     def __init__(self, seconds):
         super().__init__(cluster_environment=LightningEnvironment(), process_group_backend="gloo")
-        self.meeting_seconds, self._timeout = seconds, timedelta(seconds=2)
+        # The second: until torch gives up, in a thread that the first does not end.
+        self.meeting_seconds, self._timeout = seconds, timedelta(seconds=0.6)
 
     num_processes = 2
 
@@ -190,6 +314,7 @@ class OneOfTwo(trainer._Replicated):
         (False, 0.3, r"not all 2 ranks met .* within 0\.3 s \(hardware\.timeout_seconds\); .* unset LOCAL_RANK"),
     ],
 )
+@pytest.mark.usefixtures("no_threads_left")
 def test_ranks_that_cannot_meet_end_in_one_line(taken, seconds, said, monkeypatch):
     with socket.socket() as listener:
         listener.bind(("", 0))
@@ -200,10 +325,34 @@ def test_ranks_that_cannot_meet_end_in_one_line(taken, seconds, said, monkeypatc
             listener.close()
         for name, value in (BY_HAND | {"LOCAL_RANK": "0", "MASTER_PORT": str(port)}).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(QwlitError, match=said):
+        with pytest.raises(ConfigError, match=said):
             OneOfTwo(seconds).setup_environment()
 
 
+@pytest.mark.parametrize("address", ["nosuch.invalid", "x" * 64])
+@pytest.mark.usefixtures("no_threads_left")
+def test_an_address_that_cannot_be_looked_up_is_named_at_once(address, monkeypatch):
+    monkeypatch.setattr(trainer, "LOOK_UP_SECONDS", 0.1)
+    for name, value in (BY_HAND | {"LOCAL_RANK": "0", "MASTER_ADDR": address}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"MASTER_ADDR={address}: .* cannot look up .*; set MASTER_ADDR"):
+        OneOfTwo(20.0).setup_environment()
+
+
+def test_an_address_may_be_known_only_after_some_time(monkeypatch):
+    answers = iter([socket.gaierror(socket.EAI_AGAIN, "later"), socket.gaierror(socket.EAI_NONAME, "who?"), None])
+
+    def look_up(*arguments):
+        if answer := next(answers):
+            raise answer
+
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    trainer._look_up("node1")
+    assert next(answers, "all") == "all"
+
+
+@pytest.mark.usefixtures("no_threads_left")
 def test_a_rank_of_qwlits_own_launcher_is_not_told_to_unset_variables(monkeypatch):
     for name, value in (BY_HAND | {"LOCAL_RANK": "0", "MASTER_PORT": str(free_port())}).items():
         monkeypatch.setenv(name, value)
@@ -238,16 +387,96 @@ def test_a_rank_that_waits_for_rank_zero_says_so_and_gives_up(tmp_path, monkeypa
         RunLock(RunFolder(tmp_path / "a"), 60),
     ):
         pass
-    assert capsys.readouterr().err == f"qwlit: node_rank 1 waits for rank 0 of the run {tmp_path / 'a'}\n"
+    hint = "if nothing else starts the other ranks, run: unset NODE_RANK"
+    assert capsys.readouterr().err == f"qwlit: node_rank 1 waits for rank 0 of the run {tmp_path / 'a'}; {hint}\n"
 
 
-@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
-def test_a_hangup_is_recorded_in_the_steps_unless_nohup_ignores_it(before):
-    with signals.handling([signal.SIGHUP], before):
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [
+        ({}, r"in use by another process \({me}\); wait for it, or set another run\.name$"),
+        ({"NODE_RANK": "0"}, r"in use by another process \({me}\); .* their own RANK, or NODE_RANK and LOCAL_RANK$"),
+        ({"NODE_RANK": "1"}, r"did not come to .*, in use by another process \({me}\) of another launch within 0 s"),
+    ],
+)
+def test_who_holds_the_lock_of_a_run_is_named(rank, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    folder = RunFolder(tmp_path / "a")
+    with RunLock(folder):
+        for name, value in rank.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", "1")
+        named = said.format(me=f"{os.getpid()} on {socket.gethostname()}")
+        with pytest.raises(ConfigError, match=named), RunLock(folder, 0):
+            pass
+
+
+def test_who_is_waited_for_is_named(tmp_path):
+    """As for another process that is tokenizing the same data."""
+    path, holders = tmp_path / "lock", []
+    hold = (
+        "import sys, pathlib; from qwlit.core.files import locked\n"
+        f"with locked(pathlib.Path({str(path)!r})): print(flush=True), sys.stdin.read()\n"
+    )
+    words = [sys.executable, "-c", hold]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holding:
+        holding.stdout.readline()
+
+        def waiting(holder):
+            holders.append(holder)
+            holding.stdin.close()
+
+        with locked(path, waiting=waiting):
+            pass
+    assert holders == [f"another process ({holding.pid} on {socket.gethostname()})"]
+
+
+@pytest.mark.parametrize("state", ["", ENDED, BEGUN])
+def test_what_an_earlier_launch_with_the_same_token_left_behind_is_no_end_and_no_start(state, tmp_path, monkeypatch):
+    """torchrun's default settings are the same in every launch."""
+    for name, value in (TORCHRUN | RANK_ONE | ADDRESS).items():
+        monkeypatch.setenv(name, value)
+    folder = RunFolder(tmp_path / "a")
+    folder.lock_file.parent.mkdir()
+    folder.lock_file.write_text(f"process 1 on n1\n{ranks.launch_token()}{state}")
+    lock = RunLock(folder, 0)
+    with pytest.raises(ConfigError, match="rank 0 ended before the run started"), lock:
+        pass
+    # The file is older than this launch.
+    monkeypatch.setattr(run_folder, "PROCESS_START", time.time() + 60)
+    with pytest.raises(ConfigError, match="did not come"), lock:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("rank", "before", "recorded"),
+    [
+        ({}, signal.SIG_DFL, signals.HANDLED_SIGNALS),
+        # nohup, or `&` in a script.
+        ({}, signal.SIG_IGN, ()),
+        # Rank 0 has started it, and gets what a terminal sends.
+        ({"LOCAL_RANK": "1"}, signal.SIG_IGN, (signal.SIGTERM, signal.SIGUSR2)),
+    ],
+)
+def test_an_ignored_signal_stays_ignored_in_the_steps_unless_rank_0_answered_it_before_them(
+    rank, before, recorded, monkeypatch
+):
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    with signals.handling(signals.HANDLED_SIGNALS, before):
         signals.record_signals()
         with signals.answering_signals(), signals.recording_signals():
-            signal.raise_signal(signal.SIGHUP)
-            assert signals.received_signals == ([signal.SIGHUP] if before == signal.SIG_DFL else [])
+            for signum in signals.HANDLED_SIGNALS:
+                signal.raise_signal(signum)
+            assert signals.received_signals == list(recorded)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_child_answers_the_ctrl_c_that_its_parent_sends_whatever_the_parent_ignores(handler, tmp_path):
+    code = "import signal, sys; sys.exit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
+    with signals.handling([signal.SIGINT], handler):
+        child = start_child(["-c", code], tmp_path / "log", dict(os.environ), parent_death_signal=signal.SIGTERM)
+        assert child.wait(timeout=30) == 0
 
 
 def test_control_characters_of_the_users_text_never_reach_the_terminal():
@@ -262,7 +491,7 @@ def test_control_characters_of_the_users_text_never_reach_the_terminal():
     assert shown.getvalue().startswith("\x1b[1mname\x1b[0m")
 
 
-@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("width", [40, 60, 80])
 def test_the_bar_moves_at_every_step_and_keeps_the_time_left_however_slow_the_steps_are(width):
     shown = io.StringIO()
     screen = console.Screen(file=shown, force_terminal=True, color_system=None, width=width)
@@ -274,7 +503,10 @@ def test_the_bar_moves_at_every_step_and_keeps_the_time_left_however_slow_the_st
             bar.refresh()
             line = shown.getvalue().split("\r")[-1]
             assert f"{step}/50000" in line.replace(" ", "")
-    assert "eta -" not in line and "eta " in line and "loss 1.2" in line
+    assert "eta -" not in line and "eta " in line and "loss 1.2345" in line
+    assert len(line.removeprefix("\x1b[2K").rstrip()) <= width
+    # The elapsed time.
+    assert line.count(":") == (4 if width == 80 else 2)
 
 
 FULL = "import sys; from qwlit.core.console import console; console().print('x'); console().print('y'); print('z')"

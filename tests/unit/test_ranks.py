@@ -17,6 +17,8 @@ from qwlit.training.tracking.run_folder import RunFolder, RunLock
 
 NAMES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT", "QWLIT_RUN_READY")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_JOB_ID")
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+TASK = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
 AGENT = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}
 
 
@@ -57,12 +59,12 @@ def test_one_process_of_a_launch_is_rank_zero(values, zero, environment):
             2,
             "4 processes were launched",
         ),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, 2, "use --ntasks-per-node=2"),
+        (TASK | {"SLURM_NTASKS": "2"}, 2, "use --ntasks-per-node=2"),
         # A trial starts its own ranks, whichever task its agent is.
         (AGENT | {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, 2, None),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, 4, "start it with srun"),
-        ({"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, 2, None),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "2"}, 2, None),
+        (TORCHRUN | {"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, 2, None),
+        (TASK | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, 2, None),
     ],
 )
 def test_a_launch_must_agree_with_the_settings(values, devices, said, environment, monkeypatch):

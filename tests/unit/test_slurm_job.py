@@ -132,8 +132,9 @@ def test_of_several_signals_the_one_that_asks_for_the_requeue_counts():
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR2])
 def test_another_rank_leaves_when_told_twice_while_starting(first, monkeypatch):
-    """By Slurm as all are, and by the launcher when rank 0 has left."""
-    monkeypatch.setenv("RANK", "1")
+    """By Slurm as all are, and by srun when rank 0 has left."""
+    for name, value in {"STEP_ID": "0", "NTASKS": "2", "PROCID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     reached = []
     with pytest.raises(SystemExit, match="75"), answering_signals():
         signal.raise_signal(first)

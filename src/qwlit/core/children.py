@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -32,5 +33,12 @@ def start_child(
             env=environment,
             # In a session of its own the child gets no Ctrl-C from the terminal: the parent handles it.
             start_new_session=True,
-            preexec_fn=partial(die_with_parent, os.getpid(), parent_death_signal),  # noqa: PLW1509
+            preexec_fn=partial(_prepare, os.getpid(), parent_death_signal),  # noqa: PLW1509
         )
+
+
+def _prepare(parent: int, parent_death_signal: int) -> None:
+    """In the child, before it becomes the other program."""
+    die_with_parent(parent, parent_death_signal)
+    # The parent may ignore Ctrl-C (`&` in a script), but the child's comes from the parent.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -12,19 +12,22 @@ from rich.progress import (
     BarColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.segment import Segment
-from rich.table import Column
+from rich.table import Column, Table
 
 from qwlit.core.errors import printable
 from qwlit.core.ranks import is_rank_zero
 from qwlit.core.streams import discard, say
 
 PLAIN_LINE_SECONDS = 5.0
+NARROW = 62
+"""Below this width a bar's columns would leave no room for a loss beside a count of two numbers of seven digits."""
 SPEED_SECONDS = 24 * 3600.0
 """A bar estimates the time left from the progress of this time, at most of the last 1,000 steps."""
 
@@ -65,6 +68,23 @@ def can_redraw(screen: Console) -> bool:
     return screen.is_terminal and not screen.is_dumb_terminal
 
 
+class _ProgressBar(Progress):
+    """Its columns are those of `progress_bar`; while the terminal is narrow, some are left out."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console, **options: Any) -> None:
+        self._screen = console
+        super().__init__(*columns, console=console, **options)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        every = self.columns
+        if self._screen.width < NARROW:
+            _label, count, _bar, _elapsed, *time_left_and_description = every
+            self.columns = (count, *time_left_and_description)
+        table = super().make_tasks_table(tasks)
+        self.columns = every
+        return table
+
+
 def progress_bar(label: str, count: ProgressColumn, screen: Console, **options: Any) -> Progress:
     """Return a progress bar with a description; `count` is the column with the progress, `options` go to rich."""
     times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
@@ -72,7 +92,7 @@ def progress_bar(label: str, count: ProgressColumn, screen: Console, **options: 
     description = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
     columns = (TextColumn(label), count, BarColumn(bar_width=8), *times, description)
     # By default rich forgets steps after 30 s, so it would know no speed where a step takes longer.
-    return Progress(*columns, console=screen, expand=True, speed_estimate_period=SPEED_SECONDS, **options)
+    return _ProgressBar(*columns, console=screen, expand=True, speed_estimate_period=SPEED_SECONDS, **options)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -83,12 +84,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked(
-    path: Path, *, blocking: bool = True, shared: bool = False, waiting: Callable[[], None] | None = None
+    path: Path, *, blocking: bool = True, shared: bool = False, waiting: Callable[[str], None] | None = None
 ) -> Iterator[TextIO]:
     """Hold an exclusive or a shared lock on `path` while the block runs; create the file if it is missing.
 
+    The first line of the file names the process that last held it alone.
+
     Args:
-        waiting: called before this process waits for the lock of another one.
+        waiting: called with the name of the process that holds the lock, before this one waits for it.
 
     Raises:
         BlockingIOError: with `blocking=False`, when another process holds the lock.
@@ -102,9 +105,23 @@ def locked(
             if not blocking:
                 raise
             if waiting:
-                waiting()
+                waiting(lock_holder(path))
             fcntl.flock(handle, kind)
+        if not shared:
+            handle.truncate(0)
+            handle.write(f"{this_process()}\n")
+            handle.flush()
         yield handle
+
+
+def this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def lock_holder(path: Path) -> str:
+    """Return the other process that holds the lock on `path`, for a message."""
+    word, _, process = path.read_text(encoding="utf-8").partition("\n")[0].partition(" ")
+    return f"another process ({process})" if word == "process" else "another process"
 
 
 def is_locked(path: Path) -> bool:

@@ -10,12 +10,17 @@ import ctypes
 import os
 import signal
 import sys
+import time
 
 from qwlit.core.errors import ConfigError
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 """Host and port at which the ranks meet."""
+READY_VARIABLE = "QWLIT_RUN_READY"
+"""Rank 0 sets it for the ranks that it starts: its process id, and the path of the run folder, which is ready."""
+PROCESS_START = time.time()
+"""Seconds since 1970; `__main__` imports this module first."""
 NUM_PORTS = 65_536
 FIRST_SPECIAL_STEP = 4294967290
 """Slurm numbers the steps that srun starts from 0; higher numbers are the shell of salloc and the batch script."""
@@ -96,6 +101,14 @@ def rank_label() -> str:
     return ", ".join(known).lower() or f"rank {os.environ.get('SLURM_PROCID', '0')}"
 
 
+def unset_hint() -> str:
+    """Return what to do if another program has left the rank variables behind; "" if torchrun or srun has set them."""
+    if launched_world_size() is not None:
+        return ""
+    names = " ".join(name for name in RANK_VARIABLES if name in os.environ)
+    return f"; if nothing else starts the other ranks, run: unset {names}"
+
+
 def launched_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
@@ -106,8 +119,15 @@ def in_slurm_job() -> bool:
 
 
 def num_slurm_tasks() -> int:
-    """Return the number of tasks of the Slurm job or step; 1 outside a job."""
-    return (whole_number("SLURM_NTASKS") or 1) if in_slurm_job() else 1
+    """Return the number of tasks of the Slurm job or step; 1 outside a job.
+
+    Raises:
+        ConfigError: SLURM_NTASKS is no number of tasks.
+    """
+    tasks = whole_number("SLURM_NTASKS") if in_slurm_job() else None
+    if tasks == 0:
+        raise ConfigError("the environment variable SLURM_NTASKS=0 is no number of tasks; run: unset SLURM_NTASKS")
+    return tasks or 1
 
 
 def launched_by_srun() -> bool:
@@ -127,6 +147,23 @@ def launched_world_size() -> int | None:
     if launched_by_torchrun():
         return whole_number("WORLD_SIZE")
     return num_slurm_tasks() if launched_by_srun() else None
+
+
+def check_rank_of_launcher(limits: dict[str, int], setting: str, remedy: str) -> None:
+    """Refuse rank variables of torchrun or srun that no rank of this run has: it would wait for the other ranks.
+
+    Args:
+        limits: the variables, and the number below which each must be.
+        setting: what the limits follow from.
+
+    Raises:
+        ConfigError: naming the variable, `setting` and `remedy`.
+    """
+    for name, limit in limits.items():
+        number = whole_number(name)
+        if number is None or number >= limit:
+            reason = f"{name} is not set" if number is None else f"{name}={number} does not fit {setting}"
+            raise ConfigError(f"the environment variable {reason}; {remedy}")
 
 
 def check_rank_variables(devices: int, num_nodes: int) -> None:
@@ -195,3 +232,15 @@ def die_with_parent(parent: int | None = None, signum: int = signal.SIGKILL) -> 
         # The parent may have ended before the call above.
         if parent is not None and os.getppid() != parent:
             sys.exit(1)
+
+
+def started_by_rank_zero() -> bool:
+    """Whether qwlit's own launcher has started this process: its parent is rank 0."""
+    starter = os.environ.get(READY_VARIABLE, "").partition(" ")[0]
+    return not is_rank_zero() and starter == str(os.getppid())
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel to end this process when torchrun ends, or rank 0 if that has started it."""
+    if launched_by_torchrun() or started_by_rank_zero():
+        die_with_parent(os.getppid())

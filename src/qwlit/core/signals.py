@@ -1,16 +1,16 @@
 """How a process answers Ctrl-C and signals: one state machine, from the first import to the exit code.
 
-SIGHUP: the terminal is closed. Under nohup it is ignored, and stays so.
+SIGHUP: the terminal is closed.
 SIGTERM: the scheduler needs the machine, or, in a trial of a W&B sweep, the sweep ends the trial.
 SIGUSR2: Slurm's time limit is near; the process asks for a requeue. (SIGUSR1 would collide with NCCL.)
 
 There is one handler, `_handle`. `Phase` says what it does with these three, in order of time. Ctrl-C raises Python's
-KeyboardInterrupt, except for the first one in the steps, which the handler records. Outside of the steps only rank 0
-answers Ctrl-C, which reaches every process of a terminal: rank 0 ends the others, or their launcher does. A rank that
-the user has started by hand answers itself.
+KeyboardInterrupt, except for the first one in the steps, which the handler records. Outside of the steps a rank that
+srun or rank 0 has started leaves Ctrl-C, which reaches every process of a terminal, to rank 0.
+
+A signal that a process ignores from its start (nohup, or `&` in a script) stays ignored.
 """
 
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,12 +18,13 @@ from enum import Enum, auto
 from types import FrameType
 
 from qwlit.core.errors import Preempted, Pruned, SignalExit
-from qwlit.core.ranks import is_rank_zero, launched_world_size, under_agent
+from qwlit.core.ranks import is_rank_zero, launched_by_srun, launched_by_torchrun, under_agent
 
 EXIT_SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR2)
 BY_URGENCY = (0, signal.SIGINT, *EXIT_SIGNALS)
 """No signal, then the handled signals, least urgent first: Slurm sends SIGTERM after SIGUSR2, and SIGUSR2 must win."""
 HANDLED_SIGNALS = BY_URGENCY[1:]
+FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
 
@@ -47,7 +48,12 @@ received_signals: list[int] = []
 
 
 def record_signals() -> None:
-    """Record signals from now on: importing takes seconds, and by default these signals kill the process."""
+    """Record signals from now on: importing takes seconds, and by default these signals kill the process.
+
+    Of torchrun's ranks, only rank 0 records them: it says how the run ended, and the others may end at once.
+    """
+    if launched_by_torchrun() and not is_rank_zero():
+        return
     for signum in EXIT_SIGNALS:
         if signal.getsignal(signum) == signal.SIG_DFL:
             signal.signal(signum, _handle)
@@ -63,10 +69,11 @@ def answering_signals() -> Iterator[None]:
     """Let a signal end the process while the block runs: rank 0 at once, as preempted or pruned.
 
     - Ranks that rank 0 has started ignore all signals, because rank 0 handles them.
-    - Ranks that srun or torchrun has started record their first signal. If rank 0 got none, all ranks exit together at
-      the first step boundary. If rank 0 got one, it has exited, and the launcher sends the others a SIGTERM: they exit.
+    - Ranks that torchrun or the user has started exit at once: torchrun then gives rank 0 time to exit as well.
+    - Ranks that srun has started record their first signal, because srun would kill rank 0 before it can requeue the
+      job. If rank 0 got none, all ranks exit together at the first step boundary. If rank 0 got one, it has exited, and
+      srun ends the others.
     """
-    # An ignored signal stays ignored: rank 0 has started this rank.
     answered = [signum for signum in EXIT_SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
     ignored = [] if _answers_itself() else [signal.SIGINT]
     try:
@@ -86,9 +93,10 @@ def answering_signals() -> Iterator[None]:
 @contextmanager
 def recording_signals() -> Iterator[None]:
     """Record signals while the steps run, on every rank: `StopOnSignal` reads them. For use in `answering_signals`."""
-    # Ranks that rank 0 has started ignore signals until here. The end of a terminal reaches rank 0 too.
-    hangup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    with handling((s for s in HANDLED_SIGNALS if s != signal.SIGHUP or not hangup_ignored), _handle):
+    # Ranks that rank 0 has started ignore signals until here. What a terminal sends reaches rank 0 too.
+    kept = HANDLED_SIGNALS if is_rank_zero() else FROM_TERMINAL
+    recorded = [s for s in HANDLED_SIGNALS if s not in kept or signal.getsignal(s) != signal.SIG_IGN]
+    with handling(recorded, _handle):
         enter_phase(Phase.IN_STEPS)
         yield
         if _phase is Phase.IN_STEPS:
@@ -118,8 +126,8 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def _answers_itself() -> bool:
-    """Whether nobody else ends this process: it is rank 0, or the user has started it by hand."""
-    return is_rank_zero() or ("RANK" not in os.environ and launched_world_size() is None)
+    """Whether this process ends at its first signal outside the steps: see `answering_signals`."""
+    return is_rank_zero() or not launched_by_srun()
 
 
 def _exit(signum: int) -> None:
@@ -151,6 +159,6 @@ def most_urgent(signums: Iterable[int]) -> int:
 
 
 def ignore_signals() -> None:
-    """Ignore the handled signals: a helper process, such as a DataLoader worker, ends when the training ends it."""
+    """Ignore the handled signals: a rank that rank 0 has started, or a DataLoader's worker, ends when that ends it."""
     for signum in HANDLED_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -27,7 +27,7 @@ def call_with_timeout(
 
     Raises:
         TimeoutError: the call took longer.
-        Exception: whatever `call` raises.
+        BaseException: whatever `call` raises.
     """
     outcome: Future[None] = Future()
 
@@ -35,7 +35,8 @@ def call_with_timeout(
         try:
             call()
             outcome.set_result(None)
-        except Exception as error:
+        except BaseException as error:
+            # SystemExit too would end the thread without a word, and the caller would wait for the whole time.
             outcome.set_exception(error)
 
     # Not a thread pool: at its exit the interpreter would wait for a pool's thread, however long the call takes.

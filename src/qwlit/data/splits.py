@@ -122,7 +122,7 @@ def open_stores(
     *,
     cache_root: Path,
     progress: ProgressCallback | None = None,
-    waiting: Callable[[], None] | None = None,
+    waiting: Callable[[str], None] | None = None,
 ) -> tuple[list[SampleStore], list[SampleStore]]:
     """Return the stores of `data.path` and of `data.val_path`, one per part. Tokenize parts that have no store yet.
 

@@ -93,7 +93,7 @@ def build_store(
     *,
     cache_root: Path,
     progress: ProgressCallback | None = None,
-    waiting: Callable[[], None] | None = None,
+    waiting: Callable[[str], None] | None = None,
 ) -> SampleStore:
     """Return the store of the rows in `path`; build it if it does not exist.
 
@@ -103,7 +103,7 @@ def build_store(
     Args:
         encoder: encodes rows as samples.
         progress: called after each batch of rows.
-        waiting: called if another process is building the store.
+        waiting: called with the name of the process, if another one is building the store.
 
     Raises:
         DataError: a file cannot be read, a row stops the run (data.strict, data.too_long=error), the cache cannot

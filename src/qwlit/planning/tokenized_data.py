@@ -59,7 +59,7 @@ def load_tokenized_data(config: RunConfig, screen: Console) -> TokenizedData:
             encoder,
             cache_root=_cache_root(config),
             progress=progress,
-            waiting=lambda: screen.print("waiting for another process that is tokenizing the same data"),
+            waiting=lambda holder: screen.print(f"waiting for {holder} that is tokenizing the same data"),
         )
     return TokenizedData(tokenizer, encoder, *stores)
 

@@ -1,5 +1,6 @@
 """Before the first step: prepare the run folder, write config, manifest and quarantine, and print what runs."""
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,10 @@ from qwlit.core.console import console
 from qwlit.core.errors import GuardStop, Interrupted, Preempted, Pruned, reason_of
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import is_rank_zero
+from qwlit.core.signals import HANDLED_SIGNALS, handling
 from qwlit.data.store import REASONS_NAMED, quarantine_reasons
 from qwlit.model.config import ModelConfig
 from qwlit.model.folder import named_base
-from qwlit.model.load import fingerprint
 from qwlit.model.quantize import num_elements
 from qwlit.run.resume import (
     ResumePoint,
@@ -29,31 +30,34 @@ from qwlit.run.resume import (
 )
 from qwlit.training.checkpointing.folder import newest
 from qwlit.training.tracking.manifest import build_manifest
-from qwlit.training.tracking.run_folder import FINISHED, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, RUNNING, RunFolder
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
 
 
-def begin(run: "TrainingRun") -> ResumePoint:
-    """Prepare the run folder and write config, manifest and quarantine; other ranks only look up where to start.
+def refuse_changes(run: "TrainingRun") -> None:
+    """Refuse to resume an unfinished run of this name with another recipe or other data. For rank 0.
 
     Raises:
-        ConfigError: an unfinished run of this name has another recipe or other data.
+        ConfigError: naming what changed.
     """
     config, folder = run.config, run.folder
-    if not is_rank_zero():
-        return ResumePoint(newest(folder))
-    base = fingerprint(config.model)
     if config.resume == "auto" and not config.run.overwrite and newest(folder):
         earlier = compose([f"config={folder.config_file}"]).config
         refuse_changed_recipe(recipe_settings(earlier), recipe_settings(config))
         refuse_changed_validation(folder, run.data.split.contents)
-        refuse_changed_content(folder, data=run.data.split.fingerprint, base=base)
-    # All checks are done: from here on the folder changes.
+        refuse_changed_content(folder, data=run.data.split.fingerprint, base=run.base)
+
+
+def begin(run: "TrainingRun") -> ResumePoint:
+    """Prepare the run folder and write config, manifest and quarantine; other ranks only look up where to start."""
+    config, folder = run.config, run.folder
+    if not is_rank_zero():
+        return ResumePoint(newest(folder))
     start = prepare_folder(folder, resume=config.resume, overwrite=config.run.overwrite)
     folder.drop_records_after(start.step)
-    manifest = build_manifest(run.plan.machine, **_manifest_facts(run, base))
+    manifest = build_manifest(run.plan.machine, **_manifest_facts(run))
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
     folder.write_records("quarantine.jsonl", run.data.split.quarantine())
@@ -62,7 +66,7 @@ def begin(run: "TrainingRun") -> ResumePoint:
     return start
 
 
-def _manifest_facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
+def _manifest_facts(run: "TrainingRun") -> dict[str, Any]:
     groups = run.plan.setup.groups
     return {
         "choices": run.plan.setup.composed.choices,
@@ -74,7 +78,7 @@ def _manifest_facts(run: "TrainingRun", base: str | None) -> dict[str, Any]:
         "tokenizer": run.data.tokenized.encoder.tokenizer.fingerprint if run.data.tokenized.encoder.tokenizer else None,
         "data": run.data.split.fingerprint,
         "contents": run.data.split.contents,
-        "base": base,
+        "base": run.base,
         "parameters": {
             "total": sum(num_elements(p) for p in run.loss_model.parameters()),
             "trainable": run.plan.setup.num_trainable,
@@ -193,7 +197,6 @@ STATUS_OF_ERROR: dict[type[BaseException], str] = {
 def recording_status(folder: RunFolder) -> Iterator[None]:
     """Write into summary.json how the training ended, also where it failed."""
     began = time.perf_counter()
-    earlier = folder.read_summary().get("wall_seconds") or 0.0
     status = "failed"
     try:
         yield
@@ -202,4 +205,10 @@ def recording_status(folder: RunFolder) -> Iterator[None]:
         status = STATUS_OF_ERROR.get(type(reason_of(error)), "failed")
         raise
     finally:
-        folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))
+        # A second Ctrl-C must not leave the status "running".
+        with handling(HANDLED_SIGNALS, signal.SIG_IGN):
+            summary = folder.read_summary()
+            # Else `prepare_folder` has not come to it.
+            if summary.get("status") == RUNNING:
+                earlier = summary.get("wall_seconds") or 0.0
+                folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

@@ -75,31 +75,23 @@ def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
 
 
 def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataModule, start: ResumePoint) -> None:
-    """Run the trainer. If it fails, end the ranks that this process started; else leave the process group."""
+    """Run the trainer. If anything ends it early, end the ranks that this process started; else leave the group."""
     if training.trainer.world_size > 1:
         mark_process_group_joined()
     try:
         training.trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
-    except SystemExit as end:
+    except BaseException as error:
+        failure: QwlitError | None = lost_rank(training.trainer, error)
+        kill_started_ranks(training.trainer)
+        is_foreign = isinstance(error, NOT_LOADABLE) and not isinstance(error, QwlitError | torch.OutOfMemoryError)
+        if failure is None and is_foreign and start.checkpoint and not training.checkpointing.has_begun:
+            failure = not_loadable(start.checkpoint, error)
+        if failure is not None:
+            raise failure from None
         # Outside the steps, and at the second Ctrl-C, Lightning turns KeyboardInterrupt into SystemExit(1).
-        if isinstance(end.__context__, KeyboardInterrupt):
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
-    except QwlitError:
-        kill_started_ranks(training.trainer)
-        raise
-    except torch.OutOfMemoryError:
-        raise
-    except NOT_LOADABLE as error:
-        failure: QwlitError | None = None
-        if isinstance(error, RuntimeError):
-            failure = lost_rank(training.trainer, error)
-        if failure is None and start.checkpoint is not None and not training.checkpointing.has_begun:
-            failure = not_loadable(start.checkpoint, error)
-        if failure is None:
-            raise
-        kill_started_ranks(training.trainer)
-        raise failure from None
     stop_watching_ranks(training.trainer)
     if dist.is_initialized():
         # If the group still exists at the interpreter's shutdown, gloo's threads can abort the process.

@@ -11,7 +11,7 @@ from qwlit.core.files import read_json
 from qwlit.core.slurm import job_id
 from qwlit.training.checkpointing.folder import find_strays, newest, remove_unfinished_checkpoints, rename_damaged
 from qwlit.training.checkpointing.manifest import step_of
-from qwlit.training.tracking.run_folder import FINISHED, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, RUNNING, RunFolder
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def prepare_folder(folder: RunFolder, *, resume: Literal["auto", "never"], overw
         elif resume == "never":
             renamed = folder.rename_old_run()
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    folder.write_summary(status="running", job=job_id())
+    folder.write_summary(status=RUNNING, job=job_id())
     remove_unfinished_checkpoints(folder)
     damaged = rename_damaged(folder)
     return ResumePoint(newest(folder), renamed, tuple(damaged), tuple(find_strays(folder)))

@@ -2,6 +2,7 @@
 
 import signal
 from dataclasses import replace
+from functools import cached_property
 
 from rich.markup import escape
 
@@ -11,9 +12,10 @@ from qwlit.core.files import resolve_path
 from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
 from qwlit.core.signals import answering_signals
 from qwlit.core.slurm import torchrun_warning
+from qwlit.model.load import fingerprint
 from qwlit.planning.run_plan import RunPlan, build_plan
 from qwlit.planning.setup import machine_of
-from qwlit.run.begin import begin, recording_status
+from qwlit.run.begin import begin, recording_status, refuse_changes
 from qwlit.run.callbacks import Extensions
 from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
@@ -43,7 +45,8 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     """
     if under_agent() and is_rank_zero():
         # A trial whose agent was killed must end: the next agent uses the same GPU.
-        die_with_parent(signum=signal.SIGINT)
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        die_with_parent(signum=signal.SIGUSR2 if ignored else signal.SIGINT)
     # Before CUDA starts: CUDA reads the environment only once.
     prepare_determinism(composed.config.determinism)
     folder = run_folder(composed)
@@ -101,17 +104,25 @@ class TrainingRun:
         # Under FSDP2 `fit` fills in the weights after sharding, so that no rank ever holds all of them.
         self.loss_model = load_model(plan, leave_empty=plan.machine.strategy == "fsdp")
 
+    @cached_property
+    def base(self) -> str | None:
+        """The fingerprint of the pretrained weights; None if the weights are random."""
+        return fingerprint(self.config.model)
+
     def execute(self, lock: RunLock) -> None:
         """Start or resume, fit, export and print the summary."""
-        start = begin(self)
-        # Rank 0 has written all files that the other ranks read; processes that Lightning starts need not wait.
-        lock.announce_ready()
+        if is_rank_zero():
+            # A refusal must leave the folder as it is.
+            refuse_changes(self)
         # `recording_status` is the inner block: it writes the status, then W&B gets the summary with the status.
         with (
             logged_to_wandb(self.config, self.folder) as wandb_run,
             named_loggers(self.config, self.folder) as loggers,
             recording_status(self.folder),
         ):
+            start = begin(self)
+            # Rank 0 has written all files that the other ranks read; processes that Lightning starts need not wait.
+            lock.announce_ready()
             if wandb_run:
                 wandb_run.open(continues=start.checkpoint is not None)
             for logger in loggers:

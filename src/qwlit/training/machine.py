@@ -12,6 +12,7 @@ from qwlit.core.devices import Devices, detect_devices
 from qwlit.core.errors import ConfigError
 from qwlit.core.ranks import (
     check_port,
+    check_rank_of_launcher,
     check_rank_variables,
     in_slurm_job,
     launched_by_srun,
@@ -129,9 +130,8 @@ def _devices_of_profile(config: HardwareConfig) -> Devices:
 _REMEDY = "Use hardware=auto for this machine, or start with experiment=demo"
 
 
-# What Lightning reads as numbers, where torchrun or srun has started the ranks.
-SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK")
-SET_BY_SRUN = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+# What Lightning reads as numbers, where srun has started the ranks.
+SET_BY_SRUN = ("SLURM_JOB_ID", "SLURM_NODEID")
 
 
 def _check_launcher(devices: int, num_nodes: int) -> None:
@@ -144,14 +144,15 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
     unmarked = "env -u SLURM_PTY_PORT " if "SLURM_PTY_PORT" in os.environ else ""
     srun = f"{unmarked}srun{overlap} --nodes={num_nodes} --ntasks-per-node={devices} python -m qwlit train …"
     if launched_by_torchrun():
-        for name in SET_BY_TORCHRUN:
-            whole_number(name)
+        unset = "if torchrun did not start this process, run: unset TORCHELASTIC_RUN_ID WORLD_SIZE RANK LOCAL_RANK"
         if launched != world_size:
             reason = "WORLD_SIZE is not set" if launched is None else f"{launched} processes were launched"
             raise ConfigError(
                 f"{reason}, but {setting} is {world_size}; launch {world_size} processes or change these settings;"
-                " if torchrun did not start this process, run: unset TORCHELASTIC_RUN_ID WORLD_SIZE"
+                f" {unset}"
             )
+        check_rank_of_launcher({"RANK": world_size, "LOCAL_RANK": devices}, setting, unset)
+        check_port()
     elif launched_by_srun():
         for name in SET_BY_SRUN:
             whole_number(name)
@@ -161,6 +162,8 @@ def _check_launcher(devices: int, num_nodes: int) -> None:
                 f"{launched} processes were launched, but {setting} is {world_size}; launch {world_size} processes"
                 f" instead of SLURM_NTASKS={launched}, `{srun}`, or change these settings"
             )
+        limits = {"SLURM_PROCID": world_size, "SLURM_LOCALID": devices}
+        check_rank_of_launcher(limits, setting, f"start all ranks with `{srun}`")
         if "SLURM_NTASKS_PER_NODE" not in os.environ:
             # With --ntasks alone Slurm may put any number of tasks on a node.
             raise ConfigError(

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,15 +25,21 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Par
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from qwlit.core.errors import ConfigError, QwlitError, first_line
-from qwlit.core.ranks import ADDRESS, RANK_VARIABLES, launched_by_srun, launched_by_torchrun, launched_world_size
-from qwlit.core.signals import HANDLED_SIGNALS, Phase, enter_phase, handling
+from qwlit.core.ranks import (
+    ADDRESS,
+    launched_by_srun,
+    launched_by_torchrun,
+    launched_world_size,
+    started_by_rank_zero,
+    unset_hint,
+)
+from qwlit.core.signals import Phase, enter_phase, handling
 from qwlit.core.streams import say
 from qwlit.core.waiting import NOTICE_SECONDS, call_with_timeout
 from qwlit.training.checkpointing.checkpoint import Ranks, read_checkpoint
 from qwlit.training.checkpointing.writer import CheckpointWriter
 from qwlit.training.machine import Machine
 from qwlit.training.resilience.hang_watchdog import REPORT_SECONDS
-from qwlit.training.tracking.run_folder import READY_VARIABLE
 
 
 def build_trainer(
@@ -88,11 +95,10 @@ def build_trainer(
 
 
 class _Launcher(_SubprocessScriptLauncher):
-    """Starts the other ranks with the handled signals ignored (an ignored signal stays ignored over exec).
+    """Starts the other ranks, which ignore the handled signals until they train: rank 0 handles signals for them.
 
-    Until they train, rank 0 handles signals for them. Lightning's observer kills all ranks when one has ended; it gets
-    nothing to watch (`procs` is empty), so that a failing collective can report the rank first, in `lost_rank`. If the
-    collective hangs instead, `_watch` ends the job.
+    Lightning's observer kills all ranks when one has ended; it gets nothing to watch (`procs` is empty), so that a
+    failing collective can report the rank first, in `lost_rank`. If it hangs instead, `_watch` ends the job.
     """
 
     procs: list[Popen[bytes]]
@@ -103,9 +109,13 @@ class _Launcher(_SubprocessScriptLauncher):
         self.record_failure: Callable[[], None] = lambda: None
 
     def _call_children_scripts(self) -> None:
-        with handling(HANDLED_SIGNALS, signal.SIG_IGN):
-            super()._call_children_scripts()
-        self.children, self.procs = self.procs, []
+        try:
+            # An ignored signal stays ignored over exec: Python would print a traceback at a Ctrl-C before `main`. This
+            # process must not miss the other signals, so a rank can ignore them only in `main`.
+            with handling([signal.SIGINT], signal.SIG_IGN):
+                super()._call_children_scripts()
+        finally:
+            self.children, self.procs = self.procs, []
         Thread(target=self._watch, daemon=True).start()
 
     def kill(self, signum: int) -> None:
@@ -152,8 +162,8 @@ class _OwnLauncher(ParallelStrategy):
         """Join the process group before Lightning does, which then leaves it as it is.
 
         Raises:
-            ConfigError: the ranks cannot meet at this address, for example because the port is taken.
-            QwlitError: not all ranks came in time.
+            ConfigError: the ranks cannot meet at this address, for example because the port is taken, or not all came
+                in time.
         """
         cluster = self.cluster_environment
         assert cluster is not None
@@ -164,20 +174,18 @@ class _OwnLauncher(ParallelStrategy):
         self.set_world_ranks()  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = cluster.main_address, str(cluster.main_port)
         address = f"{cluster.main_address}:{cluster.main_port} (MASTER_ADDR, MASTER_PORT)"
-        leftovers = " ".join(name for name in RANK_VARIABLES if name in os.environ)
         # The launcher sets LOCAL_RANK in its own process too, so Lightning takes all ranks for started by others.
-        is_child = self.global_rank > 0 and READY_VARIABLE in os.environ
-        by_hand = launched_world_size() is None and not (is_child or isinstance(self._launcher, _Launcher))
-        hint = f"; if nothing else starts the other ranks, run: unset {leftovers}" if by_hand else ""
+        by_qwlit = started_by_rank_zero() or isinstance(self._launcher, _Launcher)
+        hint = "" if by_qwlit else unset_hint()
 
         def notify() -> None:
-            if self.global_rank == 0 or by_hand:
+            if self.global_rank == 0 or hint:
                 say(f"qwlit: rank {self.global_rank} of {self.world_size} waits for other ranks at {address}{hint}")
 
         try:
             call_with_timeout(self.meeting_seconds, self._join, notice_after=NOTICE_SECONDS, notice=notify)
         except TimeoutError:
-            raise QwlitError(
+            raise ConfigError(
                 f"rank {self.global_rank}: not all {self.world_size} ranks met at {address} within"
                 f" {self.meeting_seconds:g} s (hardware.timeout_seconds){hint}"
             ) from None
@@ -188,6 +196,7 @@ class _OwnLauncher(ParallelStrategy):
 
     def _join(self) -> None:
         """Join the process group, in a thread of its own."""
+        _look_up(os.environ["MASTER_ADDR"])
         device = self.root_device if self.root_device.type == "cuda" else None
         if device is not None:
             torch.cuda.set_device(device)
@@ -198,6 +207,30 @@ class _OwnLauncher(ParallelStrategy):
             timeout=self._timeout,  # type: ignore[attr-defined]
             device_id=device,
         )
+
+
+# In a cluster the name of a node may be known only some time after its process has started.
+LOOK_UP_SECONDS = 10.0
+
+
+def _look_up(host: str) -> None:
+    """Wait until the host name can be looked up: torch would try for as long as the ranks wait for each other.
+
+    Raises:
+        ConfigError: it cannot within LOOK_UP_SECONDS.
+    """
+    end = time.monotonic() + LOOK_UP_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"MASTER_ADDR={host}: {socket.gethostname()} cannot look up this host name ({first_line(error)});"
+                    " set MASTER_ADDR to a name or an IP address of rank 0's node that all nodes can look up"
+                ) from None
+        time.sleep(LOOK_UP_SECONDS / 20)
 
 
 class _Replicated(_OwnLauncher, DDPStrategy):
@@ -273,9 +306,11 @@ class LostRank(QwlitError):
         super().__init__(f"lost another rank: {named or 'see the messages of the other ranks'}; {remedy}")
 
 
-def lost_rank(trainer: Trainer, error: RuntimeError) -> LostRank | None:
+def lost_rank(trainer: Trainer, error: BaseException) -> LostRank | None:
     """Return the error when a collective failed because another rank has ended; None for any other failure."""
-    if trainer.world_size == 1 or not any(part in str(error) for part in LOST_PEER):
+    if trainer.world_size == 1 or not isinstance(error, RuntimeError) or isinstance(error, QwlitError):
+        return None
+    if not any(part in str(error) for part in LOST_PEER):
         return None
     # torchrun now sends SIGTERM to this rank too; it must not end as preempted.
     enter_phase(Phase.ENDING)
@@ -298,7 +333,7 @@ def stop_watching_ranks(trainer: Trainer) -> None:
 
 
 def kill_started_ranks(trainer: Trainer) -> None:
-    """Kill the ranks that this process has started: the run has failed, and they would only add follow-up errors."""
+    """Kill the ranks that this process has started: the run has ended, and they would wait or add follow-up errors."""
     if isinstance(trainer.strategy.launcher, _Launcher):
         trainer.strategy.launcher.kill(signal.SIGKILL)
 

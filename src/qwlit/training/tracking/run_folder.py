@@ -18,18 +18,30 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import (
     append_json_line,
     is_locked,
+    lock_holder,
     locked,
     read_json,
     read_json_lines,
+    this_process,
     write_json_atomic,
     write_text_atomic,
 )
-from qwlit.core.ranks import die_with_parent, is_rank_zero, launch_token, launched_by_torchrun, rank_label
+from qwlit.core.ranks import (
+    PROCESS_START,
+    RANK_VARIABLES,
+    READY_VARIABLE,
+    die_with_launcher,
+    die_with_parent,
+    is_rank_zero,
+    launch_token,
+    rank_label,
+    unset_hint,
+)
 from qwlit.core.slurm import job_id, was_requeued
 from qwlit.core.streams import say
 from qwlit.core.waiting import NOTICE_SECONDS
 
-FINISHED = "done"
+RUNNING, FINISHED = "running", "done"
 STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl")
 """Files to which a run appends a record at a time."""
 
@@ -140,14 +152,14 @@ def _jsonable(value: Any) -> Any:
 
 
 BEGUN, ENDED = " begun", " ended"
-READY_VARIABLE = "QWLIT_RUN_READY"
 
 
 class RunLock:
     """The lock of a run folder. Rank 0 holds it while it runs; the other ranks wait until rank 0 announces the folder.
 
-    The lock file's text tells the other ranks of the launch how far rank 0 is: the launch token and `BEGUN` when it has
-    the lock, the token alone when the folder is ready, the token and `ENDED` when it ended before that.
+    The lock file names rank 0's process. Its last line tells the other ranks of the launch how far rank 0 is: the
+    launch token and `BEGUN` when it has the lock, the token alone when the folder is ready, the token and `ENDED` when
+    it ended before that.
     """
 
     POLL_SECONDS = 0.2
@@ -162,8 +174,7 @@ class RunLock:
         self._announced = False
 
     def __enter__(self) -> Self:
-        if launched_by_torchrun():
-            die_with_parent()
+        die_with_launcher()
         started_by, _, ready = os.environ.get(READY_VARIABLE, "").partition(" ")
         if is_rank_zero():
             self._acquire()
@@ -175,32 +186,32 @@ class RunLock:
 
     def __exit__(self, *exception: object) -> None:
         if is_rank_zero() and not self._announced:
-            self._path.write_text(f"{launch_token()}{ENDED}", encoding="utf-8")
+            self._write(ENDED)
         self._held.close()
 
     def _acquire(self, tries: int | None = None) -> None:
         tries = (self.REQUEUED_TRIES if was_requeued() else self.TRIES) if tries is None else tries
         try:
-            handle = self._held.enter_context(locked(self._path, blocking=False))
+            self._held.enter_context(locked(self._path, blocking=False))
+            self._write(BEGUN)
         except BlockingIOError:
             if tries:  # another rank may be testing the lock, or the job's earlier start may still be ending
                 time.sleep(self.POLL_SECONDS / 2)
                 return self._acquire(tries - 1)
+            has_rank = any(name in os.environ for name in RANK_VARIABLES)
+            own = "; ranks of one run each need their own RANK, or NODE_RANK and LOCAL_RANK" if has_rank else ""
             raise ConfigError(
-                f"{self._folder.path} is in use by another process; wait for it, or set another run.name"
+                f"{self._folder.path} is in use by {lock_holder(self._path)}; wait for it, or set another run.name{own}"
             ) from None
         except OSError as error:
             raise ConfigError(f"run.root: {self._folder.path.parent} cannot be written: {error.strerror}") from None
-        handle.truncate(0)
-        handle.write(f"{launch_token()}{BEGUN}")
-        handle.flush()
         return None
 
     def announce_ready(self) -> None:
         """On rank 0: tell the other ranks that all files they read exist. Processes started from now on do not wait."""
         if is_rank_zero():
             self._announced = True
-            self._path.write_text(launch_token(), encoding="utf-8")
+            self._write("")
             os.environ[READY_VARIABLE] = f"{os.getpid()} {self._folder.path}"
 
     def _wait(self) -> None:
@@ -212,22 +223,31 @@ class RunLock:
         token = launch_token()
         began = time.monotonic()
         said = False
-        while not (locked_now := is_locked(self._path)) or self._read() != token:
-            # A text with another token is from an earlier launch, such as the job's earlier start: keep waiting.
+        while True:
+            # Read the text before the lock is tested: if rank 0 had begun and the lock is free now, it has ended.
             text = self._read()
-            ended = text == f"{token}{ENDED}" or (text == f"{token}{BEGUN}" and not locked_now)
-            if ended:
+            in_use = is_locked(self._path)
+            if in_use and text == token:
+                return
+            # An earlier launch may have had the same token, such as torchrun's with its default settings.
+            is_ours = text.startswith(token)
+            if is_ours and (text.endswith(ENDED) or not in_use) and self._path.stat().st_mtime > PROCESS_START:
                 raise ConfigError("rank 0 ended before the run started; its own message says why")
-            seconds = 0 if text.startswith(token) else time.monotonic() - began
+            seconds = 0 if is_ours and in_use else time.monotonic() - began
+            run = f"{self._folder.path}{f', in use by {lock_holder(self._path)} of another launch' if in_use else ''}"
             if seconds > self._wait_seconds:
                 raise ConfigError(
-                    f"rank 0 did not come to {self._folder.path} within {self._wait_seconds:g} s"
-                    " (hardware.timeout_seconds): start all ranks of the run, with the same run.name and run.root"
+                    f"rank 0 did not come to {run} within {self._wait_seconds:g} s (hardware.timeout_seconds): start"
+                    f" all ranks of the run, with the same run.name and run.root{unset_hint()}"
                 )
             if seconds > NOTICE_SECONDS and not said:
                 said = True
-                say(f"qwlit: {rank_label()} waits for rank 0 of the run {self._folder.path}")
+                say(f"qwlit: {rank_label()} waits for rank 0 of the run {run}{unset_hint()}")
             time.sleep(self.POLL_SECONDS)
 
+    def _write(self, state: str) -> None:
+        self._path.write_text(f"{this_process()}\n{launch_token()}{state}", encoding="utf-8")
+
     def _read(self) -> str:
-        return self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        """Return the last line of the lock file."""
+        return self._path.read_text(encoding="utf-8").rpartition("\n")[2] if self._path.exists() else ""
