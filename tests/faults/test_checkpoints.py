@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from qwlit.training.checkpointing.folder import list_checkpoints
 from qwlit.training.checkpointing.manifest import MANIFEST, SAVED, find_damage
 from qwlit.training.tracking.run_folder import RunFolder
-from tests.runs.runs import DEMO, LONG, TINY, assert_same_run, qwlit, rows, summary, train
+from tests.long import LONG
+from tests.runs.runs import DEMO, TINY, assert_same_run, qwlit, rows, summary, train
 
 MODEL, MOMENTS, STATE = "model.safetensors", "optimizer.safetensors", "training_state.pt"
 SEED = 20

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.test_checkpoints import chat, words  # noqa: F401 - a fixture
-from tests.runs.runs import ENVIRONMENT, LONG, WarmProcess, assert_same_run, qwlit_process, summary, warm_command
+from tests.long import LONG
+from tests.runs.runs import ENVIRONMENT, WarmProcess, assert_same_run, qwlit_process, summary, warm_command
 
 KINDS = {
     "alone": [],
