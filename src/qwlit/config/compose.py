@@ -35,9 +35,11 @@ from qwlit.config.overrides import (
 from qwlit.config.relations import TEXTS, check_relations
 from qwlit.config.run import RunConfig
 from qwlit.config.settings import LONGEST_NAME, cut_name
+from qwlit.config.user_files import check_files_of_folders, check_folders, refuse_resolvers
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import under_agent
+from qwlit.core.yaml_files import read_yaml
 from qwlit.data.config import parts_of
 from qwlit.model.folder import base_of, is_adapter
 
@@ -95,6 +97,7 @@ def compose(overrides: list[str]) -> Composed:
     overrides = agent_overrides(overrides) if under_agent() else overrides
     check_arguments(overrides)
     typed = read_overrides(overrides)
+    refuse_resolvers("", {key: value for key, value in typed.items() if key not in LITERAL})
     groups = group_options()
     chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key.startswith("hydra.")}
     if "config" in typed:
@@ -133,10 +136,7 @@ def _compose_groups(
     if chosen.get("experiment", "") is None:
         # This is the default, and Hydra refuses it as an override.
         del chosen["experiment"]
-    own_folders = chosen.get("hydra.searchpath") or []
-    for folder in own_folders:
-        if str(folder).startswith("file://") and not Path(str(folder).removeprefix("file://")).is_dir():
-            raise ConfigError(f"hydra.searchpath: {folder} is not a folder; give an existing one")
+    own_folders = check_folders(chosen.get("hydra.searchpath"))
     for group in [key for key in chosen if key in groups]:
         choice, options = chosen[group], groups[group]
         if choice is None:
@@ -148,6 +148,7 @@ def _compose_groups(
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
+            check_files_of_folders()
             overrides = [f"{key}={choice!r}" for key, choice in chosen.items()]
             composed = hydra_compose(MAIN, overrides, return_hydra_config=True)
             _clear_alternatives(composed, overrides)
@@ -188,12 +189,12 @@ def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
         raise ConfigError(f"{key}={choice}: config={path} has fixed all groups; set single values")
     try:
         # `dump` writes values, never interpolations.
-        tree = _literal(yaml.load(file.read_text(encoding="utf-8"), Loader=get_yaml_loader()))
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = _literal(read_yaml(file, get_yaml_loader()))
+        if not isinstance(tree, dict):
+            raise ConfigError(f"config={path} is not a run's config.yaml; give runs/NAME/config.yaml")
+        return OmegaConf.create(tree)
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config={path} is not a run's config.yaml; give runs/NAME/config.yaml")
-    return OmegaConf.create(tree)
 
 
 def _with_typed(tree: DictConfig, typed: dict[str, Any]) -> Any:
@@ -313,5 +314,8 @@ def _default_name(config: RunConfig, choices: dict[str, str]) -> str:
     return cut_name(re.sub(r"[^\w.-]+", "_", name).lstrip("._-"))
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    """Return the message without line breaks; Hydra's own error is empty where it wraps one of OmegaConf."""
+    if not str(error) and error.__cause__:
+        return _one_line(error.__cause__)
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

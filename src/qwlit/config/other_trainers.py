@@ -23,6 +23,7 @@ from qwlit.config.other_trainers_values import LEAVE_OUT, quoted, read_mapping
 from qwlit.config.run import RunConfig, setting_names
 from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.files import resolve_path
+from qwlit.core.yaml_files import read_yaml
 
 PAGE = "docs/coming-from.md"
 SECRET = re.compile("token$|api_key|password", re.IGNORECASE)
@@ -266,7 +267,7 @@ def _refuse_file(typed: Typed, arguments: Sequence[str]) -> None:
         file = resolve_path(typed.value)
         if file.stat().st_size > LARGEST_FILE:
             return
-        tree = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
+        tree = read_yaml(file, yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         if is_named:
             return  # the error of `config=` says why

@@ -16,7 +16,7 @@ from qwlit.data.rows import RowError
 
 MEMORY_MIB = 384
 """Address space that the process may take beyond that of Python and jinja2."""
-SECONDS = 10
+SECONDS = 5
 """Time of the processor for one request."""
 MOST_CHARACTERS = 2**24
 """Characters of the texts of one request."""

@@ -6,6 +6,7 @@ output, both as lines of JSON. It imports nothing of qwlit, so it starts quickly
 
 import codecs
 import contextlib
+import html
 import json
 import pprint
 import resource
@@ -28,14 +29,14 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-USED_LATER = (jinja2.constants, jinja2.debug, pprint, textwrap, codecs.lookup("unicode-escape"))
-"""jinja2 imports them where it first uses them, when this process can open no files any more."""
+USED_LATER = (jinja2.constants, jinja2.debug, html, pprint, textwrap, codecs.lookup("unicode-escape"))
+"""jinja2 and markupsafe import them where they first use them, when this process can open no files any more."""
 READY = "ready"
 IDLE_SECONDS = 30.0
 """The process ends when it gets no request for so long; a training lasts much longer than its tokenizing."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """transformers passes a message's reasoning to the template under the first and the second of these names."""
-LONGEST_REASON = 1000
+LONGEST_REASON = 300
 LONGEST_REPEATED = 2**22
 """Largest length of a text or a list that `*` makes."""
 MOST_BITS = 2**14
