@@ -1,11 +1,10 @@
 """Read config.json and check the tokenizer of a local Hugging Face folder; name what is wrong in one line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import ConfigError, nearest
-from qwlit.core.files import resolve_path
+from qwlit.core.files import load_json, resolve_path
 from qwlit.model.families import FAMILIES
 from qwlit.model.hub import looks_like_hub_id
 
@@ -17,11 +16,18 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 FULL_ATTENTION = "full_attention"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size"),
-    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-)
-"""Keys that every published config.json has. For a missing key transformers would use the value of a 7B model."""
+LARGEST_JSON = 2**26
+"""Bytes; the index of a model with a million tensors has about that many."""
+SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**19,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**10,
+    "num_key_value_heads": 2**10,
+}
+"""Keys that every published config.json has, with at least eight times the largest published value. For a missing key
+transformers would use the value of a 7B model."""
 
 
 def check_folder(folder: Path, field: str) -> None:
@@ -49,7 +55,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or holds no JSON object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        if (size := file.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
+        value = load_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as JSON ({error}); copy or download it again") from None
     if not isinstance(value, dict):
@@ -132,11 +140,17 @@ def _what_it_is(folder: Path) -> str:
 
 
 def _check_sizes(file: Path, config: dict[str, Any]) -> None:
-    for key in SIZES:
+    for key, largest in SIZES.items():
         value = config.get(key)
-        if key not in config or (isinstance(value, int) and value < 1):
-            said = f"{key}={value} must be at least 1" if key in config else f"there is no {key}"
-            raise ConfigError(f"{file}: {said}; copy or download the file again")
+        if key not in config:
+            said = f"there is no {key}"
+        elif isinstance(value, int) and value < 1:
+            said = f"{key}={value} must be at least 1"
+        elif isinstance(value, int) and value > largest:
+            said = f"{key} is larger than that of any model, {largest:,}"
+        else:
+            continue
+        raise ConfigError(f"{file}: {said}; copy or download the file again")
 
 
 def _check_attention(file: Path, config: dict[str, Any]) -> None:
