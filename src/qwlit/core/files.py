@@ -14,6 +14,8 @@ from qwlit.core.errors import ConfigError
 PACKAGED = "qwlit:"
 DEEPEST = 32
 """Levels of objects and lists in a JSON file of settings or results; more than that exhausts Python's stack."""
+MOST_DIGITS = 40
+"""Of a whole number; tokenizers state as their longest text one with 31."""
 TOO_DEEP = f"it has more than {DEEPEST} levels of objects and lists"
 
 
@@ -66,12 +68,18 @@ def load_json(text: str) -> Any:
         ValueError: it is no JSON, nests deeper than any file needs, or has a number of too many digits.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_short_int)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     if text.count("[") + text.count("{") > DEEPEST and _is_deeper(value, DEEPEST):
         raise ValueError(TOO_DEEP)
     return value
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

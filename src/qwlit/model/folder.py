@@ -1,5 +1,6 @@
 """Read config.json and check the tokenizer of a local Hugging Face folder; name what is wrong in one line."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,22 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     family = FAMILIES.get(model_type)
     names = config.get("architectures") or [family.class_name if family else model_type]
     if family is None or names != [family.class_name]:
-        found = f"{', '.join(map(str, names))} (model_type {model_type})"
+        named = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
+        found = f"{named} (model_type {model_type})"
         known = " and ".join(family.class_name for family in FAMILIES.values())
         raise ConfigError(f"model.path={folder} is a {found}; qwlit trains {known}")
     for check in (_check_sizes, _check_attention, _check_weights, _check_dtype, _check_rope, _check_pad_token):
         check(file, config)
     return config
+
+
+def without_code(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of config.json or tokenizer_config.json without those that name code, here or on the hub.
+
+    With `auto_map`, libraries import a Python file of the folder; with `attn_implementation`, transformers downloads
+    kernels and runs them.
+    """
+    return {key: value for key, value in values.items() if key != "auto_map" and not key.endswith("_implementation")}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -113,7 +124,8 @@ def base_of(adapter: Path) -> dict[str, str | None]:
     if isinstance(base, str):
         # A relative path is relative to the folder in which the adapter was trained, or to the adapter's folder.
         for candidate in (resolve_path(base), adapter / base):
-            if candidate.is_dir():
+            # Not Path.is_dir, which raises for a name that is too long.
+            if os.path.isdir(candidate):  # noqa: PTH112
                 return {"path": str(candidate), "hub_id": None}
     if isinstance(base, str) and looks_like_hub_id(base):
         return {"path": None, "hub_id": base}
