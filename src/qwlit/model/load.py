@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwlit.core.errors import ConfigError, first_line
+from qwlit.core.errors import ConfigError, naming_errors
 from qwlit.core.files import resolve_path
+from qwlit.core.streams import without_stderr
 from qwlit.model import hub
 from qwlit.model.config import FreezeConfig, ModelConfig
 from qwlit.model.families import FAMILIES, family_of
@@ -47,11 +48,12 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     # Pass a config, so that transformers does not read the folder's config.json, which it may reject.
     model_type = read_json_if_there(folder / "config.json").get("model_type")
     given = {"config": FAMILIES[model_type].classes()[0]()} if model_type in FAMILIES else {}
-    try:
+
+    def unreadable(reason: str) -> ConfigError:
+        return ConfigError(f"{field}={folder}: the tokenizer cannot be read ({reason}); copy it again")
+
+    with naming_errors(unreadable), without_stderr():
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **given)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        reason = first_line(error)
-        raise ConfigError(f"{field}={folder}: the tokenizer cannot be read ({reason}); copy it again") from None
 
 
 def tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
