@@ -27,7 +27,7 @@ from qwlit.core.ranks import (
 )
 from qwlit.core.signals import ignore_signals, record_signals
 from qwlit.core.slurm import has_scontrol, is_ending_job, job_id, leave_requeue_to_script, requeue_job
-from qwlit.core.streams import discard, finish_stdout, open_closed_streams, say
+from qwlit.core.streams import discard, escape_control_characters, finish_stdout, open_closed_streams, say
 
 SUBCOMMANDS = {
     "train": "train a model, or resume an unfinished run",
@@ -74,6 +74,7 @@ def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character must not end a run.
         sys.stdout.reconfigure(errors="replace")
+    escape_control_characters()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP.format(subcommands="\n".join(f"  {name:<10} {what}" for name, what in SUBCOMMANDS.items())), end="")

@@ -529,7 +529,7 @@ def test_a_command_for_programs_says_that_its_output_is_lost(monkeypatch):
     with open("/dev/full", "w") as full:  # noqa: PTH123
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(QwlitError, match="standard output cannot be written: No space left"):
-            streams.write_out("x" * 100_000)
+            streams.write_json("x" * 100_000)
         monkeypatch.undo()
 
 

@@ -13,7 +13,7 @@ from qwlit.config.compose import compose
 from qwlit.config.run import RunConfig
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, one_line
-from qwlit.core.streams import write_out
+from qwlit.core.streams import write_json
 from qwlit.data.inspect import length_histogram, spans
 from qwlit.data.samples import Samples
 from qwlit.data.splits import DataSplit, split_data
@@ -53,7 +53,7 @@ def inspect(config: RunConfig, output: str, sample: int | None) -> None:
         raise ConfigError(f"sample={sample}: there are {len(data.train)} samples, 0 to {len(data.train) - 1}")
     if output == "json":
         for line in _json_lines(data.train, range(len(data.train)) if sample is None else [sample]):
-            write_out(line)
+            write_json(line)
     elif sample is not None:
         _show_sample(data.train, sample, tokenized, screen)
         _show_tokens(data.train, sample, tokenized, screen)
@@ -100,7 +100,7 @@ def _show_row_counts(tokenized: "TokenizedData", screen: Console) -> None:
 def _show_data(data: DataSplit, tokenized: "TokenizedData", config: RunConfig, screen: Console) -> None:
     """Print what the loss covers, the lengths of the samples, and the micro-batches of the first steps."""
     chat = tokenized.encoder.chat
-    screen.print(f"\n[bold]training data[/]  {data.describe()}")
+    screen.print(f"\n[bold]training data[/]  {escape(data.describe())}")
     if chat is not None:
         supervision = chat.supervision
         template = f"{chat.template.name}{_other_system_text(chat.template, config.data.system)}"

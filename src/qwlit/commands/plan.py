@@ -16,7 +16,7 @@ from qwlit.commands.options import compose_run, own_options
 from qwlit.core.console import console
 from qwlit.core.devices import GIB
 from qwlit.core.errors import ConfigError
-from qwlit.core.streams import write_out
+from qwlit.core.streams import write_json
 
 if TYPE_CHECKING:
     from qwlit.optim.schedules import Schedule
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     finally:
         gc.enable()
     if own["output"] == "json":
-        write_out(json.dumps(as_json(plan, remedies, mfu), indent=1, ensure_ascii=False))
+        write_json(json.dumps(as_json(plan, remedies, mfu), indent=1, ensure_ascii=False))
     else:
         show(plan, remedies, mfu, console())
 
@@ -181,7 +181,7 @@ def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
     screen.print(f"  checkpoints of {saves.num_bytes / 1e9:.2f} GB, about {saves.seconds:.0f} s to write; {meanwhile}")
     if plan.data is not None:
         padding = f", {batches.padding_share:.1%} padding" if batches.padding_share else ""
-        screen.print(f"  data  {plan.data.split.describe()}{padding}")
+        screen.print(f"  data  {escape(plan.data.split.describe())}{padding}")
     elif schedule is not None:
         screen.print(f"  data not checked: {escape(plan.not_checked or '')}")
     screen.print(f"  {plan.flops_per_token / 1e9:.3f} GFLOP per token", end="")

@@ -16,7 +16,7 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.core.lists import read_list
-from qwlit.core.streams import write_out
+from qwlit.core.streams import write_json
 from qwlit.report.comparability import comparison_warnings
 from qwlit.report.compare import RunComparison, build_comparison
 from qwlit.report.importance import Importance, importance
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     file = resolve_path(own["page"]) if own["page"] else comparison.home / FILE
     write_page(comparison, warnings, shares, file)
     if own["output"] == "json":
-        write_out(json.dumps(_as_json(comparison, warnings, shares, file), indent=1, ensure_ascii=False))
+        write_json(json.dumps(_as_json(comparison, warnings, shares, file), indent=1, ensure_ascii=False))
     else:
         _show(comparison, warnings, shares, file, console())
 

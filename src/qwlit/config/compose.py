@@ -38,9 +38,11 @@ from qwlit.config.overrides import (
 from qwlit.config.relations import LENGTH, TEXTS, WARMUP, check_relations
 from qwlit.config.run import RunConfig
 from qwlit.config.settings import LONGEST_NAME, cut_name
+from qwlit.config.user_files import check_files_of_folders, check_folders, refuse_resolvers
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import under_agent
+from qwlit.core.yaml_files import read_yaml
 from qwlit.data.config import parts_of
 from qwlit.model.folder import base_of, is_adapter
 
@@ -104,6 +106,7 @@ def compose(overrides: list[str]) -> Composed:
     """
     overrides = agent_overrides(overrides) if under_agent() else overrides
     typed = read_overrides(overrides)
+    refuse_resolvers("", {key: value for key, value in typed.items() if key not in LITERAL})
     groups = group_options()
     chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key == "hydra.searchpath"}
     if "config" in typed:
@@ -142,10 +145,7 @@ def _compose_groups(
     if chosen.get("experiment", "") is None:
         # This is the default, and Hydra refuses it as an override.
         del chosen["experiment"]
-    own_folders = chosen.get("hydra.searchpath") or []
-    for folder in own_folders:
-        if str(folder).startswith("file://") and not Path(str(folder).removeprefix("file://")).is_dir():
-            raise ConfigError(f"hydra.searchpath: {folder} is not a folder; give an existing one")
+    own_folders = check_folders(chosen.get("hydra.searchpath"))
     for group in [key for key in chosen if key in groups]:
         choice, options = chosen[group], groups[group]
         if choice is None:
@@ -178,6 +178,7 @@ def _read_groups(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="qwlit", version_base="1.3"):
+            check_files_of_folders()
             composed = hydra_compose(MAIN, list(overrides), return_hydra_config=True)
             _clear_alternatives(composed, list(overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
@@ -216,8 +217,8 @@ def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
     try:
         # `dump` writes values, never interpolations, and `OmegaConf.load` refuses a text such as "${". Its own loader
         # reads 1e-4 as a number, unlike yaml's, and is not public.
-        tree = _literal(yaml.load(file.read_text(encoding="utf-8"), Loader=get_yaml_loader()))
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = _literal(read_yaml(file, get_yaml_loader()))
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config={path} is not a run's config.yaml; give runs/NAME/config.yaml")
@@ -337,5 +338,8 @@ def _default_name(config: RunConfig, choices: dict[str, str]) -> str:
     return cut_name(re.sub(r"[^\w.-]+", "_", name).lstrip("._-"))
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    """Return the message without line breaks; Hydra's own error is empty where it wraps one of OmegaConf."""
+    if not str(error) and error.__cause__:
+        return _one_line(error.__cause__)
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -20,11 +20,12 @@ from qwlit.config.other_trainers_options import (
     options_by_name,
     plain_value,
 )
-from qwlit.config.other_trainers_values import Answer, read_yaml
+from qwlit.config.other_trainers_values import Answer, read_value
 from qwlit.config.relations import LENGTH, VALIDATION, WARMUP
 from qwlit.config.run import RunConfig, setting_names
 from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.files import resolve_path
+from qwlit.core.yaml_files import read_yaml
 
 PAGE = "docs/coming-from.md"
 SECRET = re.compile("(?<!eos_|pad_|bos_|unk_)token$|api_key|password", re.IGNORECASE)
@@ -74,7 +75,7 @@ def refuse_options_of_others(arguments: Sequence[str], groups: Mapping[str, Sequ
             _refuse_file(typed, arguments)
         elif typed.text.startswith("-") or not _is_own(typed, groups, own_files):
             has_options = typed.value.startswith(("{", "[{")) and find_option(typed.name)
-            tree = {typed.name: read_yaml(typed.value) if has_options else typed.value}
+            tree = {typed.name: read_value(typed.value) if has_options else typed.value}
             found += [Typed(typed.text, name, value) for name, value in _file_options(tree)]
     answers, unknown = _answers(found, groups, arguments)
     if answers:
@@ -199,7 +200,7 @@ def _refuse_file(typed: Typed, arguments: Sequence[str]) -> None:
         file = resolve_path(typed.value)
         if file.stat().st_size > LARGEST_FILE:
             return
-        tree = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
+        tree = read_yaml(file, yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         if is_named:
             return  # the error of `config=` says why

@@ -44,11 +44,11 @@ class Answer:
         return " ".join([*self.typed, "→"] * bool(self.typed) + [f"{self.command()}{remark}"])
 
 
-def read_yaml(text: str) -> Any:
+def read_value(text: str) -> Any:
     """Return the value that a text in YAML, JSON or Python holds, or the text itself if it cannot be read."""
     try:
         return yaml.load(text, yaml.BaseLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 
@@ -115,7 +115,7 @@ def _min_lr(ours: str, value: str, others: Others) -> Answer:
 
 def _columns_of_swift(ours: str, value: str, others: Others) -> Answer:
     # Their column comes first, and query and response have other names here.
-    columns = read_yaml(value)
+    columns = read_value(value)
     if not (columns and isinstance(columns, dict)):
         return Answer({}, f"give {ours} our key first, '{ours}={{instruction: question}}'")
     keys = (f"{COLUMNS_OF_SWIFT.get(key, key)}: {column}" for column, key in columns.items())

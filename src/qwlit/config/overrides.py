@@ -145,7 +145,14 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"'{text}': settings cannot be deleted; set a value instead")
         if text.find("=") < 1:
             raise ConfigError(f"'{text}': overrides have the form key=value, e.g. optim.lr=1e-5")
-        key, value = _read(text)
+        try:
+            key, value = _read(text)
+        except ConfigError:
+            raise
+        except (RecursionError, ValueError):
+            # The grammar reads brackets by recursion, and Python reads no number of more than 4,300 digits.
+            key = text.partition("=")[0]
+            raise ConfigError(f"{key}: the value has too many brackets in brackets, or a number too long") from None
         typed[key] = value
     return typed
 

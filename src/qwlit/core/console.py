@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -39,6 +39,16 @@ class Screen(Console):
     terminal is closed.
     """
 
+    @property
+    def file(self) -> IO[str]:
+        """The stream below `PrintableStream`; while a bar is shown, rich has put a stream of its own before that."""
+        file = super().file
+        return getattr(file, "rich_proxied_file", file)
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
+
     def on_broken_pipe(self) -> None:
         self.quiet = True
         discard(sys.stderr if self.stderr else sys.stdout)
@@ -60,7 +70,7 @@ def console(*, stderr: bool = False) -> Screen:
     """Return the console; set `stderr` where stdout carries what a program reads."""
     # Without a terminal rich assumes 80 columns and would break paths and log lines.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
-    return Screen(stderr=stderr, quiet=not is_rank_zero(), width=width, highlight=False, soft_wrap=True)
+    return Screen(stderr=stderr, quiet=not is_rank_zero(), width=width, highlight=False, soft_wrap=True, emoji=False)
 
 
 def can_redraw(screen: Console) -> bool:

@@ -1,11 +1,13 @@
 """Errors that end a run with one line, each with the exit code that scripts rely on."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""All but tab and line break. A terminal would obey them: escape sequences move the cursor and change colours."""
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""All but tab and line break. A terminal would obey them: escape sequences move the cursor and change colours, and the
+last two ranges show the text behind them in another direction."""
 
 
 class QwlitError(Exception):
@@ -75,8 +77,13 @@ def reason_of(raised: BaseException) -> BaseException:
 
 
 def printable(text: str) -> str:
-    """Return text of the user for a terminal: control characters are written as Python escapes, such as \\x1b."""
-    return CONTROL_CHARACTERS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    """Return text of others for a terminal or a page: control characters become Python escapes, such as \\x1b."""
+    return CONTROL_CHARACTERS.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def one_line(text: str, longest: int | None = None) -> str:
@@ -88,6 +95,20 @@ def one_line(text: str, longest: int | None = None) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of the error's message; for an error without a message, its type."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def naming_errors(name: Callable[[str], QwlitError]) -> Iterator[None]:
+    """Turn whatever a library raises while the block runs into the error that `name` makes of its first line."""
+    try:
+        yield
+    except QwlitError:
+        raise
+    except BaseException as error:
+        # Python's bindings to Rust raise a panic as an error that is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise name(first_line(error)) from None
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -13,6 +13,11 @@ from typing import Any, TextIO
 from qwlit.core.errors import ConfigError
 
 PACKAGED = "qwlit:"
+DEEPEST = 32
+"""Levels of objects and lists in a JSON file of settings or results; more than that exhausts Python's stack."""
+MOST_DIGITS = 40
+"""Of a whole number; tokenizers state as their longest text one with 31."""
+TOO_DEEP = f"it has more than {DEEPEST} levels of objects and lists"
 
 
 def resolve_path(path: str) -> Path:
@@ -57,6 +62,36 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
         handle.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
+def load_json(text: str) -> Any:
+    """Parse a JSON text that somebody else may have written.
+
+    Raises:
+        ValueError: it is no JSON, nests deeper than any file needs, or has a number of too many digits.
+    """
+    try:
+        value = json.loads(text, parse_int=_short_int)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if text.count("[") + text.count("{") > DEEPEST and _is_deeper(value, DEEPEST):
+        raise ValueError(TOO_DEEP)
+    return value
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists stand in one another over more than so many levels."""
+    level = [value]
+    for _ in range(levels):
+        nested = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [child for children in nested for child in children]
+    return any(isinstance(each, dict | list) for each in level)
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a .jsonl file that qwlit wrote, without a last line that a kill -9 cut off."""
     if not path.exists():
@@ -65,8 +100,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     # splitlines() would also split at U+2028 and others, which may be inside a JSON string.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = load_json(line)
+        except ValueError:
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -76,7 +111,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a .json file; return an empty one where the file is missing or holds something else."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = load_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import sys
-from typing import TextIO
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
 
-from qwlit.core.errors import QwlitError
+from qwlit.core.errors import CONTROL_CHARACTERS, QwlitError, printable
 
 
 def open_closed_streams() -> None:
@@ -27,10 +28,60 @@ def open_closed_streams() -> None:
         say("qwlit: standard output is closed, so nothing is shown")
 
 
+class PrintableStream:
+    """A standard stream for texts that somebody else may have written: it writes control characters as escapes.
+
+    The console writes to the stream itself: it escapes texts, and its own sequences make colours and bars.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream
+        """The stream itself; rich knows this name."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+    def write(self, text: str) -> int:
+        # The progress bars of libraries begin with a carriage return.
+        shown = text.lstrip("\r")
+        self.rich_proxied_file.write("\r" * (len(text) - len(shown)) + printable(shown))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+
+def escape_control_characters() -> None:
+    """Let nothing that is printed from now on, by whatever library, control the terminal."""
+    streams: Any = sys
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(streams, name), PrintableStream):
+            setattr(streams, name, PrintableStream(stream))
+
+
 def say(message: str) -> None:
     """Print a line on standard error, where that is possible."""
     with contextlib.suppress(OSError, ValueError):
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def without_stderr() -> Iterator[None]:
+    """Let what libraries write on standard error while the block runs go to the null device, also from native code."""
+    try:
+        kept = os.dup(2)
+    except OSError:
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def discard(stream: TextIO) -> None:
@@ -40,14 +91,14 @@ def discard(stream: TextIO) -> None:
         stream.flush()
 
 
-def write_out(text: str) -> None:
-    """Print a line that a program reads.
+def write_json(text: str) -> None:
+    """Print JSON that a program reads; control characters in it are written as JSON's escapes.
 
     Raises:
         QwlitError: standard output cannot be written; a closed pipe raises BrokenPipeError.
     """
     try:
-        print(text)
+        print(CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
     except BrokenPipeError:
         raise
     except OSError as error:

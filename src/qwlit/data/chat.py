@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import Conversation
+from qwlit.data.rows import RowError
 from qwlit.data.templates import ChatTemplate, Piece, Supervision
 from qwlit.data.tokenized import EncodedSample
 from qwlit.data.tokenizer import TextTokenizer
@@ -49,6 +50,10 @@ class ChatEncoder:
     def render(self, conversation: Conversation) -> list[Piece]:
         """Render the conversation, or raise RowError if the template cannot express it."""
         return self.template.render(conversation, self.supervision)
+
+    def render_all(self, conversations: Sequence[Conversation]) -> list[list[Piece] | RowError]:
+        """Render conversations; see `ChatTemplate.render_all`."""
+        return self.template.render_all(conversations, self.supervision)
 
     def encode_batch(self, rendered: Iterable[list[Piece]]) -> list[EncodedSample]:
         """Encode rendered conversations, on all cores."""

@@ -88,13 +88,16 @@ class RowEncoder:
     ) -> Iterator["_Encoded | QuarantinedRow"]:
         """Yield for each row its sample, of any length, or why it is quarantined."""
         parser = RowParser(self.config.format, self.vocab_size, self.config.loss_on)
-        parsed = [self._parse(row, rename, parser, remark_counts) for row in rows]
-        # All conversations, and all documents, of the batch go to the tokenizer in one call: it then uses all cores.
-        rendered = [value for value in parsed if isinstance(value, list)]
+        parsed = [self._parse(row, rename, parser) for row in rows]
+        # All conversations, and all documents, of the batch go to the template, and to the tokenizer, in one call: the
+        # tokenizer then uses all cores.
+        outcomes = iter(self._render(parsed))
+        written = [self._write(each, outcomes, remark_counts) for each in parsed]
+        rendered = [value for value in written if isinstance(value, list)]
         conversations = iter(self.chat.encode_batch(rendered) if self.chat else ())
-        documents = iter(self._encode_documents([value for value in parsed if isinstance(value, Document)]))
+        documents = iter(self._encode_documents([value for value in written if isinstance(value, Document)]))
         # The results have the order of the rows, so the next result belongs to the next row of its kind.
-        for value in parsed:
+        for value in written:
             if isinstance(value, list):
                 yield _Encoded(next(conversations))
             elif isinstance(value, Document):
@@ -102,9 +105,7 @@ class RowEncoder:
             else:
                 yield value if isinstance(value, QuarantinedRow) else _Encoded(value)
 
-    def _parse(
-        self, row: Row | QuarantinedRow, rename: ColumnRenamer, parser: RowParser, remark_counts: Counter[str]
-    ) -> list[Piece] | Document | EncodedSample | QuarantinedRow:
+    def _parse(self, row: Row | QuarantinedRow, rename: ColumnRenamer, parser: RowParser) -> "_Parsed | QuarantinedRow":
         if isinstance(row, QuarantinedRow):
             return row
         missing = ""
@@ -116,21 +117,45 @@ class RowEncoder:
             if isinstance(value, Document):
                 refuse_lone_surrogates(value.text)
                 row_remarks += [*document_remarks(value.text), *self._control_token_remarks([value.text])]
-            # Count remarks only when nothing below can raise RowError: a row that cannot be parsed has no remarks.
-            if not isinstance(value, Conversation):
-                remark_counts.update(row_remarks)
-                return value
-            if self.chat is None:
-                raise NeedsTokenizer(self.refusal or "conversations need a tokenizer with a chat template")
-            pieces = self.chat.render(value)
-            refuse_lone_surrogates("".join([piece.text for piece in pieces]))
-            from_table = isinstance(row.content, dict)
-            row_remarks += remarks(value, self.chat.template, self.chat.supervision, from_table=from_table)
-            row_remarks += self._control_token_remarks(piece.text for piece in pieces if not piece.control)
-            remark_counts.update(row_remarks)
-            return pieces
+            return _Parsed(row, value, row_remarks, missing)
         except RowError as error:
             return row.quarantined(f"{error}{missing}")
+
+    def _render(self, parsed: Iterable["_Parsed | QuarantinedRow"]) -> list[list[Piece] | RowError]:
+        """Render the conversations among the rows."""
+        values = [each.value for each in parsed if isinstance(each, _Parsed)]
+        conversations = [value for value in values if isinstance(value, Conversation)]
+        if conversations and self.chat is None:
+            raise NeedsTokenizer(self.refusal or "conversations need a tokenizer with a chat template")
+        return self.chat.render_all(conversations) if self.chat else []
+
+    def _write(
+        self,
+        parsed: "_Parsed | QuarantinedRow",
+        outcomes: Iterator[list[Piece] | RowError],
+        remark_counts: Counter[str],
+    ) -> list[Piece] | Document | EncodedSample | QuarantinedRow:
+        """Take the pieces of a conversation from `outcomes`, and count the remarks on a row that can be used."""
+        if isinstance(parsed, QuarantinedRow):
+            return parsed
+        value, row_remarks = parsed.value, parsed.remarks
+        if not isinstance(value, Conversation):
+            remark_counts.update(row_remarks)
+            return value
+        assert self.chat is not None
+        pieces = next(outcomes)
+        try:
+            if isinstance(pieces, RowError):
+                raise pieces
+            refuse_lone_surrogates("".join([piece.text for piece in pieces]))
+        except RowError as error:
+            return parsed.row.quarantined(f"{error}{parsed.missing}")
+        # Count remarks only here: a row that cannot be used has none.
+        from_table = isinstance(parsed.row.content, dict)
+        row_remarks += remarks(value, self.chat.template, self.chat.supervision, from_table=from_table)
+        row_remarks += self._control_token_remarks(piece.text for piece in pieces if not piece.control)
+        remark_counts.update(row_remarks)
+        return pieces
 
     def _control_token_remarks(self, texts: Iterable[str]) -> list[str]:
         tokenizer = self.tokenizer
@@ -174,6 +199,17 @@ class RowEncoder:
         row_counts.truncated += bool(where)
         row_counts.split += len(samples) > 1
         return supervised
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A row whose meaning is known."""
+
+    row: Row
+    value: Conversation | Document | EncodedSample
+    remarks: list[str]
+    missing: str
+    """See `RenamedRow.missing`."""
 
 
 @dataclass(frozen=True)

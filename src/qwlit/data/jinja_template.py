@@ -1,26 +1,28 @@
 """A tokenizer's own chat template of no known family, used through its `{% generation %}` marks.
 
-transformers renders it. The marks say which parts of the rendered text the assistant writes.
+The marks say which parts of the rendered text the assistant writes.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
-from qwlit.core.errors import DataError, one_line
+from qwlit.core.errors import DataError
 from qwlit.data.conversation import Conversation, Message, parse_conversation
 from qwlit.data.rows import RowError
+from qwlit.data.template_process import REMEDY, Rendered, Span, render_all
 from qwlit.data.templates import ChatTemplate, Piece, Supervision, drop_thinking
 from qwlit.data.tokenizer import control_token_ids
 
-Span = tuple[int, int]
-"""First character and end of a part of the rendered text."""
+Result = TypeVar("Result")
 ANSWER = "An answer."
+Steps = Generator[list[Conversation], Any, Result]
+"""Yields conversations that it needs rendered, gets `Rendered | RowError` for each, and returns the result."""
 _PROBE = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": ANSWER}]
 
 
@@ -31,6 +33,8 @@ class JinjaTemplate(ChatTemplate):
     source: str
     variables: dict[str, Any] = field(hash=False)
     """Names of special tokens, such as eos_token, and their texts."""
+    folder: str
+    """Where the template is from, for errors."""
     control_tokens: tuple[str, ...]
     """The texts that become control tokens where the template writes them."""
     end: str
@@ -40,21 +44,49 @@ class JinjaTemplate(ChatTemplate):
     def turn_tokens(self) -> tuple[str, ...]:
         return (self.end,)
 
-    def render(self, conversation: Conversation, supervision: Supervision) -> list[Piece]:
-        """Render a conversation; see `ChatTemplate.render`.
+    def render_all(
+        self, conversations: Sequence[Conversation], supervision: Supervision
+    ) -> list[list[Piece] | RowError]:
+        """Render conversations; see `ChatTemplate.render_all`.
 
         A row that spells out a control token is refused: in rendered text, its token could not be told from the
         template's own.
+
+        Raises:
+            DataError: the template needs more time or memory than it may.
         """
+        outcomes: dict[int, list[Piece] | RowError] = {}
+        rows = {index: self._render_row(conversation, supervision) for index, conversation in enumerate(conversations)}
+        answers: dict[int, list[Rendered | RowError] | None] = dict.fromkeys(rows)
+        # One message to the rendering process has what all rows need next.
+        while answers:
+            needed: dict[int, list[Conversation]] = {}
+            for index, answer in answers.items():
+                try:
+                    needed[index] = rows[index].send(answer)
+                except StopIteration as end:
+                    outcomes[index] = end.value
+                except RowError as error:
+                    outcomes[index] = error
+            rendered = iter(self._rendered([conversation for each in needed.values() for conversation in each]))
+            answers = {index: [next(rendered) for _ in each] for index, each in needed.items()}
+        return [outcomes[index] for index in rows]
+
+    def _rendered(self, conversations: Sequence[Conversation]) -> list[Rendered | RowError]:
+        return render_all(self.source, self.variables, list(map(_as_dict, conversations)), folder=self.folder)
+
+    def _render_row(self, conversation: Conversation, supervision: Supervision) -> Steps[list[Piece]]:
         conversation = drop_thinking(conversation, supervision)
         if self.default_system is not None and conversation.messages[0].role != "system":
             system = Message("system", self.default_system)
             conversation = replace(conversation, messages=(system, *conversation.messages))
         self._refuse_control_tokens(conversation)
-        text, marked = render_marked(self.source, self.variables, conversation)
-        _refuse_missing_parts(conversation, text)
-        supervised = self._supervised_spans(conversation, text, marked, supervision)
-        return list(_pieces(text, supervised, _pattern(self.control_tokens)))
+        (rendered,) = yield [conversation]
+        if isinstance(rendered, RowError):
+            raise rendered
+        _refuse_missing_parts(conversation, rendered.text)
+        supervised = yield from _supervised_spans(conversation, rendered.text, _joined(rendered.marked), supervision)
+        return list(_pieces(rendered.text, supervised, _pattern(self.control_tokens)))
 
     def with_system(self, text: str) -> "JinjaTemplate":
         """See `ChatTemplate.with_system`. One probe replaces an error for each row."""
@@ -68,54 +100,6 @@ class JinjaTemplate(ChatTemplate):
             ) from None
         return changed
 
-    def _supervised_spans(
-        self, conversation: Conversation, text: str, marked: list[Span], supervision: Supervision
-    ) -> list[Span]:
-        """Return the parts of the text in the loss.
-
-        Raises:
-            RowError: only some turns are in the loss, and it is not certain where they are.
-        """
-        messages = conversation.messages
-        if supervision.loss_on == "all":
-            if all(message.is_supervised for message in messages):
-                return [(0, len(text))]
-            raise RowError("a turn is marked as not supervised, and the chat template does not show where it is")
-        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        candidates = answers[-1:] if supervision.loss_on == "last_assistant" else answers
-        chosen = [index for index in candidates if messages[index].is_supervised]
-        if chosen == answers:
-            return marked
-        if len(marked) == len(answers) and all(
-            messages[index].split_thinking()[1].strip() in text[start:end]
-            for index, (start, end) in zip(answers, marked, strict=True)
-        ):
-            return [marked[answers.index(index)] for index in chosen]
-        # An answer's marked parts are those between its first character and the next answer's.
-        edges = [*(self._start_of_answer(conversation, index, text) for index in answers), len(text)]
-        regions = dict(zip(answers, pairwise(edges), strict=True))
-        parts = [
-            (max(start, regions[index][0]), min(end, regions[index][1])) for index in chosen for start, end in marked
-        ]
-        return [(start, end) for start, end in parts if start < end]
-
-    def _start_of_answer(self, conversation: Conversation, index: int, text: str) -> int:
-        """Return where the messages before an answer end in the text: they are rendered alone for it."""
-        if index == 0:
-            return 0
-        try:
-            before, _ = render_marked(
-                self.source, self.variables, replace(conversation, messages=conversation.messages[:index])
-            )
-        except RowError:
-            before = None
-        if before is None or not text.startswith(before):
-            raise RowError(
-                f"only some answers are supervised, and the chat template does not show where message {index + 1}"
-                " begins: it writes the messages before it in another way if they are alone"
-            )
-        return len(before)
-
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         calls = [(call.name, call.arguments) for message in conversation.messages for call in message.tool_calls]
         texts = [part for message in conversation.messages for part in message.split_thinking()]
@@ -124,6 +108,51 @@ class JinjaTemplate(ChatTemplate):
             raise RowError(
                 f"a text contains the control token {found[0]}, which could not be told from the template's own"
             )
+
+
+def _supervised_spans(
+    conversation: Conversation, text: str, marked: list[Span], supervision: Supervision
+) -> Steps[list[Span]]:
+    """Return the parts of the text in the loss.
+
+    Raises:
+        RowError: only some turns are in the loss, and it is not certain where they are.
+    """
+    messages = conversation.messages
+    if supervision.loss_on == "all":
+        if all(message.is_supervised for message in messages):
+            return [(0, len(text))]
+        raise RowError("a turn is marked as not supervised, and the chat template does not show where it is")
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    candidates = answers[-1:] if supervision.loss_on == "last_assistant" else answers
+    chosen = [index for index in candidates if messages[index].is_supervised]
+    if chosen == answers:
+        return marked
+    if len(marked) == len(answers) and all(
+        messages[index].split_thinking()[1].strip() in text[start:end]
+        for index, (start, end) in zip(answers, marked, strict=True)
+    ):
+        return [marked[answers.index(index)] for index in chosen]
+    # An answer's marked parts are those between its first character and the next answer's.
+    edges = [*(yield from _starts_of_answers(conversation, answers, text)), len(text)]
+    regions = dict(zip(answers, pairwise(edges), strict=True))
+    parts = [(max(start, regions[index][0]), min(end, regions[index][1])) for index in chosen for start, end in marked]
+    return [(start, end) for start, end in parts if start < end]
+
+
+def _starts_of_answers(conversation: Conversation, answers: list[int], text: str) -> Steps[list[int]]:
+    """Return where the messages before each answer end in the text: they are rendered alone for it."""
+    later = [index for index in answers if index > 0]
+    before = yield [replace(conversation, messages=conversation.messages[:index]) for index in later]
+    starts = [0] * (len(answers) - len(later))
+    for index, rendered in zip(later, before, strict=True):
+        if isinstance(rendered, RowError) or not text.startswith(rendered.text):
+            raise RowError(
+                f"only some answers are supervised, and the chat template does not show where message {index + 1}"
+                " begins: it writes the messages before it in another way if they are alone"
+            )
+        starts.append(len(rendered.text))
+    return starts
 
 
 def has_marks(source: str) -> bool:
@@ -137,46 +166,22 @@ def jinja_template(tokenizer: Any, source: str) -> JinjaTemplate:
     Raises:
         DataError: it cannot be rendered, or its marks do not contain an answer with its end.
     """
-    variables = dict(tokenizer.special_tokens_map)
+    variables, folder = dict(tokenizer.special_tokens_map), str(tokenizer.name_or_path)
     control_tokens = tuple(control_token_ids(tokenizer))
-    remedy = "correct it, or set data.template to a known one"
-    try:
-        text, marked = render_marked(source, variables, parse_conversation(_PROBE))
-    except RowError as error:
-        raise DataError(f"the tokenizer's chat template cannot render a plain chat ({error}); {remedy}") from None
+    (probe,) = render_all(source, variables, [_as_dict(parse_conversation(_PROBE))], folder=folder)
+    if isinstance(probe, RowError):
+        raise DataError(f"the tokenizer's chat template cannot render a plain chat ({probe}); {REMEDY}")
+    text, marked = probe.text, _joined(probe.marked)
     start, stop = next(((a, b) for a, b in marked if ANSWER in text[a:b]), (0, 0))
     end = _pattern(control_tokens).search(text, text.rfind(ANSWER, start, stop) + len(ANSWER), stop)
     if end is None:
         raise DataError(
             "the tokenizer's chat template does not have an answer and the special token that ends it inside"
-            f" {{% generation %}} marks without a gap, so the model would not learn to end its answers; {remedy}"
+            f" {{% generation %}} marks without a gap, so the model would not learn to end its answers; {REMEDY}"
         )
     digest = hashlib.sha256(json.dumps([source, variables], sort_keys=True).encode()).hexdigest()
-    return JinjaTemplate(f"the tokenizer's own ({digest[:12]})", None, source, variables, control_tokens, end[0])
-
-
-def render_marked(source: str, variables: dict[str, Any], conversation: Conversation) -> tuple[str, list[Span]]:
-    """Render with transformers; return the text and its marked parts.
-
-    Raises:
-        RowError: the template refuses the conversation, with the template's reason.
-    """
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        (text,), (marked,) = render_jinja_template(
-            [[_as_dict(message) for message in conversation.messages]],
-            tools=list(conversation.tools) or None,
-            chat_template=source,
-            return_assistant_tokens_mask=True,
-            **variables,
-        )
-    except TemplateError as error:
-        raise RowError(f"the chat template refuses it: {one_line(str(error))}") from None
-    except Exception as error:  # the template's expressions can raise anything
-        raise RowError(f"the chat template fails on it: {one_line(str(error)) or type(error).__name__}") from None
-    return text, _joined(marked)
+    name = f"the tokenizer's own ({digest[:12]})"
+    return JinjaTemplate(name, None, source, variables, folder, control_tokens, end[0])
 
 
 def _joined(spans: list[Span]) -> list[Span]:
@@ -190,8 +195,12 @@ def _joined(spans: list[Span]) -> list[Span]:
     return joined
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
-    """Return the message as transformers passes it to a template: without keys that have no value."""
+def _as_dict(conversation: Conversation) -> dict[str, Any]:
+    """Return the conversation as transformers passes it to a template: without keys that have no value."""
+    return {"messages": list(map(_message, conversation.messages)), "tools": list(conversation.tools) or None}
+
+
+def _message(message: Message) -> dict[str, Any]:
     calls = [
         {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         for call in message.tool_calls

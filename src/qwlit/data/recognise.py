@@ -8,6 +8,8 @@ from typing import Any
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import parse_conversation
 from qwlit.data.jinja_template import has_marks, jinja_template
+from qwlit.data.rows import RowError
+from qwlit.data.template_process import render_all
 from qwlit.data.templates import FAMILIES, IM_END, IM_START, ChatTemplate, ChatTemplateFamily, Supervision, render
 
 *_FIRST, _LAST = sorted(FAMILIES)
@@ -43,7 +45,12 @@ _PROBES: tuple[_Probe, ...] = (
 
 _TEXT_CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a":1}'}}
 # Arguments as JSON text: Qwen2.5 quotes them, Qwen3 writes them unchanged.
-_TEXT_ARGUMENTS = [_TOOL_CHAT[0], {"role": "assistant", "content": "Adding.", "tool_calls": [_TEXT_CALL]}]
+_TEXT_ARGUMENTS: _Probe = (
+    [_TOOL_CHAT[0], {"role": "assistant", "content": "Adding.", "tool_calls": [_TEXT_CALL]}],
+    [_TOOL],
+)
+_CHAT_WITH_TOOL: _Probe = (_CHAT, [_TOOL])
+_ALL_PROBES = (*_PROBES, _TEXT_ARGUMENTS, _CHAT_WITH_TOOL)
 
 
 def resolve_template(tokenizer: Any, template_name: str) -> ChatTemplate:
@@ -53,7 +60,7 @@ def resolve_template(tokenizer: Any, template_name: str) -> ChatTemplate:
 
     Raises:
         DataError: for `auto`, if the tokenizer has no chat template, or an unknown one without usable marks,
-            or one that writes today's date.
+            or one that writes today's date or needs more time or memory than it may.
     """
     if template_name != "auto":
         return FAMILIES[template_name]
@@ -65,17 +72,28 @@ def resolve_template(tokenizer: Any, template_name: str) -> ChatTemplate:
         own = own.get("default")
     if own is None:
         raise DataError(f"the tokenizer has several chat templates, but none called 'default'; {REMEDY}")
+    if not isinstance(own, str):
+        raise DataError(f"the tokenizer's chat template is no text; {REMEDY}")
     if re.search(r"\bstrftime_now\b", own):
         raise DataError(
             "the tokenizer's chat template writes today's date (strftime_now), so the same run would have other tokens"
             f" tomorrow; write a fixed date into the template, or {REMEDY}, with the date in data.system"
         )
+    outcomes = render_all(
+        own,
+        dict(tokenizer.special_tokens_map),
+        [{"messages": messages, "tools": tools} for messages, tools in _ALL_PROBES],
+        folder=str(tokenizer.name_or_path),
+    )
+
+    def render_own(messages: Messages, tools: Tools) -> str:
+        outcome = outcomes[_ALL_PROBES.index((messages, tools))]
+        if isinstance(outcome, RowError):
+            raise outcome
+        return outcome.text
+
     try:
-        return recognise_template(
-            lambda messages, tools: tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=own, tokenize=False
-            )
-        )
+        return recognise_template(render_own)
     except DataError:
         if not has_marks(own):
             raise
@@ -107,13 +125,13 @@ def recognise_template(render_jinja: RenderJinja) -> ChatTemplateFamily:
     # arguments as JSON text does.
     plain = render_own(_CHAT, None)
     default = _default_system(plain)
-    writes_tools = render_own(_CHAT, [_TOOL]) != plain
+    writes_tools = render_own(*_CHAT_WITH_TOOL) != plain
     for family in FAMILIES.values():
         candidate = replace(family, default_system=default)
         # A family without tools skips the tool probes: it must not match a template that writes tools in another way.
         if not family.tools and writes_tools:
             continue
-        if _renders_the_same(candidate, render_own, (*_PROBES, (_TEXT_ARGUMENTS, [_TOOL]))):
+        if _renders_the_same(candidate, render_own, (*_PROBES, _TEXT_ARGUMENTS)):
             return candidate
     raise DataError(
         f"the tokenizer's chat template is unknown (known: {', '.join(FAMILIES)}); put {{% generation %}} and"

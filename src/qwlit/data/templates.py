@@ -8,7 +8,7 @@ text, even if it looks like a control token.
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,12 +67,21 @@ class ChatTemplate(ABC):
         return replace(self, default_system=text)
 
     @abstractmethod
+    def render_all(
+        self, conversations: Sequence[Conversation], supervision: Supervision
+    ) -> list[list[Piece] | RowError]:
+        """Render conversations. Return for each its pieces, or why the template cannot express it."""
+
     def render(self, conversation: Conversation, supervision: Supervision) -> list[Piece]:
         """Render a conversation.
 
         Raises:
             RowError: the template cannot express the conversation.
         """
+        (rendered,) = self.render_all([conversation], supervision)
+        if isinstance(rendered, RowError):
+            raise rendered
+        return rendered
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,16 @@ class ChatTemplateFamily(ChatTemplate):
     def turn_tokens(self) -> tuple[str, ...]:
         return IM_START, IM_END
 
-    def render(self, conversation: Conversation, supervision: Supervision) -> list[Piece]:
-        return render(conversation, self, supervision)
+    def render_all(
+        self, conversations: Sequence[Conversation], supervision: Supervision
+    ) -> list[list[Piece] | RowError]:
+        return [self._attempt(conversation, supervision) for conversation in conversations]
+
+    def _attempt(self, conversation: Conversation, supervision: Supervision) -> list[Piece] | RowError:
+        try:
+            return render(conversation, self, supervision)
+        except RowError as error:
+            return error
 
 
 FAMILIES = {

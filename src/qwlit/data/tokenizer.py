@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qwlit.core.errors import DataError
+from qwlit.core.errors import DataError, naming_errors
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding
@@ -38,6 +38,7 @@ class TextTokenizer:
         # The new tokenizer does not know the control tokens, so their names stay plain text.
         self._plain = Tokenizer(backend.model)
         if backend.normalizer is not None:
+            _check_growth(json.loads(backend.normalizer.__getstate__()))
             self._plain.normalizer = backend.normalizer
         if backend.pre_tokenizer is not None:
             self._plain.pre_tokenizer = backend.pre_tokenizer
@@ -90,7 +91,7 @@ class TextTokenizer:
         """
         tags = [content for content in self.control_ids if content.startswith("<") and content.endswith(">")]
         for content in tags:
-            if self.control_ids[content] in self._plain.encode(content, add_special_tokens=False).ids:
+            if self.control_ids[content] in self.encode([content])[0]:
                 raise DataError(f"the tokenizer turns the plain text {content!r} into the control token itself")
 
     @property
@@ -106,11 +107,33 @@ class TextTokenizer:
 
     def encode_with_offsets(self, texts: Sequence[str]) -> "list[Encoding]":
         """Encode on all cores; return ids and character offsets."""
-        return self._plain.encode_batch(list(texts), add_special_tokens=False)
+        with naming_errors(_cannot_encode):
+            return self._plain.encode_batch(list(texts), add_special_tokens=False)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode on all cores; return only ids, which is faster."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with naming_errors(_cannot_encode):
+            return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _cannot_encode(reason: str) -> DataError:
+    return DataError(f"the tokenizer fails on a text ({reason}); set model.tokenizer to the model's own")
+
+
+def _check_growth(normalizer: dict[str, Any]) -> None:
+    """Refuse a normalizer that makes texts longer by any factor; Qwen's has none of this kind.
+
+    Raises:
+        DataError: naming it.
+    """
+    for part in normalizer.get("normalizers", ()):
+        _check_growth(part)
+    text = normalizer.get("content", normalizer.get("prepend", ""))
+    if len(text) > 1 or "Regex" in normalizer.get("pattern", {}):
+        kind = normalizer["type"]
+        raise DataError(
+            f"the tokenizer's normalizer {kind} can make a text much longer; set model.tokenizer to the model's own"
+        )
 
 
 def control_token_ids(tokenizer: Any) -> dict[str, int]:

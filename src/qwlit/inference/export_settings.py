@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwlit.core.files import write_json_atomic, write_text_atomic
-from qwlit.model.folder import DTYPE_KEYS, read_json_if_there, read_json_object
+from qwlit.model.folder import DTYPE_KEYS, read_json_if_there, read_json_object, without_code
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,6 +53,7 @@ def write_config(
     transformers 5 reads `rope_parameters` and `dtype`.
     """
     values = read_json_object(base / "config.json") if base else json.loads(config.to_json_string(use_diff=True))
+    values = without_code(values)
     rope = dict(config.rope_parameters or {})
     values["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta")
     if rope.get("rope_type", "default") != "default":
@@ -124,7 +125,8 @@ def _change(file: Path, change: Callable[[Values], Values]) -> None:
 
 
 def _for_transformers_4(values: Values) -> Values:
-    """Replace entries of transformers 5 that transformers 4 cannot read, such as a list of extra special tokens."""
+    """Leave out what names code, and replace entries of transformers 5 that transformers 4 cannot read."""
+    values = without_code(values)
     extra = values.get("extra_special_tokens")
     if isinstance(extra, list):
         del values["extra_special_tokens"]

@@ -1,11 +1,11 @@
 """Read config.json and check the tokenizer of a local Hugging Face folder; name what is wrong in one line."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import ConfigError, nearest
-from qwlit.core.files import resolve_path
+from qwlit.core.files import load_json, resolve_path
 from qwlit.model.families import FAMILIES
 from qwlit.model.hub import looks_like_hub_id
 
@@ -17,11 +17,18 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 FULL_ATTENTION = "full_attention"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size"),
-    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-)
-"""Keys that every published config.json has. For a missing key transformers would use the value of a 7B model."""
+LARGEST_JSON = 2**26
+"""Bytes; the index of a model with a million tensors has about that many."""
+SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**19,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**10,
+    "num_key_value_heads": 2**10,
+}
+"""Keys that every published config.json has, with at least eight times the largest published value. For a missing key
+transformers would use the value of a 7B model."""
 
 
 def check_folder(folder: Path, field: str) -> None:
@@ -49,7 +56,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or holds no JSON object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        if (size := file.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
+        value = load_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as JSON ({error}); copy or download it again") from None
     if not isinstance(value, dict):
@@ -77,12 +86,22 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     family = FAMILIES.get(model_type)
     names = config.get("architectures") or [family.class_name if family else model_type]
     if family is None or names != [family.class_name]:
-        found = f"{', '.join(map(str, names))} (model_type {model_type})"
+        named = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
+        found = f"{named} (model_type {model_type})"
         known = " and ".join(family.class_name for family in FAMILIES.values())
         raise ConfigError(f"model.path={folder} is a {found}; qwlit trains {known}")
     for check in (_check_sizes, _check_attention, _check_weights, _check_dtype, _check_rope, _check_pad_token):
         check(file, config)
     return config
+
+
+def without_code(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of config.json or tokenizer_config.json without those that name code, here or on the hub.
+
+    With `auto_map`, libraries import a Python file of the folder; with `attn_implementation`, transformers downloads
+    kernels and runs them.
+    """
+    return {key: value for key, value in values.items() if key != "auto_map" and not key.endswith("_implementation")}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -105,7 +124,8 @@ def base_of(adapter: Path) -> dict[str, str | None]:
     if isinstance(base, str):
         # A relative path is relative to the folder in which the adapter was trained, or to the adapter's folder.
         for candidate in (resolve_path(base), adapter / base):
-            if candidate.is_dir():
+            # Not Path.is_dir, which raises for a name that is too long.
+            if os.path.isdir(candidate):  # noqa: PTH112
                 return {"path": str(candidate), "hub_id": None}
     if isinstance(base, str) and looks_like_hub_id(base):
         return {"path": None, "hub_id": base}
@@ -132,11 +152,17 @@ def _what_it_is(folder: Path) -> str:
 
 
 def _check_sizes(file: Path, config: dict[str, Any]) -> None:
-    for key in SIZES:
+    for key, largest in SIZES.items():
         value = config.get(key)
-        if key not in config or (isinstance(value, int) and value < 1):
-            said = f"{key}={value} must be at least 1" if key in config else f"there is no {key}"
-            raise ConfigError(f"{file}: {said}; copy or download the file again")
+        if key not in config:
+            said = f"there is no {key}"
+        elif isinstance(value, int) and value < 1:
+            said = f"{key}={value} must be at least 1"
+        elif isinstance(value, int) and value > largest:
+            said = f"{key} is larger than that of any model, {largest:,}"
+        else:
+            continue
+        raise ConfigError(f"{file}: {said}; copy or download the file again")
 
 
 def _check_attention(file: Path, config: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwlit.core.errors import ConfigError, first_line
+from qwlit.core.errors import ConfigError, naming_errors
 from qwlit.core.files import resolve_path
+from qwlit.core.streams import without_stderr
 from qwlit.model import hub
 from qwlit.model.config import FreezeConfig, ModelConfig
 from qwlit.model.families import FAMILIES, family_of
@@ -22,6 +23,7 @@ from qwlit.model.folder import (
     read_json_if_there,
     read_json_object,
     read_model_config,
+    without_code,
 )
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.presets import attention_head_dim, check_attention_heads, meta_causal_lm, to_hf_config
@@ -46,11 +48,12 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     # Pass a config, so that transformers does not read the folder's config.json, which it may reject.
     model_type = read_json_if_there(folder / "config.json").get("model_type")
     given = {"config": FAMILIES[model_type].classes()[0]()} if model_type in FAMILIES else {}
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, **given)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        reason = first_line(error)
-        raise ConfigError(f"{field}={folder}: the tokenizer cannot be read ({reason}); copy it again") from None
+
+    def unreadable(reason: str) -> ConfigError:
+        return ConfigError(f"{field}={folder}: the tokenizer cannot be read ({reason}); copy it again")
+
+    with naming_errors(unreadable), without_stderr():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **given)
 
 
 def tokenizer_folder(config: ModelConfig) -> tuple[Path, str]:
@@ -187,9 +190,11 @@ def model_shape(config: ModelConfig) -> "PretrainedConfig":
 
 def _read_hf_config(folder: Path) -> "PretrainedConfig":
     values = read_model_config(folder)
-    values = {key: value for key, value in values.items() if key not in DTYPE_KEYS} | {"dtype": declared_dtype(values)}
     config_class, _ = FAMILIES[values["model_type"]].classes()
     file = folder / "config.json"
+    values = {key: v for key, v in without_code(values).items() if _is_read(config_class, key)} | {
+        "dtype": declared_dtype(values)
+    }
     try:
         config = config_class.from_dict(values)
     except Exception as error:  # transformers and the hub client raise errors of many kinds for a wrong value
@@ -205,6 +210,14 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
     _read_generation_config(folder)
     config.name_or_path = str(folder)
     return config
+
+
+def _is_read(config_class: Any, key: str) -> bool:
+    """Whether a key of config.json goes to transformers: not the dtype, names of classes of a classifier's answers, and
+    names that would replace a method."""
+    if key in (*DTYPE_KEYS, "num_labels", "id2label", "label2id"):
+        return False
+    return not key.startswith("_") and not callable(getattr(config_class, key, None))
 
 
 def fingerprint(config: ModelConfig) -> str | None:

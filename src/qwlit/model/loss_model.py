@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, N label positions, D hidden.
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from qwlit.core.batch import MicroBatch
@@ -134,7 +135,8 @@ def build_meta_model(
     """
     causal_lm = meta_causal_lm(model_shape(model))
     apply_freeze(causal_lm, freeze)
-    _add_adapter_and_dropout(causal_lm, adapter, dropout, seed=0)
+    with torch.device("meta"):
+        _add_adapter_and_dropout(causal_lm, adapter, dropout, seed=0)
     check_initial_adapter(causal_lm, model, adapter)
     return causal_lm
 

@@ -6,7 +6,7 @@ Shapes: O rows of a layer's weight, I columns, R rank. LoRA's A is (R, I) and it
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ has a value, the adapter is a form of LoRA that qwlit does not support."""
 # Values of init_lora_weights. With the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) peft also changes the base model's
 # weights when it loads the adapter.
 INITS_WITHOUT_BASE_CHANGE = (None, True, False, "gaussian", "orthogonal", "eva")
+MOST_REPEATS = 2
+"""Signs of repetition in a pattern of layers: with nested or many ones, Python's matching takes exponential time."""
 MERGE_WITH_PEFT = "merge it with peft (merge_and_unload) and give the merged folder as model.path"
 
 
@@ -72,9 +74,16 @@ class SavedAdapter:
         return [name for name in self.shapes if not name.endswith((A, B, MAGNITUDE))]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Read all tensors, float32, by names without peft's prefix."""
-        found = read_tensors({self.folder / ADAPTER_WEIGHTS: None})
-        return {_plain_name(name): tensor[:].float() for name, tensor in found}
+        """Read all tensors, float32, by names without peft's prefix.
+
+        Raises:
+            ConfigError: a tensor holds inf or NaN.
+        """
+        file = self.folder / ADAPTER_WEIGHTS
+        tensors = {_plain_name(name): tensor[:].float() for name, tensor in read_tensors({file: None})}
+        if bad := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+            raise ConfigError(f"{file}: {bad} holds inf or NaN; the adapter is damaged, copy or train it again")
+        return tensors
 
     def scale(self, layer: str) -> float:
         """Return the factor of B A: alpha / R, with rsLoRA alpha / sqrt(R)."""
@@ -118,7 +127,9 @@ def read_saved_adapter(path: str) -> SavedAdapter:
         pickled = " (pickled weights can run code when read)" if (folder / "adapter_model.bin").is_file() else ""
         raise ConfigError(f"{FIELD}={folder} has no {ADAPTER_WEIGHTS}{pickled}; save it again with a current peft")
     shapes = read_shapes({folder / ADAPTER_WEIGHTS: None})
-    return SavedAdapter(folder, config, {_plain_name(name): shape for name, shape in shapes.items()})
+    saved = SavedAdapter(folder, config, {_plain_name(name): shape for name, shape in shapes.items()})
+    _check_matrices(saved)
+    return saved
 
 
 def _check_form(folder: Path, config: Mapping[str, Any]) -> None:
@@ -134,16 +145,35 @@ def _check_form(folder: Path, config: Mapping[str, Any]) -> None:
     if other:
         said = f"{other}={config[other]} is a form of LoRA that qwlit does not read"
         raise ConfigError(f"{file}: {said}; {MERGE_WITH_PEFT}")
-    if not isinstance(config.get("lora_alpha"), int | float):
+    if not _is_finite_number(config.get("lora_alpha")):
         raise ConfigError(f"{file}: lora_alpha is missing or no number; copy the folder again")
     patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(isinstance(alpha, int | float) for alpha in patterns.values()):
+    if not isinstance(patterns, dict) or not all(map(_is_finite_number, patterns.values())):
         raise ConfigError(f"{file}: alpha_pattern must map patterns to numbers; copy the folder again")
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError) as error:
             raise ConfigError(f"{file}: alpha_pattern {pattern!r} is no regular expression: {error}") from None
+        if len(re.findall(r"[*+?{]", pattern)) > MOST_REPEATS or re.search(r"\)[*+?{]", pattern):
+            said = f"alpha_pattern {pattern!r} repeats too much for a layer's name"
+            raise ConfigError(f"{file}: {said}; {MERGE_WITH_PEFT}")
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
+def _check_matrices(saved: SavedAdapter) -> None:
+    """Refuse an adapter in which a matrix has no partner, or one of another rank."""
+    for name in saved.shapes:
+        layer = name.removesuffix(A).removesuffix(B)
+        if layer == name:
+            continue
+        a, b = saved.shapes.get(layer + A, []), saved.shapes.get(layer + B, [])
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
+            said = f"{layer}: matrix A {a} is of another shape than B {b} needs"
+            raise ConfigError(f"{saved.folder / ADAPTER_WEIGHTS}: {said}; copy the folder again")
 
 
 def check_initial_adapter(model: "PreTrainedModel", config: ModelConfig, adapter: AdapterConfig) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, printable
 from qwlit.core.files import resolve_path, write_text_atomic
 from qwlit.report.comparability import comparable
 from qwlit.report.compare import RunComparison
@@ -33,7 +33,7 @@ def write_page(comparison: RunComparison, warnings: list[str], importance: Impor
 
 
 def build_page(comparison: RunComparison, warnings: list[str], importance: Importance | None) -> str:
-    """Fill the template. Autoescape turns every text of the user's into text, whatever it contains."""
+    """Fill the template. Every text of others stays text, whatever it contains: by autoescape, and by `printable`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resolve_path(TEMPLATE).read_text(encoding="utf-8"))
     several = comparison.sweep.name if comparison.sweep else comparison.home.absolute().name or "runs"
@@ -54,7 +54,7 @@ def build_page(comparison: RunComparison, warnings: list[str], importance: Impor
         curves=[(panel, svg) for panel, svg in drawings if svg],
         details=describe(comparison.runs[0]) if len(comparison.runs) == 1 else None,
     )
-    return f"{page}\n"
+    return printable(f"{page}\n")
 
 
 def headline(comparison: RunComparison) -> str:

@@ -10,6 +10,7 @@ import yaml
 from qwlit.config.run import flatten
 from qwlit.core.files import is_locked, read_json, read_json_lines
 from qwlit.core.metric import Metric, number_or_none
+from qwlit.core.yaml_files import read_yaml
 from qwlit.report.find import FoundRun, Trial
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
@@ -129,7 +130,7 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
 def _tree(file: Path) -> dict[str, Any]:
     """Read config.yaml without checking it: it may be from another version of qwlit."""
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = read_yaml(file, yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return tree if isinstance(tree, dict) else {}

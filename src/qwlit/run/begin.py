@@ -118,7 +118,7 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoin
         + (", compiled" if run.plan.execution.compiled else "")
         + accumulation
         + checkpointing,
-        f"  data      {run.data.split.describe()}",
+        f"  data      {escape(run.data.split.describe())}",
         *(f"  template  {chat.template.name}" for chat in [run.data.tokenized.encoder.chat] if chat),
         f"  schedule  {config.scheduler.name}, peak lr {config.optim.lr:g}"
         f" after {steps.schedule.warmup_steps} steps of warm-up",

@@ -214,4 +214,6 @@ def print_summary(training: TrainerWithCallbacks, records: list[Record], folder:
     export = folder.path / "export"
     if (export / ADAPTER_CONFIG).is_file() and (export / GENERATION_CONFIG).is_file():
         # peft and transformers read the base model's generation configuration, which may have another end token.
-        screen.print(f"\nto end answers as trained, generate with GenerationConfig.from_pretrained('{export}')")
+        screen.print(
+            f"\nto end answers as trained, generate with GenerationConfig.from_pretrained('{escape(str(export))}')"
+        )

@@ -37,7 +37,7 @@ class SweepDisplay:
         self._screen.print(f"trial {assigned.number:>3}  begins    {escape(describe(assigned.parameters))}")
 
     def ended(self, assigned: AssignedTrial, outcome: Outcome, value: float | None, reason: str | None) -> None:
-        measured = "" if value is None else f"{self._metric.name} {value:.4f}  "
+        measured = "" if value is None else f"{escape(self._metric.name)} {value:.4f}  "
         self._screen.print(
             f"trial {assigned.number:>3}  [{COLOURS[outcome]}]{outcome:<8}[/]  {measured}{escape(reason or '')}"
         )

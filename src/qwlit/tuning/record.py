@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial
 
 from qwlit.config.run import RunConfig, recipe_settings
 from qwlit.core.errors import ConfigError
-from qwlit.core.files import locked, write_json_atomic
+from qwlit.core.files import load_json, locked, write_json_atomic
 from qwlit.core.metric import Metric
 from qwlit.data.config import parts_of
 from qwlit.training.tracking.run_folder import RunFolder
@@ -86,7 +86,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         ConfigError: the file is missing or broken.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = load_json((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no sweep; run it first, or name it by run.name=… and run.root=…") from None
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.metric import Metric
 from qwlit.core.schema import Flag, PositiveInt, config_dataclass
+from qwlit.core.yaml_files import read_yaml
 
 Scalar = str | int | float | bool | None
 
@@ -106,7 +107,7 @@ def read_sweep(name: str) -> Sweep:
         hint = nearest(name, known) or f" Choose one of {', '.join(known)}, or give a file's path."
         raise ConfigError(f"sweep={name}: no such sweep.{hint}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(raw, dict):

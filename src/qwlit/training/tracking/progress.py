@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
 from qwlit.core.console import can_redraw, progress_bar
@@ -77,6 +78,6 @@ class ProgressDisplay(Callback):
 
 def _text(numbers: dict[str, float], names: tuple[str, ...] | None = None) -> str:
     """Write the named numbers; without `names`, those in SHOWN and the losses of validation sets."""
-    shown = SHOWN | {key: (name, ".4f") for key in numbers if (name := set_of_key(key))}
+    shown = SHOWN | {key: (escape(name), ".4f") for key in numbers if (name := set_of_key(key))}
     known = ((*shown[name], numbers[name]) for name in names or shown if name in numbers)
     return "  ".join(f"{label} {value:{form}}" for label, form, value in known)
