@@ -63,4 +63,4 @@ def num_supervised(samples: Samples) -> list[int]:
 
 
 def first_tokens(samples: Samples) -> list[int]:
-    return [int(samples.sample(index)[0][0]) for index in range(len(samples))]
+    return [int(samples.read([index])[0][0]) for index in range(len(samples))]

@@ -40,15 +40,15 @@ def test_samples_come_back_with_mask_counts_and_origin(tmp_path: Path, tokenizer
     assert len(store) == 3
     for index, row in ((0, messages("One.")), (2, messages("Two, 二."))):
         (expected,) = chat.encode_batch([chat.render(parse_conversation(row["messages"]))])
-        input_ids, mask = store.sample(index)
+        input_ids, mask = store.read([index])
         assert (input_ids.tolist(), mask.tolist()) == (expected.input_ids, expected.loss_mask)
-    input_ids, mask = store.sample(1)
+    input_ids, mask = store.read([1])
     assert (input_ids.tolist(), mask.tolist()) == ([5, 1, 2, 3, 4, 5], [0, 1, 1, 1, 1, 1])
     assert (input_ids.dtype, mask.dtype) == (np.int32, np.uint8)
     ids = np.arange(3)
     assert (store.lengths(ids).dtype, store.num_supervised(ids).dtype) == (np.int32, np.int32)
-    assert [len(store.sample(i)[0]) for i in range(3)] == lengths(store)
-    assert [store.sample(i)[1].sum() for i in range(3)] == num_supervised(store)
+    assert [len(store.read([i])[0]) for i in range(3)] == lengths(store)
+    assert [store.read([i])[1].sum() for i in range(3)] == num_supervised(store)
     assert [store.origin(i) for i in range(3)] == [f"{path}:{line}" for line in (1, 3, 4)]
     assert store.lengths(np.array([1, 1])).tolist() == [6, 6]
 
@@ -148,8 +148,8 @@ def test_samples_with_the_same_tokens_are_counted_and_left_out_where_asked(tmp_p
     assert store.row_counts == row_counts
     assert first_tokens(store) == list(range(20))
     assert [store.origin(i) for i in range(20)] == [f"{path}:{line}" for line in range(1, 21)]
-    assert lengths(store) == [len(store.sample(i)[0]) for i in range(20)] == [4 + n for n in range(20)]
-    assert num_supervised(store) == [store.sample(i)[1].sum() for i in range(20)]
+    assert lengths(store) == [len(store.read([i])[0]) for i in range(20)] == [4 + n for n in range(20)]
+    assert num_supervised(store) == [store.read([i])[1].sum() for i in range(20)]
 
 
 def test_bad_rows_above_the_ratio_stop_with_the_first_three_and_the_remedy(tmp_path: Path) -> None:
