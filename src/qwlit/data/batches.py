@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.core.errors import DataError
 from qwlit.core.ranks import die_with_parent
 from qwlit.core.signals import ignore_signals
 from qwlit.data.samples import Samples
 from qwlit.data.step_plan import Limits, MicroLayout, StepPlan, assign_micro_batches
-from qwlit.data.store import DamagedStore
 
 
 def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: int, filler: bool) -> MicroBatch:
@@ -63,13 +63,17 @@ class StepDataset(Dataset[StepBatch]):
     pad_id: int
 
     def __getitem__(self, step: int) -> StepBatch:
-        """Raises: DamagedStore; a worker returns it, because torch would put the worker's traceback into its line."""
+        """Return the batch of the step.
+
+        Raises:
+            DataError: the tokenized data are damaged. A worker returns it: of what it raises, torch makes a traceback.
+        """
         try:
             return self._step_batch(step)
-        except DamagedStore as error:
+        except DataError as error:
             if get_worker_info() is None:
                 raise
-            return error  # type: ignore[return-value] # _StepLoader raises it
+            return error  # type: ignore[return-value] # `_StepLoader` raises it
 
     def _step_batch(self, step: int) -> StepBatch:
         ids = self.plan.samples(step)
@@ -110,8 +114,8 @@ class _StepLoader(DataLoader[StepBatch]):
         return map(_raise_error, super().__iter__())
 
 
-def _raise_error(item: StepBatch | DamagedStore) -> StepBatch:
-    if isinstance(item, DamagedStore):
+def _raise_error(item: StepBatch | DataError) -> StepBatch:
+    if isinstance(item, DataError):
         raise item
     return item
 
