@@ -5,6 +5,7 @@ else with a sample of them; tests/unit/test_store.py builds and reads them all.
 """
 
 import random
+import re
 import shutil
 
 import pytest
@@ -52,8 +53,8 @@ def assert_one_line(done, file):
 
 @pytest.mark.parametrize(("kind", "number"), CASES + WHILE_READING if LONG else SAMPLE)
 def test_a_training_on_a_damaged_store_is_that_on_the_source_and_says_so(kind, number, place, monkeypatch):
-    root = f"{kind}-{number}"
-    words = ["train", *WORDS, f"run.root='{root}'", "run.name=again", f"hardware.num_workers={number % 2}"]
+    root = re.sub(r"\W", "_", f"{kind}-{number}")
+    words = ["train", *WORDS, f"run.root={root}", "run.name=again", f"hardware.num_workers={number % 2}"]
     store = begin(place, root)
     broken = KINDS[kind][number] if kind in KINDS else WHILE_READ[number]
     if kind in KINDS:

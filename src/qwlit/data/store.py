@@ -69,14 +69,14 @@ class SampleStore:
         self.folder, self._sources = folder, sources
         self.path = path
         try:
-            self._files = StoreFolder(folder)
-            self._lengths: NDArray[np.int32] = self._files.column("lengths")
-            self._num_supervised: NDArray[np.int32] = self._files.column("num_supervised")
-            self._ends: NDArray[np.int64] = self._files.column(ENDS)
-            self._tokens = self._files.open(array_file(TOKENS))
+            self._folder = StoreFolder(folder)
+            self._lengths: NDArray[np.int32] = self._folder.column("lengths")
+            self._num_supervised: NDArray[np.int32] = self._folder.column("num_supervised")
+            self._ends: NDArray[np.int64] = self._folder.column(ENDS)
+            self._tokens = self._folder.files[array_file(TOKENS)]
         except Damage as damage:
             raise self._damaged(damage, "run the same command again") from None
-        facts = self._files.facts
+        facts = self._folder.facts
         self.fingerprint: str = facts["fingerprint"]
         self.row_counts = RowCounts(**facts["account"])
         self.remarks: Counter[str] = Counter(facts["remarks"])
@@ -126,7 +126,7 @@ class SampleStore:
 
     def _column(self, name: str) -> NDArray[Any]:
         try:
-            return self._files.column(name)
+            return self._folder.column(name)
         except Damage as damage:
             raise self._marked(damage) from None
 
@@ -134,7 +134,7 @@ class SampleStore:
         """Yield every quarantined row: file, line, reason, sha256."""
         cut = b""
         try:
-            for block in self._files.open(QUARANTINE).blocks():
+            for block in self._folder.files[QUARANTINE].blocks():
                 *lines, cut = (cut + block).split(b"\n")
                 for line in lines:
                     row = json.loads(line)
@@ -145,7 +145,7 @@ class SampleStore:
     def _marked(self, damage: Damage) -> DamagedStore:
         """Return the error, after marking the folder, so that the next start builds the store again."""
         again = "run the same command again"
-        is_marked = self._files.mark_damaged(str(damage))
+        is_marked = self._folder.mark_damaged(str(damage))
         return self._damaged(damage, again if is_marked else f"delete that folder and {again}")
 
     def _damaged(self, damage: Damage, remedy: str) -> DamagedStore:

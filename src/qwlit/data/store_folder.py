@@ -59,7 +59,7 @@ def _seal(facts: dict[str, Any]) -> int:
 
 
 class StoreFolder:
-    """A finished store's folder, whose files are opened for verified reading."""
+    """A finished store's folder. Its files stay open: they can be read also after the folder is deleted or replaced."""
 
     def __init__(self, path: Path) -> None:
         """Verify meta.json, hashes.bin and the sizes of all files.
@@ -80,16 +80,12 @@ class StoreFolder:
         data = read_file(path / HASHES)
         if content_hash(data) != self.facts["hashes"]:
             raise Damage(f"{HASHES} is not what was written")
-        self._hashes = dict(zip(FILES, np.split(np.frombuffer(data, HASH_DTYPE), ends[:-1]), strict=True))
-        for name in FILES:
-            self.open(name)  # a damaged file must be found now, not when someone reads it
-
-    def open(self, name: str) -> HashedFile:
-        return HashedFile(self.path / name, self.facts["bytes"][name], self._hashes[name])
+        hashes = np.split(np.frombuffer(data, HASH_DTYPE), ends[:-1])
+        self.files = {name: HashedFile(path / name, sizes[name], of) for name, of in zip(FILES, hashes, strict=True)}
 
     def column(self, name: str) -> NDArray[Any]:
         """Read and verify an array with one number per sample."""
-        return np.frombuffer(b"".join(self.open(array_file(name)).blocks()), COLUMNS[name])
+        return np.frombuffer(b"".join(self.files[array_file(name)].blocks()), COLUMNS[name])
 
     def mark_damaged(self, reason: str) -> bool:
         """Note that the folder is damaged, unless another process has built it again; return whether that worked."""
