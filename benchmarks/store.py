@@ -102,7 +102,7 @@ def read(folder: Path, chosen: bool) -> dict[str, Any]:
     for step in range(first, first + STEPS_READ):
         ids = plan.samples(step)
         plan.layout(ids)
-        tokens += sum(int(samples.sample(int(i))[0].sum() > 0) for i in ids)
+        tokens += sum(int(samples.read([int(i)])[0].sum() > 0) for i in ids)
         most = max(most, private_bytes() - before)
     seconds = time.perf_counter() - started
     return {"bytes_per_sample": most / len(samples), "milliseconds_per_step": 1000 * seconds / STEPS_READ}

@@ -48,10 +48,12 @@ def build(
     *,
     cache_root: Path | None = None,
     progress: Any = None,
+    say: Any = lambda line: None,
     **config: Any,
 ) -> SampleStore:
     encoder = row_encoder(tokenizer, **config)
-    return build_store(str(path), encoder, cache_root=cache_root or path.parent / "cache", progress=progress)
+    cache_root = cache_root or path.parent / "cache"
+    return build_store(str(path), encoder, cache_root=cache_root, progress=progress, say=say)
 
 
 def lengths(samples: Samples) -> list[int]:
@@ -63,4 +65,4 @@ def num_supervised(samples: Samples) -> list[int]:
 
 
 def first_tokens(samples: Samples) -> list[int]:
-    return [int(samples.sample(index)[0][0]) for index in range(len(samples))]
+    return [int(samples.read([index])[0][0]) for index in range(len(samples))]

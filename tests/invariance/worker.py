@@ -62,8 +62,8 @@ class Ragged:
     def num_supervised(self, ids: Any) -> Any:
         return self._num_supervised[ids]
 
-    def sample(self, index: int) -> tuple[Any, Any]:
-        return self._ids[index], self._masks[index]
+    def read(self, ids: Any) -> tuple[Any, Any]:
+        return np.concatenate([self._ids[i] for i in ids]), np.concatenate([self._masks[i] for i in ids])
 
     def origin(self, index: int) -> str:
         return f"ragged:{index}"

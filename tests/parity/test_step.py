@@ -44,7 +44,7 @@ def by_definition(model, samples, plan):
     for step in range(STEPS):
         total, count = 0.0, 0
         for index in plan.samples(step):
-            ids, mask = (torch.from_numpy(a.astype("int64")) for a in samples.sample(int(index)))
+            ids, mask = (torch.from_numpy(a.astype("int64")) for a in samples.read([int(index)]))
             labels = torch.where(mask.bool(), ids, -100)
             logits = model(ids[None]).logits[0, :-1].float()
             total = total + F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")

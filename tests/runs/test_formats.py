@@ -59,7 +59,7 @@ def test_every_format_and_kind_of_file_trains(name: str, tmp_path: Path) -> None
 def samples_of(path: Path, tokenizer: TextTokenizer) -> Samples:
     store = build(path, tokenizer)
     assert store.row_counts.accepted == store.row_counts.read
-    return [(ids.tolist(), mask.tolist()) for ids, mask in map(store.sample, range(len(store)))]
+    return [(ids.tolist(), mask.tolist()) for ids, mask in map(store.read, [[i] for i in range(len(store))])]
 
 
 # A prompt of several messages is no text, and a table has texts alone.

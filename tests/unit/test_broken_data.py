@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwlit.core.errors import ConfigError, DataError
-from qwlit.data import files, store_writer
+from qwlit.data import files, store_folder, store_writer
 from qwlit.data.config import DataConfig
 from qwlit.data.encoded_batch import RowCounts
 from qwlit.data.encoding import RowEncoder
@@ -110,7 +110,7 @@ def test_control_tokens_in_a_text_stay_letters(place: str, tokenizer: TextTokeni
     store = build(path, tokenizer)
     assert store.row_counts == RowCounts(read=len(texts) + 1, accepted=len(texts) + 1)
     controls = list(tokenizer.control_ids.values())
-    harmless, *tagged = [np.isin(store.sample(index)[0], controls).sum() for index in range(len(store))]
+    harmless, *tagged = [np.isin(store.read([index])[0], controls).sum() for index in range(len(store))]
     assert harmless > 0 and tagged == [harmless] * len(texts)
 
 
@@ -186,9 +186,9 @@ def _full(*_: Any, **__: Any) -> None:
 
 
 UNWRITABLE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "arrays": lambda patch: patch.setattr(store_writer._GrowingArray, "extend", _full),
+    "arrays": lambda patch: patch.setattr(store_writer.HashedWriter, "write", _full),
     "flushing": lambda patch: patch.setattr(os, "fsync", _full),
-    "the last file": lambda patch: patch.setattr(store_writer, "write_json_atomic", _full),
+    "the last file": lambda patch: patch.setattr(store_folder, "write_json_atomic", _full),
     "renaming": lambda patch: patch.setattr(Path, "rename", _full),
     "the folder": lambda patch: patch.setattr(Path, "mkdir", _full),
 }

@@ -23,7 +23,7 @@ def renamed(rows: list[Row], columns: dict[str, str]) -> list[Row]:
 
 
 def content(store: SampleStore) -> Any:
-    samples = [[array.tolist() for array in store.sample(index)] for index in range(len(store))]
+    samples = [[array.tolist() for array in store.read([index])] for index in range(len(store))]
     return samples, store.row_counts, store.remarks
 
 

@@ -136,7 +136,7 @@ def assert_exact(store: SampleStore) -> None:
     origins = {store.origin(index) for index in range(len(store))}
     assert len(origins) == row_counts.accepted <= len(store)
     for index in range(len(store)):
-        input_ids, mask = store.sample(index)
+        input_ids, mask = store.read([index])
         assert 2 <= len(input_ids) == len(mask) <= LIMIT
         assert 0 <= input_ids.min() <= input_ids.max() < VOCAB
         assert mask[0] == 0 and mask.max() == 1 and mask.sum() > 0

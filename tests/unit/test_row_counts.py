@@ -83,7 +83,7 @@ def test_the_account_stays_exact_under_any_mutation(
     assert all(row["reason"] for row in quarantine)
     distinct = set()
     for index, supervised in enumerate(num_supervised(store)):
-        input_ids, mask = store.sample(index)
+        input_ids, mask = store.read([index])
         assert 2 <= len(input_ids) == len(mask) <= 40
         assert 0 <= input_ids.min() <= input_ids.max() < VOCAB
         assert mask[0] == 0

@@ -24,7 +24,7 @@ def tokenizer() -> TextTokenizer:
 
 
 def content(store: SampleStore) -> Any:
-    samples = [[array.tolist() for array in store.sample(index)] for index in range(len(store))]
+    samples = [[array.tolist() for array in store.read([index])] for index in range(len(store))]
     origins = [store.origin(index).rpartition(":")[2] for index in range(len(store))]
     quarantine = [row["line"] for row in store.quarantine()]
     return samples, origins, quarantine, store.row_counts, store.remarks

@@ -38,8 +38,8 @@ def test_a_split_holds_every_sample_once_and_about_the_asked_share(tmp_path: Pat
     assert sorted(origins(train) + origins(val)) == sorted(origins(store))
     assert 0.17 < len(val) / len(store) < 0.23
     for view in (train, val):
-        assert [len(view.sample(i)[0]) for i in range(50)] == lengths(view)[:50]
-        assert [view.sample(i)[1].sum() for i in range(50)] == num_supervised(view)[:50]
+        assert [len(view.read([i])[0]) for i in range(50)] == lengths(view)[:50]
+        assert [view.read([i])[1].sum() for i in range(50)] == num_supervised(view)[:50]
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 0.999])
@@ -111,7 +111,7 @@ def test_weighted_parts_are_drawn_by_their_weights_of_what_is_left_to_train_on(t
     assert sum(sizes) == len(data.train) == order.epoch_length
     assert order.sizes == tuple(sizes)
     epoch = order.at(np.arange(order.epoch_length))
-    drawn = [sum(int(data.train.sample(int(i))[0][0]) < 300 for i in epoch)]
+    drawn = [sum(int(data.train.read([int(i)])[0][0]) < 300 for i in epoch)]
     assert drawn[0] == order.quotas[0] == round(len(data.train) / 4)
     assert data.describe_shares(5)[1] == (
         f"{second}: {order.quotas[1]} of {sizes[1]} samples an epoch ({order.quotas[1] / sizes[1]:.2g} times)"
@@ -178,10 +178,10 @@ def test_settings_that_do_not_fit_each_other_are_errors(setting: dict[str, Any],
         load(tmp_path, **setting)
 
 
-def test_a_reader_owns_four_bytes_a_sample_and_four_more_where_samples_are_held_out(tmp_path: Path) -> None:
+def test_a_reader_owns_twenty_bytes_a_sample_and_four_more_where_samples_are_held_out(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [tokens(i % 700, 4 + i // 700) for i in range(3000)])
     store = build(path)
-    assert all(isinstance(array.base, np.memmap) for array in store._arrays.values())
+    assert sum(value.nbytes for value in vars(store).values() if isinstance(value, np.ndarray)) == 16 * len(store)
     train, _ = split_store(store, 0.5)
     assert train._indices.nbytes == 4 * len(train)
     order = Order.plain(0, len(store))

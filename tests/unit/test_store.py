@@ -2,25 +2,35 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
+import shutil
 import signal
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from qwlit.core.errors import DataError
-from qwlit.data import store_writer
+from qwlit.data import store_folder, store_writer
+from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.conversation import parse_conversation
 from qwlit.data.encoded_batch import RowCounts
+from qwlit.data.order import Order
 from qwlit.data.remarks import TAGS_AS_TEXT
 from qwlit.data.rows import NeedsTokenizer
-from qwlit.data.store import SampleStore, check_row_counts
+from qwlit.data.step_plan import Limits, StepPlan
+from qwlit.data.store import DamagedStore, DigestOf, SampleStore, check_row_counts
 from qwlit.data.store_writer import BuildProgress
 from qwlit.data.tokenizer import TextTokenizer
+from tests.broken_stores import CASES, KINDS, WHILE_READ, Broken, flip, rows
 from tests.real_tokenizer import small_tokenizer
 from tests.stores import build, first_tokens, lengths, messages, num_supervised, row_encoder, tokens, write
+
+DIGESTS: tuple[DigestOf, ...] = get_args(DigestOf)
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +50,15 @@ def test_samples_come_back_with_mask_counts_and_origin(tmp_path: Path, tokenizer
     assert len(store) == 3
     for index, row in ((0, messages("One.")), (2, messages("Two, 二."))):
         (expected,) = chat.encode_batch([chat.render(parse_conversation(row["messages"]))])
-        input_ids, mask = store.sample(index)
+        input_ids, mask = store.read([index])
         assert (input_ids.tolist(), mask.tolist()) == (expected.input_ids, expected.loss_mask)
-    input_ids, mask = store.sample(1)
+    input_ids, mask = store.read([1])
     assert (input_ids.tolist(), mask.tolist()) == ([5, 1, 2, 3, 4, 5], [0, 1, 1, 1, 1, 1])
     assert (input_ids.dtype, mask.dtype) == (np.int32, np.uint8)
     ids = np.arange(3)
     assert (store.lengths(ids).dtype, store.num_supervised(ids).dtype) == (np.int32, np.int32)
-    assert [len(store.sample(i)[0]) for i in range(3)] == lengths(store)
-    assert [store.sample(i)[1].sum() for i in range(3)] == num_supervised(store)
+    assert [len(store.read([i])[0]) for i in range(3)] == lengths(store)
+    assert [store.read([i])[1].sum() for i in range(3)] == num_supervised(store)
     assert [store.origin(i) for i in range(3)] == [f"{path}:{line}" for line in (1, 3, 4)]
     assert store.lengths(np.array([1, 1])).tolist() == [6, 6]
 
@@ -148,8 +158,8 @@ def test_samples_with_the_same_tokens_are_counted_and_left_out_where_asked(tmp_p
     assert store.row_counts == row_counts
     assert first_tokens(store) == list(range(20))
     assert [store.origin(i) for i in range(20)] == [f"{path}:{line}" for line in range(1, 21)]
-    assert lengths(store) == [len(store.sample(i)[0]) for i in range(20)] == [4 + n for n in range(20)]
-    assert num_supervised(store) == [store.sample(i)[1].sum() for i in range(20)]
+    assert lengths(store) == [len(store.read([i])[0]) for i in range(20)] == [4 + n for n in range(20)]
+    assert num_supervised(store) == [store.read([i])[1].sum() for i in range(20)]
 
 
 def test_bad_rows_above_the_ratio_stop_with_the_first_three_and_the_remedy(tmp_path: Path) -> None:
@@ -205,24 +215,128 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> Non
     assert build(path).row_counts.read > 2500
 
 
-@pytest.mark.parametrize("name", ["meta.json", "tokens.npy", "lengths.npy"])
-@pytest.mark.parametrize("damage", ["gone", "empty", "cut"])
-def test_a_damaged_store_is_an_error_with_the_remedy(name: str, damage: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [tokens(i) for i in range(100)])
-    file = build(path).folder / name
-    if damage == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[: 0 if damage == "empty" else -9])
-    with pytest.raises(DataError, match=rf"{file.parent} is damaged; delete that folder"):
-        build(path)
+def everything(store: SampleStore) -> Any:
+    ids = list(range(len(store)))
+    arrays = [
+        store.lengths(ids),
+        store.num_supervised(ids),
+        *store.read(ids),
+        *map(partial(store.digests, ids), DIGESTS),
+    ]
+    return [array.tolist() for array in arrays], [store.origin(i) for i in ids], list(store.quarantine())
 
 
-def test_a_store_without_its_quarantine_is_damaged(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [tokens(1)])
-    (build(path).folder / "quarantine.jsonl").unlink()
-    with pytest.raises(DataError, match="is damaged; delete that folder"):
-        build(path)
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SampleStore, SampleStore]:
+    """A file of rows, its store, and another store of the same shape."""
+    folder = tmp_path_factory.mktemp("stored")
+    paths = [write(folder / f"{shift}.jsonl", rows(shift)) for shift in (0, 1)]
+    return paths[0], *map(build, paths)
+
+
+@pytest.mark.parametrize(("kind", "number"), CASES)
+def test_a_damaged_store_is_built_again_with_a_line_that_names_the_file(
+    kind: str,
+    number: int,
+    stored: tuple[Path, SampleStore, SampleStore],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    path, good, other = stored
+    cache = tmp_path / "cache"
+    shutil.copytree(good.folder.parent, cache)
+    broken = KINDS[kind][number]
+    broken.damage(cache / good.folder.name, other.folder)
+    said: list[str] = []
+    # What only a reader of samples finds is found now, and the store is built again at the next start.
+    with suppress(DamagedStore):
+        assert everything(build(path, cache_root=cache, say=said.append)) == everything(good)
+    again = build(path, cache_root=cache, say=said.append)
+    assert everything(again) == everything(good)
+    (line,) = said
+    assert re.search(
+        rf"'{path}' are damaged \(.*/{good.folder.name}: {re.escape(broken.file)}.*tokenizes them again", line
+    )
+    assert build(path, cache_root=cache, say=said.append).rebuilt is None and len(said) == 1
+    assert {entry.suffix for entry in cache.iterdir()} <= {".lock", ".digest", ""}
+
+
+@pytest.mark.parametrize("broken", WHILE_READ)
+def test_what_is_damaged_while_it_is_read_is_an_error_and_built_again_at_the_next_start(
+    broken: Broken, stored: tuple[Path, SampleStore, SampleStore], tmp_path: Path
+) -> None:
+    path, good, other = stored
+    cache = tmp_path / "cache"
+    shutil.copytree(good.folder.parent, cache)
+    store = build(path, cache_root=cache)
+    ids = list(range(len(store)))
+    store.read(ids[-1:])
+    broken.damage(store.folder, other.folder)
+    with pytest.raises(DamagedStore, match=rf"{store.folder}: {broken.file}.*; run the same command again, and"):
+        store.read(ids)
+    again = build(path, cache_root=cache)
+    assert broken.file in (again.rebuilt or "")
+    assert everything(again) == everything(good)
+    # A reader of the old files does not mark the new ones.
+    with pytest.raises(DamagedStore):
+        store.read(ids)
+    assert build(path, cache_root=cache).rebuilt is None
+
+
+def test_damage_that_cannot_be_marked_is_an_error_with_the_remedy(
+    stored: tuple[Path, SampleStore, SampleStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, good, other = stored
+    shutil.copytree(good.folder.parent, tmp_path / "cache")
+    store = build(path, cache_root=tmp_path / "cache")
+    flip("tokens.bin").damage(store.folder, other.folder)
+    monkeypatch.setattr(store_folder, "write_text_atomic", no_space)
+    with pytest.raises(DamagedStore, match="; delete that folder and run the same command again, and"):
+        store.read(list(range(len(store))))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_worker_finds_damaged_is_the_same_line(
+    num_workers: int, stored: tuple[Path, SampleStore, SampleStore], tmp_path: Path
+) -> None:
+    path, good, other = stored
+    shutil.copytree(good.folder.parent, tmp_path / "cache")
+    store = build(path, cache_root=tmp_path / "cache")
+    flip("tokens.bin").damage(store.folder, other.folder)
+    plan = StepPlan(store, Order.plain(0, len(store)), len(store), 1, Limits(max_samples=64), packing=True)
+    steps = StepDataset(store, plan, 0, pad_id=0)
+    loader = train_loader(steps, start_step=0, total_steps=1, num_workers=num_workers, pin_memory=False)
+    with pytest.raises(DamagedStore) as raised:
+        next(iter(loader))
+    assert re.fullmatch(rf"the tokenized data of .* \({store.folder}: tokens\.bin: .*\); run .*", str(raised.value))
+    assert "Traceback" not in str(raised.value)
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_process_without_open_files_left_is_no_damage(
+    stored: tuple[Path, SampleStore, SampleStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_many(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "open", too_many)
+    with pytest.raises(DataError, match=r"cannot be read: Too many open files; .*ulimit"):
+        SampleStore(stored[1].folder, "rows.jsonl", [])
+
+
+def test_only_the_blocks_of_a_sample_are_read(stored: tuple[Path, SampleStore, SampleStore]) -> None:
+    path, good, _ = stored
+    store = SampleStore(good.folder, str(path), [])
+    blocks = store._tokens._unverified
+    assert len(blocks) == 5
+    store.read([0, 1])
+    assert blocks == b"\0" + b"\1" * 4
+    store.read([len(store) - 1])
+    assert blocks == b"\0" + b"\1" * 3 + b"\0"
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(tmp_path: Path) -> None:

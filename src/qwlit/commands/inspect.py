@@ -65,7 +65,7 @@ def inspect(config: RunConfig, output: str, sample: int | None) -> None:
 
 def _json_lines(samples: Samples, indices: Any) -> Iterator[str]:
     for index in indices:
-        input_ids, loss_mask = samples.sample(index)
+        input_ids, loss_mask = samples.read([index])
         yield json.dumps(
             {
                 "sample": index,
@@ -159,7 +159,7 @@ def _show_steps(data: DataSplit, config: RunConfig, screen: Console) -> None:
 
 def _show_sample(samples: Samples, index: int, tokenized: "TokenizedData", screen: Console) -> None:
     """Print a sample's text. Supervised tokens are green, or in double brackets on a screen without colours."""
-    input_ids, loss_mask = samples.sample(index)
+    input_ids, loss_mask = samples.read([index])
     counts = f"{len(input_ids):,} tokens, {int(loss_mask.sum()):,} supervised"
     screen.print(f"\n[bold]sample {index}[/]  {escape(samples.origin(index))}  {counts}")
     colours = screen.color_system is not None and not screen.no_color
@@ -180,7 +180,7 @@ def _show_sample(samples: Samples, index: int, tokenized: "TokenizedData", scree
 
 def _show_tokens(samples: Samples, index: int, tokenized: "TokenizedData", screen: Console) -> None:
     screen.print("\n[bold]position      id  supervised  token[/]")
-    input_ids, loss_mask = samples.sample(index)
+    input_ids, loss_mask = samples.read([index])
     for position, (token, supervised) in enumerate(zip(input_ids.tolist(), loss_mask.tolist(), strict=True)):
         mark = "[green]yes[/]" if supervised else "   "
         screen.print(f"{position:>8}  {token:>6}  {mark}         {escape(repr(_decode(tokenized, (token,))))}")

@@ -5,13 +5,15 @@ Shapes: B sequences of T positions (packed: B = 1), N supervised targets.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.core.errors import DataError
 from qwlit.core.ranks import die_with_parent
 from qwlit.core.signals import ignore_signals
 from qwlit.data.samples import Samples
@@ -23,33 +25,30 @@ def collate(samples: Samples, sample_ids: list[int], *, packing: bool, pad_id: i
 
     A filler has no targets: it costs a small forward pass and adds exactly 0 to the loss.
     """
-    ids, masks = zip(*(samples.sample(i) for i in sample_ids), strict=True)
-    lengths = [len(tokens) for tokens in ids]
-    width = sum(lengths) if packing else max(lengths)
-    # Offsets into the flat array of tokens: packed samples follow each other, padded ones begin every `width` tokens.
-    starts = np.cumsum([0, *lengths[:-1]]) if packing else np.arange(len(ids)) * width
-    flat_ids = np.full(width if packing else width * len(ids), pad_id, dtype=np.int64)
-    positions = np.zeros_like(flat_ids)
-    label_positions, targets = [], []
-    for start, tokens, mask in zip(starts, ids, masks, strict=True):
-        flat_ids[start : start + len(tokens)] = tokens
-        # Positions restart at 0 in each sample, as if it were alone.
-        positions[start : start + len(tokens)] = np.arange(len(tokens))
-        # Position p predicts token p + 1, so a label position is one before its target. mask[0] is always 0.
-        supervised = np.flatnonzero(mask[1:])
-        label_positions.append(start + supervised)
-        targets.append(tokens[1:][supervised])
+    tokens, mask = samples.read(sample_ids)
+    lengths = samples.lengths(sample_ids)
+    ends = np.cumsum(lengths)
+    # Positions restart at 0 in each sample, as if it were alone.
+    positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
+    shape = (1, len(tokens)) if packing else (len(lengths), int(lengths.max()))
+    # Packed samples follow each other; padded ones begin at every `shape[1]`-th of the B * T positions.
+    padding = 0 if packing else np.repeat(np.arange(len(lengths)) * shape[1] - (ends - lengths), lengths)
+    places = np.arange(len(tokens)) + padding
+    input_ids, position_ids = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64)
+    input_ids.put(places, tokens)
+    position_ids.put(places, positions)
+    # Position p predicts token p + 1, so a label position is one before its target. A sample's first mask is always 0.
+    supervised = np.flatnonzero(mask)
     none = np.zeros(0, dtype=np.int64)
-    shape = (1, width) if packing else (len(ids), width)
     return MicroBatch(
-        input_ids=torch.from_numpy(flat_ids).view(shape),
-        position_ids=torch.from_numpy(positions).view(shape),
-        label_positions=torch.from_numpy(none if filler else np.concatenate(label_positions)),
-        targets=torch.from_numpy(none if filler else np.concatenate(targets).astype(np.int64)),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        label_positions=torch.from_numpy(none if filler else places[supervised] - 1),
+        targets=torch.from_numpy(none if filler else tokens[supervised].astype(np.int64)),
         # Attention uses these boundaries, so that a packed sample attends only to itself.
-        cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32) if packing else None,
-        document_lengths=tuple(lengths) if packing else None,
-        sample_lengths=torch.tensor(lengths),
+        cu_seqlens=torch.tensor([0, *ends.tolist()], dtype=torch.int32) if packing else None,
+        document_lengths=tuple(lengths.tolist()) if packing else None,
+        sample_lengths=torch.from_numpy(lengths.astype(np.int64)),
         sample_ids=tuple(sample_ids),
     )
 
@@ -64,6 +63,19 @@ class StepDataset(Dataset[StepBatch]):
     pad_id: int
 
     def __getitem__(self, step: int) -> StepBatch:
+        """Return the batch of the step.
+
+        Raises:
+            DataError: the tokenized data are damaged. A worker returns it: of what it raises, torch makes a traceback.
+        """
+        try:
+            return self._step_batch(step)
+        except DataError as error:
+            if get_worker_info() is None:
+                raise
+            return error  # type: ignore[return-value] # `_StepLoader` raises it
+
+    def _step_batch(self, step: int) -> StepBatch:
         ids = self.plan.samples(step)
         lengths = self.samples.lengths(ids).astype(np.int64)
         return StepBatch(
@@ -95,11 +107,24 @@ class _StepSampler(Sampler[int]):
         return self.total
 
 
+class _StepLoader(DataLoader[StepBatch]):
+    """Raises the errors that workers return."""
+
+    def __iter__(self) -> Any:
+        return map(_raise_error, super().__iter__())
+
+
+def _raise_error(item: StepBatch | DataError) -> StepBatch:
+    if isinstance(item, DataError):
+        raise item
+    return item
+
+
 def train_loader(
     dataset: StepDataset, *, start_step: int, total_steps: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[StepBatch]:
     """Load one item per step, from `start_step` to the end of the run."""
-    return DataLoader(
+    return _StepLoader(
         dataset,
         # An item is already a batch.
         batch_size=None,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+Ids = NDArray[np.integer[Any]] | list[int]
 CHUNK = 2**20
 
 
@@ -17,14 +18,14 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def lengths(self, ids: Ids) -> NDArray[np.int32]:
         """Return the number of tokens of each sample."""
 
-    def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def num_supervised(self, ids: Ids) -> NDArray[np.int32]:
         """Return the number of supervised tokens of each sample."""
 
-    def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Return the tokens and the loss mask of a sample, (T,) each, as read-only views."""
+    def read(self, ids: Ids) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Return the tokens and the loss mask of these samples end to end, (sum of T,) each."""
 
     def origin(self, index: int) -> str:
         """Return "file:line" of the row that the sample comes from."""
@@ -53,7 +54,7 @@ NUM_PROBED = 1000
 def supervises(samples: Samples, token: int) -> bool:
     """Return whether the token is supervised in any of about NUM_PROBED samples, evenly spaced from the first."""
     for index in range(0, len(samples), max(1, len(samples) // NUM_PROBED)):
-        ids, mask = samples.sample(index)
+        ids, mask = samples.read([index])
         if bool(((ids == token) & (mask == 1)).any()):
             return True
     return False
@@ -68,14 +69,14 @@ class SampleSubset:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def lengths(self, ids: Ids) -> NDArray[np.int32]:
         return self._samples.lengths(self._indices[ids])
 
-    def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def num_supervised(self, ids: Ids) -> NDArray[np.int32]:
         return self._samples.num_supervised(self._indices[ids])
 
-    def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        return self._samples.sample(int(self._indices[index]))
+    def read(self, ids: Ids) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        return self._samples.read(self._indices[ids])
 
     def origin(self, index: int) -> str:
         return self._samples.origin(int(self._indices[index]))
@@ -91,23 +92,35 @@ class ConcatSamples:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def lengths(self, ids: Ids) -> NDArray[np.int32]:
         return self._gather("lengths", ids)
 
-    def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def num_supervised(self, ids: Ids) -> NDArray[np.int32]:
         return self._gather("num_supervised", ids)
 
-    def _gather(self, column: str, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
-        owner = np.searchsorted(self._starts, ids, side="right") - 1
+    def _gather(self, column: str, ids: Ids) -> NDArray[np.int32]:
         out = np.empty(len(ids), dtype=np.int32)
-        for part in np.unique(owner):
-            of_part = owner == part
-            out[of_part] = getattr(self._parts[part], column)(ids[of_part] - self._starts[part])
+        for part, places, inner in self._by_part(ids):
+            out[places] = getattr(part, column)(inner)
         return out
 
-    def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        part, inner = self._locate(index)
-        return part.sample(inner)
+    def read(self, ids: Ids) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        pieces: list[Any] = [None] * len(ids)
+        for part, places, inner in self._by_part(ids):
+            tokens, mask = part.read(inner)
+            ends = np.cumsum(part.lengths(inner))[:-1]
+            for place, *piece in zip(places.tolist(), np.split(tokens, ends), np.split(mask, ends), strict=True):
+                pieces[place] = piece
+        tokens_of, mask_of = zip(*pieces, strict=True)
+        return np.concatenate(tokens_of), np.concatenate(mask_of)
+
+    def _by_part(self, ids: Ids) -> Iterator[tuple[Samples, Indices, NDArray[np.integer[Any]]]]:
+        """Yield each part that has some of the ids, with their places among `ids` and their numbers in the part."""
+        ids = np.asarray(ids)
+        owner = np.searchsorted(self._starts, ids, side="right") - 1
+        for part in np.unique(owner):
+            places = np.flatnonzero(owner == part)
+            yield self._parts[part], places, ids[places] - self._starts[part]
 
     def origin(self, index: int) -> str:
         part, inner = self._locate(index)

@@ -96,6 +96,11 @@ class DataSplit:
             for store in self.stores
             if store.stopped_early
         )
+        texts += [
+            f"{store.path}: the tokenized data were damaged ({store.rebuilt}) and are tokenized again"
+            for store in self.stores
+            if store.rebuilt
+        ]
         if self.num_leaked:
             texts.append(
                 f"{self.num_leaked:,} validation samples are also in the training data: val/loss will be too low"
@@ -122,7 +127,7 @@ def open_stores(
     *,
     cache_root: Path,
     progress: ProgressCallback | None = None,
-    waiting: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[SampleStore], list[SampleStore]]:
     """Return the stores of `data.path` and of `data.val_path`, one per part. Tokenize parts that have no store yet.
 
@@ -138,7 +143,7 @@ def open_stores(
         find_sources(part.path)  # report a wrong path now, not after hours of tokenizing another part
 
     def build(part: DataPart) -> SampleStore:
-        return build_store(part.path, encoder, cache_root=cache_root, progress=progress, waiting=waiting)
+        return build_store(part.path, encoder, cache_root=cache_root, progress=progress, say=say)
 
     return [build(part) for part in parts], [build(part) for part in parts_of(config.val_path)]
 
@@ -214,12 +219,13 @@ def split_store(
     """Split the samples (or only those with ids in `among`) into training and validation by a hash of the tokens."""
     ids = np.arange(len(store), dtype=np.int32) if among is None else among
     is_held_out = np.empty(len(ids), dtype=bool)
+    digests = store.digests(ids, "rows")
     # In chunks, to limit memory.
     for start in range(0, len(ids), CHUNK):
         chunk = slice(start, start + CHUNK)
         # The digest is of tokens only and the same for all samples of a row, so copies and pieces stay on one side.
         # It depends on no other row, so a row keeps its side when the data changes.
-        is_held_out[chunk] = _mix(store.digests(ids[chunk], "rows")) < np.uint64(val_fraction * 2.0**64)
+        is_held_out[chunk] = _mix(digests[chunk]) < np.uint64(val_fraction * 2.0**64)
     return SampleSubset(store, ids[~is_held_out]), SampleSubset(store, ids[is_held_out])
 
 

@@ -1,12 +1,15 @@
-"""Store tokenized samples in memory-mapped arrays, in a folder named by a fingerprint of everything that decides them.
+"""Store tokenized samples in arrays on disk, in a folder named by a fingerprint of everything that decides them.
 
 Every row is exactly one of: accepted, too long, quarantined. N samples of T tokens each.
 """
 
 import json
-from collections import Counter
+import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +18,25 @@ from numpy.typing import NDArray
 
 from qwlit.core.errors import DataError, one_line
 from qwlit.core.files import locked
+from qwlit.data.blocks import Damage
 from qwlit.data.config import DataConfig
 from qwlit.data.encoded_batch import RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.hub import HubData
+from qwlit.data.samples import Ids
 from qwlit.data.sources import Source, find_sources
-from qwlit.data.store_writer import ARRAYS, QUARANTINE, ProgressCallback, store_fingerprint, write_store
+from qwlit.data.store_folder import (
+    ENDS,
+    MASK_BIT,
+    QUARANTINE,
+    TOKENS,
+    TOKENS_DTYPE,
+    StoreFolder,
+    array_file,
+    marked_damage,
+    store_folder,
+)
+from qwlit.data.store_writer import ProgressCallback, store_fingerprint, write_store
 
 # This many bad rows never stop a run; otherwise one typo would stop a run on a small data set.
 BAD_ROWS_ALLOWED = 3
@@ -28,63 +44,117 @@ DigestOf = Literal["samples", "tokens", "rows"]
 REASONS_NAMED, LONGEST_NAMED = 3, 250
 
 
+class DamagedStore(DataError):
+    """A store is not what was written."""
+
+    reason = ""
+    """The folder, the file, and what is wrong with it."""
+
+
 class SampleStore:
-    """A finished store, open for reading. The arrays stay on disk until a sample is read."""
+    """A finished store, open for reading. Tokens are read from the disk, and verified, when a sample is read.
+
+    Lengths and places of the samples are in memory, 16 bytes per sample.
+    """
+
+    rebuilt: str | None = None
+    """Why this process has built the store again; None if it was good or new."""
 
     def __init__(self, folder: Path, path: str, sources: list[Source]) -> None:
-        """Open `folder`. `path` is the setting, and `sources` are the files that it names now."""
+        """Open `folder`. `path` is the setting, and `sources` are the files that it names now.
+
+        Raises:
+            DamagedStore: the folder is damaged; see `StoreFolder`.
+        """
         self.folder, self._sources = folder, sources
         self.path = path
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.fingerprint: str = meta["fingerprint"]
-        self.row_counts = RowCounts(**meta["account"])
-        self.remarks: Counter[str] = Counter(meta["remarks"])
-        # Stores that an earlier version wrote do not have it.
-        self.stopped_early: bool = meta.get("stopped_early", False)
+        try:
+            self._folder = StoreFolder(folder)
+            self._lengths: NDArray[np.int32] = self._folder.column("lengths")
+            self._num_supervised: NDArray[np.int32] = self._folder.column("num_supervised")
+            self._ends: NDArray[np.int64] = self._folder.column(ENDS)
+            self._tokens = self._folder.files[array_file(TOKENS)]
+        except Damage as damage:
+            raise self._damaged(damage, "run the same command again") from None
+        facts = self._folder.facts
+        self.fingerprint: str = facts["fingerprint"]
+        self.row_counts = RowCounts(**facts["account"])
+        self.remarks: Counter[str] = Counter(facts["remarks"])
+        self.stopped_early: bool = facts["stopped_early"]
         """Whether `data.max_samples` left rows unread."""
-        (folder / QUARANTINE).stat()  # a missing file must be an error now, not when someone reads it
-        # As plain arrays: numpy's memmap class makes each of the many small slices slower.
-        self._arrays: dict[str, NDArray[Any]] = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ARRAYS
-        }
 
     def __reduce__(self) -> tuple[type["SampleStore"], tuple[Path, str, list[Source]]]:
-        # Pickle only the paths: a worker process then maps the files itself, and no array is copied.
+        # Pickle only the paths: a worker process then opens and verifies the files itself.
         return SampleStore, (self.folder, self.path, self._sources)
 
     def __len__(self) -> int:
-        return len(self._arrays["lengths"])
+        return len(self._lengths)
 
-    def lengths(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def lengths(self, ids: Ids) -> NDArray[np.int32]:
         """See `Samples.lengths`."""
-        return self._arrays["lengths"].take(ids)
+        return self._lengths.take(ids)
 
-    def num_supervised(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    def num_supervised(self, ids: Ids) -> NDArray[np.int32]:
         """See `Samples.num_supervised`."""
-        return self._arrays["num_supervised"].take(ids)
+        return self._num_supervised.take(ids)
 
-    def digests(self, ids: NDArray[np.integer[Any]] | slice, of: DigestOf = "samples") -> NDArray[np.uint64]:
+    def digests(self, ids: Ids | slice, of: DigestOf = "samples") -> NDArray[np.uint64]:
         """Return a hash of each sample: of tokens and mask, of tokens alone, or one that all samples of a row share."""
-        array = {"samples": "digests", "tokens": "token_digests", "rows": "row_digests"}[of]
-        chosen: NDArray[np.uint64] = self._arrays[array][ids]
+        column = {"samples": "digests", "tokens": "token_digests", "rows": "row_digests"}[of]
+        chosen: NDArray[np.uint64] = self._column(column)[ids]
         return chosen
 
-    def sample(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """See `Samples.sample`."""
-        end = int(self._arrays["ends"][index])
-        start = end - int(self._arrays["lengths"][index])
-        return self._arrays["tokens"][start:end], self._arrays["mask"][start:end]
+    def read(self, ids: Ids) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """See `Samples.read`."""
+        ends, lengths = self._ends.take(ids), self._lengths.take(ids)
+        size = np.dtype(TOKENS_DTYPE).itemsize
+        try:
+            data = self._tokens.read((ends - lengths) * size, ends * size)
+        except Damage as damage:
+            raise self._marked(damage) from None
+        masked = np.frombuffer(data, TOKENS_DTYPE)
+        return (masked & (2**MASK_BIT - 1)).view(np.int32), (masked >> MASK_BIT).astype(np.uint8)
 
     def origin(self, index: int) -> str:
         """See `Samples.origin`."""
-        return f"{self._sources[self._arrays['sources'][index]]}:{self._arrays['lines'][index]}"
+        sources, lines = self._origins
+        return f"{self._sources[sources[index]]}:{lines[index]}"
+
+    @cached_property
+    def _origins(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        return self._column("sources"), self._column("lines")
+
+    def _column(self, name: str) -> NDArray[Any]:
+        try:
+            return self._folder.column(name)
+        except Damage as damage:
+            raise self._marked(damage) from None
 
     def quarantine(self) -> Iterator[dict[str, Any]]:
         """Yield every quarantined row: file, line, reason, sha256."""
-        with (self.folder / QUARANTINE).open(encoding="utf-8") as handle:
-            for line in handle:
-                row = json.loads(line)
-                yield {"file": str(self._sources[row.pop("source")]), **row}
+        cut = b""
+        try:
+            for block in self._folder.files[QUARANTINE].blocks():
+                *lines, cut = (cut + block).split(b"\n")
+                for line in lines:
+                    row = json.loads(line)
+                    yield {"file": str(self._sources[row.pop("source")]), **row}
+        except Damage as damage:
+            raise self._marked(damage) from None
+
+    def _marked(self, damage: Damage) -> DamagedStore:
+        """Return the error, after marking the folder, so that the next start builds the store again."""
+        again = "run the same command again"
+        is_marked = self._folder.mark_damaged(str(damage))
+        return self._damaged(damage, again if is_marked else f"delete that folder and {again}")
+
+    def _damaged(self, damage: Damage, remedy: str) -> DamagedStore:
+        reason = one_line(f"{self.folder}: {damage}", LONGEST_NAMED)
+        error = DamagedStore(
+            f"the tokenized data of '{self.path}' are damaged ({reason}); {remedy}, and qwlit tokenizes them again"
+        )
+        error.reason = reason
+        return error
 
 
 def build_store(
@@ -93,9 +163,9 @@ def build_store(
     *,
     cache_root: Path,
     progress: ProgressCallback | None = None,
-    waiting: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> SampleStore:
-    """Return the store of the rows in `path`; build it if it does not exist.
+    """Return the store of the rows in `path`; build it if it does not exist or is damaged.
 
     If several processes start together, one builds it and the others wait. A killed process leaves no folder that
     looks finished.
@@ -103,32 +173,55 @@ def build_store(
     Args:
         encoder: encodes rows as samples.
         progress: called after each batch of rows.
-        waiting: called with the name of the process, if another one is building the store.
+        say: called with a line if another process is building the store, or if the store is damaged.
 
     Raises:
         DataError: a file cannot be read, a row stops the run (data.strict, data.too_long=error), the cache cannot
             be written, or (NeedsTokenizer) there is text and no tokenizer.
     """
     sources = find_sources(path)
+    damage = None
     try:
         fingerprint = store_fingerprint(sources, encoder, cache_root)
-        folder = cache_root / fingerprint[:32]
-        if not folder.is_dir():
-            # Check again under the lock: another process may have built the store while we waited for it.
-            with locked(cache_root / f"{folder.name}.lock", waiting=waiting):
-                if not folder.is_dir():
-                    write_store(folder, fingerprint, sources, encoder, progress)
+        folder = store_folder(cache_root, fingerprint)
+        with suppress(DamagedStore):
+            if store := _open_finished(folder, path, sources):
+                return store
+
+        def waiting(holder: str) -> None:
+            say(f"waiting for {holder} that is tokenizing the same data")
+
+        with locked(cache_root / f"{folder.name}.lock", waiting=waiting):
+            try:
+                # Check again under the lock: another process may have built the store while we waited for it.
+                if store := _open_finished(folder, path, sources):
+                    return store
+            except DamagedStore as damaged:
+                damage = damaged.reason
+                say(f"the tokenized data of '{path}' are damaged ({damage}): qwlit tokenizes them again")
+            write_store(folder, fingerprint, sources, encoder, progress)
     except OSError as error:
         raise DataError(
             f"the tokenized data cannot be written to {cache_root}: {error.strerror or error};"
             " free disk space, or set run.root"
         ) from None
-    try:
-        return SampleStore(folder, path, sources)
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
-        raise DataError(
-            f"the tokenized data in {folder} is damaged; delete that folder, and qwlit builds it again"
-        ) from None
+    store = SampleStore(folder, path, sources)
+    store.rebuilt = damage
+    return store
+
+
+def _open_finished(folder: Path, path: str, sources: list[Source]) -> SampleStore | None:
+    """Return the store if there is one.
+
+    Raises:
+        DamagedStore: it is damaged.
+    """
+    if not os.path.lexists(folder):
+        return None
+    store = SampleStore(folder, path, sources)
+    # Every training copies the quarantine into its run folder: damage must be found before.
+    deque(store.quarantine(), maxlen=0)
+    return store
 
 
 def is_tokenized(path: str, encoder: RowEncoder, *, cache_root: Path) -> bool:
@@ -136,7 +229,8 @@ def is_tokenized(path: str, encoder: RowEncoder, *, cache_root: Path) -> bool:
     sources = find_sources(path)
     if not all(not isinstance(source, HubData) and source.known_digest(cache_root) for source in sources):
         return False
-    return (cache_root / store_fingerprint(sources, encoder, cache_root)[:32]).is_dir()
+    folder = store_folder(cache_root, store_fingerprint(sources, encoder, cache_root))
+    return folder.is_dir() and marked_damage(folder) is None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,32 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from qwlit.core.errors import DataError
-from qwlit.core.files import fsync_folder, write_json_atomic
+from qwlit.data.blocks import HashedWriter
 from qwlit.data.columns import check_found
-from qwlit.data.encoded_batch import DTYPES, EncodedBatch, RowCounts
+from qwlit.data.encoded_batch import EncodedBatch, RowCounts
 from qwlit.data.encoding import RowEncoder
 from qwlit.data.readers import RowReader
 from qwlit.data.rows import QuarantinedRow, Row
 from qwlit.data.sample_limit import SampleLimit
 from qwlit.data.sources import Source
+from qwlit.data.store_folder import (
+    COLUMNS,
+    ENDS,
+    FILES,
+    MASK_BIT,
+    QUARANTINE,
+    TOKENS,
+    TOKENS_DTYPE,
+    array_file,
+    remove,
+    replace_folder,
+    write_meta,
+)
 from qwlit.data.unread import add_remarks
 from qwlit.data.workers import map_in_order, num_cores
 
-# Part of the fingerprint: raise it when a change stores the same rows differently.
+# Part of the fingerprint, with which a run resumes: raise it when a change makes other samples of the same rows.
 STORE_VERSION = 4
 # Enough rows to be worth sending to another process, but few enough bytes that their tokens fit in memory.
 BATCH_ROWS, BATCH_BYTES = 2000, 2 * 2**20
 # For less data, starting the processes takes longer than the work. Measured: with Qwen's vocabulary one process starts
 # in about 1 s, and tokenizes 2 MiB of conversations in another 1 s.
 BYTES_WORTH_WORKERS = 8 * 2**20
-ENDS = "ends"
-QUARANTINE = "quarantine.jsonl"
-ARRAYS = {**DTYPES, ENDS: "<i8"}
-PER_SAMPLE_ARRAYS = [name for name in ARRAYS if name not in ("tokens", "mask")]
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def store_fingerprint(sources: Sequence[Source], encoder: RowEncoder, cache_root
 def write_store(
     folder: Path, fingerprint: str, sources: Sequence[Source], encoder: RowEncoder, progress: ProgressCallback | None
 ) -> None:
-    """Read, encode and store every row of `sources`. The caller holds the lock on `folder`.
+    """Read, encode and store every row of `sources`, in place of a damaged store. The caller holds the lock.
 
     Raises:
         DataError: a file cannot be read or has changed meanwhile, a row stops the run (data.strict,
@@ -75,7 +82,7 @@ def write_store(
     """
     # A killed process leaves its temporary folder. We hold the lock, so no living process uses it.
     for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(abandoned, ignore_errors=True)
+        remove(abandoned)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     reader = RowReader(sources, encoder.config.columns)
@@ -105,23 +112,21 @@ def write_store(
                     break
             report(writer, finished=True)
         check_found(encoder.config.columns or {}, sources, writer.columns)
-        writer.row_counts.duplicates = _count_duplicates(temporary, drop=encoder.config.drop_duplicates)
-        meta = {
+        writer.row_counts.duplicates = writer.count_duplicates(drop=encoder.config.drop_duplicates)
+        facts = {
             "fingerprint": fingerprint,
             "account": asdict(writer.row_counts),
             "remarks": dict(writer.remarks),
             "stopped_early": limit.leaves_rows(),
         }
-        write_json_atomic(temporary / "meta.json", meta)
+        write_meta(temporary, facts, writer.files.values())
         if store_fingerprint(sources, encoder, folder.parent) != fingerprint:
             raise DataError(f"'{sources[0]}' or a file beside it changed while it was read; start again")
-        # Renaming is atomic: a folder with the final name is always complete.
-        temporary.rename(folder)
-        fsync_folder(folder.parent)
+        replace_folder(folder, temporary)
     finally:
         # After an error, stop the workers and leave no folder.
         batches.close()
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
 
 
 def _row_batches(rows: Iterable[Row | QuarantinedRow], most_rows: int) -> Iterator[list[Row | QuarantinedRow]]:
@@ -137,32 +142,6 @@ def _row_batches(rows: Iterable[Row | QuarantinedRow], most_rows: int) -> Iterat
         yield batch
 
 
-class _GrowingArray:
-    """A one-dimensional .npy file to which values are appended."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self._handle = path.open("w+b")
-        self._dtype = np.dtype(dtype)
-        self._length = 0
-        self._write_header()
-
-    def _write_header(self) -> None:
-        # numpy pads the header, so the final length fits into the same bytes.
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
-        self._handle.seek(0)
-        npy.write_array_header_1_0(self._handle, header)  # type: ignore[no-untyped-call]
-
-    def extend(self, values: NDArray[Any]) -> None:
-        self._handle.write(values.astype(self._dtype, copy=False).tobytes())
-        self._length += values.size
-
-    def close(self) -> None:
-        self._write_header()
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        self._handle.close()
-
-
 class _StoreWriter:
     """Writes the arrays and the quarantine file, and adds up the row counts."""
 
@@ -172,10 +151,9 @@ class _StoreWriter:
         self.remarks: Counter[str] = Counter()
         self.columns: dict[int, set[str]] = {}
         self._open = ExitStack()
-        self._arrays = {name: _GrowingArray(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()}
-        for array in self._arrays.values():
-            self._open.callback(array.close)
-        self._quarantine = self._open.enter_context((folder / QUARANTINE).open("w", encoding="utf-8"))
+        self.files = {name: HashedWriter(folder / name) for name in FILES}
+        for file in self.files.values():
+            self._open.callback(file.close)
 
     def close(self) -> None:
         self._open.close()
@@ -185,24 +163,34 @@ class _StoreWriter:
         add_remarks(self.remarks, batch.remarks)
         for source, names in batch.columns.items():
             self.columns.setdefault(source, set()).update(names)
-        for name, values in batch.arrays.items():
-            self._arrays[name].extend(values)
-        self._arrays[ENDS].extend(self.num_tokens + np.cumsum(batch.arrays["lengths"], dtype=np.int64))
-        self.num_tokens += len(batch.arrays["tokens"])
-        for row in batch.quarantined_rows:
-            self._quarantine.write(json.dumps(asdict(row)) + "\n")
+        arrays = batch.arrays
+        masked = arrays["tokens"].astype(TOKENS_DTYPE) | arrays["mask"].astype(TOKENS_DTYPE) << MASK_BIT
+        self.files[array_file(TOKENS)].write(masked.tobytes())
+        ends = self.num_tokens + np.cumsum(arrays["lengths"], dtype=np.int64)
+        for name, dtype in COLUMNS.items():
+            values = ends if name == ENDS else arrays[name]
+            self.files[array_file(name)].write(values.astype(dtype, copy=False).tobytes())
+        self.num_tokens += len(masked)
+        rows = [json.dumps(asdict(row)) + "\n" for row in batch.quarantined_rows]
+        self.files[QUARANTINE].write("".join(rows).encode("utf-8"))
 
+    def count_duplicates(self, *, drop: bool) -> int:
+        """Count samples with the tokens and mask of an earlier one, after `close`; `drop` removes them.
 
-def _count_duplicates(folder: Path, *, drop: bool) -> int:
-    """Count samples with the tokens and mask of an earlier one; `drop` removes them.
+        Only the arrays with one number per sample shrink: the tokens stay on disk, but no sample points to them.
+        """
+        digests = self._column("digests")
+        _, first = np.unique(digests, return_index=True)
+        duplicates = len(digests) - len(first)
+        if drop and duplicates:
+            kept = np.sort(first)  # `np.unique` sorts by digest; keep the order of the data
+            for name in COLUMNS:
+                values = self._column(name)[kept]
+                path = self.files[array_file(name)].path
+                with closing(HashedWriter(path)) as file:
+                    file.write(values.tobytes())
+                self.files[path.name] = file
+        return duplicates
 
-    Only the arrays with one number per sample shrink: the tokens stay on disk, but no sample points to them.
-    """
-    digests = np.load(folder / "digests.npy")
-    _, first = np.unique(digests, return_index=True)
-    duplicates = len(digests) - len(first)
-    if drop and duplicates:
-        kept = np.sort(first)  # `np.unique` sorts by digest; keep the order of the data
-        for name in PER_SAMPLE_ARRAYS:
-            np.save(folder / f"{name}.npy", np.load(folder / f"{name}.npy")[kept])
-    return duplicates
+    def _column(self, name: str) -> NDArray[Any]:
+        return np.fromfile(self.files[array_file(name)].path, COLUMNS[name])

@@ -46,7 +46,7 @@ def eval_prompts(samples: Samples, limit: int, *, end_of_turn_id: int) -> list[E
     """
     prompts = []
     for index in range(min(limit, len(samples))):
-        ids, mask = samples.sample(index)
+        ids, mask = samples.read([index])
         supervised = [int(p) for p in mask.nonzero()[0]]
         start = end = supervised[-1]
         while start - 1 >= 0 and mask[start - 1]:

@@ -13,6 +13,7 @@ from qwlit.data.rows import NeedsTokenizer, Row
 from qwlit.data.sources import File, find_sources
 from qwlit.data.splits import DataSplit, split_data
 from qwlit.data.step_plan import num_steps
+from qwlit.data.store import DamagedStore
 from qwlit.model.config import Execution
 from qwlit.model.flops import Flops, count_flops
 from qwlit.optim.schedules import Schedule
@@ -122,6 +123,14 @@ def build_plan(
     Raises:
         ConfigError, DataError: a setting, file or device is missing or wrong, or a preflight rule refuses the run.
     """
+    try:
+        return _build_plan(composed, screen, machine=machine, preview=preview)
+    except DamagedStore:
+        # It is marked now, so opening it builds it again.
+        return _build_plan(composed, screen, machine=machine, preview=preview)
+
+
+def _build_plan(composed: Composed, screen: Console, *, machine: Machine | None, preview: bool) -> RunPlan:
     config = composed.config
     forget_meta_models()
     setup = resolve_setup(composed, machine=machine, trust_profile=preview)

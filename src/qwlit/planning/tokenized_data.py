@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedTokenizerFast
 
 from qwlit.config.run import RunConfig
@@ -59,7 +60,7 @@ def load_tokenized_data(config: RunConfig, screen: Console) -> TokenizedData:
             encoder,
             cache_root=_cache_root(config),
             progress=progress,
-            waiting=lambda holder: screen.print(f"waiting for {holder} that is tokenizing the same data"),
+            say=lambda line: screen.print(escape(line)),
         )
     return TokenizedData(tokenizer, encoder, *stores)
 
