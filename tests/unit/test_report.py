@@ -189,7 +189,7 @@ def test_a_text_with_other_line_ends_is_one_line_of_json(tmp_path):
     sample = {"prompt": "one\u2028two\x85three", "answer": "x", "expected": "y", "exact": False}
     path = write_run(tmp_path / "a", samples=[sample])
     assert len(read_json_lines(path / "samples.jsonl")) == 1
-    assert "one\u2028two\x85three" in page_of(comparison_of(path))
+    assert "one\u2028two\\x85three" in page_of(comparison_of(path))
 
 
 def test_alike_runs_get_no_remark(tmp_path):

@@ -19,6 +19,10 @@ def set_of_key(key: str) -> str | None:
     return match[1] if match else None
 
 
+LARGEST = 1e100
+"""No run measures more, and arithmetic and drawing with larger numbers overflow."""
+
+
 @config_dataclass
 class Metric:
     """A key of metrics.jsonl or of summary.json, and which of its values are better."""
@@ -39,6 +43,6 @@ class Metric:
 
 def number_or_none(value: Any) -> float | None:
     """Return a finite number as float, and None for anything else: null stands for NaN, and files may be broken."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
         return None
     return float(value)

@@ -24,12 +24,16 @@ class Condition:
 
 
 def _recorded(key: str) -> Callable[[RunRecord], str | None]:
-    return lambda run: run.manifest.get(key)
+    def read(run: RunRecord) -> str | None:
+        value = run.manifest.get(key)
+        return None if value is None else str(value)
+
+    return read
 
 
 def _torch(run: RunRecord) -> str | None:
-    version: str | None = run.manifest.get("packages", {}).get("torch")
-    return version
+    version = run.manifest.get("packages", {}).get("torch")
+    return None if version is None else str(version)
 
 
 def _device(run: RunRecord) -> str | None:

@@ -106,9 +106,9 @@ def _trials(path: Path) -> list[FoundRun]:
     try:
         document = load_json(file.read_text(encoding="utf-8"))
         metric = Metric(**document["metric"])
-        sweep = SweepFolder(path, document.get("name", path.name), metric)
+        sweep = SweepFolder(path, str(document.get("name", path.name)), metric)
         found = [_trial(sweep, entry) for entry in document["trials"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{file} is not a readable sweep.json; name its runs one by one, or {path}/*") from None
     if not found:
         raise ConfigError(f"runs={path}: the sweep has no trials yet")
@@ -116,7 +116,15 @@ def _trials(path: Path) -> list[FoundRun]:
 
 
 def _trial(sweep: SweepFolder, entry: Mapping[str, Any]) -> FoundRun:
-    folder = sweep.path / entry["run"]
-    value = number_or_none(entry["value"])
-    trial = Trial(sweep, entry["number"], entry["state"], value, entry["params"], entry["reason"])
-    return FoundRun(folder, _is_run(folder), trial)
+    run, reason = entry["run"], entry["reason"]
+    if Path(run).name != run or "\0" in run or not isinstance(entry["number"], int):
+        raise ValueError("a trial's run is a folder inside of the sweep's")
+    trial = Trial(
+        sweep,
+        entry["number"],
+        str(entry["state"]),
+        number_or_none(entry["value"]),
+        dict(entry["params"]),
+        None if reason is None else str(reason),
+    )
+    return FoundRun(sweep.path / run, _is_run(sweep.path / run), trial)

@@ -104,10 +104,10 @@ def _read(found: FoundRun, name: str) -> RunRecord:
         trial=trial,
         status=trial.state if trial and (trial.state != "running" or not found.exists) else status,
         settings=_settings(params) | _settings(_tree(path / "config.yaml")),
-        manifest=read_json(path / "manifest.json"),
+        manifest=_manifest(path / "manifest.json"),
         summary=summary,
         series=series,
-        events=tuple(read_json_lines(path / "events.jsonl")),
+        events=tuple(event for event in read_json_lines(path / "events.jsonl") if _is_event(event)),
         results=_results({} if status in UNFINISHED else summary, series),
     )
 
@@ -125,6 +125,15 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
     except OSError:
         # The file system does not support locks.
         return "running"
+
+
+def _manifest(file: Path) -> dict[str, Any]:
+    kinds = {"choices": dict, "packages": dict, "devices": int, "num_nodes": int}
+    return {key: value for key, value in read_json(file).items() if isinstance(value, kinds.get(key, object))}
+
+
+def _is_event(record: Mapping[str, Any]) -> bool:
+    return isinstance(record.get("event"), str) and isinstance(record.get("step"), int)
 
 
 def _tree(file: Path) -> dict[str, Any]:

@@ -62,15 +62,26 @@ def _events(run: RunRecord) -> TextTable | None:
 
 def _event_line(event: Mapping[str, Any]) -> list[str]:
     """Return step, time, kind and the remaining entries of an event."""
-    when = datetime.fromtimestamp(event["time"]).strftime("%Y-%m-%d %H:%M:%S")
     rest = [f"{name}: {value}" for name, value in event.items() if name not in OWN_COLUMNS]
-    return [str(event["step"]), when, event["event"], "; ".join(rest)]
+    return [str(event["step"]), _when(event.get("time")), event["event"], "; ".join(rest)]
+
+
+def _when(seconds: Any) -> str:
+    """Return a time stamp as a date; empty where it is none."""
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return ""
 
 
 def _samples(run: RunRecord) -> TextTable | None:
     samples = read_json_lines(run.path / "samples.jsonl")
     if not samples:
         return None
-    lines = [["✓" if s["exact"] else "✗", s["prompt"], s["answer"], s["expected"]] for s in samples[:MOST_LINES]]
+    texts = ("prompt", "answer", "expected")
+    lines = [
+        ["✓" if sample.get("exact") else "✗", *(str(sample.get(text, "")) for text in texts)]
+        for sample in samples[:MOST_LINES]
+    ]
     number = f"the first {MOST_LINES} of {len(samples)}" if len(samples) > MOST_LINES else f"{len(samples)}"
     return TextTable(["", "prompt", "answer", "expected"], lines, f"{number} answers")

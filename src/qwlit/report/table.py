@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+from qwlit.core.metric import number_or_none
 from qwlit.report.compare import RunComparison
 from qwlit.report.drawing import plain_number
 from qwlit.report.runs import RunRecord
@@ -13,6 +14,8 @@ from qwlit.report.runs import RunRecord
 MOST_SETTINGS = 8
 """If more settings differ, each run lists its own changes in one column instead of one column per setting."""
 LONG_KEY = 14
+LONGEST = 1e10
+"""Seconds that are written as days and hours; Python's `timedelta` overflows somewhere above."""
 UNKNOWN, BEST = "–", "★"
 EVENTS = {
     "skip": "{n} skipped",
@@ -98,6 +101,8 @@ def _losses(title: str, values: Sequence[float | None]) -> Column:
 
 
 def _duration(seconds: float) -> str:
+    if seconds > LONGEST:
+        return f"{seconds:.3g} s"
     return f"{seconds:.1f} s" if seconds < 10 else str(timedelta(seconds=round(seconds)))
 
 
@@ -119,7 +124,7 @@ def stability(run: RunRecord) -> str:
     parts = []
     for event, text in EVENTS.items():
         # Rank 0 may have been killed after it wrote one of the two files and before the other: take the larger count.
-        count = max(run.count(event), run.summary.get("skipped_steps", 0) if event == "skip" else 0)
+        count = max(run.count(event), _skipped_steps(run) if event == "skip" else 0)
         if event == "preempted" and run.status == "pruned":
             count -= 1  # A sweep preempts a trial to prune it.
         if count > 0:
@@ -130,6 +135,10 @@ def stability(run: RunRecord) -> str:
     if run.trial and run.trial.reason:
         parts.append(run.trial.reason)
     return ", ".join(parts)
+
+
+def _skipped_steps(run: RunRecord) -> int:
+    return int(number_or_none(run.summary.get("skipped_steps")) or 0)
 
 
 def _settings(comparison: RunComparison, most_listed: int | None) -> list[Column]:
