@@ -12,7 +12,8 @@ import pytest
 
 from qwlit.data.store import SampleStore
 from tests.broken_stores import CASES, KINDS, WHILE_READ, rows
-from tests.runs.runs import LONG, TINY, losses, qwlit, train
+from tests.long import LONG
+from tests.runs.runs import TINY, losses, qwlit, train
 from tests.runs.runs import rows as records
 from tests.stores import write
 
