@@ -81,13 +81,22 @@ class Row:
 class _Samples:
     """Random samples of the given lengths, their ends supervised."""
 
-    def sample(self, index: int) -> tuple[Any, Any]:
+    def lengths(self, ids: Any) -> Any:
         import numpy as np
 
-        ids = np.random.default_rng(index).integers(0, 500, LENGTHS[index]).astype(np.int32)
-        mask = (np.arange(len(ids)) >= (1 - SUPERVISED) * len(ids)).astype(np.uint8)
-        mask[0] = 0
-        return ids, mask
+        return np.array(LENGTHS, dtype=np.int32)[ids]
+
+    def read(self, ids: Any) -> tuple[Any, Any]:
+        import numpy as np
+
+        rows, masks = [], []
+        for index in ids:
+            row = np.random.default_rng(index).integers(0, 500, LENGTHS[index]).astype(np.int32)
+            mask = (np.arange(len(row)) >= (1 - SUPERVISED) * len(row)).astype(np.uint8)
+            mask[0] = 0
+            rows.append(row)
+            masks.append(mask)
+        return np.concatenate(rows), np.concatenate(masks)
 
 
 def micro_batch(*, packing: bool) -> tuple[MicroBatch, MicroShape]:

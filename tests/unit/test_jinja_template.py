@@ -232,7 +232,7 @@ def test_an_expected_answer_ends_with_its_end_token_also_where_the_marks_reach_f
         def __len__(self) -> int:
             return 1
 
-        def sample(self, index: int) -> Any:
+        def read(self, ids: Any) -> Any:
             return np.array(sample.input_ids), np.array(sample.loss_mask)
 
     (prompt,) = eval_prompts(One(), 3, end_of_turn_id=encoder.end_of_turn_id)  # type: ignore[arg-type]
