@@ -64,7 +64,9 @@ def warm_pid(stand_in: int) -> int:
 
 
 def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The ranks that a rank 0 has started, without the process that renders chat templates."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if b"template_worker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def qwlit_process(
