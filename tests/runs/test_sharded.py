@@ -242,7 +242,7 @@ if os.environ.get("LOCAL_RANK") == "1":
 def test_a_rank_that_hangs_is_named_with_the_line_in_which_it_stands(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(HANGS)
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
-    words = [*RUN, "train.max_steps=2000", "run.name=a", "hardware.devices=2", "hardware.timeout_seconds=8"]
+    words = [*RUN, "train.max_steps=2000", "run.name=a", "hardware.devices=2", "hardware.timeout_seconds=20"]
     done = qwlit_process(["train", *TINY, *words], tmp_path, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert re.search(r": rank 1 \(.*\) is at step 2\d, .*sitecustomize.py:9 \(slow\)", done.stderr), done.stderr
