@@ -127,6 +127,16 @@ def _fill_padded(lengths: Sequence[int], world_size: int, limits: Limits) -> lis
 
 
 @dataclass(frozen=True)
+class SkippedData:
+    """Samples that no step trains on, because the run went back and passes over them."""
+
+    from_step: int
+    """From this step on, all samples come earlier."""
+    num_steps: int
+    """By so many steps' samples."""
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """The steps of a run over one data set."""
 
@@ -136,10 +146,12 @@ class StepPlan:
     world_size: int
     limits: Limits
     packing: bool
+    skipped_data: tuple[SkippedData, ...] = ()
 
     def samples(self, step: int) -> Indices:
         """Return the sample ids of a step, (G,), in the order of the plan."""
-        first = step * self.global_batch_size
+        skipped = sum(skipped.num_steps for skipped in self.skipped_data if step >= skipped.from_step)
+        first = (step + skipped) * self.global_batch_size
         return self.order.at(np.arange(first, first + self.global_batch_size))
 
     def layout(self, samples: Indices) -> list[list[MicroLayout]]:

@@ -4,11 +4,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from qwlit.model.families import family_of
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
     from qwlit.model.loss_model import LossModel
@@ -28,3 +29,8 @@ def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
     for layer in family_of(model.causal_lm).layers(model.causal_lm):
         fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
     fully_shard(model, mesh=mesh, mp_policy=root_policy)
+
+
+def is_sharded(model: "nn.Module") -> bool:
+    """Whether each rank holds shard slices only."""
+    return isinstance(model, FSDPModule)

@@ -27,9 +27,9 @@ def set_learning_rate(optimizer: Optimizer, lr_multiplier: float) -> None:
 
 
 def set_clip_and_skip(
-    optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float | None, loss_scale: float = 1.0
-) -> Tensor:
-    """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip the step if `grad_norm` is not finite.
+    optimizer: Optimizer, grad_norm: Tensor, max_grad_norm: float | None, skipped: Tensor, loss_scale: float = 1.0
+) -> None:
+    """Make the next `optimizer.step()` clip to `max_grad_norm`, or skip the step where `skipped` is 1.
 
     Everything happens on the device, and the host does not wait for it; only `SkippableOptimizer` makes the host wait.
     The fused kernels divide gradients by `grad_scale`. If `found_inf` is 1, they leave weights, moments and step count
@@ -37,16 +37,12 @@ def set_clip_and_skip(
 
     Args:
         grad_norm: total norm of the gradients, without the loss scale.
+        skipped: float32 scalar, 0.0 or 1.0.
         loss_scale: the factor that the stored gradients still contain.
-
-    Returns:
-        `found_inf`, a float32 scalar: 1.0 if the optimizer will skip the step.
     """
-    found_inf = (~torch.isfinite(grad_norm)).float()
     grad_scale = None
     if max_grad_norm is not None or loss_scale != 1.0:
         excess = (grad_norm.float() / (max_grad_norm or float("inf"))).clamp(min=1.0)
         grad_scale = excess * loss_scale
-    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
-    return found_inf

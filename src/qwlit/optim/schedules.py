@@ -52,11 +52,27 @@ value."""
 
 
 @dataclass(frozen=True)
+class LearningRateCut:
+    """A lower learning rate from a step on, after a warm-up of its own."""
+
+    from_step: int
+    factor: float
+    warmup_steps: int
+
+    def lr_multiplier(self, step: int) -> float:
+        if step < self.from_step:
+            return 1.0
+        return self.factor * min(1.0, (step - self.from_step + 1) / max(1, self.warmup_steps))
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The lr multiplier at each step of a run."""
 
     config: "SchedulerConfig"
     total_steps: int
+    cuts: tuple[LearningRateCut, ...] = ()
+    """What rollbacks multiply the curve by."""
 
     @cached_property
     def warmup_steps(self) -> int:
@@ -68,6 +84,9 @@ class Schedule:
         return steps if config.max_warmup_ratio == 1 else min(steps, int(config.max_warmup_ratio * self.total_steps))
 
     def lr_multiplier(self, step: int) -> float:
+        return self._curve(step) * math.prod(cut.lr_multiplier(step) for cut in self.cuts)
+
+    def _curve(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         stable = round((1 - self.config.decay_ratio) * self.total_steps) if self.config.name == "wsd" else 0

@@ -1,6 +1,7 @@
 """Plan the steps of a run from data and machine: their number, the schedule, and the steps that validate and save."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from qwlit.config.run import RunConfig
 from qwlit.data.splits import DataSplit
@@ -8,6 +9,7 @@ from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.optim.schedules import Schedule
 from qwlit.training.config import CheckpointConfig, ValidationConfig
 from qwlit.training.milestones import DueSteps, Milestones
+from qwlit.training.resilience.rollback import Rollback
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,14 @@ class PlannedSteps:
     @property
     def total_steps(self) -> int:
         return self.schedule.total_steps
+
+    def after(self, rollbacks: Sequence[Rollback]) -> "PlannedSteps":
+        """Return the steps of a run that has gone back: without the skipped data, at lower learning rates."""
+        return replace(
+            self,
+            step_plan=replace(self.step_plan, skipped_data=tuple(r.skipped_data for r in rollbacks)),
+            schedule=replace(self.schedule, cuts=tuple(r.lr_cut for r in rollbacks)),
+        )
 
 
 def build_step_plan(config: RunConfig, data: DataSplit, world_size: int) -> StepPlan:

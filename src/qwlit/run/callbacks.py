@@ -18,6 +18,7 @@ from qwlit.training.resilience.guard import Guard
 from qwlit.training.resilience.hang_watchdog import HangWatchdog
 from qwlit.training.resilience.preemption import StopOnSignal
 from qwlit.training.resilience.rank_consistency import RankConsistency
+from qwlit.training.resilience.rollback import JOURNAL, journal_entry
 from qwlit.training.telemetry import Listener, Telemetry, peak_memory_gib
 from qwlit.training.tracking.determinism_trace import DeterminismTrace
 from qwlit.training.tracking.progress import ProgressDisplay
@@ -49,6 +50,7 @@ class TrainerWithCallbacks:
             "tokens_per_second": self.telemetry.tokens_per_second,
             "peak_memory_gib": peak_memory_gib(self.trainer.strategy.root_device),
             "skipped_steps": self.guard.skipped_steps,
+            "rollbacks": len(self.guard.rollbacks),
         }
 
 
@@ -68,15 +70,24 @@ def build_trainer_with_callbacks(
     display = ProgressDisplay(console(), milestones.total_steps)
     listeners = (folder.append_metrics, display.show, *([wandb_run.log] if wandb_run else []), *listeners)
     telemetry = Telemetry(milestones, listeners, run.plan.flops, machine)
-    guard = Guard(config.guard, folder, run.data.split.train)
+    guard = Guard(
+        config.guard,
+        folder,
+        run.data.split.train,
+        total_steps=milestones.total_steps,
+        rollbacks=run.rollbacks,
+    )
     identity = {
         "world_size": machine.world_size,
         "recipe": recipe_fingerprint(config),
         "data": run.data.split.fingerprint,
+        JOURNAL: [journal_entry(rollback) for rollback in run.rollbacks],
     }
     writer = CheckpointWriter(copy=run.plan.saves.is_copied)
     on_saved = wandb_run.upload if wandb_run else None
-    checkpointing = Checkpointing(config.checkpoint, milestones, folder, on_saved, identity, writer)
+    checkpointing = Checkpointing(
+        config.checkpoint, milestones, folder, on_saved, identity, writer, guard.needed_checkpoints
+    )
     # Lightning calls the callbacks in this order, on every rank:
     # - early stopping first, because the others must know whether this step is the last;
     # - guard and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;

@@ -1,8 +1,9 @@
 """Build module, trainer and callbacks, and train."""
 
+import gc
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,17 +14,19 @@ from qwlit.core.ranks import mark_process_group_joined
 from qwlit.model.compile import failed_to_compile
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import init_adapter
-from qwlit.model.shard import shard_model
+from qwlit.model.shard import is_sharded, shard_model
 from qwlit.run.callbacks import TrainerWithCallbacks, build_trainer_with_callbacks
+from qwlit.run.go_back import go_back
 from qwlit.run.modules import build_data_module, build_module
 from qwlit.run.resume import ResumePoint
 from qwlit.training.checkpointing.checkpoint import NOT_LOADABLE, not_loadable
 from qwlit.training.data_module import StepDataModule
 from qwlit.training.module import CausalLMModule
 from qwlit.training.out_of_memory import out_of_memory
+from qwlit.training.resilience.rollback import RollbackNeeded
 from qwlit.training.telemetry import Listener
 from qwlit.training.tracking.wandb_run import WandbRun
-from qwlit.training.trainer import kill_started_ranks, lost_rank, stop_watching_ranks
+from qwlit.training.trainer import kill_started_ranks, lost_rank, share_launcher, stop_watching_ranks
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
@@ -35,15 +38,33 @@ def fit(
     wandb_run: WandbRun | None = None,
     listeners: Sequence[Listener] = (),
 ) -> TrainerWithCallbacks:
-    """Train from `start` to the last step; return the trainer and the callbacks that hold results.
+    """Train from `start` to the last step, going back where the guard says so.
 
     Args:
         listeners: called with each record of metrics.jsonl.
+
+    Returns:
+        The trainer and the callbacks that hold results.
     """
+    launcher: Any = None
+    while True:
+        training = build_trainer_with_callbacks(run, wandb_run, listeners)
+        launcher = share_launcher(training.trainer, launcher)
+        try:
+            _fit(run, training, start)
+            return training
+        except RollbackNeeded as error:
+            # Its frames hold the trainer, and with it moments and gradients.
+            needed = error.with_traceback(None)
+        del training
+        gc.collect()
+        start = go_back(run, needed)
+
+
+def _fit(run: "TrainingRun", training: TrainerWithCallbacks, start: ResumePoint) -> None:
     config, folder = run.config, run.folder
-    shard = partial(_shard, run) if run.plan.machine.strategy == "fsdp" else None
-    module = build_module(run.plan, run.loss_model, shard=shard)
-    training = build_trainer_with_callbacks(run, wandb_run, listeners)
+    must_shard = run.plan.machine.strategy == "fsdp" and not is_sharded(run.loss_model)
+    module = build_module(run.plan, run.loss_model, shard=partial(_shard, run) if must_shard else None)
     if training.trainer.world_size != run.plan.machine.world_size:
         raise ConfigError(
             f"Lightning has {training.trainer.world_size} processes, but hardware.devices x hardware.num_nodes is"
@@ -60,7 +81,6 @@ def fit(
         raise QwlitError(f"a decoder layer cannot be compiled ({reason}); set hardware.compile=false") from error
     finally:
         folder.write_summary(**training.results())
-    return training
 
 
 def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:
@@ -80,6 +100,8 @@ def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataM
         mark_process_group_joined()
     try:
         training.trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
+    except RollbackNeeded:
+        raise
     except BaseException as error:
         failure: QwlitError | None = lost_rank(training.trainer, error)
         kill_started_ranks(training.trainer)

@@ -9,6 +9,7 @@ from qwlit.planning.run_plan import RunPlan
 from qwlit.training.data_module import StepDataModule
 from qwlit.training.loss_scale import LossScale
 from qwlit.training.module import CausalLMModule
+from qwlit.training.resilience.spikes import SpikeDetector
 from qwlit.training.telemetry import Telemetry
 
 
@@ -49,6 +50,7 @@ def build_module(
         shard=shard,
         loss_scale=LossScale() if machine.precision == "16-mixed" else None,
         seed=config.seed,
+        spikes=SpikeDetector() if config.guard.enabled else None,
         validation_sets=tuple(data.split.validation_sets),
         callbacks=[Telemetry(steps.milestones, (), plan.flops, machine)] if with_telemetry else [],
     )

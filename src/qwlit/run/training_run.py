@@ -13,7 +13,7 @@ from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
 from qwlit.core.signals import answering_signals
 from qwlit.core.slurm import torchrun_warning
 from qwlit.model.load import fingerprint
-from qwlit.planning.run_plan import RunPlan, build_plan
+from qwlit.planning.run_plan import PlannedData, RunPlan, build_plan
 from qwlit.planning.setup import machine_of
 from qwlit.run.begin import begin, recording_status, refuse_changes
 from qwlit.run.callbacks import Extensions
@@ -21,11 +21,13 @@ from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
 from qwlit.run.modules import load_model
 from qwlit.run.named_loggers import named_loggers
+from qwlit.run.go_back import rollbacks_before
 from qwlit.run.resume import ResumePoint, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.checkpointing.folder import newest
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.requeue_limit import counting_requeues
+from qwlit.training.resilience.rollback import Rollback
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
 from qwlit.training.tracking.wandb_access import check_logger
 
@@ -100,9 +102,19 @@ class TrainingRun:
 
     def __init__(self, plan: RunPlan, folder: RunFolder, extensions: Extensions) -> None:
         self.plan, self.folder, self.extensions = plan, folder, extensions
-        self.config, self.data = plan.config, plan.planned_data
+        self.config = plan.config
+        self.rollbacks: tuple[Rollback, ...] = ()
         # Under FSDP2 `fit` fills in the weights after sharding, so that no rank ever holds all of them.
         self.loss_model = load_model(plan, leave_empty=plan.machine.strategy == "fsdp")
+
+    @property
+    def data(self) -> PlannedData:
+        return self.plan.planned_data
+
+    def follow(self, rollbacks: tuple[Rollback, ...]) -> None:
+        """Train with the data and the learning rates that these decisions leave."""
+        self.rollbacks = rollbacks
+        self.plan = replace(self.plan, data=replace(self.data, steps=self.data.steps.after(rollbacks)))
 
     @cached_property
     def base(self) -> str | None:
@@ -121,6 +133,7 @@ class TrainingRun:
             recording_status(self.folder),
         ):
             start = begin(self)
+            self.follow(rollbacks_before(start, self.folder))
             # Rank 0 has written all files that the other ranks read; processes that Lightning starts need not wait.
             lock.announce_ready()
             if wandb_run:

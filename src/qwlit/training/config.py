@@ -107,10 +107,16 @@ class CheckpointConfig:
 
 @config_dataclass
 class GuardConfig:
-    """When the run stops: the optimizer skips each step whose loss or gradient is not finite."""
+    """What the run does in trouble; docs/guard.md has all thresholds."""
 
+    enabled: Flag = True
+    """Skip each step that is not finite or far above the steps before, and go back or stop when the run diverges.
+    false: train on whatever happens."""
     max_nonfinite_steps: PositiveInt = 3
-    """Stop with exit code 3 after this many such steps in a row."""
+    """So many steps in a row whose loss or gradient is not finite are trouble."""
+    max_rollbacks: NonNegativeInt = 3
+    """How often the run goes back to a stable checkpoint, passes over the data since then and halves the learning rate,
+    before it stops with exit code 3. 0: it stops at the first trouble."""
 
 
 @config_dataclass

@@ -15,22 +15,25 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from qwlit.core.batch import MicroBatch, StepBatch
 from qwlit.core.metric import set_loss_key
 from qwlit.core.sharding import full_tensor
 from qwlit.model.loss_model import LossModel
+from qwlit.model.shard import is_sharded
 from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import plan_groups
 from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip, set_learning_rate
 from qwlit.optim.schedules import Schedule
 from qwlit.training.determinism import seed_micro_batch
 from qwlit.training.loss_scale import LossScale
+from qwlit.training.resilience.spikes import SpikeDetector
 
 MOMENTS_OF_EACH_WEIGHT = {"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"}
 """What the optimizers keep for each weight, in the parameter's shape (torch's names and bitsandbytes')."""
+SPIKE_HISTORY = "spike_history"
+"""Key of the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,15 @@ class StepOutcome:
     """The results of one step, on the device, so that the host does not wait for them."""
 
     loss_sum: Tensor
-    """float32 scalar: sum over this rank's supervised tokens, nats."""
+    """float32 scalar: sum over the step's supervised tokens on all ranks, nats."""
+    loss: Tensor
+    """float32 scalar: the mean over these tokens."""
     grad_norm: Tensor
     """float32 scalar: total norm over all ranks, before clipping."""
     skipped: Tensor
     """float32 scalar: 1.0 where the optimizer skipped the step."""
+    spike: Tensor
+    """float32 scalar: 1.0 where it skipped the step because its norm or loss was far above that of the steps before."""
     nonfinite: Tensor
     """float32 scalar: 1.0 where loss or gradient was not finite and float16's loss scale was not the cause."""
     lr: float
@@ -90,12 +97,14 @@ class CausalLMModule(lightning.LightningModule):
         loss_scale: LossScale | None,
         shard: Callable[[DeviceMesh], None] | None,
         seed: int,
+        spikes: SpikeDetector | None = None,
         validation_sets: Sequence[str] = ("",),
         callbacks: Sequence[Callback] = (),
     ) -> None:
         """Build the module.
 
         Args:
+            spikes: finds the steps to skip; None: no step is skipped but float16's overflows.
             validation_sets: names of the validation sets, in the order of their loaders; "" for a set without one.
             callbacks: those that the module adds to its Trainer.
         """
@@ -110,6 +119,7 @@ class CausalLMModule(lightning.LightningModule):
         self.loss_scale = loss_scale
         self._shard = shard
         self._seed = seed
+        self.spikes = spikes
         self._validation_sets = tuple(validation_sets)
         self._callbacks = list(callbacks)
         self.outcome: StepOutcome
@@ -140,30 +150,33 @@ class CausalLMModule(lightning.LightningModule):
             seed_micro_batch(self._seed, batch.step, self.global_rank, index)
             with self._gradient_sync(index == last):
                 loss_sum += self._backward(micro, batch.num_supervised_tokens)
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(loss_sum)
+        loss = loss_sum / batch.num_supervised_tokens
         gradients = [p.grad for p in self.loss_model.parameters() if p.grad is not None]
         scale = self.loss_scale.factor if self.loss_scale else 1.0
         # After the last backward pass every rank has the reduced gradients (FSDP2: its slices; full_tensor sums them),
         # so every rank has the same norm and clips or skips alike. Nothing up to zero_grad waits for the device.
         grad_norm = full_tensor(nn.utils.get_total_norm(gradients, foreach=True)) / scale
-        skipped = set_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm, scale)
+        nonfinite = (~(torch.isfinite(grad_norm) & torch.isfinite(loss))).float()
+        spike = torch.zeros_like(nonfinite) if self.spikes is None else self.spikes.judge(grad_norm, loss)
+        skips_nonfinite = self.spikes is not None or self.loss_scale is not None
+        skipped = torch.maximum(spike, nonfinite) if skips_nonfinite else spike
+        set_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm, skipped, scale)
         optimizer.step()
         optimizer.zero_grad()
-        nonfinite = skipped if self.loss_scale is None else self._rescale(skipped, loss_sum)
-        self.outcome = StepOutcome(loss_sum, grad_norm, skipped, nonfinite, self._optim.lr * lr_multiplier)
+        if self.loss_scale is not None:
+            nonfinite = self._rescale(nonfinite, loss)
+        lr = self._optim.lr * lr_multiplier
+        self.outcome = StepOutcome(loss_sum, loss, grad_norm, skipped, spike, nonfinite, lr)
 
-    def _rescale(self, skipped: Tensor, loss_sum: Tensor) -> Tensor:
-        """Update float16's loss scale after a step; return 1.0 where the loss scale does not explain the skip."""
+    def _rescale(self, nonfinite: Tensor, loss: Tensor) -> Tensor:
+        """Update float16's loss scale after a step; return 1.0 where the loss scale does not explain the overflow."""
         assert self.loss_scale is not None
         explained = self.loss_scale.explains_overflow
-        self.loss_scale.update(overflow=bool(skipped))
-        if not explained:
-            return skipped
+        self.loss_scale.update(overflow=bool(nonfinite))
         # The loss is computed before scaling: where it is not finite, a smaller scale does not help.
-        nonfinite = (~torch.isfinite(loss_sum)).float()
-        # All ranks have the same loss scale, so all of them reach this collective.
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(nonfinite, torch.distributed.ReduceOp.MAX)
-        return nonfinite
+        return (~torch.isfinite(loss)).float() if explained else nonfinite
 
     def _backward(self, micro: MicroBatch, num_supervised_tokens: int) -> Tensor:
         """Accumulate this micro-batch's share of the step's gradient; return its loss sum."""
@@ -214,6 +227,8 @@ class CausalLMModule(lightning.LightningModule):
         checkpoint["optimizer_parameters"] = [names[id(p)] for group in groups for p in group["params"]]
         if self.loss_scale:
             checkpoint["loss_scale"] = asdict(self.loss_scale)
+        if self.spikes is not None and self.spikes.history is not None:
+            checkpoint[SPIKE_HISTORY] = self.spikes.history.cpu()
 
     def trained_parameters(self) -> dict[str, Tensor]:
         """Return the trained parameters by the module's own names; tied weights occur once."""
@@ -222,7 +237,7 @@ class CausalLMModule(lightning.LightningModule):
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds shard slices only."""
-        return isinstance(self.loss_model, FSDPModule)
+        return is_sharded(self.loss_model)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the trained parameters and the optimizer's tensors, by names for messages."""
@@ -249,3 +264,5 @@ class CausalLMModule(lightning.LightningModule):
                     raise RuntimeError(f"{key} of {name} has the shape {tuple(moments[key].shape)}")
         if self.loss_scale and "loss_scale" in checkpoint:
             self.loss_scale = LossScale(**checkpoint["loss_scale"])
+        if self.spikes is not None and SPIKE_HISTORY in checkpoint:  # checkpoints of earlier versions lack it
+            self.spikes.load(checkpoint[SPIKE_HISTORY])

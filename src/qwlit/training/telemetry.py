@@ -35,7 +35,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Telemetry(Callback):
-    """Sums losses on the device; at a logged step it reduces the sum over ranks and copies it to the host."""
+    """Sums losses on the device; at a logged step it copies the sum to the host."""
 
     def __init__(
         self,
@@ -60,13 +60,8 @@ class Telemetry(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._write(wait=True)
-        # Lightning asks every rank for its state, so the reduction below is safe. It keeps only rank 0's state, which
-        # must therefore hold the sum over all ranks.
-        loss_sum = self._loss_sum.clone()
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(loss_sum)
         return {
-            "loss_sum": float(loss_sum),
+            "loss_sum": float(self._loss_sum),
             "supervised": self._supervised,
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,
@@ -88,9 +83,7 @@ class Telemetry(Callback):
         self._trainer = trainer
 
     def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
-        # Only rank 0 starts with the restored sum, so that the next reduction counts it once.
-        start = self._loss_sum if trainer.is_global_zero else torch.zeros_like(self._loss_sum)
-        self._loss_sum = start.to(pl_module.device)
+        self._loss_sum = self._loss_sum.to(pl_module.device)
         self._clock.start()
 
     def on_train_batch_end(
@@ -106,13 +99,11 @@ class Telemetry(Callback):
         )
         self._clock.add(batch.num_tokens, flops)
         if self._milestones.log(step):
-            self._measure(trainer, pl_module, step)
+            self._measure(pl_module, step)
         self._write(wait=False)
 
-    def _measure(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
+    def _measure(self, module: CausalLMModule, step: int) -> None:
         loss_sum, self._loss_sum = self._loss_sum, torch.zeros_like(self._loss_sum)
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(loss_sum)
         tokens_per_second, flops_per_second = self._clock.lap()
         record: Record = {
             "optim/lr": module.outcome.lr,
@@ -149,7 +140,7 @@ class Telemetry(Callback):
             return
         if trainer.should_stop and self._supervised:
             # Early stopping ends the run at this step, and the last step is always logged.
-            self._measure(trainer, pl_module, trainer.global_step)
+            self._measure(pl_module, trainer.global_step)
         self._write(wait=True)
         validation = pl_module.validation
         record: Record = {"val/loss": validation.loss, "val/accuracy": validation.accuracy}

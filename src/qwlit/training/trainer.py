@@ -326,6 +326,17 @@ def _describe_exit(code: int) -> str:
     return f"signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
 
 
+def share_launcher(trainer: Trainer, earlier: Any) -> Any:
+    """Return the launcher that started the ranks of this process; a later trainer of the run watches the same ranks.
+
+    Args:
+        earlier: the launcher of the run's first trainer; None where this is the first.
+    """
+    if isinstance(earlier, _Launcher):
+        trainer.strategy._launcher = earlier
+    return trainer.strategy.launcher
+
+
 def stop_watching_ranks(trainer: Trainer) -> None:
     """Stop watching the ranks that this process has started: the training is over, and they may end."""
     if isinstance(trainer.strategy.launcher, _Launcher):

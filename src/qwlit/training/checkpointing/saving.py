@@ -1,7 +1,7 @@
 """Checkpointing: when a checkpoint is saved, which one is the best, and which are deleted."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,13 @@ class Checkpointing(BoundaryCallback):
         on_saved: Callable[[Path], None] | None = None,
         identity: Mapping[str, Any] | None = None,
         writer: CheckpointWriter | None = None,
+        needed: Callable[[Sequence[int], int], set[int]] = lambda checkpoints, step: set(),
     ) -> None:
         """Create the callback.
 
         Args:
+            needed: of the checkpoints' steps, those that must be kept beside the newest and the best; it also gets the
+                number of steps done.
             on_saved: called on rank 0 with every new checkpoint, before older ones are deleted.
             identity: what the manifest says of the run: its world size, recipe and data.
             writer: the writer that the trainer's strategy uses.
@@ -53,6 +56,7 @@ class Checkpointing(BoundaryCallback):
         self._folder = folder
         self._identity = dict(identity or {})
         self._writer = writer or CheckpointWriter()
+        self._needed = needed
         self._begun_step: int | None = None
         """The step of the save that is being written."""
         self._resumed_step: int | None = None
@@ -207,8 +211,10 @@ class Checkpointing(BoundaryCallback):
             self._point("best", path)
         if self._on_saved is not None:
             self._on_saved(path)
-        for old in list_checkpoints(self._folder)[: -self._keep_last]:
-            if step_of(old) != self.best_step:
+        checkpoints = list_checkpoints(self._folder)
+        kept = {self.best_step, *self._needed([step_of(checkpoint) for checkpoint in checkpoints], step)}
+        for old in checkpoints[: -self._keep_last]:
+            if step_of(old) not in kept:
                 delete_checkpoint(old)
 
     def _append_event(self, path: Path) -> None:

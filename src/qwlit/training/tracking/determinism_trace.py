@@ -49,13 +49,10 @@ class DeterminismTrace(Callback):
         self, trainer: Trainer, pl_module: CausalLMModule, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
         step = batch.step + 1
-        loss_sum = pl_module.outcome.loss_sum.clone()
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(loss_sum)
         ids = struct.pack(f"<{len(batch.sample_ids)}q", *batch.sample_ids)
         record = {
             "samples": hashlib.sha256(ids).hexdigest()[:16],
-            "loss_sum": float_bits(float(loss_sum)),
+            "loss_sum": float_bits(float(pl_module.outcome.loss_sum)),
             "grad_norm": float_bits(float(pl_module.outcome.grad_norm)),
         }
         if step % PARAMETERS_EVERY == 0 or step == self._milestones.total_steps:

@@ -46,6 +46,10 @@ STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl")
 """Files to which a run appends a record at a time."""
 
 
+ROLLED_BACK = "rolled_back.jsonl"
+"""Records of the steps that the run went back over, each with its file and the step to which the run went back."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The paths and files of one run. Only rank 0 writes; on other ranks writing does nothing."""
@@ -121,6 +125,17 @@ class RunFolder:
                     continue
                 records = [r for r in read_json_lines(self.path / name) if isinstance(r.get("step"), int)]
                 self.write_records(name, [r for r in records if r["step"] <= step])
+            # A run that resumes before the step to which it once went back will come there again.
+            if rolled_back := read_json_lines(self.path / ROLLED_BACK):
+                self.write_records(ROLLED_BACK, [r for r in rolled_back if r.get("rolled_back_to", 0) <= step])
+
+    def set_aside_records_after(self, step: int) -> None:
+        """Move the records after `step` into rolled_back.jsonl, because the run goes back to that step."""
+        for name in STREAMS:
+            for record in read_json_lines(self.path / name):
+                if isinstance(record.get("step"), int) and record["step"] > step:
+                    self._append(ROLLED_BACK, {"rolled_back_to": step, "file": name, **record})
+        self.drop_records_after(step)
 
     def rename_old_run(self) -> Path:
         """Rename this folder to the next free `<name>.before-N`; return the new path."""
