@@ -1,0 +1,72 @@
+"""Go back to an earlier checkpoint of this run, or to its start, and follow another path from there."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from rich.markup import escape
+
+from qwlit.core.console import console
+from qwlit.core.ranks import is_rank_zero
+from qwlit.run.modules import load_model
+from qwlit.run.resume import ResumePoint
+from qwlit.training.checkpointing.folder import POINTERS, delete_checkpoint, list_checkpoints
+from qwlit.training.checkpointing.manifest import find_damage, read_manifest, step_of
+from qwlit.training.resilience.rollback import EVENT, Rollback, RollbackNeeded, journal_entry, read_journal
+from qwlit.training.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from qwlit.run.training_run import TrainingRun
+
+
+def rollbacks_before(start: ResumePoint, folder: RunFolder) -> tuple[Rollback, ...]:
+    """Return the decisions that hold from this resume point on."""
+    return read_journal(folder, start.step, read_manifest(start.checkpoint) if start.checkpoint else {})
+
+
+def go_back(run: "TrainingRun", needed: RollbackNeeded) -> ResumePoint:
+    """Choose where to go back to, record it, and prepare the run for it. Every rank calls it.
+
+    Returns:
+        The newest checkpoint that is good and that the guard allows, or the start of the run.
+    """
+    rollback = _agree(_record(run, needed) if is_rank_zero() else None)
+    run.follow((*run.rollbacks, rollback))
+    if rollback.to_step == 0:
+        # No checkpoint holds the weights of the start: build and fill the model again, as at the start of the run.
+        run.loss_model = load_model(run.plan, leave_empty=run.plan.machine.strategy == "fsdp")
+        return ResumePoint(None)
+    checkpoint = next(path for path in list_checkpoints(run.folder) if step_of(path) == rollback.to_step)
+    return ResumePoint(checkpoint)
+
+
+def _agree(rollback: Rollback | None) -> Rollback:
+    """Return rank 0's decision on every rank."""
+    decision: list[Any] = [rollback]
+    if dist.is_initialized():
+        dist.broadcast_object_list(decision, src=0)
+    result: Rollback = decision[0]
+    return result
+
+
+def _record(run: "TrainingRun", needed: RollbackNeeded) -> Rollback:
+    """Delete what is newer than the target, and record the decision. For rank 0.
+
+    The order makes a kill harmless: without the event the run resumes at the target and comes to the same decision.
+    """
+    folder = run.folder
+    checkpoints = list_checkpoints(folder)
+    allowed = [checkpoint for checkpoint in checkpoints if needed.allows(step_of(checkpoint))]
+    target = next((checkpoint for checkpoint in reversed(allowed) if find_damage(checkpoint) is None), None)
+    rollback = needed.going_to(step_of(target) if target else 0)
+    for checkpoint in checkpoints:
+        if step_of(checkpoint) > rollback.to_step:
+            delete_checkpoint(checkpoint)
+    if target is None:
+        for name in POINTERS:
+            (folder.checkpoints / name).unlink(missing_ok=True)
+    folder.append_event(rollback.to_step, EVENT, reason=rollback.reason, decision=journal_entry(rollback))
+    folder.set_aside_records_after(rollback.to_step)
+    peak_lr = run.config.optim.lr * math.prod(decision.lr_cut.factor for decision in (*run.rollbacks, rollback))
+    console().print(f"[yellow]rollback[/]  {escape(rollback.describe(peak_lr))}")
+    return rollback

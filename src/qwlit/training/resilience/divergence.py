@@ -1,0 +1,137 @@
+"""Judge from the numbers of the steps whether a run is in trouble, on the host, the same on every rank.
+
+Each rule names its numbers below. `docs/guard.md` says where they come from and what they cost.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from qwlit.training.resilience.spikes import WINDOW
+
+SKIP_WINDOW, MAX_SKIPS = 50, 3
+"""So many skipped steps within so many steps are trouble."""
+SMOOTH_STEPS = 9
+"""The smoothed loss is the median of this many steps."""
+RISE_FLOOR, RISE_SHARE, RISE_SCALES, RISE_CEILING = 0.3, 0.1, 4.0, 1.5
+"""The smoothed loss may rise above its best by the largest of: nats, share of the best, scales of the steps' noise; by
+more than the last number of nats, or its share, it may not, whatever the noise."""
+RISE_STEPS = 12
+"""The smoothed loss is above that margin for so many steps in a row."""
+END_SHARE, END_SCALES = 0.01, 2.0
+"""The last smoothed loss may be above the first by the larger of: share of the first, scales of the steps' noise. The
+difference of two medians of 9 steps has a deviation of about 0.6 of that noise."""
+GROWTH_Z, GROWTH_RATIO, GROWTH_STEPS = 4.0, 4.0, 10
+"""The gradient norm is so many scales, and so many times, above its median, for so many steps in a row."""
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What the guard knows of a step, of all ranks together."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    grad_norm: float
+    skipped: bool
+    nonfinite: bool
+    """Loss or gradient is not finite, and float16's loss scale is not the reason."""
+    spike: bool
+
+
+@dataclass
+class DivergenceRules:
+    """The rules and what they remember of the steps before."""
+
+    max_nonfinite_steps: int
+    nonfinite_in_a_row: int = 0
+    skips: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_SKIPS))
+    """Newest skipped steps, without float16's overflows."""
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    log_norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    first: float | None = None
+    """The first smoothed loss."""
+    best: float = math.inf
+    """The lowest smoothed loss."""
+    risen_steps: int = 0
+    grown_steps: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, deque) else value for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in vars(self).items():
+            # Checkpoints of earlier versions lack some.
+            if isinstance(value, deque):
+                value.extend(state.get(name, ()))
+            elif name != "max_nonfinite_steps":
+                setattr(self, name, state.get(name, value))
+
+    def update(self, numbers: StepNumbers) -> str | None:
+        """Take the numbers of the next step; return what is wrong, None where nothing is."""
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if numbers.nonfinite else 0
+        if numbers.nonfinite or numbers.spike:
+            self.skips.append(numbers.step)
+        grown = self._norm_has_grown(numbers)
+        risen = self._loss_has_risen(numbers)
+        if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
+            return f"loss or gradient not finite {self.nonfinite_in_a_row} times in a row"
+        if len(self.skips) == MAX_SKIPS and numbers.step - self.skips[0] < SKIP_WINDOW:
+            return f"{MAX_SKIPS} of the last {numbers.step - self.skips[0] + 1} steps were skipped"
+        return risen or grown
+
+    def _loss_has_risen(self, numbers: StepNumbers) -> str | None:
+        if not math.isfinite(numbers.loss):
+            return None
+        self.losses.append(numbers.loss)
+        if len(self.losses) < SMOOTH_STEPS:
+            return None
+        smooth = self.smooth_loss
+        self.first = smooth if self.first is None else self.first
+        share = RISE_SHARE * abs(self.best)
+        margin = min(max(RISE_FLOOR, share, RISE_SCALES * self._noise()), max(RISE_CEILING, share))
+        self.risen_steps = self.risen_steps + 1 if smooth > self.best + margin else 0
+        best, self.best = self.best, min(self.best, smooth)
+        if self.risen_steps < RISE_STEPS:
+            return None
+        return f"the loss rose from {best:.3g} to {smooth:.3g} and stayed there for {RISE_STEPS} steps"
+
+    @property
+    def smooth_loss(self) -> float:
+        """The median of the last steps' losses."""
+        return median(list(self.losses)[-SMOOTH_STEPS:])
+
+    def _noise(self) -> float:
+        """Return the robust standard deviation of a step's loss, without the trend: that of the differences, / √2."""
+        losses = list(self.losses)
+        return _scale([after - before for before, after in pairwise(losses)]) / math.sqrt(2)
+
+    def _norm_has_grown(self, numbers: StepNumbers) -> str | None:
+        if not (math.isfinite(numbers.grad_norm) and numbers.grad_norm > 0):
+            return None
+        norm = math.log(numbers.grad_norm)
+        known = self.log_norms
+        limit = max(GROWTH_Z * _scale(known), math.log(GROWTH_RATIO)) if len(known) >= SMOOTH_STEPS else math.inf
+        self.grown_steps = self.grown_steps + 1 if norm > (median(known) if known else 0) + limit else 0
+        known.append(norm)
+        if self.grown_steps < GROWTH_STEPS:
+            return None
+        return f"the gradient norm was {GROWTH_RATIO:g} times its median or more for {GROWTH_STEPS} steps"
+
+    def ended_above_start(self) -> str | None:
+        """Return what is wrong if the last losses are above the first ones by the margin; for the last step."""
+        if self.first is None:
+            return None
+        if self.smooth_loss <= self.first + max(END_SHARE * abs(self.first), END_SCALES * self._noise()):
+            return None
+        return f"the loss ends at {self.smooth_loss:.3g}, above its start at {self.first:.3g}"
+
+
+def _scale(values: Sequence[float]) -> float:
+    """Return the robust standard deviation, see `spikes`."""
+    middle = median(values)
+    return 1.4826 * median(abs(value - middle) for value in values)
