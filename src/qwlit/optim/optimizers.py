@@ -1,6 +1,5 @@
 """Build the optimizer from the parameter groups, set its learning rates, and tell it to clip or to skip a step."""
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 

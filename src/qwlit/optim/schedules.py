@@ -59,10 +59,9 @@ class LearningRateCut:
     factor: float
     warmup_steps: int
 
-    def lr_multiplier(self, step: int) -> float:
-        if step < self.from_step:
-            return 1.0
-        return self.factor * min(1.0, (step - self.from_step + 1) / max(1, self.warmup_steps))
+    def warmup(self, step: int) -> float:
+        """Return the part of the lower learning rate that has been reached, 0 to 1; `step` is not before the cut."""
+        return min(1.0, (step - self.from_step + 1) / max(1, self.warmup_steps))
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,10 @@ class Schedule:
         return steps if config.max_warmup_ratio == 1 else min(steps, int(config.max_warmup_ratio * self.total_steps))
 
     def lr_multiplier(self, step: int) -> float:
-        return self._curve(step) * math.prod(cut.lr_multiplier(step) for cut in self.cuts)
+        cuts = [cut for cut in self.cuts if step >= cut.from_step]
+        # Of several warm-ups the latest counts: a run that goes back twice to one step warms up once.
+        warmup = cuts[-1].warmup(step) if cuts else 1.0
+        return self._curve(step) * math.prod(cut.factor for cut in cuts) * warmup
 
     def _curve(self, step: int) -> float:
         if step < self.warmup_steps:

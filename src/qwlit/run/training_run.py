@@ -19,9 +19,9 @@ from qwlit.run.begin import begin, recording_status, refuse_changes
 from qwlit.run.callbacks import Extensions
 from qwlit.run.finish import finish, print_summary
 from qwlit.run.fit import fit
+from qwlit.run.go_back import rollbacks_before
 from qwlit.run.modules import load_model
 from qwlit.run.named_loggers import named_loggers
-from qwlit.run.go_back import rollbacks_before
 from qwlit.run.resume import ResumePoint, refuse_occupied_folder
 from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.checkpointing.folder import newest

@@ -87,7 +87,7 @@ class ValidationSums:
 class CausalLMModule(lightning.LightningModule):
     """Trains a LossModel with the batches of the step plan."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the model are named
         self,
         loss_model: LossModel,
         *,
