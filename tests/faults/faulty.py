@@ -1,7 +1,7 @@
 """`python -m tests.faults.faulty train …`: qwlit with numeric faults planted into steps, on every rank that it starts.
 
-QWLIT_FAULTS is a JSON list of {"kind", "steps", "rank", "value"}; without a rank it is on every rank. A fault belongs to
-the samples of these steps, counted from 1, in a run without a rollback. It happens once, unless "again" is true.
+QWLIT_FAULTS is a JSON list of {"kind", "steps", "rank", "value"}; without a rank it is on every rank. A fault belongs
+to the samples of these steps, counted from 1, in a run without a rollback. It happens once, unless "again" is true.
 """
 
 import json

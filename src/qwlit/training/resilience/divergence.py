@@ -82,12 +82,13 @@ class DivergenceRules:
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if numbers.nonfinite else 0
         if numbers.nonfinite or numbers.spike:
             self.skips.append(numbers.step)
-        grown = self._norm_has_grown(numbers)
+        # A skipped step changes nothing; the rules about skips judge it.
+        grown = None if numbers.skipped else self._norm_has_grown(numbers)
         risen = self._loss_has_risen(numbers)
         if too_high := risen or grown:
             return too_high, "divergence"
         # The weights are as before the skipped steps: as long as the other steps' loss has not risen, blame the data.
-        cause: Cause = "divergence" if self.is_suspicious else "data"
+        cause: Cause = "divergence" if self.risen_steps else "data"
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
             return f"loss or gradient not finite {self.nonfinite_in_a_row} times in a row", cause
         if len(self.skips) == MAX_SKIPS and numbers.step - self.skips[0] < SKIP_WINDOW:
