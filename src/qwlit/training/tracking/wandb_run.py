@@ -1,8 +1,8 @@
 """The run on W&B.
 
-metrics.jsonl and rolled_back.jsonl have all records, and the N-th one made is step N of W&B's own count. A resumed run therefore knows which
-records W&B lost in an abrupt end (it sends them again), and which W&B already has from after the checkpoint (it skips
-them).
+metrics.jsonl and rolled_back.jsonl have all records, and the N-th one made is step N of W&B's own count. A resumed run
+therefore knows which records W&B lost in an abrupt end (it sends them again), and which W&B already has from after the
+checkpoint (it skips them).
 """
 
 import os
