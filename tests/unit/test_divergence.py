@@ -86,7 +86,7 @@ def test_a_run_that_ends_above_its_start_is_said():
     for end, is_trouble in ((1.9, False), (2.01, False), (2.1, True)):
         rules = DivergenceRules(3)
         for step in range(40):
-            rules.update(numbers(step + 1, 2.0 + (end - 2.0) * (step > 25) + 0.02 * (step % 2)))
+            rules.update(numbers(step + 1, 2.0 + (end - 2.0) * (step > 25) + 0.01 * (step * 7 % 5 - 2)))
         assert (rules.ended_above_start() is not None) is is_trouble
 
 
