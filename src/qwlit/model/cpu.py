@@ -41,9 +41,14 @@ def logits_memory(num_rows: int, vocab_size: int, template: Tensor) -> Iterator[
         WORKSPACES[template.dtype] = memory
 
 
-def set_embedding_gradient(causal_lm: "PreTrainedModel", device: str) -> None:
-    """Make the embedding's gradient sparse or dense, whichever is faster on the batch's device."""
-    family_of(causal_lm).embedding(causal_lm).sparse = has_sparse_embedding(causal_lm, device)
+@contextmanager
+def faster_embedding_gradient(causal_lm: "PreTrainedModel", device: str) -> Iterator[None]:
+    """Make the gradient of embeddings in the block sparse or dense, whichever is faster on the batch's device."""
+    embedding = family_of(causal_lm).embedding(causal_lm)
+    embedding.sparse = has_sparse_embedding(causal_lm, device)
+    yield
+    # DDP reads it when a trainer begins: it would expect the sum of both gradients of the tied weight to be sparse.
+    embedding.sparse = False
 
 
 def has_sparse_embedding(causal_lm: "PreTrainedModel", device: str) -> bool:

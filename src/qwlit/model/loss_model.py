@@ -13,7 +13,7 @@ from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.adapters import apply_adapter, init_dora_magnitude
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
-from qwlit.model.cpu import set_embedding_gradient
+from qwlit.model.cpu import faster_embedding_gradient
 from qwlit.model.dropout import add_neftune_noise, apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
@@ -54,8 +54,8 @@ class LossModel(nn.Module):
     def forward(self, micro: MicroBatch) -> LossOutput:
         """Compute the summed loss at the label positions. Never waits for the device."""
         kernel = self._kernel(micro)
-        set_embedding_gradient(self.causal_lm, micro.input_ids.device.type)
-        embedded = self.family.embedding(self.causal_lm)(micro.input_ids)  # (B, T, D)
+        with faster_embedding_gradient(self.causal_lm, micro.input_ids.device.type):
+            embedded = self.family.embedding(self.causal_lm)(micro.input_ids)  # (B, T, D)
         if self.neftune_alpha and self.training:
             embedded = add_neftune_noise(embedded, micro, self.neftune_alpha)
         supervised = self.causal_lm.model(

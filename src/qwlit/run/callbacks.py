@@ -19,6 +19,7 @@ from qwlit.training.resilience.hang_watchdog import HangWatchdog
 from qwlit.training.resilience.preemption import StopOnSignal
 from qwlit.training.resilience.rank_consistency import RankConsistency
 from qwlit.training.resilience.rollback import JOURNAL, journal_entry
+from qwlit.training.resilience.state_health import StateHealth
 from qwlit.training.telemetry import Listener, Telemetry, peak_memory_gib
 from qwlit.training.tracking.determinism_trace import DeterminismTrace
 from qwlit.training.tracking.progress import ProgressDisplay
@@ -86,18 +87,28 @@ def build_trainer_with_callbacks(
     writer = CheckpointWriter(copy=run.plan.saves.is_copied)
     on_saved = wandb_run.upload if wandb_run else None
     checkpointing = Checkpointing(
-        config.checkpoint, milestones, folder, on_saved, identity, writer, guard.needed_checkpoints
+        config.checkpoint,
+        milestones,
+        folder,
+        on_saved,
+        identity,
+        writer,
+        guard.needed_checkpoints,
+        guard.damaged if config.guard.enabled else None,
     )
     # Lightning calls the callbacks in this order, on every rank:
     # - early stopping first, because the others must know whether this step is the last;
-    # - guard and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
+    # - guard, state and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
     # - the user's callbacks after the checkpoint, so that an error in them loses no step that was due to be saved;
     # - signals last: StopOnSignal saves through `checkpointing` and then ends the run.
     callbacks: list[Callback] = []
     patience = config.validation.early_stopping_patience
     if patience is not None and milestones.next_validation(0) is not None:
         callbacks.append(EarlyStoppingOnValLoss(patience))
-    callbacks += [guard, telemetry, ScheduleValidation(milestones), checkpointing, display]
+    callbacks.append(guard)
+    if config.guard.enabled:
+        callbacks.append(StateHealth(milestones, guard))
+    callbacks += [telemetry, ScheduleValidation(milestones), checkpointing, display]
     if config.determinism != "fast":
         callbacks.append(DeterminismTrace(milestones, folder))
     if config.profile.steps is not None:

@@ -124,6 +124,17 @@ class Guard(Callback):
             )
         raise GuardStop(self._last_words(step, reason, keeps_recipe=keeps_recipe))
 
+    def damaged(self, step: int, reason: str) -> None:
+        """Let the run go back because its weights or moments are damaged. Every rank calls it alike.
+
+        The same damage at the same step again comes from data or learning rate, so the run does not keep these.
+
+        Raises:
+            RollbackNeeded, GuardStop: as in `alarm`.
+        """
+        earlier = {(rollback.from_step, rollback.reason) for rollback in self.rollbacks}
+        self.alarm(step, reason, keeps_recipe=(step, reason) not in earlier)
+
     def needed_checkpoints(self, checkpoints: Sequence[int], step: int) -> set[int]:
         """Return those that a rollback needs: the newest stable one, and the next one that may become stable.
 
