@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 from qwlit.config.run import recipe_fingerprint, recipe_settings
 from qwlit.core.console import console
 from qwlit.core.errors import QwlitError
+from qwlit.run.probe import build_probe
 from qwlit.training.checkpointing.saving import Checkpointing
 from qwlit.training.checkpointing.writer import CheckpointWriter
 from qwlit.training.profiler import ProfileSteps
@@ -98,7 +99,7 @@ def build_trainer_with_callbacks(
     )
     # Lightning calls the callbacks in this order, on every rank:
     # - early stopping first, because the others must know whether this step is the last;
-    # - guard, state and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
+    # - guard and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
     # - the user's callbacks after the checkpoint, so that an error in them loses no step that was due to be saved;
     # - signals last: StopOnSignal saves through `checkpointing` and then ends the run.
     callbacks: list[Callback] = []
@@ -108,7 +109,10 @@ def build_trainer_with_callbacks(
     callbacks.append(guard)
     if config.guard.enabled:
         callbacks.append(StateHealth(milestones, guard))
-    callbacks += [telemetry, ScheduleValidation(milestones), checkpointing, display]
+    callbacks.append(telemetry)
+    if probe := build_probe(run, guard, telemetry):
+        callbacks.append(probe)
+    callbacks += [ScheduleValidation(milestones), checkpointing, display]
     if config.determinism != "fast":
         callbacks.append(DeterminismTrace(milestones, folder))
     if config.profile.steps is not None:

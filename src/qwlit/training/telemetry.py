@@ -124,9 +124,10 @@ class Telemetry(Callback):
             self.last_loss = loss
             # Lightning's own `log` would cost 2 to 3 ms, and `state_dict` may not call it.
             self._trainer.callback_metrics.update({"train/loss": torch.tensor(loss)})
-            self._record(step, complete)
+            self.record(step, complete)
 
-    def _record(self, step: int, record: Record) -> None:
+    def record(self, step: int, record: Record) -> None:
+        """Pass a record to metrics.jsonl and the loggers."""
         for listener in self._listeners:
             listener(step, record)
         for logger in self._trainer.loggers:
@@ -145,7 +146,7 @@ class Telemetry(Callback):
         validation = pl_module.validation
         record: Record = {"val/loss": validation.loss, "val/accuracy": validation.accuracy}
         record |= {set_loss_key(name): loss for name, loss in validation.set_losses.items()}
-        self._record(trainer.global_step, record)
+        self.record(trainer.global_step, record)
         self._clock.resume()
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
