@@ -55,14 +55,7 @@ DRAWN = CASES if LONG else [CASES[0], CASES[2], CASES[7], CASES[9], CASES[19]]
 
 
 @pytest.mark.parametrize(("layout", "kind", "value"), DRAWN)
-def test_after_damage_to_the_state_the_run_repeats_the_steps_and_ends_as_without(
-    layout,
-    kind,
-    value,
-    clean,
-    chat,
-    tmp_path,  # noqa: F811
-):
+def test_after_damage_the_run_repeats_the_steps_and_ends_as_without(layout, kind, value, clean, chat, tmp_path):  # noqa: F811
     done, run = damaged(layout, [{"kind": kind, "steps": [5], "value": value}], chat, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (decision,) = decisions(run)
