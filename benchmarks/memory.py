@@ -133,7 +133,7 @@ def _measured(model: LossModel, config: Any, micro: MicroBatch) -> float:
         for _ in range(MICRO_BATCHES):
             (model(micro).loss_sum / 1000).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
-        set_clip_and_skip(optimizer, norm, 1.0)
+        set_clip_and_skip(optimizer, norm, 1.0, torch.zeros(()))
         optimizer.step()
         optimizer.zero_grad()
 

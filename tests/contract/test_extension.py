@@ -73,10 +73,10 @@ def test_an_optimizer_of_the_table_is_built_clips_and_skips(fake_optimizer):
     before = layer.weight.detach().clone()
     for p in layer.parameters():
         p.grad = torch.ones_like(p)
-    set_clip_and_skip(optimizer, torch.tensor(float("nan")), 1.0)
+    set_clip_and_skip(optimizer, torch.tensor(float("nan")), 1.0, torch.tensor(1.0))
     optimizer.step()
     assert torch.equal(layer.weight, before)
-    set_clip_and_skip(optimizer, torch.tensor(1.0), 1.0)
+    set_clip_and_skip(optimizer, torch.tensor(1.0), 1.0, torch.tensor(0.0))
     optimizer.step()
     assert not torch.equal(layer.weight, before)
 

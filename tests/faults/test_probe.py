@@ -103,7 +103,7 @@ class Judged:
 
     def __init__(self, folder: Path) -> None:
         self.alarms: list[tuple[int, str]] = []
-        guard = SimpleNamespace(alarm=lambda step, reason: self.alarms.append((step, reason)))
+        guard = SimpleNamespace(alarm=lambda step, reason, cause: self.alarms.append((step, reason)))
         nothing = SimpleNamespace(append_sample=lambda *sample: None, record=lambda *record: None)
         self.probe = Probe(guard, nothing, telemetry=nothing, every_steps=1, prompts=PROMPTS, end_ids={0}, decode=None)
 

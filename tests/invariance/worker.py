@@ -23,6 +23,7 @@ from qwlit.optim.config import OptimConfig, SchedulerConfig
 from qwlit.optim.schedules import Schedule
 from qwlit.training.machine import Machine
 from qwlit.training.module import CausalLMModule
+from qwlit.training.resilience.spikes import SpikeDetector
 from qwlit.training.trainer import build_trainer
 from tests.long import LONG
 from tests.tiny import tiny_architecture
@@ -87,8 +88,7 @@ class Recorder(lightning.Callback):
             }
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loss = trainer.strategy.reduce(module.outcome.loss_sum, reduce_op="sum")
-        self.losses.append(float(loss) / batch.num_supervised_tokens)
+        self.losses.append(float(module.outcome.loss))
 
 
 def tiny(model_type: str, adapter: str) -> Any:
@@ -169,6 +169,7 @@ def run_poisoned(model_type: str, strategy: str, world_size: int) -> dict[str, A
         loss_scale=None,
         shard=shard(strategy, model),
         seed=0,
+        spikes=SpikeDetector(),
     )
     trainer = build_trainer(machine(strategy, world_size), total_steps=STEPS, callbacks=[weights], folder=Path())
     plan = plan_of(samples, world_size, Limits(), packing=True)

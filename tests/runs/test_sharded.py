@@ -255,7 +255,7 @@ def test_a_rank_that_hangs_is_named_with_the_line_in_which_it_stands(tmp_path, m
         ("fsdp", {"allreduce_", "_allgather_base_", "_reduce_scatter_base_"}),
     ],
 )
-def test_between_log_points_ranks_exchange_gradients_the_norm_and_one_word(strategy, allowed, tmp_path):
+def test_between_log_points_ranks_exchange_gradients_loss_and_norm_and_one_word(strategy, allowed, tmp_path):
     words = [*RUN, "train.max_steps=8", "logging.every_steps=100", "checkpoint.every_steps=100", "profile.steps=[3,6]"]
     words += ["validation.every_steps=null", "run.name=a", "hardware.devices=2", f"hardware.strategy={strategy}"]
     run = train(words, tmp_path, qwlit_process)
@@ -263,8 +263,8 @@ def test_between_log_points_ranks_exchange_gradients_the_norm_and_one_word(strat
     seen = Counter(e["name"].removeprefix("c10d::") for e in events if str(e.get("name")).startswith("c10d::"))
     assert set(seen) == allowed, seen
     if strategy == "ddp":
-        # Four times one bucket of gradients, and after all but the last the word that a signal would set.
-        assert seen["allreduce_"] == 4 + 3, seen
+        # Four times one bucket of gradients, and loss and norm; three times the word that a signal would set.
+        assert seen["allreduce_"] == 4 + 4 + 3, seen
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_the_optimizer_divides_the_scale_out_and_clips_by_the_true_norm() -> Non
             optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True, eps=1e-2)
             for gradient in (torch.tensor([3.0, 0.1, -4.0]), torch.tensor([0.01, 0.02, 0.0])):
                 weight.grad = gradient * scale
-                set_clip_and_skip(optimizer, gradient.norm(), max_grad_norm, scale)
+                set_clip_and_skip(optimizer, gradient.norm(), max_grad_norm, torch.tensor(0.0), scale)
                 optimizer.step()
             weights.append(weight.detach().clone())
         assert torch.allclose(weights[0], weights[1], rtol=1e-6)

@@ -41,14 +41,14 @@ def logits_memory(num_rows: int, vocab_size: int, template: Tensor) -> Iterator[
         WORKSPACES[template.dtype] = memory
 
 
-@contextmanager
-def faster_embedding_gradient(causal_lm: "PreTrainedModel", device: str) -> Iterator[None]:
-    """Make the gradient of embeddings in the block sparse or dense, whichever is faster on the batch's device."""
+def embed(causal_lm: "PreTrainedModel", input_ids: Tensor) -> Tensor:
+    """Return the tokens' embeddings (B, T, D); their gradient is sparse or dense, whichever is faster on the device."""
     embedding = family_of(causal_lm).embedding(causal_lm)
-    embedding.sparse = has_sparse_embedding(causal_lm, device)
-    yield
-    # DDP reads it when a trainer begins: it would expect the sum of both gradients of the tied weight to be sparse.
+    embedding.sparse = has_sparse_embedding(causal_lm, input_ids.device.type)
+    embedded: Tensor = embedding(input_ids)
+    # DDP reads it when it wraps the model; a tied weight's whole gradient is dense.
     embedding.sparse = False
+    return embedded
 
 
 def has_sparse_embedding(causal_lm: "PreTrainedModel", device: str) -> bool:

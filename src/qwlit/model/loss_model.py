@@ -14,7 +14,7 @@ from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.adapters import apply_adapter, init_dora_magnitude
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
-from qwlit.model.cpu import faster_embedding_gradient
+from qwlit.model.cpu import embed
 from qwlit.model.dropout import add_neftune_noise, apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
@@ -60,8 +60,7 @@ class LossModel(nn.Module):
             inspection: filled in the pass, for few label positions of padded sequences.
         """
         kernel = self._kernel(micro)
-        with faster_embedding_gradient(self.causal_lm, micro.input_ids.device.type):
-            embedded = self.family.embedding(self.causal_lm)(micro.input_ids)  # (B, T, D)
+        embedded = embed(self.causal_lm, micro.input_ids)  # (B, T, D)
         if self.neftune_alpha and self.training:
             embedded = add_neftune_noise(embedded, micro, self.neftune_alpha)
         final_norm = self.family.final_norm(self.causal_lm)

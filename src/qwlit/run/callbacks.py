@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
@@ -95,7 +96,7 @@ def build_trainer_with_callbacks(
         identity,
         writer,
         guard.needed_checkpoints,
-        guard.damaged if config.guard.enabled else None,
+        partial(guard.alarm, cause="state") if config.guard.enabled else None,
     )
     # Lightning calls the callbacks in this order, on every rank:
     # - early stopping first, because the others must know whether this step is the last;

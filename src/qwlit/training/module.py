@@ -150,18 +150,16 @@ class CausalLMModule(lightning.LightningModule):
             seed_micro_batch(self._seed, batch.step, self.global_rank, index)
             with self._gradient_sync(index == last):
                 loss_sum += self._backward(micro, batch.num_supervised_tokens)
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(loss_sum)
-        loss = loss_sum / batch.num_supervised_tokens
         gradients = [p.grad for p in self.loss_model.parameters() if p.grad is not None]
         scale = self.loss_scale.factor if self.loss_scale else 1.0
-        # After the last backward pass every rank has the reduced gradients (FSDP2: its slices; full_tensor sums them),
-        # so every rank has the same norm and clips or skips alike. Nothing up to zero_grad waits for the device.
+        # After the last backward pass every rank has the reduced gradients (FSDP2: its slices; full_tensor sums them).
+        # Nothing up to zero_grad waits for the device.
         grad_norm = full_tensor(nn.utils.get_total_norm(gradients, foreach=True)) / scale
+        loss_sum, grad_norm = self._over_ranks(loss_sum, grad_norm)
+        loss = loss_sum / batch.num_supervised_tokens
         nonfinite = (~(torch.isfinite(grad_norm) & torch.isfinite(loss))).float()
         spike = torch.zeros_like(nonfinite) if self.spikes is None else self.spikes.judge(grad_norm, loss)
-        skips_nonfinite = self.spikes is not None or self.loss_scale is not None
-        skipped = torch.maximum(spike, nonfinite) if skips_nonfinite else spike
+        skipped = torch.maximum(spike, nonfinite * self._skips_nonfinite)
         set_clip_and_skip(optimizer.optimizer, grad_norm, self._max_grad_norm, skipped, scale)
         optimizer.step()
         optimizer.zero_grad()
@@ -169,6 +167,23 @@ class CausalLMModule(lightning.LightningModule):
             nonfinite = self._rescale(nonfinite, loss)
         lr = self._optim.lr * lr_multiplier
         self.outcome = StepOutcome(loss_sum, loss, grad_norm, skipped, spike, nonfinite, lr)
+
+    @property
+    def _skips_nonfinite(self) -> bool:
+        # With guard=off a step that is not finite changes the weights, but a float16 overflow never does.
+        return self.spikes is not None or self.loss_scale is not None
+
+    def _over_ranks(self, loss_sum: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss sum of all ranks, and their mean gradient norm; all of them clip and skip by the same norm.
+
+        The ranks' norms are equal, so their mean is the norm itself; a value that only one rank has, by a fault of its
+        device, reaches all of them. In float64 the mean of equal float32 numbers is exact.
+        """
+        if self.trainer.world_size == 1:
+            return loss_sum, grad_norm
+        both = torch.stack([loss_sum.double(), grad_norm.double()])
+        torch.distributed.all_reduce(both)
+        return both[0].float(), (both[1] / self.trainer.world_size).float()
 
     def _rescale(self, nonfinite: Tensor, loss: Tensor) -> Tensor:
         """Update float16's loss scale after a step; return 1.0 where the loss scale does not explain the overflow."""

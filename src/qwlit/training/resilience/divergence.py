@@ -11,6 +11,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from qwlit.training.resilience.rollback import Cause
 from qwlit.training.resilience.spikes import WINDOW
 
 SKIP_WINDOW, MAX_SKIPS = 50, 3
@@ -71,18 +72,28 @@ class DivergenceRules:
             elif name != "max_nonfinite_steps":
                 setattr(self, name, state.get(name, value))
 
-    def update(self, numbers: StepNumbers) -> str | None:
-        """Take the numbers of the next step; return what is wrong, None where nothing is."""
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether loss or norm is too high, if not yet for long enough."""
+        return self.risen_steps > 0 or self.grown_steps > 0
+
+    def update(self, numbers: StepNumbers) -> tuple[str, Cause] | None:
+        """Take the numbers of the next step; return what is wrong and its cause, None where nothing is wrong."""
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if numbers.nonfinite else 0
         if numbers.nonfinite or numbers.spike:
             self.skips.append(numbers.step)
-        grown = self._norm_has_grown(numbers)
+        # A skipped step changes nothing; the rules about skips judge it.
+        grown = None if numbers.skipped else self._norm_has_grown(numbers)
         risen = self._loss_has_risen(numbers)
+        if too_high := risen or grown:
+            return too_high, "divergence"
+        # The weights are as before the skipped steps: as long as the other steps' loss has not risen, blame the data.
+        cause: Cause = "divergence" if self.risen_steps else "data"
         if self.nonfinite_in_a_row >= self.max_nonfinite_steps:
-            return f"loss or gradient not finite {self.nonfinite_in_a_row} times in a row"
+            return f"loss or gradient not finite {self.nonfinite_in_a_row} times in a row", cause
         if len(self.skips) == MAX_SKIPS and numbers.step - self.skips[0] < SKIP_WINDOW:
-            return f"{MAX_SKIPS} of the last {numbers.step - self.skips[0] + 1} steps were skipped"
-        return risen or grown
+            return f"{MAX_SKIPS} of the last {numbers.step - self.skips[0] + 1} steps were skipped", cause
+        return None
 
     def _loss_has_risen(self, numbers: StepNumbers) -> str | None:
         if not math.isfinite(numbers.loss):

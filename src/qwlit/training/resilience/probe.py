@@ -103,9 +103,11 @@ class Probe(Callback):
             for prompt, answer, entropy in zip(self._prompts, answers, entropies, strict=True):
                 self._folder.append_sample(step, self._decode(prompt), self._decode(answer), entropy)
             if is_wrong:
-                self._guard.alarm(step, "the distribution of the next token is not finite or does not sum to 1")
+                self._guard.alarm(
+                    step, "the distribution of the next token is not finite or does not sum to 1", "divergence"
+                )
             if self._is_degenerate(answers, entropies):
-                self._guard.alarm(step, f"the model repeats itself, as in {self._decode(answers[0])!r}")
+                self._guard.alarm(step, f"the model repeats itself, as in {self._decode(answers[0])!r}", "divergence")
 
     def _until_end(self, answer: list[int]) -> list[int]:
         end = next((index for index, token in enumerate(answer) if token in self._end_ids), len(answer))

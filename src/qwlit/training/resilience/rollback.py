@@ -4,10 +4,11 @@ The journal is part of every later checkpoint's manifest. Data and learning rate
 step and the journal, so a resumed run repeats what the run did.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from qwlit.core.errors import ConfigError, GuardStop
 from qwlit.core.files import read_json_lines
@@ -15,34 +16,42 @@ from qwlit.data.step_plan import SkippedData
 from qwlit.optim.schedules import LearningRateCut
 from qwlit.training.tracking.run_folder import RunFolder
 
-STABLE_STEPS = 100
-"""A checkpoint is stable after so many steps without a skip and without an alarm: what led to a divergence may be in
-the weights before the loss shows it."""
+STABLE_STEPS, FEWEST_STABLE_STEPS, STABLE_SHARE = 100, 10, 0.1
+"""A checkpoint is stable after so many healthy steps: what leads to a divergence may be in the weights before the loss
+shows it. In runs of less than 1,000 steps a tenth of the run is enough, but at least the second number."""
 LR_FACTOR, WARMUP_STEPS = 0.5, 20
-"""After a rollback for divergence the learning rate is multiplied by the factor, after a warm-up of so many steps."""
+"""A rollback for divergence multiplies the learning rate by the factor, after a warm-up of so many steps."""
+DATA_MARGIN = 50
+"""The run passes over the samples since the checkpoint and those of so many steps more: bad data come in bursts (PaLM
+skipped 200 to 500 batches, Chowdhery et al. 2022, section 5.1)."""
 EVENT, JOURNAL = "rollback", "rollbacks"
 """The name of the event in events.jsonl, and the key in the checkpoint's manifest."""
+
+
+Cause = Literal["state", "data", "divergence"]
+"""What a rollback has against: a damaged state (the same samples follow, at the same learning rate), samples (other
+samples follow), or both samples and learning rate."""
 
 
 class RollbackNeeded(GuardStop):
     """The run must go back. Every rank raises it at the same step; `run.fit` goes back and trains further."""
 
     def __init__(
-        self, step: int, reason: str, *, keeps_recipe: bool, unhealthy: tuple[int, ...], skipped_steps: int
+        self, step: int, reason: str, cause: Cause, *, is_stable: Callable[[int], bool], skipped_steps: int
     ) -> None:
-        """Args as in `Rollback`; `unhealthy`: the steps that were skipped or raised an alarm."""
+        """Args as in `Rollback`; `is_stable`: whether the checkpoint of a step is."""
         super().__init__(f"stopped at step {step}: {reason}")
-        self.step, self.reason, self.keeps_recipe = step, reason, keeps_recipe
-        self.unhealthy, self.skipped_steps = unhealthy, skipped_steps
+        self.step, self.reason, self.cause = step, reason, cause
+        self._is_stable, self._skipped_steps = is_stable, skipped_steps
 
     def allows(self, checkpoint: int) -> bool:
         """Whether the run may go back to the checkpoint of this step."""
         # A checkpoint holds finite values only, so where the state was damaged the newest one will do.
-        return checkpoint < self.step and (self.keeps_recipe or is_stable(checkpoint, self.unhealthy, self.step))
+        return checkpoint < self.step and (self.cause == "state" or self._is_stable(checkpoint))
 
     def going_to(self, target: int) -> "Rollback":
         """Return the decision to go back to this step."""
-        return Rollback(self.step, target, self.reason, self.keeps_recipe, self.skipped_steps)
+        return Rollback(self.step, target, self.reason, self.cause, self._skipped_steps)
 
 
 @dataclass(frozen=True)
@@ -54,35 +63,48 @@ class Rollback:
     to_step: int
     """The step of the checkpoint; 0 for the start of the run."""
     reason: str
-    keeps_recipe: bool
-    """Whether the same samples follow at the same learning rate: the state was damaged, and no sample is to blame."""
+    cause: Cause
     skipped_steps: int
     """Steps that the optimizer skipped, from the start of the run to `from_step`, in all branches."""
 
     @property
     def skipped_data(self) -> SkippedData:
-        return SkippedData(self.to_step, 0 if self.keeps_recipe else self.from_step - self.to_step)
+        return SkippedData(self.to_step, 0 if self.cause == "state" else self.from_step - self.to_step + DATA_MARGIN)
 
     @property
     def lr_cut(self) -> LearningRateCut:
-        factor, warmup = (1.0, 0) if self.keeps_recipe else (LR_FACTOR, WARMUP_STEPS)
+        factor, warmup = (LR_FACTOR, WARMUP_STEPS) if self.cause == "divergence" else (1.0, 0)
         return LearningRateCut(self.to_step, factor, warmup)
 
     def describe(self, peak_lr: float) -> str:
         """Return a line about what the run does now, `peak_lr` being the peak learning rate from now on."""
         back = f"back to step {self.to_step}" if self.to_step else "back to the start"
-        if self.keeps_recipe:
-            return f"step {self.from_step}: {self.reason}; {back}, with the same data and learning rate"
-        return (
-            f"step {self.from_step}: {self.reason}; {back}, without the data of the steps since then, peak learning"
-            f" rate {peak_lr:g} after {WARMUP_STEPS} steps of warm-up"
-        )
+        data = "the same data" if self.cause == "state" else f"without the data of {self.skipped_data.num_steps} steps"
+        cut = f"peak learning rate {peak_lr:g} after {WARMUP_STEPS} steps of warm-up"
+        lr = cut if self.cause == "divergence" else "the same learning rate"
+        return f"step {self.from_step}: {self.reason}; {back}, {data}, {lr}"
 
 
-def is_stable(checkpoint: int, unhealthy: Iterable[int], step: int) -> bool:
-    """Whether the checkpoint has `STABLE_STEPS` steps behind it, none of which is unhealthy."""
-    end = checkpoint + STABLE_STEPS
-    return end <= step and not any(checkpoint < bad <= end for bad in unhealthy)
+@dataclass
+class Health:
+    """Which steps were unhealthy, and so which checkpoints are stable."""
+
+    total_steps: int
+    unhealthy: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
+    """Newest steps that were skipped or in which a rule saw the loss or the norm too high."""
+
+    @property
+    def stable_steps(self) -> int:
+        """How many healthy steps make a checkpoint stable."""
+        return min(STABLE_STEPS, max(FEWEST_STABLE_STEPS, int(STABLE_SHARE * self.total_steps)))
+
+    def may_become_stable(self, checkpoint: int) -> bool:
+        """Whether none of the steps after the checkpoint that decide about it has been unhealthy so far."""
+        return not any(checkpoint < bad <= checkpoint + self.stable_steps for bad in self.unhealthy)
+
+    def is_stable(self, checkpoint: int, step: int) -> bool:
+        """Whether the checkpoint has enough healthy steps behind it when `step` steps are done."""
+        return checkpoint + self.stable_steps <= step and self.may_become_stable(checkpoint)
 
 
 def journal_entry(rollback: Rollback) -> dict[str, Any]:
@@ -115,8 +137,10 @@ def read_journal(folder: RunFolder, step: int, manifest: dict[str, Any]) -> tupl
 def _checked(entry: Any, path: Path) -> Rollback:
     try:
         rollback = Rollback(**entry)
-        kinds = (int, int, str, bool, int)
-        if [type(value) for value in vars(rollback).values()] != [*kinds] or rollback.from_step < rollback.to_step:
+        kinds = [int, int, str, str, int]
+        if [type(value) for value in vars(rollback).values()] != kinds or rollback.from_step < rollback.to_step:
+            raise ValueError
+        if rollback.cause not in get_args(Cause):
             raise ValueError
     except (TypeError, ValueError):
         raise ConfigError(

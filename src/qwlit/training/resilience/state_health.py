@@ -99,10 +99,10 @@ class StateHealth(Callback):
             problems, sums = results[: len(test.tensors)], results[len(test.tensors) :]
             largest, negated = sums[: len(test.weights)], sums[len(test.weights) :]
             if any(high != -low for high, low in zip(largest, negated, strict=True)):
-                self._guard.damaged(test.step, _describe_drift(test))
+                self._guard.alarm(test.step, _describe_drift(test), "state")
             for name, problem in zip(test.tensors, problems, strict=True):
                 if problem:
-                    self._guard.damaged(test.step, f"{name} {PROBLEMS[int(problem)]}")
+                    self._guard.alarm(test.step, f"{name} {PROBLEMS[int(problem)]}", "state")
 
 
 def find_problems(state: dict[str, Tensor], device: torch.device) -> Tensor:

@@ -1,0 +1,103 @@
+"""`python -m tests.faults.faulty train …`: qwlit with numeric faults planted into steps, on every rank that it starts.
+
+QWLIT_FAULTS is a JSON list of {"kind", "steps", "rank", "value"}; without a rank it is on every rank. A fault belongs
+to the samples of these steps, counted from 1, in a run without a rollback. It happens once, unless "again" is true.
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+from qwlit.core.sharding import local
+from qwlit.training.module import CausalLMModule
+
+done: set[tuple[int, int]] = set()
+
+
+def due(module, position):
+    """The faults on this rank at the step whose samples these are."""
+    found = []
+    for index, fault in enumerate(json.loads(os.environ.get("QWLIT_FAULTS", "[]"))):
+        here = fault.get("rank") in (None, module.global_rank)
+        if position in fault["steps"] and here and (fault.get("again") or (index, position) not in done):
+            done.add((index, position))
+            found.append(fault)
+    return found
+
+
+def first_layer(module):
+    return next(part for name, part in module.named_modules() if name.endswith("down_proj"))
+
+
+def plant_state(module, fault):
+    """Change a weight, or a moment of it, or one bit of it."""
+    weight = next(p for p in first_layer(module).parameters() if p.requires_grad)
+    values = local(weight.data).view(-1)
+    if fault["kind"] == "parameter":
+        values[0] = float(fault["value"])
+    elif fault["kind"] == "flip":
+        # The second highest bit of the mantissa: the value stays plausible.
+        values[:1].view(torch.int32).bitwise_xor_(1 << 21)
+    elif fault["kind"] in ("exp_avg", "exp_avg_sq"):
+        state = module.optimizers(use_pl_optimizer=False).state[weight]
+        local(state[fault["kind"]]).view(-1)[0] = float(fault["value"])
+
+
+class Faults:
+    """The faults of the step that runs."""
+
+    now: tuple = ()
+
+    @classmethod
+    def value(cls, kind):
+        """The product of the values of this kind; None where there is none."""
+        found = [float(fault["value"]) for fault in cls.now if fault["kind"] == kind]
+        return found[0] if found else None
+
+
+def change_loss(module, args, out):
+    added, factor = Faults.value("loss"), Faults.value("scale")
+    return out._replace(loss_sum=(out.loss_sum + (added or 0.0)) * (factor or 1.0))
+
+
+def change_gradient(module, args, out):
+    if (factor := Faults.value("gradient")) is not None and out.requires_grad:
+        out.register_hook(lambda gradient: gradient * factor)
+
+
+def plant():
+    """Patch the module."""
+    step, backward, over_ranks = (getattr(CausalLMModule, n) for n in ("training_step", "_backward", "_over_ranks"))
+
+    def training_step(self, batch, batch_idx):
+        # After a rollback another module has the same model.
+        if not hasattr(self.loss_model, "planted"):
+            self.loss_model.planted = True
+            self.loss_model.register_forward_hook(change_loss)
+            first_layer(self).register_forward_hook(change_gradient)
+        plan = self.trainer.datamodule.plan
+        passed_over = sum(data.num_steps for data in plan.skipped_data if batch.step >= data.from_step)
+        Faults.now = due(self, batch.step + passed_over + 1)
+        for fault in Faults.now:
+            plant_state(self, fault)
+        step(self, batch, batch_idx)
+
+    def scaled_backward(self, micro, count):
+        # Only the gradient is scaled.
+        return backward(self, micro, count) / (Faults.value("scale") or 1.0)
+
+    def changed_norm(self, loss_sum, grad_norm):
+        factor = Faults.value("norm")
+        return over_ranks(self, loss_sum, grad_norm if factor is None else grad_norm * factor)
+
+    CausalLMModule.training_step, CausalLMModule._backward = training_step, scaled_backward
+    CausalLMModule._over_ranks = changed_norm
+
+
+if __name__ == "__main__":
+    from qwlit.__main__ import main
+
+    plant()
+    sys.exit(main())

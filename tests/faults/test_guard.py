@@ -1,0 +1,97 @@
+"""Numeric faults, alone and on two ranks: the run ends as one without the fault does, and no fault reaches a weight.
+
+`QWLIT_LONG=1 pytest tests/faults/test_guard.py` plants every kind with every seed and strategy, 300 runs; else a sample.
+"""
+
+import json
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.long import LONG
+from tests.runs.runs import ENVIRONMENT, TINY, WarmProcess, assert_same_run, interpreter, rows, summary, weights
+
+STRATEGIES = {
+    "alone": [],
+    "ddp": ["hardware.devices=2", "hardware.strategy=ddp"],
+    "fsdp": ["hardware.devices=2", "hardware.strategy=fsdp"],
+}
+RUN = [
+    *TINY,
+    *("data=demo", "data.exact_match=0", "train.global_batch_size=8", "train.max_steps=60"),
+    *("train.max_epochs=null", "optim.lr=3e-3", "scheduler.warmup_steps=5", "checkpoint.every_steps=10"),
+    *("checkpoint.each_epoch=false", "validation.each_epoch=false", "validation.every_steps=60"),
+]
+NAN, INF = "nan", "inf"
+
+
+def steps(*numbers: int) -> list[int]:
+    return [*numbers]
+
+
+KINDS = {
+    "NaN loss": [{"kind": "loss", "steps": steps(30), "value": NAN}],
+    "+Inf loss": [{"kind": "loss", "steps": steps(30), "value": INF}],
+    "-Inf loss on one rank": [{"kind": "loss", "steps": steps(30), "value": "-inf", "rank": 0}],
+    "NaN gradient on one rank": [{"kind": "gradient", "steps": steps(30), "value": NAN, "rank": 0}],
+    "NaN on one rank after the exchange": [{"kind": "norm", "steps": steps(30), "value": NAN, "rank": 0}],
+    "norm x 10": [{"kind": "scale", "steps": steps(30), "value": 10}],
+    "norm x 30": [{"kind": "scale", "steps": steps(30), "value": 30}],
+    "norm x 100": [{"kind": "scale", "steps": steps(30), "value": 100}],
+    "burst of 20": [{"kind": "scale", "steps": steps(*range(30, 50)), "value": 100}],
+    "2 of every 3": [{"kind": "loss", "steps": [s for s in range(20, 44) if s % 3], "value": NAN}],
+    "NaN parameter": [{"kind": "parameter", "steps": steps(33), "value": NAN}],
+    "Inf parameter": [{"kind": "parameter", "steps": steps(33), "value": INF}],
+    "1e20 parameter": [{"kind": "parameter", "steps": steps(33), "value": 1e20}],
+    "NaN moment": [{"kind": "exp_avg", "steps": steps(33), "value": NAN}],
+    "Inf moment": [{"kind": "exp_avg_sq", "steps": steps(33), "value": INF}],
+    "negative moment": [{"kind": "exp_avg_sq", "steps": steps(33), "value": -1}],
+}
+ONE_SKIP = {kind for kind in KINDS if "loss" in kind or "gradient" in kind or "norm" in kind or "exchange" in kind}
+SAMPLE = [
+    ("-Inf loss on one rank", "ddp"),
+    ("NaN on one rank after the exchange", "ddp"),
+    ("norm x 30", "alone"),
+    ("burst of 20", "fsdp"),
+    ("1e20 parameter", "alone"),
+    ("NaN moment", "ddp"),
+]
+EVERY = [(kind, strategy) for kind in KINDS for strategy in STRATEGIES]
+SEEDS = range(7) if LONG else [0]
+
+
+def faulty(name: str, faults: list, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    environment = ENVIRONMENT | {"QWLIT_FAULTS": json.dumps(faults)}
+    command = [interpreter(), "-m", "tests.faults.faulty", "train", *RUN, *more, f"run.name={name}"]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> dict[int, float]:
+    """The last val/loss of runs without a fault, by seed; the first two say how far it may be from that."""
+    folder = tmp_path_factory.mktemp("clean")
+    found = {}
+    for seed in {0, 1, *SEEDS}:
+        done = faulty(str(seed), [], folder, f"seed={seed}")
+        assert done.returncode == 0, done.stderr
+        found[seed] = summary(folder / "runs" / str(seed))["val_loss_best"]
+    return found
+
+
+@pytest.mark.parametrize(("kind", "strategy"), EVERY if LONG else SAMPLE)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_fault_reaches_no_weight_and_the_run_ends_as_one_without_it(kind, strategy, seed, clean, tmp_path):
+    done = faulty("a", KINDS[kind], tmp_path, f"seed={seed}", *STRATEGIES[strategy])
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "a"
+    end = summary(run)
+    assert (end["status"], end["steps"]) == ("done", 60)
+    assert (end["skipped_steps"], end["rollbacks"]) == (1, 0) if kind in ONE_SKIP else end["rollbacks"] == 1
+    assert all(torch.isfinite(weight).all() for weight in weights(run).values())
+    assert end["val_loss_best"] == pytest.approx(clean[seed], abs=0.15)
