@@ -105,7 +105,9 @@ class Judged:
         self.alarms: list[tuple[int, str]] = []
         guard = SimpleNamespace(alarm=lambda step, reason, cause: self.alarms.append((step, reason)))
         nothing = SimpleNamespace(append_sample=lambda *sample: None, record=lambda *record: None)
-        self.probe = Probe(guard, nothing, telemetry=nothing, every_steps=1, prompts=PROMPTS, end_ids={0}, decode=None)
+        self.probe = Probe(
+            guard, nothing, telemetry=nothing, every_steps=1, total_steps=99, prompts=PROMPTS, end_ids={0}, decode=None
+        )
 
     def judge(self, step, answers, entropy, *, wrong=False):
         tokens = [token for column in zip(*answers, strict=True) for token in column]

@@ -32,6 +32,7 @@ def build_probe(run: "TrainingRun", guard: Guard, telemetry: Telemetry) -> Probe
         run.folder,
         telemetry=telemetry,
         every_steps=every_steps,
+        total_steps=run.data.steps.milestones.total_steps,
         prompts=probe_prompts(split.train if split.validation is None else split.validation),
         end_ids=ends,
         decode=None if tokenized.tokenizer is None else tokenized.tokenizer.decode,

@@ -16,6 +16,7 @@ from qwlit.core.metric import set_loss_key
 from qwlit.model.compile import compile_seconds
 from qwlit.model.flops import Flops
 from qwlit.training.async_readback import AsyncReadback
+from qwlit.training.group_telemetry import GroupTelemetry
 from qwlit.training.machine import Machine
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
@@ -43,12 +44,19 @@ class Telemetry(Callback):
         listeners: tuple[Listener, ...],
         flops: Flops,
         machine: Machine,
+        groups: GroupTelemetry | None = None,
     ) -> None:
-        """`listeners` are called with every record, beside the Trainer's loggers."""
+        """Create the callback.
+
+        Args:
+            listeners: called with every record, beside the Trainer's loggers.
+            groups: measures more for the records of logged steps.
+        """
+        self._groups = groups
         self._milestones = milestones
         self._trainer: Trainer
         self._listeners = listeners
-        self._reader: AsyncReadback[tuple[int, Record]] = AsyncReadback()
+        self._reader: AsyncReadback[tuple[int, Record, tuple[str, ...]]] = AsyncReadback()
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._supervised = 0
         self._flops = flops
@@ -112,14 +120,16 @@ class Telemetry(Callback):
         }
         if self._peak_flops and flops_per_second:
             record["throughput/mfu"] = flops_per_second / self._peak_flops
-        values = torch.stack([loss_sum / self._supervised, module.outcome.grad_norm.double()])
+        measured = self._groups.measure() if self._groups else {}
+        values = [loss_sum / self._supervised, module.outcome.grad_norm, *measured.values()]
         # The numbers arrive later; `_write` completes the record with them.
-        self._reader.push((step, record), values)
+        self._reader.push((step, record, tuple(measured)), torch.stack([value.double() for value in values]))
         self._supervised = 0
 
     def _write(self, *, wait: bool) -> None:
-        for (step, record), (loss, grad_norm) in self._reader.pop(wait=wait):
+        for (step, record, names), (loss, grad_norm, *more) in self._reader.pop(wait=wait):
             complete = {"train/loss": loss, "optim/grad_norm": grad_norm, **record}
+            complete |= dict(zip(names, more, strict=True))
             self.first_loss = loss if self.first_loss is None else self.first_loss
             self.last_loss = loss
             # Lightning's own `log` would cost 2 to 3 ms, and `state_dict` may not call it.

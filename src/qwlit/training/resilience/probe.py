@@ -50,6 +50,7 @@ class Probe(Callback):
         *,
         telemetry: Telemetry,
         every_steps: int,
+        total_steps: int,
         prompts: Sequence[Sequence[int]],
         end_ids: Collection[int],
         decode: Callable[[list[int]], str] | None,
@@ -64,7 +65,7 @@ class Probe(Callback):
         self._guard = guard
         self._folder = folder
         self._telemetry = telemetry
-        self._every_steps = every_steps
+        self._every_steps, self._total_steps = every_steps, total_steps
         self._prompts = [list(prompt[-PROMPT_TOKENS:]) for prompt in prompts]
         self._end_ids = frozenset(end_ids)
         self._decode = decode or str
@@ -90,16 +91,18 @@ class Probe(Callback):
         if step % self._every_steps == 0:
             numbers = probe(pl_module, self._prompts, trainer.precision_plugin.forward_context())
             self._reader.push(step, _agree(numbers) if trainer.world_size > 1 else numbers)
+        if step == self._total_steps:
+            self._judge()
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
-        self._judge()
+        self._judge()  # early stopping ends the run before its last step
 
     def _judge(self) -> None:
         for step, (is_wrong, *numbers) in self._reader.pop(wait=True):
             statistics, rest = numbers[: len(STATISTICS)], numbers[len(STATISTICS) :]
             entropies, tokens = rest[: len(self._prompts)], [int(token) for token in rest[len(self._prompts) :]]
             answers = [self._until_end(tokens[row :: len(self._prompts)]) for row in range(len(self._prompts))]
-            self._telemetry.record(step, dict(zip(STATISTICS, statistics, strict=True)))
+            self._telemetry.record(step, {**dict(zip(STATISTICS, statistics, strict=True))})
             for prompt, answer, entropy in zip(self._prompts, answers, entropies, strict=True):
                 self._folder.append_sample(step, self._decode(prompt), self._decode(answer), entropy)
             if is_wrong:
