@@ -3,12 +3,8 @@
 Shapes: B sequences, T positions, N label positions, H query heads, G key heads, K width of a head, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Inspection:
@@ -16,8 +12,6 @@ class Inspection:
 
     logits: Tensor
     """(N, V) float32, at the label positions."""
-    activation_norm: Tensor
-    """float32 scalar: root mean square of the last layer's output at the label positions, before the final norm."""
 
     def __init__(self, lengths: Tensor) -> None:
         """`lengths`: (B,) tokens of each sequence, without padding."""
@@ -38,16 +32,3 @@ class Inspection:
         is_token = positions < self._lengths[:, None]  # (B, T)
         seen = causal & is_token[:, None, :, None]
         self._attention_logits.append(torch.where(seen, scores, -torch.inf).amax().float())
-
-    @contextmanager
-    def observing_last_layer(self, final_norm: nn.Module) -> Iterator[None]:
-        """In the block, take what the model's final norm reads."""
-
-        def take(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.activation_norm = args[0].float().square().mean().sqrt()
-
-        handle = final_norm.register_forward_pre_hook(take)
-        try:
-            yield
-        finally:
-            handle.remove()

@@ -3,7 +3,6 @@
 Shapes: B sequences, T positions, N label positions, D hidden.
 """
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -63,20 +62,18 @@ class LossModel(nn.Module):
         embedded = embed(self.causal_lm, micro.input_ids)  # (B, T, D)
         if self.neftune_alpha and self.training:
             embedded = add_neftune_noise(embedded, micro, self.neftune_alpha)
-        final_norm = self.family.final_norm(self.causal_lm)
-        with nullcontext() if inspection is None else inspection.observing_last_layer(final_norm):
-            supervised = self.causal_lm.model(
-                inputs_embeds=embedded,
-                position_ids=micro.position_ids,
-                use_cache=False,
-                attention_kernel=kernel,
-                cu_seqlens=micro.cu_seqlens,
-                max_seqlen=micro.max_seqlen,
-                # A tuple would make the compiler recompile a layer for each packing, and varlen does not need it.
-                document_lengths=None if kernel == "varlen" else micro.document_lengths,
-                label_positions=micro.label_positions,
-                inspection=inspection,
-            ).last_hidden_state  # (N, D)
+        supervised = self.causal_lm.model(
+            inputs_embeds=embedded,
+            position_ids=micro.position_ids,
+            use_cache=False,
+            attention_kernel=kernel,
+            cu_seqlens=micro.cu_seqlens,
+            max_seqlen=micro.max_seqlen,
+            # A tuple would make the compiler recompile a layer for each packing, and varlen does not need it.
+            document_lengths=None if kernel == "varlen" else micro.document_lengths,
+            label_positions=micro.label_positions,
+            inspection=inspection,
+        ).last_hidden_state  # (N, D)
         weight = self.family.head_weight(self.causal_lm)
         if inspection is not None:
             inspection.logits = (supervised.to(weight.dtype) @ weight.T).float()

@@ -15,7 +15,6 @@ from qwlit.core.errors import QwlitError
 from qwlit.run.probe import build_probe
 from qwlit.training.checkpointing.saving import Checkpointing
 from qwlit.training.checkpointing.writer import CheckpointWriter
-from qwlit.training.group_telemetry import GroupTelemetry
 from qwlit.training.profiler import ProfileSteps
 from qwlit.training.resilience.guard import Guard
 from qwlit.training.resilience.hang_watchdog import HangWatchdog
@@ -23,6 +22,7 @@ from qwlit.training.resilience.preemption import StopOnSignal
 from qwlit.training.resilience.rank_consistency import RankConsistency
 from qwlit.training.resilience.rollback import JOURNAL, journal_entry
 from qwlit.training.resilience.state_health import StateHealth
+from qwlit.training.step_gauges import StepGauges
 from qwlit.training.telemetry import Listener, Telemetry, peak_memory_gib
 from qwlit.training.tracking.determinism_trace import DeterminismTrace
 from qwlit.training.tracking.progress import ProgressDisplay
@@ -73,8 +73,8 @@ def build_trainer_with_callbacks(
     config, folder, machine, milestones = run.config, run.folder, run.plan.machine, run.data.steps.milestones
     display = ProgressDisplay(console(), milestones.total_steps)
     listeners = (folder.append_metrics, display.show, *([wandb_run.log] if wandb_run else []), *listeners)
-    groups = GroupTelemetry(milestones, config.train.max_grad_norm) if config.guard.enabled else None
-    telemetry = Telemetry(milestones, listeners, run.plan.flops, machine, groups)
+    gauges = StepGauges(milestones, config.train.max_grad_norm) if config.guard.enabled else None
+    telemetry = Telemetry(milestones, listeners, run.plan.flops, machine, gauges)
     guard = Guard(
         config.guard,
         folder,
@@ -112,7 +112,7 @@ def build_trainer_with_callbacks(
     callbacks.append(guard)
     if config.guard.enabled:
         callbacks.append(StateHealth(milestones, guard))
-    callbacks += [groups, telemetry] if groups else [telemetry]
+    callbacks += [gauges, telemetry] if gauges else [telemetry]
     if probe := build_probe(run, guard, telemetry):
         callbacks.append(probe)
     callbacks += [ScheduleValidation(milestones), checkpointing, display]

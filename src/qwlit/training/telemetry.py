@@ -16,10 +16,10 @@ from qwlit.core.metric import set_loss_key
 from qwlit.model.compile import compile_seconds
 from qwlit.model.flops import Flops
 from qwlit.training.async_readback import AsyncReadback
-from qwlit.training.group_telemetry import GroupTelemetry
 from qwlit.training.machine import Machine
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
+from qwlit.training.step_gauges import StepGauges
 
 Record = dict[str, float | None]
 """A record of metrics.jsonl, without its step."""
@@ -44,15 +44,15 @@ class Telemetry(Callback):
         listeners: tuple[Listener, ...],
         flops: Flops,
         machine: Machine,
-        groups: GroupTelemetry | None = None,
+        gauges: StepGauges | None = None,
     ) -> None:
         """Create the callback.
 
         Args:
             listeners: called with every record, beside the Trainer's loggers.
-            groups: measures more for the records of logged steps.
+            gauges: measures more for the records of logged steps.
         """
-        self._groups = groups
+        self._gauges = gauges
         self._milestones = milestones
         self._trainer: Trainer
         self._listeners = listeners
@@ -120,7 +120,7 @@ class Telemetry(Callback):
         }
         if self._peak_flops and flops_per_second:
             record["throughput/mfu"] = flops_per_second / self._peak_flops
-        measured = self._groups.measure() if self._groups else {}
+        measured = self._gauges.take() if self._gauges else {}
         values = [loss_sum / self._supervised, module.outcome.grad_norm, *measured.values()]
         # The numbers arrive later; `_write` completes the record with them.
         self._reader.push((step, record, tuple(measured)), torch.stack([value.double() for value in values]))

@@ -37,7 +37,7 @@ REPEATED_TOKENS, MOST_DISTINCT, LOW_ENTROPY = 8, 2, 0.1
 a mean entropy below the last number, in nats."""
 DEGENERATE_PROBES = 2
 """So many degenerate probes in a row are an alarm, if one before them was not degenerate."""
-STATISTICS = ("model/max_logit", "model/max_attention_logit", "model/activation_norm")
+STATISTICS = ("model/max_logit", "model/max_attention_logit")
 
 
 class Probe(Callback):
@@ -130,7 +130,7 @@ def probe(module: CausalLMModule, prompts: list[list[int]], precision: AbstractC
     """Answer the prompts greedily, without waiting for the device and without a trace in the module.
 
     Returns:
-        (1 + 3 + P + A * P,) float64: 1.0 if a distribution is wrong, the STATISTICS, the mean entropy of each answer's
+        (1 + 2 + P + A * P,) float64: 1.0 if a distribution is wrong, the STATISTICS, the mean entropy of each answer's
         distributions in nats, and the tokens, answer position by answer position.
     """
     model = module.loss_model
@@ -167,7 +167,7 @@ def _answer(model: LossModel, prompts: list[list[int]], device: torch.device) ->
         largest = torch.maximum(largest, inspection.logits.abs().amax())
         tokens.append(inspection.logits.argmax(-1))
         ids[row_numbers, lengths] = tokens[-1]
-    statistics = torch.stack([largest, inspection.max_attention_logit, inspection.activation_norm])
+    statistics = torch.stack([largest, inspection.max_attention_logit])
     return torch.cat([is_wrong[None].double(), statistics.double(), entropies.double(), torch.cat(tokens).double()])
 
 
