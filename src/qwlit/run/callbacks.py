@@ -16,6 +16,7 @@ from qwlit.run.probe import build_probe
 from qwlit.training.checkpointing.saving import Checkpointing
 from qwlit.training.checkpointing.writer import CheckpointWriter
 from qwlit.training.profiler import ProfileSteps
+from qwlit.training.resilience.growth import SlowDivergence
 from qwlit.training.resilience.guard import Guard
 from qwlit.training.resilience.hang_watchdog import HangWatchdog
 from qwlit.training.resilience.preemption import StopOnSignal
@@ -73,8 +74,6 @@ def build_trainer_with_callbacks(
     config, folder, machine, milestones = run.config, run.folder, run.plan.machine, run.data.steps.milestones
     display = ProgressDisplay(console(), milestones.total_steps)
     listeners = (folder.append_metrics, display.show, *([wandb_run.log] if wandb_run else []), *listeners)
-    gauges = StepGauges(milestones, config.train.max_grad_norm) if config.guard.enabled else None
-    telemetry = Telemetry(milestones, listeners, run.plan.flops, machine, gauges)
     guard = Guard(
         config.guard,
         folder,
@@ -82,6 +81,7 @@ def build_trainer_with_callbacks(
         total_steps=milestones.total_steps,
         rollbacks=run.rollbacks,
     )
+    telemetry, watching = _watching(run, guard, listeners)
     identity = {
         "world_size": machine.world_size,
         "recipe": recipe_fingerprint(config),
@@ -109,13 +109,7 @@ def build_trainer_with_callbacks(
     patience = config.validation.early_stopping_patience
     if patience is not None and milestones.next_validation(0) is not None:
         callbacks.append(EarlyStoppingOnValLoss(patience))
-    callbacks.append(guard)
-    if config.guard.enabled:
-        callbacks.append(StateHealth(milestones, guard))
-    callbacks += [gauges, telemetry] if gauges else [telemetry]
-    if probe := build_probe(run, guard, telemetry):
-        callbacks.append(probe)
-    callbacks += [ScheduleValidation(milestones), checkpointing, display]
+    callbacks += [guard, *watching, ScheduleValidation(milestones), checkpointing, display]
     if config.determinism != "fast":
         callbacks.append(DeterminismTrace(milestones, folder))
     if config.profile.steps is not None:
@@ -142,3 +136,18 @@ def build_trainer_with_callbacks(
         record_failure=record_failure,
     )
     return TrainerWithCallbacks(trainer, telemetry, guard, checkpointing)
+
+
+def _watching(run: "TrainingRun", guard: Guard, listeners: Sequence[Listener]) -> tuple[Telemetry, list[Callback]]:
+    """Return Telemetry, and with it the callbacks that raise alarms, in their order."""
+    config, machine, milestones = run.config, run.plan.machine, run.data.steps.milestones
+    if not config.guard.enabled:
+        telemetry = Telemetry(milestones, listeners, run.plan.flops, machine)
+        return telemetry, [telemetry]
+    growth = [SlowDivergence(guard)] if config.model.init == "pretrained" else []
+    gauges = StepGauges(milestones, config.train.max_grad_norm)
+    readers = (*listeners, *(rule.read for rule in growth))
+    telemetry = Telemetry(milestones, readers, run.plan.flops, machine, gauges)
+    probe = build_probe(run, guard, telemetry)
+    # Telemetry reads the gauges. Its state calls the rules before their own state is saved.
+    return telemetry, [StateHealth(milestones, guard), gauges, telemetry, *([probe] if probe else []), *growth]

@@ -20,7 +20,7 @@ SHORTEST_PROMPT, BEGINNING = 4, 16
 def build_probe(run: "TrainingRun", guard: Guard, telemetry: Telemetry) -> Probe | None:
     """Build the probe; None where the settings want none."""
     every_steps = run.config.guard.probe_every_steps
-    if not run.config.guard.enabled or every_steps is None:
+    if every_steps is None:
         return None
     tokenized, split = run.data.tokenized, run.data.split
     chat, plain = tokenized.encoder.chat, tokenized.encoder.tokenizer

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Telemetry(Callback):
     def __init__(
         self,
         milestones: Milestones,
-        listeners: tuple[Listener, ...],
+        listeners: Sequence[Listener],
         flops: Flops,
         machine: Machine,
         gauges: StepGauges | None = None,

@@ -37,7 +37,8 @@ REPEATED_TOKENS, MOST_DISTINCT, LOW_ENTROPY = 8, 2, 0.1
 a mean entropy below the last number, in nats."""
 DEGENERATE_PROBES = 2
 """So many degenerate probes in a row are an alarm, if one before them was not degenerate."""
-STATISTICS = ("model/max_logit", "model/max_attention_logit")
+MAX_ATTENTION_LOGIT = "model/max_attention_logit"
+STATISTICS = ("model/max_logit", MAX_ATTENTION_LOGIT)
 
 
 class Probe(Callback):
