@@ -1,10 +1,12 @@
 """Numeric faults, alone and on two ranks: the run ends as one without the fault does, and no fault reaches a weight.
 
-`QWLIT_LONG=1 pytest tests/faults/test_guard.py` plants every kind with every seed and strategy, 300 runs; else a sample.
+`QWLIT_LONG=1 pytest tests/faults/test_guard.py` plants every kind with every seed and strategy, 336 runs, and kills 30
+times; else it does a sample of both.
 """
 
 import json
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +15,19 @@ import pytest
 import torch
 
 from tests.long import LONG
-from tests.runs.runs import ENVIRONMENT, TINY, WarmProcess, assert_same_run, interpreter, rows, summary, weights
+from tests.runs.runs import (
+    ENVIRONMENT,
+    TINY,
+    WarmProcess,
+    assert_same_run,
+    interpreter,
+    qwlit_process,
+    rows,
+    steps_logged,
+    summary,
+    warm_command,
+    weights,
+)
 
 STRATEGIES = {
     "alone": [],
@@ -95,3 +109,43 @@ def test_a_fault_reaches_no_weight_and_the_run_ends_as_one_without_it(kind, stra
     assert (end["skipped_steps"], end["rollbacks"]) == (1, 0) if kind in ONE_SKIP else end["rollbacks"] == 1
     assert all(torch.isfinite(weight).all() for weight in weights(run).values())
     assert end["val_loss_best"] == pytest.approx(clean[seed], abs=0.15)
+
+
+DIVERGES = [*RUN, "optim.lr=1", "preflight.allow=[full_lr]", "checkpoint.every_steps=5", "train.max_steps=50"]
+KILLS = 10 if LONG else 2
+
+
+def decisions(run: Path) -> list[dict]:
+    return [
+        {key: value for key, value in row.items() if key != "time"}
+        for row in rows(run, "events.jsonl")
+        if row["event"] in ("skip", "rollback")
+    ]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES if LONG else ["alone"])
+def test_kills_around_a_rollback_and_its_warmup_change_nothing(strategy, tmp_path):
+    settings = [*DIVERGES, *STRATEGIES[strategy]]
+    whole = qwlit_process(["train", *settings, "run.name=whole"], tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert [row["event"] for row in decisions(tmp_path / "runs/whole")] == ["rollback"]
+    run, dice = tmp_path / "runs" / "cut", random.Random(7)
+    kills = 0
+    while kills < KILLS:
+        process = WarmProcess(warm_command(["train", *settings, "run.name=cut"]), cwd=tmp_path, env=ENVIRONMENT)
+        # The run goes back at step 22; kill it a few steps before, in the warm-up after, or later.
+        before, more, deadline = steps_logged(run), dice.randint(1, 25), time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if abs(steps_logged(run) - before) >= more:
+                kills += 1
+                break
+            time.sleep(0.01)
+        process.kill()
+        process.wait(timeout=60)
+        if run.exists() and summary(run)["status"] == "done":
+            assert_same_run(tmp_path / "runs/whole", run)
+            shutil.rmtree(run)
+    done = qwlit_process(["train", *settings, "run.name=cut"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "runs/whole", run)
+    assert decisions(tmp_path / "runs/whole") == decisions(run)

@@ -36,6 +36,11 @@ class GuardStop(QwlitError, RuntimeError):
 
     exit_code = 3
 
+    def __init__(self, message: str, *, step: int | None = None) -> None:
+        """`step`: the step to look at; None where no step is to blame."""
+        super().__init__(message)
+        self.step = step
+
 
 class Preempted(QwlitError):
     """The scheduler needs the machine; the run is saved and resumes when it is started again.

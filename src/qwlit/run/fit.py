@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qwlit.core.errors import ConfigError, QwlitError
+from qwlit.core.errors import ConfigError, GuardStop, QwlitError
 from qwlit.core.ranks import mark_process_group_joined
 from qwlit.model.compile import failed_to_compile
 from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import init_adapter
 from qwlit.model.shard import is_sharded, shard_model
 from qwlit.run.callbacks import TrainerWithCallbacks, build_trainer_with_callbacks
+from qwlit.run.diagnosis import diagnose
 from qwlit.run.go_back import go_back
 from qwlit.run.modules import build_data_module, build_module
 from qwlit.run.resume import ResumePoint
@@ -74,6 +75,13 @@ def _fit(run: "TrainingRun", training: TrainerWithCallbacks, start: ResumePoint)
         _run(training, module, build_data_module(run.plan), start)
     except torch.OutOfMemoryError:
         raise out_of_memory(training.trainer, module, config.hardware, run.plan.machine) from None
+    except RollbackNeeded:
+        raise
+    except GuardStop as error:
+        if error.step:
+            diagnose(run, training.trainer, error.step, str(error))
+        kill_started_ranks(training.trainer)
+        raise
     except Exception as error:
         if not failed_to_compile(error):
             raise
@@ -100,8 +108,8 @@ def _run(training: TrainerWithCallbacks, module: CausalLMModule, data: StepDataM
         mark_process_group_joined()
     try:
         training.trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
-    except RollbackNeeded:
-        raise
+    except GuardStop:
+        raise  # every rank raises it at the same step, and they go on together
     except BaseException as error:
         failure: QwlitError | None = lost_rank(training.trainer, error)
         kill_started_ranks(training.trainer)

@@ -49,6 +49,8 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
         # A trial whose agent was killed must end: the next agent uses the same GPU.
         ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         die_with_parent(signum=signal.SIGUSR2 if ignored else signal.SIGINT)
+    if under_agent() and "guard.max_rollbacks" not in composed.typed:
+        composed = without_rollbacks(composed)
     # Before CUDA starts: CUDA reads the environment only once.
     prepare_determinism(composed.config.determinism)
     folder = run_folder(composed)
@@ -77,6 +79,12 @@ def resume_requeued(composed: Composed) -> Composed:
     """Return the settings of a requeued job: it resumes, so ignore `run.overwrite` and `resume`."""
     run = replace(composed.config.run, overwrite=False)
     return replace(composed, config=replace(composed.config, run=run, resume="auto"))
+
+
+def without_rollbacks(composed: Composed) -> Composed:
+    """Return the settings of a sweep's trial: one that halves its learning rate would be a trial of another one."""
+    guard = replace(composed.config.guard, max_rollbacks=0)
+    return replace(composed, config=replace(composed.config, guard=guard))
 
 
 def _nothing_to_do(folder: RunFolder, composed: Composed, *, is_done: bool) -> bool:

@@ -18,7 +18,7 @@ from qwlit.core.files import read_json_lines, resolve_path, write_json_atomic
 from qwlit.core.signals import answering_signals
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.space import keys_of
-from qwlit.tuning.trial import JsonlTail, last_message, start_training
+from qwlit.tuning.trial import JsonlTail, last_message, start_training, without_rollbacks
 
 STEPS, FEWEST_STEPS, HIGHEST_LR = 100, 20, 0.1
 # As in fastai's finder: smooth with a moving average of this weight; stop at four times the lowest smoothed loss.
@@ -86,7 +86,7 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
         "scheduler.min_lr_ratio": 1e-6,
     }
     overrides = [
-        *overrides,
+        *without_rollbacks(overrides),
         *(f"{key}={value}" for key, value in defaults.items() if key not in typed),
         "scheduler.name=range_test",
         "scheduler.warmup_steps=0",

@@ -13,12 +13,18 @@ from qwlit.core.errors import GuardStop, Interrupted, Preempted
 from qwlit.core.files import is_locked
 from qwlit.core.metric import Metric
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
+from qwlit.tuning.space import keys_of
 from qwlit.tuning.study import AssignedTrial, Outcome
 
 # Exit codes of a trial that was preempted or interrupted from outside: it resumes when it is started again.
 RESUMABLE = (Preempted.exit_code, Interrupted.exit_code)
 RESTARTS = 3
 """How often a killed trial is started again without a new step."""
+
+
+def without_rollbacks(overrides: list[str]) -> list[str]:
+    """Let a trial end where it would go back: with half of its learning rate it would be a trial of another one."""
+    return overrides if keys_of(overrides) & {"guard", "guard.max_rollbacks"} else [*overrides, "guard.max_rollbacks=0"]
 
 
 class JsonlTail:
@@ -86,7 +92,12 @@ class TrialRun:
         """`overrides` are all overrides of `train` except run.*; `folder` is the sweep's folder."""
         self.assigned = assigned
         self.run = RunFolder(folder / name_of(assigned.number))
-        self._overrides = [*overrides, f"run.root={folder}", f"run.name={self.run.path.name}", "run.overwrite=false"]
+        self._overrides = [
+            *without_rollbacks(overrides),
+            f"run.root={folder}",
+            f"run.name={self.run.path.name}",
+            "run.overwrite=false",
+        ]
         self._metric = metric
         self._environment = environment
         self._log = folder / "logs" / f"{self.run.path.name}.log"

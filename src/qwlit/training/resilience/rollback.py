@@ -41,17 +41,17 @@ class RollbackNeeded(GuardStop):
     ) -> None:
         """Args as in `Rollback`; `is_stable`: whether the checkpoint of a step is."""
         super().__init__(f"stopped at step {step}: {reason}")
-        self.step, self.reason, self.cause = step, reason, cause
+        self.from_step, self.reason, self.cause = step, reason, cause
         self._is_stable, self._skipped_steps = is_stable, skipped_steps
 
     def allows(self, checkpoint: int) -> bool:
         """Whether the run may go back to the checkpoint of this step."""
         # A checkpoint holds finite values only, so where the state was damaged the newest one will do.
-        return checkpoint < self.step and (self.cause == "state" or self._is_stable(checkpoint))
+        return checkpoint < self.from_step and (self.cause == "state" or self._is_stable(checkpoint))
 
     def going_to(self, target: int) -> "Rollback":
         """Return the decision to go back to this step."""
-        return Rollback(self.step, target, self.reason, self.cause, self._skipped_steps)
+        return Rollback(self.from_step, target, self.reason, self.cause, self._skipped_steps)
 
 
 @dataclass(frozen=True)

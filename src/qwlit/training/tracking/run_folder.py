@@ -42,7 +42,8 @@ from qwlit.core.streams import say
 from qwlit.core.waiting import NOTICE_SECONDS
 
 RUNNING, FINISHED = "running", "done"
-STREAMS = ("metrics.jsonl", "events.jsonl", "trace.jsonl", "samples.jsonl")
+METRICS = "metrics.jsonl"
+STREAMS = (METRICS, "events.jsonl", "trace.jsonl", "samples.jsonl")
 """Files to which a run appends a record at a time."""
 
 
@@ -100,7 +101,7 @@ class RunFolder:
             write_json_atomic(self.path / name, _jsonable(value))
 
     def append_metrics(self, step: int, record: Mapping[str, float | None]) -> None:
-        self._append("metrics.jsonl", {"step": step, **record})
+        self._append(METRICS, {"step": step, **record})
 
     def append_event(self, step: int, event: str, **details: Any) -> None:
         """Record an event: a skipped step, a checkpoint, a preemption, a warning."""
@@ -145,6 +146,17 @@ class RunFolder:
                 if isinstance(record.get("step"), int) and record["step"] > step:
                     self._append(ROLLED_BACK, {"rolled_back_to": step, "file": name, **record})
         self.drop_records_after(step)
+
+    def read_all_metrics(self) -> list[dict[str, Any]]:
+        """Return the records of metrics.jsonl in the order in which they were made, with those that were set aside."""
+        records, made = read_json_lines(self.path / METRICS), []
+        for record in read_json_lines(self.path / ROLLED_BACK):
+            if record.pop("file", None) == METRICS:
+                target = record.pop("rolled_back_to", 0)
+                while records and records[0].get("step", 0) <= target:
+                    made.append(records.pop(0))
+                made.append(record)
+        return made + records
 
     def rename_old_run(self) -> Path:
         """Rename this folder to the next free `<name>.before-N`; return the new path."""

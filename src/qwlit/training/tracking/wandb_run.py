@@ -1,8 +1,8 @@
 """The run on W&B.
 
-metrics.jsonl has all records, and its record N is step N of W&B's own count. A resumed run therefore knows which
-records W&B lost in an abrupt end (it sends them again), and which W&B already has from after the checkpoint (it skips
-them).
+metrics.jsonl and rolled_back.jsonl have all records, and the N-th one made is step N of W&B's own count. A resumed run
+therefore knows which records W&B lost in an abrupt end (it sends them again), and which W&B already has from after the
+checkpoint (it skips them).
 """
 
 import os
@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, Interrupted, Preempted, Pruned, SignalExit, one_line
-from qwlit.core.files import read_json, read_json_lines
+from qwlit.core.files import read_json
 from qwlit.core.ranks import under_agent
 from qwlit.training.config import WANDB_CONFIG_KEY, LoggerConfig
 from qwlit.training.telemetry import Record
@@ -83,7 +83,7 @@ class WandbRun:
         run.define_metric("*", step_metric="step")
         self._access, self._lost = access, False
         self._write_record(complete=False)
-        records = read_json_lines(self._folder.path / "metrics.jsonl")
+        records = self._folder.read_all_metrics()
         self._ahead = max(0, run.starting_step - len(records))
         for record in records[run.starting_step :]:
             self._send(record)

@@ -1,6 +1,6 @@
 """What the guard costs: its tests of the state, its telemetry and its probe, as shares of the time of a step.
 
-    python -m benchmarks.guard [hidden=512] [layers=8] [vocabulary=32000] [steps=30] [rounds=2] [tokens=256]
+    python -m benchmarks.guard_cost [hidden=512] [layers=8] [vocabulary=32000] [steps=30] [rounds=2] [tokens=256]
 
 Runs without and with the guard take turns (A B B A). The step is the median over all runs of an arm. What is due only
 at some steps is timed by itself: the host waits for the device before and after it. The shares are for the defaults,
@@ -70,11 +70,20 @@ def train(arm: str, options: dict[str, str], folder: str) -> None:
     text = Path(qwlit.__file__).parent.joinpath("resources/demo/val.jsonl").read_text(encoding="utf-8")
     Path(rows).write_text("".join(json.dumps({"text": line * 4}) + "\n" for line in text.splitlines()), "utf-8")
     hidden = int(options.get("hidden", 512))
-    words = ["model=demo", f"model.architecture.hidden_size={hidden}", f"model.architecture.intermediate_size={3 * hidden}"]
+    words = [
+        "model=demo",
+        f"model.architecture.hidden_size={hidden}",
+        f"model.architecture.intermediate_size={3 * hidden}",
+    ]
     words += [f"model.architecture.num_hidden_layers={options.get('layers', 8)}"]
     words += [f"model.architecture.vocab_size={options.get('vocabulary', 32000)}"]
     words += [f"data.path={rows}", f"data.max_seq_len={options.get('tokens', 256)}", "data.exact_match=0"]
-    words += ["recipe=pretrain", "dropout=none", f"train.max_steps={options.get('steps', 30)}", "hardware.micro_batch_size=16"]
+    words += [
+        "recipe=pretrain",
+        "dropout=none",
+        f"train.max_steps={options.get('steps', 30)}",
+        "hardware.micro_batch_size=16",
+    ]
     words += ["data.val_fraction=0", "checkpoint.each_epoch=false", f"run.root={folder}", f"run.name={arm}"]
     words += ["run.overwrite=true", "hardware.compile=false", "logging.every_steps=2"]
     words += ["guard=off"] if arm == "off" else ["guard.probe_every_steps=10"]
@@ -98,9 +107,14 @@ def main(arguments: list[str]) -> None:
     # Half of the calls of `on_before_optimizer_step` come at steps without a record and cost nothing.
     due = {name: sum(SECONDS[name]) / len(SECONDS["state"]) for name in ("state", "groups")}
     result = {
-        "command": f"python -m benchmarks.guard {' '.join(arguments)}".strip(),
+        "command": f"python -m benchmarks.guard_cost {' '.join(arguments)}".strip(),
         "machine": describe("torch", "lightning", "transformers"),
-        "seconds": {"step": step, "step with the guard": median(SECONDS["on"]), **due, "probe": median(SECONDS["probe"])},
+        "seconds": {
+            "step": step,
+            "step with the guard": median(SECONDS["on"]),
+            **due,
+            "probe": median(SECONDS["probe"]),
+        },
         "shares": {
             **{name: seconds / every / step for name, seconds in due.items()},
             "probe": median(SECONDS["probe"]) / probe_every / step,
@@ -108,7 +122,7 @@ def main(arguments: list[str]) -> None:
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
     print(json.dumps(result, indent=1))
-    (RESULTS / "guard.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "guard_cost.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
