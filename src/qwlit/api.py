@@ -125,7 +125,8 @@ class Run:
         return read_json_lines(self.path / "events.jsonl")
 
     def samples(self) -> list[dict[str, Any]]:
-        """Return the prompts that the trained model answered: prompt, answer, expected, exact."""
+        """Return the model's answers: in training (step, prompt, answer, entropy), then at the end (prompt, answer,
+        expected, exact)."""
         return read_json_lines(self.path / "samples.jsonl")
 
     def model(self, **options: Any) -> "PreTrainedModel":

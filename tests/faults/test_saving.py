@@ -89,10 +89,11 @@ class Poison(Callback):
 
 @pytest.mark.parametrize("step", [4, 8], ids=["on the way", "at the last step"])
 @pytest.mark.parametrize(("key", "value"), [("exp_avg", float("nan")), ("exp_avg_sq", float("inf"))])
-def test_a_state_that_is_not_finite_is_never_saved_or_exported(key, value, step, chat, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("guard", ["off", "strict"])
+def test_a_state_that_is_not_finite_is_never_saved_or_exported(guard, key, value, step, chat, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GuardStop, match=rf"stopped at step {step}: .*down_proj.weight is not finite"):
-        package.train(*words("a", chat), callbacks=[Poison(step, value, key)])
+        package.train(*words("a", chat, f"guard={guard}"), callbacks=[Poison(step, value, key)])
     run = tmp_path / "runs/a"
     assert summary(run)["status"] == "stopped" and not (run / "export").exists()
     saved = sorted((run / "checkpoints").glob("step-*"))

@@ -15,6 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from qwlit.model.compile import uncompiled
 from qwlit.model.config import AttentionKernel
+from qwlit.model.inspection import Inspection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +48,7 @@ def attend(  # noqa: PLR0913 - transformers calls it
     cu_seqlens: Tensor | None = None,
     document_lengths: tuple[int, ...] | None = None,
     max_seqlen: int = 0,
+    inspection: Inspection | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally, within each packed document or each right-padded sequence.
@@ -59,6 +61,7 @@ def attend(  # noqa: PLR0913 - transformers calls it
         dropout: probability on the attention weights; transformers passes 0 outside training.
         cu_seqlens, document_lengths, max_seqlen: as in MicroBatch. varlen reads cu_seqlens and max_seqlen; sdpa and
             eager read document_lengths. If cu_seqlens and document_lengths are None, the sequences are padded.
+        inspection: takes queries and keys of padded sequences.
 
     Returns:
         (B, T, H, K), and None where transformers expects the weights.
@@ -68,6 +71,8 @@ def attend(  # noqa: PLR0913 - transformers calls it
     """
     if attention_kernel is None or attention_mask is not None:
         raise RuntimeError("only LossModel may call this attention; call the model inside generation_attention(model)")
+    if inspection is not None:
+        inspection.observe_attention(query, key, scaling)
     if attention_kernel == "varlen" and cu_seqlens is not None:
         if dropout:
             raise RuntimeError("varlen attention has no dropout; LossModel must choose sdpa")

@@ -18,6 +18,7 @@ from qwlit.model.dropout import add_neftune_noise, apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
 from qwlit.model.head import linear_cross_entropy
+from qwlit.model.inspection import Inspection
 from qwlit.model.last_layer import restrict_last_ffn_to_labels
 from qwlit.model.load import empty_causal_lm, fill_causal_lm, model_shape
 from qwlit.model.presets import meta_causal_lm
@@ -51,8 +52,12 @@ class LossModel(nn.Module):
         self.attention = attention
         self.neftune_alpha = neftune_alpha
 
-    def forward(self, micro: MicroBatch) -> LossOutput:
-        """Compute the summed loss at the label positions. Never waits for the device."""
+    def forward(self, micro: MicroBatch, inspection: Inspection | None = None) -> LossOutput:
+        """Compute the summed loss at the label positions. Never waits for the device.
+
+        Args:
+            inspection: filled in the pass, for few label positions of padded sequences.
+        """
         kernel = self._kernel(micro)
         embedded = embed(self.causal_lm, micro.input_ids)  # (B, T, D)
         if self.neftune_alpha and self.training:
@@ -67,8 +72,11 @@ class LossModel(nn.Module):
             # A tuple would make the compiler recompile a layer for each packing, and varlen does not need it.
             document_lengths=None if kernel == "varlen" else micro.document_lengths,
             label_positions=micro.label_positions,
+            inspection=inspection,
         ).last_hidden_state  # (N, D)
         weight = self.family.head_weight(self.causal_lm)
+        if inspection is not None:
+            inspection.logits = (supervised.to(weight.dtype) @ weight.T).float()
         return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
 
     def _kernel(self, micro: MicroBatch) -> AttentionKernel:

@@ -1,11 +1,13 @@
 """What the page shows of a single run: how it was computed, its settings, its events and its answers."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from qwlit.core.files import read_json_lines
+from qwlit.core.metric import number_or_none
 from qwlit.report.comparability import CONDITIONS
 from qwlit.report.runs import RunRecord
 from qwlit.report.table import show_setting
@@ -78,10 +80,22 @@ def _samples(run: RunRecord) -> TextTable | None:
     samples = read_json_lines(run.path / "samples.jsonl")
     if not samples:
         return None
+    # The trained model's answers first, then those in training, the newest first.
+    samples.sort(key=_training_step, reverse=True)
     texts = ("prompt", "answer", "expected")
-    lines = [
-        ["✓" if sample.get("exact") else "✗", *(str(sample.get(text, "")) for text in texts)]
-        for sample in samples[:MOST_LINES]
-    ]
+    lines = [[_mark(sample), *(str(sample.get(text, "")) for text in texts)] for sample in samples[:MOST_LINES]]
     number = f"the first {MOST_LINES} of {len(samples)}" if len(samples) > MOST_LINES else f"{len(samples)}"
     return TextTable(["", "prompt", "answer", "expected"], lines, f"{number} answers")
+
+
+def _training_step(sample: Mapping[str, Any]) -> float:
+    """Return the step of an answer in training; infinity for an answer after it."""
+    step = number_or_none(sample.get("step"))
+    return math.inf if step is None else step
+
+
+def _mark(sample: Mapping[str, Any]) -> str:
+    """Return whether an answer is the expected one; for an answer in training its step."""
+    if "step" in sample:
+        return f"step {sample['step']}"
+    return "✓" if sample.get("exact") else "✗"

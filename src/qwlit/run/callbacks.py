@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
@@ -11,14 +12,18 @@ from lightning.pytorch.loggers import Logger
 from qwlit.config.run import recipe_fingerprint, recipe_settings
 from qwlit.core.console import console
 from qwlit.core.errors import QwlitError
+from qwlit.run.probe import build_probe
 from qwlit.training.checkpointing.saving import Checkpointing
 from qwlit.training.checkpointing.writer import CheckpointWriter
 from qwlit.training.profiler import ProfileSteps
+from qwlit.training.resilience.growth import SlowDivergence
 from qwlit.training.resilience.guard import Guard
 from qwlit.training.resilience.hang_watchdog import HangWatchdog
 from qwlit.training.resilience.preemption import StopOnSignal
 from qwlit.training.resilience.rank_consistency import RankConsistency
 from qwlit.training.resilience.rollback import JOURNAL, journal_entry
+from qwlit.training.resilience.state_health import StateHealth
+from qwlit.training.step_gauges import StepGauges
 from qwlit.training.telemetry import Listener, Telemetry, peak_memory_gib
 from qwlit.training.tracking.determinism_trace import DeterminismTrace
 from qwlit.training.tracking.progress import ProgressDisplay
@@ -69,7 +74,6 @@ def build_trainer_with_callbacks(
     config, folder, machine, milestones = run.config, run.folder, run.plan.machine, run.data.steps.milestones
     display = ProgressDisplay(console(), milestones.total_steps)
     listeners = (folder.append_metrics, display.show, *([wandb_run.log] if wandb_run else []), *listeners)
-    telemetry = Telemetry(milestones, listeners, run.plan.flops, machine)
     guard = Guard(
         config.guard,
         folder,
@@ -77,6 +81,7 @@ def build_trainer_with_callbacks(
         total_steps=milestones.total_steps,
         rollbacks=run.rollbacks,
     )
+    telemetry, watching = _watching(run, guard, listeners)
     identity = {
         "world_size": machine.world_size,
         "recipe": recipe_fingerprint(config),
@@ -86,7 +91,14 @@ def build_trainer_with_callbacks(
     writer = CheckpointWriter(copy=run.plan.saves.is_copied)
     on_saved = wandb_run.upload if wandb_run else None
     checkpointing = Checkpointing(
-        config.checkpoint, milestones, folder, on_saved, identity, writer, guard.needed_checkpoints
+        config.checkpoint,
+        milestones,
+        folder,
+        on_saved,
+        identity,
+        writer,
+        guard.needed_checkpoints,
+        partial(guard.alarm, cause="state") if config.guard.enabled else None,
     )
     # Lightning calls the callbacks in this order, on every rank:
     # - early stopping first, because the others must know whether this step is the last;
@@ -97,7 +109,7 @@ def build_trainer_with_callbacks(
     patience = config.validation.early_stopping_patience
     if patience is not None and milestones.next_validation(0) is not None:
         callbacks.append(EarlyStoppingOnValLoss(patience))
-    callbacks += [guard, telemetry, ScheduleValidation(milestones), checkpointing, display]
+    callbacks += [guard, *watching, ScheduleValidation(milestones), checkpointing, display]
     if config.determinism != "fast":
         callbacks.append(DeterminismTrace(milestones, folder))
     if config.profile.steps is not None:
@@ -124,3 +136,18 @@ def build_trainer_with_callbacks(
         record_failure=record_failure,
     )
     return TrainerWithCallbacks(trainer, telemetry, guard, checkpointing)
+
+
+def _watching(run: "TrainingRun", guard: Guard, listeners: Sequence[Listener]) -> tuple[Telemetry, list[Callback]]:
+    """Return Telemetry, and with it the callbacks that raise alarms, in their order."""
+    config, machine, milestones = run.config, run.plan.machine, run.data.steps.milestones
+    if not config.guard.enabled:
+        telemetry = Telemetry(milestones, listeners, run.plan.flops, machine)
+        return telemetry, [telemetry]
+    growth = [SlowDivergence(guard)] if config.model.init == "pretrained" else []
+    gauges = StepGauges(milestones, config.train.max_grad_norm)
+    readers = (*listeners, *(rule.read for rule in growth))
+    telemetry = Telemetry(milestones, readers, run.plan.flops, machine, gauges)
+    probe = build_probe(run, guard, telemetry)
+    # Telemetry reads the gauges. Its state calls the rules before their own state is saved.
+    return telemetry, [StateHealth(milestones, guard), gauges, telemetry, *([probe] if probe else []), *growth]

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
 
 Record = dict[str, Any]
-"""A record of samples.jsonl: prompt, answer, expected, exact."""
+"""An answer of the trained model in samples.jsonl: prompt, answer, expected, exact."""
 FILES = {
     "export": "the trained model for from_pretrained{best} (LoRA: the adapter, see docs/models.md)",
     "checkpoints/best": "the same model: float32 weights and optimizer state",
     "checkpoints/last": "the newest checkpoint",
-    "samples.jsonl": "prompts, answers and expected answers",
+    "samples.jsonl": "prompts and answers, in training and after it",
     "metrics.jsonl": "loss, learning rate, gradient norm, tokens per second, by step",
     "trace.jsonl": "every step to the bit: samples, loss, gradient norm, weights",
     "events.jsonl": "checkpoints, skipped steps, notes",
@@ -71,7 +71,7 @@ def finish(run: "TrainingRun", training: TrainerWithCallbacks) -> list[Record]:
         folder.append_event(training.trainer.global_step, "finding", message=message)
         console().print(f"  [yellow]note[/]      {message}")
         return []
-    folder.write_records("samples.jsonl", records)
+    folder.write_answers(records)
     folder.write_summary(exact_match=sum(record["exact"] for record in records) / len(records))
     return records
 

@@ -117,6 +117,8 @@ class GuardConfig:
     max_rollbacks: NonNegativeInt = 3
     """How often the run goes back to a stable checkpoint, passes over the data since then and halves the learning rate,
     before it stops with exit code 3. 0: it stops at the first trouble."""
+    probe_every_steps: PositiveInt | None = 200
+    """Let the model answer three prompts after every this many steps, into samples.jsonl; null: never."""
 
 
 @config_dataclass

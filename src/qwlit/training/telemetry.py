@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.machine import Machine
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
+from qwlit.training.step_gauges import StepGauges
 
 Record = dict[str, float | None]
 """A record of metrics.jsonl, without its step."""
@@ -40,15 +41,22 @@ class Telemetry(Callback):
     def __init__(
         self,
         milestones: Milestones,
-        listeners: tuple[Listener, ...],
+        listeners: Sequence[Listener],
         flops: Flops,
         machine: Machine,
+        gauges: StepGauges | None = None,
     ) -> None:
-        """`listeners` are called with every record, beside the Trainer's loggers."""
+        """Create the callback.
+
+        Args:
+            listeners: called with every record, beside the Trainer's loggers.
+            gauges: measures more for the records of logged steps.
+        """
+        self._gauges = gauges
         self._milestones = milestones
         self._trainer: Trainer
         self._listeners = listeners
-        self._reader: AsyncReadback[tuple[int, Record]] = AsyncReadback()
+        self._reader: AsyncReadback[tuple[int, Record, tuple[str, ...]]] = AsyncReadback()
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._supervised = 0
         self._flops = flops
@@ -112,21 +120,24 @@ class Telemetry(Callback):
         }
         if self._peak_flops and flops_per_second:
             record["throughput/mfu"] = flops_per_second / self._peak_flops
-        values = torch.stack([loss_sum / self._supervised, module.outcome.grad_norm.double()])
+        measured = self._gauges.take() if self._gauges else {}
+        values = [loss_sum / self._supervised, module.outcome.grad_norm, *measured.values()]
         # The numbers arrive later; `_write` completes the record with them.
-        self._reader.push((step, record), values)
+        self._reader.push((step, record, tuple(measured)), torch.stack([value.double() for value in values]))
         self._supervised = 0
 
     def _write(self, *, wait: bool) -> None:
-        for (step, record), (loss, grad_norm) in self._reader.pop(wait=wait):
+        for (step, record, names), (loss, grad_norm, *more) in self._reader.pop(wait=wait):
             complete = {"train/loss": loss, "optim/grad_norm": grad_norm, **record}
+            complete |= dict(zip(names, more, strict=True))
             self.first_loss = loss if self.first_loss is None else self.first_loss
             self.last_loss = loss
             # Lightning's own `log` would cost 2 to 3 ms, and `state_dict` may not call it.
             self._trainer.callback_metrics.update({"train/loss": torch.tensor(loss)})
-            self._record(step, complete)
+            self.record(step, complete)
 
-    def _record(self, step: int, record: Record) -> None:
+    def record(self, step: int, record: Record) -> None:
+        """Pass a record to metrics.jsonl and the loggers."""
         for listener in self._listeners:
             listener(step, record)
         for logger in self._trainer.loggers:
@@ -145,7 +156,7 @@ class Telemetry(Callback):
         validation = pl_module.validation
         record: Record = {"val/loss": validation.loss, "val/accuracy": validation.accuracy}
         record |= {set_loss_key(name): loss for name, loss in validation.set_losses.items()}
-        self._record(trainer.global_step, record)
+        self.record(trainer.global_step, record)
         self._clock.resume()
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:

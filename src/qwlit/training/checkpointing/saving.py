@@ -40,12 +40,14 @@ class Checkpointing(BoundaryCallback):
         identity: Mapping[str, Any] | None = None,
         writer: CheckpointWriter | None = None,
         needed: Callable[[Sequence[int], int], set[int]] = lambda checkpoints, step: set(),
+        on_damage: Callable[[int, str], None] | None = None,
     ) -> None:
         """Create the callback.
 
         Args:
             needed: of the checkpoints' steps, those that must be kept beside the newest and the best; it also gets the
                 number of steps done.
+            on_damage: called instead of a save, with the step and what is wrong; it must raise. Every rank calls it.
             on_saved: called on rank 0 with every new checkpoint, before older ones are deleted.
             identity: what the manifest says of the run: its world size, recipe and data.
             writer: the writer that the trainer's strategy uses.
@@ -57,6 +59,7 @@ class Checkpointing(BoundaryCallback):
         self._identity = dict(identity or {})
         self._writer = writer or CheckpointWriter()
         self._needed = needed
+        self._on_damage = on_damage
         self._begun_step: int | None = None
         """The step of the save that is being written."""
         self._resumed_step: int | None = None
@@ -149,7 +152,7 @@ class Checkpointing(BoundaryCallback):
             wait: return when it is on the disk; else it is written while the training goes on.
 
         Raises:
-            GuardStop: a weight or a moment is not finite.
+            GuardStop: a weight or a moment is not finite. Where the guard may go back, this is its RollbackNeeded.
             ConfigError: several saves in a row could not be written.
         """
         self._finish_save()
@@ -172,6 +175,8 @@ class Checkpointing(BoundaryCallback):
         module = trainer.lightning_module
         found = self._writer.ranks.together(lambda: find_nonfinite(module.trained_state()))
         if name := next(filter(None, found), None):
+            if self._on_damage is not None:
+                self._on_damage(step, f"{name} is not finite")
             raise GuardStop(
                 f"stopped at step {step}: {name} is not finite, so this step is not saved; {self._resume_hint}"
             )

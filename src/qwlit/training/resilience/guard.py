@@ -111,8 +111,10 @@ class Guard(Callback):
             RollbackNeeded: the run goes back.
             GuardStop: it has gone back too often.
         """
-        if name := self._find_nonfinite():
+        if cause != "state" and (name := self._find_nonfinite()):
             reason, cause = f"{name} is not finite", "state"
+        if cause == "state" and any((known.from_step, known.reason) == (step, reason) for known in self.rollbacks):
+            cause = "divergence"  # no accident damages the same tensor at the same step again
         if cause == "data" and any(rollback.cause != "state" for rollback in self.rollbacks):
             cause = "divergence"  # other data have not helped
         if len(self.rollbacks) >= self._config.max_rollbacks:

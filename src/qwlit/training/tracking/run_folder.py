@@ -43,7 +43,7 @@ from qwlit.core.waiting import NOTICE_SECONDS
 
 RUNNING, FINISHED = "running", "done"
 METRICS = "metrics.jsonl"
-STREAMS = (METRICS, "events.jsonl", "trace.jsonl")
+STREAMS = (METRICS, "events.jsonl", "trace.jsonl", "samples.jsonl")
 """Files to which a run appends a record at a time."""
 
 
@@ -109,6 +109,15 @@ class RunFolder:
 
     def append_trace(self, step: int, record: dict[str, str]) -> None:
         self._append("trace.jsonl", {"step": step, **record})
+
+    def append_sample(self, step: int, prompt: str, answer: str, entropy: float) -> None:
+        """Record what the model answers in the middle of the training; `entropy`: of the next token, mean, nats."""
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "answer": answer, "entropy": entropy})
+
+    def write_answers(self, answers: Iterable[dict[str, Any]]) -> None:
+        """Write the trained model's answers after those in the middle of the training, which have a step."""
+        before = [record for record in read_json_lines(self.path / "samples.jsonl") if "step" in record]
+        self.write_records("samples.jsonl", [*before, *answers])
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if is_rank_zero():

@@ -1,0 +1,55 @@
+"""Find a slow divergence by numbers from inside a pretrained model, before or without a rise of the loss.
+
+A fine-tuning at a healthy learning rate hardly changes how large the values inside the model are. One at 10 to 1,000
+times that rate blows them up within tens of steps; its loss may rise less than the noise, or fall again while the model
+gets worse. docs/guard.md has the runs from which the numbers come. Models with random weights grow when all is well, so
+there is no such rule for them.
+"""
+
+import math
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from qwlit.training.resilience.guard import Guard
+from qwlit.training.resilience.probe import MAX_ATTENTION_LOGIT
+from qwlit.training.step_gauges import ACTIVATION_NORM
+from qwlit.training.telemetry import Record
+
+GROWTH, IN_A_ROW = 4.0, 2
+"""A number is so many times its first value or more, in so many records in a row."""
+FLOORS = {ACTIVATION_NORM: 0.0, MAX_ATTENTION_LOGIT: 50.0}
+"""Below these values growth is no alarm: the softmax of attention is saturated only by larger logits."""
+
+
+class SlowDivergence(Callback):
+    """Reads the records of metrics.jsonl, on every rank, and raises alarms."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._first: dict[str, float] = {}
+        """The run's first value of each number; the activations of step 1 are those of the pretrained weights."""
+        self._grown: dict[str, int] = {}
+        """How many records in a row are too large."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self._first, "grown": self._grown}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._first, self._grown = dict(state_dict["first"]), dict(state_dict["grown"])
+
+    def read(self, step: int, record: Record) -> None:
+        """Judge a record of metrics.jsonl.
+
+        Raises:
+            GuardStop: see `Guard.alarm`.
+        """
+        for name, floor in FLOORS.items():
+            value = record.get(name)
+            if value is None or not math.isfinite(value):
+                continue
+            first = self._first.setdefault(name, value)
+            has_grown = value > max(floor, GROWTH * first)
+            self._grown[name] = self._grown.get(name, 0) + 1 if has_grown else 0
+            if self._grown[name] >= IN_A_ROW:
+                self._guard.alarm(step, f"{name} grew from {first:.3g} to {value:.3g}", "divergence")

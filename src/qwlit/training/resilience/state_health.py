@@ -1,0 +1,154 @@
+"""Find damage to the state of the training: weights and moments, and replicas that no longer hold the same weights.
+
+The test runs on the device and the host reads its result a step later. It follows each logged step, each skipped step,
+because damaged weights are one reason for a skip, and each save, because a checkpoint holds the weights of one replica
+only. After damage the same step with the same data is fine: the guard keeps both data and learning rate.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from qwlit.core.batch import StepBatch
+from qwlit.core.sharding import local
+from qwlit.training.async_readback import AsyncReadback
+from qwlit.training.milestones import Milestones
+from qwlit.training.module import CausalLMModule
+from qwlit.training.resilience.guard import Guard
+
+LARGEST_WEIGHT = 1e12
+"""A flipped bit of the exponent makes a weight larger than this; no update of an optimizer does."""
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "state2")
+"""torch's names and bitsandbytes'. They are averages of squares, so they are never negative."""
+PROBLEMS = ("", f"has a value above {LARGEST_WEIGHT:g}", "has a negative value", "is not finite")
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their bytes."""
+
+
+@dataclass(frozen=True)
+class StateTest:
+    """A test that runs on the device."""
+
+    step: int
+    tensors: tuple[str, ...]
+    weights: tuple[str, ...]
+    """Names of the weights that the replicas compare; empty without replicas."""
+    checksums: Tensor
+    """(weights,) int64, of this rank."""
+
+
+class StateHealth(Callback):
+    """Tests the state, and lets the guard go back where it is damaged. Every rank reads the same results."""
+
+    def __init__(self, milestones: Milestones, guard: Guard) -> None:
+        self._milestones = milestones
+        self._guard = guard
+        self._reader: AsyncReadback[StateTest] = AsyncReadback()
+        self._tested_step = 0
+        self._known_skips = 0
+        self._trainer: Trainer
+        self._module: CausalLMModule
+
+    def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        self._trainer, self._module = trainer, pl_module
+        self._known_skips = self._guard.skipped_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        self._test(self._trainer.global_step)
+        self._judge(wait=True)
+        return {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: CausalLMModule, outputs: Any, batch: StepBatch, batch_idx: int
+    ) -> None:
+        step = batch.step + 1
+        # The guard has waited for the numbers of the step before, so this test has ended too.
+        self._judge(wait=True)
+        if self._milestones.log(step) or self._guard.skipped_steps > self._known_skips:
+            self._known_skips = self._guard.skipped_steps
+            self._test(step)
+        self._judge(wait=step == self._milestones.total_steps)
+
+    def _test(self, step: int) -> None:
+        """Start a test of the state after this step, unless there was one."""
+        if step == self._tested_step:
+            return
+        self._tested_step = step
+        state = {name: local(tensor) for name, tensor in self._module.trained_state().items()}
+        # Moments first: a damaged one damages the weight in the same step, and the message must name the cause.
+        state = {name: state[name] for name in sorted(state, key=_is_weight) if state[name].is_floating_point()}
+        has_replicas = self._trainer.world_size > 1 and not self._module.is_sharded
+        # Also the frozen weights: nothing would ever repair them.
+        weights = dict(self._module.named_parameters()) if has_replicas else {}
+        results = find_problems(state, self._module.device)
+        own = checksums(weights, self._module.device)
+        if self._trainer.world_size > 1:
+            # All ranks agree on a checksum if the largest is also the smallest, which is minus the largest of -x.
+            results = torch.cat([results, own, -own])
+            dist.all_reduce(results, op=dist.ReduceOp.MAX)
+        self._reader.push(StateTest(step, tuple(state), tuple(weights), own), results)
+
+    def _judge(self, *, wait: bool) -> None:
+        for test, results in self._reader.pop(wait=wait):
+            problems, sums = results[: len(test.tensors)], results[len(test.tensors) :]
+            largest, negated = sums[: len(test.weights)], sums[len(test.weights) :]
+            if any(high != -low for high, low in zip(largest, negated, strict=True)):
+                self._guard.alarm(test.step, _describe_drift(test), "state")
+            for name, problem in zip(test.tensors, problems, strict=True):
+                if problem:
+                    self._guard.alarm(test.step, f"{name} {PROBLEMS[int(problem)]}", "state")
+
+
+def find_problems(state: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Return for each tensor the number of its problem in PROBLEMS, (tensors,) int64, without waiting for the device.
+
+    Args:
+        state: parameters and moments, as `CausalLMModule.trained_state` names them. Empty shard slices have no problem.
+    """
+    filled = [tensor if tensor.numel() else torch.zeros(1, device=device) for tensor in state.values()]
+    # torch's largest absolute value keeps NaN.
+    largest = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(filled, torch.inf)])
+    zero = torch.zeros((), device=device)
+    lowest = torch.stack(
+        [
+            tensor.amin().to(device, torch.float32) if name.partition(" of ")[0] in SECOND_MOMENTS else zero
+            for name, tensor in zip(state, filled, strict=True)
+        ]
+    )
+    limits = [LARGEST_WEIGHT if _is_weight(name) else torch.inf for name in state]
+    problems = torch.where(largest > torch.tensor(limits, device=device), 1, 0)
+    problems = torch.where(lowest < 0, 2, problems)
+    return torch.where(torch.isfinite(largest), problems, 3)
+
+
+def _is_weight(name: str) -> bool:
+    return " of " not in name
+
+
+def checksums(weights: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Return the sum of each tensor's bits as integers, (weights,) int64. One flipped bit always changes it."""
+    sums = [tensor.data.view(BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in weights.values()]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def _describe_drift(test: StateTest) -> str:
+    """Compare the checksums of all ranks: say which rank differs, and in which weight first. All ranks call it."""
+    everywhere = [torch.empty_like(test.checksums) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, test.checksums)
+    table = torch.stack(everywhere).tolist()
+    for name, column in zip(test.weights, zip(*table, strict=True), strict=True):
+        (most, count), *others = Counter(column).most_common()
+        if not others:
+            continue
+        if count * 2 > len(column):
+            ranks = [str(rank) for rank, checksum in enumerate(column) if checksum != most]
+            who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} of {len(column)}"
+            return f"the weights of {who} are not those of the other ranks, first in {name}"
+        return f"the weights of the {len(column)} ranks are not the same, first in {name}"
+    raise AssertionError("the ranks' checksums were not the same")
