@@ -24,9 +24,9 @@ from lightning.pytorch.callbacks import Callback
 import qwlit
 from benchmarks.machine import describe
 from qwlit.training.config import GuardConfig, LoggingConfig
-from qwlit.training.step_gauges import StepGauges
 from qwlit.training.resilience import probe
 from qwlit.training.resilience.state_health import StateHealth
+from qwlit.training.step_gauges import StepGauges
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS: dict[str, list[float]] = defaultdict(list)
