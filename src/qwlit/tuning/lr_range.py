@@ -105,7 +105,7 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
     code = run_shortly(overrides, folder, log, steps, "range test", screen, _has_diverged)
     records = [r for r in read_json_lines(folder.path / "metrics.jsonl") if r.get("train/loss") is not None]
     test = evaluate([record["optim/lr"] for record in records], [record["train/loss"] for record in records])
-    # Stopped by `_has_diverged` or by the guard, the run has reached learning rates that are too high: that is a result.
+    # Ended by `_has_diverged` or by the guard, the run has reached learning rates that are too high: that is a result.
     if code not in (0, Preempted.exit_code, GuardStop.exit_code) or len(test.lrs) < FEWEST_STEPS // 2:
         error = QwlitError(f"the range test measured only {len(test.lrs)} steps: {last_message(log)}")
         error.exit_code = code if code > 0 else QwlitError.exit_code

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.console import Console
 from qwlit.config.compose import compose
 from qwlit.core.errors import ConfigError, GuardStop, QwlitError
 from qwlit.core.files import read_json_lines, resolve_path, write_json_atomic
+from qwlit.training.resilience.divergence import RISE_FLOOR, RISE_SHARE, SMOOTH_STEPS
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.tuning.short_run import run_shortly
 from qwlit.tuning.space import keys_of
@@ -167,15 +169,19 @@ def _train(overrides: list[str], lr: float, folder: Path, steps: int, screen: Co
     skipped = int(run.read_summary().get("skipped_steps") or 0)
     for unneeded in ("checkpoints", "export"):
         shutil.rmtree(run.path / unneeded, ignore_errors=True)
-    return ShortRun(lr, losses, skipped, _why_not_stable(code, skipped, steps, run))
+    stops = [event for event in read_json_lines(run.path / "events.jsonl") if event.get("event") == "stopped"]
+    reason = str(stops[-1].get("reason")) if stops else _find_instability(losses, skipped, steps)
+    return ShortRun(lr, losses, skipped, reason)
 
 
-def _why_not_stable(code: int, skipped: int, steps: int, run: RunFolder) -> str | None:
-    if code:
-        stops = [event for event in read_json_lines(run.path / "events.jsonl") if event.get("event") == "stopped"]
-        return str(stops[-1].get("reason")) if stops else "the guard stopped it"
+def _find_instability(losses: list[float], skipped: int, steps: int) -> str | None:
+    """Return why a run that came to its end is not stable; None if it is."""
     if skipped > MAX_SKIPPED_SHARE * steps:
         return f"{skipped} of {steps} steps were skipped"
+    # The guard waits for a dozen steps; the pilot need not.
+    smoothed = [median(losses[end - SMOOTH_STEPS : end]) for end in range(SMOOTH_STEPS, len(losses) + 1)]
+    if smoothed and smoothed[-1] > min(smoothed) + max(RISE_FLOOR, RISE_SHARE * min(smoothed)):
+        return f"its loss rose from {min(smoothed):.3g} to {smoothed[-1]:.3g}"
     return None
 
 
