@@ -213,6 +213,8 @@ def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(place):
         (["sweep=lorra", "backend=optuna"], "Did you mean 'lora'"),
         (["backend=optuna"], "sweep is not set"),
         (["action=find_lr", "trials=3"], "has no effect with action=find_lr"),
+        (["action=pilot", *WORDS, "train.max_steps=5"], "needs at least 20 steps"),
+        (["action=pilot", *WORDS, "scheduler.warmup_ratio=0.1"], "schedule of its own"),
         (["action=find_lr", *WORDS, "train.max_steps=5"], "needs at least 20 steps"),
         (["action=find_lr", *WORDS, "scheduler.warmup_ratio=0.1"], "schedule of its own"),
         (["sweep=search.yaml", "backend=optuna", "trials=2", "optim.lr=0.5"], "is a parameter of the sweep"),
@@ -272,3 +274,26 @@ def test_the_range_test_finds_a_rate_at_which_the_demo_learns(place):
     assert refused.returncode == 2
     assert "is not a range test" in refused.stderr
     assert (taken / "config.yaml").exists()
+
+
+def test_the_pilot_says_which_learning_rates_are_stable_and_trains_nothing_else(place):
+    words = [*TINY, "recipe=pretrain", "dropout=none", "data.path=chat.jsonl", "run.name=p", "train.max_steps=40"]
+    done = qwlit_process(["sweep", "action=pilot", *words, "optim.lr=1.0"], place)
+    assert done.returncode == 0, done.stderr
+    folder = place / "runs" / "p-pilot"
+    found = json.loads((folder / "pilot.json").read_text())
+    assert [run["lr"] for run in found["runs"]] == pytest.approx([1 / 3, 1, 3])
+    assert found["runs"][0]["reason"] is None and found["runs"][2]["reason"]
+    stable = [run["lr"] for run in found["runs"] if run["reason"] is None]
+    assert found["suggestion"] == pytest.approx(max(stable) / 3, rel=0.05)
+    assert f"optim.lr={found['suggestion']:g} scheduler.warmup_ratio=0.1" in done.stdout
+    assert (folder / "pilot.png").stat().st_size > 5000
+    assert all(
+        row["event"] != "rollback" for run in folder.glob("lr-*/events.jsonl") for row in rows(run.parent, run.name)
+    )
+    again = qwlit_process(["sweep", "action=pilot", *words, "optim.lr=1e12"], place)
+    assert again.returncode == 0 and "no suggestion: not even 3.3e+11 is stable" in again.stdout
+    (folder / "mine.txt").write_text("x")
+    refused = qwlit(["sweep", "action=pilot", *words], place)
+    assert refused.returncode == 2 and "is not a pilot" in refused.stderr
+    assert (folder / "mine.txt").exists()

@@ -54,7 +54,7 @@ If partition, account and set-up lines are always the same, keep them in a file:
 SWEEP = """\
 python -m qwlit sweep sweep=NAME|FILE [backend=wandb|optuna] [trials=N] [agents=N|jobs=N] [key=value ...]
 python -m qwlit sweep sweep=NAME|FILE action=best [run.name=… run.root=…]
-python -m qwlit sweep action=find_lr [key=value ...]
+python -m qwlit sweep action=find_lr|pilot [key=value ...]
 
 Searches for settings. Every trial is an ordinary run of `train`. Its overrides are those of the sweep file, then those
 typed here, then the values being tried. Both backends read the same file, in W&B's format. The same command resumes an
@@ -65,6 +65,7 @@ interrupted sweep.
   sweep sweep=presets backend=optuna                                             the guide's four settings, once each
   sweep sweep=lora action=best                                                   the best trial as an experiment file
   sweep action=find_lr recipe=lora data.path=chat.jsonl                          a learning-rate range test
+  sweep action=pilot recipe=full_sft data.path=chat.jsonl                        short runs at 1/3, 1 and 3 x optim.lr
 
   sweep=    {sweeps}; or the path of a file
   trials=   number of trials in all; a grid needs none

@@ -11,7 +11,7 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, QwlitError
 
 BACKENDS = ("wandb", "optuna")
-ACTIONS = ("run", "best", "find_lr")
+ACTIONS = ("run", "best", "find_lr", "pilot")
 SHOWN = 5
 
 
@@ -20,12 +20,16 @@ def main(arguments: list[str]) -> None:
         arguments,
         {"sweep": None, "backend": BACKENDS, "action": ACTIONS, "trials": None, "jobs": None, "agents": None},
     )
-    unused = {"find_lr": ("sweep", "trials", "jobs", "agents"), "best": ("trials", "jobs", "agents"), "run": ()}
+    alone = ("sweep", "trials", "jobs", "agents")
+    unused = {"find_lr": alone, "pilot": alone, "best": ("trials", "jobs", "agents"), "run": ()}
     for key in unused[str(own["action"])]:
         if own[key] is not None:
             raise ConfigError(f"{key}={own[key]} has no effect with action={own['action']}; leave it out")
     if own["action"] == "find_lr":
         _find_lr(overrides)
+        return
+    if own["action"] == "pilot":
+        _pilot(overrides)
         return
     if own["sweep"] is None:
         from qwlit.tuning.sweep_file import sweep_names
@@ -124,3 +128,18 @@ def _find_lr(overrides: list[str]) -> None:
     else:
         screen.print(f"[bold]optim.lr={test.suggestion:.1e}[/]: {test.reason()}")
     screen.print(f"  {escape(str(folder.path / 'lr_range.png'))}   loss against learning rate")
+
+
+def _pilot(overrides: list[str]) -> None:
+    from qwlit.tuning.pilot import rows, run_pilot
+
+    pilot, folder = run_pilot(overrides, console())
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    for column in ("optim.lr", "first loss", "last loss", "skipped", "end"):
+        table.add_column(column)
+    for row in rows(pilot):
+        table.add_row(*(escape(str(cell)) for cell in row))
+    screen = console()
+    screen.print(table)
+    screen.print(f"[bold]{' '.join(pilot.overrides) or 'no suggestion'}[/]: {escape(pilot.describe())}")
+    screen.print(f"  {escape(str(folder.path / 'pilot.png'))}   the losses of the three runs")

@@ -3,7 +3,6 @@
 import math
 import shutil
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from qwlit.config.compose import compose
-from qwlit.core.console import showing_progress
 from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
 from qwlit.core.files import read_json_lines, resolve_path, write_json_atomic
-from qwlit.core.signals import answering_signals
 from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.tuning.short_run import run_shortly
 from qwlit.tuning.space import keys_of
-from qwlit.tuning.trial import JsonlTail, last_message, start_training, without_rollbacks
+from qwlit.tuning.trial import last_message, without_rollbacks
 
 STEPS, FEWEST_STEPS, HIGHEST_LR = 100, 20, 0.1
 # As in fastai's finder: smooth with a moving average of this weight; stop at four times the lowest smoothed loss.
@@ -27,7 +25,6 @@ SMOOTHING, DIVERGED = 0.9, 4.0
 IGNORED_SHARE = 0.1
 # A fall of the loss counts if it exceeds this many standard deviations of the noise.
 NOISE = 2.0
-POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -104,10 +101,11 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
     if steps < FEWEST_STEPS:
         raise ConfigError(f"train.max_steps={steps}: a range test needs at least {FEWEST_STEPS} steps")
     _delete_earlier_test(folder)
-    code, log = _train(overrides, folder, steps, screen)
+    log = folder.path.with_name(f".{folder.path.name}.log")
+    code = run_shortly(overrides, folder, log, steps, "range test", screen, _has_diverged)
     records = [r for r in read_json_lines(folder.path / "metrics.jsonl") if r.get("train/loss") is not None]
     test = evaluate([record["optim/lr"] for record in records], [record["train/loss"] for record in records])
-    # Stopped by `_train` or by the guard, the run has reached learning rates that are too high: that is a result.
+    # Ended by `_has_diverged` or by the guard, the run has reached learning rates that are too high: that is a result.
     if code not in (0, Preempted.exit_code, GuardStop.exit_code) or len(test.lrs) < FEWEST_STEPS // 2:
         error = QwlitError(f"the range test measured only {len(test.lrs)} steps: {last_message(log)}")
         error.exit_code = code if code > 0 else QwlitError.exit_code
@@ -135,27 +133,6 @@ def _delete_earlier_test(folder: RunFolder) -> None:
     if "name: range_test" not in config and any(folder.path.iterdir()):
         raise ConfigError(f"{folder.path} exists and is not a range test; move it away, or set another run.name")
     folder.delete()
-
-
-def _train(overrides: list[str], folder: RunFolder, steps: int, screen: Console) -> tuple[int, Path]:
-    """Run the training until it ends or the loss diverges. Return its exit code and its log."""
-    log = folder.path.with_name(f".{folder.path.name}.log")
-    tail = JsonlTail(folder.path / "metrics.jsonl")
-    log.unlink(missing_ok=True)
-    process = start_training(overrides, log, {})
-    with showing_progress("range test", screen) as show, answering_signals():
-        try:
-            while process.poll() is None:
-                records = tail.read()
-                show(len(records), steps, f"{len(records)} steps")
-                if _has_diverged(records):
-                    process.terminate()
-                time.sleep(POLL_SECONDS)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    return process.returncode, log
 
 
 def _has_diverged(records: Sequence[dict[str, Any]]) -> bool:

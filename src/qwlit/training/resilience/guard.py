@@ -118,6 +118,7 @@ class Guard(Callback):
         if cause == "data" and any(rollback.cause != "state" for rollback in self.rollbacks):
             cause = "divergence"  # other data have not helped
         if len(self.rollbacks) >= self._config.max_rollbacks:
+            self._folder.append_event(step, "stopped", reason=reason)
             raise GuardStop(self._last_words(step, reason, cause), step=step)
         raise RollbackNeeded(
             step,

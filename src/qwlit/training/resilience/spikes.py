@@ -17,8 +17,8 @@ FEWEST = 10
 Z_LIMIT = 6.0
 SCALE_FLOOR = 0.15
 """Smallest scale, of the log of the norm and of the loss in nats: a quiet run must not skip harmless steps."""
-LOG_RATIO = (math.log(4.0), math.log(10.0))
-"""A norm spike is above 4 times the median in any case, and a norm above 10 times the median is one in any case: so a
+LOG_RATIO = (math.log(5.0), math.log(10.0))
+"""A norm spike is above 5 times the median in any case, and a norm above 10 times the median is one in any case: so a
 noisy history, with a large scale, hides no spike of 30 times."""
 
 
