@@ -1,7 +1,7 @@
 """Find a slow divergence by numbers from inside the model, before or without a rise of the loss.
 
 A fine-tuning at a healthy learning rate hardly changes how large the values inside the model are. One at 100 times that
-rate blows them up within tens of steps; its loss may rise less than the noise, or fall again while the model gets worse.
+rate blows them up within tens of steps; its loss may rise less than the noise, or fall again while the model is broken.
 Models with random weights grow when all is well, so for them only attention logits of a size that no healthy run has
 are an alarm. docs/telemetry.md has the runs and the sources behind the numbers.
 """
