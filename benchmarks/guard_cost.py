@@ -1,10 +1,10 @@
-"""What the guard costs: its tests of the state, its telemetry and its probe, as shares of the time of a step.
+"""What the guard costs: its tests of the state, its gauges and its probe, as shares of the time of a step.
 
-    python -m benchmarks.guard_cost [hidden=512] [layers=8] [vocabulary=32000] [steps=30] [rounds=2] [tokens=256]
+    python -m benchmarks.guard_cost [hidden=256] [layers=4] [vocabulary=8000] [tokens=256] [steps=20] [rounds=1]
 
-Runs without and with the guard take turns (A B B A). The step is the median over all runs of an arm. What is due only
-at some steps is timed by itself: the host waits for the device before and after it. The shares are for the defaults,
-a record every 10 steps and a probe every 200, and for the time of a step without the guard.
+Runs without and with the guard take turns (A B B A); the time of a step is the median over all steps of an arm. What is
+due at some steps only is timed by itself, and the host waits for the device before and after it. The shares are for the
+default settings, a record every 10 steps and a probe every 200, in the time of a step without the guard.
 """
 
 import json
@@ -69,43 +69,37 @@ def train(arm: str, options: dict[str, str], folder: str) -> None:
     rows = folder + "/rows.jsonl"
     text = Path(qwlit.__file__).parent.joinpath("resources/demo/val.jsonl").read_text(encoding="utf-8")
     Path(rows).write_text("".join(json.dumps({"text": line * 4}) + "\n" for line in text.splitlines()), "utf-8")
-    hidden = int(options.get("hidden", 512))
-    words = [
-        "model=demo",
-        f"model.architecture.hidden_size={hidden}",
-        f"model.architecture.intermediate_size={3 * hidden}",
-    ]
-    words += [f"model.architecture.num_hidden_layers={options.get('layers', 8)}"]
-    words += [f"model.architecture.vocab_size={options.get('vocabulary', 32000)}"]
-    words += [f"data.path={rows}", f"data.max_seq_len={options.get('tokens', 256)}", "data.exact_match=0"]
-    words += [
-        "recipe=pretrain",
-        "dropout=none",
-        f"train.max_steps={options.get('steps', 30)}",
-        "hardware.micro_batch_size=16",
-    ]
-    words += ["data.val_fraction=0", "checkpoint.each_epoch=false", f"run.root={folder}", f"run.name={arm}"]
-    words += ["run.overwrite=true", "hardware.compile=false", "logging.every_steps=2"]
+    hidden = int(options.get("hidden", 256))
+    shape = {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": options.get("layers", 4),
+        "vocab_size": options.get("vocabulary", 8000),
+    }
+    words = ["model=demo", *(f"model.architecture.{name}={value}" for name, value in shape.items())]
+    words += [f"data.path={rows}", "data.val_fraction=0", f"data.max_seq_len={options.get('tokens', 256)}"]
+    words += ["recipe=pretrain", "dropout=none", f"train.max_steps={options.get('steps', 20)}", "train.max_epochs=null"]
+    words += ["checkpoint.each_epoch=false", f"run.root={folder}", f"run.name={arm}", "run.overwrite=true"]
+    words += ["hardware.micro_batch_size=16", "hardware.compile=false", "logging.every_steps=2"]
     words += ["guard=off"] if arm == "off" else ["guard.probe_every_steps=10"]
     qwlit.train(*words, callbacks=[Steps(arm)])
 
 
 def main(arguments: list[str]) -> None:
     options = dict(word.split("=", 1) for word in arguments)
-    # What is due at a logged step, and the probe.
     StateHealth._test = timed("state", StateHealth._test)  # type: ignore[method-assign]
-    StepGauges.on_before_optimizer_step = timed("groups", StepGauges.on_before_optimizer_step)  # type: ignore[method-assign]
-    StepGauges._compare = timed("groups", StepGauges._compare)  # type: ignore[method-assign]
+    for part in ("_observe_last_layer", "on_before_optimizer_step", "_measure"):
+        setattr(StepGauges, part, timed("gauges", getattr(StepGauges, part)))
     probe.probe = timed("probe", probe.probe)
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(int(options.get("rounds", 2))):
+        for _ in range(int(options.get("rounds", 1))):
             for arm in ("off", "on", "on", "off"):
                 train(arm, options, folder)
     step = median(SECONDS["off"])
     every, probe_every = LoggingConfig().every_steps, GuardConfig().probe_every_steps
     assert probe_every
-    # Half of the calls of `on_before_optimizer_step` come at steps without a record and cost nothing.
-    due = {name: sum(SECONDS[name]) / len(SECONDS["state"]) for name in ("state", "groups")}
+    # The calls at steps without a record cost nothing.
+    due = {name: sum(SECONDS[name]) / len(SECONDS["state"]) for name in ("state", "gauges")}
     result = {
         "command": f"python -m benchmarks.guard_cost {' '.join(arguments)}".strip(),
         "machine": describe("torch", "lightning", "transformers"),

@@ -9,10 +9,11 @@ from qwlit.training.resilience.probe import MAX_ATTENTION_LOGIT
 from qwlit.training.step_gauges import ACTIVATION_NORM
 
 
-def alarms(rule_state=None, **numbers):
+def alarms(rule_state=None, *, is_pretrained=True, **numbers):
     """Read one record after the other; return the records, counted from 1, at which there was an alarm."""
     raised = []
-    rule = SlowDivergence(SimpleNamespace(alarm=lambda step, reason, cause: raised.append((step, reason, cause))))
+    guard = SimpleNamespace(alarm=lambda step, reason, cause: raised.append((step, reason, cause)))
+    rule = SlowDivergence(guard, is_pretrained=is_pretrained)
     if rule_state:
         rule.load_state_dict(rule_state)
     names = {"activation": ACTIVATION_NORM, "attention": MAX_ATTENTION_LOGIT}
@@ -52,6 +53,14 @@ def test_a_fine_tuning_that_blows_up_the_activations_is_an_alarm_at_the_second_r
 def test_attention_logits_are_an_alarm_only_where_the_softmax_is_saturated():
     assert alarms(attention=[2.0, 11.0, 16.0, 19.0, 49.0])[0] == []
     assert alarms(attention=[16.0, 22.0, 60.7, 72.1, 90.9])[0] == [5]
+
+
+def test_a_model_from_random_weights_may_grow_but_not_without_limit():
+    assert (
+        alarms(is_pretrained=False, activation=[0.74, 1.99, 3.44, 2.77, 4.48], attention=[2.3, 4.2, 6.9, 18.7, 16])[0]
+        == []
+    )
+    assert alarms(is_pretrained=False, attention=[26.0, 252, 542, 945, 1700, 2870])[0] == [6]
 
 
 def test_a_resumed_run_remembers_its_first_value_and_how_many_records_were_too_large():

@@ -144,10 +144,9 @@ def _watching(run: "TrainingRun", guard: Guard, listeners: Sequence[Listener]) -
     if not config.guard.enabled:
         telemetry = Telemetry(milestones, listeners, run.plan.flops, machine)
         return telemetry, [telemetry]
-    growth = [SlowDivergence(guard)] if config.model.init == "pretrained" else []
+    growth = SlowDivergence(guard, is_pretrained=config.model.init == "pretrained")
     gauges = StepGauges(milestones, config.train.max_grad_norm)
-    readers = (*listeners, *(rule.read for rule in growth))
-    telemetry = Telemetry(milestones, readers, run.plan.flops, machine, gauges)
+    telemetry = Telemetry(milestones, (*listeners, growth.read), run.plan.flops, machine, gauges)
     probe = build_probe(run, guard, telemetry)
     # Telemetry reads the gauges. Its state calls the rules before their own state is saved.
-    return telemetry, [StateHealth(milestones, guard), gauges, telemetry, *([probe] if probe else []), *growth]
+    return telemetry, [StateHealth(milestones, guard), gauges, telemetry, *([probe] if probe else []), growth]

@@ -1,9 +1,9 @@
-"""Find a slow divergence by numbers from inside a pretrained model, before or without a rise of the loss.
+"""Find a slow divergence by numbers from inside the model, before or without a rise of the loss.
 
-A fine-tuning at a healthy learning rate hardly changes how large the values inside the model are. One at 10 to 1,000
-times that rate blows them up within tens of steps; its loss may rise less than the noise, or fall again while the model
-gets worse. docs/guard.md has the runs from which the numbers come. Models with random weights grow when all is well, so
-there is no such rule for them.
+A fine-tuning at a healthy learning rate hardly changes how large the values inside the model are. One at 100 times that
+rate blows them up within tens of steps; its loss may rise less than the noise, or fall again while the model is broken.
+Models with random weights grow when all is well, so for them only attention logits of a size that no healthy run has
+are an alarm. docs/telemetry.md has the runs and the sources behind the numbers.
 """
 
 import math
@@ -20,13 +20,16 @@ GROWTH, IN_A_ROW = 4.0, 2
 """A number is so many times its first value or more, in so many records in a row."""
 FLOORS = {ACTIVATION_NORM: 0.0, MAX_ATTENTION_LOGIT: 50.0}
 """Below these values growth is no alarm: the softmax of attention is saturated only by larger logits."""
+LIMITS_FROM_RANDOM = {ACTIVATION_NORM: math.inf, MAX_ATTENTION_LOGIT: 1000.0}
+"""For models that began with random weights."""
 
 
 class SlowDivergence(Callback):
     """Reads the records of metrics.jsonl, on every rank, and raises alarms."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, *, is_pretrained: bool) -> None:
         self._guard = guard
+        self._is_pretrained = is_pretrained
         self._first: dict[str, float] = {}
         """The run's first value of each number; the activations of step 1 are those of the pretrained weights."""
         self._grown: dict[str, int] = {}
@@ -49,7 +52,8 @@ class SlowDivergence(Callback):
             if value is None or not math.isfinite(value):
                 continue
             first = self._first.setdefault(name, value)
-            has_grown = value > max(floor, GROWTH * first)
+            limit = max(floor, GROWTH * first) if self._is_pretrained else LIMITS_FROM_RANDOM[name]
+            has_grown = value > limit
             self._grown[name] = self._grown.get(name, 0) + 1 if has_grown else 0
             if self._grown[name] >= IN_A_ROW:
                 self._guard.alarm(step, f"{name} grew from {first:.3g} to {value:.3g}", "divergence")
