@@ -195,11 +195,16 @@ STATUS_OF_ERROR: dict[type[BaseException], str] = {
 
 @contextmanager
 def recording_status(folder: RunFolder) -> Iterator[None]:
-    """Write into summary.json how the training ended, also where it failed."""
+    """Write into summary.json how the training ended, also where it failed.
+
+    Raises:
+        OSError: the training is done, but summary.json or another record cannot be written.
+    """
     began = time.perf_counter()
     status = "failed"
     try:
         yield
+        folder.write_kept_records()
         status = FINISHED
     except BaseException as error:
         status = STATUS_OF_ERROR.get(type(reason_of(error)), "failed")
@@ -211,4 +216,5 @@ def recording_status(folder: RunFolder) -> Iterator[None]:
             # Else `prepare_folder` has not come to it.
             if summary.get("status") == RUNNING:
                 earlier = summary.get("wall_seconds") or 0.0
-                folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))
+                write = folder.write_summary if status == FINISHED else folder.try_write_summary
+                write(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

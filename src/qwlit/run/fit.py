@@ -59,7 +59,7 @@ def fit(
         reason = str(error).strip().splitlines()[0]
         raise QwlitError(f"a decoder layer cannot be compiled ({reason}); set hardware.compile=false") from error
     finally:
-        folder.write_summary(**training.results())
+        folder.try_write_summary(**training.results())
     return training
 
 

@@ -1,5 +1,6 @@
 """Checkpointing: when a checkpoint is saved, which one is the best, and which are deleted."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -10,6 +11,7 @@ from lightning.pytorch import Trainer
 from rich.markup import escape
 
 from qwlit.core.console import console
+from qwlit.core.disk import disk_line, reason_of_disk, remedy_of
 from qwlit.core.errors import ConfigError, GuardStop
 from qwlit.core.metric import set_loss_key
 from qwlit.core.ranks import is_rank_zero
@@ -59,6 +61,8 @@ class Checkpointing(BoundaryCallback):
         """The step of the checkpoint that is loaded."""
         self._saved_step = 0
         self._num_failed = 0
+        self._remedy = ""
+        """What the last failed save needs."""
         self.has_begun = False
         """Whether the training has begun: the checkpoint at which it resumes is loaded."""
         self.best_val_loss: float | None = None
@@ -75,6 +79,7 @@ class Checkpointing(BoundaryCallback):
             "best_step": self.best_step,
             "best_set_losses": self.best_set_losses,
             "stopped_early": self._stopped_early,
+            "kept_records": self._folder.kept_records,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -83,11 +88,10 @@ class Checkpointing(BoundaryCallback):
         self.best_set_losses = state_dict.get("best_set_losses", {})  # older checkpoints do not have it
         self._stopped_early = state_dict["stopped_early"]
         if is_rank_zero():
+            self._folder.keep_records(state_dict.get("kept_records", {}))
             # A kill after a save and before its pointers leaves the pointers at an older checkpoint.
-            newest = list_checkpoints(self._folder)[-1]
-            if step_of(newest) not in read_seals(self._folder.path):
-                self._append_event(newest)
-            self._point("last", newest)
+            self._record_seals()
+            self._point("last", list_checkpoints(self._folder)[-1])
             if self.best_step is not None and self.path(self.best_step).is_dir():
                 self._point("best", self.path(self.best_step))
 
@@ -127,7 +131,7 @@ class Checkpointing(BoundaryCallback):
         if improved or self.milestones.save(step) or is_last:
             self.save(trainer, step, wait=is_last)
         if is_last and self._saved_step != step:
-            raise ConfigError(f"the last step could not be saved; free disk space and {self._resume_hint}")
+            raise ConfigError(f"the last step could not be saved; {self._remedy} and {self._resume_hint}")
 
     def _improved(self, module: CausalLMModule, step: int) -> bool:
         loss = module.validation.loss
@@ -181,27 +185,30 @@ class Checkpointing(BoundaryCallback):
         if failure is None:
             self._saved_step, self._num_failed = step, 0
             if is_rank_zero():
-                self._record(step)
+                try:
+                    self._record(step)
+                except OSError as error:
+                    # The next save does what is left to do.
+                    console().print(f"  [yellow]note[/]      {escape(disk_line(error))}. Step {step} is saved")
             return
         self._num_failed += 1
         if self.best_step == step:
             self.best_val_loss, self.best_step, self.best_set_losses = self._best_before
-        message = (
-            f"the checkpoint of step {step} could not be written: {failure.strerror or failure}"
-            f" ({self._folder.checkpoints})"
-        )
+        self._remedy = remedy_of(failure)
+        reason = f"{reason_of_disk(failure)} ({self._folder.checkpoints})"
+        message = f"the checkpoint of step {step} could not be written: {reason}"
         if self._num_failed >= MAX_FAILED_SAVES:
             raise ConfigError(
-                f"{message}, and {self._num_failed - 1} before it; free disk space and {self._resume_hint}"
+                f"{message}, and {self._num_failed - 1} before it; {self._remedy} and {self._resume_hint}"
             )
         self._folder.append_event(step, "save_failed", message=message)
         if is_rank_zero():
-            console().print(f"  [yellow]note[/]      {escape(message)}; the training goes on")
+            console().print(f"  [yellow]note[/]      {escape(message)}; {self._remedy}. The training goes on")
 
     def _record(self, step: int) -> None:
         """Point to the new checkpoint, record it, and delete those that are now superfluous."""
         path = self.path(step)
-        self._append_event(path)
+        self._record_seals()
         self._point("last", path)
         if self.best_step == step:
             self._point("best", path)
@@ -211,9 +218,14 @@ class Checkpointing(BoundaryCallback):
             if step_of(old) != self.best_step:
                 delete_checkpoint(old)
 
-    def _append_event(self, path: Path) -> None:
-        relative = str(path.relative_to(self._folder.path))
-        self._folder.append_event(step_of(path), SAVED, path=relative, manifest=seal_of(path))
+    def _record_seals(self) -> None:
+        """Record the checkpoints that events.jsonl lacks: the new one, and all of them if the file was removed."""
+        kept = map(json.loads, self._folder.kept_records.get("events.jsonl", ()))
+        recorded = {*read_seals(self._folder.path), *(event["step"] for event in kept if event["event"] == SAVED)}
+        for path in list_checkpoints(self._folder):
+            if step_of(path) not in recorded:
+                relative = str(path.relative_to(self._folder.path))
+                self._folder.append_event(step_of(path), SAVED, path=relative, manifest=seal_of(path))
 
     def _point(self, name: str, checkpoint: Path) -> None:
         if problem := link_checkpoint(self._folder, name, checkpoint):
