@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -54,6 +55,12 @@ class Place:
     def free(self) -> None:
         (self.disk / "ballast").unlink(missing_ok=True)
         shutil.rmtree(self.disk / "small", ignore_errors=True)
+
+    def lock_elsewhere(self) -> None:
+        """A file system with a file that is open for writing, as the lock is, cannot become read-only."""
+        self.run.parent.mkdir()
+        elsewhere = self.mended.enter_context(tempfile.TemporaryDirectory())
+        (self.run.parent / ".locks").symlink_to(elsewhere)
 
     def remount(self, option: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{option}", str(self.disk)], check=True)
@@ -205,6 +212,7 @@ def _nobody(place: Place) -> None:
 
 def _nobody_then_root_folder(place: Place) -> None:
     _nobody(place)
+    place.run.parent.mkdir()
     place.give(place.run, 0)
 
 
@@ -379,7 +387,7 @@ DISK: dict[str, Fault] = {
         mounted=True,
     ),
     "full from step 3 to 5": Fault(
-        ["metrics.jsonl cannot be written: No space left", GOES_ON, "is written again, and lacks nothing"],
+        ["the checkpoint of step 4 could not be written: No space left", GOES_ON],
         at={3: full, 5: free},
         mounted=True,
     ),
@@ -414,6 +422,7 @@ DISK: dict[str, Fault] = {
     "read-only from step 3 on": Fault(
         ["step 8 could not be written: Read-only file system", "make the file system writable and run"],
         2,
+        before=Place.lock_elsewhere,
         at={3: lambda place: place.remount("ro")},
         mend=lambda place: place.remount("rw"),
         resumed_from=2,
@@ -421,6 +430,7 @@ DISK: dict[str, Fault] = {
     ),
     "read-only from step 3 to 5": Fault(
         ["metrics.jsonl cannot be written: Read-only file system", GOES_ON, "is written again, and lacks nothing"],
+        before=Place.lock_elsewhere,
         at={3: lambda place: place.remount("ro"), 5: lambda place: place.remount("rw")},
         mounted=True,
     ),
@@ -493,11 +503,11 @@ FOLDER: dict[str, Fault] = {
     "events.jsonl removed at step 5": Fault(
         ["events.jsonl was removed or cut off"], at={5: remove("events.jsonl")}, check=sealed
     ),
-    "events.jsonl a folder from step 3 to 5": Fault(
-        ["events.jsonl cannot be written: Is a directory", "events.jsonl is written again"],
+    "events.jsonl a folder from step 3 to 7": Fault(
+        ["events.jsonl: Is a directory; a folder has the name of a file: move it away. Step 4 is saved"],
         at={
             3: lambda place: put_in_place(place.run / "events.jsonl", Path.mkdir),
-            5: lambda place: put_back(place.run / "events.jsonl"),
+            7: lambda place: put_back(place.run / "events.jsonl"),
         },
         check=sealed,
     ),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwlit.core.files import read_json_lines
 from qwlit.run import training_run
 from qwlit.run.callbacks import Extensions
 from qwlit.training.checkpointing.checkpoint import read_weights
@@ -23,7 +24,7 @@ from qwlit.training.tracking.run_folder import RunFolder
 from tests.faults.disk_faults import DISK_MIB, FAULTS, At, Fault, Place, end_early
 from tests.faults.test_checkpoints import chat, words  # noqa: F401 - a fixture
 from tests.long import LONG
-from tests.runs.runs import qwlit, rows, summary, train
+from tests.runs.runs import qwlit, summary, train
 
 SEED, OF_EACH_KIND = 21, 2
 ROOT = os.geteuid() == 0
@@ -57,7 +58,9 @@ def place(request, monkeypatch, tmp_path):
             )
             if done.returncode:
                 pytest.skip("this root cannot mount a file system")
-            mended.callback(subprocess.run, ["umount", str(disk)], check=True)
+            # At once, also while this process has a file open there.
+            mended.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
+        (disk / "chat.jsonl").write_bytes(request.getfixturevalue("chat").read_bytes())
         made = Place(disk, monkeypatch, contextlib.ExitStack())
         mended.callback(made.limit_files)
         mended.callback(monkeypatch.undo)
@@ -65,20 +68,21 @@ def place(request, monkeypatch, tmp_path):
         yield made
 
 
-def launch(place: Place, chat: Path, at: dict) -> subprocess.CompletedProcess[str]:  # noqa: F811
+def launch(place: Place, at: dict) -> subprocess.CompletedProcess[str]:
     """Train; `at` acts before steps."""
     actions = {step: partial(action, place) for step, action in at.items()}
     with pytest.MonkeyPatch.context() as patch:
         extended = partial(training_run.train, extensions=Extensions([At(actions)]))
         patch.setattr(training_run, "train", extended)
-        return qwlit(["train", *words("a", chat)], place.disk)
+        return qwlit(["train", *words("a", Path("chat.jsonl"))], place.disk)
 
 
 def assert_same(whole: Path, run: Path, *, lost: bool) -> None:
     """Bit for bit: every logged number, or with `lost` those after the fault, and every weight."""
 
     def numbers(folder: Path) -> list[dict]:
-        return [{k: v for k, v in row.items() if not k.startswith(("throughput", "memory"))} for row in rows(folder)]
+        found = read_json_lines(folder / "metrics.jsonl")
+        return [{k: v for k, v in row.items() if not k.startswith(("throughput", "memory"))} for row in found]
 
     expected, found = numbers(whole), numbers(run)
     assert found == (expected[-len(found) :] if lost else expected)
@@ -104,20 +108,21 @@ def assert_says(done: subprocess.CompletedProcess[str], fault: Fault) -> None:
 
 
 @pytest.mark.parametrize("place", drawn(), indirect=True)
-def test_a_fault_is_said_in_a_line_and_the_run_ends_like_an_uninterrupted_one(place, chat, whole, request):  # noqa: F811
+def test_a_fault_is_said_in_a_line_and_the_run_ends_like_an_uninterrupted_one(place, whole, request):
     fault = FAULTS[request.node.callspec.params["place"]]
     if fault.cut:
-        assert "cut here" in launch(place, chat, {6: lambda place: end_early()}).stderr
+        assert "cut here" in launch(place, {6: lambda place: end_early()}).stderr
     if fault.before:
         fault.before(place)
-    done = launch(place, chat, fault.at)
+    done = launch(place, fault.at)
     assert_says(done, fault)
     if fault.check:
         fault.check(place)
     if fault.code:
         (fault.mend or (lambda place: None))(place)
-        done = launch(place, chat, {})
+        done = launch(place, {})
         assert done.returncode == 0, done.stdout + done.stderr
         assert summary(place.run)["resumed_from"] == fault.resumed_from
+    place.mended.close()
     assert summary(place.run)["status"] == "done"
     assert_same(whole, place.run, lost=fault.lost)

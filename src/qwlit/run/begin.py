@@ -30,7 +30,7 @@ from qwlit.run.resume import (
 )
 from qwlit.training.checkpointing.folder import newest
 from qwlit.training.tracking.manifest import build_manifest
-from qwlit.training.tracking.run_folder import FINISHED, RUNNING, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
@@ -212,9 +212,8 @@ def recording_status(folder: RunFolder) -> Iterator[None]:
     finally:
         # A second Ctrl-C must not leave the status "running".
         with handling(HANDLED_SIGNALS, signal.SIG_IGN):
-            summary = folder.read_summary()
             # Else `prepare_folder` has not come to it.
-            if summary.get("status") == RUNNING:
-                earlier = summary.get("wall_seconds") or 0.0
+            if folder.has_begun:
+                earlier = folder.read_summary().get("wall_seconds") or 0.0
                 write = folder.write_summary if status == FINISHED else folder.try_write_summary
                 write(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

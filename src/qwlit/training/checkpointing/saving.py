@@ -17,7 +17,7 @@ from qwlit.core.metric import set_loss_key
 from qwlit.core.ranks import is_rank_zero
 from qwlit.training.checkpointing.checkpoint import IDENTITY
 from qwlit.training.checkpointing.finite import find_nonfinite
-from qwlit.training.checkpointing.folder import delete_checkpoint, link_checkpoint, list_checkpoints
+from qwlit.training.checkpointing.folder import delete_checkpoint, link_checkpoint, list_checkpoints, newest
 from qwlit.training.checkpointing.manifest import SAVED, read_seals, seal_of, step_of
 from qwlit.training.checkpointing.writer import CheckpointWriter
 from qwlit.training.config import CheckpointConfig
@@ -91,9 +91,7 @@ class Checkpointing(BoundaryCallback):
             self._folder.keep_records(state_dict.get("kept_records", {}))
             # A kill after a save and before its pointers leaves the pointers at an older checkpoint.
             self._record_seals()
-            self._point("last", list_checkpoints(self._folder)[-1])
-            if self.best_step is not None and self.path(self.best_step).is_dir():
-                self._point("best", self.path(self.best_step))
+            self._point_to_newest_and_best()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY] = self._identity
@@ -207,13 +205,10 @@ class Checkpointing(BoundaryCallback):
 
     def _record(self, step: int) -> None:
         """Point to the new checkpoint, record it, and delete those that are now superfluous."""
-        path = self.path(step)
         self._record_seals()
-        self._point("last", path)
-        if self.best_step == step:
-            self._point("best", path)
+        self._point_to_newest_and_best()
         if self._on_saved is not None:
-            self._on_saved(path)
+            self._on_saved(self.path(step))
         for old in list_checkpoints(self._folder)[: -self._keep_last]:
             if step_of(old) != self.best_step:
                 delete_checkpoint(old)
@@ -226,6 +221,12 @@ class Checkpointing(BoundaryCallback):
             if step_of(path) not in recorded:
                 relative = str(path.relative_to(self._folder.path))
                 self._folder.append_event(step_of(path), SAVED, path=relative, manifest=seal_of(path))
+
+    def _point_to_newest_and_best(self) -> None:
+        if checkpoint := newest(self._folder):
+            self._point("last", checkpoint)
+        if self.best_step is not None and self.path(self.best_step).is_dir():
+            self._point("best", self.path(self.best_step))
 
     def _point(self, name: str, checkpoint: Path) -> None:
         if problem := link_checkpoint(self._folder, name, checkpoint):

@@ -17,8 +17,8 @@ class RecordFile:
         self._path = path
         self._size = 0
         """Of the file after the last record that this process has written; 0 before the first."""
-        self._failed_at: int | None = None
-        """Size of the file before a write that failed: what it left behind is half a record."""
+        self._failed: tuple[int, int, int] | None = None
+        """Device, inode and size of the file before a write that failed: what that left behind is half a record."""
         self._lock = threading.Lock()
         self.kept: list[str] = []
         """Lines that are not in the file yet."""
@@ -48,17 +48,20 @@ class RecordFile:
 
     def _write(self, data: bytes) -> bool:
         with naming_path(self._path), self._path.open("ab", buffering=0) as handle:
-            size = os.fstat(handle.fileno()).st_size
-            if self._failed_at is not None and size > self._failed_at:
-                handle.truncate(self._failed_at)
-                size = self._failed_at
-            self._failed_at = size
-            rest = memoryview(data)
+            status = os.fstat(handle.fileno())
+            now = (status.st_dev, status.st_ino, status.st_size)
+            if self._failed and self._failed[:2] == now[:2] and self._failed < now:
+                handle.truncate(self._failed[2])
+                now = self._failed
+            self._failed = now
+            is_whole = now[2] >= self._size
+            # Where somebody has cut the file off, its last line may have no end.
+            rest = memoryview(data if is_whole or not now[2] else b"\n" + data)
             while rest:
                 rest = rest[handle.write(rest) :]
+            size = os.fstat(handle.fileno()).st_size
         # A file server may report a full disk only when the file is closed.
-        self._failed_at = None
-        is_whole, self._size = size >= self._size, size + len(data)
+        self._failed, self._size = None, size
         return is_whole
 
     def keep(self, lines: Iterable[str]) -> None:

@@ -58,7 +58,7 @@ class RunFolder:
     _records: dict[str, RecordFile] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The files of `STREAMS`, from their first record on."""
     _summary: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Entries of summary.json that could not be written yet."""
+    """The entries of summary.json that this launch has written or could not write."""
     _failing: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Names of the files of which the user knows that they cannot be written."""
 
@@ -108,11 +108,10 @@ class RunFolder:
         return read_json(self.path / "summary.json")
 
     def write_summary(self, **entries: Any) -> None:
-        """Merge `entries` into summary.json, and those that could not be written before."""
+        """Merge `entries` into summary.json, and those of before if they could not be written or were removed."""
         if is_rank_zero():
             self._summary.update(entries)
             write_json_atomic(self.path / "summary.json", _jsonable(self.read_summary() | self._summary))
-            self._summary.clear()
             self._failing.discard("summary.json")
 
     def try_write_summary(self, **entries: Any) -> None:
@@ -170,6 +169,11 @@ class RunFolder:
 
     def _note(self, message: str) -> None:
         console().print(f"  [yellow]note[/]      {escape(message)}")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether this launch has written a status: the run in this folder is its own."""
+        return "status" in self._summary
 
     @property
     def kept_records(self) -> dict[str, list[str]]:
