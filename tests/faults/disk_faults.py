@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -193,6 +194,10 @@ full = Place.fill
 free = Place.free
 
 
+def both(*actions: Action) -> Action:
+    return lambda place: [action(place) for action in actions]
+
+
 def _full_with(left_kib: int) -> Fault:
     """The disk has so little space at the start that some file of the start or the first save does not fit."""
     return Fault(["No space left on device", "free"], 2, partial(full, left_kib=left_kib), mend=free, mounted=True)
@@ -349,10 +354,6 @@ def link(name: str, target: str) -> Action:
     return lambda place: (place.run.parent / name).symlink_to(target)
 
 
-def both(*actions: Action) -> Action:
-    return lambda place: [action(place) for action in actions]
-
-
 def let_go(place: Place) -> None:
     place.mended.close()
 
@@ -451,6 +452,32 @@ DISK: dict[str, Fault] = {
             3: lambda place: put_in_place(place.run / "metrics.jsonl", lambda path: path.symlink_to("/dev/full")),
             5: lambda place: put_back(place.run / "metrics.jsonl"),
         },
+    ),
+    "metrics.jsonl on a full device from step 3 on, and the run ends with an error": Fault(
+        ["metrics.jsonl cannot be written: No space left", "cut here"],
+        2,
+        at={
+            3: lambda place: put_in_place(place.run / "metrics.jsonl", lambda path: path.symlink_to("/dev/full")),
+            6: lambda place: end_early(),
+        },
+        mend=lambda place: put_back(place.run / "metrics.jsonl"),
+        resumed_from=4,
+    ),
+    "full at step 3, and Ctrl-C": Fault(
+        ["step 3 could not be saved; runs/a resumes from step 2"],
+        130,
+        at={3: both(full, lambda place: signal.raise_signal(signal.SIGINT))},
+        mend=free,
+        resumed_from=2,
+        mounted=True,
+    ),
+    "full at step 3, and SIGTERM": Fault(
+        ["step 3 could not be saved; runs/a resumes from step 2"],
+        75,
+        at={3: both(full, lambda place: signal.raise_signal(signal.SIGTERM))},
+        mend=free,
+        resumed_from=2,
+        mounted=True,
     ),
     "fsync fails from step 3 on": Fault(
         ["the checkpoint of step 8 could not be written: Input/output error", "check the disk and run"],

@@ -143,9 +143,10 @@ def locked(path: Path, *, blocking: bool = True, waiting: Callable[[str], None] 
             if error.errno not in NO_FLOCK:
                 raise
             held.enter_context(lease(path, blocking=blocking, waiting=lambda: waiting and waiting(lock_holder(path))))
-        handle.truncate(0)
-        handle.write(f"{this_process()}\n")
-        handle.flush()
+        with naming_path(path):
+            handle.truncate(0)
+            handle.write(f"{this_process()}\n")
+            handle.flush()
         yield handle
 
 
