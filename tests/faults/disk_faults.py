@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from qwlit.core import lease
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import lock_holder
+from qwlit.inference.export import export_model
 from qwlit.training.checkpointing.saving import Checkpointing
 from qwlit.training.tracking.run_folder import RunFolder, RunLock
 
@@ -198,6 +199,14 @@ def both(*actions: Action) -> Action:
     return lambda place: [action(place) for action in actions]
 
 
+def fill_after_export(place: Place) -> None:
+    def export_and_fill(*arguments: Any, **options: Any) -> None:
+        export_model(*arguments, **options)
+        place.fill()
+
+    place.monkeypatch.setattr("qwlit.run.finish.export_model", export_and_fill)
+
+
 def _full_with(left_kib: int) -> Fault:
     """The disk has so little space at the start that some file of the start or the first save does not fit."""
     return Fault(["No space left on device", "free"], 2, partial(full, left_kib=left_kib), mend=free, mounted=True)
@@ -305,6 +314,10 @@ def link_nowhere(place: Place) -> None:
     place.run.symlink_to("../elsewhere")
 
 
+def has_status(place: Place, status: str) -> None:
+    assert RunFolder(place.run).status == status
+
+
 def has_pointer_files(place: Place) -> None:
     for name in ("best", "last"):
         assert (place.run / "checkpoints" / name).read_text() in ("step-000008\n", "step-000006\n")
@@ -408,6 +421,14 @@ DISK: dict[str, Fault] = {
         resumed_from=8,
         mounted=True,
     ),
+    "full after the export": Fault(
+        ["runs/a/summary.json: No space left on device; free disk space and run"],
+        2,
+        fill_after_export,
+        mend=both(free, lambda place: place.monkeypatch.undo()),
+        resumed_from=8,
+        mounted=True,
+    ),
     "no inode left from step 3 to 5": Fault(
         ["the checkpoint of step 4 could not be written: No space left", GOES_ON],
         at={3: Place.use_all_inodes, 5: free},
@@ -438,6 +459,7 @@ DISK: dict[str, Fault] = {
     "files limited in size from step 3 on": Fault(
         ["the checkpoint of step 8 could not be written: File too large", "(ulimit -f) and run"],
         2,
+        check=lambda place: has_status(place, "failed"),
         at={3: lambda place: place.limit_files(20_000)},
         mend=Place.limit_files,
         resumed_from=2,
