@@ -46,7 +46,10 @@ class Place:
 
     def fill(self, left_kib: int = 0) -> None:
         """Fill the disk."""
-        (self.disk / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(self.disk).free - left_kib * 1024)))
+        size = max(0, shutil.disk_usage(self.disk).free - left_kib * 1024)
+        with contextlib.suppress(OSError), (self.disk / "ballast").open("wb") as handle:
+            for start in range(0, size, 4096):
+                handle.write(bytes(min(4096, size - start)))
 
     def use_all_inodes(self) -> None:
         (self.disk / "small").mkdir()
