@@ -61,6 +61,8 @@ class Checkpointing(BoundaryCallback):
         """The step of the checkpoint that is loaded."""
         self._saved_step = 0
         self._num_failed = 0
+        self._seals: dict[int, str | None] = {}
+        """Step → seal of the checkpoints that events.jsonl has or should have. Others are not the run's."""
         self._remedy = ""
         """What the last failed save needs."""
         self.has_begun = False
@@ -90,6 +92,9 @@ class Checkpointing(BoundaryCallback):
         if is_rank_zero():
             self._folder.keep_records(state_dict.get("kept_records", {}))
             # A kill after a save and before its pointers leaves the pointers at an older checkpoint.
+            self._seals = read_seals(self._folder.path)
+            if checkpoint := newest(self._folder):
+                self._seals.setdefault(step_of(checkpoint), seal_of(checkpoint))
             self._record_seals()
             self._point_to_newest_and_best()
 
@@ -205,6 +210,7 @@ class Checkpointing(BoundaryCallback):
 
     def _record(self, step: int) -> None:
         """Point to the new checkpoint, record it, and delete those that are now superfluous."""
+        self._seals[step] = seal_of(self.path(step))
         self._record_seals()
         self._point_to_newest_and_best()
         if self._on_saved is not None:
@@ -214,13 +220,13 @@ class Checkpointing(BoundaryCallback):
                 delete_checkpoint(old)
 
     def _record_seals(self) -> None:
-        """Record the checkpoints that events.jsonl lacks: the new one, and all of them if the file was removed."""
+        """Record the seals that events.jsonl lacks: the new one, and all of them if the file was removed."""
         kept = map(json.loads, self._folder.kept_records.get("events.jsonl", ()))
         recorded = {*read_seals(self._folder.path), *(event["step"] for event in kept if event["event"] == SAVED)}
-        for path in list_checkpoints(self._folder):
-            if step_of(path) not in recorded:
+        for step, seal in self._seals.items():
+            if step not in recorded and (path := self.path(step)).is_dir():
                 relative = str(path.relative_to(self._folder.path))
-                self._folder.append_event(step_of(path), SAVED, path=relative, manifest=seal_of(path))
+                self._folder.append_event(step, SAVED, path=relative, manifest=seal)
 
     def _point_to_newest_and_best(self) -> None:
         if checkpoint := newest(self._folder):
