@@ -5,12 +5,14 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
 
+from qwlit.core.disk import naming_path, sync
 from qwlit.core.errors import ConfigError
+from qwlit.core.lease import NO_FLOCK, is_leased, lease
 
 PACKAGED = "qwlit:"
 DEEPEST = 32
@@ -34,7 +36,8 @@ def fsync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming_path(folder):
+            sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -42,24 +45,20 @@ def fsync_folder(folder: Path) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a temporary file and rename it to `path`, so that no reader sees half a file and no kill -9 leaves one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with naming_path(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                sync(handle.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def load_json(text: str) -> Any:
@@ -118,12 +117,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(
-    path: Path, *, blocking: bool = True, shared: bool = False, waiting: Callable[[str], None] | None = None
-) -> Iterator[TextIO]:
-    """Hold an exclusive or a shared lock on `path` while the block runs; create the file if it is missing.
+def locked(path: Path, *, blocking: bool = True, waiting: Callable[[str], None] | None = None) -> Iterator[TextIO]:
+    """Hold a lock on `path` while the block runs; create the file if it is missing.
 
-    The first line of the file names the process that last held it alone.
+    The first line of the file names the process that last held it. Where the file system has no locks, a lease stands
+    in for it, see `core.lease`.
 
     Args:
         waiting: called with the name of the process that holds the lock, before this one waits for it.
@@ -132,17 +130,20 @@ def locked(
         BlockingIOError: with `blocking=False`, when another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as handle:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with path.open("a+", encoding="utf-8") as handle, ExitStack() as held:
         try:
-            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not blocking:
                 raise
             if waiting:
                 waiting(lock_holder(path))
-            fcntl.flock(handle, kind)
-        if not shared:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            held.enter_context(lease(path, blocking=blocking, waiting=lambda: waiting and waiting(lock_holder(path))))
+        with naming_path(path):
             handle.truncate(0)
             handle.write(f"{this_process()}\n")
             handle.flush()
@@ -160,9 +161,20 @@ def lock_holder(path: Path) -> str:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds a lock on `path`."""
+    """Whether another process holds a lock on `path`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     try:
-        with locked(path, blocking=False, shared=True):
-            return False
+        with path.open(encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        return is_leased(path)
+    return False

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +64,10 @@ class File:
         except OSError as error:
             raise DataError(f"data file '{self}' cannot be read: {error.strerror}") from error
         if time.time() - stat.st_ctime > RACY_SECONDS:
-            cache_root.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(self._cache_entry(cache_root), {"stamp": _stamp(stat), "sha256": digest})
+            # Without it the file is hashed again at the next start.
+            with suppress(OSError):
+                cache_root.mkdir(parents=True, exist_ok=True)
+                write_json_atomic(self._cache_entry(cache_root), {"stamp": _stamp(stat), "sha256": digest})
         return digest
 
     def known_digest(self, cache_root: Path) -> str | None:
