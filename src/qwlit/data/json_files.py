@@ -1,6 +1,5 @@
 """Read the rows of JSON files: one object per line, an array, or one object over many lines."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -9,9 +8,10 @@ from typing import BinaryIO
 
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
-from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row, too_long
+from qwlit.data.json_array import read_array
+from qwlit.data.lines import RowPieces, read_line
+from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row
 
-SPACE = re.compile(r"\s*")
 SPACES = b" \t\r\n" + BOM
 
 
@@ -19,7 +19,7 @@ def read_json_lines(source_index: int, file: File, handle: BinaryIO) -> Iterator
     """Read one object per line, or an array, which some data sets also save as .jsonl."""
     is_array = _is_array(_first_line(handle), handle)
     handle.seek(0)
-    yield from _read_array(source_index, handle) if is_array else _read_lines(source_index, handle)
+    yield from read_array(source_index, handle) if is_array else _read_lines(source_index, handle)
 
 
 def _first_line(handle: BinaryIO) -> bytes:
@@ -44,24 +44,14 @@ def _is_array(first_line: bytes, handle: BinaryIO) -> bool:
 
 
 def _read_lines(source_index: int, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
-    for line in count(1):
-        raw = handle.readline(MAX_ROW_BYTES + 1)
-        if not raw:
+    for number in count(1):
+        line = read_line(handle)
+        if not line:
             return
-        if len(raw) > MAX_ROW_BYTES:
-            yield _skip_long_line(source_index, line, raw, handle)
-        elif raw.removeprefix(BOM).strip():
-            yield Row(source_index, line, raw)
-
-
-def _skip_long_line(source_index: int, line: int, head: bytes, handle: BinaryIO) -> QuarantinedRow:
-    """Read to the end of the line in pieces: a line of any length needs little memory."""
-    digest, size, piece = hashlib.sha256(head), len(head), head
-    while piece and not piece.endswith(b"\n"):
-        piece = handle.readline(MAX_ROW_BYTES)
-        digest.update(piece)
-        size += len(piece)
-    return QuarantinedRow(source_index, line, too_long(size), digest.hexdigest())
+        if isinstance(line, RowPieces):
+            yield line.row(source_index, number)
+        elif line.removeprefix(BOM).strip():
+            yield Row(source_index, number, line)
 
 
 def read_json(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
@@ -69,7 +59,7 @@ def read_json(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row |
     first_line = _first_line(handle)
     handle.seek(0)
     if first_line.startswith(b"["):
-        yield from _read_array(source_index, handle)
+        yield from read_array(source_index, handle)
     elif len(first_line) < MAX_ROW_BYTES // 2 and _opens_an_object(first_line):
         content = handle.read(MAX_ROW_BYTES + 1)
         if len(content) > MAX_ROW_BYTES:
@@ -94,38 +84,3 @@ def _opens_an_object(first_line: bytes) -> bool:
     except (ValueError, RecursionError):
         pass
     return False
-
-
-def _read_array(source_index: int, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
-    # surrogateescape keeps bytes that are not UTF-8, so only the element with such bytes is rejected, not the file.
-    text = handle.read().removeprefix(BOM).decode("utf-8", "surrogateescape")
-    for index, (element, broken) in enumerate(_array_elements(text), start=1):
-        row = Row(source_index, index, element.encode("utf-8", "surrogateescape"))
-        yield row.quarantined(broken) if broken else row.within_limit()
-
-
-def _array_elements(text: str) -> Iterator[tuple[str, str | None]]:
-    """Yield (raw text, None) for each element; if the array is not valid, (rest of the text, reason) at the end."""
-    # Here we need only the end of each element. `len` avoids converting numbers: Python refuses very long integers.
-    decoder = json.JSONDecoder(parse_int=len, parse_float=len)
-    position = _after_space(text, _after_space(text, 0) + 1)
-    while text[position : position + 1] != "]":
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield text[position:], f"the JSON array is not valid from here on: {getattr(error, 'msg', 'not readable')}"
-            return
-        yield text[position:end], None
-        position = _after_space(text, end)
-        if text[position : position + 1] not in {",", "]"}:
-            yield text[position:], "the JSON array is not valid from here on: ',' or ']' expected"
-            return
-        if text[position] == ",":
-            position = _after_space(text, position + 1)
-    if rest := text[position + 1 :].strip():
-        yield rest, "text after the JSON array"
-
-
-def _after_space(text: str, position: int) -> int:
-    match = SPACE.match(text, position)
-    return match.end() if match else position
