@@ -7,12 +7,14 @@ from functools import partial
 from typing import BinaryIO, cast
 
 from qwlit.core.errors import DataError
+from qwlit.data.csv_files import read_csv
 from qwlit.data.files import File
+from qwlit.data.gzip_file import LimitedGzipFile
 from qwlit.data.hub import read_data_set
 from qwlit.data.json_files import read_json, read_json_lines
+from qwlit.data.parquet_files import KNOWN_COLUMNS, read_parquet
 from qwlit.data.rows import QuarantinedRow, Row
 from qwlit.data.sources import Source
-from qwlit.data.tables import KNOWN_COLUMNS, read_csv, read_parquet
 from qwlit.data.text_files import read_text
 
 READERS = {
@@ -61,7 +63,7 @@ class RowReader:
         try:
             with file.path.open("rb") as raw:
                 self._handle = raw
-                handle = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if file.is_compressed else raw
+                handle = _unpacked(raw, file) if file.is_compressed else raw
                 for row in self._readers[file.suffix](source_index, file, handle):
                     line = row.line
                     yield row
@@ -71,3 +73,7 @@ class RowReader:
             raise DataError(f"data file '{file}' is damaged after row {line}: {error}; make it again") from None
         except OSError as error:
             raise DataError(f"data file '{file}' cannot be read: {error.strerror or error}") from None
+
+
+def _unpacked(raw: BinaryIO, file: File) -> BinaryIO:
+    return cast(BinaryIO, LimitedGzipFile(raw, file.num_bytes(), str(file)))
