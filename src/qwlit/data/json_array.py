@@ -13,6 +13,7 @@ PIECE_BYTES = 2**20
 SPACES = " \t\r\n"
 BLANKS = SPACES.encode()
 INVALID = "the JSON array is not valid from here on"
+EXPECTED = "',' or ']' expected"
 # Here we need only the end of an element. `len` avoids converting numbers: Python refuses very long integers.
 DECODER = json.JSONDecoder(parse_int=len, parse_float=len)
 QUOTE, COMMA = ord('"'), ord(",")
@@ -41,7 +42,7 @@ def read_array(source_index: int, handle: BinaryIO) -> Iterator[Row | Quarantine
                 number += 1
             if reason or not end:
                 rest = array.rest(content[length:] + end)
-                yield rest.quarantined(source_index, number, f"{INVALID}: {reason or 'its end is missing'}")
+                yield rest.quarantined(source_index, number, f"{INVALID}: {reason or EXPECTED}")
                 return
         if end == b"]":
             break
@@ -60,7 +61,7 @@ def _value_length(content: bytes) -> tuple[int, str | None]:
         return 0, getattr(error, "msg", "not readable")
     if not text[end:].strip(SPACES):
         return len(content), None
-    return len(text[:end].encode("utf-8", "surrogateescape")), "',' or ']' expected"
+    return len(text[:end].encode("utf-8", "surrogateescape")), EXPECTED
 
 
 class _Array:
@@ -107,7 +108,8 @@ class _Array:
         quoted = np.logical_xor.accumulate(np.append(self._is_quoted, marks == QUOTE))[1:]
         depths = self._depth + np.cumsum(_LEVELS[marks] * ~quoted)
         self._is_quoted, self._depth = bool(quoted[-1]), int(depths[-1])
-        return places[~quoted & ((marks == COMMA) & (depths == 1) | (depths == 0))].tolist()
+        ends: list[int] = places[~quoted & ((marks == COMMA) & (depths == 1) | (depths == 0))].tolist()
+        return ends
 
     def rest(self, first: bytes) -> RowPieces:
         """Return `first` and all bytes behind the last element."""

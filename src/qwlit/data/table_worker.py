@@ -1,6 +1,6 @@
-"""Decode a Parquet file in a process with limits: some bytes of a file can expand to any number of rows and values.
+"""Decode a Parquet or Arrow file in a process with limits: a few bytes can expand to any number of rows and values.
 
-`parquet_files.py` runs this file as a script. It writes the table to standard output as a stream in Arrow's format,
+`table_process.py` runs this file as a script. It writes the table to standard output as a stream in Arrow's format,
 in slices of limited size, and a failure to standard error as one line of JSON. It imports nothing of qwlit, so it
 starts quickly.
 """
@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,38 +56,72 @@ class Limits:
     """How many times the size of a larger file its rows may have."""
 
 
-def decode(path: str, wanted: Collection[str], limits: Limits) -> None:
-    """Write the columns in `wanted` to standard output.
+@dataclass(frozen=True)
+class Table:
+    """A table that is read batch by batch."""
+
+    schema: Any
+    details: dict[str, Any]
+    batches: Iterator[Any]
+
+
+def parquet_table(path: str, wanted: Collection[str]) -> Table:
+    """Open a Parquet file to read its columns that are in `wanted`."""
+    file = pyarrow.parquet.ParquetFile(pyarrow.OSFile(path), buffer_size=READ_BYTES, pre_buffer=False)
+    names, num_rows = file.schema_arrow.names, file.metadata.num_rows
+    known = [name for name in names if name in wanted]
+    schema = pyarrow.schema([file.schema_arrow.field(name) for name in known])
+    details = {"names": names, "num_rows": num_rows, "unread": _unread_columns(file, wanted)}
+    return Table(schema, details, _parquet_batches(file, known) if known else iter(()))
+
+
+def arrow_table(path: str) -> Table:
+    """Open a file that `datasets` wrote: a stream in Arrow's format."""
+    stream = pyarrow.ipc.open_stream(pyarrow.memory_map(path))
+    return Table(stream.schema, {}, _checked_batches(stream))
+
+
+def write(table: Table, num_bytes: int, limits: Limits) -> None:
+    """Write the table to standard output.
+
+    Args:
+        num_bytes: size of the file.
 
     Raises:
         OverLimit: the file needs more than it may.
         MemoryError: it needs more memory.
         ArrowException, OSError, ValueError, OverflowError: it is damaged.
     """
-    num_bytes = Path(path).stat().st_size
-    with pyarrow.OSFile(path) as handle:
-        table = pyarrow.parquet.ParquetFile(handle, buffer_size=READ_BYTES, pre_buffer=False)
-        num_rows = table.metadata.num_rows
-        if num_rows > max(MOST_ROWS, num_bytes):
-            raise OverLimit(f"has {num_rows:,} rows in {num_bytes:,} bytes")
-        names = table.schema_arrow.names
-        known = [name for name in names if name in wanted]
-        details = {"names": names, "num_rows": num_rows, "unread": _unread_columns(table, wanted)}
-        schema = pyarrow.schema([table.schema_arrow.field(name) for name in known], {DETAILS: json.dumps(details)})
-        with pyarrow.ipc.new_stream(sys.stdout.buffer, schema) as stream:
-            most = max(limits.free_bytes, limits.most_expansion * num_bytes)
-            for batch in _batches(table, known) if known else ():
-                for rows, size in _slices(batch, limits.row_bytes):
-                    signal.setitimer(signal.ITIMER_PROF, limits.seconds)
-                    most -= size
-                    if most < 0:
-                        raise OverLimit(f"expands to more than {limits.most_expansion} times its size")
-                    if size <= limits.row_bytes:
-                        stream.write_batch(rows)
-                    else:
-                        digest = hashlib.sha256(rows.serialize()).hexdigest()
-                        long = {"size": size, "sha256": digest}
-                        stream.write_batch(rows.slice(0, 0), custom_metadata={DETAILS: json.dumps(long)})
+    most_bytes = max(limits.free_bytes, limits.most_expansion * num_bytes)
+    most_rows = max(MOST_ROWS, num_bytes)
+    if table.details.get("num_rows", 0) > most_rows:
+        raise OverLimit(f"has {table.details['num_rows']:,} rows in {num_bytes:,} bytes")
+    schema = table.schema.with_metadata((table.schema.metadata or {}) | {DETAILS: json.dumps(table.details)})
+    with pyarrow.ipc.new_stream(sys.stdout.buffer, schema) as stream:
+        for batch in table.batches:
+            for rows, size in slices(batch, limits.row_bytes):
+                signal.setitimer(signal.ITIMER_PROF, limits.seconds)
+                most_bytes -= size
+                most_rows -= rows.num_rows
+                if most_bytes < 0 or most_rows < 0:
+                    raise OverLimit(f"expands to more than {limits.most_expansion} times its size")
+                if size <= limits.row_bytes:
+                    stream.write_batch(rows)
+                else:
+                    stream.write_batch(rows.slice(0, 0), custom_metadata={DETAILS: json.dumps(long_row(rows, size))})
+
+
+def long_row(row: Any, size: int) -> dict[str, Any]:
+    """Return what the quarantine needs to know of a row that is too long."""
+    return {"size": size, "sha256": hashlib.sha256(row.serialize()).hexdigest()}
+
+
+def _checked_batches(stream: Any) -> Iterator[Any]:
+    for batch in stream:
+        # The bytes of the file are used as they are: at a wrong place, a text would be outside of the memory.
+        batch.validate(full=True)
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            yield batch.slice(start, BATCH_ROWS)
 
 
 def _unread_columns(table: Any, wanted: Collection[str]) -> list[str]:
@@ -107,7 +141,7 @@ def _unread_columns(table: Any, wanted: Collection[str]) -> list[str]:
     ]
 
 
-def _batches(table: Any, columns: list[str]) -> Iterator[Any]:
+def _parquet_batches(table: Any, columns: list[str]) -> Iterator[Any]:
     """Yield all rows, fewer at once where they need too much memory."""
     metadata = table.metadata
     num_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
@@ -129,57 +163,74 @@ def _batches(table: Any, columns: list[str]) -> Iterator[Any]:
                     raise
 
 
-def _slices(batch: Any, most_bytes: int) -> Iterator[tuple[Any, int]]:
+def slices(batch: Any, most_bytes: int) -> Iterator[tuple[Any, int]]:
     """Yield the rows of the batch in slices that are not too large, or have one row, each with its size."""
     size = sum(map(size_of, batch.columns))
     if size <= most_bytes or batch.num_rows == 1:
         yield batch, size
     else:
         half = batch.num_rows // 2
-        yield from _slices(batch.slice(0, half), most_bytes)
-        yield from _slices(batch.slice(half), most_bytes)
+        yield from slices(batch.slice(0, half), most_bytes)
+        yield from slices(batch.slice(half), most_bytes)
 
 
 def size_of(values: Any) -> int:
     """Return about how many bytes the values of an Arrow array have as JSON, as `Row.num_bytes` does."""
     kind = values.type
-    own = VALUE_BYTES * len(values)
     if isinstance(kind, pyarrow.BaseExtensionType):
         return size_of(values.storage)
-    if types.is_dictionary(kind):
+    if types.is_dictionary(kind) and not _is_text(kind.value_type):
         return size_of(values.dictionary_decode())
-    if types.is_struct(kind):
-        return own + sum(map(size_of, (values.drop_null() if values.null_count else values).flatten()))
-    if types.is_map(kind):
+    return VALUE_BYTES * len(values) + _text_bytes(values) + sum(map(size_of, _inner(values)))
+
+
+def _text_bytes(values: Any) -> int:
+    if types.is_dictionary(values.type):
+        lengths = pyarrow.compute.binary_length(values.dictionary).take(values.indices)
+    elif _is_text(values.type):
+        lengths = pyarrow.compute.binary_length(values)
+    else:
+        return 0
+    return pyarrow.compute.sum(lengths).as_py() or 0
+
+
+def _is_text(kind: Any) -> bool:
+    return any(is_kind(kind) for is_kind in TEXTS)
+
+
+def _inner(values: Any) -> Sequence[Any]:
+    """Return the values inside of objects, maps and lists, one level deeper."""
+    if types.is_struct(values.type):
+        return [*(values.drop_null() if values.null_count else values).flatten()]
+    if types.is_map(values.type):
         start, end = (values.offsets[place].as_py() for place in (0, -1))
-        return own + sum(size_of(part.slice(start, end - start)) for part in (values.keys, values.items))
-    if types.is_nested(kind):
-        return own + size_of(values.flatten())
-    if any(is_kind(kind) for is_kind in TEXTS):
-        return own + (pyarrow.compute.sum(pyarrow.compute.binary_length(values)).as_py() or 0)
-    return own
+        return [part.slice(start, end - start) for part in (values.keys, values.items)]
+    return [values.flatten()] if types.is_nested(values.type) else []
 
 
-def _limit(limits: Limits) -> None:
+def _limit(most_bytes: int) -> None:
     """Let this process have only so much more memory, and write no files."""
     pages = Path("/proc/self/statm")
     in_use = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else 0
-    for limit, value in ((resource.RLIMIT_AS, in_use + limits.memory_mib * 2**20), (resource.RLIMIT_CORE, 0)):
+    for limit, value in ((resource.RLIMIT_AS, in_use + most_bytes), (resource.RLIMIT_CORE, 0)):
         # macOS refuses a limit of the address space.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(limit, (value, value))
 
 
 def main() -> None:
-    """Decode the file of the first argument; the second is JSON: the columns, and `Limits`."""
-    request = json.loads(sys.argv[2])
+    """Decode the file of the first argument; the second is JSON: the kind of the file, the columns, and `Limits`."""
+    path, request = sys.argv[1], json.loads(sys.argv[2])
     limits = Limits(**request["limits"])
-    _limit(limits)
+    num_bytes = Path(path).stat().st_size
+    is_parquet = request["kind"] == "Parquet"
+    # An Arrow file is mapped into the address space.
+    _limit(limits.memory_mib * 2**20 + (0 if is_parquet else num_bytes))
     # Where the time of the processor is used up, the signal ends the process, also inside of one long operation.
     signal.setitimer(signal.ITIMER_PROF, limits.seconds)
+    failure = {}
     try:
-        decode(sys.argv[1], request["wanted"], limits)
-        failure = {}
+        write(parquet_table(path, request["wanted"]) if is_parquet else arrow_table(path), num_bytes, limits)
     except BrokenPipeError:
         os._exit(0)  # the reader has read enough
     except OverLimit as error:
