@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,24 +20,46 @@ MEMORY_MIB = 256
 SECONDS = 20
 """Time of the processor for one slice of a few MiB."""
 REMEDY = "write it again in smaller row groups and pages, or as JSON lines"
-DETAILS = b"qwlit"
+# As in table_worker.py.
+DETAILS, DONE = b"qwlit", b"done\n"
 TableKind = Literal["Parquet", "Arrow"]
 
 
-class DecodedTable:
-    """A table that the process decodes. N rows in each slice."""
+class _HasEnded(Exception):
+    """The process ended before the request, because there was none for some time."""
 
-    def __init__(self, file: File, kind: TableKind, process: "subprocess.Popen[bytes]") -> None:
+
+class DecodedTable:
+    """A table that a process decodes."""
+
+    is_finished = False
+    """Whether all is read, and the process can be asked for another table."""
+
+    def __init__(
+        self, file: File, kind: TableKind, wanted: Collection[str], process: "subprocess.Popen[bytes]"
+    ) -> None:
+        """Ask the process for the table; see `decoding`."""
         import pyarrow
 
+        assert process.stdin is not None
         self._file, self._kind, self._process = file, kind, process
+        limits = {
+            "memory_mib": MEMORY_MIB,
+            "seconds": SECONDS,
+            "row_bytes": MAX_ROW_BYTES,
+            "free_bytes": FREE_BYTES,
+            "most_expansion": MOST_EXPANSION,
+        }
+        request = {"path": str(file.path), "kind": kind, "wanted": sorted(wanted), "limits": limits}
         try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
             self._stream = pyarrow.ipc.open_stream(process.stdout)
-            self.column_names: list[str] = self._stream.schema.names
-            self.details: dict[str, Any] = json.loads(self._stream.schema.metadata[DETAILS])
         except (pyarrow.ArrowException, OSError):
             self._check_end(0)
-            raise
+            raise _HasEnded from None
+        self.column_names: list[str] = self._stream.schema.names
+        self.details: dict[str, Any] = json.loads(self._stream.schema.metadata[DETAILS])
 
     def slices(self, source_index: int, line: int = 0) -> Iterator[Any]:
         """Yield the rows, numbered from `line` + 1, as Arrow batches, and a QuarantinedRow for one that is too long.
@@ -61,12 +83,11 @@ class DecodedTable:
         self._check_end(line)
 
     def _check_end(self, line: int) -> None:
-        """Wait for the end of the process.
-
-        Raises:
-            DataError: it did not write the rows after `line`.
-        """
+        """Raise DataError if the process failed to write the rows after `line`."""
         assert self._process.stdout is not None and self._process.stderr is not None
+        if self._process.stdout.readline() == DONE:
+            self.is_finished = True
+            return
         self._process.stdout.close()
         lines = self._process.stderr.read().splitlines() or [b""]
         if code := self._process.wait():
@@ -92,7 +113,7 @@ def quarantined_row(source_index: int, line: int, long: dict[str, Any]) -> Quara
 
 @contextmanager
 def decoding(file: File, kind: TableKind, wanted: Collection[str] = ()) -> Iterator[DecodedTable]:
-    """Decode the file in a process that ends with the block.
+    """Decode the file in another process while the block runs.
 
     Args:
         wanted: the columns to read of a Parquet file; of an Arrow file, all are read.
@@ -100,27 +121,47 @@ def decoding(file: File, kind: TableKind, wanted: Collection[str] = ()) -> Itera
     Raises:
         DataError: as `DecodedTable.slices`.
     """
-    limits = {
-        "memory_mib": MEMORY_MIB,
-        "seconds": SECONDS,
-        "row_bytes": MAX_ROW_BYTES,
-        "free_bytes": FREE_BYTES,
-        "most_expansion": MOST_EXPANSION,
-    }
-    request = json.dumps({"kind": kind, "wanted": sorted(wanted), "limits": limits})
+    global _idle  # noqa: PLW0603 - one process decodes all tables of this process
+    owner, process = _idle or (0, None)
+    _idle = None
+    if process is None or owner != os.getpid():
+        process = _start()
+    is_finished = False
+    try:
+        try:
+            table = DecodedTable(file, kind, wanted, process)
+        except _HasEnded:
+            _end(process)
+            process = _start()
+            table = DecodedTable(file, kind, wanted, process)
+        yield table
+        is_finished = table.is_finished
+    finally:
+        if is_finished:
+            _idle = os.getpid(), process
+        else:
+            _end(process)
+
+
+_idle: "tuple[int, subprocess.Popen[bytes]] | None" = None
+"""The process that can be asked for a table, and the process that started it."""
+
+
+def _start() -> "subprocess.Popen[bytes]":
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         # -P: no file pyarrow.py of the current folder is imported. The session keeps the terminal's Ctrl-C away.
-        [sys.executable, "-P", str(Path(__file__).with_name("table_worker.py")), str(file.path), request],
-        stdin=subprocess.DEVNULL,
+        [sys.executable, "-P", str(Path(__file__).with_name("table_worker.py"))],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # Arrow's other allocators reserve more address space than the process may have.
         env=kept | {"ARROW_DEFAULT_MEMORY_POOL": "system"},
         start_new_session=True,
     )
-    with process:
-        try:
-            yield DecodedTable(file, kind, process)
-        finally:
-            process.kill()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    with suppress(BrokenPipeError), process:
+        pass

@@ -1,8 +1,8 @@
 """Decode a Parquet or Arrow file in a process with limits: a few bytes can expand to any number of rows and values.
 
-`table_process.py` runs this file as a script. It writes the table to standard output as a stream in Arrow's format,
-in slices of limited size, and a failure to standard error as one line of JSON. It imports nothing of qwlit, so it
-starts quickly.
+`table_process.py` runs this file as a script. It reads requests from standard input. It writes each table to standard
+output as a stream in Arrow's format, in slices of limited size, and a failure to standard error as one line of JSON. It
+imports nothing of qwlit, so it starts quickly.
 """
 
 import contextlib
@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import resource
+import select
 import signal
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ FEWER_ROWS = (16, 1)
 MOST_ROWS = 10**6
 """Rows that a file of any size may have; a larger one has a byte for each row."""
 TEXTS = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+IDLE_SECONDS = 30.0
+"""The process ends when it gets no request for so long; a training lasts much longer than its reading of files."""
+DONE = b"done\n"
+"""Follows the stream of a whole table."""
 DETAILS = b"qwlit"
 """Key of what the reader must know beside the columns: in the schema, and of rows that are too long."""
 
@@ -209,39 +214,47 @@ def _inner(values: Any) -> Sequence[Any]:
 
 
 def _limit(most_bytes: int) -> None:
-    """Let this process have only so much more memory, and write no files."""
+    """Let this process have only so much more memory."""
     pages = Path("/proc/self/statm")
     in_use = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else 0
-    for limit, value in ((resource.RLIMIT_AS, in_use + most_bytes), (resource.RLIMIT_CORE, 0)):
-        # macOS refuses a limit of the address space.
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(limit, (value, value))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    # macOS refuses a limit of the address space.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + most_bytes, hard))
 
 
-def main() -> None:
-    """Decode the file of the first argument; the second is JSON: the kind of the file, the columns, and `Limits`."""
-    path, request = sys.argv[1], json.loads(sys.argv[2])
-    limits = Limits(**request["limits"])
-    num_bytes = Path(path).stat().st_size
+def answer(request: Mapping[str, Any]) -> dict[str, str]:
+    """Write the table that is asked for; return {}, or what is wrong as {"limit" or "damage": what}."""
+    path, limits = request["path"], Limits(**request["limits"])
     is_parquet = request["kind"] == "Parquet"
-    # An Arrow file is mapped into the address space.
-    _limit(limits.memory_mib * 2**20 + (0 if is_parquet else num_bytes))
     # Where the time of the processor is used up, the signal ends the process, also inside of one long operation.
     signal.setitimer(signal.ITIMER_PROF, limits.seconds)
-    failure = {}
     try:
+        num_bytes = Path(path).stat().st_size
+        # An Arrow file is mapped into the address space.
+        _limit(limits.memory_mib * 2**20 + (0 if is_parquet else num_bytes))
         write(parquet_table(path, request["wanted"]) if is_parquet else arrow_table(path), num_bytes, limits)
+        return {}
     except BrokenPipeError:
         os._exit(0)  # the reader has read enough
     except OverLimit as error:
-        failure = {"limit": str(error)}
+        return {"limit": str(error)}
     except MemoryError:
-        failure = {"limit": f"needs more than {limits.memory_mib} MiB of memory"}
+        return {"limit": f"needs more than {limits.memory_mib} MiB of memory"}
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        failure = {"damage": str(error)}
-    if failure:
-        print(json.dumps(failure), file=sys.stderr, flush=True)
-        os._exit(1)
+        return {"damage": str(error)}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def main() -> None:
+    """Answer requests, each a line of JSON, until standard input is closed or nobody asks; end at a failure."""
+    while select.select([sys.stdin], [], [], IDLE_SECONDS)[0] and (line := sys.stdin.readline()):
+        if failure := answer(json.loads(line)):
+            print(json.dumps(failure), file=sys.stderr, flush=True)
+            os._exit(1)
+        sys.stdout.buffer.write(DONE)
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
