@@ -23,8 +23,9 @@ import pyarrow.compute
 import pyarrow.parquet
 from pyarrow import types
 
-VALUE_BYTES = 8
-"""What a value, a list or an object counts in the size of a row, beside the bytes of texts."""
+VALUE_BYTES, OBJECT_BYTES = 8, 80
+"""What a value, and what a list or an object, counts in the size of a row beside the bytes of texts. So a row cannot
+have more than 100,000 lists and objects."""
 READ_BYTES = 2**20
 """How much of a column is read from the file at once."""
 BATCH_ROWS, BATCH_BYTES = 1000, 4 * 2**20
@@ -180,13 +181,14 @@ def slices(batch: Any, most_bytes: int) -> Iterator[tuple[Any, int]]:
 
 
 def size_of(values: Any) -> int:
-    """Return about how many bytes the values of an Arrow array have as JSON, as `Row.num_bytes` does."""
+    """Return about how many bytes the values of an Arrow array have as JSON."""
     kind = values.type
     if isinstance(kind, pyarrow.BaseExtensionType):
         return size_of(values.storage)
     if types.is_dictionary(kind) and not _is_text(kind.value_type):
         return size_of(values.dictionary_decode())
-    return VALUE_BYTES * len(values) + _text_bytes(values) + sum(map(size_of, _inner(values)))
+    each = OBJECT_BYTES if types.is_nested(kind) else VALUE_BYTES
+    return each * len(values) + _text_bytes(values) + sum(map(size_of, _inner(values)))
 
 
 def _text_bytes(values: Any) -> int:
