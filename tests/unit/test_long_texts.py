@@ -69,7 +69,15 @@ def test_tokens_of_many_texts_are_those_of_few(tokenizer: TextTokenizer, monkeyp
 
 
 def test_only_a_word_without_end_is_refused() -> None:
-    for good in ("a" * 100, "ab " * 99, "a1" * 99, "字。" * 99, "x" * 90 + "." + "y" * 90):
+    for good in (
+        "a" * 100,
+        "ab " * 99,
+        "a1" * 99,
+        "字。" * 99,
+        "\n" * 300 + "a",
+        "!!! ???" * 50,
+        "x" * 90 + "." + "y" * 90,
+    ):
         refuse_long_word(good)
     for bad in ("a" * 101, "ok. " * 50 + "!" * 101, "<|im_start|>" * 20):
         with pytest.raises(RowError, match="are one word"):

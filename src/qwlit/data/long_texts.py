@@ -17,24 +17,33 @@ MANY_CHARACTERS = 5 * 2**19
 """Of texts with more, the tokens are kept in the form that needs less memory and more time."""
 LONGEST_WORD = 2**20
 """Characters; a longer one is no word of a language, and cannot be cut without changing its tokens."""
-# Qwen's pre-tokenizers always split after a letter or a digit if one of these characters follows, and between a letter
-# and a digit. None of them joins with the character before it when a text is normalized.
-WORD_END = re.compile(r"[^\W_](?=[ \t\n,.;:!?、。，；：！？])|[^\W\d_](?=[0-9])")
+# Qwen's pre-tokenizers always split after a letter or a digit if one of these characters follows, between a letter and a
+# digit, and before the first of several spaces. No character joins with one behind such a place when it is normalized.
+WORD_END = re.compile(r"[^\W_](?=[ \t\n,.;:!?、。，；：！？])|[^\W\d_](?=[0-9])|\S(?=[ \t])")
+SPACE = re.compile(r"\s")
 
 
 def cut_text(text: str) -> Iterator[str]:
-    """Yield the text in pieces that have the tokens of the whole text; most are not longer than PIECE_CHARACTERS."""
+    """Yield the text in pieces; most are not longer than PIECE_CHARACTERS.
+
+    They have the tokens of the whole text, except where more than half a piece is only spaces and line breaks.
+    """
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
-        middle = start + PIECE_CHARACTERS // 2
-        ends = [match.end() for match in WORD_END.finditer(text, middle, start + PIECE_CHARACTERS)]
-        if not ends:
-            ends = [match.end() for match in [WORD_END.search(text, middle)] if match]
-        if not ends:
+        middle, most = start + PIECE_CHARACTERS // 2, start + PIECE_CHARACTERS
+        end = _last_end(WORD_END, text, middle, most) or _last_end(SPACE, text, middle, most)
+        if end is None and (later := WORD_END.search(text, middle)):
+            end = later.end()
+        if end is None:
             break
-        yield text[start : ends[-1]]
-        start = ends[-1]
+        yield text[start:end]
+        start = end
     yield text[start:]
+
+
+def _last_end(pattern: re.Pattern[str], text: str, start: int, end: int) -> int | None:
+    ends = [match.end() for match in pattern.finditer(text, start, end)]
+    return ends[-1] if ends else None
 
 
 def group_texts(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -58,10 +67,11 @@ def refuse_long_word(text: str) -> None:
     """Raise RowError if the text has a word of more than LONGEST_WORD characters."""
     start = 0
     while len(text) - start > LONGEST_WORD:
-        ends = [match.end() for match in WORD_END.finditer(text, start, start + LONGEST_WORD)]
-        if not ends:
+        most = start + LONGEST_WORD
+        end = _last_end(WORD_END, text, start, most) or _last_end(SPACE, text, start, most)
+        if end is None:
             raise RowError(f"{LONGEST_WORD:,} characters of it are one word, which no language has")
-        start = ends[-1]
+        start = end
 
 
 class LongEncoding:

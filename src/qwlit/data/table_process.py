@@ -50,7 +50,7 @@ class DecodedTable:
             "free_bytes": FREE_BYTES,
             "most_expansion": MOST_EXPANSION,
         }
-        request = {"path": str(file.path), "kind": kind, "wanted": sorted(wanted), "limits": limits}
+        request = {"path": str(file.path.absolute()), "kind": kind, "wanted": sorted(wanted), "limits": limits}
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
