@@ -236,7 +236,8 @@ def _preload():
     import qwlit
 
     for module in pkgutil.walk_packages(qwlit.__path__, "qwlit."):
-        if not module.name.endswith(".__main__"):
+        # pyarrow, which the second one imports, starts a thread.
+        if not module.name.endswith((".__main__", ".table_worker")):
             importlib.import_module(module.name)
     importlib.import_module("tests.invariance.worker")
 

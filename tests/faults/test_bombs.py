@@ -38,7 +38,7 @@ def inspect(data: Path, tokenizer: Path, folder: Path) -> tuple[subprocess.Compl
     command = [interpreter(), "-m", "tests.faults.measured", str(result), "inspect", *words]
     began = time.monotonic()
     done = subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
     seconds = time.monotonic() - began
     measured = json.loads(result.read_text())

@@ -17,8 +17,8 @@ MANY_CHARACTERS = 5 * 2**19
 """Of texts with more, the tokens are kept in the form that needs less memory and more time."""
 LONGEST_WORD = 2**20
 """Characters; a longer one is no word of a language, and cannot be cut without changing its tokens."""
-# Qwen's pre-tokenizers always split after a letter or a digit if one of these characters follows, between a letter and a
-# digit, and before the first of several spaces. No character joins with one behind such a place when it is normalized.
+# Qwen's pre-tokenizers always split after a letter or a digit if one of these characters follows, between a letter and
+# a digit, and before the first of several spaces. Normalization joins no characters there.
 WORD_END = re.compile(r"[^\W_](?=[ \t\n,.;:!?、。，；：！？])|[^\W\d_](?=[0-9])|\S(?=[ \t])")
 SPACE = re.compile(r"\s")
 
