@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
-from qwlit.data.lines import RowPieces, read_line
+from qwlit.data.lines import MAX_BLANK_LINES, RowPieces, blank_lines, read_line
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row, too_long
 
 # A quoted cell may contain line breaks. In a longer row, the closing quote is missing.
@@ -91,6 +91,7 @@ class _CsvRows:
         return self
 
     def __next__(self) -> _CsvRow:
+        last = self._line - 1
         while first := self._ahead[0] if self._ahead else self._read_ahead():
             if self._line == 1 and isinstance(first, bytes):
                 self._ahead[0] = first = first.removeprefix(BOM)
@@ -100,6 +101,8 @@ class _CsvRows:
                 self._line += num_lines
                 return _CsvRow(self._line - num_lines, lines, cells, broken)
             self._ahead.popleft()
+            if self._line - last > MAX_BLANK_LINES:
+                raise blank_lines(self._file, last + 1)
             self._line += 1
         raise StopIteration
 

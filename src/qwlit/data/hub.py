@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import DataError, first_line
+from qwlit.core.files import load_json, read_small_text
 from qwlit.core.waiting import PROBE_SECONDS, call_with_timeout
 from qwlit.data.files import File
 from qwlit.data.rows import MAX_ROW_BYTES, QuarantinedRow, Row
@@ -143,7 +144,7 @@ class SavedData:
             DataError: the JSON file that lists them is damaged.
         """
         try:
-            state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+            state = load_json(read_small_text(self.path / STATE))
             return [File(self.path / Path(entry["filename"]).name) for entry in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(f"data folder '{self}' was written by save_to_disk, but its {STATE} is damaged") from None

@@ -3,13 +3,12 @@
 import json
 import re
 from collections.abc import Iterator
-from itertools import count
 from typing import BinaryIO
 
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
-from qwlit.data.json_array import read_array
-from qwlit.data.lines import RowPieces, read_line
+from qwlit.data.json_array import PIECE_BYTES, read_array
+from qwlit.data.lines import MAX_BLANK_LINES, RowPieces, blank_lines, numbered_lines
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row
 
 SPACES = b" \t\r\n" + BOM
@@ -17,15 +16,18 @@ SPACES = b" \t\r\n" + BOM
 
 def read_json_lines(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     """Read one object per line, or an array, which some data sets also save as .jsonl."""
-    is_array = _is_array(_first_line(handle), handle)
+    is_array = _is_array(_first_line(file, handle), handle)
     handle.seek(0)
-    yield from read_array(source_index, handle) if is_array else _read_lines(source_index, handle)
+    yield from read_array(source_index, handle) if is_array else _read_lines(source_index, file, handle)
 
 
-def _first_line(handle: BinaryIO) -> bytes:
+def _first_line(file: File, handle: BinaryIO) -> bytes:
     """Return the first line that is not blank, without spaces around it, at most MAX_ROW_BYTES long."""
-    lines = iter(lambda: handle.readline(MAX_ROW_BYTES), b"")
-    return next((line for line in lines if line.strip(SPACES)), b"").strip(SPACES)
+    for _ in range(MAX_BLANK_LINES + 1):
+        line = handle.readline(MAX_ROW_BYTES)
+        if not line or line.strip(SPACES):
+            return line.strip(SPACES)
+    raise blank_lines(file, 1)
 
 
 def _is_array(first_line: bytes, handle: BinaryIO) -> bool:
@@ -40,23 +42,17 @@ def _is_array(first_line: bytes, handle: BinaryIO) -> bool:
         json.loads(first_line)
     except (ValueError, RecursionError):
         return True  # the array continues on the next line
-    return not any(line.strip() for line in iter(lambda: handle.readline(MAX_ROW_BYTES), b""))
+    return not any(piece.strip() for piece in iter(lambda: handle.read(PIECE_BYTES), b""))
 
 
-def _read_lines(source_index: int, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
-    for number in count(1):
-        line = read_line(handle)
-        if not line:
-            return
-        if isinstance(line, RowPieces):
-            yield line.row(source_index, number)
-        elif line.removeprefix(BOM).strip():
-            yield Row(source_index, number, line)
+def _read_lines(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
+    for number, line in numbered_lines(file, handle):
+        yield line.row(source_index, number) if isinstance(line, RowPieces) else Row(source_index, number, line)
 
 
 def read_json(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     """Read an array, one object per line, or one object over many lines."""
-    first_line = _first_line(handle)
+    first_line = _first_line(file, handle)
     handle.seek(0)
     if first_line.startswith(b"["):
         yield from read_array(source_index, handle)
@@ -68,7 +64,7 @@ def read_json(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row |
             )
         yield Row(source_index, 1, content)
     else:
-        yield from _read_lines(source_index, handle)
+        yield from _read_lines(source_index, file, handle)
 
 
 def _opens_an_object(first_line: bytes) -> bool:

@@ -1,9 +1,15 @@
 """Read rows piece by piece: of a row that is too long, memory holds one piece, and its hash and size are kept."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import BinaryIO
 
-from qwlit.data.rows import MAX_ROW_BYTES, QuarantinedRow, Row, too_long
+from qwlit.core.errors import DataError
+from qwlit.data.files import File
+from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row, too_long
+
+MAX_BLANK_LINES = 1_000_000
+"""Blank lines one after the other; some bytes of a gzip file can be any number of them."""
 
 
 class RowPieces:
@@ -54,3 +60,23 @@ def read_line(handle: BinaryIO) -> bytes | RowPieces:
         piece = handle.readline(MAX_ROW_BYTES)
         pieces.add(piece)
     return pieces
+
+
+def numbered_lines(file: File, handle: BinaryIO) -> Iterator[tuple[int, bytes | RowPieces]]:
+    """Yield the lines that are not blank, with their numbers from 1.
+
+    Raises:
+        DataError: more than MAX_BLANK_LINES blank lines follow one another.
+    """
+    number = last = 0
+    while line := read_line(handle):
+        number += 1
+        if isinstance(line, RowPieces) or line.removeprefix(BOM).strip():
+            last = number
+            yield number, line
+        elif number - last > MAX_BLANK_LINES:
+            raise blank_lines(file, last + 1)
+
+
+def blank_lines(file: File, line: int) -> DataError:
+    return DataError(f"data file '{file}' has more than {MAX_BLANK_LINES:,} blank lines from line {line}; remove them")
