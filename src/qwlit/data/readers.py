@@ -17,6 +17,7 @@ from qwlit.data.rows import QuarantinedRow, Row
 from qwlit.data.sources import Source
 from qwlit.data.text_files import read_text
 
+BUFFER_BYTES = 2**20
 READERS = {
     ".jsonl": read_json_lines,
     ".json": read_json,
@@ -61,7 +62,7 @@ class RowReader:
     def _read(self, source_index: int, file: File) -> Iterator[Row | QuarantinedRow]:
         line = 0
         try:
-            with file.path.open("rb") as raw:
+            with file.path.open("rb", buffering=BUFFER_BYTES) as raw:
                 self._handle = raw
                 handle = _unpacked(raw, file) if file.is_compressed else raw
                 for row in self._readers[file.suffix](source_index, file, handle):
