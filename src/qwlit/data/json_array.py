@@ -20,7 +20,7 @@ QUOTE, COMMA = ord('"'), ord(",")
 # By byte: whether it shapes an array, and how many levels deeper the bytes after it are.
 _IS_MARK = np.zeros(256, dtype=bool)
 _IS_MARK[list(b'"[]{},')] = True
-_LEVELS = np.zeros(256, dtype=np.int64)
+_LEVELS = np.zeros(256, dtype=np.int8)
 _LEVELS[list(b"[{")] = 1
 _LEVELS[list(b"]}")] = -1
 
@@ -101,14 +101,17 @@ class _Array:
     def _ends(self, masked: bytes) -> list[int]:
         """Return where elements end in the piece, and note where the next piece begins: how deep, and in a string."""
         codes = np.frombuffer(masked, np.uint8)
-        places = np.flatnonzero(_IS_MARK[codes])
-        if not len(places):
+        is_mark = _IS_MARK[codes]
+        marks = codes[is_mark]
+        if not len(marks):
             return []
-        marks = codes[places]
         quoted = np.logical_xor.accumulate(np.append(self._is_quoted, marks == QUOTE))[1:]
-        depths = self._depth + np.cumsum(_LEVELS[marks] * ~quoted)
+        depths = np.cumsum(_LEVELS[marks] * ~quoted, dtype=np.int32) + self._depth
         self._is_quoted, self._depth = bool(quoted[-1]), int(depths[-1])
-        ends: list[int] = places[~quoted & ((marks == COMMA) & (depths == 1) | (depths == 0))].tolist()
+        ends_element = ~quoted & ((marks == COMMA) & (depths == 1) | (depths == 0))
+        if not ends_element.any():
+            return []  # inside of a long element
+        ends: list[int] = np.flatnonzero(is_mark)[ends_element].tolist()
         return ends
 
     def rest(self, first: bytes) -> RowPieces:
