@@ -17,7 +17,7 @@ MAX_CSV_ROW_BYTES = 2**20
 MAX_COLUMNS = 10_000
 # Lines that are parsed as part of a broken row are parsed again. A file in which most rows are broken in this way
 # would take hours.
-MAX_BYTES_AGAIN = 128 * MAX_CSV_ROW_BYTES
+MAX_BYTES_AGAIN = 32 * MAX_CSV_ROW_BYTES
 
 
 def read_csv(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
