@@ -30,9 +30,7 @@ def read_text(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row |
         block, rest = block[:end], block[end:]
         blank = 0 if block.strip() else blank + len(block)
         if blank > MAX_BLANK_BYTES:
-            raise DataError(
-                f"data file '{file}' has more than {blank:,} blank characters up to line {line}; remove them"
-            )
+            raise DataError(f"data file '{file}' has {blank:,} blanks after one another up to line {line}; remove them")
         if not blank or not is_first:
             yield _text_row(source_index, line, block, is_first=is_first, is_last=not following)
             is_first = False
