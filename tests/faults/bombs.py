@@ -124,9 +124,9 @@ DATA: dict[str, tuple[str, Callable[[Path], None]]] = {
         "a.parquet",
         parquet(lambda: {"messages": one_list(repeated("x" * MIB, 300_000))}),
     ),
-    "Parquet: a page of 1 GiB": (
+    "Parquet: a page of 512 MiB": (
         "a.parquet",
-        parquet(lambda: {"text": ["y" * GIB]}, use_dictionary=False, data_page_size=2 * GIB),
+        parquet(lambda: {"text": ["y" * (GIB // 2)]}, use_dictionary=False, data_page_size=2 * GIB),
     ),
     "Parquet: a list of nulls": (
         "a.parquet",
@@ -142,7 +142,7 @@ DATA: dict[str, tuple[str, Callable[[Path], None]]] = {
         parquet(lambda: {"question": repeated("a", 900_000)}, row_group_size=900_000),
     ),
     "Parquet: a wide table": ("a.parquet", parquet(lambda: {f"column {number}": [1] for number in range(100_000)})),
-    "Arrow: a packed text of 1 GiB": ("saved", saved(lambda: {"text": ["z" * GIB]}, compression="zstd")),
+    "Arrow: a packed text of 512 MiB": ("saved", saved(lambda: {"text": ["z" * (GIB // 2)]}, compression="zstd")),
     "Arrow: a list of nulls": ("saved", saved(lambda: {"messages": one_list(pa.nulls(50_000_000))})),
     "Arrow: a text of 1 MiB, 3,000 times": ("saved", saved(lambda: {"text": repeated("x" * MIB, 3000)})),
     "Arrow: rows without a byte": ("saved", saved(lambda: {"text": pa.nulls(100_000_000)})),

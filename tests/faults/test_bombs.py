@@ -18,7 +18,7 @@ from tests.runs.runs import ENVIRONMENT, interpreter
 MOST_MIB, MOST_SECONDS = 500e6 / 2**20, 30
 NAMES = list(all_names())
 SAMPLE = [
-    name for kind in ("data", "template") for name in random.Random(2).sample([n for n in NAMES if n[0] == kind], 3)
+    name for kind in ("data", "template") for name in random.Random(0).sample([n for n in NAMES if n[0] == kind], 3)
 ]
 
 

@@ -15,7 +15,7 @@ GROUP_CHARACTERS = 2**19
 """Texts that the tokenizer gets together have about so many."""
 MANY_CHARACTERS = 5 * 2**19
 """Of texts with more, the tokens are kept in the form that needs less memory and more time."""
-LONGEST_WORD = 2**20
+LONGEST_WORD = 2**18
 """Characters; a longer one is no word of a language, and cannot be cut without changing its tokens."""
 # Qwen's pre-tokenizers always split after a letter or a digit if one of these characters follows, between a letter and
 # a digit, and before the first of several spaces. Normalization joins no characters there.
