@@ -1,4 +1,4 @@
-"""Run the command line and write what memory it added: `python -m tests.faults.measured RESULT WORDS…`.
+"""Run the command line and write what memory and time it took: `python -m tests.faults.measured RESULT WORDS…`.
 
 The result is the peak of this process above where it began, and the peaks of the processes that it started, in MiB. The
 data are tokenized in this process alone, as on one core: each tokenizing process has as much as Python and its imports.
@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+import time
 from pathlib import Path
 
 SAMPLED_SECONDS = 0.01
@@ -40,7 +41,7 @@ def measure(result, words):
     # From here on, VmHWM is the peak of this process alone.
     Path("/proc/self/clear_refs").write_text("5")
     before = _memory("self", "VmRSS")
-    peaks, ended = {}, threading.Event()
+    peaks, ended, began = {}, threading.Event(), time.monotonic()
     watch = threading.Thread(target=_measure_children, args=(peaks, ended))
     watch.start()
     sys.argv = ["qwlit", *words]
@@ -50,7 +51,8 @@ def measure(result, words):
         ended.set()
         watch.join()
         added = _memory("self", "VmHWM") - before
-        Path(result).write_text(json.dumps({"added": added, "children": sorted(peaks.values())}))
+        seconds = time.monotonic() - began
+        Path(result).write_text(json.dumps({"added": added, "children": sorted(peaks.values()), "seconds": seconds}))
 
 
 if __name__ == "__main__":
