@@ -74,11 +74,6 @@ class Row:
         """
         return parse_json_object(self.content) if isinstance(self.content, bytes) else self.content
 
-    def within_limit(self) -> "Row | QuarantinedRow":
-        """Return the row, or quarantine it if it is larger than MAX_ROW_BYTES."""
-        size = self.num_bytes()
-        return self.quarantined(too_long(size)) if size > MAX_ROW_BYTES else self
-
     def num_bytes(self) -> int:
         """Return the approximate size in bytes."""
         if isinstance(self.content, dict):
