@@ -19,6 +19,8 @@ DEEPEST = 32
 """Levels of objects and lists in a JSON file of settings or results; more than that exhausts Python's stack."""
 MOST_DIGITS = 40
 """Of a whole number; tokenizers state as their longest text one with 31."""
+MOST_CHARACTERS = 2**25
+"""Of a file of settings or results."""
 TOO_DEEP = f"it has more than {DEEPEST} levels of objects and lists"
 
 
@@ -59,6 +61,19 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_small_text(path: Path) -> str:
+    """Return the text of a file of settings or results that somebody else may have written.
+
+    Raises:
+        ValueError: it is larger than such files are.
+    """
+    with path.open(encoding="utf-8") as handle:
+        text = handle.read(MOST_CHARACTERS + 1)
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
+    return text
 
 
 def load_json(text: str) -> Any:
@@ -110,7 +125,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a .json file; return an empty one where the file is missing or holds something else."""
     try:
-        document = load_json(path.read_text(encoding="utf-8"))
+        document = load_json(read_small_text(path))
     except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}

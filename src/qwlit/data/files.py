@@ -16,6 +16,10 @@ KINDS = {".jsonl": JSON, ".json": JSON, ".parquet": TABLE, ".csv": TABLE, ".txt"
 COMPRESSED = ".gz"
 # Assumption: gzip or Parquet reduces text to about a fifth of its size.
 TYPICAL_COMPRESSION = 5
+FREE_BYTES = 2**26
+"""What is read of a file may expand to so much, whatever its size."""
+MOST_EXPANSION = 500
+"""What is read of a larger file may be so many times its size. Texts are 3 to 50 times, zeros 1,000 times."""
 # A file changed so shortly before we hashed it may change again and keep the same time stamp: do not cache its digest.
 RACY_SECONDS = 2.0
 
