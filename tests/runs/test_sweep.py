@@ -288,12 +288,10 @@ def test_the_pilot_says_which_learning_rates_are_stable_and_trains_nothing_else(
     assert found["suggestion"] == pytest.approx(max(stable) / 3, rel=0.05)
     assert f"optim.lr={found['suggestion']:g} scheduler.warmup_ratio=0.1" in done.stdout
     assert (folder / "pilot.png").stat().st_size > 5000
-    assert all(
-        row["event"] != "rollback" for run in folder.glob("lr-*/events.jsonl") for row in rows(run.parent, run.name)
-    )
+    assert [summary(run)["rollbacks"] for run in sorted(folder.glob("lr-*")) if run.is_dir()] == [0, 0, 0]
     again = qwlit_process(["sweep", "action=pilot", *words, "optim.lr=1e12"], place)
     assert again.returncode == 0 and "no suggestion: not even 3.3e+11 is stable" in again.stdout
     (folder / "mine.txt").write_text("x")
     refused = qwlit(["sweep", "action=pilot", *words], place)
-    assert refused.returncode == 2 and "is not a pilot" in refused.stderr
+    assert refused.returncode == 2 and "is not a pilot" in refused.stderr, refused.stderr
     assert (folder / "mine.txt").exists()

@@ -27,6 +27,8 @@ STEPS, FEWEST_STEPS = 200, 20
 WARMUP_RATIO = 0.1
 MAX_SKIPPED_SHARE = 0.01
 """A run that skips more steps is not stable."""
+OWN_NAMES = ("lr-", "pilot.", ".locks", ".store")
+"""How the names in a pilot's folder begin."""
 SAMPLES_READ = 2
 """The slice of the data has so many times the samples that the steps train on, so that a shuffle has a choice."""
 
@@ -144,8 +146,7 @@ def _delete_earlier_pilot(folder: RunFolder) -> None:
     """
     if not folder.path.exists():
         return
-    inside = [path.name for path in folder.path.iterdir()]
-    if any(not name.startswith(("lr-", ".lr-", "pilot.", ".locks")) for name in inside):
+    if any(not path.name.startswith(OWN_NAMES) for path in folder.path.iterdir()):
         raise ConfigError(f"{folder.path} exists and is not a pilot; move it away, or set another run.name")
     shutil.rmtree(folder.path)
 
