@@ -23,10 +23,11 @@ from qwlit.training.module import CausalLMModule
 from qwlit.training.resilience.guard import Guard
 
 LARGEST_WEIGHT = 1e12
-"""A flipped bit of the exponent makes a weight larger than this; no update of an optimizer does."""
+"""A flipped bit of the exponent makes a weight larger than this. Updates do not, at a learning rate up to 1; above that
+the limit grows with the learning rate."""
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "state2")
 """torch's names and bitsandbytes'. They are averages of squares, so they are never negative."""
-PROBLEMS = ("", f"has a value above {LARGEST_WEIGHT:g}", "has a negative value", "is not finite")
+PROBLEMS = ("", "has a value that no update makes", "has a negative value", "is not finite")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their bytes."""
 
@@ -86,7 +87,8 @@ class StateHealth(Callback):
         has_replicas = self._trainer.world_size > 1 and not self._module.is_sharded
         # Also the frozen weights: nothing would ever repair them.
         weights = dict(self._module.named_parameters()) if has_replicas else {}
-        results = find_problems(state, self._module.device)
+        limit = LARGEST_WEIGHT * max(1.0, self._module.outcome.lr)
+        results = find_problems(state, self._module.device, limit)
         own = checksums(weights, self._module.device)
         if self._trainer.world_size > 1:
             # All ranks agree on a checksum if the largest is also the smallest, which is minus the largest of -x.
@@ -105,7 +107,7 @@ class StateHealth(Callback):
                     self._guard.alarm(test.step, f"{name} {PROBLEMS[int(problem)]}", "state")
 
 
-def find_problems(state: dict[str, Tensor], device: torch.device) -> Tensor:
+def find_problems(state: dict[str, Tensor], device: torch.device, largest_weight: float = LARGEST_WEIGHT) -> Tensor:
     """Return for each tensor the number of its problem in PROBLEMS, (tensors,) int64, without waiting for the device.
 
     Args:
@@ -121,7 +123,7 @@ def find_problems(state: dict[str, Tensor], device: torch.device) -> Tensor:
             for name, tensor in zip(state, filled, strict=True)
         ]
     )
-    limits = [LARGEST_WEIGHT if _is_weight(name) else torch.inf for name in state]
+    limits = [largest_weight if _is_weight(name) else torch.inf for name in state]
     problems = torch.where(largest > torch.tensor(limits, device=device), 1, 0)
     problems = torch.where(lowest < 0, 2, problems)
     return torch.where(torch.isfinite(largest), problems, 3)
