@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 # Lightning starts ranks as `-m qwlit.__main__`.
-MODULES = ("qwlit", "qwlit.__main__", "tests.invariance.worker", "benchmarks.arms")
+MODULES = ("qwlit", "qwlit.__main__", "tests.faults.watched", "tests.invariance.worker", "benchmarks.arms")
 # torch reads TORCHELASTIC_ and TORCH_NCCL_, set by torchrun, when ranks meet; it sets TORCHINDUCTOR_CACHE_DIR itself.
 READ_BY_IMPORTS = re.compile(
     r"HF_|TRANSFORMERS_|TORCH(?!ELASTIC_|_NCCL_|INDUCTOR_)|OMP_|GOMP_|PYTHON|LD_|LC_ALL|LANG|CUDA_(?!VISIBLE)"
