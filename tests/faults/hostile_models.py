@@ -31,6 +31,8 @@ CONFIG, TOKENIZER, SETTINGS = "model/config.json", "model/tokenizer.json", "mode
 WEIGHTS, INDEX = "model/model.safetensors", "model/model.safetensors.index.json"
 ADAPTER = "adapter/adapter_config.json"
 ADAPTED = ["plan", *SMALL, "recipe=lora", "adapter.rank=4", "adapter.alpha=8", "model.path=model"]
+TOKENIZING = [*INSPECT, "model.tokenizer=model"]
+BASED = [*ADAPTED[:-1], "model.path=adapter"]
 ON_ADAPTER = [*ADAPTED, "model.adapter_path=adapter"]
 
 
@@ -89,7 +91,7 @@ def indexed(weight_map: Any) -> Callable[[Path], object]:
 
 
 def tokenizer_with(**entries: Any) -> Artefact:
-    words = [*INSPECT, "model.tokenizer=model"]
+    words = TOKENIZING
     return Artefact(words, change(TOKENIZER, **entries), "tokenizer")
 
 
@@ -151,13 +153,17 @@ CONFIGS = {
     "a config whose head_dim is 0": in_config("config.json", head_dim=0),
     "a config whose eps is a text": in_config("config.json", rms_norm_eps="1e-6; import os"),
     "a config with a rope of nobody": in_config("rope", rope_scaling={"type": "evil", "factor": 2.0}),
-    "a config with a rope of another kind": in_config("config.json", rope_parameters={"rope_type": "yarn", "factor": {}}),
+    "a config with a rope of another kind": in_config(
+        "config.json", rope_parameters={"rope_type": "yarn", "factor": {}}
+    ),
     "a config with a huge rope": in_config("config.json", rope_scaling={"rope_type": "linear", "factor": "x" * 999}),
     "a config with layers of another kind": in_config("layer_types", layer_types=[{"a": 1}]),
     "a config with an activation of nobody": in_config("config.json", hidden_act="os.system"),
     "a config with an activation that is a list": in_config("config.json", hidden_act=["ClippedGELUActivation", {}]),
     "a config with tied weights of another kind": in_config("config.json", tie_word_embeddings="no"),
-    "a config with hooks": in_config(None, _name_or_path="https://example.org/x", id2label={"0": "x"}, base_model_tp_plan=1),
+    "a config with hooks": in_config(
+        None, _name_or_path="https://example.org/x", id2label={"0": "x"}, base_model_tp_plan=1
+    ),
     "a nested config": Artefact(PLAN, write(CONFIG, '{"a":' + nested(10**5) + "}"), "config.json"),
     "a config with a number of 10^6 digits": Artefact(PLAN, write(CONFIG, '{"a":' + "9" * 10**6 + "}"), "config.json"),
     "a config that is no UTF-8": Artefact(PLAN, write(CONFIG, b"\xff\xfe{}"), "config.json"),
@@ -194,43 +200,38 @@ TEMPLATES = {
     "a template that is a list": templated([{"name": "default", "template": "{{ cycler." + OS + " }}"}], "template"),  # type: ignore[arg-type]
     "a template that is a number": templated(7, "template"),  # type: ignore[arg-type]
     "a template that is this process": Artefact(
-        [*INSPECT, "model.tokenizer=model"], link("model/chat_template.jinja", "/proc/self/environ"), None
+        TOKENIZING, link("model/chat_template.jinja", "/proc/self/environ"), "is empty"
     ),
 }
 
 TOKENIZERS = {
     "a tokenizer that names code": Artefact(
-        [*INSPECT, "model.tokenizer=model"],
+        TOKENIZING,
         all_of(change(SETTINGS, auto_map=CODE_MAP, tokenizer_class="Evil"), write("model/evil.py", CODE)),
     ),
     "a tokenizer with a class of another kind": Artefact(
-        [*INSPECT, "model.tokenizer=model"], change(SETTINGS, tokenizer_class=["os", "system"]), "tokenizer"
+        TOKENIZING, change(SETTINGS, tokenizer_class=["os", "system"]), "tokenizer"
     ),
     "a tokenizer with an end token of another kind": Artefact(
-        [*INSPECT, "model.tokenizer=model"], change(SETTINGS, eos_token={"__type": "Evil", "content": 7}), "tokenizer"
+        TOKENIZING, change(SETTINGS, eos_token={"__type": "Evil", "content": 7}), "tokenizer"
     ),
-    "a tokenizer with an escape in its end token": Artefact(
-        [*INSPECT, "model.tokenizer=model"], change(SETTINGS, eos_token=ESCAPES), None
-    ),
-    "tokenizer settings that are a list": Artefact(
-        [*INSPECT, "model.tokenizer=model"], write(SETTINGS, "[1]"), "tokenizer"
-    ),
-    "nested tokenizer settings": Artefact(
-        [*INSPECT, "model.tokenizer=model"], write(SETTINGS, '{"a":' + nested(10**5) + "}"), "tokenizer"
-    ),
+    "a tokenizer with an escape in its end token": Artefact(TOKENIZING, change(SETTINGS, eos_token=ESCAPES), None),
+    "tokenizer settings that are a list": Artefact(TOKENIZING, write(SETTINGS, "[1]"), "tokenizer"),
+    "nested tokenizer settings": Artefact(TOKENIZING, write(SETTINGS, '{"a":' + nested(10**5) + "}"), "tokenizer"),
     "a tokenizer with a normalizer that grows": tokenizer_with(
         normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10**5}
     ),
     "a tokenizer with a vocabulary that is a list": tokenizer_with(model=["x"]),
-    "a tokenizer with an id of 10^12": tokenizer_with(
-        added_tokens=[{"id": 10**12, "content": "<x>", "special": True}]
+    "a tokenizer with an id of 10^12": tokenizer_with(added_tokens=[{"id": 10**12, "content": "<x>", "special": True}]),
+    "a nested tokenizer": Artefact(TOKENIZING, write(TOKENIZER, '{"model":' + nested(10**5) + "}"), "tokenizer"),
+    "a tokenizer with a list of merges that is this process": Artefact(
+        TRAIN, link("model/merges.txt", "/proc/self/environ"), "is empty"
     ),
-    "a nested tokenizer": Artefact(
-        [*INSPECT, "model.tokenizer=model"], write(TOKENIZER, '{"model":' + nested(10**5) + "}"), "tokenizer"
+    "a tokenizer with other templates that are all files": Artefact(
+        TRAIN, link("model/additional_chat_templates", "/etc")
     ),
-    "a tokenizer that is no JSON": Artefact(
-        [*INSPECT, "model.tokenizer=model"], write(TOKENIZER, pickle.dumps(Canary())), "tokenizer"
-    ),
+    "a tokenizer beside a config of another kind": Artefact(TOKENIZING, change(CONFIG, model_type=["qwen3"])),
+    "a tokenizer that is no JSON": Artefact(TOKENIZING, write(TOKENIZER, pickle.dumps(Canary())), "tokenizer"),
 }
 
 ADAPTERS = {
@@ -242,31 +243,27 @@ ADAPTERS = {
         ),
         "adapter_model",
     ),
-    "an adapter whose base is above": Artefact(
-        [*ADAPTED[:-1], "model.path=adapter"], change(ADAPTER, base_model_name_or_path="../.."), "config.json"
-    ),
+    "an adapter whose base is above": Artefact(BASED, change(ADAPTER, base_model_name_or_path="../.."), "config.json"),
     "an adapter whose base is a page": Artefact(
-        [*ADAPTED[:-1], "model.path=adapter"], change(ADAPTER, base_model_name_or_path="https://example.org/x"), "base"
+        BASED, change(ADAPTER, base_model_name_or_path="https://example.org/x"), "base"
     ),
     "an adapter whose base is on the hub": Artefact(
-        [*ADAPTED[:-1], "model.path=adapter"], change(ADAPTER, base_model_name_or_path="evil/model"), "evil/model"
+        BASED, change(ADAPTER, base_model_name_or_path="evil/model"), "evil/model"
     ),
-    "an adapter whose base is a list": Artefact(
-        [*ADAPTED[:-1], "model.path=adapter"], change(ADAPTER, base_model_name_or_path=["x"]), "base"
-    ),
-    "an adapter whose base is an escape": Artefact(
-        [*ADAPTED[:-1], "model.path=adapter"], change(ADAPTER, base_model_name_or_path=ESCAPES), "base"
-    ),
-    "an adapter whose base has a null byte": Artefact(
-        [*ADAPTED[:-1], "model.path=adapter"], change(ADAPTER, base_model_name_or_path="a\0b"), "base"
-    ),
+    "an adapter whose base is a list": Artefact(BASED, change(ADAPTER, base_model_name_or_path=["x"]), "base"),
+    "an adapter whose base is an escape": Artefact(BASED, change(ADAPTER, base_model_name_or_path=ESCAPES), "base"),
+    "an adapter whose base has a null byte": Artefact(BASED, change(ADAPTER, base_model_name_or_path="a\0b"), "base"),
     "an adapter whose base is nobody's home": Artefact(
-        [*ADAPTED[:-1], "model.path=adapter"], change(ADAPTER, base_model_name_or_path="~nobody-here/x"), "no such user"
+        BASED, change(ADAPTER, base_model_name_or_path="~nobody-here/x"), "no such user"
     ),
     "an adapter that names a module": Artefact(
-        ON_ADAPTER, all_of(change(ADAPTER, megatron_config={}, megatron_core="evil"), write("evil.py", CODE)), "megatron"
+        ON_ADAPTER,
+        all_of(change(ADAPTER, megatron_config={}, megatron_core="evil"), write("evil.py", CODE)),
+        "megatron",
     ),
-    "an adapter that maps to code": in_adapter(None, auto_mapping={"base_model_class": "system", "parent_library": "os"}),
+    "an adapter that maps to code": in_adapter(
+        None, auto_mapping={"base_model_class": "system", "parent_library": "os"}
+    ),
     "an adapter of a type of nobody": in_adapter("adapter_config.json", peft_type="../../EVIL"),
     "an adapter whose targets are a long pattern": in_adapter(None, target_modules="(a+)+" * 20 + "$"),
     "an adapter whose alpha pattern repeats": in_adapter("alpha_pattern", alpha_pattern={"(a+)+$": 2}),

@@ -30,6 +30,7 @@ AGAIN = ["plan", "config=runs/a/config.yaml"]
 SWEEP = ["sweep", "sweep=search.yaml", "run.root=runs"]
 RUN_SWEEP = [*SWEEP, "backend=optuna", "trials=1"]
 BEST = [*SWEEP, "action=best"]
+REPORT_SWEEP = ["report", "runs=[runs/search]"]
 CHECKPOINT = "runs/a/checkpoints/step-000002"
 TAG = "!!python/object/apply:os.mkdir ['" + CANARY + "']"
 MARKUP = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
@@ -95,17 +96,20 @@ RUNS = {
     ),
     "a pointer out of the run": Artefact(RESUME, link("runs/a/checkpoints/last", "../../../model")),
     "facts whose contents are a text": Artefact(RESUME, change("runs/a/manifest.json", contents="x"), "manifest.json"),
-    "facts whose contents are a list": Artefact(RESUME, change("runs/a/manifest.json", contents=["x"]), "manifest.json"),
-    "facts whose contents are numbers": Artefact(
-        RESUME, change("runs/a/manifest.json", contents={"data.path": 1}), "validation sets changed"
+    "facts whose contents are a list": Artefact(
+        RESUME, change("runs/a/manifest.json", contents=["x"]), "manifest.json"
     ),
+    "facts whose contents are numbers": Artefact(RESUME, change("runs/a/manifest.json", contents={"data.path": 1})),
     "facts whose data is an object": Artefact(RESUME, change("runs/a/manifest.json", data={"a": [ESCAPES]}), "changed"),
     "facts that are nested": in_run("manifest.json", nested(10**5), RESUME, "manifest.json"),
     "a summary whose status is a list": Artefact(RESUME, change("runs/a/summary.json", status=["running"])),
     "a summary that is a list": in_run("summary.json", "[1]", RESUME),
     "a summary of a job with an escape": Artefact(RESUME, change("runs/a/summary.json", job=ESCAPES, steps=ESCAPES)),
     "events of another kind": in_run(
-        "events.jsonl", lines({"step": "x", "event": 7}, [1], {"event": "checkpoint", "step": None}), RESUME, "checkpoint"
+        "events.jsonl",
+        lines({"step": "x", "event": 7}, [1], {"event": "checkpoint", "step": None}),
+        RESUME,
+        "checkpoint",
     ),
     "metrics of another kind": in_run(
         "metrics.jsonl", lines({"step": 2, "val/loss": "x"}, {"step": 2, "val/loss": {}}, {"step": [2]}, 7), RESUME
@@ -121,7 +125,8 @@ RUNS = {
 
 REPORTED = {
     "a summary of wrong values": Artefact(
-        REPORT, change("runs/a/summary.json", status=ESCAPES, steps={}, val_loss_best="x", wall_seconds=[1], rollbacks={})
+        REPORT,
+        change("runs/a/summary.json", status=ESCAPES, steps={}, val_loss_best="x", wall_seconds=[1], rollbacks={}),
     ),
     "a summary of huge values": Artefact(
         REPORT, change("runs/a/summary.json", steps=10**39, val_loss_best=1e308, wall_seconds=-(10**30))
@@ -131,13 +136,16 @@ REPORTED = {
         REPORT, change("runs/a/manifest.json", device=MARKUP, packages={"torch": MARKUP}, choices={"model": MARKUP})
     ),
     "facts with escapes": Artefact(
-        REPORT, change("runs/a/manifest.json", device=ESCAPES, precision=[ESCAPES], git={"commit": ESCAPES}, devices=2**70)
+        REPORT,
+        change("runs/a/manifest.json", device=ESCAPES, precision=[ESCAPES], git={"commit": ESCAPES}, devices=2**70),
     ),
     "metrics with escapes": in_run("metrics.jsonl", lines({"step": 1, ESCAPES: 1.0, MARKUP: 2.0, "train/loss": 3.0})),
     "metrics of huge values": in_run(
         "metrics.jsonl", lines(*({"step": step, "train/loss": 10**39, "val/loss": 1e308} for step in (0, -5, 2**62)))
     ),
-    "metrics that are no numbers": in_run("metrics.jsonl", lines({"step": True, "val/loss": [1]}, {"step": 1e400}, "x")),
+    "metrics that are no numbers": in_run(
+        "metrics.jsonl", lines({"step": True, "val/loss": [1]}, {"step": 1e400}, "x")
+    ),
     "events with escapes": in_run(
         "events.jsonl", lines({"step": 1, "event": ESCAPES, "message": ESCAPES}, {"step": 10**30, "event": MARKUP})
     ),
@@ -146,8 +154,12 @@ REPORTED = {
     ),
     "settings with a tag": in_run("config.yaml", f"model: {TAG}\n"),
     "settings with a bomb": in_run("config.yaml", BOMB),
-    "settings with an escape": in_run("config.yaml", yaml.safe_dump({"model": {ESCAPES: ESCAPES}, MARKUP: {"a": MARKUP}})),
-    "settings whose paths are objects": in_run("config.yaml", "data: {path: [{path: [1]}, 7, {x: 1}], val_path: {a: {}}}"),
+    "settings with an escape": in_run(
+        "config.yaml", yaml.safe_dump({"model": {ESCAPES: ESCAPES}, MARKUP: {"a": MARKUP}})
+    ),
+    "settings whose paths are objects": in_run(
+        "config.yaml", "data: {path: [{path: [1]}, 7, {x: 1}], val_path: {a: {}}}"
+    ),
     "a run with markup in its name": Artefact(
         ["report", "runs=[runs/*]"], lambda place: shutil.copytree(place / "runs/a", place / "runs/<script>alert(1)")
     ),
@@ -212,7 +224,9 @@ SWEEPS = {
     "a sweep with a metric of two lines": sweep(
         "metric", metric={"name": f"val/loss\ndefaults: [{ESCAPES}]", "goal": "minimize"}
     ),
-    "a sweep whose command is another program": command("bash", "-c", f"mkdir {CANARY}", "qwlit", "train", says="command"),
+    "a sweep whose command is another program": command(
+        "bash", "-c", f"mkdir {CANARY}", "qwlit", "train", says="command"
+    ),
     "a sweep whose command runs code first": command(
         "${interpreter}", "-c", RUN, "-m", "qwlit", "train", says="command"
     ),
@@ -287,25 +301,33 @@ RECORDS = {
     "a record whose trials are a text": record(JSON, trials=ESCAPES),
     "a record whose best is an object": record(JSON, best={"a": 1}),
     "a record whose best is an escape": record(JSON, best=ESCAPES),
+    "a record whose best is not there": record("no finished trial", best=9),
     "a record whose metric is a text": record(JSON, metric="x"),
     "a record whose settings are a list": record("another sweep", RUN_SWEEP, settings=["x"]),
     "a record whose file is a list": record("another sweep", RUN_SWEEP, file=["x"]),
     "a record whose settings have escapes": record("another sweep", RUN_SWEEP, settings={ESCAPES: ESCAPES}),
-    "a trial outside of the sweep": best_trial(JSON, run="../../elsewhere"),
-    "a trial of the system": best_trial(JSON, run="/etc"),
-    "a trial with a null byte": best_trial(JSON, run="a\0b"),
+    "a trial outside of the sweep": best_trial(JSON, REPORT_SWEEP, run="../../elsewhere"),
+    "a trial of the system": best_trial(JSON, REPORT_SWEEP, run="/etc"),
+    "a trial with a null byte": best_trial(JSON, REPORT_SWEEP, run="a\0b"),
     "a trial that is a list": best_trial(JSON, run=["x"]),
     "a trial whose number is a text": best_trial(JSON, number="0"),
     "a trial whose value is a text": best_trial(JSON, value="x"),
     "a trial whose value is an object": best_trial(JSON, value={"a": 1}),
     "a trial whose steps are a text": best_trial(JSON, RUN_SWEEP, steps=ESCAPES),
-    "a trial whose state is an escape": best_trial(None, ["report", "runs=[runs/search]"], state=ESCAPES, reason=ESCAPES),
-    "a trial with parameters of another kind": best_trial(JSON, ["report", "runs=[runs/search]"], params=7),
-    "a trial that is not there": best_trial("trial-0009", run="trial-0009"),
+    "a trial whose state is an escape": best_trial(None, REPORT_SWEEP, state=ESCAPES, reason=ESCAPES),
+    "a trial with parameters of another kind": best_trial(JSON, REPORT_SWEEP, params=7),
+    "a best trial outside of the sweep": best_trial(None, run="../../elsewhere"),
+    "a best trial that is not there": Artefact(
+        BEST,
+        all_of(best_trial(None, number=9).make, record(None, best=9).make),
+        "trial-0009",
+    ),
     "a trial without facts": Artefact(
         BEST, lambda place: (place / "runs/search/trial-0000/manifest.json").unlink(), "manifest.json"
     ),
-    "a trial whose facts are a list": Artefact(BEST, write("runs/search/trial-0000/manifest.json", "[]"), "manifest.json"),
+    "a trial whose facts are a list": Artefact(
+        BEST, write("runs/search/trial-0000/manifest.json", "[]"), "manifest.json"
+    ),
     "a trial whose facts are nested": Artefact(
         BEST, write("runs/search/trial-0000/manifest.json", nested(10**5)), "manifest.json"
     ),

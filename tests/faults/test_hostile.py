@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.faults.artefacts import CANARY, SMALL, TRAIN, Canary
+from tests.faults.artefacts import CANARY, SMALL, TRAIN
 from tests.faults.hostile_inputs import INPUTS
 from tests.faults.hostile_models import MODELS
 from tests.faults.hostile_runs import FOLDERS, MARKUP, RESUME
@@ -47,7 +47,15 @@ def good(tmp_path_factory):
         "method": "grid",
         "metric": {"name": "train/loss", "goal": "minimize"},
         "parameters": {"optim.lr": {"values": [1e-4]}},
-        "command": ["${env}", "${interpreter}", "-m", "qwlit", *TRAIN[:-1], "logging.every_steps=1", "${args_no_hyphens}"],
+        "command": [
+            "${env}",
+            "${interpreter}",
+            "-m",
+            "qwlit",
+            *TRAIN[:-1],
+            "logging.every_steps=1",
+            "${args_no_hyphens}",
+        ],
     }
     (place / "search.yaml").write_text(yaml.safe_dump(document))
     _succeed(["sweep", "sweep=search.yaml", "backend=optuna", "trials=1", "run.root=runs"], place)

@@ -99,13 +99,18 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     # splitlines() would also split at U+2028 and others, which may be inside a JSON string.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = load_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
+        if (record := parse_record(line)) is not None:
             records.append(record)
     return records
+
+
+def parse_record(line: str) -> dict[str, Any] | None:
+    """Return the object in a line of a .jsonl file; None if it holds something else."""
+    try:
+        record = load_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class SavedData:
             DataError: the JSON file that lists them is damaged.
         """
         try:
-            state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+            state = load_json((self.path / STATE).read_text(encoding="utf-8"))
             return [File(self.path / Path(entry["filename"]).name) for entry in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(f"data folder '{self}' was written by save_to_disk, but its {STATE} is damaged") from None

@@ -46,7 +46,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     # Pass a config, so that transformers does not read the folder's config.json, which it may reject.
-    model_type = read_json_if_there(folder / "config.json").get("model_type")
+    model_type = str(read_json_if_there(folder / "config.json").get("model_type"))
     given = {"config": FAMILIES[model_type].classes()[0]()} if model_type in FAMILIES else {}
 
     def unreadable(reason: str) -> ConfigError:

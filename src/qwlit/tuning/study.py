@@ -5,7 +5,7 @@ import math
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import optuna
@@ -14,8 +14,10 @@ from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from pydantic import Field, FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict
 
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, naming_errors
 from qwlit.core.files import is_locked, locked
 from qwlit.tuning.space import Space, grid_points
 from qwlit.tuning.sweep_file import EarlyTerminate, Sweep
@@ -29,6 +31,15 @@ STATES = {
     "failed": TrialState.FAIL,
 }
 STUDY = "sweep"
+
+
+class _Attributes(TypedDict, total=False):
+    """What qwlit writes about a trial into the journal."""
+
+    owner: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    outcome: Outcome
+    reason: str
+    pruned_at: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,11 @@ class Study:
     """The trials of one sweep. Every change is written to the journal before it takes effect."""
 
     def __init__(self, folder: Path, sweep: Sweep, space: Space, *, trials: int, seed: int) -> None:
-        """Open or create the study. `trials` is the number in all, over every machine and restart."""
+        """Open or create the study. `trials` is the number in all, over every machine and restart.
+
+        Raises:
+            ConfigError: the journal is damaged.
+        """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._folder = folder
         self._sweep = sweep
@@ -73,14 +88,17 @@ class Study:
         journal, lock = folder / "journal.log", folder / ".journal.lock"
         _cut_unfinished_line(journal, lock)
         backend = JournalFileBackend(str(journal), lock_obj=_FileLock(lock))  # type: ignore[arg-type]
-        self._storage = JournalStorage(backend)
-        self._study = optuna.create_study(
-            storage=self._storage,
-            study_name=STUDY,
-            direction=sweep.document.metric.goal,
-            pruner=_pruner(sweep.document.early_terminate),
-            load_if_exists=True,
-        )
+        pruner = _pruner(sweep.document.early_terminate)
+        with naming_errors(lambda reason: ConfigError(f"{journal} is damaged ({reason}); set another run.name")):
+            self._storage = JournalStorage(backend)
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=STUDY,
+                direction=sweep.document.metric.goal,
+                pruner=pruner,
+                load_if_exists=True,
+            )
+            _check(self.trials)
         self._id = self._storage.get_study_id_from_name(STUDY)
         self._owner = uuid.uuid4().hex
         self._alive = contextlib.ExitStack()
@@ -154,6 +172,14 @@ class Study:
         if self._sweep.document.method == "grid":
             return GridSampler(grid_points(self._space), seed=self._seed)
         return TPESampler(seed=seed) if self._sweep.document.method == "bayes" else RandomSampler(seed=seed)
+
+
+def _check(trials: list[FrozenTrial]) -> None:
+    """Raise an error if the journal holds values of other kinds: Optuna takes them as they are."""
+    for trial in trials:
+        TypeAdapter(_Attributes).validate_python(trial.user_attrs, strict=True)
+        TypeAdapter(dict[int, FiniteFloat]).validate_python(trial.intermediate_values, strict=True)
+        TypeAdapter(list[FiniteFloat] | None).validate_python(trial.values, strict=True)
 
 
 def _draw(trial: Trial, name: str, space: Space) -> Any:
