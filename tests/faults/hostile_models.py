@@ -258,7 +258,7 @@ ADAPTERS = {
     ),
     "an adapter that names a module": Artefact(
         ON_ADAPTER,
-        all_of(change(ADAPTER, megatron_config={}, megatron_core="evil"), write("evil.py", CODE)),
+        all_of(change(ADAPTER, megatron_config={"a": 1}, megatron_core="evil"), write("evil.py", CODE)),
         "megatron",
     ),
     "an adapter that maps to code": in_adapter(

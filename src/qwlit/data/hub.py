@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import DataError, first_line
+from qwlit.core.files import load_json
 from qwlit.core.waiting import PROBE_SECONDS, call_with_timeout
 from qwlit.data.files import File
 from qwlit.data.rows import QuarantinedRow, Row
