@@ -26,6 +26,7 @@ from tests.faults.artefacts import (
 
 RESUME = ["train", *SMALL, "model.path=model", "run.name=a", "train.max_steps=4", "checkpoint.every_steps=2"]
 REPORT = ["report", "runs=[runs/a]"]
+SUBMIT = ["submit", "config=runs/a/config.yaml", "dry_run=true"]
 AGAIN = ["plan", "config=runs/a/config.yaml"]
 SWEEP = ["sweep", "sweep=search.yaml", "run.root=runs"]
 RUN_SWEEP = [*SWEEP, "backend=optuna", "trials=1"]
@@ -193,6 +194,13 @@ SETTINGS = {
     "a path with a null byte": in_config("model", model__path="a\0b"),
     "data with a null byte": in_config("data", data__path="a\0b.jsonl"),
     "a template that is a path": in_config("data.template", data__template="../../x"),
+    "settings with lines for the shell": Artefact(
+        SUBMIT, in_config(None, slurm__setup=[f"mkdir {CANARY}"]).make, "slurm.setup"
+    ),
+    "settings with an image": Artefact(SUBMIT, in_config(None, slurm__container="evil/image").make, "slurm.container"),
+    "settings with lines of a batch file": Artefact(
+        SUBMIT, in_config(None, slurm__partition=f"a\nmkdir {CANARY}").make, "slurm.partition"
+    ),
     "a run out of its root": in_config("run.name", run__name="../../x"),
     "a model of nobody's home": in_config("no such user", model__path="~nobody-here/x"),
 }
