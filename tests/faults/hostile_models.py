@@ -128,6 +128,7 @@ WEIGHT_FILES = {
 }
 
 CODE_MAP = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", "evil.T"]}
+NOT_BUILT = "no model can be built"
 CONFIGS = {
     "a config that names code": Artefact(
         TRAIN, all_of(change(CONFIG, auto_map=CODE_MAP, trust_remote_code=True), write("model/evil.py", CODE))
@@ -149,21 +150,18 @@ CONFIGS = {
     "a config of half a head": in_config("config.json", num_attention_heads=0.5),
     "a config whose size is a text": in_config("config.json", hidden_size="64"),
     "a config whose size is an object": in_config("config.json", intermediate_size={"a": 1}),
-    "a config whose head_dim is huge": in_config("config.json", head_dim=2**60),
+    "a config whose head_dim is huge": in_config(NOT_BUILT, head_dim=2**60),
     "a config whose head_dim is 0": in_config("config.json", head_dim=0),
     "a config whose eps is a text": in_config("config.json", rms_norm_eps="1e-6; import os"),
     "a config with a rope of nobody": in_config("rope", rope_scaling={"type": "evil", "factor": 2.0}),
-    "a config with a rope of another kind": in_config(
-        "config.json", rope_parameters={"rope_type": "yarn", "factor": {}}
-    ),
-    "a config with a huge rope": in_config("config.json", rope_scaling={"rope_type": "linear", "factor": "x" * 999}),
+    "a config with a rope of another kind": in_config(NOT_BUILT, rope_parameters={"rope_type": "yarn", "factor": {}}),
+    "a config with a long rope": in_config(NOT_BUILT, rope_scaling={"rope_type": "linear", "factor": "x" * 999}),
     "a config with layers of another kind": in_config("layer_types", layer_types=[{"a": 1}]),
-    "a config with an activation of nobody": in_config("config.json", hidden_act="os.system"),
+    "a config with an activation of nobody": in_config(NOT_BUILT, hidden_act="os.system"),
     "a config with an activation that is a list": in_config("config.json", hidden_act=["ClippedGELUActivation", {}]),
     "a config with tied weights of another kind": in_config("config.json", tie_word_embeddings="no"),
-    "a config with hooks": in_config(
-        None, _name_or_path="https://example.org/x", id2label={"0": "x"}, base_model_tp_plan=1
-    ),
+    "a config with hooks": in_config(None, _name_or_path="https://example.org/x", id2label={"0": "x"}, to_dict=1),
+    "a config with a plan of another kind": in_config(NOT_BUILT, base_model_tp_plan=1),
     "a nested config": Artefact(PLAN, write(CONFIG, '{"a":' + nested(10**5) + "}"), "config.json"),
     "a config with a number of 10^6 digits": Artefact(PLAN, write(CONFIG, '{"a":' + "9" * 10**6 + "}"), "config.json"),
     "a config that is no UTF-8": Artefact(PLAN, write(CONFIG, b"\xff\xfe{}"), "config.json"),
@@ -230,7 +228,9 @@ TOKENIZERS = {
     "a tokenizer with other templates that are all files": Artefact(
         TRAIN, link("model/additional_chat_templates", "/etc")
     ),
-    "a tokenizer beside a config of another kind": Artefact(TOKENIZING, change(CONFIG, model_type=["qwen3"])),
+    "a tokenizer beside a config of another kind": Artefact(
+        TOKENIZING, change(CONFIG, model_type=["qwen3"]), "cannot be read"
+    ),
     "a tokenizer that is no JSON": Artefact(TOKENIZING, write(TOKENIZER, pickle.dumps(Canary())), "tokenizer"),
 }
 
@@ -264,7 +264,7 @@ ADAPTERS = {
     "an adapter that maps to code": in_adapter(
         None, auto_mapping={"base_model_class": "system", "parent_library": "os"}
     ),
-    "an adapter of a type of nobody": in_adapter("adapter_config.json", peft_type="../../EVIL"),
+    "an adapter of a type of nobody": in_adapter("qwlit reads LoRA", peft_type="../../EVIL"),
     "an adapter whose targets are a long pattern": in_adapter(None, target_modules="(a+)+" * 20 + "$"),
     "an adapter whose alpha pattern repeats": in_adapter("alpha_pattern", alpha_pattern={"(a+)+$": 2}),
     "an adapter whose alpha pattern is a list": in_adapter("alpha_pattern", alpha_pattern=["x"]),

@@ -24,7 +24,15 @@ from tests.faults.artefacts import (
     write,
 )
 
-RESUME = ["train", *SMALL, "model.path=model", "run.name=a", "train.max_steps=4", "checkpoint.every_steps=2"]
+RESUME = [
+    "train",
+    *SMALL,
+    "model.path=model",
+    "run.name=a",
+    "train.max_steps=4",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep_last=9",
+]
 REPORT = ["report", "runs=[runs/a]"]
 SUBMIT = ["submit", "config=runs/a/config.yaml", "dry_run=true"]
 AGAIN = ["plan", "config=runs/a/config.yaml"]
@@ -244,17 +252,17 @@ SWEEPS = {
         command=["bash", "-c", f"mkdir {CANARY}", "qwlit", "train", "${args_no_hyphens}"],
     ),
     "a sweep whose command imports a package": command(*OWN, "hydra.searchpath=[pkg://evil]", says="hydra.searchpath"),
-    "a sweep whose command reads a secret": command(*OWN, "run.root=${oc.env:WANDB_API_KEY}", says="search.yaml"),
+    "a sweep whose command reads a secret": command(*OWN, "seed=${oc.env:WANDB_API_KEY}", says="WANDB_API_KEY"),
     "a sweep whose command is a number": sweep("command", command=7),
     "a sweep over code": parameters("_target_", _target_={"values": ["os.mkdir"]}),
-    "a sweep over a secret": parameters("WANDB_API_KEY", model__path={"values": ["${oc.env:WANDB_API_KEY}"]}),
+    "a sweep over a secret": parameters("WANDB_API_KEY", seed={"values": ["${oc.env:WANDB_API_KEY}"]}),
     "a sweep over folders of settings": parameters("hydra.searchpath", hydra__searchpath={"values": ["pkg://evil"]}),
     "a sweep over runs": parameters("run.root", run__root={"values": ["../../x"]}),
     "a sweep over settings with an escape": parameters("search.yaml", **{ESCAPES: {"values": [1]}}),
     "a sweep over values with an escape": parameters("optim.name", optim__name={"values": [ESCAPES]}),
     "a sweep over 10^12 points": parameters("points", seed={"min": 0, "max": 10**12}),
     "a sweep over 10^12 multiples": parameters(
-        "points", optim__lr={"min": 0.0, "max": 1.0, "q": 1e-12, "distribution": "q_uniform"}
+        "points", optim__weight_decay={"min": 0.0, "max": 1.0, "q": 1e-12, "distribution": "q_uniform"}
     ),
     "a sweep over 10^9 combinations": parameters(
         "points", **{key: {"min": 1, "max": 1000} for key in ("seed", "train__max_steps", "train__global_batch_size")}
@@ -311,8 +319,8 @@ RECORDS = {
     "a record whose best is an escape": record(JSON, best=ESCAPES),
     "a record whose best is not there": record("no finished trial", best=9),
     "a record whose metric is a text": record(JSON, metric="x"),
-    "a record whose settings are a list": record("another sweep", RUN_SWEEP, settings=["x"]),
-    "a record whose file is a list": record("another sweep", RUN_SWEEP, file=["x"]),
+    "a record whose settings are a list": record(JSON, RUN_SWEEP, settings=["x"]),
+    "a record whose file is a list": record(JSON, RUN_SWEEP, file=["x"]),
     "a record whose settings have escapes": record("another sweep", RUN_SWEEP, settings={ESCAPES: ESCAPES}),
     "a trial outside of the sweep": best_trial(JSON, REPORT_SWEEP, run="../../elsewhere"),
     "a trial of the system": best_trial(JSON, REPORT_SWEEP, run="/etc"),
@@ -350,22 +358,24 @@ RECORDS = {
     ),
     "runs whose metrics are texts": Artefact(
         BEST,
-        all_of(without_record, write("runs/search/trial-0000/metrics.jsonl", lines({"step": 1, "val/loss": "x"}))),
+        all_of(without_record, write("runs/search/trial-0000/metrics.jsonl", lines({"step": 1, "train/loss": "x"}))),
+        "no sweep with a finished trial",
     ),
     "runs whose metrics are objects": Artefact(
         BEST,
-        all_of(without_record, write("runs/search/trial-0000/metrics.jsonl", lines({"step": 1, "val/loss": [{}]}))),
+        all_of(without_record, write("runs/search/trial-0000/metrics.jsonl", lines({"step": 1, "train/loss": [{}]}))),
+        "no sweep with a finished trial",
     ),
     "a journal of no JSON": journal(ESCAPES, JOURNAL),
     "a journal of a list": journal("[1]", JOURNAL),
     "a journal of another operation": journal('{"op_code": 99, "worker_id": "x"}', JOURNAL),
-    "a journal of another trial": journal('{"op_code": 6, "worker_id": "x", "trial_id": 99, "state": 1}', JOURNAL),
+    "a journal of another trial": journal('{"op_code": 6, "worker_id": "x", "trial_id": 99, "state": 1}', None),
     "a journal that is nested": journal(nested(10**5), JOURNAL),
     "a journal whose owner is a path": journal(
-        json.dumps({"op_code": 4, "worker_id": "x", "study_id": 0})
+        json.dumps({"op_code": 4, "worker_id": "x", "study_id": 0, "datetime_start": None})
         + "\n"
         + json.dumps(ATTRIBUTE | {"trial_id": 1, "user_attr": {"owner": "../../../model/config.json"}}),
-        None,
+        JOURNAL,
     ),
     "a journal whose outcome is an escape": journal(json.dumps(ATTRIBUTE | {"user_attr": {"reason": ESCAPES}}), None),
     "a journal that is a pickle": Artefact(

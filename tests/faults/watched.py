@@ -14,9 +14,9 @@ SECRETS = {"WANDB_API_KEY": SECRET * 2, "HF_TOKEN": f"hf_{SECRET}", "AWS_SECRET_
 REPORT = ".watched"
 PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.startfile", "pty.spawn")
 CONNECTIONS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request")
-OWN = (["git"], [sys.executable, "-P"], [sys.executable, "-m", "qwlit"])
-"""Beginnings of the commands that qwlit itself starts: the commit of a checkout, the worker that renders templates,
-and trials."""
+OWN = (["git"], ["uname"], [sys.executable, "-P"], [sys.executable, "-m", "qwlit"])
+"""Beginnings of the commands that qwlit itself starts: for the commit of a checkout, the platform, the worker that
+renders templates, and trials."""
 HERE = ("localhost", "127.0.0.1", "::1", os.uname().nodename)
 
 

@@ -196,7 +196,8 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
         "dtype": declared_dtype(values)
     }
     try:
-        config = config_class.from_dict(values)
+        with without_stderr():
+            config = config_class.from_dict(values)
     except Exception as error:  # transformers and the hub client raise errors of many kinds for a wrong value
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
     queries = config.num_attention_heads
