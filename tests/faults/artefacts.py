@@ -13,7 +13,7 @@ RUN = f"os.mkdir({CANARY!r})"
 CODE = f"import os\n{RUN}\n"
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eexe.\u2066"
 """Sets the title of a terminal, clears it, colours it, and turns the text behind around."""
-SMALL = ["hardware=cpu", "data.path=chat.jsonl", "train.max_steps=2", "logger=none"]
+SMALL = ["hardware=cpu", "data.path=chat.jsonl", "train.max_steps=4", "logger=none"]
 PLAN = ["plan", *SMALL, "model.path=model"]
 TRAIN = ["train", *SMALL, "model.path=model", "run.name=new"]
 INSPECT = ["inspect", "hardware=cpu", "model=demo", "data.path=chat.jsonl"]

@@ -162,7 +162,7 @@ OVERRIDES = {
     "a folder that reads a secret": typed("hydra.searchpath=['${oc.env:WANDB_API_KEY}']", says="WANDB_API_KEY"),
     "a launcher": typed("hydra/launcher=evil", says="hydra/launcher"),
     "a job of hydra": typed("hydra.job.env_set.LD_PRELOAD=evil.so", says="hydra.job"),
-    "a folder of hydra": typed("hydra.run.dir=../../x", says="hydra.run"),
+    "a folder of hydra": typed("hydra.run.dir=../../x", says="hydra: no such setting"),
     "a resolver": typed("+x='${oc.env:WANDB_API_KEY}'", says="WANDB_API_KEY"),
     "a resolver in a name": typed("run.name='${oc.env:WANDB_API_KEY}'", says="run.name"),
     "a resolver in a project": typed("logger.project='x${oc.env:HF_TOKEN}'", says="HF_TOKEN"),
@@ -198,6 +198,12 @@ OVERRIDES = {
         "hydra.searchpath=[file://conf]", make=write("conf/train.yaml", f"seed: {RUN}\n"), says=None
     ),
     "settings in a file that is a device": typed("config=/dev/zero", says="config="),
+    "settings in a folder that are a device": typed(
+        "experiment=evil",
+        "hydra.searchpath=[file://conf]",
+        says="evil",
+        make=all_of(write("conf/experiment/x.yaml", ""), link("conf/experiment/evil.yaml", "/dev/zero")),
+    ),
     "settings on a page": typed("config=https://example.org/config.yaml", says="config="),
     "a parameter of a server that reads a secret": from_agent(
         "run.root='${oc.env:WANDB_API_KEY}'", says="WANDB_API_KEY"

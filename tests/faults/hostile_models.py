@@ -90,9 +90,9 @@ def indexed(weight_map: Any) -> Callable[[Path], object]:
     return make
 
 
-def tokenizer_with(**entries: Any) -> Artefact:
+def tokenizer_with(says: str | None, **entries: Any) -> Artefact:
     words = TOKENIZING
-    return Artefact(words, change(TOKENIZER, **entries), "tokenizer")
+    return Artefact(words, change(TOKENIZER, **entries), says)
 
 
 WEIGHT_FILES = {
@@ -213,14 +213,18 @@ TOKENIZERS = {
     "a tokenizer with an end token of another kind": Artefact(
         TOKENIZING, change(SETTINGS, eos_token={"__type": "Evil", "content": 7}), "tokenizer"
     ),
-    "a tokenizer with an escape in its end token": Artefact(TOKENIZING, change(SETTINGS, eos_token=ESCAPES), None),
+    "a tokenizer with an escape in its end token": Artefact(
+        TOKENIZING, change(SETTINGS, eos_token=ESCAPES), "521 tokens"
+    ),
     "tokenizer settings that are a list": Artefact(TOKENIZING, write(SETTINGS, "[1]"), "tokenizer"),
     "nested tokenizer settings": Artefact(TOKENIZING, write(SETTINGS, '{"a":' + nested(10**5) + "}"), "tokenizer"),
     "a tokenizer with a normalizer that grows": tokenizer_with(
-        normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10**5}
+        None, normalizer={"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10**5}
     ),
-    "a tokenizer with a vocabulary that is a list": tokenizer_with(model=["x"]),
-    "a tokenizer with an id of 10^12": tokenizer_with(added_tokens=[{"id": 10**12, "content": "<x>", "special": True}]),
+    "a tokenizer with a vocabulary that is a list": tokenizer_with("tokenizer", model=["x"]),
+    "a tokenizer with an id of 10^12": tokenizer_with(
+        None, added_tokens=[{"id": 10**12, "content": "<x>", "special": True}]
+    ),
     "a nested tokenizer": Artefact(TOKENIZING, write(TOKENIZER, '{"model":' + nested(10**5) + "}"), "tokenizer"),
     "a tokenizer with a list of merges that is this process": Artefact(
         TRAIN, link("model/merges.txt", "/proc/self/environ"), "is empty"

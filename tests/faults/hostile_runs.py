@@ -80,12 +80,6 @@ def pickled_state(place: Path) -> None:
     torch.save({"callbacks": Canary()}, place / CHECKPOINT / "training_state.pt")
 
 
-def without_others(place: Path) -> None:
-    for other in (place / "runs/a/checkpoints").glob("step-*"):
-        if other.name != Path(CHECKPOINT).name:
-            shutil.rmtree(other)
-
-
 def listed(name: str) -> Callable[[Path], object]:
     files = {name: {"bytes": 0, "sha256": ""}}
     return change(f"{CHECKPOINT}/MANIFEST.json", files=files)
@@ -123,6 +117,9 @@ RUNS = {
     "metrics of another kind": in_run(
         "metrics.jsonl", lines({"step": 2, "val/loss": "x"}, {"step": 2, "val/loss": {}}, {"step": [2]}, 7), RESUME
     ),
+    "a lock that is a link to a file": Artefact(RESUME, link("runs/.locks/a", "../../chat.jsonl"), "runs"),
+    "events that are a link to a file": Artefact(RESUME, link("runs/a/events.jsonl", "../../search.yaml"), "no good"),
+    "metrics that are a link to a file to come": Artefact(RESUME, link("runs/a/metrics.jsonl", "../../written")),
     "a lock of another kind": Artefact(RESUME, write("runs/.locks/a", ESCAPES * 9)),
     "a lock that is a folder": Artefact(
         RESUME,
@@ -174,6 +171,13 @@ REPORTED = {
     ),
     "a run with an escape in its name": Artefact(
         ["report", "runs=[runs/*]"], lambda place: shutil.copytree(place / "runs/a", place / f"runs/{ESCAPES[:8]}\n")
+    ),
+    "a run whose files are devices": Artefact(
+        REPORT,
+        all_of(*(link(f"runs/a/{name}", "/dev/zero") for name in ("summary.json", "manifest.json", "metrics.jsonl"))),
+    ),
+    "a run whose settings and events are devices": Artefact(
+        REPORT, all_of(*(link(f"runs/a/{name}", "/dev/zero") for name in ("config.yaml", "events.jsonl")))
     ),
     "a run whose files are this process": Artefact(
         REPORT, all_of(*(link(f"runs/a/{name}", "/proc/self/environ") for name in ("config.yaml", "events.jsonl")))
@@ -235,6 +239,7 @@ def command(*words: str, says: str | None) -> Artefact:
 OWN = ["${env}", "${interpreter}", "-m", "qwlit", "train"]
 SWEEPS = {
     "a sweep with a tag": Artefact(RUN_SWEEP, write("search.yaml", f"method: {TAG}\n"), "tag"),
+    "a sweep that is a device": Artefact(RUN_SWEEP, link("search.yaml", "/dev/zero"), "no such sweep"),
     "a sweep with a bomb": Artefact(RUN_SWEEP, write("search.yaml", BOMB), "values"),
     "a sweep with an escape": sweep("method", method=ESCAPES),
     "a sweep with a metric of two lines": sweep(
@@ -312,6 +317,8 @@ JSON, JOURNAL = "sweep.json", "journal.log"
 ATTRIBUTE = {"op_code": 8, "worker_id": "x", "trial_id": 0}
 RECORDS = {
     "a record that is nested": Artefact(BEST, write("runs/search/sweep.json", nested(10**5)), JSON),
+    "a record that is a device": Artefact(BEST, link("runs/search/sweep.json", "/dev/zero"), JSON),
+    "a journal that is a device": Artefact(RUN_SWEEP, link("runs/search/journal.log", "/dev/zero"), JOURNAL),
     "a record whose trials are numbers": record(JSON, trials=[1]),
     "a record whose trials are an object": record(JSON, trials={"a": 1}),
     "a record whose trials are a text": record(JSON, trials=ESCAPES),

@@ -1,9 +1,11 @@
 """Atomic writes, JSON files, file locks, and paths to files of the package."""
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -57,9 +59,26 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file to write, unless it is a link: somebody else may have made it, to a file of the user."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as handle:
+    with open(path, "a", encoding="utf-8", opener=_open_no_link) as handle:
         handle.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """Read a file that somebody else may have made.
+
+    Raises:
+        OSError: it cannot be read, or is no file: a device such as /dev/zero has no end.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def load_json(text: str) -> Any:
@@ -94,7 +113,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a .jsonl file that qwlit wrote, without a last line that a kill -9 cut off."""
-    if not path.exists():
+    if not path.is_file():
         return []
     records = []
     # splitlines() would also split at U+2028 and others, which may be inside a JSON string.
@@ -116,7 +135,7 @@ def parse_record(line: str) -> dict[str, Any] | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a .json file; return an empty one where the file is missing or holds something else."""
     try:
-        document = load_json(path.read_text(encoding="utf-8"))
+        document = load_json(read_text(path))
     except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
@@ -137,7 +156,7 @@ def locked(
         BlockingIOError: with `blocking=False`, when another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as handle:
+    with open(path, "a+", encoding="utf-8", opener=_open_no_link) as handle:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)

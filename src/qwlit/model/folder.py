@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import ConfigError, nearest
-from qwlit.core.files import load_json, resolve_path
+from qwlit.core.files import load_json, read_text, resolve_path
 from qwlit.model.families import FAMILIES
 from qwlit.model.hub import looks_like_hub_id
 
@@ -69,7 +69,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     try:
         if (size := file.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
-        value = load_json(file.read_text(encoding="utf-8"))
+        value = load_json(read_text(file))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as JSON ({error}); copy or download it again") from None
     if not isinstance(value, dict):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from qwlit.config.overrides import format_value
 from qwlit.core.errors import ConfigError
-from qwlit.core.files import load_json, read_json
+from qwlit.core.files import load_json, read_json, read_text
 from qwlit.core.slurm import job_id
 from qwlit.training.checkpointing.folder import find_strays, newest, remove_unfinished_checkpoints, rename_damaged
 from qwlit.training.checkpointing.manifest import step_of
@@ -123,7 +123,7 @@ def refuse_changed_content(folder: RunFolder, *, data: str, base: str | None) ->
     """
     manifest = folder.path / "manifest.json"
     try:
-        earlier = load_json(manifest.read_text(encoding="utf-8"))
+        earlier = load_json(read_text(manifest))
         pairs = (("the data or the tokenizer", earlier["data"], data), ("the base model", earlier["base"], base))
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{manifest} cannot be read; {START_AGAIN}") from None

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from qwlit.config.run import RunConfig, recipe_settings
 from qwlit.core.errors import ConfigError
-from qwlit.core.files import load_json, locked, write_json_atomic
+from qwlit.core.files import load_json, locked, read_text, write_json_atomic
 from qwlit.core.metric import Metric
 from qwlit.data.config import parts_of
 from qwlit.training.tracking.run_folder import RunFolder
@@ -114,7 +114,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         ConfigError: the file is missing, broken, or no record of a sweep.
     """
     try:
-        text = (folder / RECORD).read_text(encoding="utf-8")
+        text = read_text(folder / RECORD)
         record: dict[str, Any] = load_json(text)
         TypeAdapter(Record).validate_json(text, strict=True)
     except FileNotFoundError:

@@ -86,10 +86,10 @@ class Study:
         self._limit = trials
         self._seed = seed
         journal, lock = folder / "journal.log", folder / ".journal.lock"
-        _cut_unfinished_line(journal, lock)
         backend = JournalFileBackend(str(journal), lock_obj=_FileLock(lock))  # type: ignore[arg-type]
         pruner = _pruner(sweep.document.early_terminate)
         with naming_errors(lambda reason: ConfigError(f"{journal} is damaged ({reason}); set another run.name")):
+            _cut_unfinished_line(journal, lock)
             self._storage = JournalStorage(backend)
             self._study = optuna.create_study(
                 storage=self._storage,
@@ -213,6 +213,8 @@ def _cut_unfinished_line(journal: Path, lock: Path) -> None:
     """Remove a last line without its end, left by a kill or a full disk: the next line would be appended to it."""
     if not journal.exists():
         return
+    if not journal.is_file():
+        raise ValueError("it is no file")
     with locked(lock), journal.open("rb+") as handle:
         written = handle.read()
         handle.truncate(written.rfind(b"\n") + 1)

@@ -30,6 +30,8 @@ class JsonlTail:
 
     def read(self) -> list[dict[str, Any]]:
         """Return all records so far."""
+        if not self._path.is_file():
+            return self.records
         try:
             with self._path.open("rb") as handle:
                 status = os.fstat(handle.fileno())
