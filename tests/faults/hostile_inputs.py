@@ -205,9 +205,7 @@ OVERRIDES = {
         make=all_of(write("conf/experiment/x.yaml", ""), link("conf/experiment/evil.yaml", "/dev/zero")),
     ),
     "settings on a page": typed("config=https://example.org/config.yaml", says="config="),
-    "a parameter of a server that reads a secret": from_agent(
-        "run.root='${oc.env:WANDB_API_KEY}'", says="WANDB_API_KEY"
-    ),
+    "a parameter of a server that reads a secret": from_agent("seed='${oc.env:HF_TOKEN}'", says="HF_TOKEN"),
     "a parameter of a server that is code": from_agent("model._target_=os.system", says="_target_"),
     "a parameter of a server that imports": from_agent("hydra.searchpath=[pkg://evil]", says="pkg://evil"),
     "a parameter of a server with an escape": from_agent(f"optim.name={ESCAPES}", says="optim.name"),

@@ -63,6 +63,9 @@ def good(tmp_path_factory):
         shutil.rmtree(place / "runs" / name)
     killed = place / "runs/a"
     shutil.rmtree(killed / "checkpoints/step-000004")
+    for pointer in ("best", "last"):
+        (killed / "checkpoints" / pointer).unlink(missing_ok=True)
+        (killed / "checkpoints" / pointer).symlink_to("step-000002")
     (killed / "summary.json").write_text(json.dumps(summary(killed) | {"status": "running"}))
     return place
 

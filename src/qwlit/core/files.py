@@ -59,13 +59,8 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _open_no_link(path: str, flags: int) -> int:
-    """Open a file to write, unless it is a link: somebody else may have made it, to a file of the user."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8", opener=_open_no_link) as handle:
+    with path.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
@@ -156,7 +151,7 @@ def locked(
         BlockingIOError: with `blocking=False`, when another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8", opener=_open_no_link) as handle:
+    with path.open("a+", encoding="utf-8") as handle:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
