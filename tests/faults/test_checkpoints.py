@@ -215,7 +215,7 @@ def test_a_damaged_best_checkpoint_is_not_exported_but_the_next_best_one(kind, r
 
 @pytest.mark.parametrize("kind", [*(DRAWN if LONG else DRAWN[:2]), "all folders missing"])
 def test_a_run_whose_checkpoints_are_all_bad_never_starts_from_step_0_by_itself(kind, run, other, chat):
-    for checkpoint in list_checkpoints(RunFolder(run)):
+    for checkpoint in sorted(list_checkpoints(RunFolder(run)), reverse=True):
         if kind in KINDS and (checkpoint.name != "step-000002" or kind != "another step's folder"):
             KINDS[kind](checkpoint, other / "checkpoints" / checkpoint.name)
         else:
