@@ -4,6 +4,7 @@
 """
 
 import json
+import pickle
 import random
 import re
 import shutil
@@ -12,10 +13,10 @@ import subprocess
 import pytest
 import yaml
 
-from tests.faults.artefacts import CANARY, SMALL, TRAIN
+from tests.faults.artefacts import CANARY, SMALL, TRAIN, Canary
 from tests.faults.hostile_inputs import INPUTS
 from tests.faults.hostile_models import MODELS
-from tests.faults.hostile_runs import FOLDERS, MARKUP, RESUME
+from tests.faults.hostile_runs import FOLDERS, MARKUP, OWN, RESUME
 from tests.faults.watched import REPORT, SECRET
 from tests.long import LONG
 from tests.runs.runs import DEMO, ENVIRONMENT, interpreter, qwlit, summary
@@ -47,15 +48,7 @@ def good(tmp_path_factory):
         "method": "grid",
         "metric": {"name": "train/loss", "goal": "minimize"},
         "parameters": {"optim.lr": {"values": [1e-4]}},
-        "command": [
-            "${env}",
-            "${interpreter}",
-            "-m",
-            "qwlit",
-            *TRAIN[:-1],
-            "logging.every_steps=1",
-            "${args_no_hyphens}",
-        ],
+        "command": [*OWN[:-1], *TRAIN[:-1], "logging.every_steps=1", "${args_no_hyphens}"],
     }
     (place / "search.yaml").write_text(yaml.safe_dump(document))
     _succeed(["sweep", "sweep=search.yaml", "backend=optuna", "trials=1", "run.root=runs"], place)
@@ -117,3 +110,22 @@ def test_an_artefact_of_somebody_else_executes_nothing_and_is_refused_in_one_lin
 
 def test_the_table_has_a_hundred_artefacts_and_more():
     assert len(ARTEFACTS) == len(MODELS) + len(FOLDERS) + len(INPUTS) >= 100
+
+
+def test_the_watch_sees_and_refuses_a_program_that_qwlit_starts(tmp_path):
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/sh\nmkdir {tmp_path}/{CANARY}\n")
+    sbatch.chmod(0o755)
+    place = tmp_path / "place"
+    place.mkdir()
+    words = ["submit", "model=demo", "hardware=cpu", "hardware.devices=1", "data.path=rows.jsonl"]
+    watched(words, place, PATH=f"{sbatch.parent}:{ENVIRONMENT['PATH']}")
+    assert "sbatch" in (place / REPORT).read_text()
+    assert not (tmp_path / CANARY).exists()
+
+
+def test_the_canary_is_made_where_it_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(Canary()))
+    assert (tmp_path / CANARY).exists()
