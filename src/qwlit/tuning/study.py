@@ -77,7 +77,7 @@ class Study:
         """Open or create the study. `trials` is the number in all, over every machine and restart.
 
         Raises:
-            ConfigError: the journal is damaged.
+            ConfigError: the journal cannot be read.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._folder = folder
@@ -88,7 +88,7 @@ class Study:
         journal, lock = folder / "journal.log", folder / ".journal.lock"
         backend = JournalFileBackend(str(journal), lock_obj=_FileLock(lock))  # type: ignore[arg-type]
         pruner = _pruner(sweep.document.early_terminate)
-        with naming_errors(lambda reason: ConfigError(f"{journal} is damaged ({reason}); set another run.name")):
+        with naming_errors(lambda reason: ConfigError(f"{journal} cannot be read ({reason}); set another run.name")):
             _cut_unfinished_line(journal, lock)
             self._storage = JournalStorage(backend)
             self._study = optuna.create_study(
