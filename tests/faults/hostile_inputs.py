@@ -161,7 +161,7 @@ OVERRIDES = {
     "settings of a page": typed("hydra.searchpath=[https://example.org]", says="https://example.org"),
     "a folder that reads a secret": typed("hydra.searchpath=['${oc.env:WANDB_API_KEY}']", says="WANDB_API_KEY"),
     "a launcher": typed("hydra/launcher=evil", says="hydra/launcher"),
-    "a job of hydra": typed("hydra.job.env_set.LD_PRELOAD=evil.so", says="hydra.job"),
+    "a job of hydra": typed("hydra.job.env_set.LD_PRELOAD=evil.so", says="hydra: no such setting"),
     "a folder of hydra": typed("hydra.run.dir=../../x", says="hydra: no such setting"),
     "a resolver": typed("+x='${oc.env:WANDB_API_KEY}'", says="WANDB_API_KEY"),
     "a resolver in a name": typed("run.name='${oc.env:WANDB_API_KEY}'", says="run.name"),

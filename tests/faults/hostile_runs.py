@@ -190,12 +190,16 @@ SETTINGS = {
     "settings with an escape": config(f'x: "{ESCAPES.encode("unicode_escape").decode()}"', "no such"),
     "settings with raw escapes": config(f"x: {ESCAPES}", "cannot be read"),
     "settings with two documents": config("---\nseed: 1", "cannot be read"),
-    "a data path that reads a secret": in_config("WANDB_API_KEY", data__path="${oc.env:WANDB_API_KEY}.jsonl"),
+    "a data path that reads a secret": Artefact(
+        ["inspect", *AGAIN[1:]],
+        in_config("WANDB_API_KEY", data__path="${oc.env:WANDB_API_KEY}.jsonl").make,
+        "WANDB_API_KEY",
+    ),
     "a model path that reads a secret": in_config("WANDB_API_KEY", model__path="${oc.env:WANDB_API_KEY}"),
     "a project that decodes": in_config(None, logger__project="${oc.decode:'x'}"),
     "a model that is code": in_config("model.", model__path={"_target_": "os.mkdir", "path": CANARY}),
     "a path with a null byte": in_config("model", model__path="a\0b"),
-    "data with a null byte": in_config("data", data__path="a\0b.jsonl"),
+    "data with a null byte": Artefact(["inspect", *AGAIN[1:]], in_config("data", data__path="a\0b.jsonl").make, "data"),
     "a template that is a path": in_config("data.template", data__template="../../x"),
     "settings with lines for the shell": Artefact(
         SUBMIT, in_config(None, slurm__setup=[f"mkdir {CANARY}"]).make, "slurm.setup"
