@@ -59,7 +59,7 @@ class RowReader:
     def _read(self, source_index: int, file: File) -> Iterator[Row | QuarantinedRow]:
         line = 0
         try:
-            if not file.num_bytes():
+            if file.suffix != ".parquet" and not file.num_bytes():
                 # Also a link to a file in /proc: it has no size, but the environment variables as its content.
                 return
             with file.path.open("rb") as raw:

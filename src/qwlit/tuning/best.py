@@ -56,8 +56,9 @@ def _choices(manifest: Path) -> dict[str, str]:
         ConfigError: it has none, or other groups.
     """
     choices = read_json(manifest).get("choices")
-    known = isinstance(choices, dict) and choices.keys() <= group_options().keys()
-    if not known or not all(isinstance(choice, str | None) for choice in choices.values()):
+    if not isinstance(choices, dict) or not (
+        choices.keys() <= group_options().keys() and all(isinstance(choice, str | None) for choice in choices.values())
+    ):
         raise ConfigError(f"{manifest} does not hold the choices of a run of qwlit; copy the run's folder again")
     return {group: choice for group, choice in choices.items() if choice is not None}
 
