@@ -25,6 +25,7 @@ MODULES = (
     "tests.invariance.worker",
     "tests.faults.faulty",
     "tests.faults.measured",
+    "tests.faults.watched",
     "benchmarks.arms",
 )
 # torch reads TORCHELASTIC_ and TORCH_NCCL_, set by torchrun, when ranks meet; it sets TORCHINDUCTOR_CACHE_DIR itself.

@@ -59,8 +59,13 @@ class WarmProcess(subprocess.Popen):
 
 
 def warm_pid(stand_in: int) -> int:
-    """The process that runs for a stand-in for the interpreter."""
-    return int(Path(interpreter()).with_name(str(stand_in)).read_text())
+    """The process that runs for a stand-in for the interpreter, once it has been started."""
+    file = Path(interpreter()).with_name(str(stand_in))
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text()):
+        assert time.monotonic() < deadline, "the process was not started"
+        time.sleep(0.01)
+    return int(file.read_text())
 
 
 def children(pid: int) -> list[int]:

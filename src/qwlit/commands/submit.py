@@ -9,11 +9,14 @@ from pathlib import Path
 from qwlit.cluster.script import SlurmJob, check_slurm, quoted, render
 from qwlit.commands.options import compose_run, own_options, typed_number
 from qwlit.config.compose import Composed
+from qwlit.config.overrides import format_value
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.files import resolve_path, write_text_atomic
 
 OWN = {"dry_run": ("false", "true"), "seeds": None, "sweep": None, "trials": None, "tasks": None}
+PROGRAMS = ("setup", "options", "container")
+"""Settings of slurm.* that decide which programs the job runs beside the training."""
 SCRIPTS = ".slurm"
 """Folder in run.root that keeps the submitted files."""
 
@@ -36,6 +39,7 @@ def _runs(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig, 
             raise ConfigError(f"{key} is an option for sweeps; set sweep=NAME as well, or leave it out")
     composed = compose_run(overrides)
     config = composed.config
+    _refuse_programs_of_file(composed)
     _run_preflight(composed)
     # Write the name into the job: a requeued job must find the same run even if the default name would change.
     name = str(config.run.name)
@@ -79,6 +83,24 @@ def _sweep(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig,
     arguments = ["sweep", *quoted([f"sweep={own['sweep']}", "backend=optuna", *limited, "jobs=1", *overrides])]
     title = " ".join([f"sweep={own['sweep']}", *limited, f"tasks={tasks}", *overrides])
     return config, SlurmJob(name, title, arguments, ranks_by_srun=False, array=f"0-{tasks - 1}")
+
+
+def _refuse_programs_of_file(composed: Composed) -> None:
+    """Refuse shell lines, options and images of a config= file, which somebody else may have written, if not typed.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if composed.choices:
+        return  # no config=
+    for name in PROGRAMS:
+        value = getattr(composed.config.slurm, name)
+        if value and f"slurm.{name}" not in composed.typed:
+            nothing = "null" if isinstance(value, str) else "[]"
+            raise ConfigError(
+                f"slurm.{name}={format_value(value)} is from the file of config=, and the job would run it; type"
+                f" slurm.{name}=… to say what the job runs, or slurm.{name}={nothing} for nothing"
+            )
 
 
 def _seeds(text: str) -> list[int]:

@@ -183,6 +183,8 @@ def _read_groups(overrides: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]
             _clear_alternatives(composed, list(overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(_one_line(error)) from None
+    except RecursionError:
+        raise ConfigError(f"{' '.join(overrides)}: a file of settings names itself in its defaults") from None
     choices = {k: v for k, v in composed.hydra.runtime.choices.items() if not k.startswith("hydra/")}
     return OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"]), choices
 

@@ -1,9 +1,11 @@
 """Atomic writes, JSON files, file locks, and paths to files of the package."""
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import resources
@@ -67,8 +69,11 @@ def read_small_text(path: Path) -> str:
     """Return the text of a file of settings or results that somebody else may have written.
 
     Raises:
-        ValueError: it is larger than such files are.
+        OSError: it cannot be read, or is no file: a device such as /dev/zero has no end.
+        ValueError: it is larger than such files are, or not UTF-8.
     """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no file", str(path))
     with path.open(encoding="utf-8") as handle:
         text = handle.read(MOST_CHARACTERS + 1)
     if len(text) > MOST_CHARACTERS:
@@ -108,18 +113,23 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a .jsonl file that qwlit wrote, without a last line that a kill -9 cut off."""
-    if not path.exists():
+    if not path.is_file():
         return []
     records = []
     # splitlines() would also split at U+2028 and others, which may be inside a JSON string.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = load_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
+        if (record := parse_record(line)) is not None:
             records.append(record)
     return records
+
+
+def parse_record(line: str) -> dict[str, Any] | None:
+    """Return the object in a line of a .jsonl file; None if it holds something else."""
+    try:
+        record = load_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from qwlit.core.files import read_small_text
+
 MOST_BYTES = 2**18
 """Reading takes about 2 s for a file of this size; the largest settings file of qwlit has about 4,000 bytes."""
 DEEPEST = 32
@@ -48,7 +50,7 @@ def read_yaml(file: Path, loader: type[Any]) -> Any:
     size = file.stat().st_size
     if size > MOST_BYTES:
         raise YamlError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
-    text = file.read_text(encoding="utf-8")
+    text = read_small_text(file)
     _check(text, loader)
     try:
         return yaml.load(text, loader)

@@ -15,7 +15,6 @@ from qwlit.data.json_files import read_json, read_json_lines
 from qwlit.data.parquet_files import KNOWN_COLUMNS, read_parquet
 from qwlit.data.rows import QuarantinedRow, Row
 from qwlit.data.sources import Source
-from qwlit.data.text_files import read_text
 
 BUFFER_BYTES = 2**20
 READERS = {
@@ -62,6 +61,9 @@ class RowReader:
     def _read(self, source_index: int, file: File) -> Iterator[Row | QuarantinedRow]:
         line = 0
         try:
+            if file.suffix != ".parquet" and not file.num_bytes():
+                # Also a link to a file in /proc: it has no size, but the environment variables as its content.
+                return
             with file.path.open("rb", buffering=BUFFER_BYTES) as raw:
                 self._handle = raw
                 handle = _unpacked(raw, file) if file.is_compressed else raw

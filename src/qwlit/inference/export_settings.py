@@ -10,24 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwlit.core.files import write_json_atomic, write_text_atomic
-from qwlit.model.folder import DTYPE_KEYS, read_json_if_there, read_json_object, without_code
+from qwlit.model.folder import (
+    CHAT_TEMPLATE,
+    DTYPE_KEYS,
+    OTHER_TEMPLATES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_PARTS,
+    read_json_if_there,
+    read_json_object,
+    tokenizer_parts,
+    without_code,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Values = dict[str, Any]
 GENERATION_CONFIG = "generation_config.json"
-OTHER_TEMPLATES = "additional_chat_templates"
-TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-COPIED = (
-    "tokenizer.json",
-    TOKENIZER_CONFIG,
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    CHAT_TEMPLATE,
-)
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,13 @@ def _as_list(value: Any) -> list[int]:
 
 def write_tokenizer(folder: Path, source: Path, *, end: EndToken | None) -> None:
     """Copy the tokenizer's files, and set the end token and the chat template that training used."""
-    for name in COPIED:
+    for name in TOKENIZER_PARTS:
         (folder / name).unlink(missing_ok=True)
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
     shutil.rmtree(folder / OTHER_TEMPLATES, ignore_errors=True)
-    if (source / OTHER_TEMPLATES).is_dir():
-        shutil.copytree(source / OTHER_TEMPLATES, folder / OTHER_TEMPLATES)
+    for file in tokenizer_parts(source):
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     _change(folder / TOKENIZER_CONFIG, _for_transformers_4)
     if end is None:
         return

@@ -5,11 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import ConfigError, nearest
-from qwlit.core.files import load_json, resolve_path
+from qwlit.core.files import load_json, read_small_text, resolve_path
 from qwlit.model.families import FAMILIES
 from qwlit.model.hub import looks_like_hub_id
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+OTHER_TEMPLATES = "additional_chat_templates"
+TOKENIZER_PARTS = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    CHAT_TEMPLATE,
+)
 ADAPTER_CONFIG = "adapter_config.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """transformers 5's name and transformers 4's."""
@@ -58,7 +69,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     try:
         if (size := file.stat().st_size) > LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
-        value = load_json(file.read_text(encoding="utf-8"))
+        value = load_json(read_small_text(file))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read as JSON ({error}); copy or download it again") from None
     if not isinstance(value, dict):
@@ -220,11 +231,17 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
 
 
+def tokenizer_parts(folder: Path) -> list[Path]:
+    """Return the files of the tokenizer in a folder, with its chat templates."""
+    files = [*(folder / name for name in TOKENIZER_PARTS), *sorted((folder / OTHER_TEMPLATES).glob("*.jinja"))]
+    return [file for file in files if file.is_file()]
+
+
 def check_tokenizer_files(folder: Path, field: str) -> None:
     """Refuse a folder without a tokenizer.
 
     Raises:
-        ConfigError: there is no such folder, or it has no tokenizer files.
+        ConfigError: there is no such folder, it has no tokenizer files, or one of them is empty.
     """
     check_folder(folder, field)
     if not has_tokenizer(folder):
@@ -232,3 +249,6 @@ def check_tokenizer_files(folder: Path, field: str) -> None:
             f"{field}={folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); "
             "copy it there or set model.tokenizer"
         )
+    if empty := next((file for file in tokenizer_parts(folder) if not file.stat().st_size), None):
+        # Also a link to a file in /proc: it has no size, but the environment variables as its content.
+        raise ConfigError(f"{empty} is empty; copy it again, or delete it")

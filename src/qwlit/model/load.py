@@ -46,7 +46,7 @@ def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     # Pass a config, so that transformers does not read the folder's config.json, which it may reject.
-    model_type = read_json_if_there(folder / "config.json").get("model_type")
+    model_type = str(read_json_if_there(folder / "config.json").get("model_type"))
     given = {"config": FAMILIES[model_type].classes()[0]()} if model_type in FAMILIES else {}
 
     def unreadable(reason: str) -> ConfigError:
@@ -196,7 +196,8 @@ def _read_hf_config(folder: Path) -> "PretrainedConfig":
         "dtype": declared_dtype(values)
     }
     try:
-        config = config_class.from_dict(values)
+        with without_stderr():
+            config = config_class.from_dict(values)
     except Exception as error:  # transformers and the hub client raise errors of many kinds for a wrong value
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
     queries = config.num_attention_heads

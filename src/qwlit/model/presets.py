@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwlit.core.errors import ConfigError
+from qwlit.core.streams import without_stderr
 from qwlit.model.config import Architecture
 from qwlit.model.families import FAMILIES
 
@@ -62,7 +63,8 @@ def meta_causal_lm(config: "PretrainedConfig") -> "PreTrainedModel":
     """
     _, model_class = FAMILIES[config.model_type].classes()
     try:
-        with torch.device("meta"):
+        # What transformers warns of is in its error, or is a value that qwlit's own checks name.
+        with torch.device("meta"), without_stderr():
             model = model_class(config)
     except Exception as error:  # transformers and torch raise errors of many kinds for a wrong value
         reason = " ".join(str(error).split())

@@ -22,7 +22,7 @@ def weight_files(folder: Path) -> Files:
     """Return the files that make up the model.
 
     Raises:
-        ConfigError: there are no such files, or the index names one that is missing.
+        ConfigError: there are no such files, or the index names one that is missing or outside of the folder.
     """
     if (folder / WEIGHTS).is_file():
         return {folder / WEIGHTS: None}
@@ -38,6 +38,8 @@ def weight_files(folder: Path) -> Files:
     tensors: dict[str, set[str]] = defaultdict(set)
     for tensor, file in (weight_map if isinstance(weight_map, dict) else {}).items():
         tensors[str(file)].add(str(tensor))
+    if outside := [file for file in tensors if Path(file).name != file]:
+        raise ConfigError(f"{folder / INDEX} names {outside[0]}, which is no file of its folder; copy the model again")
     missing = sorted(file for file in tensors if not (folder / file).is_file())
     if missing or not tensors:
         raise ConfigError(f"{folder / INDEX} names missing files: {first_few(missing) or 'none at all'}; copy them too")

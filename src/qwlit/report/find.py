@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwlit.core.errors import ConfigError, nearest
-from qwlit.core.files import load_json, resolve_path
+from qwlit.core.files import load_json, read_small_text, resolve_path
 from qwlit.core.metric import Metric, number_or_none
 from qwlit.training.tracking.run_folder import RunFolder
 
@@ -104,7 +104,7 @@ def _similar(path: Path) -> str:
 def _trials(path: Path) -> list[FoundRun]:
     file = path / SWEEP_FILE
     try:
-        document = load_json(file.read_text(encoding="utf-8"))
+        document = load_json(read_small_text(file))
         metric = Metric(**document["metric"])
         sweep = SweepFolder(path, str(document.get("name", path.name)), metric)
         found = [_trial(sweep, entry) for entry in document["trials"]]

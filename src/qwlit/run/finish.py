@@ -13,6 +13,7 @@ from torch import Tensor
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.core.files import read_json_lines, resolve_path
+from qwlit.core.metric import number_or_none
 from qwlit.data.chat_template import chat_template
 from qwlit.data.recognise import resolve_template
 from qwlit.data.samples import supervises
@@ -129,7 +130,9 @@ def _load_best_weights(
         ConfigError: no checkpoint is good.
     """
     best, held = training.checkpointing.best_step, None if always else training.trainer.global_step
-    validations = {row["step"]: row for row in read_json_lines(folder.path / "metrics.jsonl") if row.get("val/loss")}
+    rows = read_json_lines(folder.path / "metrics.jsonl")
+    measured = [row for row in rows if number_or_none(row.get("val/loss")) and isinstance(row.get("step"), int)]
+    validations = {row["step"]: row for row in measured}
     others = {step_of(checkpoint) for checkpoint in list_checkpoints(folder)} - {best}
     by_loss = sorted(others, key=lambda step: (validations.get(step, {}).get("val/loss", math.inf), -step))
     candidates = [held] if best is None and held is not None else [*([best] if best else []), *by_loss]

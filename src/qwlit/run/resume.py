@@ -1,17 +1,18 @@
 """Decide whether the run starts at step 0, resumes, or is refused."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from qwlit.config.overrides import format_value
 from qwlit.core.errors import ConfigError
-from qwlit.core.files import read_json
+from qwlit.core.files import load_json, read_json, read_small_text
 from qwlit.core.slurm import job_id
 from qwlit.training.checkpointing.folder import find_strays, newest, remove_unfinished_checkpoints, rename_damaged
 from qwlit.training.checkpointing.manifest import step_of
 from qwlit.training.tracking.run_folder import FINISHED, RUNNING, RunFolder
+
+START_AGAIN = "start again with run.name=… or run.overwrite=true"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def refuse_changed_recipe(before: dict[str, Any], after: dict[str, Any]) -> None
         )
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
-            f"this run started with other settings: {named}{more}."
-            " Use the old values to resume, or start again with run.name=… or run.overwrite=true"
+            f"this run started with other settings: {named}{more}. Use the old values to resume, or {START_AGAIN}"
         )
 
 
@@ -99,15 +99,18 @@ def refuse_changed_validation(folder: RunFolder, contents: dict[str, list[str]])
         contents: see `DataSplit.contents`. Runs of earlier versions have not recorded it.
 
     Raises:
-        ConfigError: it names the sets that changed.
+        ConfigError: it names the sets that changed, or manifest.json cannot be read.
     """
-    before = read_json(folder.path / "manifest.json").get("contents")
-    if before is None or before["data.path"] != contents["data.path"] or [*before.items()] == [*contents.items()]:
+    manifest = folder.path / "manifest.json"
+    before = read_json(manifest).get("contents", {})
+    if not isinstance(before, dict):
+        raise ConfigError(f"{manifest} cannot be read; {START_AGAIN}")
+    if before.get("data.path") != contents["data.path"] or [*before.items()] == [*contents.items()]:
         return
     changed = [key for key in before | contents if before.get(key) != contents.get(key)]
     raise ConfigError(
         f"{', '.join(changed) or 'data.val_path'}: the validation sets changed since {folder.path} started; give the"
-        " same names, files and order to resume, or start again with run.name=… or run.overwrite=true"
+        f" same names, files and order to resume, or {START_AGAIN}"
     )
 
 
@@ -122,13 +125,13 @@ def refuse_changed_content(folder: RunFolder, *, data: str, base: str | None) ->
     """
     manifest = folder.path / "manifest.json"
     try:
-        earlier = json.loads(manifest.read_text(encoding="utf-8"))
+        earlier = load_json(read_small_text(manifest))
         pairs = (("the data or the tokenizer", earlier["data"], data), ("the base model", earlier["base"], base))
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{manifest} cannot be read; start again with run.name=… or run.overwrite=true") from None
+        raise ConfigError(f"{manifest} cannot be read; {START_AGAIN}") from None
     for what, before, now in pairs:
         if before != now:
             raise ConfigError(
                 f"{what} changed since {folder.path} started (fingerprint {before}, now {now});"
-                " restore the old content to resume, or start again with run.name=… or run.overwrite=true"
+                f" restore the old content to resume, or {START_AGAIN}"
             )

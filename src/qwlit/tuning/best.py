@@ -1,6 +1,5 @@
 """Write the best trial as an experiment file, so that `train experiment=…` trains it again."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,16 +7,16 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from qwlit.config.compose import as_tree, compose
+from qwlit.config.compose import as_tree, compose, group_options
 from qwlit.config.run import RunConfig, flatten
-from qwlit.core.errors import ConfigError
-from qwlit.core.files import read_json_lines, write_text_atomic
+from qwlit.core.errors import ConfigError, one_line
+from qwlit.core.files import read_json, read_json_lines, write_text_atomic
 from qwlit.core.metric import Metric
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.record import RECORD, read_record
 from qwlit.tuning.space import format_overrides
 from qwlit.tuning.sweep_file import Sweep
-from qwlit.tuning.trial import values_in
+from qwlit.tuning.trial import name_of, values_in
 
 # These sections say where a run is stored, logged and queued; they are no part of an experiment.
 NOT_TAKEN = {"run", "logger", "slurm"}
@@ -32,30 +31,45 @@ def write_best(folder: Path, sweep: Sweep, overrides: list[str]) -> tuple[Path, 
         overrides: as typed. Only `hydra.searchpath` is used: the trial's group choices may be files found there.
 
     Raises:
-        ConfigError: no trial of the sweep finished with a value.
+        ConfigError: no trial of the sweep finished with a value, or the folder of the best one is broken.
     """
     metric = sweep.document.metric
     run, value = _recorded_best(folder) if (folder / RECORD).exists() else _best_of_runs(folder, metric)
     config = compose([f"config={run.config_file}"]).config
-    choices = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))["choices"]
+    choices = _choices(run.path / "manifest.json")
     searchpath = [override for override in overrides if override.startswith("hydra.searchpath=")]
     groups, settings = fewest_overrides(choices, config, searchpath)
     # Hydra reads experiment=a,b as two choices.
     name = re.sub(r"[^\w.-]", "_", folder.name)
     file = folder / "conf" / "experiment" / f"{name}_best.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    title = f"The best of sweep {folder.name}: {run.path.name}, {metric.name} {value:.6g}."
+    # A comment in the file: a second line would be a setting.
+    title = one_line(f"The best of sweep {folder.name}: {run.path.name}, {metric.name} {value:.6g}.")
     write_text_atomic(file, as_experiment(groups, settings, title))
     return file, [f"{name}={choice}" for name, choice in groups.items()] + format_overrides(settings)
+
+
+def _choices(manifest: Path) -> dict[str, str]:
+    """Return the group choices in a run's manifest.json.
+
+    Raises:
+        ConfigError: it has none, or other groups.
+    """
+    choices = read_json(manifest).get("choices")
+    if not isinstance(choices, dict) or not (
+        choices.keys() <= group_options().keys() and all(isinstance(choice, str | None) for choice in choices.values())
+    ):
+        raise ConfigError(f"{manifest} does not hold the choices of a run of qwlit; copy the run's folder again")
+    return {group: choice for group, choice in choices.items() if choice is not None}
 
 
 def _recorded_best(folder: Path) -> tuple[RunFolder, float]:
     record = read_record(folder)
     best = next((trial for trial in record["trials"] if trial["number"] == record["best"]), None)
-    if best is None:
+    if best is None or best["value"] is None:
         states = sorted({str(trial["state"]) for trial in record["trials"]}) or ["none"]
         raise ConfigError(f"{folder} has no finished trial yet (states: {', '.join(states)}); run the sweep first")
-    return RunFolder(folder / best["run"]), best["value"]
+    return RunFolder(folder / name_of(best["number"])), best["value"]
 
 
 def _best_of_runs(folder: Path, metric: Metric) -> tuple[RunFolder, float]:

@@ -3,13 +3,15 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from optuna.trial import FrozenTrial
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from qwlit.config.run import RunConfig, recipe_settings
 from qwlit.core.errors import ConfigError
-from qwlit.core.files import load_json, locked, write_json_atomic
+from qwlit.core.files import load_json, locked, read_small_text, write_json_atomic
 from qwlit.core.metric import Metric
 from qwlit.data.config import parts_of
 from qwlit.training.tracking.run_folder import RunFolder
@@ -18,6 +20,32 @@ from qwlit.tuning.sweep_file import Sweep
 from qwlit.tuning.trial import name_of
 
 RECORD = "sweep.json"
+
+
+class TrialEntry(TypedDict):
+    """A trial in sweep.json."""
+
+    number: int
+    state: str | None
+    """done, pruned, failed, diverged or running"""
+    value: FiniteFloat | None
+    params: dict[str, Any]
+    run: str
+    reason: str | None
+    steps: int | None
+
+
+class Record(TypedDict):
+    """What sweep.json holds; the entries of `header` that no other function here reads are not listed."""
+
+    name: str
+    metric: Metric
+    trials: list[TrialEntry]
+    best: int | None
+    file: NotRequired[dict[str, Any]]
+    settings: NotRequired[dict[str, Any]]
+
+
 # Entries of the sweep file that may change when a sweep resumes: they do not change its trials.
 NOT_COMPARED = ("name", "description", "project", "entity", "run_cap", "command")
 
@@ -83,16 +111,22 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read sweep.json.
 
     Raises:
-        ConfigError: the file is missing or broken.
+        ConfigError: the file is missing, broken, or no record of a sweep.
     """
     try:
-        record = load_json((folder / RECORD).read_text(encoding="utf-8"))
+        text = read_small_text(folder / RECORD)
+        record: dict[str, Any] = load_json(text)
+        TypeAdapter(Record).validate_json(text, strict=True)
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no sweep; run it first, or name it by run.name=… and run.root=…") from None
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "it"
+        raise ConfigError(
+            f"{folder / RECORD} is not the record of a sweep: {where} is of another kind; copy the folder again, or set"
+            " another run.name"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / RECORD} cannot be read: {error}") from None
-    if not isinstance(record, dict) or not {"name", "metric", "trials", "best"} <= record.keys():
-        raise ConfigError(f"{folder / RECORD} is not the record of a sweep")
     return record
 
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 from qwlit.config.compose import Composed, compose
 from qwlit.config.overrides import format_value
 from qwlit.core.errors import ConfigError
-from qwlit.tuning.sweep_file import Parameter, Sweep
+from qwlit.core.schema import MAX_COUNT
+from qwlit.tuning.sweep_file import EXPONENTS, Parameter, Sweep
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 RANGES = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values")
+MOST_POINTS = 100_000
+"""Of a grid."""
 DIGITS = 12
 """Decimal places of a multiple of q, so that 0.1 x 3 is 0.3."""
 Space = dict[str, "BaseDistribution"]
@@ -87,6 +90,8 @@ def _multiples(where: str, parameter: Parameter) -> "BaseDistribution":
     low, high, q = parameter.min or 0, parameter.max or 0, parameter.step
     if q <= 0:
         raise ConfigError(f"{where}.q={q:g}: values are multiples of q; give a number above 0")
+    if max(abs(low), abs(high)) / q > MAX_COUNT:
+        raise ConfigError(f"{where}.q={q:g} is too small for values up to {high:g}; give a larger one")
     first, last = math.ceil(low / q - 1e-9), math.floor(high / q + 1e-9)
     if first > last:
         raise ConfigError(f"{where}: there is no multiple of q={q:g} between {low:g} and {high:g}")
@@ -109,9 +114,17 @@ def _implied(parameter: Parameter) -> str:
 
 
 def grid_points(space: Space) -> dict[str, list[Any]]:
-    """Return the values of each parameter of a grid."""
+    """Return the values of each parameter of a grid.
+
+    Raises:
+        ConfigError: it has more points than Optuna can list.
+    """
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
+    if math.prod(map(_num_points, space.values())) > MOST_POINTS:
+        raise ConfigError(
+            f"the sweep's grid has more than {MOST_POINTS:,} points; give fewer values, or set method: random"
+        )
     points: dict[str, list[Any]] = {}
     for name, distribution in space.items():
         if isinstance(distribution, CategoricalDistribution):
@@ -122,6 +135,12 @@ def grid_points(space: Space) -> dict[str, list[Any]]:
             low, high, step = distribution.low, distribution.high, distribution.step  # type: ignore[attr-defined]
             points[name] = [min(high, round(low + i * step, DIGITS)) for i in range(round((high - low) / step) + 1)]
     return points
+
+
+def _num_points(distribution: Any) -> int:
+    if hasattr(distribution, "choices"):
+        return len(distribution.choices)
+    return int((distribution.high - distribution.low) / distribution.step + 0.5) + 1
 
 
 def check_space(sweep: Sweep, overrides: list[str]) -> Composed:
@@ -160,5 +179,4 @@ def _ends(parameter: Parameter) -> Sequence[Any]:
         return [parameter.value] if parameter.distribution in (None, "constant") else []
     if _implied(parameter) == "q_uniform" and isinstance(q := parameter.step, int) and q > 0:
         ends = [math.ceil(ends[0] / q) * q, math.floor(ends[-1] / q) * q]
-    exponents = parameter.distribution in ("log_uniform", "inv_log_uniform", "q_log_uniform", "log_normal")
-    return [math.exp(end) for end in ends] if exponents else ends
+    return [math.exp(end) for end in ends] if parameter.distribution in EXPONENTS else ends

@@ -5,7 +5,7 @@ import math
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import optuna
@@ -14,8 +14,10 @@ from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from pydantic import Field, FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict
 
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, naming_errors
 from qwlit.core.files import is_locked, locked
 from qwlit.tuning.space import Space, grid_points
 from qwlit.tuning.sweep_file import EarlyTerminate, Sweep
@@ -29,6 +31,15 @@ STATES = {
     "failed": TrialState.FAIL,
 }
 STUDY = "sweep"
+
+
+class _Attributes(TypedDict, total=False):
+    """What qwlit writes about a trial into the journal."""
+
+    owner: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    outcome: Outcome
+    reason: str
+    pruned_at: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,11 @@ class Study:
     """The trials of one sweep. Every change is written to the journal before it takes effect."""
 
     def __init__(self, folder: Path, sweep: Sweep, space: Space, *, trials: int, seed: int) -> None:
-        """Open or create the study. `trials` is the number in all, over every machine and restart."""
+        """Open or create the study. `trials` is the number in all, over every machine and restart.
+
+        Raises:
+            ConfigError: the journal cannot be read.
+        """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._folder = folder
         self._sweep = sweep
@@ -71,16 +86,19 @@ class Study:
         self._limit = trials
         self._seed = seed
         journal, lock = folder / "journal.log", folder / ".journal.lock"
-        _cut_unfinished_line(journal, lock)
         backend = JournalFileBackend(str(journal), lock_obj=_FileLock(lock))  # type: ignore[arg-type]
-        self._storage = JournalStorage(backend)
-        self._study = optuna.create_study(
-            storage=self._storage,
-            study_name=STUDY,
-            direction=sweep.document.metric.goal,
-            pruner=_pruner(sweep.document.early_terminate),
-            load_if_exists=True,
-        )
+        pruner = _pruner(sweep.document.early_terminate)
+        with naming_errors(lambda reason: ConfigError(f"{journal} cannot be read ({reason}); set another run.name")):
+            _cut_unfinished_line(journal, lock)
+            self._storage = JournalStorage(backend)
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=STUDY,
+                direction=sweep.document.metric.goal,
+                pruner=pruner,
+                load_if_exists=True,
+            )
+            _check(self.trials)
         self._id = self._storage.get_study_id_from_name(STUDY)
         self._owner = uuid.uuid4().hex
         self._alive = contextlib.ExitStack()
@@ -156,6 +174,14 @@ class Study:
         return TPESampler(seed=seed) if self._sweep.document.method == "bayes" else RandomSampler(seed=seed)
 
 
+def _check(trials: list[FrozenTrial]) -> None:
+    """Raise an error if the journal holds values of other kinds: Optuna takes them as they are."""
+    for trial in trials:
+        TypeAdapter(_Attributes).validate_python(trial.user_attrs, strict=True)
+        TypeAdapter(dict[int, FiniteFloat]).validate_python(trial.intermediate_values, strict=True)
+        TypeAdapter(list[FiniteFloat] | None).validate_python(trial.values, strict=True)
+
+
 def _draw(trial: Trial, name: str, space: Space) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -187,6 +213,8 @@ def _cut_unfinished_line(journal: Path, lock: Path) -> None:
     """Remove a last line without its end, left by a kill or a full disk: the next line would be appended to it."""
     if not journal.exists():
         return
+    if not journal.is_file():
+        raise ValueError("it is no file")
     with locked(lock), journal.open("rb+") as handle:
         written = handle.read()
         handle.truncate(written.rfind(b"\n") + 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from qwlit.config.compose import SWEEPS, conf_dir
 from qwlit.core.errors import ConfigError, nearest
@@ -26,11 +26,11 @@ class Parameter:
     value: Scalar | list[Scalar] = None
     values: list[Scalar | list[Scalar]] | None = None
     distribution: str | None = None
-    min: float | int | None = None
-    max: float | int | None = None
-    q: float | int | None = None
-    mu: float | None = None
-    sigma: float | None = None
+    min: FiniteFloat | int | None = None
+    max: FiniteFloat | int | None = None
+    q: FiniteFloat | int | None = None
+    mu: FiniteFloat | None = None
+    sigma: FiniteFloat | None = None
     probabilities: list[float] | None = None
 
     @property
@@ -154,14 +154,25 @@ def _has_rules(value: Any) -> bool:
     return isinstance(value, dict) or (isinstance(value, list) and any(_has_rules(item) for item in value))
 
 
+PROGRAM = ("${env}", "/usr/bin/env", "${interpreter}", "python", "python3", "-m", "qwlit")
+"""Words of `command` before "train"."""
+
+
 def _check_command(path: Path, command: list[str]) -> None:
     shape = "${env} ${interpreter} -m qwlit train … ${args_no_hyphens}"
     if "train" not in command or "qwlit" not in command:
         raise ConfigError(f"{path}: command runs no `qwlit train`; write it as {shape}")
+    if other := [word for word in command[: command.index("train")] if word not in PROGRAM]:
+        # W&B's agents run what stands here, and the file may be somebody else's.
+        raise ConfigError(f"{path}: command runs {other[0]}; write it as {shape}")
     if command[-1] != "${args_no_hyphens}":
         raise ConfigError(f"{path}: command ends in {command[-1]}; it must end as in {shape}")
 
 
+EXPONENTS = ("log_uniform", "inv_log_uniform", "q_log_uniform", "log_normal")
+"""Distributions whose ends are exponents of e."""
+LARGEST_EXPONENT = 700
+"""The largest number of a computer is e^709."""
 FORMS = (("value",), ("values",), ("min", "max"), ("mu", "sigma"))
 
 
@@ -182,6 +193,11 @@ def _check_parameters(path: Path, parameters: dict[str, Parameter], raw: dict[st
             )
         if parameter.values == []:
             raise ConfigError(f"{path}: parameters.{name}.values is empty; list the values to try")
+        if parameter.distribution in EXPONENTS and max(parameter.max or 0, parameter.mu or 0) > LARGEST_EXPONENT:
+            raise ConfigError(
+                f"{path}: parameters.{name}: the ends of {parameter.distribution} are exponents of e, at most"
+                f" {LARGEST_EXPONENT}; for plain ends write log_uniform_values"
+            )
         low, high = parameter.min, parameter.max
         if low is not None and high is not None and low > high:
             raise ConfigError(f"{path}: parameters.{name}: min {low:g} is above max {high:g}")

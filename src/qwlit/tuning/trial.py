@@ -1,6 +1,5 @@
 """One trial: a training in a process of its own. The parent reads its metrics while they are written."""
 
-import json
 import math
 import os
 import signal
@@ -10,7 +9,8 @@ from typing import Any
 
 from qwlit.core.children import start_child
 from qwlit.core.errors import GuardStop, Interrupted, Preempted
-from qwlit.core.metric import Metric
+from qwlit.core.files import parse_record
+from qwlit.core.metric import Metric, number_or_none
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.space import keys_of
 from qwlit.tuning.study import AssignedTrial, Outcome
@@ -36,6 +36,8 @@ class JsonlTail:
 
     def read(self) -> list[dict[str, Any]]:
         """Return all records so far."""
+        if not self._path.is_file():
+            return self.records
         try:
             with self._path.open("rb") as handle:
                 status = os.fstat(handle.fileno())
@@ -47,11 +49,8 @@ class JsonlTail:
         except FileNotFoundError:
             return self.records
         self._offset += len(whole) + len(newline)
-        for line in whole.splitlines():
-            try:
-                self.records.append(json.loads(line))
-            except ValueError:
-                continue
+        parsed = (parse_record(line) for line in whole.decode("utf-8", "replace").split("\n"))
+        self.records += [record for record in parsed if record is not None]
         return self.records
 
 
@@ -77,9 +76,9 @@ def last_message(log: Path) -> str | None:
 
 
 def values_in(records: list[dict[str, Any]], metric: Metric) -> list[float]:
-    """Return the metric's values; a value that is not finite is NaN."""
-    found = [record[metric.name] for record in records if metric.name in record]
-    return [math.nan if value is None else float(value) for value in found]
+    """Return the metric's values; a value that is not a finite number is NaN."""
+    found = [number_or_none(record[metric.name]) for record in records if metric.name in record]
+    return [math.nan if value is None else value for value in found]
 
 
 class TrialRun:
@@ -108,8 +107,8 @@ class TrialRun:
 
     @property
     def step(self) -> int:
-        records = self._tail.records
-        return int(records[-1].get("step", 0)) if records else 0
+        step = self._tail.records[-1].get("step") if self._tail.records else None
+        return step if isinstance(step, int) else 0
 
     def values(self) -> list[float]:
         """Return the metric's values so far."""
