@@ -15,6 +15,7 @@ from qwlit.data.json_files import read_json, read_json_lines
 from qwlit.data.parquet_files import KNOWN_COLUMNS, read_parquet
 from qwlit.data.rows import QuarantinedRow, Row
 from qwlit.data.sources import Source
+from qwlit.data.text_files import read_text
 
 BUFFER_BYTES = 2**20
 READERS = {
