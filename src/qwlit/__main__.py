@@ -137,10 +137,10 @@ def _requeue(subcommand: str, error: Preempted) -> None:
 def _run(subcommand: str, arguments: list[str]) -> None:
     if subcommand not in SUBCOMMANDS:
         from qwlit.config.compose import check_arguments
-        from qwlit.config.other_trainers_options import read_table
+        from qwlit.config.other_trainers_options import command_answer
 
-        if answer := read_table()["commands"].get(subcommand):
-            raise ConfigError(answer if answer.startswith("not in") else f"no such subcommand; type {answer}")
+        if answer := command_answer([subcommand, *arguments]):
+            raise ConfigError(answer)
         if subcommand.startswith("-") or "=" in subcommand or "." in subcommand:
             check_arguments([subcommand, *arguments])
             raise ConfigError(f"a subcommand is missing; type qwlit train {subcommand} …, see python -m qwlit --help")

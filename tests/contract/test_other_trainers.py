@@ -23,6 +23,7 @@ from qwlit.config.other_trainers import REPLACED_BY
 from qwlit.config.other_trainers_options import (
     OTHERS,
     TRAINERS,
+    command_answer,
     find_option,
     options_by_name,
     read_table,
@@ -64,9 +65,9 @@ ANSWERS = {
     "trainer.max_epochs=3": "train.max_epochs=3",
     "trainer.max_steps=9": "train.max_steps=9",
     "max_steps=-1": "leave it out",
-    "lora_rank=8": "adapter.rank=8",
-    "lora_r=8": "adapter.rank=8",
-    "lora.r=8": "adapter.rank=8",
+    "lora_rank=8": "adapter.rank=8 (adapter.alpha is 32 unless set, in LLaMA-Factory twice the rank, 16)",
+    "lora_r=8": "adapter.rank=8 (adapter.alpha is 32 unless set, in LLaMA-Factory twice the rank, 16)",
+    "lora.r=8": "adapter.rank=8 (adapter.alpha is 32 unless set, in LLaMA-Factory twice the rank, 16)",
     "lora_alpha=16": "adapter.alpha=16",
     "lora_dropout=0.05": "dropout.lora=0.05",
     "lora_target=all": "adapter.target_modules=all",
@@ -185,11 +186,17 @@ ANSWERS = {
     "zero_optimization={stage: 3}": "hardware.strategy=fsdp",
     "train_batch_size=auto": "leave it out",
     "train_batch_size=8": "train.global_batch_size=8",
-    "ddp_timeout=180000000": "hardware.timeout_seconds=2592000 (the most)",
+    "ddp_timeout=180000000": "hardware.timeout_seconds=2592000 (the longest allowed)",
     "learning_rate = 1e-4": "optim.lr=1e-4",
     "model.name=Qwen/Qwen3-8B": "model.hub_id=Qwen/Qwen3-8B",
     "eos_token=<|im_end|>": "not needed: the model's template ends the answers",
     "same_network=true": "not needed: train starts its processes itself",
+    "--no_bf16": "hardware.precision=32-true",
+    "--no-packing": "data.packing=false",
+    "datasets.0.path=a.jsonl": "data.path=a.jsonl",
+    "datasets[0].path=a.jsonl": "data.path=a.jsonl",
+    "deepspeed=ds_z0_config.json": "hardware.strategy=ddp (ZeRO-0 shares nothing)",
+    "deepspeed=ds_z2_offload_config.json": "hardware.strategy=fsdp",
     "CUDA_VISIBLE_DEVICES=0": "write the variable before the command, in front of qwlit",
 }
 
@@ -200,6 +207,9 @@ TOGETHER = {
         " task_type=CAUSAL_LM → leave it out"
     ),
     "use_peft=true stage=sft": "use_peft=true stage=sft → recipe=lora",
+    "lora_rank=8 lora_alpha=16": "lora_rank=8 → adapter.rank=8; lora_alpha=16 → adapter.alpha=16",
+    "lora_rank=8 adapter.alpha=16": "lora_rank=8 → adapter.rank=8",
+    "num_epochs: 3 max_length: 9": "num_epochs: 3 → train.max_epochs=3; max_length: 9 → data.max_seq_len=9",
     "packing=true neat_packing=true": "packing=true neat_packing=true → data.packing=true",
     "run_name=y output_dir=out/x": "run_name=y output_dir=out/x → run.name=y run.root=out",
     "eval_steps=9 eval_strategy=steps": "eval_steps=9 eval_strategy=steps → validation.every_steps=9",
@@ -400,7 +410,7 @@ def test_another_trainers_name_in_a_file_of_ones_own_is_answered(name, tmp_path)
         ("chat", "qwlit chat: not in this version: load"),
         ("sft", "type train recipe=full_sft"),
         ("trian", "Did you mean 'train'"),
-        ("--lora_rank=8", "--lora_rank=8 → adapter.rank=8; learning_rate=1 → optim.lr=1"),
+        ("--lora_dropout=0", "--lora_dropout=0 → dropout.lora=0; learning_rate=1 → optim.lr=1"),
         ("torchrun", "type train, which starts a process for each of hardware.devices by itself"),
         ("llamafactory-cli", "type train, and behind it the options or the settings file"),
         ("none.yaml", "none.yaml: no such file"),
@@ -414,6 +424,52 @@ def test_a_subcommand_of_another_trainer_is_answered(name, said, monkeypatch, ca
     monkeypatch.setattr(__main__, "end_process", lambda code: code)
     assert __main__.main() == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "same_as"),
+    [
+        ("llamafactory-cli chat x.yaml", "chat"),
+        ("trl dpo", "dpo"),
+        ("swift sft --model x", "sft"),
+        ("axolotl preprocess x.yaml", "preprocess"),
+        ("llamafactory-cli train x.yaml", "lmf"),
+        ("chat lora", "infer"),
+    ],
+)
+def test_a_subcommand_behind_another_trainers_name_has_its_own_answer(words, same_as):
+    assert command_answer(words.split()) == command_answer([same_as])
+
+
+def test_a_name_in_dataset_info_is_answered_with_its_file_and_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    columns = {"prompt": "question", "query": "input", "response": "answer", "system": "role"}
+    names = {
+        "mine": {"file_name": "qa.json", "columns": columns},
+        "same": {"file_name": "b.json", "columns": columns},
+        "chats": {"file_name": "c.json", "formatting": "sharegpt", "columns": {"messages": "turns"}},
+        "openai": {"file_name": "o.json", "columns": {"messages": "messages"}, "tags": {"role_tag": "role"}},
+        "hub": {"hf_hub_url": "a/b", "subset": "en", "split": "part"},
+        "script": {"script_url": "x"},
+    }
+    (tmp_path / "rows" / "dataset_info.json").write_text(json.dumps(names))
+    mapped = "'data.columns={instruction: question, output: answer, system: role}'"
+    for name, expected in {
+        "mine": f"data.path=rows/qa.json {mapped}",
+        "mine,same": f"data.path=[rows/qa.json,rows/b.json] {mapped}",
+        "chats": "data.path=rows/c.json 'data.columns={conversations: turns}'",
+        "openai": "data.path=rows/o.json",
+        "hub": "data.path=hf:a/b/en:part",
+        "script": "data.path=FILE_OF_script (put the file there that rows/dataset_info.json names)",
+        "mine,chats": "data.path=[rows/qa.json,rows/c.json] (data.columns is the same for all sets, so rename the"
+        " columns in the files)",
+    }.items():
+        assert answer("dataset_dir=rows", f"dataset={name}").partition("; ")[2] == f"dataset={name} → {expected}"
+    both = answer("dataset_dir=rows", "dataset=mine", "eval_dataset=same")
+    assert both.endswith(f"→ data.path=rows/qa.json data.val_path=rows/b.json {mapped}")
+    (tmp_path / "rows" / "dataset_info.json").write_text("[1]")
+    assert "FILE_OF_mine" in answer("dataset_dir=rows", "dataset=mine")
 
 
 def test_no_subcommand_of_another_trainer_hides_one_of_qwlit():

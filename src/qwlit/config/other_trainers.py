@@ -33,6 +33,8 @@ SECRET = re.compile("(?<!eos_|pad_|bos_|unk_)token$|api_key|password", re.IGNORE
 DASHED = re.compile("--?[A-Za-z]")
 IN_YAML = re.compile(r"([A-Za-z_][\w.]*): +(.*)")
 """An option as a settings file writes it."""
+YAML_KEY = re.compile(r"[A-Za-z_][\w.]*:")
+"""The first word of an option in YAML that is typed without quotes."""
 SETTINGS_FILES = (".yaml", ".yml", ".json")
 SCRIPTS = (".py", ".sh", ".ipynb")
 REPLACED_BY = {second: first for first, second in (LENGTH, WARMUP, VALIDATION)} | {
@@ -84,10 +86,12 @@ def refuse_options_of_others(arguments: Sequence[str], groups: Mapping[str, Sequ
 
 
 def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
-    """Yield the options typed as key=value, --key=value, --key value, --key or "key: value", and settings files."""
+    """Yield the options typed as key=value, --key=value, --key value, --key, --no_key or key: value, and settings files."""
     rest = list(arguments)
     while rest:
         text = rest.pop(0)
+        if YAML_KEY.fullmatch(text) and rest and "=" not in rest[0]:
+            text = f"{text} {rest.pop(0)}"
         key, equals, value = text.partition("=")
         suffix = "" if equals else Path(text).suffix
         if DASHED.match(text) and not equals:
@@ -102,7 +106,11 @@ def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
             key, value = in_yaml.groups()
         elif not equals:
             continue
-        yield Typed(text, key.lstrip("+-").strip().replace("-", "_"), value)
+        name = key.lstrip("+-").strip().replace("-", "_")
+        switched_on = name.removeprefix("no_")
+        if text.startswith("-") and value == "true" and find_option(name) is None and find_option(switched_on):
+            name, value = switched_on, "false"  # transformers' parser adds --no_bf16 to a switch
+        yield Typed(text, name, value)
 
 
 def _is_own(typed: Typed, groups: Mapping[str, Sequence[str]], own_files: bool) -> bool:
@@ -161,7 +169,7 @@ def _joined(first: Answer, second: Answer) -> Answer:
     overrides = dict(first.overrides)
     for slot, key in _slots(second.overrides).items():
         rival, value = _slots(overrides).get(slot), second.overrides[key]
-        if rival == key == "data.columns":
+        if rival == key == "data.columns" and overrides[key] != value:
             overrides[key] = overrides[key].removesuffix("}") + ", " + value.removeprefix("{")
         elif rival is None or _strength(second, key) >= _strength(first, rival):
             overrides.pop(rival or key, None)

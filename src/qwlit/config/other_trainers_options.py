@@ -4,7 +4,7 @@ docs/coming-from.md shows it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -104,6 +104,19 @@ def _option(entry: dict[str, Any]) -> Option:
     return Option(names, **entry)
 
 
+def command_answer(words: Sequence[str]) -> str | None:
+    """Return what to type instead of a command line that starts with another trainer's name or subcommand, else None.
+
+    `trl dpo` and `llamafactory-cli chat` are answered as `dpo` and `chat`.
+    """
+    commands = read_table()["commands"]
+    answers = [commands[word] for word in words[:2] if word in commands]
+    if not words or words[0] not in commands:
+        return None
+    answer: str = answers[-1] if answers[0].startswith("train") else answers[0]
+    return answer if answer.startswith(NOT_YET.strip(": ")) else f"no such subcommand; type {answer}"
+
+
 @lru_cache
 def options_by_name() -> dict[str, Option]:
     """Return every name of every trainer with its option."""
@@ -112,7 +125,11 @@ def options_by_name() -> dict[str, Option]:
 
 
 def find_option(name: str) -> Option | None:
-    """Return the option of this name; `training_args.learning_rate` is found as `learning_rate`."""
+    """Return the option of this name; `training_args.learning_rate` is found as `learning_rate`.
+
+    The number of an item of a list is left out: `datasets.0.path` and `datasets[0].path` are `datasets.path`.
+    """
+    name = re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "", name)
     if exact := options_by_name().get(name) or options_by_name().get(name.lower()):
         return exact
     option = options_by_name().get(name.rpartition(".")[2])

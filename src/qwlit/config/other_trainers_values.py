@@ -4,6 +4,7 @@ Every function takes our setting, the typed value, and the values of all options
 else by our setting, and by their name.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from qwlit.core.files import resolve_path
 Others = Mapping[str, str]
 COLUMNS_OF_SWIFT = {"query": "prompt", "response": "completion"}
 """ms-swift's names of columns, and the keys that a format reads here."""
+COLUMNS_OF_REGISTRY = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+"""Likewise the names in LLaMA-Factory's dataset_info.json."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,13 @@ def _batch(ours: str, value: str, others: Others) -> Answer:
     return Answer(here, "" if known else "on one device, N times that on N")
 
 
+def _rank(ours: str, value: str, others: Others) -> Answer:
+    # LLaMA-Factory's examples leave lora_alpha out; adapters here would be scaled by another factor.
+    is_known = "adapter.alpha" in others or not value.isdecimal()
+    remark = "" if is_known else f"adapter.alpha is 32 unless set, in LLaMA-Factory twice the rank, {2 * int(value)}"
+    return Answer({ours: value}, remark)
+
+
 def _betas(ours: str, value: str, others: Others) -> Answer:
     return Answer({ours: f"[{others.get('beta1', '0.9')},{others.get('beta2', '0.999')}]"})
 
@@ -78,16 +88,49 @@ def _model(ours: str, value: str, others: Others) -> Answer:
 def _data(ours: str, value: str, others: Others) -> Answer:
     # ms-swift writes a number of rows behind the name: ORG/NAME#500.
     parts = [part.strip(" '\"").partition("#") for part in value.strip("[]").split(",")]
-    paths = [_data_path(name) for name, _, _ in parts]
+    folder = Path(others.get("dataset_dir", "data"))
+    entries = _registry(folder)
+    found = [_registered(entries[n], folder) if n in entries else (_data_path(n), {}) for n, _, _ in parts]
+    paths = [path for path, _ in found]
     overrides = {ours: paths[0] if len(paths) == 1 else f"[{','.join(paths)}]"}
-    registry = Path(others.get("dataset_dir", "data")) / "dataset_info.json"
-    remarks = [f"put the file there that {registry} names"] if any(p.startswith("FILE_OF_") for p in paths) else []
+    missing = any(path.startswith("FILE_OF_") for path in paths)
+    remarks = [f"put the file there that {folder / 'dataset_info.json'} names"] if missing else []
+    if any(columns != found[0][1] for _, columns in found):
+        remarks.append("data.columns is the same for all sets, so rename the columns in the files")
+    elif columns := found[0][1]:
+        overrides["data.columns"] = _flow(columns)
     counts = {count for _, _, count in parts}
     if len(counts) > 1:
         remarks.append("data.max_samples is one number for all sets, so cut the files to these rows")
     elif counts != {""}:
         overrides["data.max_samples"] = counts.pop()
     return Answer(overrides, ", ".join(remarks))
+
+
+def _registry(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the data sets in LLaMA-Factory's dataset_info.json in this folder; none if it cannot be read."""
+    try:
+        entries = json.loads(resolve_path(str(folder / "dataset_info.json")).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    usable = entries.items() if isinstance(entries, dict) else ()
+    return {name: e for name, e in usable if isinstance(e, dict) and ("hf_hub_url" in e or "file_name" in e)}
+
+
+def _registered(entry: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, str]]:
+    """Return path and column map of a data set in dataset_info.json; a column with its usual name is left out."""
+    split = f":{entry['split']}" if "split" in entry else ""
+    hub = "/".join(["hf:" + str(entry.get("hf_hub_url")), *filter(None, [entry.get("subset")])]) + split
+    path = hub if "hf_hub_url" in entry else str(folder / str(entry["file_name"]))
+    keys = dict(COLUMNS_OF_REGISTRY)
+    if (entry.get("tags") or {}).get("role_tag") == "role":
+        del keys["messages"]
+    columns = {keys.get(name, name): str(column) for name, column in (entry.get("columns") or {}).items()}
+    return path, {key: column for key, column in columns.items() if key != column}
+
+
+def _flow(columns: Mapping[str, str]) -> str:
+    return f"{{{', '.join(f'{key}: {column}' for key, column in columns.items())}}}"
 
 
 def _data_path(name: str) -> str:
@@ -118,13 +161,13 @@ def _columns_of_swift(ours: str, value: str, others: Others) -> Answer:
     columns = read_value(value)
     if not (columns and isinstance(columns, dict)):
         return Answer({}, f"give {ours} our key first, '{ours}={{instruction: question}}'")
-    keys = (f"{COLUMNS_OF_SWIFT.get(key, key)}: {column}" for column, key in columns.items())
-    return Answer({ours: f"{{{', '.join(keys)}}}"})
+    return Answer({ours: _flow({COLUMNS_OF_SWIFT.get(key, key): column for column, key in columns.items()})})
 
 
 READERS: dict[str, Callable[[str, str, Others], Answer]] = {
     "micro_batch": _batch,
     "accumulation": _batch,
+    "rank": _rank,
     "beta1": _betas,
     "beta2": _betas,
     "model": _model,
