@@ -575,3 +575,12 @@ def test_a_user_without_a_home_folder_is_told_so_by_the_logger(monkeypatch):
     monkeypatch.setattr(wandb, "setup", setup)
     with pytest.raises(ConfigError, match=r"logger=wandb: Could not determine home directory\. Set HOME"):
         find_access()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("WANDB_MODE", "junk"), ("WANDB_INIT_TIMEOUT", "soon"), ("WANDB_BASE_URL", "junk")]
+)
+def test_a_variable_that_wandb_does_not_take_is_named(variable, value, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=rf"^logger=wandb: {variable}: .*{value}'; set or unset the environment"):
+        find_access()

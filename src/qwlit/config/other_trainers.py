@@ -86,7 +86,7 @@ def refuse_options_of_others(arguments: Sequence[str], groups: Mapping[str, Sequ
 
 
 def _read_arguments(arguments: Sequence[str]) -> Iterator[Typed]:
-    """Yield the options typed as key=value, --key=value, --key value, --key, --no_key or key: value, and settings files."""
+    """Yield the options typed as key=value, --key=value, --key value, --key, --no_key or key: value, and files."""
     rest = list(arguments)
     while rest:
         text = rest.pop(0)

@@ -23,9 +23,10 @@ def find_access(*, verify: bool = False) -> Access:
     """Read W&B's settings and credentials; with `verify` also ask its server, which may take 10 s.
 
     Raises:
-        ConfigError: the key is wrong, WANDB_MODE needs a key and none is set, or the server does not answer.
+        ConfigError: a variable has a value that W&B does not take, the key is wrong, WANDB_MODE needs a key and none is set, or the server does not answer.
     """
     import wandb
+    from pydantic import ValidationError
     from wandb.errors import AuthenticationError
 
     # qwlit prints W&B's address itself; W&B still prints warnings and errors.
@@ -34,6 +35,11 @@ def find_access(*, verify: bool = False) -> Access:
     except RuntimeError as error:
         # The user has no home folder, as in a container under a number that has no name.
         raise ConfigError(f"logger=wandb: {one_line(str(error))} Set HOME to a folder, or logger=none") from None
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = f"WANDB_{'_'.join(map(str, wrong['loc'])).upper()}"
+        said = one_line(f"{wrong['msg']}, not {wrong['input']!r}")
+        raise ConfigError(f"logger=wandb: {name}: {said}; set or unset the environment variable") from None
     if settings.mode in ("disabled", "offline", "dryrun"):
         chosen: Any = "disabled" if settings.mode == "disabled" else "offline"
         return Access(chosen, f"WANDB_MODE={settings.mode}" if "WANDB_MODE" in os.environ else f"`wandb {chosen}`")
