@@ -150,8 +150,8 @@ def probe(module: CausalLMModule, prompts: list[list[int]], precision: AbstractC
 
 def _answer(model: LossModel, prompts: list[list[int]], device: torch.device) -> Tensor:
     rows = [torch.tensor([*prompt, *[0] * ANSWER_TOKENS]) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True).to(device)  # (P, T)
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts]).to(device)
+    ids = pad_sequence(rows, batch_first=True).to(device, non_blocking=True)  # (P, T)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts]).to(device, non_blocking=True)
     row_numbers = torch.arange(len(prompts), device=device)
     is_wrong = torch.zeros((), dtype=torch.bool, device=device)
     entropies = torch.zeros(len(prompts), device=device)

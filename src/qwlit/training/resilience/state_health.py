@@ -123,8 +123,9 @@ def find_problems(state: dict[str, Tensor], device: torch.device, largest_weight
             for name, tensor in zip(state, filled, strict=True)
         ]
     )
-    limits = [largest_weight if _is_weight(name) else torch.inf for name in state]
-    problems = torch.where(largest > torch.tensor(limits, device=device), 1, 0)
+    # Only stacked, as a list of Python numbers would have to be copied to the device, and the host would wait for that.
+    weights = torch.stack([norm if _is_weight(name) else zero for name, norm in zip(state, largest, strict=True)])
+    problems = torch.where(weights > largest_weight, 1, 0)
     problems = torch.where(lowest < 0, 2, problems)
     return torch.where(torch.isfinite(largest), problems, 3)
 
