@@ -19,7 +19,14 @@ import sys
 from pathlib import Path
 
 # Lightning starts ranks as `-m qwlit.__main__`.
-MODULES = ("qwlit", "qwlit.__main__", "tests.invariance.worker", "tests.faults.faulty", "benchmarks.arms")
+MODULES = (
+    "qwlit",
+    "qwlit.__main__",
+    "tests.invariance.worker",
+    "tests.faults.faulty",
+    "tests.faults.measured",
+    "benchmarks.arms",
+)
 # torch reads TORCHELASTIC_ and TORCH_NCCL_, set by torchrun, when ranks meet; it sets TORCHINDUCTOR_CACHE_DIR itself.
 READ_BY_IMPORTS = re.compile(
     r"HF_|TRANSFORMERS_|TORCH(?!ELASTIC_|_NCCL_|INDUCTOR_)|OMP_|GOMP_|PYTHON|LD_|LC_ALL|LANG|CUDA_(?!VISIBLE)"
@@ -236,7 +243,8 @@ def _preload():
     import qwlit
 
     for module in pkgutil.walk_packages(qwlit.__path__, "qwlit."):
-        if not module.name.endswith(".__main__"):
+        # pyarrow, which the second one imports, starts a thread.
+        if not module.name.endswith((".__main__", ".table_worker")):
             importlib.import_module(module.name)
     importlib.import_module("tests.invariance.worker")
 

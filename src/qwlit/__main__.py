@@ -5,6 +5,7 @@ import io
 import os
 import sys
 
+from qwlit.core.disk import explaining_disk_errors
 from qwlit.core.errors import (
     ConfigError,
     DataError,
@@ -165,7 +166,8 @@ def _run(subcommand: str, arguments: list[str]) -> None:
     if subcommand in PREEMPTIBLE_SUBCOMMANDS:
         record_signals()
     try:
-        importlib.import_module(f"qwlit.commands.{subcommand}").main(arguments)
+        with explaining_disk_errors():
+            importlib.import_module(f"qwlit.commands.{subcommand}").main(arguments)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{error}{full_width_remark(arguments, str(error))}") from error
 

@@ -64,9 +64,9 @@ def warm_pid(stand_in: int) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """The ranks that a rank 0 has started, without the process that renders chat templates."""
+    """The ranks that a rank 0 has started, without the processes for tables and chat templates."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found if b"template_worker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [int(child) for child in found if b"_worker.py" not in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def qwlit_process(

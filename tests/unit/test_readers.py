@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from qwlit.core.errors import DataError
+from qwlit.data.csv_files import MAX_CSV_ROW_BYTES
 from qwlit.data.readers import RowReader
 from qwlit.data.rows import MAX_ROW_BYTES, Document, QuarantinedRow, Row, RowError
 from qwlit.data.sources import File, find_sources
-from qwlit.data.tables import MAX_CSV_ROW_BYTES
 from qwlit.data.text_files import TEXT_BLOCK_BYTES
 from qwlit.data.tokenizer import TextTokenizer
 from tests.conversations import FRAGMENTS
@@ -466,6 +466,30 @@ def test_an_array_called_json_lines_is_an_array(name: str, tmp_path: Path) -> No
         found = values(tmp_path, spelling, name)
         assert [value for _, value in found] == expected
         assert [line for line, _ in found] == [1, 2]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 64, 1000])
+def test_an_array_read_in_pieces_has_the_elements_that_json_reads(
+    piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwlit.data.json_array.PIECE_BYTES", piece_bytes)
+    rng = random.Random(piece_bytes)
+    odd = [*FRAGMENTS, "\\", '\\"', '"', "[", "]", "{", "},", ",", "\\u00e9", "\n"]
+    for indent in (None, 0, 3):
+        texts = ["".join(rng.choices(odd, k=rng.randrange(6))) for _ in range(40)]
+        rows = [{text: [text, {"x": [[], {}, number, None]}]} for number, text in enumerate(texts)]
+        content = json.dumps(rows, indent=indent, ensure_ascii=rng.random() < 0.5).encode()
+        assert values(tmp_path, content, "rows.json") == list(enumerate(json.loads(content), start=1))
+
+
+def test_an_element_that_is_too_long_costs_no_other_and_is_hashed(tmp_path: Path) -> None:
+    long = b'{"x": [' + b'"a]}", ' * (MAX_ROW_BYTES // 7) + b"1]}"
+    for elements in ([LINE, long, LINE], [long, LINE], [LINE, long]):
+        rows = read(written(tmp_path, b"[" + b",".join(elements) + b"]", "rows.json"))
+        assert [isinstance(row, Row) for row in rows] == [element == LINE for element in elements]
+        (bad,) = [row for row in rows if isinstance(row, QuarantinedRow)]
+        assert bad.sha256 == sha256(long).hexdigest()
+        assert bad.reason.startswith(f"{len(long):,} bytes long")
 
 
 def test_an_array_in_one_long_line_is_an_array(tmp_path: Path) -> None:

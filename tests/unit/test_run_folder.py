@@ -1,8 +1,12 @@
 """The run folder and its checkpoints: whole or not there, cut back exactly, one writer."""
 
+import errno
 import hashlib
 import json
 import math
+import os
+import resource
+import time
 
 import pytest
 import torch
@@ -11,12 +15,13 @@ from qwlit.config.compose import compose
 from qwlit.config.run import recipe_settings
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json_lines
+from qwlit.core.ranks import launch_token
 from qwlit.run.resume import prepare_folder, refuse_changed_recipe, refuse_changed_validation
 from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.checkpointing.checkpoint import read_checkpoint, read_weights, write_checkpoint
 from qwlit.training.checkpointing.folder import link_checkpoint, linked_checkpoint, list_checkpoints, newest
 from qwlit.training.checkpointing.manifest import MANIFEST
-from qwlit.training.tracking.run_folder import RunFolder, RunLock
+from qwlit.training.tracking.run_folder import ENDED, RunFolder, RunLock
 
 
 @pytest.fixture
@@ -156,3 +161,68 @@ def test_late_numbers_come_back_in_order_with_their_tags():
     reader.push("b", value)
     assert list(reader.pop()) == [("a", [1.0]), ("b", [2.0])]
     assert list(reader.pop(wait=True)) == []
+
+
+@pytest.fixture
+def size_limit():
+    """A function that limits the size of the files of this process."""
+
+    def limit(size=resource.RLIM_INFINITY):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    yield limit
+    limit()
+
+
+def test_records_that_do_not_fit_are_written_later_and_no_half_line_stays(folder, size_limit):
+    file = folder.path / "metrics.jsonl"
+    folder.append_metrics(1, {"train/loss": 1.0})
+    size_limit(file.stat().st_size + 7)
+    for step in (2, 3):
+        folder.append_metrics(step, {"train/loss": 1.0})
+    assert len(folder.kept_records["metrics.jsonl"]) == 2
+    size_limit()
+    folder.append_metrics(4, {"train/loss": 1.0})
+    assert file.read_text() == "".join(f'{{"step": {step}, "train/loss": 1.0}}\n' for step in (1, 2, 3, 4))
+    assert folder.kept_records == {}
+
+
+def test_a_checkpoint_brings_back_the_records_that_were_never_written_and_no_others(folder):
+    folder.append_metrics(1, {"train/loss": 1.0})
+    lines = [f'{{"step": {step}, "train/loss": 1.0}}\n' for step in (1, 2)]
+    again = RunFolder(folder.path)
+    again.keep_records({"metrics.jsonl": lines})
+    again.append_metrics(3, {"train/loss": 1.0})
+    assert [row["step"] for row in read_json_lines(folder.path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_summary_that_could_not_be_written_is_part_of_the_next(folder):
+    (folder.path / "summary.json").mkdir()
+    folder.try_write_summary(status="running", steps=3)
+    (folder.path / "summary.json").rmdir()
+    folder.write_summary(status="done")
+    assert folder.read_summary() == {"status": "done", "steps": 3}
+
+
+def test_a_pointer_that_cannot_be_written_is_a_line_and_no_error(folder, size_limit, monkeypatch):
+    path = save(folder, 1)
+
+    def symlink(*arguments, **options):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.symlink", symlink)
+    assert link_checkpoint(folder, "last", path) is None and linked_checkpoint(folder, "last") == path
+    size_limit(3)
+    assert "last: File too large; raise the limit" in link_checkpoint(folder, "last", path)
+
+
+@pytest.mark.parametrize(("changed", "refused"), [(10.0, True), (86400.0, False)])
+def test_a_lock_file_with_a_time_to_come_does_not_end_a_rank_that_waits(folder, monkeypatch, changed, refused):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("qwlit.training.tracking.run_folder.PROCESS_START", time.time() - 100)
+    folder.lock_file.parent.mkdir()
+    folder.lock_file.write_text(f"process 1 on x\n{launch_token()}{ENDED}")
+    os.utime(folder.lock_file, (time.time() - 50 + changed,) * 2)
+    reason = "rank 0 ended before the run started" if refused else "rank 0 did not come"
+    with pytest.raises(ConfigError, match=reason), RunLock(folder, wait_seconds=0.3):
+        pass

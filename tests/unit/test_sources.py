@@ -359,7 +359,7 @@ def test_a_folder_written_by_save_to_disk_is_its_rows(saved: Path, path: str, fo
     (source,) = find_sources(str(saved / path))
     assert source == SavedData(saved / folder)
     rows = [row.content for row in read_data_set(0, source)]
-    assert rows == list(load_from_disk(str(saved / folder))) and size == len(source.load())
+    assert rows == list(load_from_disk(str(saved / folder))) and len(rows) == size
     assert source.estimated_bytes() > 0
     store = build(saved / path, TextTokenizer(small_tokenizer("qwen3")), cache_root=saved / "cache")
     assert (store.row_counts.accepted, store.remarks) == (size, {"a row key that is not read: 'id'": size})
@@ -405,7 +405,7 @@ def test_a_damaged_saved_folder_is_one_line(saved: Path, damage: str) -> None:
         arrow.write_bytes(arrow.read_bytes()[:300])
     else:
         (saved / "one" / "state.json").write_text("{")
-    with pytest.raises(DataError, match=r"one[^\n]*(cannot be|is damaged)[^\n]*$"):
+    with pytest.raises(DataError, match=r"one[^\n]*(cannot be|is damaged|is not a complete Arrow file)[^\n]*$"):
         build(saved / "one", TextTokenizer(small_tokenizer("qwen3")), cache_root=saved / "cache")
 
 

@@ -5,18 +5,22 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
 
+from qwlit.core.disk import naming_path, sync
 from qwlit.core.errors import ConfigError
+from qwlit.core.lease import NO_FLOCK, is_leased, lease
 
 PACKAGED = "qwlit:"
 DEEPEST = 32
 """Levels of objects and lists in a JSON file of settings or results; more than that exhausts Python's stack."""
 MOST_DIGITS = 40
 """Of a whole number; tokenizers state as their longest text one with 31."""
+MOST_CHARACTERS = 2**25
+"""Of a file of settings or results."""
 TOO_DEEP = f"it has more than {DEEPEST} levels of objects and lists"
 
 
@@ -34,7 +38,8 @@ def fsync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming_path(folder):
+            sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -42,24 +47,33 @@ def fsync_folder(folder: Path) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a temporary file and rename it to `path`, so that no reader sees half a file and no kill -9 leaves one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with naming_path(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                sync(handle.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(value, ensure_ascii=False) + "\n")
+def read_small_text(path: Path) -> str:
+    """Return the text of a file of settings or results that somebody else may have written.
+
+    Raises:
+        ValueError: it is larger than such files are.
+    """
+    with path.open(encoding="utf-8") as handle:
+        text = handle.read(MOST_CHARACTERS + 1)
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
+    return text
 
 
 def load_json(text: str) -> Any:
@@ -111,19 +125,18 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a .json file; return an empty one where the file is missing or holds something else."""
     try:
-        document = load_json(path.read_text(encoding="utf-8"))
+        document = load_json(read_small_text(path))
     except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
 
 
 @contextmanager
-def locked(
-    path: Path, *, blocking: bool = True, shared: bool = False, waiting: Callable[[str], None] | None = None
-) -> Iterator[TextIO]:
-    """Hold an exclusive or a shared lock on `path` while the block runs; create the file if it is missing.
+def locked(path: Path, *, blocking: bool = True, waiting: Callable[[str], None] | None = None) -> Iterator[TextIO]:
+    """Hold a lock on `path` while the block runs; create the file if it is missing.
 
-    The first line of the file names the process that last held it alone.
+    The first line of the file names the process that last held it. Where the file system has no locks, a lease stands
+    in for it, see `core.lease`.
 
     Args:
         waiting: called with the name of the process that holds the lock, before this one waits for it.
@@ -132,17 +145,20 @@ def locked(
         BlockingIOError: with `blocking=False`, when another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as handle:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with path.open("a+", encoding="utf-8") as handle, ExitStack() as held:
         try:
-            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not blocking:
                 raise
             if waiting:
                 waiting(lock_holder(path))
-            fcntl.flock(handle, kind)
-        if not shared:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            held.enter_context(lease(path, blocking=blocking, waiting=lambda: waiting and waiting(lock_holder(path))))
+        with naming_path(path):
             handle.truncate(0)
             handle.write(f"{this_process()}\n")
             handle.flush()
@@ -160,9 +176,20 @@ def lock_holder(path: Path) -> str:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds a lock on `path`."""
+    """Whether another process holds a lock on `path`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     try:
-        with locked(path, blocking=False, shared=True):
-            return False
+        with path.open(encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        return is_leased(path)
+    return False

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from qwlit.core.disk import sync
 from qwlit.core.errors import DataError
 
 # Small, so that reading one sample verifies little more than the sample: 8 bytes of hash are 0.01 % of a block.
@@ -101,7 +102,7 @@ class HashedWriter:
         if self.num_bytes % BLOCK_BYTES:
             self._end_block()
         self._handle.flush()
-        os.fsync(self._handle.fileno())
+        sync(self._handle.fileno())
         self._handle.close()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qwlit.core.errors import DataError
 from qwlit.data.conversation import Conversation
+from qwlit.data.long_texts import LongEncoding
 from qwlit.data.rows import RowError
 from qwlit.data.templates import ChatTemplate, Piece, Supervision
 from qwlit.data.tokenized import EncodedSample
@@ -74,7 +75,7 @@ class ChatEncoder:
                 yield from (_Segment(token_id, piece.text, (piece,)) for piece in group)
 
 
-def _join(segments: list[_Segment], encodings: dict[str, "Encoding"]) -> EncodedSample:
+def _join(segments: list[_Segment], encodings: dict[str, "Encoding | LongEncoding"]) -> EncodedSample:
     ids: list[int] = []
     mask: list[int] = []
     for segment in segments:
@@ -90,7 +91,7 @@ def _join(segments: list[_Segment], encodings: dict[str, "Encoding"]) -> Encoded
     return EncodedSample(ids, mask)
 
 
-def _token_mask(encoding: "Encoding", pieces: tuple[Piece, ...]) -> list[int]:
+def _token_mask(encoding: "Encoding | LongEncoding", pieces: tuple[Piece, ...]) -> list[int]:
     """Return 1 for each token whose characters are all supervised; a token across the boundary gets 0."""
     if len({piece.supervised for piece in pieces}) == 1:
         return [int(pieces[0].supervised)] * len(encoding.ids)

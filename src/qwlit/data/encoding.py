@@ -11,6 +11,7 @@ from qwlit.data.config import DataConfig
 from qwlit.data.conversation import Conversation
 from qwlit.data.encoded_batch import EncodedBatch, FatalRow, RowCounts, sample_arrays
 from qwlit.data.formats import RowParser
+from qwlit.data.long_texts import refuse_long_word
 from qwlit.data.remarks import CONTROL_TOKENS_AS_TEXT, document_remarks, remarks
 from qwlit.data.rows import Document, NeedsTokenizer, QuarantinedRow, Row, RowError, refuse_lone_surrogates
 from qwlit.data.templates import Piece
@@ -116,6 +117,7 @@ class RowEncoder:
             row_remarks = [*unread_key_remarks("row", [*parser.unread_keys(renamed.content), *renamed.unread])]
             if isinstance(value, Document):
                 refuse_lone_surrogates(value.text)
+                refuse_long_word(value.text)
                 row_remarks += [*document_remarks(value.text), *self._control_token_remarks([value.text])]
             return _Parsed(row, value, row_remarks, missing)
         except RowError as error:
@@ -147,7 +149,9 @@ class RowEncoder:
         try:
             if isinstance(pieces, RowError):
                 raise pieces
-            refuse_lone_surrogates("".join([piece.text for piece in pieces]))
+            text = "".join([piece.text for piece in pieces])
+            refuse_lone_surrogates(text)
+            refuse_long_word(text)
         except RowError as error:
             return parsed.row.quarantined(f"{error}{parsed.missing}")
         # Count remarks only here: a row that cannot be used has none.

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,10 @@ KINDS = {".jsonl": JSON, ".json": JSON, ".parquet": TABLE, ".csv": TABLE, ".txt"
 COMPRESSED = ".gz"
 # Assumption: gzip or Parquet reduces text to about a fifth of its size.
 TYPICAL_COMPRESSION = 5
+FREE_BYTES = 2**26
+"""What is read of a file may expand to so much, whatever its size."""
+MOST_EXPANSION = 500
+"""What is read of a larger file may be so many times its size. Texts are 3 to 50 times, zeros 1,000 times."""
 # A file changed so shortly before we hashed it may change again and keep the same time stamp: do not cache its digest.
 RACY_SECONDS = 2.0
 
@@ -63,8 +68,10 @@ class File:
         except OSError as error:
             raise DataError(f"data file '{self}' cannot be read: {error.strerror}") from error
         if time.time() - stat.st_ctime > RACY_SECONDS:
-            cache_root.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(self._cache_entry(cache_root), {"stamp": _stamp(stat), "sha256": digest})
+            # Without it the file is hashed again at the next start.
+            with suppress(OSError):
+                cache_root.mkdir(parents=True, exist_ok=True)
+                write_json_atomic(self._cache_entry(cache_root), {"stamp": _stamp(stat), "sha256": digest})
         return digest
 
     def known_digest(self, cache_root: Path) -> str | None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import DataError, first_line
+from qwlit.core.files import load_json, read_small_text
 from qwlit.core.waiting import PROBE_SECONDS, call_with_timeout
 from qwlit.data.files import File
-from qwlit.data.rows import QuarantinedRow, Row
+from qwlit.data.rows import MAX_ROW_BYTES, QuarantinedRow, Row
+from qwlit.data.table_process import decoding, quarantined_row
 
 HUB = "hf:"
 SPLITS, STATE, INFO = "dataset_dict.json", "state.json", "dataset_info.json"
@@ -61,6 +63,21 @@ class HubData:
                 f"{self} cannot be loaded ({reason}); if the hub cannot be reached, set data.path to files,"
                 " or HF_HOME to a cache that has it"
             ) from None
+
+    def slices(self, source_index: int) -> Iterator[Any]:
+        """Yield all rows as Arrow batches, and a QuarantinedRow for one that is too long.
+
+        Raises:
+            DataError: as `load`.
+        """
+        from qwlit.data.table_worker import BATCH_ROWS, long_row, slices
+
+        line = 0
+        for table in self.load().with_format("arrow").iter(BATCH_ROWS):
+            for part, size in (each for batch in table.to_batches() for each in slices(batch, MAX_ROW_BYTES)):
+                line += part.num_rows
+                is_long = size > MAX_ROW_BYTES
+                yield quarantined_row(source_index, line, long_row(part, size)) if is_long else part
 
     def _why_unreachable(self) -> str | None:
         """Return why the hub cannot be reached, None if it can. Without this check `datasets` retries for 30 s."""
@@ -127,7 +144,7 @@ class SavedData:
             DataError: the JSON file that lists them is damaged.
         """
         try:
-            state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+            state = load_json(read_small_text(self.path / STATE))
             return [File(self.path / Path(entry["filename"]).name) for entry in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(f"data folder '{self}' was written by save_to_disk, but its {STATE} is damaged") from None
@@ -145,21 +162,18 @@ class SavedData:
         known = all(file.known_digest(cache_root) for file in self._arrow_files())
         return self.digest(cache_root) if known else None
 
-    def load(self) -> Any:
-        """Return the folder as a sequence of rows.
+    def slices(self, source_index: int) -> Iterator[Any]:
+        """Yield all rows as Arrow batches, and a QuarantinedRow for one that is too long.
 
         Raises:
-            DataError: it is damaged.
+            DataError: a file is damaged.
         """
-        import datasets
-
-        datasets.disable_progress_bars()
-        try:
-            # A saved data set may hide columns or convert them; format None returns all of them as Python values.
-            return datasets.load_from_disk(str(self.path)).with_format(None)
-        except Exception as error:  # pyarrow and `datasets` raise many types for damaged files
-            reason = first_line(error)[:200]
-            raise DataError(f"data folder '{self}' cannot be loaded by datasets.load_from_disk: {reason}") from None
+        line = 0
+        for file in self._arrow_files():
+            with decoding(file, "Arrow") as table:
+                for part in table.slices(source_index, line):
+                    line += 1 if isinstance(part, QuarantinedRow) else part.num_rows
+                    yield part
 
 
 def find_saved_data(path: str, root: Path) -> SavedData | None:
@@ -185,14 +199,29 @@ def read_data_set(source_index: int, source: HubData | SavedData) -> Iterator[Ro
     Raises:
         DataError: the data set cannot be loaded, or cannot be read to its end.
     """
-    dataset = source.load()
+    num_read = 0
+    for part in source.slices(source_index):
+        if isinstance(part, QuarantinedRow):
+            num_read += 1
+            yield part
+            continue
+        try:
+            rows = _python_rows(part)
+        except Exception as error:  # pyarrow and the features of `datasets` raise many types
+            raise DataError(f"{source} cannot be read after row {num_read}: {first_line(error)[:200]}") from None
+        yield from (Row(source_index, line, columns) for line, columns in enumerate(rows, start=num_read + 1))
+        num_read += len(rows)
+
+
+def _python_rows(batch: Any) -> list[dict[str, Any]]:
+    """Return the rows of an Arrow batch as Python values."""
+    import datasets
+    import pyarrow
+
+    # The schema says how `datasets` reads the columns.
+    dataset = datasets.Dataset(pyarrow.Table.from_batches([batch]))
     # Rows with images or audio are quarantined, so do not decode them: that would need more libraries.
     for column, feature in dataset.features.items():
         if hasattr(feature, "decode") and type(feature).__name__ != "Json":
             dataset = dataset.cast_column(column, replace(feature, decode=False))
-    line = 0
-    try:
-        for line, columns in enumerate(dataset, start=1):
-            yield Row(source_index, line, columns).within_limit()
-    except Exception as error:  # pyarrow and the features of `datasets` raise many types
-        raise DataError(f"{source} cannot be read after row {line}: {first_line(error)[:200]}") from None
+    return list(dataset)

@@ -1,31 +1,33 @@
 """Read the rows of JSON files: one object per line, an array, or one object over many lines."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
-from itertools import count
 from typing import BinaryIO
 
 from qwlit.core.errors import DataError
 from qwlit.data.files import File
-from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row, too_long
+from qwlit.data.json_array import PIECE_BYTES, read_array
+from qwlit.data.lines import MAX_BLANK_LINES, RowPieces, blank_lines, numbered_lines
+from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row
 
-SPACE = re.compile(r"\s*")
 SPACES = b" \t\r\n" + BOM
 
 
 def read_json_lines(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     """Read one object per line, or an array, which some data sets also save as .jsonl."""
-    is_array = _is_array(_first_line(handle), handle)
+    is_array = _is_array(_first_line(file, handle), handle)
     handle.seek(0)
-    yield from _read_array(source_index, handle) if is_array else _read_lines(source_index, handle)
+    yield from read_array(source_index, handle) if is_array else _read_lines(source_index, file, handle)
 
 
-def _first_line(handle: BinaryIO) -> bytes:
+def _first_line(file: File, handle: BinaryIO) -> bytes:
     """Return the first line that is not blank, without spaces around it, at most MAX_ROW_BYTES long."""
-    lines = iter(lambda: handle.readline(MAX_ROW_BYTES), b"")
-    return next((line for line in lines if line.strip(SPACES)), b"").strip(SPACES)
+    for _ in range(MAX_BLANK_LINES + 1):
+        line = handle.readline(MAX_ROW_BYTES)
+        if not line or line.strip(SPACES):
+            return line.strip(SPACES)
+    raise blank_lines(file, 1)
 
 
 def _is_array(first_line: bytes, handle: BinaryIO) -> bool:
@@ -40,36 +42,20 @@ def _is_array(first_line: bytes, handle: BinaryIO) -> bool:
         json.loads(first_line)
     except (ValueError, RecursionError):
         return True  # the array continues on the next line
-    return not any(line.strip() for line in iter(lambda: handle.readline(MAX_ROW_BYTES), b""))
+    return not any(piece.strip() for piece in iter(lambda: handle.read(PIECE_BYTES), b""))
 
 
-def _read_lines(source_index: int, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
-    for line in count(1):
-        raw = handle.readline(MAX_ROW_BYTES + 1)
-        if not raw:
-            return
-        if len(raw) > MAX_ROW_BYTES:
-            yield _skip_long_line(source_index, line, raw, handle)
-        elif raw.removeprefix(BOM).strip():
-            yield Row(source_index, line, raw)
-
-
-def _skip_long_line(source_index: int, line: int, head: bytes, handle: BinaryIO) -> QuarantinedRow:
-    """Read to the end of the line in pieces: a line of any length needs little memory."""
-    digest, size, piece = hashlib.sha256(head), len(head), head
-    while piece and not piece.endswith(b"\n"):
-        piece = handle.readline(MAX_ROW_BYTES)
-        digest.update(piece)
-        size += len(piece)
-    return QuarantinedRow(source_index, line, too_long(size), digest.hexdigest())
+def _read_lines(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
+    for number, line in numbered_lines(file, handle):
+        yield line.row(source_index, number) if isinstance(line, RowPieces) else Row(source_index, number, line)
 
 
 def read_json(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
     """Read an array, one object per line, or one object over many lines."""
-    first_line = _first_line(handle)
+    first_line = _first_line(file, handle)
     handle.seek(0)
     if first_line.startswith(b"["):
-        yield from _read_array(source_index, handle)
+        yield from read_array(source_index, handle)
     elif len(first_line) < MAX_ROW_BYTES // 2 and _opens_an_object(first_line):
         content = handle.read(MAX_ROW_BYTES + 1)
         if len(content) > MAX_ROW_BYTES:
@@ -78,7 +64,7 @@ def read_json(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row |
             )
         yield Row(source_index, 1, content)
     else:
-        yield from _read_lines(source_index, handle)
+        yield from _read_lines(source_index, file, handle)
 
 
 def _opens_an_object(first_line: bytes) -> bool:
@@ -94,38 +80,3 @@ def _opens_an_object(first_line: bytes) -> bool:
     except (ValueError, RecursionError):
         pass
     return False
-
-
-def _read_array(source_index: int, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
-    # surrogateescape keeps bytes that are not UTF-8, so only the element with such bytes is rejected, not the file.
-    text = handle.read().removeprefix(BOM).decode("utf-8", "surrogateescape")
-    for index, (element, broken) in enumerate(_array_elements(text), start=1):
-        row = Row(source_index, index, element.encode("utf-8", "surrogateescape"))
-        yield row.quarantined(broken) if broken else row.within_limit()
-
-
-def _array_elements(text: str) -> Iterator[tuple[str, str | None]]:
-    """Yield (raw text, None) for each element; if the array is not valid, (rest of the text, reason) at the end."""
-    # Here we need only the end of each element. `len` avoids converting numbers: Python refuses very long integers.
-    decoder = json.JSONDecoder(parse_int=len, parse_float=len)
-    position = _after_space(text, _after_space(text, 0) + 1)
-    while text[position : position + 1] != "]":
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            yield text[position:], f"the JSON array is not valid from here on: {getattr(error, 'msg', 'not readable')}"
-            return
-        yield text[position:end], None
-        position = _after_space(text, end)
-        if text[position : position + 1] not in {",", "]"}:
-            yield text[position:], "the JSON array is not valid from here on: ',' or ']' expected"
-            return
-        if text[position] == ",":
-            position = _after_space(text, position + 1)
-    if rest := text[position + 1 :].strip():
-        yield rest, "text after the JSON array"
-
-
-def _after_space(text: str, position: int) -> int:
-    match = SPACE.match(text, position)
-    return match.end() if match else position

@@ -7,14 +7,17 @@ from functools import partial
 from typing import BinaryIO, cast
 
 from qwlit.core.errors import DataError
+from qwlit.data.csv_files import read_csv
 from qwlit.data.files import File
+from qwlit.data.gzip_file import LimitedGzipFile
 from qwlit.data.hub import read_data_set
 from qwlit.data.json_files import read_json, read_json_lines
+from qwlit.data.parquet_files import KNOWN_COLUMNS, read_parquet
 from qwlit.data.rows import QuarantinedRow, Row
 from qwlit.data.sources import Source
-from qwlit.data.tables import KNOWN_COLUMNS, read_csv, read_parquet
 from qwlit.data.text_files import read_text
 
+BUFFER_BYTES = 2**20
 READERS = {
     ".jsonl": read_json_lines,
     ".json": read_json,
@@ -59,9 +62,9 @@ class RowReader:
     def _read(self, source_index: int, file: File) -> Iterator[Row | QuarantinedRow]:
         line = 0
         try:
-            with file.path.open("rb") as raw:
+            with file.path.open("rb", buffering=BUFFER_BYTES) as raw:
                 self._handle = raw
-                handle = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if file.is_compressed else raw
+                handle = _unpacked(raw, file) if file.is_compressed else raw
                 for row in self._readers[file.suffix](source_index, file, handle):
                     line = row.line
                     yield row
@@ -71,3 +74,7 @@ class RowReader:
             raise DataError(f"data file '{file}' is damaged after row {line}: {error}; make it again") from None
         except OSError as error:
             raise DataError(f"data file '{file}' cannot be read: {error.strerror or error}") from None
+
+
+def _unpacked(raw: BinaryIO, file: File) -> BinaryIO:
+    return cast(BinaryIO, LimitedGzipFile(raw, file.num_bytes(), str(file)))

@@ -10,6 +10,8 @@ from qwlit.core.errors import DataError, one_line
 
 # A longer row usually comes from a broken file; a real conversation of this size would be too long to train on.
 MAX_ROW_BYTES = 8 * 2**20
+MAX_OBJECTS = 100_000
+"""Objects and lists of a row. Python needs 50 to 250 bytes for each, also for the two characters `{}`."""
 MAX_REASON = 300
 BOM = b"\xef\xbb\xbf"
 
@@ -72,11 +74,6 @@ class Row:
         """
         return parse_json_object(self.content) if isinstance(self.content, bytes) else self.content
 
-    def within_limit(self) -> "Row | QuarantinedRow":
-        """Return the row, or quarantine it if it is larger than MAX_ROW_BYTES."""
-        size = self.num_bytes()
-        return self.quarantined(too_long(size)) if size > MAX_ROW_BYTES else self
-
     def num_bytes(self) -> int:
         """Return the approximate size in bytes."""
         if isinstance(self.content, dict):
@@ -132,6 +129,9 @@ def parse_json(text: str) -> Any:
         # Only an escape such as \ud800 can make half of a surrogate pair: without \u skip this slow check.
         if "\\u" in text:
             refuse_lone_surrogates(json.dumps(value, ensure_ascii=False))
+        # Most texts have fewer brackets.
+        if text.count("{") + text.count("[") > MAX_OBJECTS and (number := _num_objects(value)) > MAX_OBJECTS:
+            raise RowError(f"has {number:,} objects and lists; a row may have {MAX_OBJECTS:,}")
     except RowError:
         raise
     except json.JSONDecodeError as error:
@@ -139,6 +139,12 @@ def parse_json(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise RowError(f"not readable as JSON: {str(error)[:100]}") from None
     return value
+
+
+def _num_objects(value: object) -> int:
+    """Return how many objects and lists a JSON value has."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if items is None else 1 + sum(map(_num_objects, items))
 
 
 def refuse_lone_surrogates(text: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwlit.core.errors import DataError
+from qwlit.data.bad_files import BadFileCheck
 from qwlit.data.blocks import HashedWriter
 from qwlit.data.columns import check_found
 from qwlit.data.encoded_batch import EncodedBatch, RowCounts
@@ -87,7 +88,7 @@ def write_store(
     temporary.mkdir()
     reader = RowReader(sources, encoder.config.columns)
     cores = num_cores()
-    limit = SampleLimit(encoder)
+    limit, check = SampleLimit(encoder), BadFileCheck(sources)
     batch_rows = min(BATCH_ROWS, encoder.config.max_samples or BATCH_ROWS)
     # A few samples are at the beginning of the data, however large the data are.
     is_large = reader.estimated_bytes >= BYTES_WORTH_WORKERS and batch_rows == BATCH_ROWS
@@ -106,6 +107,7 @@ def write_store(
             for batch in map(limit.cut, batches):
                 if batch.stop:
                     raise DataError(f"{sources[batch.stop.source]}:{batch.stop.line}: {batch.stop.reason}")
+                check.add(batch)
                 writer.add(batch)
                 report(writer)
                 if limit.reached:

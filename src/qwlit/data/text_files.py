@@ -4,15 +4,22 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from qwlit.core.errors import DataError
 from qwlit.data.files import File
 from qwlit.data.rows import BOM, MAX_ROW_BYTES, Document, QuarantinedRow, Row
 
 TEXT_BLOCK_BYTES = 2**20
+MAX_BLANK_BYTES = 16 * 2**20
+"""Spaces and line breaks that follow one another; some bytes of a gzip file can be any number of them."""
 
 
 def read_text(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row | QuarantinedRow]:
-    """Read a document. A long one becomes several blocks; each begins at a line start, where no token crosses."""
-    line, is_first = 1, True
+    """Read a document. A long one becomes several blocks; each begins at a line start, where no token crosses.
+
+    Raises:
+        DataError: it has more than MAX_BLANK_BYTES of blanks.
+    """
+    line, is_first, blank = 1, True, 0
     # Read one block ahead, to know which block is the last.
     block, following = handle.read(TEXT_BLOCK_BYTES).removeprefix(BOM), handle.read(TEXT_BLOCK_BYTES)
     while block:
@@ -21,7 +28,10 @@ def read_text(source_index: int, file: File, handle: BinaryIO) -> Iterator[Row |
             block, following = block + following, handle.read(TEXT_BLOCK_BYTES)
             continue
         block, rest = block[:end], block[end:]
-        if block.strip() or not is_first:
+        blank = 0 if block.strip() else blank + len(block)
+        if blank > MAX_BLANK_BYTES:
+            raise DataError(f"data file '{file}' has {blank:,} blanks after one another up to line {line}; remove them")
+        if not blank or not is_first:
             yield _text_row(source_index, line, block, is_first=is_first, is_last=not following)
             is_first = False
         line += block.count(b"\n")

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwlit.core.errors import DataError, naming_errors
+from qwlit.data.long_texts import MANY_CHARACTERS, PIECE_CHARACTERS, WORD_END, LongEncoding, cut_text, group_texts
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding
@@ -44,6 +45,9 @@ class TextTokenizer:
             self._plain.pre_tokenizer = backend.pre_tokenizer
         if len(self.control_ids) < len(added):
             self._add_vocabulary(added)
+        vocabulary = added.keys() - self.control_ids.values()
+        # A long text is cut between words, but an added token may have several words.
+        self._can_cut = not any(WORD_END.search(added[i].content) for i in vocabulary)
         # Everything that decides the ids of a text.
         parts = (json.dumps(self.control_ids, sort_keys=True), self._plain.to_str())
         self.fingerprint = hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()
@@ -105,15 +109,40 @@ class TextTokenizer:
             raise DataError(f"the tokenizer has no {END_OF_TEXT} and no other end-of-text token to separate documents")
         return self._end_of_text_id
 
-    def encode_with_offsets(self, texts: Sequence[str]) -> "list[Encoding]":
+    def encode_with_offsets(self, texts: Sequence[str]) -> "list[Encoding | LongEncoding]":
         """Encode on all cores; return ids and character offsets."""
-        with naming_errors(_cannot_encode):
-            return self._plain.encode_batch(list(texts), add_special_tokens=False)
+        are_many = sum(map(len, texts)) > MANY_CHARACTERS
+        encodings: list[Encoding | LongEncoding] = []
+        for group in group_texts(texts):
+            if are_many or self._is_cut(group[0]):
+                encodings += [LongEncoding(self._encode_pieces(text)) for text in group]
+            else:
+                encodings += self._encode_batch(self._plain.encode_batch, group)
+        return encodings
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode on all cores; return only ids, which is faster."""
+        encode = self._plain.encode_batch_fast
+        all_ids: list[list[int]] = []
+        for group in group_texts(texts):
+            if self._is_cut(group[0]):
+                all_ids.append([i for piece in cut_text(group[0]) for i in self._encode_batch(encode, [piece])[0].ids])
+            else:
+                all_ids += [encoding.ids for encoding in self._encode_batch(encode, group)]
+        return all_ids
+
+    def _is_cut(self, text: str) -> bool:
+        return len(text) > PIECE_CHARACTERS and self._can_cut
+
+    def _encode_pieces(self, text: str) -> "Iterator[tuple[str, Encoding]]":
+        for piece in cut_text(text) if self._can_cut else [text]:
+            (encoding,) = self._encode_batch(self._plain.encode_batch, [piece])
+            yield piece, encoding
+
+    def _encode_batch(self, encode: Callable[..., Any], texts: list[str]) -> "list[Encoding]":
         with naming_errors(_cannot_encode):
-            return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+            encodings: list[Encoding] = encode(texts, add_special_tokens=False)
+        return encodings
 
 
 def _cannot_encode(reason: str) -> DataError:

@@ -12,6 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from qwlit.core.disk import naming_path
 from qwlit.core.errors import GuardStop
 from qwlit.inference.export_settings import EndToken, write_config, write_generation_config, write_tokenizer
 from qwlit.model.families.decoder import HEAD
@@ -39,8 +40,16 @@ def export_model(model: PreTrainedModel, folder: Path, *, sources: ExportSources
 
     Args:
         end: the end token that the model learned; None to keep that of the base model.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming_path(folder):
+        _export(model, folder, sources, end)
+
+
+def _export(model: PreTrainedModel, folder: Path, sources: ExportSources, end: EndToken | None) -> None:
+    folder.mkdir(exist_ok=True)
     if hasattr(model, "peft_config"):
         _export_adapter(model, folder, sources.base)
     else:

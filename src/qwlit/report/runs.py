@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from qwlit.config.run import flatten
-from qwlit.core.files import is_locked, read_json, read_json_lines
+from qwlit.core.files import read_json, read_json_lines
 from qwlit.core.metric import Metric, number_or_none
 from qwlit.core.yaml_files import read_yaml
 from qwlit.report.find import FoundRun, Trial
@@ -117,13 +117,10 @@ def _status(path: Path, summary: Mapping[str, Any]) -> str:
     status = summary.get("status")
     if status != "running":
         return str(status or "unknown")
-    lock = RunFolder(path.absolute()).lock_file
-    if not lock.exists():
-        return "killed"
     try:
-        return "running" if is_locked(lock) else "killed"
+        return "running" if RunFolder(path.absolute()).is_in_use else "killed"
     except OSError:
-        # The file system does not support locks.
+        # Another user's run, or a file server that does not answer.
         return "running"
 
 

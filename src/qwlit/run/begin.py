@@ -30,7 +30,7 @@ from qwlit.run.resume import (
 )
 from qwlit.training.checkpointing.folder import newest
 from qwlit.training.tracking.manifest import build_manifest
-from qwlit.training.tracking.run_folder import FINISHED, RUNNING, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
@@ -195,11 +195,16 @@ STATUS_OF_ERROR: dict[type[BaseException], str] = {
 
 @contextmanager
 def recording_status(folder: RunFolder) -> Iterator[None]:
-    """Write into summary.json how the training ended, also where it failed."""
+    """Write into summary.json how the training ended, also where it failed.
+
+    Raises:
+        OSError: the training is done, but summary.json or another record cannot be written.
+    """
     began = time.perf_counter()
     status = "failed"
     try:
         yield
+        folder.write_kept_records()
         status = FINISHED
     except BaseException as error:
         status = STATUS_OF_ERROR.get(type(reason_of(error)), "failed")
@@ -207,8 +212,8 @@ def recording_status(folder: RunFolder) -> Iterator[None]:
     finally:
         # A second Ctrl-C must not leave the status "running".
         with handling(HANDLED_SIGNALS, signal.SIG_IGN):
-            summary = folder.read_summary()
             # Else `prepare_folder` has not come to it.
-            if summary.get("status") == RUNNING:
-                earlier = summary.get("wall_seconds") or 0.0
-                folder.write_summary(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))
+            if folder.has_begun:
+                earlier = folder.read_summary().get("wall_seconds") or 0.0
+                write = folder.write_summary if status == FINISHED else folder.try_write_summary
+                write(status=status, wall_seconds=round(earlier + time.perf_counter() - began, 1))

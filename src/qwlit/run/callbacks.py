@@ -118,7 +118,7 @@ def build_trainer_with_callbacks(
 
     # For the threads that must end the process with os._exit, where no error handler runs any more.
     def record_failure() -> None:
-        folder.write_summary(status="failed")
+        folder.try_write_summary(status="failed")
         if wandb_run:
             wandb_run.finish(QwlitError.exit_code)
 

@@ -88,7 +88,7 @@ def _fit(run: "TrainingRun", training: TrainerWithCallbacks, start: ResumePoint)
         reason = str(error).strip().splitlines()[0]
         raise QwlitError(f"a decoder layer cannot be compiled ({reason}); set hardware.compile=false") from error
     finally:
-        folder.write_summary(**training.results())
+        folder.try_write_summary(**training.results())
 
 
 def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:

@@ -35,9 +35,11 @@ def refuse_occupied_folder(folder: RunFolder, *, overwrite: bool) -> None:
     """Refuse a path that another program uses, or a finished run.
 
     Raises:
-        ConfigError: the path holds something that is no run, or a finished run without `overwrite`.
+        ConfigError: the path holds something that is no run, a finished run without `overwrite`, or a broken link.
     """
     path = folder.path
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{path} links to {path.readlink()}, which does not exist; create it, or remove the link")
     if path.exists() and not folder.holds_run and not (path.is_dir() and _is_empty(folder)):
         raise ConfigError(f"{path} exists and is not a run; move it away, or set another run.name")
     if folder.status == FINISHED and not overwrite:

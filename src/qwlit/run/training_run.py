@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from qwlit.config.compose import Composed, as_tree
 from qwlit.core.console import console
+from qwlit.core.disk import explaining_disk_errors
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import die_with_parent, is_rank_zero, under_agent
 from qwlit.core.signals import answering_signals
@@ -39,6 +40,7 @@ def run_folder(composed: Composed) -> RunFolder:
     return RunFolder(resolve_path(composed.config.run.root) / str(composed.config.run.name))
 
 
+@explaining_disk_errors()
 def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     """Train from the start, or resume an unfinished run of this name.
 

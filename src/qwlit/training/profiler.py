@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from rich.markup import escape
+
+from qwlit.core.console import console
+from qwlit.core.disk import disk_line
 
 
 class ProfileSteps(Callback):
@@ -34,6 +38,11 @@ class ProfileSteps(Callback):
     def _finish(self) -> None:
         if self._profiler is not None:
             self._profiler.stop()
-            self._folder.mkdir(exist_ok=True)
-            self._profiler.export_chrome_trace(str(self._folder / f"steps-{self._first}-{self._last}.json"))
+            file = self._folder / f"steps-{self._first}-{self._last}.json"
+            try:
+                self._folder.mkdir(exist_ok=True)
+                self._profiler.export_chrome_trace(str(file))
+            except OSError as error:
+                # The training is worth more than its trace.
+                console().print(f"  [yellow]note[/]      {escape(disk_line(error))}. The trace is lost")
             self._profiler = None

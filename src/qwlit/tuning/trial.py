@@ -10,7 +10,6 @@ from typing import Any
 
 from qwlit.core.children import start_child
 from qwlit.core.errors import GuardStop, Interrupted, Preempted
-from qwlit.core.files import is_locked
 from qwlit.core.metric import Metric
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.tuning.space import keys_of
@@ -129,7 +128,7 @@ class TrialRun:
             if self.pruned_at is not None:
                 return Preempted.exit_code
             # A training that an earlier process started may still be saving in this run folder: wait until it ends.
-            if not is_locked(self.run.lock_file):
+            if not self.run.is_in_use:
                 self._start()
             return None
         code = self._process.poll()

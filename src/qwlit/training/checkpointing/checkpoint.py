@@ -23,7 +23,7 @@ from qwlit.core.errors import ConfigError, first_line
 from qwlit.core.files import fsync_folder
 from qwlit.core.sharding import local
 from qwlit.training.checkpointing.finite import find_nonfinite
-from qwlit.training.checkpointing.folder import temporary_folder
+from qwlit.training.checkpointing.folder import delete_checkpoint, move_away, temporary_folder
 from qwlit.training.checkpointing.manifest import (
     MOMENTS,
     STATE,
@@ -117,7 +117,9 @@ def write_checkpoint(checkpoint: dict[str, Any], final: Path, ranks: Ranks = ONE
 
     def create_folder() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        # Not the run folder: if that was renamed, a second one would hold the rest of the run.
+        temporary.parent.mkdir(exist_ok=True)
+        temporary.mkdir()
 
     # Rank 0 creates the folder, all ranks write into it, and rank 0 renames it when the last file is on the disk.
     try:
@@ -127,8 +129,13 @@ def write_checkpoint(checkpoint: dict[str, Any], final: Path, ranks: Ranks = ONE
         def finish_folder() -> None:
             write_manifest(temporary, facts, files)
             fsync_folder(temporary)
+            move_away(final)
             temporary.rename(final)
-            fsync_folder(final.parent)
+            try:
+                fsync_folder(final.parent)
+            except OSError:
+                delete_checkpoint(final)
+                raise
 
         ranks.together(finish_folder if leads else _nothing)
     except OSError:

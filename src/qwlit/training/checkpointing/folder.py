@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+from qwlit.core.disk import disk_line
 from qwlit.core.errors import ConfigError
 from qwlit.training.checkpointing.manifest import find_damage, read_seals, step_of
 from qwlit.training.tracking.run_folder import RunFolder
@@ -15,8 +16,13 @@ POINTERS = ("best", "last")
 
 
 def list_checkpoints(folder: RunFolder) -> list[Path]:
-    """Return the checkpoints, oldest first. `find_damage` says whether one is good."""
-    found = (path for path in folder.checkpoints.glob("step-*") if OWN_NAME.fullmatch(path.name))
+    """Return the checkpoints, oldest first. `find_damage` says whether one is good.
+
+    Raises:
+        OSError: the folder cannot be read. It may have checkpoints, so the run must not begin anew.
+    """
+    inside = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
+    found = (path for path in inside if path.name.startswith("step-") and OWN_NAME.fullmatch(path.name))
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
@@ -39,20 +45,26 @@ def rename_damaged(folder: RunFolder) -> list[str]:
         reason = find_damage(checkpoint)
         if reason is None:
             return found
-        renamed = _free_name(folder, checkpoint.name)
+        renamed = _free_name(checkpoint, DAMAGED)
         checkpoint.rename(renamed)
         found.append(f"{checkpoint.name} is damaged ({reason}), now {renamed.name}")
     _refuse_lost_checkpoints(folder, found)
     return found
 
 
-def _free_name(folder: RunFolder, name: str) -> Path:
-    """Return a name for a damaged checkpoint; it keeps earlier ones of the same step."""
-    index, renamed = 1, folder.checkpoints / f"{DAMAGED}-{name}"
+def _free_name(path: Path, prefix: str) -> Path:
+    """Return a name for what is renamed; it keeps what was renamed before."""
+    index, renamed = 1, path.with_name(f"{prefix}-{path.name}")
     while os.path.lexists(renamed):
         index += 1
-        renamed = folder.checkpoints / f"{DAMAGED}{index}-{name}"
+        renamed = path.with_name(f"{prefix}{index}-{path.name}")
     return renamed
+
+
+def move_away(path: Path) -> None:
+    """Rename what has the name of a checkpoint that is to be written, such as a file or a link to nothing."""
+    if os.path.lexists(path):
+        path.rename(_free_name(path, "stray"))
 
 
 def _refuse_lost_checkpoints(folder: RunFolder, damaged_now: list[str]) -> None:
@@ -109,16 +121,19 @@ def link_checkpoint(folder: RunFolder, name: str, checkpoint: Path) -> str | Non
     Returns why it cannot be done; None where it is done.
     """
     temporary = folder.checkpoints / f".{name}.{os.getpid()}.tmp"
-    temporary.unlink(missing_ok=True)
     try:
-        temporary.symlink_to(checkpoint.name)
-    except OSError:  # such as on exFAT and on some network file systems
-        temporary.write_text(checkpoint.name + "\n", encoding="utf-8")
-    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(checkpoint.name)
+        except OSError:  # such as on exFAT and on some network file systems
+            temporary.write_text(checkpoint.name + "\n", encoding="utf-8")
         temporary.replace(folder.checkpoints / name)
     except IsADirectoryError:
         temporary.unlink()
         return f"{folder.checkpoints / name} is a folder; move it away, and the next save links it to its checkpoint"
+    except OSError as error:
+        error.filename, error.filename2 = str(folder.checkpoints / name), None
+        return f"{disk_line(error)}. It may name an older checkpoint until the next save"
     return None
 
 

@@ -1,5 +1,6 @@
 """Checkpointing: when a checkpoint is saved, which one is the best, and which are deleted."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,12 +11,13 @@ from lightning.pytorch import Trainer
 from rich.markup import escape
 
 from qwlit.core.console import console
+from qwlit.core.disk import disk_line, reason_of_disk, remedy_of
 from qwlit.core.errors import ConfigError, GuardStop
 from qwlit.core.metric import set_loss_key
 from qwlit.core.ranks import is_rank_zero
 from qwlit.training.checkpointing.checkpoint import IDENTITY
 from qwlit.training.checkpointing.finite import find_nonfinite
-from qwlit.training.checkpointing.folder import delete_checkpoint, link_checkpoint, list_checkpoints
+from qwlit.training.checkpointing.folder import delete_checkpoint, link_checkpoint, list_checkpoints, newest
 from qwlit.training.checkpointing.manifest import SAVED, read_seals, seal_of, step_of
 from qwlit.training.checkpointing.writer import CheckpointWriter
 from qwlit.training.config import CheckpointConfig
@@ -66,6 +68,10 @@ class Checkpointing(BoundaryCallback):
         """The step of the checkpoint that is loaded."""
         self._saved_step = 0
         self._num_failed = 0
+        self._seals: dict[int, str | None] = {}
+        """Step → seal of the checkpoints that events.jsonl has or should have. Others are not the run's."""
+        self._remedy = ""
+        """What the last failed save needs."""
         self.has_begun = False
         """Whether the training has begun: the checkpoint at which it resumes is loaded."""
         self.best_val_loss: float | None = None
@@ -82,6 +88,7 @@ class Checkpointing(BoundaryCallback):
             "best_step": self.best_step,
             "best_set_losses": self.best_set_losses,
             "stopped_early": self._stopped_early,
+            "kept_records": self._folder.kept_records,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -90,13 +97,13 @@ class Checkpointing(BoundaryCallback):
         self.best_set_losses = state_dict.get("best_set_losses", {})  # older checkpoints do not have it
         self._stopped_early = state_dict["stopped_early"]
         if is_rank_zero():
+            self._folder.keep_records(state_dict.get("kept_records", {}))
             # A kill after a save and before its pointers leaves the pointers at an older checkpoint.
-            newest = list_checkpoints(self._folder)[-1]
-            if step_of(newest) not in read_seals(self._folder.path):
-                self._append_event(newest)
-            self._point("last", newest)
-            if self.best_step is not None and self.path(self.best_step).is_dir():
-                self._point("best", self.path(self.best_step))
+            self._seals = read_seals(self._folder.path)
+            if checkpoint := newest(self._folder):
+                self._seals.setdefault(step_of(checkpoint), seal_of(checkpoint))
+            self._record_seals()
+            self._point_to_newest_and_best()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY] = self._identity
@@ -134,7 +141,7 @@ class Checkpointing(BoundaryCallback):
         if improved or self.milestones.save(step) or is_last:
             self.save(trainer, step, wait=is_last)
         if is_last and self._saved_step != step:
-            raise ConfigError(f"the last step could not be saved; free disk space and {self._resume_hint}")
+            raise ConfigError(f"the last step could not be saved; {self._remedy} and {self._resume_hint}")
 
     def _improved(self, module: CausalLMModule, step: int) -> bool:
         loss = module.validation.loss
@@ -190,41 +197,53 @@ class Checkpointing(BoundaryCallback):
         if failure is None:
             self._saved_step, self._num_failed = step, 0
             if is_rank_zero():
-                self._record(step)
+                try:
+                    self._record(step)
+                except OSError as error:
+                    # The next save does what is left to do.
+                    console().print(f"  [yellow]note[/]      {escape(disk_line(error))}. Step {step} is saved")
             return
         self._num_failed += 1
         if self.best_step == step:
             self.best_val_loss, self.best_step, self.best_set_losses = self._best_before
-        message = (
-            f"the checkpoint of step {step} could not be written: {failure.strerror or failure}"
-            f" ({self._folder.checkpoints})"
-        )
+        self._remedy = remedy_of(failure)
+        reason = f"{reason_of_disk(failure)} ({self._folder.checkpoints})"
+        message = f"the checkpoint of step {step} could not be written: {reason}"
         if self._num_failed >= MAX_FAILED_SAVES:
             raise ConfigError(
-                f"{message}, and {self._num_failed - 1} before it; free disk space and {self._resume_hint}"
+                f"{message}, and {self._num_failed - 1} before it; {self._remedy} and {self._resume_hint}"
             )
         self._folder.append_event(step, "save_failed", message=message)
         if is_rank_zero():
-            console().print(f"  [yellow]note[/]      {escape(message)}; the training goes on")
+            console().print(f"  [yellow]note[/]      {escape(message)}; {self._remedy}. The training goes on")
 
     def _record(self, step: int) -> None:
         """Point to the new checkpoint, record it, and delete those that are now superfluous."""
-        path = self.path(step)
-        self._append_event(path)
-        self._point("last", path)
-        if self.best_step == step:
-            self._point("best", path)
+        self._seals[step] = seal_of(self.path(step))
+        self._record_seals()
+        self._point_to_newest_and_best()
         if self._on_saved is not None:
-            self._on_saved(path)
+            self._on_saved(self.path(step))
         checkpoints = list_checkpoints(self._folder)
         kept = {self.best_step, *self._needed([step_of(checkpoint) for checkpoint in checkpoints], step)}
         for old in checkpoints[: -self._keep_last]:
             if step_of(old) not in kept:
                 delete_checkpoint(old)
 
-    def _append_event(self, path: Path) -> None:
-        relative = str(path.relative_to(self._folder.path))
-        self._folder.append_event(step_of(path), SAVED, path=relative, manifest=seal_of(path))
+    def _record_seals(self) -> None:
+        """Record the seals that events.jsonl lacks: the new one, and all of them if the file was removed."""
+        kept = map(json.loads, self._folder.kept_records.get("events.jsonl", ()))
+        recorded = {*read_seals(self._folder.path), *(event["step"] for event in kept if event["event"] == SAVED)}
+        for step, seal in self._seals.items():
+            if step not in recorded and (path := self.path(step)).is_dir():
+                relative = str(path.relative_to(self._folder.path))
+                self._folder.append_event(step, SAVED, path=relative, manifest=seal)
+
+    def _point_to_newest_and_best(self) -> None:
+        if checkpoint := newest(self._folder):
+            self._point("last", checkpoint)
+        if self.best_step is not None and self.path(self.best_step).is_dir():
+            self._point("best", self.path(self.best_step))
 
     def _point(self, name: str, checkpoint: Path) -> None:
         if problem := link_checkpoint(self._folder, name, checkpoint):

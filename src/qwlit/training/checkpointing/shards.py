@@ -5,7 +5,6 @@ Any number of ranks can read what any other number of ranks wrote: each rank rea
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from qwlit.core.disk import naming_path, sync
 from qwlit.core.sharding import own_slice_range
 
 DTYPE_NAMES = {
@@ -36,13 +36,13 @@ DTYPE_NAMES = {
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a file and sync it to the disk; return its bytes and sha256, computed while it is written."""
     sha256, size = hashlib.sha256(), 0
-    with path.open("wb") as handle:
+    with naming_path(path), path.open("wb") as handle:
         for piece in pieces:
             handle.write(piece)
             sha256.update(piece)
             size += len(piece)
         handle.flush()
-        os.fsync(handle.fileno())
+        sync(handle.fileno())
     return {"bytes": size, "sha256": sha256.hexdigest()}
 
 

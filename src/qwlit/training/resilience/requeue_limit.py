@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from qwlit.core.disk import disk_line
 from qwlit.core.errors import Preempted, QwlitError
 from qwlit.core.files import read_json, write_json_atomic
 from qwlit.core.ranks import is_rank_zero
 from qwlit.core.slurm import job_id
+from qwlit.core.streams import say
 from qwlit.training.tracking.run_folder import RunFolder
 
 
@@ -37,5 +39,9 @@ def count_requeue(folder: RunFolder, progress: int, most: int) -> None:
             f"{folder.path} was requeued {most} times at step {progress} without a new step; it is not requeued again."
             " Raise slurm.time, or slurm.signal_seconds if it was killed while saving"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(file, {"progress": progress, "times": times})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(file, {"progress": progress, "times": times})
+    except OSError as error:
+        # The job is still to be requeued.
+        say(f"qwlit: the requeue is not counted: {disk_line(error)}")

@@ -10,13 +10,16 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from rich.markup import escape
+
+from qwlit.core.console import console
+from qwlit.core.disk import reason_of_disk, remedy_of
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import (
-    append_json_line,
     is_locked,
     lock_holder,
     locked,
@@ -40,6 +43,7 @@ from qwlit.core.ranks import (
 from qwlit.core.slurm import job_id, was_requeued
 from qwlit.core.streams import say
 from qwlit.core.waiting import NOTICE_SECONDS
+from qwlit.training.tracking.record_file import RecordFile
 
 RUNNING, FINISHED = "running", "done"
 METRICS = "metrics.jsonl"
@@ -56,6 +60,12 @@ class RunFolder:
     """The paths and files of one run. Only rank 0 writes; on other ranks writing does nothing."""
 
     path: Path
+    _records: dict[str, RecordFile] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The files of `STREAMS`, from their first record on."""
+    _summary: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The entries of summary.json that this launch has written or could not write."""
+    _failing: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Names of the files of which the user knows that they cannot be written."""
 
     @property
     def config_file(self) -> Path:
@@ -69,6 +79,21 @@ class RunFolder:
     def lock_file(self) -> Path:
         """The lock file, beside the folder: the name stays locked when the folder is deleted or renamed."""
         return self.path.parent / ".locks" / self.path.name
+
+    @property
+    def lock_files(self) -> list[Path]:
+        """All lock files that a run holds: where its folder is a link, also that of the folder to which it links."""
+        linked = [RunFolder(self.path.resolve()).lock_file] if self.path.is_symlink() else []
+        return [self.lock_file, *linked]
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a process trains into this folder, under this name or another one.
+
+        Raises:
+            OSError: the lock cannot be read.
+        """
+        return any(is_locked(file) for file in self.lock_files)
 
     @property
     def status(self) -> str | None:
@@ -88,9 +113,18 @@ class RunFolder:
         return read_json(self.path / "summary.json")
 
     def write_summary(self, **entries: Any) -> None:
-        """Merge `entries` into summary.json."""
+        """Merge `entries` into summary.json, and those of before if they could not be written or were removed."""
         if is_rank_zero():
-            write_json_atomic(self.path / "summary.json", _jsonable(self.read_summary() | entries))
+            self._summary.update(entries)
+            write_json_atomic(self.path / "summary.json", _jsonable(self.read_summary() | self._summary))
+            self._failing.discard("summary.json")
+
+    def try_write_summary(self, **entries: Any) -> None:
+        """Merge `entries` into summary.json if it can be written; else the next call does it."""
+        try:
+            self.write_summary(**entries)
+        except OSError as error:
+            self._say_failing("summary.json", error)
 
     def write_text(self, name: str, text: str) -> None:
         if is_rank_zero():
@@ -120,8 +154,60 @@ class RunFolder:
         self.write_records("samples.jsonl", [*before, *answers])
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        if is_rank_zero():
-            append_json_line(self.path / name, _jsonable(record))
+        """Append a record; where that is impossible, keep it for the next call, and say so once."""
+        if not is_rank_zero():
+            return
+        try:
+            is_whole = self._record_file(name).append(_jsonable(record))
+        except OSError as error:
+            self._say_failing(name, error)
+            return
+        if name in self._failing:
+            self._failing.discard(name)
+            self._note(f"{self.path / name} is written again, and lacks nothing")
+        if not is_whole:
+            message = f"{self.path / name} was removed or cut off during the run: its records of before are gone"
+            self._note(message)
+            self.append_event(record["step"], "finding", message=message)
+
+    def _record_file(self, name: str) -> RecordFile:
+        return self._records.setdefault(name, RecordFile(self.path / name))
+
+    def _say_failing(self, name: str, error: OSError) -> None:
+        if name not in self._failing:
+            self._failing.add(name)
+            self._note(
+                f"{self.path / name} cannot be written: {reason_of_disk(error)}; {remedy_of(error)}. The training goes"
+                " on, and writes later what is missing"
+            )
+
+    def _note(self, message: str) -> None:
+        console().print(f"  [yellow]note[/]      {escape(message)}")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether this launch has written a status: the run in this folder is its own."""
+        return "status" in self._summary
+
+    @property
+    def kept_records(self) -> dict[str, list[str]]:
+        """File name → the lines that could not be written yet, for the checkpoint."""
+        return {name: list(file.kept) for name, file in self._records.items() if file.kept}
+
+    def keep_records(self, kept: Mapping[str, list[str]]) -> None:
+        """Take over the `kept_records` of the checkpoint at which the run resumes."""
+        for name in STREAMS:
+            if lines := kept.get(name):
+                self._record_file(name).keep(lines)
+
+    def write_kept_records(self) -> None:
+        """Write the records that could not be written before.
+
+        Raises:
+            OSError: they still cannot be written.
+        """
+        for file in self._records.values():
+            file.write_kept()
 
     def write_records(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         """Write a whole .jsonl file at once."""
@@ -135,12 +221,16 @@ class RunFolder:
                     continue
                 records = [r for r in read_json_lines(self.path / name) if isinstance(r.get("step"), int)]
                 self.write_records(name, [r for r in records if r["step"] <= step])
+                self._records.pop(name, None)
             # A run that resumes before the step to which it once went back will come there again.
             if rolled_back := read_json_lines(self.path / ROLLED_BACK):
                 self.write_records(ROLLED_BACK, [r for r in rolled_back if r.get("rolled_back_to", 0) <= step])
+                self._records.pop(ROLLED_BACK, None)
 
     def set_aside_records_after(self, step: int) -> None:
         """Move the records after `step` into rolled_back.jsonl, because the run goes back to that step."""
+        with contextlib.suppress(OSError):
+            self.write_kept_records()
         for name in STREAMS:
             for record in read_json_lines(self.path / name):
                 if isinstance(record.get("step"), int) and record["step"] > step:
@@ -199,7 +289,7 @@ class RunLock:
     """
 
     POLL_SECONDS = 0.2
-    TRIES, REQUEUED_TRIES = 5, 600
+    TRY_SECONDS, REQUEUED_TRY_SECONDS = 0.5, 60.0
 
     def __init__(self, folder: RunFolder, wait_seconds: float = 600.0) -> None:
         """`wait_seconds`: how long the other ranks wait for rank 0 to take the lock."""
@@ -222,25 +312,38 @@ class RunLock:
 
     def __exit__(self, *exception: object) -> None:
         if is_rank_zero() and not self._announced:
-            self._write(ENDED)
+            # The error that ends the run is the one to report.
+            with contextlib.suppress(OSError):
+                self._write(ENDED)
         self._held.close()
 
-    def _acquire(self, tries: int | None = None) -> None:
-        tries = (self.REQUEUED_TRIES if was_requeued() else self.TRIES) if tries is None else tries
+    def _acquire(self) -> None:
+        # Another rank may be testing the lock, or the job's earlier start may still be ending.
+        end = time.monotonic() + (self.REQUEUED_TRY_SECONDS if was_requeued() else self.TRY_SECONDS)
+        while holder := self._try_acquire():
+            if time.monotonic() > end:
+                has_rank = any(name in os.environ for name in RANK_VARIABLES)
+                own = "; ranks of one run each need their own RANK, or NODE_RANK and LOCAL_RANK" if has_rank else ""
+                raise ConfigError(
+                    f"{self._folder.path} is in use by {holder}; wait for it, or set another run.name{own}"
+                )
+            time.sleep(self.POLL_SECONDS / 2)
+
+    def _try_acquire(self) -> str | None:
+        """Take all locks of the folder; if another process holds one, take none and return its name."""
+        path = self._path
         try:
-            self._held.enter_context(locked(self._path, blocking=False))
-            self._write(BEGUN)
+            with contextlib.ExitStack() as held:
+                for path in self._folder.lock_files:
+                    held.enter_context(locked(path, blocking=False))
+                self._write(BEGUN)
+                self._held = held.pop_all()
         except BlockingIOError:
-            if tries:  # another rank may be testing the lock, or the job's earlier start may still be ending
-                time.sleep(self.POLL_SECONDS / 2)
-                return self._acquire(tries - 1)
-            has_rank = any(name in os.environ for name in RANK_VARIABLES)
-            own = "; ranks of one run each need their own RANK, or NODE_RANK and LOCAL_RANK" if has_rank else ""
-            raise ConfigError(
-                f"{self._folder.path} is in use by {lock_holder(self._path)}; wait for it, or set another run.name{own}"
-            ) from None
+            return lock_holder(path)
         except OSError as error:
-            raise ConfigError(f"run.root: {self._folder.path.parent} cannot be written: {error.strerror}") from None
+            raise ConfigError(
+                f"run.root: {path.parents[1]} cannot be written: {reason_of_disk(error)}; {remedy_of(error)}"
+            ) from None
         return None
 
     def announce_ready(self) -> None:
@@ -267,7 +370,9 @@ class RunLock:
                 return
             # An earlier launch may have had the same token, such as torchrun's with its default settings.
             is_ours = text.startswith(token)
-            if is_ours and (text.endswith(ENDED) or not in_use) and self._path.stat().st_mtime > PROCESS_START:
+            # The clock may have been set back since: a time to come says nothing.
+            is_new = is_ours and PROCESS_START < self._path.stat().st_mtime <= time.time()
+            if is_new and (text.endswith(ENDED) or not in_use):
                 raise ConfigError("rank 0 ended before the run started; its own message says why")
             seconds = 0 if is_ours and in_use else time.monotonic() - began
             run = f"{self._folder.path}{f', in use by {lock_holder(self._path)} of another launch' if in_use else ''}"
