@@ -37,6 +37,7 @@ SUBCOMMANDS = {
     "submit": "write and submit the Slurm job of a run, its seeds or a sweep; a requeued job resumes",
     "inspect": "show the data as the model sees it: tokens, what is in the loss, packing, quarantined rows",
     "verify": "train the same steps several times in fresh processes, and compare them bit by bit",
+    "diff": "the first step in which two runs differ, and what may explain it",
     "report": "compare runs: settings, losses, speed, stability; which settings mattered; a page with curves",
 }
 

@@ -113,3 +113,28 @@ def test_a_faked_version_of_a_package_is_named():
     first = {"packages": {"torch": "2.13.0", "numpy": "2"}, "seed": 1}
     second = {"packages": {"torch": "2.15.0", "numpy": "2"}, "seed": 1}
     assert differing_entries(first, second) == ["torch 2.13.0 against 2.15.0"]
+
+
+def test_diff_names_the_first_step_the_place_in_it_and_the_circumstances(place):
+    more = ["data.path=chat.jsonl", "trace.every_steps=1"]
+    train([*WORDS, *more, "run.name=same"], place)
+    done = qwlit(["diff", "a=a", "b=runs/same"], place)
+    assert done.returncode == 0 and "equal to the bit, over 12 steps" in done.stdout
+    train([*WORDS, *more, "run.name=warm", "scheduler.warmup_steps=5"], place)
+    train([*WORDS, *more, "run.name=warmer", "scheduler.warmup_steps=6"], place)
+    done = qwlit(["diff", "a=warm", "b=warmer"], place)
+    said = " ".join(done.stdout.split())
+    # The first step trains at other learning rates, so the second one has another loss.
+    assert done.returncode == 4 and "first difference step 2, loss_sum" in said and "equal up to step 1" in said
+    assert "the forward pass, or the weights before the step" in said
+    assert done.stderr.startswith("qwlit diff: runs/warm and runs/warmer differ from step 2 on")
+
+
+def test_diff_compares_logged_numbers_where_there_is_no_trace(place):
+    train([*WORDS, "data.path=chat.jsonl", "run.name=plain"], place)
+    train([*WORDS, "data.path=chat.jsonl", "run.name=other", "seed=3"], place)
+    done = qwlit(["diff", "a=plain", "b=other"], place)
+    assert done.returncode == 4 and "step 1, train/loss" in done.stdout and "seed 0 against 3" in done.stdout
+    for words in (["a=plain"], ["a=plain", "b=nothing"], ["a=plain", "b=other", "seed=1"]):
+        wrong = qwlit(["diff", *words], place)
+        assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1

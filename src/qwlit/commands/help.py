@@ -107,6 +107,16 @@ they differ.
             a path; settings typed beside it replace the run's own
 """
 
+DIFF = """\
+python -m qwlit diff a=RUN b=RUN
+
+Says in which step two runs differ first, and in what: samples, loss, gradient norm or weights. Runs with trace.jsonl
+(determinism=reproducible or strict, or trace.every_steps) are compared bit by bit, others by their logged numbers. Also
+names what their manifests do not share: versions, threads, attention, precision, seed, data. Exit code 4: they differ.
+
+  diff a=lora-1 b=lora-2                         names under run.root, or paths
+"""
+
 REPORT = """\
 python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
 
@@ -136,12 +146,13 @@ INTROS = {
     "submit": SUBMIT,
     "inspect": INSPECT,
     "verify": VERIFY,
+    "diff": DIFF,
     "report": REPORT,
 }
 SETTINGS = {
     "submit": ("slurm.", "hardware.", "run.", "seed"),
     "inspect": ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro"),
-    "verify": (),
+    "diff": (),
     "report": (),
 }
 """Subcommand → the settings in its help, by the beginning of their names; without an entry: all."""

@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from qwlit.commands.options import compose_run, own_options, typed_number
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, Interrupted, NotEqual, QwlitError
+from qwlit.core.errors import Interrupted, NotEqual, QwlitError
 
 if TYPE_CHECKING:
     from qwlit.training.tracking.run_folder import RunFolder
@@ -18,26 +18,16 @@ REPEATS, STEPS = 3, 20
 def main(arguments: list[str]) -> None:
     own, overrides = own_options(arguments, {"repeats": None, "steps": None, "run": None})
     steps = typed_number(own, "steps") or STEPS
-    earlier = _earlier_run(own["run"], overrides) if own["run"] else None
+    earlier = None
+    if own["run"]:
+        from qwlit.run.verify import find_run
+
+        root = next((word.partition("=")[2] for word in overrides if word.startswith("run.root=")), "runs")
+        earlier = find_run(own["run"], root, option="run")
     repeats = typed_number(own, "repeats", least=1 if earlier else 2) or (1 if earlier else REPEATS)
     if earlier:
         overrides = [f"config={earlier / 'config.yaml'}", f"run.name={earlier.name}", *overrides]
     _verify(overrides, steps, repeats, earlier)
-
-
-def _earlier_run(run: str, overrides: list[str]) -> Path:
-    """Return the folder of the run that is to be repeated: a path, or a name under run.root.
-
-    Raises:
-        ConfigError: it is no run.
-    """
-    from qwlit.core.files import resolve_path
-
-    root = next((word.partition("=")[2] for word in overrides if word.startswith("run.root=")), "runs")
-    for path in (resolve_path(run), resolve_path(root) / run):
-        if (path / "config.yaml").is_file():
-            return path
-    raise ConfigError(f"run={run}: neither {run} nor {Path(root) / run} is the folder of a run")
 
 
 def _verify(overrides: list[str], steps: int, repeats: int, earlier: Path | None) -> None:

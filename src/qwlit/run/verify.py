@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlit.core.errors import ConfigError
-from qwlit.core.files import read_json, read_json_lines
+from qwlit.core.files import read_json, read_json_lines, resolve_path
 from qwlit.training.tracking.run_folder import RunFolder
 
 QUANTITIES = ("samples", "loss_sum", "grad_norm", "parameters")
@@ -25,8 +25,8 @@ class Difference:
 
     step: int
     quantity: str
-    values: tuple[str | None, ...]
-    """One for each run; None where its trace has none."""
+    values: tuple[Any, ...]
+    """One for each run."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,33 @@ def _in_words(value: Any) -> str:
     return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
 
 
-def first_difference(traces: Sequence[Sequence[dict[str, Any]]]) -> tuple[int, Difference | None]:
-    """Return the number of steps that all traces have, and the first difference among these."""
+def find_run(name: str, root: str, *, option: str) -> Path:
+    """Return the folder of a run: a path, or a name under run.root.
+
+    Args:
+        option: the subcommand's, for the message.
+
+    Raises:
+        ConfigError: it is no run.
+    """
+    for path in (resolve_path(name), resolve_path(root) / name):
+        if (path / "config.yaml").is_file():
+            return path
+    raise ConfigError(f"{option}={name}: neither {name} nor {Path(root) / name} is the folder of a run")
+
+
+def first_difference(
+    traces: Sequence[Sequence[dict[str, Any]]], quantities: Sequence[str] | None = None
+) -> tuple[int, Difference | None]:
+    """Return the number of steps that all traces have, and the first difference among these.
+
+    Args:
+        quantities: keys of the records; None: those of trace.jsonl.
+    """
     by_step = [{record["step"]: record for record in trace} for trace in traces]
     common = sorted(set.intersection(*(set(records) for records in by_step)))
     for step in common:
-        for quantity in QUANTITIES:
+        for quantity in quantities or QUANTITIES:
             values = tuple(records[step].get(quantity) for records in by_step)
             # Only some records have a hash of the weights.
             if None not in values and len(set(values)) > 1:
