@@ -7,8 +7,10 @@ import pytest
 
 from qwlit.core.errors import ConfigError
 from qwlit.run.verify import certify, differing_entries, first_difference
+from tests.long import LONG
 from tests.runs.runs import DEMO, ENVIRONMENT, TINY, qwlit, qwlit_process, rows, train
 
+long = pytest.mark.skipif(not LONG, reason="QWLIT_LONG is not set")
 WORDS = [*TINY, "recipe=pretrain", "dropout=pretrain", "train.max_steps=12", "train.max_epochs=null"]
 
 
@@ -57,7 +59,7 @@ def test_a_run_is_repeated_with_its_schedule_and_compared_with_its_trace(place):
     [
         (["seed=1"], {}, "samples", "seed 0 against 1"),
         (["data.path=changed.jsonl"], {}, "loss_sum", "data "),
-        ([], {"OMP_NUM_THREADS": "2"}, None, "num_threads 1 against 2"),
+        pytest.param([], {"OMP_NUM_THREADS": "2"}, None, "num_threads 1 against 2", marks=long),
     ],
     ids=["seed", "one changed row", "threads"],
 )
