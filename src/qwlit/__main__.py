@@ -36,6 +36,8 @@ SUBCOMMANDS = {
     "sweep": "search for settings: W&B's agents, or Optuna on this machine",
     "submit": "write and submit the Slurm job of a run, its seeds or a sweep; a requeued job resumes",
     "inspect": "show the data as the model sees it: tokens, what is in the loss, packing, quarantined rows",
+    "verify": "train the same steps several times in fresh processes, and compare them bit by bit",
+    "diff": "the first step in which two runs differ, and what may explain it",
     "report": "compare runs: settings, losses, speed, stability; which settings mattered; a page with curves",
 }
 
@@ -62,7 +64,7 @@ First steps
 
 Exit codes
   0 done   2 a setting or the data is wrong   3 stopped by the guard   75 preempted: run it again to resume
-  130 interrupted, saved   1 an error in qwlit
+  4 it ran, and the answer is no   130 interrupted, saved   1 an error in qwlit
 """
 
 

@@ -66,14 +66,7 @@ KINDS = {
     "negative moment": [{"kind": "exp_avg_sq", "steps": steps(33), "value": -1}],
 }
 ONE_SKIP = {kind for kind in KINDS if "loss" in kind or "gradient" in kind or "norm" in kind or "exchange" in kind}
-SAMPLE = [
-    ("-Inf loss on one rank", "ddp"),
-    ("NaN on one rank after the exchange", "ddp"),
-    ("norm x 30", "alone"),
-    ("burst of 20", "fsdp"),
-    ("1e20 parameter", "alone"),
-    ("NaN moment", "ddp"),
-]
+SAMPLE = [("NaN on one rank after the exchange", "ddp"), ("norm x 30", "alone"), ("burst of 20", "fsdp")]
 EVERY = [(kind, strategy) for kind in KINDS for strategy in STRATEGIES]
 SEEDS = range(7) if LONG else [0]
 
@@ -88,10 +81,10 @@ def faulty(name: str, faults: list, folder: Path, *more: str) -> subprocess.Comp
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> dict[int, float]:
-    """The last val/loss of runs without a fault, by seed; the first two say how far it may be from that."""
+    """The last val/loss of runs without a fault, by seed."""
     folder = tmp_path_factory.mktemp("clean")
     found = {}
-    for seed in {0, 1, *SEEDS}:
+    for seed in SEEDS:
         done = faulty(str(seed), [], folder, f"seed={seed}")
         assert done.returncode == 0, done.stderr
         found[seed] = summary(folder / "runs" / str(seed))["val_loss_best"]
@@ -112,7 +105,7 @@ def test_a_fault_reaches_no_weight_and_the_run_ends_as_one_without_it(kind, stra
 
 
 DIVERGES = [*RUN, "optim.lr=1", "preflight.allow=[full_lr]", "checkpoint.every_steps=5", "train.max_steps=50"]
-KILLS = 10 if LONG else 2
+KILLS = 10 if LONG else 1
 
 
 def decisions(run: Path) -> list[dict]:

@@ -14,7 +14,7 @@ from qwlit.model.attention import register_attention
 from qwlit.model.loss_model import LossModel
 from qwlit.training.resilience.probe import ANSWER_TOKENS, STATISTICS, Probe, probe
 from tests.faults.test_checkpoints import chat, words  # noqa: F401 - a fixture
-from tests.runs.runs import losses, qwlit_process, rows, train, weights
+from tests.runs.runs import assert_same_run, losses, qwlit_process, rows, train, weights
 from tests.tiny import tiny_causal_lm
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [3, 1, 4, 1, 5, 9, 2, 6]]
@@ -174,12 +174,17 @@ class Interrupt(Callback):
             raise KeyboardInterrupt
 
 
-def test_a_resumed_run_has_each_answer_once(chat, tmp_path, monkeypatch):  # noqa: F811
+def test_a_resumed_run_has_each_number_and_each_answer_of_the_whole_run_once(chat, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    package.train(*words("whole", chat), *EVERY_3)
+    # The checkpoints lie between the records, so they must hold what was counted since the last record.
+    more = [*EVERY_3, "logging.every_steps=3", "train.max_grad_norm=2"]
+    package.train(*words("whole", chat), *more)
     with pytest.raises((KeyboardInterrupt, Interrupted)):
-        package.train(*words("a", chat), *EVERY_3, callbacks=[Interrupt()])
-    resumed = package.train(*words("a", chat), *EVERY_3)
+        package.train(*words("a", chat), *more, callbacks=[Interrupt()])
+    resumed = package.train(*words("a", chat), *more)
     assert resumed.summary["resumed_from"] == 4
     whole = package.Run(tmp_path / "runs/whole")
     assert whole.samples() == resumed.samples() and len(whole.samples()) == 6
+    assert_same_run(whole.path, resumed.path)
+    shares = {row["step"]: row["optim/clipped_share"] for row in rows(resumed.path) if "optim/clipped_share" in row}
+    assert shares[6] == pytest.approx(1 / 3)

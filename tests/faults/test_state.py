@@ -6,12 +6,13 @@ import subprocess
 import pytest
 import torch
 
-from qwlit.training.resilience.state_health import LARGEST_WEIGHT, PROBLEMS, checksums, find_problems
+from qwlit.training.resilience.state_health import LARGEST_WEIGHT, checksums, extremes, find_problem
 from tests.faults.test_checkpoints import chat, words  # noqa: F401 - a fixture
 from tests.long import LONG
 from tests.runs.runs import ENVIRONMENT, TINY, assert_same_run, interpreter, qwlit_process, rows, summary, train
 
 CPU = torch.device("cpu")
+PROBLEMS = ("has a negative value", "has a value that no update makes", "is not finite")
 DDP, FSDP = (["hardware.devices=2", f"hardware.strategy={strategy}"] for strategy in ("ddp", "fsdp"))
 LAYOUTS = {"one process": [], "ddp": DDP, "fsdp": FSDP}
 DAMAGE = [("parameter", value) for value in ("nan", "inf", "1e20")]
@@ -61,7 +62,7 @@ def test_after_damage_the_run_repeats_the_steps_and_ends_as_without(layout, kind
     (decision,) = decisions(run)
     assert decision["to_step"] == 4 and decision["cause"] == "state"
     name = "down_proj.weight" if kind == "parameter" else f"{kind} of "
-    assert name in decision["reason"] and any(problem and problem in decision["reason"] for problem in PROBLEMS)
+    assert name in decision["reason"] and any(problem in decision["reason"] for problem in PROBLEMS)
     assert summary(run)["rollbacks"] == 1
     assert_same_run(clean(layout), run)
 
@@ -102,11 +103,11 @@ def test_each_problem_of_a_tensor_is_found():
         "b": torch.tensor([1.0, torch.nan]),
         "c": torch.tensor([-torch.inf, 1.0], dtype=torch.bfloat16),
         "a slice without rows": torch.zeros(0, 4),
-        "d": torch.ones(2),
+        "d": -torch.ones(2),
     }
-    found = [PROBLEMS[number] for number in find_problems(state, CPU).tolist()]
-    too_large, negative, nonfinite = PROBLEMS[1:]
-    assert found == ["", negative, too_large, nonfinite, nonfinite, "", ""]
+    ends = zip(state, *extremes(state, CPU).tolist(), strict=True)
+    found = [find_problem(*tensor, largest_weight=LARGEST_WEIGHT) for tensor in ends]
+    assert found == [None, PROBLEMS[0], PROBLEMS[1], PROBLEMS[2], PROBLEMS[2], None, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])

@@ -286,8 +286,9 @@ def test_an_unfinished_run_without_its_records_is_not_continued_blindly(missing,
 
 
 def test_a_damaged_checkpoint_is_named(unfinished, chat, tmp_path):
-    newest = sorted((unfinished / "checkpoints").glob("step-*"))[-1]
-    (newest / "training_state.pt").write_bytes(b"nothing")
+    # The newest one, and one that the guard keeps to go back to.
+    for checkpoint in (newest := sorted((unfinished / "checkpoints").glob("step-*"))[-1]).parent.glob("step-*"):
+        (checkpoint / "training_state.pt").write_bytes(b"nothing")
     again = qwlit(["train", *TINY, *words(chat, "a")], tmp_path)
     assert again.returncode == 2 and f"{newest.name} is damaged" in again.stderr, again.stderr
 

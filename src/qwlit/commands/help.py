@@ -89,6 +89,34 @@ Trains a model. The same command resumes an unfinished run of the same name.
 """
 
 
+VERIFY = """\
+python -m qwlit verify [repeats=3] [steps=20] [group=choice ...] [key=value ...]
+python -m qwlit verify run=RUN [steps=20] [key=value ...]
+
+Trains the first steps several times, each time in a fresh process, and compares samples, loss, gradient norm and
+weights of every step bit by bit. Writes certificate.json and certificate.txt into run.root/NAME-verify. Exit code 4:
+they differ.
+
+  verify experiment=demo                                       three times 20 steps
+  verify determinism=reproducible recipe=lora model.path=FOLDER data.path=chat.jsonl repeats=5
+  verify run=demo                                              repeats a run's first steps, and compares with its trace
+
+  repeats=  how many processes train; with run= 1, because the run itself is the first
+  steps=    how many steps each of them trains, with the schedule of the whole run
+  run=      a run with trace.jsonl (determinism=reproducible or strict, or trace.every_steps): a name under run.root, or
+            a path; settings typed beside it replace the run's own
+"""
+
+DIFF = """\
+python -m qwlit diff a=RUN b=RUN
+
+Says in which step two runs differ first, and in what: samples, loss, gradient norm or weights. Runs with trace.jsonl
+(determinism=reproducible or strict, or trace.every_steps) are compared bit by bit, others by their logged numbers. Also
+names what their manifests do not share: versions, threads, attention, precision, seed, data. Exit code 4: they differ.
+
+  diff a=lora-1 b=lora-2                         names under run.root, or paths
+"""
+
 REPORT = """\
 python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
 
@@ -111,10 +139,20 @@ from four runs on, which settings mattered. Reads run folders and trains nothing
 Warns about runs that cannot be compared: other validation data, device, precision or code.
 """
 
-INTROS = {"train": TRAIN, "plan": PLAN, "sweep": SWEEP, "submit": SUBMIT, "inspect": INSPECT, "report": REPORT}
+INTROS = {
+    "train": TRAIN,
+    "plan": PLAN,
+    "sweep": SWEEP,
+    "submit": SUBMIT,
+    "inspect": INSPECT,
+    "verify": VERIFY,
+    "diff": DIFF,
+    "report": REPORT,
+}
 SETTINGS = {
     "submit": ("slurm.", "hardware.", "run.", "seed"),
     "inspect": ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro"),
+    "diff": (),
     "report": (),
 }
 """Subcommand → the settings in its help, by the beginning of their names; without an entry: all."""

@@ -20,6 +20,7 @@ from qwlit.training.config import (
     LoggerConfig,
     LoggingConfig,
     ProfileConfig,
+    TraceConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -52,6 +53,7 @@ class RunConfig:
     logger: LoggerConfig
     preflight: PreflightConfig
     profile: ProfileConfig
+    trace: TraceConfig
     slurm: SlurmConfig
 
 

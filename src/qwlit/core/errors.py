@@ -42,6 +42,12 @@ class GuardStop(QwlitError, RuntimeError):
         self.step = step
 
 
+class NotEqual(QwlitError):
+    """What was to be proved is not so: the subcommand ran, and its answer is no."""
+
+    exit_code = 4
+
+
 class Preempted(QwlitError):
     """The scheduler needs the machine; the run is saved and resumes when it is started again.
 

@@ -32,7 +32,7 @@ def facts_of(
         compile_obstacle=setup.compile_obstacle,
         num_parameters=setup.num_parameters,
         memory=memory,
-        saves=plan_saves(setup.groups, setup.config.optim, setup.machine, memory),
+        saves=plan_saves(setup.groups, setup.config.optim, setup.machine, memory, setup.config.hardware.host_memory_gb),
         schedule=schedule,
         highest_lr=max((group.lr for group in setup.groups), default=0.0),
         data=None if data is None else _data_facts(data),

@@ -82,7 +82,8 @@ class RunPlan:
 
     @property
     def saves(self) -> SavePlan:
-        return plan_saves(self.setup.groups, self.config.optim, self.machine, self.memory)
+        host_memory_gb = self.config.hardware.host_memory_gb
+        return plan_saves(self.setup.groups, self.config.optim, self.machine, self.memory, host_memory_gb)
 
     @property
     def accumulate_grad_batches(self) -> int:

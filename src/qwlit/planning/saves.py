@@ -30,13 +30,31 @@ class SavePlan:
         return self.num_bytes / self.writers / WRITE_SPEED
 
 
-def plan_saves(groups: list[ParameterGroup], config: OptimConfig, machine: Machine, memory: MemoryEstimate) -> SavePlan:
+HOST_SHARE = 0.5
+"""Of a node's host memory, for the copies of its ranks; the rest is for processes, loaders and the page cache.
+Assumption."""
+
+
+def plan_saves(
+    groups: list[ParameterGroup],
+    config: OptimConfig,
+    machine: Machine,
+    memory: MemoryEstimate,
+    host_memory_gb: int | None = None,
+) -> SavePlan:
     """Return the size of a checkpoint, and whether this machine has the memory for a copy of it.
 
-    On CPU the copy takes the memory of the training. On CUDA it takes the host's, which is not looked at.
+    On CPU the copy takes the memory of the training. On CUDA it takes the host's.
+
+    Args:
+        host_memory_gb: of each node; None: it is not looked at.
     """
     num_weights = sum(group.size for group in groups)
     num_bytes = 4.0 * num_weights + state_bytes(groups, config, lambda parameter: parameter.numel())
     writers = machine.world_size if machine.strategy == "fsdp" else 1
-    takes_device_memory = machine.accelerator == "cpu" and memory.device > 0
-    return SavePlan(num_bytes, writers, not takes_device_memory or memory.total + num_bytes <= memory.device)
+    if machine.accelerator == "cpu":
+        is_copied = memory.device <= 0 or memory.total + num_bytes <= memory.device
+    else:
+        copies = num_bytes / writers * min(writers, machine.devices)
+        is_copied = host_memory_gb is None or copies <= HOST_SHARE * host_memory_gb * 1e9
+    return SavePlan(num_bytes, writers, is_copied)

@@ -52,7 +52,11 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
     return [PANELS[0], *sets, *PANELS[1:]]
 
 
-MARKS = {"skip": ("skipped step", ALARM), "resumed": ("resumed", PALETTE[2])}
+MARKS = {
+    "skip": ("skipped step", ALARM),
+    "rollback": ("went back to here", PALETTE[3]),
+    "resumed": ("resumed", PALETTE[2]),
+}
 
 
 def draw_curves(panel: Panel, runs: Sequence[RunRecord], colours: Mapping[str, str]) -> str | None:

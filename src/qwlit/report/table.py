@@ -19,6 +19,7 @@ LONGEST = 1e10
 UNKNOWN, BEST = "–", "★"
 EVENTS = {
     "skip": "{n} skipped",
+    "rollback": "{n} rollback{s}",
     "damaged": "{n} damaged checkpoint{s}",
     "preempted": "preempted {n}x",
     "interrupted": "interrupted {n}x",
@@ -130,7 +131,7 @@ def stability(run: RunRecord) -> str:
         if count > 0:
             parts.append(text.format(n=count, s="s" * (count > 1)))
     if run.status == "stopped":
-        step = run.last_step("skip") or run.results.steps
+        step = run.last_step("stopped") or run.last_step("skip") or run.results.steps
         parts.append(f"stopped by the guard at step {step}")
     if run.trial and run.trial.reason:
         parts.append(run.trial.reason)

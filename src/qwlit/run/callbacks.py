@@ -1,5 +1,6 @@
 """The trainer with its callbacks, in the order in which the callbacks must act."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from qwlit.training.resilience.preemption import StopOnSignal
 from qwlit.training.resilience.rank_consistency import RankConsistency
 from qwlit.training.resilience.rollback import JOURNAL, journal_entry
 from qwlit.training.resilience.state_health import StateHealth
+from qwlit.training.step_boundary import STOP_AFTER, StopAfter
 from qwlit.training.step_gauges import StepGauges
 from qwlit.training.telemetry import Listener, Telemetry, peak_memory_gib
 from qwlit.training.tracking.determinism_trace import DeterminismTrace
@@ -110,8 +112,10 @@ def build_trainer_with_callbacks(
     if patience is not None and milestones.next_validation(0) is not None:
         callbacks.append(EarlyStoppingOnValLoss(patience))
     callbacks += [guard, *watching, ScheduleValidation(milestones), checkpointing, display]
-    if config.determinism != "fast":
-        callbacks.append(DeterminismTrace(milestones, folder))
+    if config.determinism != "fast" or config.trace.every_steps:
+        callbacks.append(DeterminismTrace(config.trace, milestones.total_steps, folder))
+    if steps := os.environ.get(STOP_AFTER):
+        callbacks.append(StopAfter(milestones, int(steps)))
     if config.profile.steps is not None:
         callbacks.append(ProfileSteps(config.profile.steps, folder.path / "profile"))
     callbacks += run.extensions.callbacks

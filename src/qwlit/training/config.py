@@ -157,6 +157,17 @@ class LoggerConfig:
 
 
 @config_dataclass
+class TraceConfig:
+    """trace.jsonl: samples, loss and gradient norm to the bit, to compare runs step by step."""
+
+    every_steps: PositiveInt | None = None
+    """One record after every this many steps; null: after each step with determinism=reproducible and strict, else
+    none."""
+    weights_every_steps: PositiveInt = 100
+    """A record after every this many steps also has a hash of the weights, and that after the last step has one."""
+
+
+@config_dataclass
 class ProfileConfig:
     """Torch profiler."""
 

@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from qwlit.core.errors import Interrupted
 from qwlit.training.milestones import Milestones
 from qwlit.training.module import CausalLMModule
 
@@ -28,3 +29,19 @@ class BoundaryCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.on_step_boundary(trainer, pl_module, trainer.global_step)
+
+
+STOP_AFTER = "QWLIT_STOP_AFTER_STEPS"
+"""Environment variable that `verify` sets: its runs have the schedule of the whole run and stop after these steps."""
+
+
+class StopAfter(BoundaryCallback):
+    """Ends the run after some steps, without saving."""
+
+    def __init__(self, milestones: Milestones, steps: int) -> None:
+        super().__init__(milestones)
+        self._steps = steps
+
+    def on_step_boundary(self, trainer: Trainer, module: CausalLMModule, step: int) -> None:
+        if step >= self._steps:
+            raise Interrupted(f"stopped after step {step}, as verify asked")

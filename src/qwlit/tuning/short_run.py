@@ -1,7 +1,7 @@
 """A short training in a process of its own, with a progress bar: for the range test and the pilot."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,18 @@ def run_shortly(
     title: str,
     screen: Console,
     has_seen_enough: Callable[[Records], bool] = lambda records: False,
+    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Train until the end; return the exit code.
 
     Args:
         log: gets what the training prints.
+        environment: variables beside those of this process.
         has_seen_enough: of the records so far; where it is true, the training is ended with SIGTERM.
     """
     tail = JsonlTail(run.path / "metrics.jsonl")
     log.unlink(missing_ok=True)
-    process = start_training(overrides, log, {})
+    process = start_training(overrides, log, dict(environment or {}))
     with showing_progress(title, screen) as show, answering_signals():
         try:
             while process.poll() is None:

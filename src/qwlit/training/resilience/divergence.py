@@ -16,6 +16,8 @@ from qwlit.training.resilience.spikes import WINDOW
 
 SKIP_WINDOW, MAX_SKIPS = 50, 3
 """So many skipped steps within so many steps are trouble."""
+FIRST_STEPS = 3
+"""The loss at the start is the median of so many steps."""
 SMOOTH_STEPS = 9
 """The smoothed loss is the median of this many steps."""
 RISE_FLOOR, RISE_SHARE, RISE_SCALES, RISE_CEILING = 0.3, 0.1, 4.0, 1.5
@@ -23,9 +25,9 @@ RISE_FLOOR, RISE_SHARE, RISE_SCALES, RISE_CEILING = 0.3, 0.1, 4.0, 1.5
 more than the last number of nats, or its share, it may not, whatever the noise."""
 RISE_STEPS = 12
 """The smoothed loss is above that margin for so many steps in a row."""
-END_SHARE, END_SCALES = 0.01, 2.0
+END_SHARE, END_SCALES = 0.01, 3.0
 """The last smoothed loss may be above the first by the larger of: share of the first, scales of the steps' noise. The
-difference of two medians of 9 steps has a deviation of about 0.6 of that noise."""
+difference of medians of 9 and 3 steps has a deviation of about 0.8 of that noise."""
 GROWTH_Z, GROWTH_RATIO, GROWTH_STEPS = 4.0, 4.0, 10
 """The gradient norm is so many scales, and so many times, above its median, for so many steps in a row."""
 
@@ -55,7 +57,7 @@ class DivergenceRules:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     log_norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     first: float | None = None
-    """The first smoothed loss."""
+    """The loss at the start: the median of the first steps."""
     best: float = math.inf
     """The lowest smoothed loss."""
     risen_steps: int = 0
@@ -99,10 +101,12 @@ class DivergenceRules:
         if not math.isfinite(numbers.loss):
             return None
         self.losses.append(numbers.loss)
+        if self.first is None and len(self.losses) == FIRST_STEPS:
+            # A learning rate that is far too high has done its damage before a smoothed loss exists.
+            self.first = self.best = median(self.losses)
         if len(self.losses) < SMOOTH_STEPS:
             return None
         smooth = self.smooth_loss
-        self.first = smooth if self.first is None else self.first
         share = RISE_SHARE * abs(self.best)
         margin = min(max(RISE_FLOOR, share, RISE_SCALES * self._noise()), max(RISE_CEILING, share))
         self.risen_steps = self.risen_steps + 1 if smooth > self.best + margin else 0

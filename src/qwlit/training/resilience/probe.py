@@ -92,20 +92,20 @@ class Probe(Callback):
         if step % self._every_steps == 0:
             numbers = probe(pl_module, self._prompts, trainer.precision_plugin.forward_context())
             self._reader.push(step, _agree(numbers) if trainer.world_size > 1 else numbers)
-        if step == self._total_steps:
-            self._judge()
+        self._judge(wait=step == self._total_steps)
 
     def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
         self._judge()  # early stopping ends the run before its last step
 
-    def _judge(self) -> None:
-        for step, (is_wrong, *numbers) in self._reader.pop(wait=True):
+    def _judge(self, *, wait: bool = True) -> None:
+        for step, (is_wrong, *numbers) in self._reader.pop(wait=wait):
             statistics, rest = numbers[: len(STATISTICS)], numbers[len(STATISTICS) :]
             entropies, tokens = rest[: len(self._prompts)], [int(token) for token in rest[len(self._prompts) :]]
             answers = [self._until_end(tokens[row :: len(self._prompts)]) for row in range(len(self._prompts))]
-            self._telemetry.record(step, {**dict(zip(STATISTICS, statistics, strict=True))})
             for prompt, answer, entropy in zip(self._prompts, answers, entropies, strict=True):
                 self._folder.append_sample(step, self._decode(prompt), self._decode(answer), entropy)
+            # Last, because a listener may raise an alarm.
+            self._telemetry.record(step, {**dict(zip(STATISTICS, statistics, strict=True))})
             if is_wrong:
                 self._guard.alarm(
                     step, "the distribution of the next token is not finite or does not sum to 1", "divergence"
@@ -150,8 +150,8 @@ def probe(module: CausalLMModule, prompts: list[list[int]], precision: AbstractC
 
 def _answer(model: LossModel, prompts: list[list[int]], device: torch.device) -> Tensor:
     rows = [torch.tensor([*prompt, *[0] * ANSWER_TOKENS]) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True).to(device)  # (P, T)
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts]).to(device)
+    ids = pad_sequence(rows, batch_first=True).to(device, non_blocking=True)  # (P, T)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts]).to(device, non_blocking=True)
     row_numbers = torch.arange(len(prompts), device=device)
     is_wrong = torch.zeros((), dtype=torch.bool, device=device)
     entropies = torch.zeros(len(prompts), device=device)

@@ -5,6 +5,7 @@ because damaged weights are one reason for a skip, and each save, because a chec
 only. After damage the same step with the same data is fine: the guard keeps both data and learning rate.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,6 @@ LARGEST_WEIGHT = 1e12
 the limit grows with the learning rate."""
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "state2")
 """torch's names and bitsandbytes'. They are averages of squares, so they are never negative."""
-PROBLEMS = ("", "has a value that no update makes", "has a negative value", "is not finite")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their bytes."""
 
@@ -37,6 +37,7 @@ class StateTest:
     """A test that runs on the device."""
 
     step: int
+    largest_weight: float
     tensors: tuple[str, ...]
     weights: tuple[str, ...]
     """Names of the weights that the replicas compare; empty without replicas."""
@@ -87,46 +88,55 @@ class StateHealth(Callback):
         has_replicas = self._trainer.world_size > 1 and not self._module.is_sharded
         # Also the frozen weights: nothing would ever repair them.
         weights = dict(self._module.named_parameters()) if has_replicas else {}
-        limit = LARGEST_WEIGHT * max(1.0, self._module.outcome.lr)
-        results = find_problems(state, self._module.device, limit)
-        own = checksums(weights, self._module.device)
+        ends, own = extremes(state, self._module.device), checksums(weights, self._module.device)
+        differs = torch.zeros(0, device=self._module.device)
         if self._trainer.world_size > 1:
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        if weights:
             # All ranks agree on a checksum if the largest is also the smallest, which is minus the largest of -x.
-            results = torch.cat([results, own, -own])
-            dist.all_reduce(results, op=dist.ReduceOp.MAX)
-        self._reader.push(StateTest(step, tuple(state), tuple(weights), own), results)
+            sums = torch.stack([own, -own])
+            dist.all_reduce(sums, op=dist.ReduceOp.MAX)
+            differs = sums[0] != -sums[1]
+        largest_weight = LARGEST_WEIGHT * max(1.0, self._module.outcome.lr)
+        test = StateTest(step, largest_weight, tuple(state), tuple(weights), own)
+        self._reader.push(test, torch.cat([ends.flatten(), differs.float()]))
 
     def _judge(self, *, wait: bool) -> None:
         for test, results in self._reader.pop(wait=wait):
-            problems, sums = results[: len(test.tensors)], results[len(test.tensors) :]
-            largest, negated = sums[: len(test.weights)], sums[len(test.weights) :]
-            if any(high != -low for high, low in zip(largest, negated, strict=True)):
+            count = len(test.tensors)
+            negated, largest, differs = results[:count], results[count : 2 * count], results[2 * count :]
+            if any(differs):
                 self._guard.alarm(test.step, _describe_drift(test), "state")
-            for name, problem in zip(test.tensors, problems, strict=True):
-                if problem:
-                    self._guard.alarm(test.step, f"{name} {PROBLEMS[int(problem)]}", "state")
+            for name, *ends in zip(test.tensors, negated, largest, strict=True):
+                if problem := find_problem(name, *ends, largest_weight=test.largest_weight):
+                    self._guard.alarm(test.step, f"{name} {problem}", "state")
 
 
-def find_problems(state: dict[str, Tensor], device: torch.device, largest_weight: float = LARGEST_WEIGHT) -> Tensor:
-    """Return for each tensor the number of its problem in PROBLEMS, (tensors,) int64, without waiting for the device.
+def extremes(state: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Return (2, tensors) float32: minus the smallest value of each tensor, and the largest; infinity for NaN.
 
-    Args:
-        state: parameters and moments, as `CausalLMModule.trained_state` names them. Empty shard slices have no problem.
+    An empty shard slice counts as 0. The host does not wait for the device.
     """
     filled = [tensor if tensor.numel() else torch.zeros(1, device=device) for tensor in state.values()]
-    # torch's largest absolute value keeps NaN.
-    largest = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(filled, torch.inf)])
-    zero = torch.zeros((), device=device)
-    lowest = torch.stack(
-        [
-            tensor.amin().to(device, torch.float32) if name.partition(" of ")[0] in SECOND_MOMENTS else zero
-            for name, tensor in zip(state, filled, strict=True)
-        ]
-    )
-    limits = [largest_weight if _is_weight(name) else torch.inf for name in state]
-    problems = torch.where(largest > torch.tensor(limits, device=device), 1, 0)
-    problems = torch.where(lowest < 0, 2, problems)
-    return torch.where(torch.isfinite(largest), problems, 3)
+    # It keeps NaN. On CPU it takes a twentieth of the time of torch's fused norm (16 million numbers: 3 against 72 ms).
+    ends = [torch.stack(torch.aminmax(tensor)).to(device, torch.float32) for tensor in filled]
+    signs = torch.linspace(-1, 1, 2, device=device)
+    return torch.nan_to_num(torch.stack(ends, dim=1) * signs[:, None], torch.inf, torch.inf, -torch.inf)
+
+
+def find_problem(name: str, negated_smallest: float, largest: float, *, largest_weight: float) -> str | None:
+    """Return what is wrong with the tensor of this name; None where nothing is.
+
+    Args:
+        name: as `CausalLMModule.trained_state` names it.
+        negated_smallest: minus its smallest value. `largest`: its largest one.
+    """
+    size = max(negated_smallest, largest)
+    if not math.isfinite(size):
+        return "is not finite"
+    if negated_smallest > 0 and name.partition(" of ")[0] in SECOND_MOMENTS:
+        return "has a negative value"
+    return "has a value that no update makes" if _is_weight(name) and size > largest_weight else None
 
 
 def _is_weight(name: str) -> bool:

@@ -1,7 +1,4 @@
-"""trace.jsonl: samples, loss and gradient norm of each step, to the bit, to compare two runs step by step.
-
-Written under determinism=reproducible and strict. It makes the host wait for the device at every step.
-"""
+"""trace.jsonl: samples, loss and gradient norm of each step, to the bit, to compare two runs step by step."""
 
 import hashlib
 import struct
@@ -14,11 +11,10 @@ from torch import Tensor
 
 from qwlit.core.batch import StepBatch
 from qwlit.core.sharding import full_tensor
-from qwlit.training.milestones import Milestones
+from qwlit.training.async_readback import AsyncReadback
+from qwlit.training.config import TraceConfig
 from qwlit.training.module import CausalLMModule
 from qwlit.training.tracking.run_folder import RunFolder
-
-PARAMETERS_EVERY = 100
 
 
 def float_bits(value: float) -> str:
@@ -36,25 +32,43 @@ def parameters_hash(tensors: dict[str, Tensor]) -> str:
 
 
 class DeterminismTrace(Callback):
-    """Writes a record per step: a hash of the sample ids, the bits of loss sum and gradient norm.
+    """Writes a record per traced step: a hash of the sample ids, the bits of loss sum and gradient norm.
 
-    Every `PARAMETERS_EVERY` steps and at the last step it adds a hash of the weights.
+    Some records have a hash of the weights, for which the host waits; the other numbers come a step later.
     """
 
-    def __init__(self, milestones: Milestones, folder: RunFolder) -> None:
-        self._milestones = milestones
+    def __init__(self, config: TraceConfig, total_steps: int, folder: RunFolder) -> None:
+        self._every_steps = config.every_steps or 1
+        self._weights_every_steps = config.weights_every_steps
+        self._total_steps = total_steps
         self._folder = folder
+        self._reader: AsyncReadback[tuple[int, dict[str, str]]] = AsyncReadback()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._write(wait=True)
+        return {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: CausalLMModule, outputs: Any, batch: StepBatch, batch_idx: int
     ) -> None:
         step = batch.step + 1
-        ids = struct.pack(f"<{len(batch.sample_ids)}q", *batch.sample_ids)
-        record = {
-            "samples": hashlib.sha256(ids).hexdigest()[:16],
-            "loss_sum": float_bits(float(pl_module.outcome.loss_sum)),
-            "grad_norm": float_bits(float(pl_module.outcome.grad_norm)),
-        }
-        if step % PARAMETERS_EVERY == 0 or step == self._milestones.total_steps:
-            record["parameters"] = parameters_hash(pl_module.trained_parameters())
-        self._folder.append_trace(step, record)
+        is_last = step == self._total_steps
+        has_weights = step % self._weights_every_steps == 0 or is_last
+        if has_weights or step % self._every_steps == 0:
+            ids = struct.pack(f"<{len(batch.sample_ids)}q", *batch.sample_ids)
+            record = {"samples": hashlib.sha256(ids).hexdigest()[:16]}
+            if has_weights:
+                record["parameters"] = parameters_hash(pl_module.trained_parameters())
+            self._reader.push((step, record), torch.stack([pl_module.outcome.loss_sum, pl_module.outcome.grad_norm]))
+        self._write(wait=is_last)
+
+    def on_train_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        self._write(wait=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: CausalLMModule, exception: BaseException) -> None:
+        self._write(wait=True)
+
+    def _write(self, *, wait: bool) -> None:
+        for (step, record), (loss_sum, grad_norm) in self._reader.pop(wait=wait):
+            numbers = {"loss_sum": float_bits(loss_sum), "grad_norm": float_bits(grad_norm)}
+            self._folder.append_trace(step, record | numbers)

@@ -1,0 +1,86 @@
+"""`verify`: train the same steps several times in fresh processes, and certify that they are equal to the bit."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from qwlit.commands.options import compose_run, own_options, typed_number
+from qwlit.core.console import console
+from qwlit.core.errors import Interrupted, NotEqual, QwlitError
+
+if TYPE_CHECKING:
+    from qwlit.training.tracking.run_folder import RunFolder
+
+REPEATS, STEPS = 3, 20
+
+
+def main(arguments: list[str]) -> None:
+    own, overrides = own_options(arguments, {"repeats": None, "steps": None, "run": None})
+    steps = typed_number(own, "steps") or STEPS
+    earlier = None
+    if own["run"]:
+        from qwlit.run.verify import find_run
+
+        root = next((word.partition("=")[2] for word in overrides if word.startswith("run.root=")), "runs")
+        earlier = find_run(own["run"], root, option="run")
+    repeats = typed_number(own, "repeats", least=1 if earlier else 2) or (1 if earlier else REPEATS)
+    if earlier:
+        overrides = [f"config={earlier / 'config.yaml'}", f"run.name={earlier.name}", *overrides]
+    _verify(overrides, steps, repeats, earlier)
+
+
+def _verify(overrides: list[str], steps: int, repeats: int, earlier: Path | None) -> None:
+    from qwlit.core.files import read_json, resolve_path, write_json_atomic, write_text_atomic
+    from qwlit.run.verify import certify, differing_entries, prepare_folder
+    from qwlit.training.tracking.run_folder import RunFolder
+
+    config = compose_run(overrides).config
+    folder = RunFolder(resolve_path(config.run.root) / f"{config.run.name}-verify")
+    prepare_folder(folder)
+    for number in range(1, repeats + 1):
+        _train(overrides, steps, folder, number)
+    repeated = [folder.path / f"repeat-{number}" for number in range(1, repeats + 1)]
+    certificate = certify([*([earlier] if earlier else []), *repeated])
+    write_json_atomic(folder.path / "certificate.json", certificate.as_json())
+    write_text_atomic(folder.path / "certificate.txt", certificate.text())
+    screen = console()
+    screen.print(escape(certificate.text()), highlight=False)
+    screen.print(f"  {escape(str(folder.path / 'certificate.json'))}")
+    first = read_json((earlier or repeated[0]) / "manifest.json")
+    changed = differing_entries(first, read_json(repeated[-1] / "manifest.json"))
+    for entry in changed:
+        screen.print(f"  [yellow]not as in {escape(str(earlier))}[/]: {escape(entry)}")
+    if difference := certificate.difference:
+        remedy = "; set determinism=reproducible" if config.determinism == "fast" and not changed else ""
+        raise NotEqual(f"not equal: step {difference.step} differs in {difference.quantity}{remedy}")
+
+
+def _train(overrides: list[str], steps: int, folder: "RunFolder", number: int) -> None:
+    """Train the first steps in a process of its own.
+
+    Raises:
+        QwlitError: the training ended before these steps.
+    """
+    from qwlit.training.step_boundary import STOP_AFTER
+    from qwlit.training.tracking.run_folder import RunFolder
+    from qwlit.tuning.short_run import run_shortly
+    from qwlit.tuning.trial import last_message
+
+    run, log = RunFolder(folder.path / f"repeat-{number}"), folder.path / f"repeat-{number}.log"
+    own = [
+        "trace.every_steps=1",
+        f"trace.weights_every_steps={steps}",
+        "logging.every_steps=1",
+        "logger.use=[]",
+        "data.exact_match=0",
+        f"run.root={folder.path}",
+        f"run.name={run.path.name}",
+    ]
+    code = run_shortly(
+        [*overrides, *own], run, log, steps, f"repeat {number}", console(), environment={STOP_AFTER: str(steps)}
+    )
+    if code not in (0, Interrupted.exit_code):
+        error = QwlitError(f"repeat {number} did not train {steps} steps: {last_message(log)}")
+        error.exit_code = code if code > 0 else QwlitError.exit_code
+        raise error

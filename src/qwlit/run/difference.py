@@ -1,0 +1,65 @@
+"""Where two runs part: the first step and quantity, and what their manifests do not share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import read_json, read_json_lines
+from qwlit.run.verify import Difference, differing_entries, first_difference
+
+MEANING = {
+    "samples": "the data: the steps train on other samples",
+    "loss_sum": "the forward pass, or the weights before the step: samples are the same, the loss is not",
+    "grad_norm": "the backward pass: samples and loss are the same, the gradient norm is not",
+    "parameters": "the optimizer step: samples, loss and gradient norm are the same, the weights are not",
+}
+LOGGED = ("train/loss", "optim/grad_norm", "val/loss")
+"""Compared where a run has no trace, at the steps that both have logged."""
+
+
+@dataclass(frozen=True)
+class RunDifference:
+    """How far two runs are the same."""
+
+    compared_steps: int
+    to_the_bit: bool
+    """Whether the traces were compared; else the numbers of metrics.jsonl."""
+    difference: Difference | None
+    last_equal_step: int | None
+    """The last compared step before the difference; None where there is none."""
+    circumstances: list[str]
+    """Entries of manifest.json that differ, in words."""
+
+    @property
+    def meaning(self) -> str:
+        """Where in the step the runs part."""
+        assert self.difference is not None
+        return MEANING.get(self.difference.quantity, "the numbers that were logged")
+
+
+def compare_runs(first: Path, second: Path) -> RunDifference:
+    """Compare two run folders.
+
+    Raises:
+        ConfigError: they have no step in common.
+    """
+    traces = [read_json_lines(run / "trace.jsonl") for run in (first, second)]
+    to_the_bit = all(traces)
+    records = traces if to_the_bit else [_logged(run) for run in (first, second)]
+    steps, difference = first_difference(records, None if to_the_bit else LOGGED)
+    if not steps:
+        raise ConfigError(f"{first} and {second} have no step in common; train with trace.every_steps=1 to compare all")
+    common = sorted(set.intersection(*({record["step"] for record in run} for run in records)))
+    before = [step for step in common if difference and step < difference.step]
+    manifests = [read_json(run / "manifest.json") for run in (first, second)]
+    last = before[-1] if before else None
+    return RunDifference(steps, to_the_bit, difference, last, differing_entries(*manifests))
+
+
+def _logged(run: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl, one for each step."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in read_json_lines(run / "metrics.jsonl"):
+        by_step.setdefault(record["step"], {}).update(record)
+    return list(by_step.values())

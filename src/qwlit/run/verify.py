@@ -1,0 +1,139 @@
+"""Train the first steps several times in fresh processes, and compare the traces bit by bit."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import read_json, read_json_lines, resolve_path
+from qwlit.training.tracking.run_folder import RunFolder
+
+QUANTITIES = ("samples", "loss_sum", "grad_norm", "parameters")
+"""Of a record of trace.jsonl, in the order in which a step computes them."""
+MACHINE = (
+    *("qwlit", "python", "platform", "packages", "git", "device", "accelerator", "devices", "num_nodes", "strategy"),
+    *("precision", "attention", "compiled", "determinism", "num_threads", "seed", "data", "tokenizer", "base"),
+)
+"""Entries of manifest.json that a certificate repeats: what the numbers depend on."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first place at which traces differ."""
+
+    step: int
+    quantity: str
+    values: tuple[Any, ...]
+    """One for each run."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Whether the runs are equal, and under which circumstances."""
+
+    equal: bool
+    compared_steps: int
+    """The number of steps whose records every run has."""
+    difference: Difference | None
+    runs: tuple[str, ...]
+    circumstances: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """Return the certificate as lines for a reader."""
+        runs = f"{len(self.runs)} runs in processes of their own"
+        lines = [f"{runs}, {self.compared_steps} steps: {'equal to the bit' if self.equal else 'NOT equal'}"]
+        if self.difference:
+            lines.append(f"first difference: step {self.difference.step}, {self.difference.quantity}")
+            for run, value in zip(self.runs, self.difference.values, strict=True):
+                lines.append(f"  {run}: {value}")
+        lines += [f"{name}: {_in_words(value)}" for name, value in self.circumstances.items()]
+        return "\n".join(lines) + "\n"
+
+
+def _in_words(value: Any) -> str:
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+
+
+def find_run(name: str, root: str, *, option: str) -> Path:
+    """Return the folder of a run: a path, or a name under run.root.
+
+    Args:
+        option: the subcommand's, for the message.
+
+    Raises:
+        ConfigError: it is no run.
+    """
+    for path in (resolve_path(name), resolve_path(root) / name):
+        if (path / "config.yaml").is_file():
+            return path
+    raise ConfigError(f"{option}={name}: neither {name} nor {Path(root) / name} is the folder of a run")
+
+
+def first_difference(
+    traces: Sequence[Sequence[dict[str, Any]]], quantities: Sequence[str] | None = None
+) -> tuple[int, Difference | None]:
+    """Return the number of steps that all traces have, and the first difference among these.
+
+    Args:
+        quantities: keys of the records; None: those of trace.jsonl.
+    """
+    by_step = [{record["step"]: record for record in trace} for trace in traces]
+    common = sorted(set.intersection(*(set(records) for records in by_step)))
+    for step in common:
+        for quantity in quantities or QUANTITIES:
+            values = tuple(records[step].get(quantity) for records in by_step)
+            # Only some records have a hash of the weights.
+            if None not in values and len(set(values)) > 1:
+                return len(common), Difference(step, quantity, values)
+    return len(common), None
+
+
+def certify(runs: Sequence[Path]) -> Certificate:
+    """Compare the traces of these run folders.
+
+    Raises:
+        ConfigError: they have no step in common.
+    """
+    steps, difference = first_difference([read_json_lines(run / "trace.jsonl") for run in runs])
+    if not steps:
+        raise ConfigError(
+            f"{', '.join(map(str, runs))}: no step is in every trace.jsonl; train with trace.every_steps=1"
+        )
+    manifest = read_json(runs[-1] / "manifest.json")
+    circumstances = {name: manifest[name] for name in MACHINE if name in manifest}
+    return Certificate(difference is None, steps, difference, tuple(map(str, runs)), circumstances)
+
+
+def differing_entries(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Return in words which of the circumstances two manifests do not share."""
+    found = []
+    for name in MACHINE:
+        before, now = first.get(name), second.get(name)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            names = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            found += [f"{key} {before.get(key)} against {now.get(key)}" for key in names]
+        else:
+            found.append(f"{name} {before} against {now}")
+    return found
+
+
+def prepare_folder(folder: RunFolder) -> None:
+    """Delete an earlier verification of this name, and nothing else; create the folder.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    if folder.path.exists():
+        if any(
+            not path.name.startswith(("repeat-", "certificate.", ".locks", ".store")) for path in folder.path.iterdir()
+        ):
+            raise ConfigError(f"{folder.path} exists and is not a verification; move it away, or set another run.name")
+        shutil.rmtree(folder.path)
+    folder.path.mkdir(parents=True)

@@ -1,0 +1,142 @@
+"""`verify`: equal runs get a certificate; other seeds, data and threads do not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwlit.core.errors import ConfigError
+from qwlit.run.verify import certify, differing_entries, first_difference
+from tests.long import LONG
+from tests.runs.runs import DEMO, ENVIRONMENT, TINY, qwlit, qwlit_process, rows, train
+
+long = pytest.mark.skipif(not LONG, reason="QWLIT_LONG is not set")
+WORDS = [*TINY, "recipe=pretrain", "dropout=pretrain", "train.max_steps=12", "train.max_epochs=null"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with chat.jsonl, with a copy in which one answer has another digit, and with the run `a`."""
+    folder = tmp_path_factory.mktemp("verify")
+    lines = (DEMO / "train.jsonl").read_text(encoding="utf-8").splitlines()[:64]
+    (folder / "chat.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    row = json.loads(lines[5])
+    row["messages"][-1]["content"] += "7"
+    lines[5] = json.dumps(row, ensure_ascii=False)
+    (folder / "changed.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    train([*WORDS, "data.path=chat.jsonl", "run.name=a", "trace.every_steps=1", "trace.weights_every_steps=4"], folder)
+    return folder
+
+
+def certificate(place, name) -> dict:
+    return json.loads((place / "runs" / f"{name}-verify" / "certificate.json").read_text())
+
+
+def test_two_processes_that_train_the_same_get_a_certificate(place):
+    words = ["verify", *WORDS, "data.path=chat.jsonl", "run.name=b", "steps=4", "repeats=2", "hardware.devices=2"]
+    done = qwlit_process(words, place, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = certificate(place, "b")
+    assert (found["equal"], found["compared_steps"], len(found["runs"])) == (True, 4, 2)
+    assert found["circumstances"]["attention"] == "sdpa" and found["circumstances"]["devices"] == 2
+    text = (place / "runs/b-verify/certificate.txt").read_text()
+    assert "equal to the bit" in text and "torch 2" in text
+    traces = [rows(place / "runs/b-verify" / f"repeat-{number}", "trace.jsonl") for number in (1, 2)]
+    assert traces[0] == traces[1] and "parameters" in traces[0][-1]
+    assert not (place / "runs/b-verify/repeat-1/export").exists()
+
+
+def test_a_run_is_repeated_with_its_schedule_and_compared_with_its_trace(place):
+    done = qwlit_process(["verify", "run=a", "steps=8"], place)
+    assert done.returncode == 0, done.stderr
+    assert certificate(place, "a")["compared_steps"] == 8
+    # The same learning rates as in the whole run.
+    assert rows(place / "runs/a")[6]["optim/lr"] == rows(place / "runs/a-verify/repeat-1")[6]["optim/lr"]
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "quantity", "said"),
+    [
+        (["seed=1"], {}, "samples", "seed 0 against 1"),
+        (["data.path=changed.jsonl"], {}, "loss_sum", "data "),
+        pytest.param([], {"OMP_NUM_THREADS": "2"}, None, "num_threads 1 against 2", marks=long),
+    ],
+    ids=["seed", "one changed row", "threads"],
+)
+def test_what_is_not_the_same_is_no_certificate_and_is_named(place, words, environment, quantity, said):
+    done = qwlit_process(["verify", "run=runs/a", "steps=8", *words], place, environment=ENVIRONMENT | environment)
+    assert said in " ".join(done.stdout.split())
+    found = certificate(place, "a")
+    if quantity is None and done.returncode == 0:
+        return  # on some machines the number of threads changes no sum
+    assert done.returncode == 4 and found["equal"] is False
+    assert quantity in (None, found["difference"]["quantity"])
+    assert done.stderr.startswith(f"qwlit verify: not equal: step {found['difference']['step']} differs in")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run=none"], "neither none nor runs/none is the folder of a run"),
+        (["repeats=1", *WORDS], "repeats=1: give a whole number of at least 2"),
+        ([*WORDS, "data.path=chat.jsonl", "run.name=mine", "steps=2"], "exists and is not a verification"),
+    ],
+)
+def test_what_is_wrong_ends_in_one_line(place, words, said):
+    (place / "runs/mine-verify").mkdir(exist_ok=True)
+    (place / "runs/mine-verify/notes.txt").write_text("x")
+    done = qwlit(["verify", *words], place)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (place / "runs/mine-verify/notes.txt").exists()
+
+
+def record(step, **changes):
+    return {"step": step, "samples": "a", "loss_sum": "b", "grad_norm": "c"} | changes
+
+
+def test_the_first_difference_is_found_among_the_steps_that_all_traces_have():
+    one = [record(step) for step in range(1, 6)]
+    other = [record(1), record(2), record(3, grad_norm="x"), record(4, samples="y")]
+    steps, found = first_difference([one, one, other])
+    assert steps == 4 and (found.step, found.quantity, found.values) == (3, "grad_norm", ("c", "c", "x"))
+    # A hash of the weights that only one of them has is no difference.
+    assert first_difference([one, [record(1, parameters="p"), *one[1:]]]) == (5, None)
+
+
+def test_without_a_common_step_nothing_is_certified(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=r"no step is in every trace\.jsonl"):
+        certify([tmp_path / "a", tmp_path / "b"])
+
+
+def test_a_faked_version_of_a_package_is_named():
+    first = {"packages": {"torch": "2.13.0", "numpy": "2"}, "seed": 1}
+    second = {"packages": {"torch": "2.15.0", "numpy": "2"}, "seed": 1}
+    assert differing_entries(first, second) == ["torch 2.13.0 against 2.15.0"]
+
+
+def test_diff_names_the_first_step_the_place_in_it_and_the_circumstances(place):
+    more = ["data.path=chat.jsonl", "trace.every_steps=1"]
+    train([*WORDS, *more, "run.name=same"], place)
+    done = qwlit(["diff", "a=a", "b=runs/same"], place)
+    assert done.returncode == 0 and "equal to the bit, over 12 steps" in done.stdout
+    train([*WORDS, *more, "run.name=warm", "scheduler.warmup_steps=5"], place)
+    train([*WORDS, *more, "run.name=warmer", "scheduler.warmup_steps=6"], place)
+    done = qwlit(["diff", "a=warm", "b=warmer"], place)
+    said = " ".join(done.stdout.split())
+    # The first step trains at other learning rates, so the second one has another loss.
+    assert done.returncode == 4 and "first difference step 2, loss_sum" in said and "equal up to step 1" in said
+    assert "the forward pass, or the weights before the step" in said
+    assert done.stderr.startswith("qwlit diff: runs/warm and runs/warmer differ from step 2 on")
+
+
+def test_diff_compares_logged_numbers_where_there_is_no_trace(place):
+    train([*WORDS, "data.path=chat.jsonl", "run.name=plain"], place)
+    train([*WORDS, "data.path=chat.jsonl", "run.name=other", "seed=3"], place)
+    done = qwlit(["diff", "a=plain", "b=other"], place)
+    assert done.returncode == 4 and "step 1, train/loss" in done.stdout and "seed 0 against 3" in done.stdout
+    for words in (["a=plain"], ["a=plain", "b=nothing"], ["a=plain", "b=other", "seed=1"]):
+        wrong = qwlit(["diff", *words], place)
+        assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
