@@ -26,6 +26,7 @@ from qwlit.core import console, ranks, signals, streams
 from qwlit.core.batch import MicroBatch, StepBatch
 from qwlit.core.children import start_child
 from qwlit.core.devices import Devices
+from qwlit.core.disk import explaining_disk_errors
 from qwlit.core.errors import ConfigError, Preempted, QwlitError, SignalExit, printable
 from qwlit.core.files import locked
 from qwlit.core.slurm import job_id, was_requeued
@@ -584,3 +585,12 @@ def test_a_variable_that_wandb_does_not_take_is_named(variable, value, monkeypat
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=rf"^logger=wandb: {variable}: .*{value}'; set or unset the environment"):
         find_access()
+
+
+def test_a_removed_current_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    said = r"^the current folder was removed; change to one that exists \(cd\) and run"
+    with pytest.raises(ConfigError, match=said), explaining_disk_errors():
+        Path.cwd()

@@ -47,8 +47,18 @@ def reason_of_disk(error: OSError) -> str:
 
 def disk_line(error: OSError) -> str:
     """Return the file, the reason and the remedy."""
+    if error.errno == errno.ENOENT and error.filename is None and not _has_current_folder():
+        return "the current folder was removed; change to one that exists (cd)"
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     return f"{' → '.join(names)}: {reason_of_disk(error)}; {remedy_of(error)}".removeprefix(": ")
+
+
+def _has_current_folder() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager

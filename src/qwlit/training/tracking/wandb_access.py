@@ -23,8 +23,8 @@ def find_access(*, verify: bool = False) -> Access:
     """Read W&B's settings and credentials; with `verify` also ask its server, which may take 10 s.
 
     Raises:
-        ConfigError: W&B does not take the value of a variable, the key is wrong, WANDB_MODE needs a key and none is set, or
-            the server does not answer.
+        ConfigError: a variable has a value that W&B does not take, the key is wrong, WANDB_MODE needs a key and none
+            is set, or the server does not answer.
     """
     import wandb
     from pydantic import ValidationError
