@@ -163,6 +163,9 @@ def _run(subcommand: str, arguments: list[str]) -> None:
             ignore_signals()
     else:
         forget_rank_variables()
+    if sys.flags.optimize > 1:
+        # transformers builds its classes from docstrings.
+        raise ConfigError("transformers needs Python with docstrings; unset PYTHONOPTIMIZE, or leave out -OO")
     from qwlit.config.overrides import full_width_remark
 
     if subcommand in PREEMPTIBLE_SUBCOMMANDS:

@@ -594,3 +594,12 @@ def test_a_removed_current_folder_is_named(tmp_path, monkeypatch):
     said = r"^the current folder was removed; change to one that exists \(cd\) and run"
     with pytest.raises(ConfigError, match=said), explaining_disk_errors():
         Path.cwd()
+
+
+def test_python_without_docstrings_is_refused_in_one_line():
+    command = [sys.executable, "-OO", "-m", "qwlit", "train", "experiment=demo"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "qwlit train: transformers needs Python with docstrings; unset PYTHONOPTIMIZE, or leave out -OO\n"
+    )

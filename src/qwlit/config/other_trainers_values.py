@@ -125,7 +125,8 @@ def _registered(entry: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, 
     keys = dict(COLUMNS_OF_REGISTRY)
     if (entry.get("tags") or {}).get("role_tag") == "role":
         del keys["messages"]
-    columns = {keys.get(name, name): str(column) for name, column in (entry.get("columns") or {}).items()}
+    given: dict[str, str] = entry.get("columns") or {}
+    columns = {keys.get(name, name): str(column) for name, column in given.items()}
     return path, {key: column for key, column in columns.items() if key != column}
 
 
@@ -161,7 +162,7 @@ def _columns_of_swift(ours: str, value: str, others: Others) -> Answer:
     columns = read_value(value)
     if not (columns and isinstance(columns, dict)):
         return Answer({}, f"give {ours} our key first, '{ours}={{instruction: question}}'")
-    return Answer({ours: _flow({COLUMNS_OF_SWIFT.get(key, key): column for column, key in columns.items()})})
+    return Answer({ours: _flow({COLUMNS_OF_SWIFT.get(str(key), str(key)): column for column, key in columns.items()})})
 
 
 READERS: dict[str, Callable[[str, str, Others], Answer]] = {
