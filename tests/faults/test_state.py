@@ -78,7 +78,7 @@ def test_a_flipped_bit_in_one_of_two_replicas_is_named_and_left_behind(rank, cle
 
 def test_a_flipped_bit_in_a_frozen_weight_is_gone_after_the_run_went_back(chat, tmp_path):  # noqa: F811
     flip = [{"kind": "flip", "steps": [5], "rank": 1, "frozen": True}]
-    done, run = damaged("ddp", flip, chat, tmp_path, "adapter=lora")
+    done, run = damaged("ddp", flip, chat, tmp_path, "adapter.kind=lora")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [decision["to_step"] for decision in decisions(run)] == [4]
 

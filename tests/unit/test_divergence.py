@@ -40,6 +40,32 @@ def test_a_run_that_learns_is_no_trouble_whatever_its_noise(noise, seed):
     assert first_trouble(learning(3000, noise, seed)) is None
 
 
+def two_kinds(dice, share):
+    return np.where(dice.random(1500) < share, 2.2, 0.7) + 0.1 * dice.standard_normal(1500)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        lambda dice: 3 + dice.standard_normal(1500),
+        lambda dice: 1.5 + 1.5 * np.exp(-np.arange(1500) / 200) + dice.standard_normal(1500),
+        lambda dice: 0.5 * np.exp(1.5 * dice.standard_normal(1500)),
+        lambda dice: two_kinds(dice, 0.1),
+        lambda dice: two_kinds(dice, 0.4),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_of_one_sample_are_no_trouble(losses, seed):
+    assert first_trouble(losses(np.random.default_rng(seed))) is None
+
+
+def test_a_run_that_diverged_within_nine_steps_and_became_better_is_said_to_end_above_its_start():
+    rules = DivergenceRules(3)
+    for index, loss in enumerate([6.3, 8.0, *(12_000 * np.exp(-np.arange(48) / 20))]):
+        assert rules.update(numbers(index + 1, float(loss))) is None
+    assert "above its start at 6.3" in rules.ended_above_start()
+
+
 @pytest.mark.parametrize("noise", [0.02, 0.2, 0.5])
 def test_a_loss_that_rises_and_stays_is_trouble_within_forty_steps(noise):
     losses = learning(600, noise)
