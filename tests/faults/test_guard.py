@@ -183,3 +183,9 @@ def test_a_run_without_a_checkpoint_that_begins_with_another_learning_rate_forge
         done = faulty(name, [], tmp_path, *short, "optim.lr=1e-3")
         assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "runs/a", tmp_path / "runs/fresh")
+
+
+def test_a_diverged_run_that_early_stopping_ends_is_not_done(tmp_path):
+    words = [*DIVERGES, "optim.lr=3", "validation.every_steps=5", "validation.early_stopping_patience=1"]
+    stopped = faulty("a", [], tmp_path, *words, "guard=strict")
+    assert stopped.returncode == 3 and "stopped at step 10: the loss ends at" in stopped.stderr, stopped.stderr
