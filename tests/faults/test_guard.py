@@ -78,9 +78,7 @@ EVERY = [(kind, strategy) for kind in KINDS for strategy in STRATEGIES]
 SEEDS = range(7) if LONG else [0]
 
 
-def faulty(
-    name: str, faults: list, folder: Path, *more: str, die_at: int = 0
-) -> subprocess.CompletedProcess[str]:
+def faulty(name: str, faults: list, folder: Path, *more: str, die_at: int = 0) -> subprocess.CompletedProcess[str]:
     environment = ENVIRONMENT | {"QWLIT_FAULTS": json.dumps(faults), "QWLIT_DIE_AT": str(die_at)}
     command = [interpreter(), "-m", "tests.faults.faulty", "train", *RUN, *more, f"run.name={name}"]
     return subprocess.run(

@@ -101,7 +101,7 @@ def test_spikes_below_the_limit_do_not_raise_it_further_and_further():
     detector = SpikeDetector()
     found = []
     for step in range(300):
-        norm = 1.3**max(0, step - 100) if step % 7 == 0 else 1.0
+        norm = 1.3 ** max(0, step - 100) if step % 7 == 0 else 1.0
         found.append(bool(detector.judge(torch.tensor(norm), torch.tensor(2.0))) and norm > 20)
         assert found[-1] == (norm > 20)
     assert any(found)
