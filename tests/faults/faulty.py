@@ -2,6 +2,8 @@
 
 QWLIT_FAULTS is a JSON list of {"kind", "steps", "rank", "value"}; without a rank it is on every rank. A fault belongs
 to the samples of these steps, counted from 1, in a run without a rollback. It happens once, unless "again" is true.
+
+QWLIT_DIE_AT=N kills the process before the N-th change of a file that going back makes.
 """
 
 import json
@@ -33,7 +35,7 @@ def first_layer(module):
 
 def plant_state(module, fault):
     """Change a weight, or a moment of it, or one bit of it."""
-    weight = next(p for p in first_layer(module).parameters() if p.requires_grad)
+    weight = next(p for p in first_layer(module).parameters() if p.requires_grad is not fault.get("frozen", False))
     values = local(weight.data).view(-1)
     if fault["kind"] == "parameter":
         values[0] = float(fault["value"])
@@ -96,8 +98,33 @@ def plant():
     CausalLMModule._over_ranks = changed_norm
 
 
+def die_while_going_back(number):
+    """Kill this process before going back changes a file for the `number`-th time."""
+    from qwlit.run import go_back
+
+    record, changes = go_back._record, []
+
+    def count(event, args):
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if changes and (writes or event in ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")):
+            changes.append(event)
+            if len(changes) > number:
+                os._exit(137)
+
+    def record_and_die(run, needed):
+        changes.append("go back")
+        sys.addaudithook(count)
+        rollback = record(run, needed)
+        changes.clear()
+        return rollback
+
+    go_back._record = record_and_die
+
+
 if __name__ == "__main__":
     from qwlit.__main__ import main
 
     plant()
+    if number := int(os.environ.get("QWLIT_DIE_AT", "0")):
+        die_while_going_back(number)
     sys.exit(main())

@@ -71,8 +71,8 @@ EVERY = [(kind, strategy) for kind in KINDS for strategy in STRATEGIES]
 SEEDS = range(7) if LONG else [0]
 
 
-def faulty(name: str, faults: list, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    environment = ENVIRONMENT | {"QWLIT_FAULTS": json.dumps(faults)}
+def faulty(name: str, faults: list, folder: Path, *more: str, die_at: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = ENVIRONMENT | {"QWLIT_FAULTS": json.dumps(faults), "QWLIT_DIE_AT": str(die_at)}
     command = [interpreter(), "-m", "tests.faults.faulty", "train", *RUN, *more, f"run.name={name}"]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -142,3 +142,41 @@ def test_kills_around_a_rollback_and_its_warmup_change_nothing(strategy, tmp_pat
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "runs/whole", run)
     assert decisions(tmp_path / "runs/whole") == decisions(run)
+
+
+TO_THE_START = ([], DIVERGES)
+TO_A_CHECKPOINT = (KINDS["burst of 20"], [*RUN, "train.max_steps=40"])
+FILE_CHANGES = range(1, 60) if LONG else [20]
+
+
+@pytest.mark.parametrize(("faults", "settings"), [TO_THE_START, TO_A_CHECKPOINT] if LONG else [TO_THE_START])
+def test_a_kill_between_two_writes_of_going_back_changes_nothing(faults, settings, tmp_path):
+    whole = faulty("whole", faults, tmp_path, *settings)
+    assert whole.returncode == 0, whole.stderr
+    for number in FILE_CHANGES:
+        killed = faulty("cut", faults, tmp_path, *settings, "run.overwrite=true", die_at=number)
+        if killed.returncode == 0:
+            break  # going back has fewer writes
+        assert killed.returncode == 137, killed.stderr
+        done = faulty("cut", faults, tmp_path, *settings)
+        assert done.returncode == 0, (number, done.stderr)
+        assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/cut")
+        assert decisions(tmp_path / "runs/whole") == decisions(tmp_path / "runs/cut")
+    assert number > 1
+
+
+def test_a_run_without_a_checkpoint_that_begins_with_another_learning_rate_forgets_its_rollbacks(tmp_path):
+    short = [*DIVERGES, "checkpoint.every_steps=null", "guard.max_rollbacks=1"]
+    stopped = faulty("a", [{"kind": "loss", "steps": [*range(9, 99)], "value": NAN}], tmp_path, *short)
+    assert stopped.returncode == 3, stopped.stderr
+    assert not list((tmp_path / "runs/a/checkpoints").iterdir())
+    for name in ("a", "fresh"):
+        done = faulty(name, [], tmp_path, *short, "optim.lr=1e-3")
+        assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "runs/a", tmp_path / "runs/fresh")
+
+
+def test_a_diverged_run_that_early_stopping_ends_is_not_done(tmp_path):
+    words = [*DIVERGES, "optim.lr=3", "validation.every_steps=5", "validation.early_stopping_patience=1"]
+    stopped = faulty("a", [], tmp_path, *words, "guard=strict")
+    assert stopped.returncode == 3 and "stopped at step 10: the loss ends at" in stopped.stderr, stopped.stderr

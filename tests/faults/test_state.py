@@ -77,6 +77,16 @@ def test_a_flipped_bit_in_one_of_two_replicas_is_named_and_left_behind(rank, cle
     assert_same_run(clean("ddp"), run)
 
 
+def test_a_flipped_bit_in_a_frozen_weight_is_gone_after_the_run_went_back(chat, tmp_path):  # noqa: F811
+    # Rank 0: DDP gives its weights to the other ranks, so they would all have the bit after the run went back.
+    flip = [{"kind": "flip", "steps": [5], "rank": 0, "frozen": True}]
+    done, run = damaged("ddp", flip, chat, tmp_path, "adapter.kind=lora")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [decision["to_step"] for decision in decisions(run)] == [4]
+    clean = train([*words("clean", chat), *DDP, "adapter.kind=lora"], tmp_path, qwlit_process)
+    assert_same_run(clean, run)
+
+
 def test_the_weights_of_the_replicas_are_compared_before_a_checkpoint_is_written(chat, tmp_path):  # noqa: F811
     flip = [{"kind": "flip", "steps": [6], "rank": 0}]
     done, run = damaged("ddp", flip, chat, tmp_path, "logging.every_steps=100")

@@ -40,7 +40,7 @@ def test_the_comparison_of_real_runs_says_what_differed_what_came_of_it_and_what
     for text in ("★", "done", f"{losses['高']:.4f}", f"{losses['高'] - losses['low']:+.4f}", "0.003", "strict"):
         assert text in lines["高"], text
     assert "baseline" in lines["low"] and "1e-4" in lines["low"]
-    assert "stopped by the guard at step" in lines["wild"] and "3 skipped" in lines["wild"]
+    assert "stopped by the guard at step" in lines["wild"] and "12 skipped, 3 rollbacks" in lines["wild"]
     assert "Determinism differs" in done.stdout and "validation sets differ" not in done.stdout
     assert done.stdout.rstrip().endswith("runs/report.html")
 

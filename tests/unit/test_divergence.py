@@ -11,7 +11,7 @@ from qwlit.data.step_plan import SkippedData
 from qwlit.optim.config import SchedulerConfig
 from qwlit.optim.schedules import LearningRateCut, Schedule
 from qwlit.training.resilience.divergence import DivergenceRules, StepNumbers
-from qwlit.training.resilience.rollback import Health, Rollback, journal_entry, read_journal
+from qwlit.training.resilience.rollback import Health, Rollback, journal_entry, read_journal, record_decision
 from qwlit.training.tracking.run_folder import RunFolder
 
 
@@ -38,6 +38,32 @@ def learning(steps, noise, seed=0):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_that_learns_is_no_trouble_whatever_its_noise(noise, seed):
     assert first_trouble(learning(3000, noise, seed)) is None
+
+
+def two_kinds(dice, share):
+    return np.where(dice.random(1500) < share, 2.2, 0.7) + 0.1 * dice.standard_normal(1500)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        lambda dice: 3 + dice.standard_normal(1500),
+        lambda dice: 1.5 + 1.5 * np.exp(-np.arange(1500) / 200) + dice.standard_normal(1500),
+        lambda dice: 0.5 * np.exp(1.5 * dice.standard_normal(1500)),
+        lambda dice: two_kinds(dice, 0.1),
+        lambda dice: two_kinds(dice, 0.4),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_of_one_sample_are_no_trouble(losses, seed):
+    assert first_trouble(losses(np.random.default_rng(seed))) is None
+
+
+def test_a_run_that_diverged_within_nine_steps_and_became_better_is_said_to_end_above_its_start():
+    rules = DivergenceRules(3)
+    for index, loss in enumerate([6.3, 8.0, *(12_000 * np.exp(-np.arange(48) / 20))]):
+        assert rules.update(numbers(index + 1, float(loss))) is None
+    assert "above its start at 6.3" in rules.ended_above_start()
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.2, 0.5])
@@ -133,8 +159,8 @@ def test_data_and_learning_rate_are_functions_of_step_and_decisions():
 
 def test_the_journal_is_that_of_the_checkpoint_and_the_decisions_to_go_back_to_it(tmp_path):
     folder, first, second = RunFolder(tmp_path), decision(), decision(from_step=190, to_step=150)
-    folder.append_event(150, "rollback", reason="r", decision=journal_entry(second))
-    folder.append_event(200, "rollback", reason="r", decision=journal_entry(decision(to_step=200, from_step=260)))
+    record_decision(folder, [first], second)
+    record_decision(folder, [first, second], decision(to_step=200, from_step=260))
     manifest = {"rollbacks": [journal_entry(first)]}
     assert read_journal(folder, 150, manifest) == (first, second)
     assert read_journal(folder, 160, manifest | {"rollbacks": [journal_entry(first), journal_entry(second)]}) == (
@@ -142,6 +168,21 @@ def test_the_journal_is_that_of_the_checkpoint_and_the_decisions_to_go_back_to_i
         second,
     )
     assert read_journal(folder, 100, {}) == ()
+
+
+def test_a_run_that_goes_back_further_than_before_keeps_the_decision_before(tmp_path):
+    folder, first, further = RunFolder(tmp_path), decision(to_step=100), decision(from_step=105, to_step=50)
+    record_decision(folder, [], first)
+    record_decision(folder, [first], further)
+    folder.set_aside_records_after(50)
+    assert read_journal(folder, 50, {}) == (first, further)
+
+
+def test_two_equal_decisions_are_two_and_a_decision_that_is_reached_again_after_a_kill_is_one(tmp_path):
+    folder = RunFolder(tmp_path)
+    for before in ([], [decision()], [decision()]):
+        record_decision(folder, before, decision())
+    assert read_journal(folder, 100, {}) == (decision(), decision())
 
 
 @pytest.mark.parametrize(

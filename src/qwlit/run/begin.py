@@ -13,7 +13,7 @@ from rich.markup import escape
 from qwlit.config.compose import compose, dump
 from qwlit.config.run import RunConfig, recipe_settings
 from qwlit.core.console import console
-from qwlit.core.errors import GuardStop, Interrupted, Preempted, Pruned, reason_of
+from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pruned, reason_of
 from qwlit.core.files import resolve_path
 from qwlit.core.ranks import is_rank_zero
 from qwlit.core.signals import HANDLED_SIGNALS, handling
@@ -44,10 +44,14 @@ def refuse_changes(run: "TrainingRun") -> None:
     """
     config, folder = run.config, run.folder
     if config.resume == "auto" and not config.run.overwrite and newest(folder):
-        earlier = compose([f"config={folder.config_file}"]).config
-        refuse_changed_recipe(recipe_settings(earlier), recipe_settings(config))
-        refuse_changed_validation(folder, run.data.split.contents)
-        refuse_changed_content(folder, data=run.data.split.fingerprint, base=run.base)
+        _compare_with_earlier_launch(run)
+
+
+def _compare_with_earlier_launch(run: "TrainingRun") -> None:
+    earlier = compose([f"config={run.folder.config_file}"]).config
+    refuse_changed_recipe(recipe_settings(earlier), recipe_settings(run.config))
+    refuse_changed_validation(run.folder, run.data.split.contents)
+    refuse_changed_content(run.folder, data=run.data.split.fingerprint, base=run.base)
 
 
 def begin(run: "TrainingRun") -> ResumePoint:
@@ -57,6 +61,12 @@ def begin(run: "TrainingRun") -> ResumePoint:
         return ResumePoint(newest(folder))
     start = prepare_folder(folder, resume=config.resume, overwrite=config.run.overwrite)
     folder.drop_records_after(start.step)
+    if start.checkpoint is None and folder.config_file.exists():
+        try:
+            _compare_with_earlier_launch(run)
+        except ConfigError:
+            # Another run begins: the decisions to go back to the start were about other settings or data.
+            folder.drop_records_after(-1)
     manifest = build_manifest(run.plan.machine, **_manifest_facts(run))
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)

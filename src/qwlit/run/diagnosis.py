@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from rich.markup import escape
 
 from qwlit.core.console import console
-from qwlit.core.errors import one_line
+from qwlit.core.errors import QwlitError, first_line, one_line
 from qwlit.data.batches import StepDataset
 from qwlit.training.replay import Observation, first_nonfinite, largest, replay
 
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 FILE = "diagnosis.json"
 SAMPLES_SHOWN, LONGEST_TEXT = 4, 200
+
+
+def try_to_diagnose(run: "TrainingRun", trainer: Trainer, step: int, reason: str) -> None:
+    """Diagnose the step; where that fails, say so: the reason for which the run stopped is the error to report."""
+    try:
+        diagnose(run, trainer, step, reason)
+    except (RuntimeError, OSError, QwlitError) as error:  # out of memory is a RuntimeError
+        console().print(f"  [yellow]note[/]      no diagnosis: {escape(one_line(first_line(error), LONGEST_TEXT))}")
 
 
 def diagnose(run: "TrainingRun", trainer: Trainer, step: int, reason: str) -> None:

@@ -16,7 +16,7 @@ from qwlit.model.load import fill_causal_lm
 from qwlit.model.loss_model import init_adapter
 from qwlit.model.shard import is_sharded, shard_model
 from qwlit.run.callbacks import TrainerWithCallbacks, build_trainer_with_callbacks
-from qwlit.run.diagnosis import diagnose
+from qwlit.run.diagnosis import try_to_diagnose
 from qwlit.run.go_back import go_back
 from qwlit.run.modules import build_data_module, build_module
 from qwlit.run.resume import ResumePoint
@@ -79,7 +79,7 @@ def _fit(run: "TrainingRun", training: TrainerWithCallbacks, start: ResumePoint)
         raise
     except GuardStop as error:
         if error.step:
-            diagnose(run, training.trainer, error.step, str(error))
+            try_to_diagnose(run, training.trainer, error.step, str(error))
         kill_started_ranks(training.trainer)
         raise
     except Exception as error:

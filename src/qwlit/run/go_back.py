@@ -12,7 +12,7 @@ from qwlit.run.modules import load_model
 from qwlit.run.resume import ResumePoint
 from qwlit.training.checkpointing.folder import POINTERS, delete_checkpoint, list_checkpoints
 from qwlit.training.checkpointing.manifest import find_damage, read_manifest, step_of
-from qwlit.training.resilience.rollback import EVENT, Rollback, RollbackNeeded, journal_entry, read_journal
+from qwlit.training.resilience.rollback import Rollback, RollbackNeeded, read_journal, record_decision
 from qwlit.training.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -32,9 +32,11 @@ def go_back(run: "TrainingRun", needed: RollbackNeeded) -> ResumePoint:
     """
     rollback = _agree(_record(run, needed) if is_rank_zero() else None)
     run.follow((*run.rollbacks, rollback))
-    if rollback.to_step == 0:
-        # No checkpoint holds the weights of the start: build and fill the model again, as at the start of the run.
+    has_frozen_weights = not all(weight.requires_grad for weight in run.loss_model.parameters())
+    if rollback.to_step == 0 or (rollback.cause == "state" and has_frozen_weights):
+        # No checkpoint holds the weights of the start, or frozen ones: build and fill the model again.
         run.loss_model = load_model(run.plan, leave_empty=run.plan.machine.strategy == "fsdp")
+    if rollback.to_step == 0:
         return ResumePoint(None)
     checkpoint = next(path for path in list_checkpoints(run.folder) if step_of(path) == rollback.to_step)
     return ResumePoint(checkpoint)
@@ -52,20 +54,23 @@ def _agree(rollback: Rollback | None) -> Rollback:
 def _record(run: "TrainingRun", needed: RollbackNeeded) -> Rollback:
     """Delete what is newer than the target, and record the decision. For rank 0.
 
-    The order makes a kill harmless: without the event the run resumes at the target and comes to the same decision.
+    The order makes a kill harmless: without the event the run resumes at the target and comes to the same decision. The
+    start has no checkpoint to resume from, and a run that lost its checkpoints is refused, so there the event is first.
     """
     folder = run.folder
     checkpoints = list_checkpoints(folder)
     allowed = [checkpoint for checkpoint in checkpoints if needed.allows(step_of(checkpoint))]
     target = next((checkpoint for checkpoint in reversed(allowed) if find_damage(checkpoint) is None), None)
     rollback = needed.going_to(step_of(target) if target else 0)
+    if target is None:
+        record_decision(folder, run.rollbacks, rollback)
+        for name in POINTERS:
+            (folder.checkpoints / name).unlink(missing_ok=True)
     for checkpoint in checkpoints:
         if step_of(checkpoint) > rollback.to_step:
             delete_checkpoint(checkpoint)
-    if target is None:
-        for name in POINTERS:
-            (folder.checkpoints / name).unlink(missing_ok=True)
-    folder.append_event(rollback.to_step, EVENT, reason=rollback.reason, decision=journal_entry(rollback))
+    if target is not None:
+        record_decision(folder, run.rollbacks, rollback)
     folder.set_aside_records_after(rollback.to_step)
     peak_lr = run.config.optim.lr * math.prod(decision.lr_cut.factor for decision in (*run.rollbacks, rollback))
     console().print(f"[yellow]rollback[/]  {escape(rollback.describe(peak_lr))}")

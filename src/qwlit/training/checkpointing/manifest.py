@@ -19,6 +19,8 @@ WEIGHTS, MOMENTS = "model", "optimizer"
 """File names before `.safetensors`, or before `-00001-of-00002.safetensors` where each rank wrote its shard slices."""
 SAVED = "checkpoint"
 """The event in events.jsonl that records a checkpoint; its `manifest` is the seal."""
+ROLLBACK = "rollback"
+"""The event that records that the run goes back to its step; checkpoints of later steps recorded before are void."""
 LARGEST_MANIFEST = 2**24
 """Bytes: an entry has about 150, so this is a hundred thousand files."""
 
@@ -125,8 +127,14 @@ def _check_names(checkpoint: Path, manifest: dict[str, Any]) -> None:
 
 def read_seals(run_folder: Path) -> dict[int, str | None]:
     """Return step → seal of every checkpoint in the run's events.jsonl; None where an earlier version recorded none."""
-    events = read_json_lines(run_folder / "events.jsonl")
-    return {e["step"]: e.get("manifest") for e in events if e.get("event") == SAVED and isinstance(e.get("step"), int)}
+    seals: dict[int, str | None] = {}
+    for event in read_json_lines(run_folder / "events.jsonl"):
+        step, kind = event.get("step"), event.get("event")
+        if kind == SAVED and isinstance(step, int):
+            seals[step] = event.get("manifest")
+        elif kind == ROLLBACK and isinstance(step, int):
+            seals = {saved: seal for saved, seal in seals.items() if saved <= step}
+    return seals
 
 
 def _is_regular(path: Path) -> bool:

@@ -20,14 +20,20 @@ FIRST_STEPS = 3
 """The loss at the start is the median of so many steps."""
 SMOOTH_STEPS = 9
 """The smoothed loss is the median of this many steps."""
-RISE_FLOOR, RISE_SHARE, RISE_SCALES, RISE_CEILING = 0.3, 0.1, 4.0, 1.5
-"""The smoothed loss may rise above its best by the largest of: nats, share of the best, scales of the steps' noise; by
-more than the last number of nats, or its share, it may not, whatever the noise."""
+RISE_FLOOR, RISE_SHARE, RISE_SCALES, RISE_CEILING = 0.3, 0.1, 4.0, 4.0
+"""The smoothed loss may rise above its best by the largest of: nats, share of the best, scales of the steps' noise when
+the loss was best (a divergence is noisy); by more than the last number of nats, or its share, it may not, whatever the
+noise. With steps of one sample the noise is 1 nat and more."""
+NOISE_SHARE, NOISE_QUANTILE = 0.9, 1.645
+"""The noise is taken from the difference of two steps that so large a share of the differences do not exceed: so many
+standard deviations if the noise is normal. The median of the differences would be near 0 where most steps are easy
+samples and the others hard ones."""
 RISE_STEPS = 12
 """The smoothed loss is above that margin for so many steps in a row."""
 END_SHARE, END_SCALES = 0.01, 3.0
 """The last smoothed loss may be above the first by the larger of: share of the first, scales of the steps' noise. The
-difference of medians of 9 and 3 steps has a deviation of about 0.8 of that noise."""
+difference of medians of 9 and 3 steps has a deviation of about 0.8 of that noise. Nor may it be above the loss of the
+first step by RISE_CEILING: a run can diverge within 9 steps."""
 GROWTH_Z, GROWTH_RATIO, GROWTH_STEPS = 4.0, 4.0, 10
 """The gradient norm is so many scales, and so many times, above its median, for so many steps in a row."""
 
@@ -56,10 +62,14 @@ class DivergenceRules:
     """Newest skipped steps, without float16's overflows."""
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     log_norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    first_step: float | None = None
+    """The loss of the first step that was finite."""
     first: float | None = None
     """The loss at the start: the median of the first steps."""
     best: float = math.inf
     """The lowest smoothed loss."""
+    best_noise: float = 0.0
+    """The steps' noise at that time."""
     risen_steps: int = 0
     grown_steps: int = 0
 
@@ -101,16 +111,19 @@ class DivergenceRules:
         if not math.isfinite(numbers.loss):
             return None
         self.losses.append(numbers.loss)
+        self.first_step = numbers.loss if self.first_step is None else self.first_step
         if self.first is None and len(self.losses) == FIRST_STEPS:
             # A learning rate that is far too high has done its damage before a smoothed loss exists.
-            self.first = self.best = median(self.losses)
+            self.first = median(self.losses)
         if len(self.losses) < SMOOTH_STEPS:
             return None
         smooth = self.smooth_loss
         share = RISE_SHARE * abs(self.best)
-        margin = min(max(RISE_FLOOR, share, RISE_SCALES * self._noise()), max(RISE_CEILING, share))
+        margin = min(max(RISE_FLOOR, share, RISE_SCALES * self.best_noise), max(RISE_CEILING, share))
         self.risen_steps = self.risen_steps + 1 if smooth > self.best + margin else 0
-        best, self.best = self.best, min(self.best, smooth)
+        best = self.best
+        if smooth < best:
+            self.best, self.best_noise = smooth, self._noise()
         if self.risen_steps < RISE_STEPS:
             return None
         return f"the loss rose from {best:.3g} to {smooth:.3g} and stayed there for {RISE_STEPS} steps"
@@ -121,9 +134,9 @@ class DivergenceRules:
         return median(list(self.losses)[-SMOOTH_STEPS:])
 
     def _noise(self) -> float:
-        """Return the robust standard deviation of a step's loss, without the trend: that of the differences, / √2."""
-        losses = list(self.losses)
-        return _scale([after - before for before, after in pairwise(losses)]) / math.sqrt(2)
+        """Return the standard deviation of a step's loss, without the trend: that of the differences, / √2."""
+        differences = sorted(abs(after - before) for before, after in pairwise(self.losses))
+        return differences[int(NOISE_SHARE * len(differences))] / NOISE_QUANTILE / math.sqrt(2)
 
     def _norm_has_grown(self, numbers: StepNumbers) -> str | None:
         if not (math.isfinite(numbers.grad_norm) and numbers.grad_norm > 0):
@@ -139,11 +152,13 @@ class DivergenceRules:
 
     def ended_above_start(self) -> str | None:
         """Return what is wrong if the last losses are above the first ones by the margin; for the last step."""
-        if self.first is None:
+        if self.first is None or self.first_step is None:
             return None
-        if self.smooth_loss <= self.first + max(END_SHARE * abs(self.first), END_SCALES * self._noise()):
-            return None
-        return f"the loss ends at {self.smooth_loss:.3g}, above its start at {self.first:.3g}"
+        margin = max(END_SHARE * abs(self.first), END_SCALES * self._noise())
+        for start, most in ((self.first_step, RISE_CEILING), (self.first, margin)):
+            if self.smooth_loss > start + most:
+                return f"the loss ends at {self.smooth_loss:.3g}, above its start at {start:.3g}"
+        return None
 
 
 def _scale(values: Sequence[float]) -> float:

@@ -75,10 +75,20 @@ class Guard(Callback):
         out = pl_module.outcome
         values = torch.stack([out.loss, out.grad_norm, out.skipped, out.nonfinite, out.spike])
         self._reader.push((batch.step + 1, batch.sample_ids), values)
-        is_last = batch.step + 1 == self._health.total_steps
-        self._judge(wait=is_last)
-        if is_last and self._config.enabled and (reason := self._rules.ended_above_start()):
-            self.alarm(self._health.total_steps, reason, "divergence")
+        if batch.step + 1 == self._health.total_steps:
+            self._judge_end(batch.step + 1)
+        else:
+            self._judge(wait=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: CausalLMModule) -> None:
+        # Early stopping, which comes before, ends the run at this step.
+        if trainer.should_stop:
+            self._judge_end(trainer.global_step)
+
+    def _judge_end(self, step: int) -> None:
+        self._judge(wait=True)
+        if self._config.enabled and (reason := self._rules.ended_above_start()):
+            self.alarm(step, reason, "divergence")
 
     def _judge(self, *, wait: bool) -> None:
         for (step, sample_ids), (loss, grad_norm, skipped, nonfinite, spike) in self._reader.pop(wait=wait):

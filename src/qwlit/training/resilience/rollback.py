@@ -5,7 +5,7 @@ step and the journal, so a resumed run repeats what the run did.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ from qwlit.core.errors import ConfigError, GuardStop
 from qwlit.core.files import read_json_lines
 from qwlit.data.step_plan import SkippedData
 from qwlit.optim.schedules import LearningRateCut
+from qwlit.training.checkpointing.manifest import ROLLBACK
 from qwlit.training.tracking.run_folder import RunFolder
 
 STABLE_STEPS, FEWEST_STABLE_STEPS, STABLE_SHARE = 100, 10, 0.1
@@ -24,8 +25,8 @@ LR_FACTOR, WARMUP_STEPS = 0.5, 20
 DATA_MARGIN = 50
 """The run passes over the samples since the checkpoint and those of so many steps more: bad data come in bursts (PaLM
 skipped 200 to 500 batches, Chowdhery et al. 2022, section 5.1)."""
-EVENT, JOURNAL = "rollback", "rollbacks"
-"""The name of the event in events.jsonl, and the key in the checkpoint's manifest."""
+JOURNAL = "rollbacks"
+"""The key in the checkpoint's manifest."""
 
 
 Cause = Literal["state", "data", "divergence"]
@@ -121,17 +122,21 @@ def read_journal(folder: RunFolder, step: int, manifest: dict[str, Any]) -> tupl
     Raises:
         ConfigError: an entry is not one of ours.
     """
-    entries = [*manifest.get(JOURNAL, ())]
+    entries = manifest.get(JOURNAL, [])
     # A decision to go back to this very checkpoint came after the checkpoint was written.
     for event in read_json_lines(folder.path / "events.jsonl"):
-        if event.get("event") == EVENT and event.get("step") == step:
-            entries.append(event.get("decision"))
-    found: list[Rollback] = []
-    for entry in entries:
-        rollback = _checked(entry, folder.path)
-        if rollback not in found:
-            found.append(rollback)
-    return tuple(found)
+        if event.get("event") == ROLLBACK and event.get("step") == step:
+            entries = [*(event.get("before") or ()), event.get("decision")]
+    return tuple(_checked(entry, folder.path) for entry in entries)
+
+
+def record_decision(folder: RunFolder, before: Sequence[Rollback], rollback: Rollback) -> None:
+    """Write the decision into events.jsonl, with those before it: some are of later steps, and leave the file."""
+    journal = {"decision": journal_entry(rollback), "before": [journal_entry(decision) for decision in before]}
+    # A kill after the event and before the checkpoints are deleted leads to the same decision again.
+    events = read_json_lines(folder.path / "events.jsonl")
+    if not any(journal.items() <= event.items() for event in events if event.get("event") == ROLLBACK):
+        folder.append_event(rollback.to_step, ROLLBACK, reason=rollback.reason, **journal)
 
 
 def _checked(entry: Any, path: Path) -> Rollback:

@@ -18,8 +18,12 @@ Z_LIMIT = 6.0
 SCALE_FLOOR = 0.15
 """Smallest scale, of the log of the norm and of the loss in nats: a quiet run must not skip harmless steps."""
 LOG_RATIO = (math.log(5.0), math.log(10.0))
-"""A norm spike is above 5 times the median in any case, and a norm above 10 times the median is one in any case: so a
-noisy history, with a large scale, hides no spike of 30 times."""
+"""A norm spike is above 5 times the median in any case, and the scale alone asks for no more than 10 times: so a noisy
+history hides no spike of 30 times."""
+TAIL_MARGIN, TAIL_LIMIT = (math.log(2.0), 1.0), (math.log(20.0), 4.0)
+"""Of the log of the norm and of the loss. A spike is also so far above the highest accepted step, up to a distance of
+the second numbers from the median: a few hard samples among easy ones, in steps of one or two samples, are far above
+the median again and again, and no scale shows that before half of the steps are such."""
 
 
 class SpikeDetector:
@@ -59,6 +63,9 @@ class SpikeDetector:
         limit = Z_LIMIT * scale
         # Row 0 is the norm's: a ratio is a difference of logs.
         limit = torch.stack([limit[0].clamp(*LOG_RATIO), limit[1]])
+        margin, most = values.new_tensor([TAIL_MARGIN, TAIL_LIMIT])
+        highest = history.nan_to_num(-torch.inf).amax(dim=1)
+        limit = torch.maximum(limit, torch.minimum(highest - median + margin, most))
         finite = values.isfinite().all()
         spike = ((values - median) > limit).any() & finite & (count >= FEWEST)
         shifted = torch.cat([history[:, 1:], values[:, None]], dim=1)
