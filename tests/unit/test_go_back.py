@@ -1,6 +1,5 @@
 """Going back to the start: nothing is deleted before the decision is on the disk, and the next start follows it."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +36,7 @@ def test_the_next_start_begins_anew_though_a_checkpoint_of_the_abandoned_path_wa
 def test_a_full_disk_deletes_no_checkpoint(run):
     events = run.folder.path / "events.jsonl"
     events.rename(events.with_name("held"))
-    os.symlink("/dev/full", events)
+    events.symlink_to("/dev/full")
     for _ in range(2):
         with pytest.raises(OSError, match="No space left"):
             _record(run, needed())
