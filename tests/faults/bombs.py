@@ -106,6 +106,14 @@ DATA: dict[str, tuple[str, Callable[[Path], None]]] = {
     "an object over many lines": ("a.json.gz", packed((b'{\n"text": [\n', 1), (b"1,\n", GIB))),
     "a row of empty objects": ("a.jsonl", line({"messages": [USER, ANSWER], "tools": [{}] * (ROW // 4)})),
     "a row of empty lists": ("a.jsonl", line({"messages": [[]] * (ROW // 4)})),
+    "a row of lists in lists": (
+        "a.jsonl",
+        text(b'{"messages": [%b]}\n' % b",".join([b"[" * 200 + b"]" * 200] * (ROW // 402))),
+    ),
+    "an array of lists in lists on one line": (
+        "a.jsonl",
+        text(b"[{},%b]\n" % b",".join([b"[" * 200 + b"]" * 200] * (ROW // 402))),
+    ),
     "a row of messages": ("a.jsonl", line({"messages": [USER, ANSWER] * (ROW // 80)})),
     "a message of 8 MiB": ("a.jsonl", line({"messages": [{**USER, "content": "a b c d " * (ROW // 8)}, ANSWER]})),
     "a word of 8 MiB": ("a.jsonl", line({"text": "a" * ROW})),

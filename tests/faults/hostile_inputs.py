@@ -55,6 +55,14 @@ def parquet(schema: pyarrow.Schema, *columns: Any) -> bytes:
     return out.getvalue()
 
 
+def claims_no_rows() -> bytes:
+    """A Parquet file of 5 rows whose end says that it has none; its group of rows says that it has 5."""
+    content = parquet(pyarrow.schema([("text", pyarrow.utf8())]), pyarrow.array(["once upon a time"] * 5))
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    # In Thrift's compact form, 5 as an i64 after the field before is 0x16 0x0a; the first is of the whole file.
+    return content[:start] + content[start:].replace(b"\x16\x0a", b"\x16\x00", 1)
+
+
 def extension(name: bytes, serialized: bytes) -> bytes:
     """A table whose column says that it is of a type that some Python code describes."""
     metadata = {b"ARROW:extension:name": name, b"ARROW:extension:metadata": serialized}
@@ -96,6 +104,7 @@ ROWS = {
     "a number array": file("rows.npy", numpy_file(), "must end in .jsonl"),
     "a number array named .jsonl": file("rows.jsonl", numpy_file(), "rows.jsonl"),
     "a pickle": file("rows.pkl", pickled(), "must end in .jsonl"),
+    "a Parquet file that claims no rows": file("rows.parquet", claims_no_rows(), None),
     "a pickle named .parquet": file("rows.parquet", pickled(), "not a complete Parquet file"),
     "a pickle in a .gz": file("rows.jsonl.gz", gzip.compress(pickled()), "rows.jsonl.gz"),
     "a Parquet column of a Python type": file("rows.parquet", extension(b"arrow.py_extension_type", pickled()), None),

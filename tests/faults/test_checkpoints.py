@@ -69,6 +69,11 @@ def replace_whole(checkpoint: Path, source: Path) -> None:
     shutil.copytree(source, checkpoint)
 
 
+def link_whole(checkpoint: Path, source: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.symlink_to(source)
+
+
 def swap_files(checkpoint: Path, other: Path) -> None:
     (checkpoint / MODEL).rename(checkpoint / "held")
     (checkpoint / MOMENTS).rename(checkpoint / MODEL)
@@ -116,6 +121,7 @@ KINDS: dict[str, Damage] = {
     "one more shard": lambda c, o: shutil.copy(c / MODEL, c / "model-00002-of-00002.safetensors"),
     "another step's folder": lambda c, o: replace_whole(c, min(c.parent.glob("step-*"))),
     "another run's folder": replace_whole,
+    "another run's folder, linked": link_whole,
     "another run's weights, listed": use_weights_of,
 }
 DRAWN = sorted(KINDS) if LONG else random.Random(SEED).sample(sorted(KINDS), 3)
@@ -192,13 +198,16 @@ def test_damaged_newest_checkpoints_are_named_and_the_run_resumes_from_the_one_b
     assert (run / "export" / MODEL).read_bytes() == (made / "export" / MODEL).read_bytes()
 
 
-@pytest.mark.parametrize("kind", [*DRAWN, "the whole folder missing"])
+@pytest.mark.parametrize("kind", [*DRAWN, "the whole folder missing", "weight of another shape"])
 def test_a_damaged_best_checkpoint_is_not_exported_but_the_next_best_one(kind, run, other, chat):
     losses = {row["step"]: row["val/loss"] for row in rows(run) if "val/loss" in row}
     best, second = sorted((s for s in losses if s % 2 == 0), key=losses.__getitem__)[:2]
     checkpoint = run / "checkpoints" / f"step-{best:06d}"
     if kind in KINDS:
         KINDS[kind](checkpoint, other / "checkpoints" / checkpoint.name)
+    elif kind in WRONG_INSIDE:
+        WRONG_INSIDE[kind](checkpoint, other)
+        seal_again(run, checkpoint)
     else:
         shutil.rmtree(checkpoint)
     done = resume(run, chat)

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,24 @@ from qwlit.config.run import recipe_settings
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json_lines
 from qwlit.core.ranks import launch_token
-from qwlit.run.resume import prepare_folder, refuse_changed_recipe, refuse_changed_validation
+from qwlit.run.resume import (
+    prepare_folder,
+    refuse_changed_recipe,
+    refuse_changed_validation,
+    refuse_occupied_folder,
+)
 from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.checkpointing.checkpoint import read_checkpoint, read_weights, write_checkpoint
-from qwlit.training.checkpointing.folder import link_checkpoint, linked_checkpoint, list_checkpoints, newest
-from qwlit.training.checkpointing.manifest import MANIFEST
+from qwlit.training.checkpointing.folder import (
+    find_strays,
+    link_checkpoint,
+    linked_checkpoint,
+    list_checkpoints,
+    newest,
+)
+from qwlit.training.checkpointing.manifest import MANIFEST, find_damage
 from qwlit.training.tracking.run_folder import ENDED, RunFolder, RunLock
+from qwlit.training.tracking.wandb_uploads import Uploads
 
 
 @pytest.fixture
@@ -194,6 +207,73 @@ def test_a_checkpoint_brings_back_the_records_that_were_never_written_and_no_oth
     again.keep_records({"metrics.jsonl": lines})
     again.append_metrics(3, {"train/loss": 1.0})
     assert [row["step"] for row in read_json_lines(folder.path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_going_back_with_a_full_disk_loses_no_record_and_doubles_none(folder, size_limit):
+    for step in (1, 2, 3):
+        folder.append_metrics(step, {"train/loss": 1.0})
+    size_limit((folder.path / "metrics.jsonl").stat().st_size + 7)
+    folder.append_metrics(4, {"train/loss": 1.0})
+    folder.append_event(2, "rollback", reason="x" * 200)
+    folder.append_event(4, "skip", reason="x" * 200)
+    folder.set_aside_records_after(2)
+    folder.keep_records(folder.kept_records)  # as the checkpoint does from which the run goes on
+    size_limit()
+    folder.append_metrics(3, {"train/loss": 2.0})
+    folder.write_kept_records()
+    assert [(row["step"], row["train/loss"]) for row in read_json_lines(folder.path / "metrics.jsonl")] == [
+        *((1, 1.0), (2, 1.0), (3, 2.0))
+    ]
+    assert [row["event"] for row in read_json_lines(folder.path / "events.jsonl")] == ["rollback"]
+    assert [(row["file"], row["step"]) for row in read_json_lines(folder.path / "rolled_back.jsonl")] == [
+        *(("metrics.jsonl", 3), ("metrics.jsonl", 4), ("events.jsonl", 4))
+    ]
+
+
+def test_a_start_that_was_killed_before_its_first_summary_is_no_other_programs_folder(folder):
+    (folder.path / ".summary.json.7.tmp").touch()
+    refuse_occupied_folder(folder, overwrite=False)
+    (folder.path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="is not a run"):
+        refuse_occupied_folder(folder, overwrite=False)
+
+
+def flip_unnoticed(file):
+    """Change a bit, and neither size nor time, as a failing disk does."""
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_bit_that_the_disk_flips_after_the_resume_is_found(folder):
+    path = save(folder, 3)
+    assert find_damage(path) is None
+    read_checkpoint(path)
+    flip_unnoticed(path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.safetensors does not match"):
+        dict(read_weights(path))
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,)])
+def test_weights_of_another_shape_are_refused_and_not_spread(folder, shape):
+    path = save(folder, 3)
+    with pytest.raises(ConfigError, match=r"cannot be loaded .*model\.norm\.weight \[3\] instead of"):
+        next(read_weights(path, {"model.norm.weight": torch.zeros(shape)}))
+    with pytest.raises(ConfigError, match=r"cannot be loaded \(missing: model\.bias"):
+        next(read_weights(path, {name: torch.zeros(3) for name in ("model.norm.weight", "model.bias")}))
+
+
+def test_a_damaged_checkpoint_is_not_uploaded(folder):
+    flip_unnoticed(save(folder, 3) / "model.safetensors")
+    assert Uploads(SimpleNamespace(id="a"), folder).finish(wait=True)
+    (event,) = read_json_lines(folder.path / "events.jsonl")
+    assert "step-000003 was not uploaded to W&B (it is damaged: model.safetensors" in event["message"]
+
+
+def test_a_pipe_in_place_of_a_pointer_is_passed_over(folder):
+    os.mkfifo(folder.checkpoints / "last")
+    assert find_strays(folder) == ["last"]
 
 
 def test_a_summary_that_could_not_be_written_is_part_of_the_next(folder):

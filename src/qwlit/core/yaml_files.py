@@ -15,6 +15,8 @@ DEEPEST = 32
 """Levels of mappings and lists."""
 MOST_VALUES = 20_000
 """Values of the whole tree, those behind an alias counted each time."""
+TEXT_OF_A_VALUE = 100
+"""Characters; a longer text counts as several values."""
 LONGEST_NUMBER = 100
 """Characters. Python needs quadratic time for a number's digits."""
 NUMBER = re.compile(r"[-+.\d][\d_.:eE+-]*|[-+]?0[xob][\da-fA-F_]+")
@@ -79,7 +81,10 @@ def _check(text: str, loader: type[Any]) -> None:
                 raise YamlError(f"line {line}: the tag {event.tag} is not allowed; write plain values")  # type: ignore[attr-defined]
             if isinstance(event, yaml.ScalarEvent):
                 _check_scalar(event, stack[-1], line)
-                _add(stack[-1], 1, line)
+                size = 1 + len(event.value) // TEXT_OF_A_VALUE
+                if event.anchor is not None:
+                    sizes[event.anchor] = size
+                _add(stack[-1], size, line)
             else:
                 stack.append(_Open(event.anchor, set() if isinstance(event, yaml.MappingStartEvent) else None))
                 if len(stack) > DEEPEST + 1:

@@ -9,7 +9,7 @@ from qwlit.core.errors import DataError
 from qwlit.data.files import File
 from qwlit.data.json_array import PIECE_BYTES, read_array
 from qwlit.data.lines import MAX_BLANK_LINES, RowPieces, blank_lines, numbered_lines
-from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row
+from qwlit.data.rows import BOM, MAX_ROW_BYTES, QuarantinedRow, Row, refuse_many_objects
 
 SPACES = b" \t\r\n" + BOM
 
@@ -39,9 +39,11 @@ def _is_array(first_line: bytes, handle: BinaryIO) -> bool:
     if not re.match(rb"\[\s*(\{|\]|$)", first_line):
         return False
     try:
-        json.loads(first_line)
+        text = first_line.decode("utf-8")
+        refuse_many_objects(text)
+        json.loads(text)
     except (ValueError, RecursionError):
-        return True  # the array continues on the next line
+        return True  # the array continues on the next line, or is too large for a row
     return not any(piece.strip() for piece in iter(lambda: handle.read(PIECE_BYTES), b""))
 
 
@@ -73,6 +75,7 @@ def _opens_an_object(first_line: bytes) -> bool:
     if not text.startswith("{"):
         return False
     try:
+        refuse_many_objects(text)
         json.loads(text)
     except json.JSONDecodeError as error:
         # An error at the end of the line means that the object is only incomplete.

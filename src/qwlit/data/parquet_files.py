@@ -41,7 +41,7 @@ def read_parquet(
             for row in rows:
                 line = row.line
                 yield row
-            handle.seek(file.num_bytes() * line // num_rows)
+            handle.seek(file.num_bytes() * line // max(1, line, num_rows))
 
 
 def _nameless_rows(source_index: int, file: File, num_rows: int, names: list[str]) -> Iterator[Row]:

@@ -1,14 +1,13 @@
 """After the last step: export the best weights, answer validation prompts with them, and print the summary."""
 
 import math
-from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, DataError
@@ -140,8 +139,7 @@ def _load_best_weights(
     for step in candidates:
         if step != held:
             try:
-                weights = read_weights(training.checkpointing.path(step))
-                _fill(loss_model, weights)
+                _fill(loss_model, training.checkpointing.path(step))
             except ConfigError as error:
                 damaged.append(str(error))
                 continue
@@ -151,10 +149,11 @@ def _load_best_weights(
     raise ConfigError(f"nothing is exported, because no checkpoint is good: {'; '.join(damaged)}")
 
 
-def _fill(loss_model: LossModel, weights: Iterable[tuple[str, Tensor]]) -> None:
-    parameters = dict(loss_model.causal_lm.named_parameters())
+def _fill(loss_model: LossModel, checkpoint: Path) -> None:
+    """Fill in all trained weights; where the checkpoint cannot be used, raise ConfigError and change none."""
+    parameters = {name: p for name, p in loss_model.causal_lm.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for name, weight in weights:
+        for name, weight in read_weights(checkpoint, parameters):
             parameters[name].copy_(weight)
 
 

@@ -1,16 +1,18 @@
 """Go back to an earlier checkpoint of this run, or to its start, and follow another path from there."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from rich.markup import escape
 
 from qwlit.core.console import console
 from qwlit.core.ranks import is_rank_zero
 from qwlit.run.modules import load_model
 from qwlit.run.resume import ResumePoint
-from qwlit.training.checkpointing.folder import POINTERS, delete_checkpoint, list_checkpoints
+from qwlit.training.checkpointing.checkpoint import Ranks
+from qwlit.training.checkpointing.folder import POINTERS, delete_checkpoint, list_checkpoints, list_damaged
 from qwlit.training.checkpointing.manifest import find_damage, read_manifest, step_of
 from qwlit.training.resilience.rollback import Rollback, RollbackNeeded, read_journal, record_decision
 from qwlit.training.tracking.run_folder import RunFolder
@@ -29,8 +31,12 @@ def go_back(run: "TrainingRun", needed: RollbackNeeded) -> ResumePoint:
 
     Returns:
         The newest checkpoint that is good and that the guard allows, or the start of the run.
+
+    Raises:
+        OSError: rank 0 cannot write; it raises on every rank.
     """
-    rollback = _agree(_record(run, needed) if is_rank_zero() else None)
+    rollback = Ranks.all().together(lambda: _record(run, needed) if is_rank_zero() else None)[0]
+    assert rollback is not None  # rank 0's
     run.follow((*run.rollbacks, rollback))
     has_frozen_weights = not all(weight.requires_grad for weight in run.loss_model.parameters())
     if rollback.to_step == 0 or (rollback.cause == "state" and has_frozen_weights):
@@ -42,13 +48,14 @@ def go_back(run: "TrainingRun", needed: RollbackNeeded) -> ResumePoint:
     return ResumePoint(checkpoint)
 
 
-def _agree(rollback: Rollback | None) -> Rollback:
-    """Return rank 0's decision on every rank."""
-    decision: list[Any] = [rollback]
-    if dist.is_initialized():
-        dist.broadcast_object_list(decision, src=0)
-    result: Rollback = decision[0]
-    return result
+def _newest_good(checkpoints: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is good, if there is one, and what is wrong with newer ones."""
+    damaged: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        if (reason := find_damage(checkpoint)) is None:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint.name} is damaged ({reason})")
+    return None, damaged
 
 
 def _record(run: "TrainingRun", needed: RollbackNeeded) -> Rollback:
@@ -60,18 +67,22 @@ def _record(run: "TrainingRun", needed: RollbackNeeded) -> Rollback:
     folder = run.folder
     checkpoints = list_checkpoints(folder)
     allowed = [checkpoint for checkpoint in checkpoints if needed.allows(step_of(checkpoint))]
-    target = next((checkpoint for checkpoint in reversed(allowed) if find_damage(checkpoint) is None), None)
+    target, damaged = _newest_good(allowed)
     rollback = needed.going_to(step_of(target) if target else 0)
     if target is None:
         record_decision(folder, run.rollbacks, rollback)
+        folder.write_kept_records()  # or raise, before anything is deleted
         for name in POINTERS:
             (folder.checkpoints / name).unlink(missing_ok=True)
-    for checkpoint in checkpoints:
+    for checkpoint in (*list_damaged(folder), *checkpoints):
         if step_of(checkpoint) > rollback.to_step:
             delete_checkpoint(checkpoint)
     if target is not None:
         record_decision(folder, run.rollbacks, rollback)
     folder.set_aside_records_after(rollback.to_step)
+    for message in damaged:
+        folder.append_event(rollback.to_step, "damaged", message=message)
+        console().print(f"  [yellow]note[/]      {escape(message)}")
     peak_lr = run.config.optim.lr * math.prod(decision.lr_cut.factor for decision in (*run.rollbacks, rollback))
     console().print(f"[yellow]rollback[/]  {escape(rollback.describe(peak_lr))}")
     return rollback

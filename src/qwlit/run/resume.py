@@ -48,8 +48,9 @@ def refuse_occupied_folder(folder: RunFolder, *, overwrite: bool) -> None:
 
 
 def _is_empty(folder: RunFolder) -> bool:
-    """Whether the folder is empty, or holds only the empty checkpoints folder that an early kill -9 leaves."""
+    """Whether the folder is empty, or holds only what a kill -9 before the first summary.json leaves."""
     inside = [*folder.path.iterdir(), *(folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else [])]
+    inside = [path for path in inside if not path.match(".summary.json.*.tmp")]
     return inside in ([], [folder.checkpoints])
 
 

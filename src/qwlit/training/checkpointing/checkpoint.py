@@ -7,7 +7,7 @@ file written, and every reader compares the files with it first.
 import io
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 from qwlit.core.errors import ConfigError, first_line
 from qwlit.core.files import fsync_folder
 from qwlit.core.sharding import local
+from qwlit.model.weight_files import describe_differences
 from qwlit.training.checkpointing.finite import find_nonfinite
 from qwlit.training.checkpointing.folder import delete_checkpoint, move_away, temporary_folder
 from qwlit.training.checkpointing.manifest import (
@@ -29,6 +30,7 @@ from qwlit.training.checkpointing.manifest import (
     STATE,
     WEIGHTS,
     find_damage,
+    forget_hashes,
     num_shards,
     read_manifest,
     shard_file,
@@ -148,15 +150,26 @@ def _nothing() -> None:
     """What the other ranks do while rank 0 works."""
 
 
-def read_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+def read_weights(checkpoint: Path, expected: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Read the trained weights by their Hugging Face names, one at a time.
 
+    Args:
+        expected: the weights that the model has; the checkpoint must have the same names and shapes.
+
     Raises:
-        ConfigError: the checkpoint is damaged.
+        ConfigError: the checkpoint is damaged, or has other weights. It raises before the first weight.
     """
     _refuse_damaged(checkpoint, find_damage(checkpoint))
-    with _open(checkpoint, WEIGHTS) as weights:
-        for name in weights.names():
+    try:
+        weights = _open(checkpoint, WEIGHTS)
+        shapes = {name: weights.shape(name) for name in weights.names()}
+        wanted = shapes if expected is None else {name: list(tensor.shape) for name, tensor in expected.items()}
+        if differences := describe_differences(shapes, wanted, unexpected="not in the model"):
+            raise ValueError(differences)
+    except NOT_LOADABLE as error:
+        raise not_loadable(checkpoint, error) from None
+    with weights:
+        for name in shapes:
             yield name, weights.read(name)
 
 
@@ -185,6 +198,7 @@ def read_checkpoint(folder: Path, template: dict[str, Tensor] | None = None, ran
     """
     found = ranks.together(lambda: find_damage(folder, rank=ranks.rank, count=ranks.count))
     _refuse_damaged(folder, next(filter(None, found), None))
+    forget_hashes()
     try:
         checkpoint = _read_state(folder / STATE)
         if missing := REQUIRED - checkpoint.keys():

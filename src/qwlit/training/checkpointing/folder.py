@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwlit.core.disk import disk_line
 from qwlit.core.errors import ConfigError
+from qwlit.core.files import read_small_text
 from qwlit.training.checkpointing.manifest import find_damage, read_seals, step_of
 from qwlit.training.tracking.run_folder import RunFolder
 
@@ -24,6 +25,12 @@ def list_checkpoints(folder: RunFolder) -> list[Path]:
     inside = folder.checkpoints.iterdir() if folder.checkpoints.is_dir() else ()
     found = (path for path in inside if path.name.startswith("step-") and OWN_NAME.fullmatch(path.name))
     return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def list_damaged(folder: RunFolder) -> list[Path]:
+    """Return the checkpoints that were renamed because they are damaged."""
+    found = folder.checkpoints.glob(f"{DAMAGED}*-step-*")
+    return sorted(path for path in found if OWN_NAME.fullmatch(path.name) and path.is_dir())
 
 
 def newest(folder: RunFolder) -> Path | None:
@@ -69,8 +76,7 @@ def move_away(path: Path) -> None:
 
 def _refuse_lost_checkpoints(folder: RunFolder, damaged_now: list[str]) -> None:
     """Refuse to train from step 0 what has already been saved at a later step."""
-    damaged_before = sorted(path.name for path in folder.checkpoints.glob(f"{DAMAGED}*-step-*"))
-    what = "; ".join(damaged_now) or ", ".join(damaged_before)
+    what = "; ".join(damaged_now) or ", ".join(path.name for path in list_damaged(folder))
     if not what and not (steps := read_seals(folder.path)):
         return
     missing = what or f"events.jsonl lists one of step {max(steps)}, and {folder.checkpoints} has none"
@@ -141,7 +147,7 @@ def linked_checkpoint(folder: RunFolder, name: str) -> Path | None:
     """Return the checkpoint that the pointer `best` or `last` points to; None where there is none."""
     pointer = folder.checkpoints / name
     try:
-        target = str(pointer.readlink()) if pointer.is_symlink() else pointer.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        target = str(pointer.readlink()) if pointer.is_symlink() else read_small_text(pointer).strip()
+    except (OSError, ValueError):
         return None
     return next((path for path in list_checkpoints(folder) if path.name == Path(target).name), None)

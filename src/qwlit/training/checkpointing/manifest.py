@@ -74,15 +74,15 @@ def find_damage(checkpoint: Path, *, rank: int = 0, count: int = 1) -> str | Non
     """Compare a checkpoint with its manifest and its seal; return what is wrong, None where nothing is.
 
     Args:
-        checkpoint: its folder, or a link to it.
+        checkpoint: its folder, or a link to it. The seal is that of the run in whose folder it stands.
         rank, count: this rank's place among those that each hash a part of the files.
     """
-    checkpoint = checkpoint.resolve()
+    run_folder, checkpoint = checkpoint.absolute().parent.parent, checkpoint.resolve()
     try:
         if not _is_regular(checkpoint / MANIFEST) or (checkpoint / MANIFEST).stat().st_size > LARGEST_MANIFEST:
             raise _DamageError(f"{MANIFEST} is not a file that qwlit wrote")
         manifest = read_manifest(checkpoint)
-        _check_seal(checkpoint, manifest)
+        _check_seal(checkpoint, manifest, read_seals(run_folder))
         _check_names(checkpoint, manifest)
         for name in sorted(manifest["files"])[rank::count]:
             if _describe(checkpoint / name) != manifest["files"][name]:
@@ -98,11 +98,10 @@ def find_damage(checkpoint: Path, *, rank: int = 0, count: int = 1) -> str | Non
     return None
 
 
-def _check_seal(checkpoint: Path, manifest: dict[str, Any]) -> None:
+def _check_seal(checkpoint: Path, manifest: dict[str, Any], seals: Mapping[int, str | None]) -> None:
     step = step_of(checkpoint)
     if manifest["step"] != step:
         raise _DamageError(f"{MANIFEST} is of step {manifest['step']}")
-    seals = read_seals(checkpoint.parent.parent)
     # Earlier versions recorded no seals.
     if seals.get(step) not in (None, seal_of(checkpoint)):
         raise _DamageError(f"{MANIFEST} is not the one of which events.jsonl has the hash")
@@ -146,8 +145,13 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": status.st_size, "sha256": _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)}
 
 
+def forget_hashes() -> None:
+    """Hash every file again from now on: a disk can change a file and leave its size and time as they were."""
+    _digest.cache_clear()
+
+
 @lru_cache
 def _digest(path: Path, inode: int, size: int, changed: int) -> str:
-    """Return the file's sha256. A launch chooses a checkpoint and then reads it; it hashes an unchanged file once."""
+    """Return the file's sha256. A launch chooses a checkpoint and then reads it; until then it hashes a file once."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -89,6 +89,11 @@ class ShardReader:
     def names(self) -> list[str]:
         return list(self._files[0].keys())
 
+    def shape(self, name: str) -> list[int]:
+        """Return the shape of the whole tensor."""
+        shapes: list[list[int]] = [file.get_slice(name).get_shape() for file in self._files]
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
+
     def read(self, name: str) -> Tensor:
         """Return the whole tensor."""
         shards = [file.get_tensor(name) for file in self._files]

@@ -65,8 +65,15 @@ class RecordFile:
         return is_whole
 
     def keep(self, lines: Iterable[str]) -> None:
-        """Keep those lines of an earlier launch that the file lacks, to write them before the next record."""
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        """Keep those of earlier lines that the file lacks, each once, to write them before the next record."""
+        kept = set(self.kept)
+        self.kept += [line for line in self.lacking(lines) if line not in kept]
+
+    def lacking(self, lines: Iterable[str]) -> list[str]:
+        """Return those lines that the file lacks."""
+        if not (lines := list(lines)):
+            return []
+        text = self._path.read_text(encoding="utf-8") if self._path.is_file() else ""
         # splitlines() would also split at U+2028 and others, which may be inside a JSON string.
         written = {line + "\n" for line in text.split("\n")}
-        self.kept += [line for line in lines if line not in written]
+        return [line for line in lines if line not in written]

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -217,22 +217,25 @@ class RunFolder:
         """Delete the records after `step`, because the run resumes there and writes them again."""
         if is_rank_zero():
             for name in STREAMS:
-                if not (self.path / name).exists():
-                    continue
-                records = [r for r in read_json_lines(self.path / name) if isinstance(r.get("step"), int)]
-                self.write_records(name, [r for r in records if r["step"] <= step])
-                self._records.pop(name, None)
+                self._drop_records(name, lambda r: isinstance(r.get("step"), int) and r["step"] <= step)
             # A run that resumes before the step to which it once went back will come there again.
-            if rolled_back := read_json_lines(self.path / ROLLED_BACK):
-                self.write_records(ROLLED_BACK, [r for r in rolled_back if r.get("rolled_back_to", 0) <= step])
-                self._records.pop(ROLLED_BACK, None)
+            self._drop_records(ROLLED_BACK, lambda r: r.get("rolled_back_to", 0) <= step)
+
+    def _drop_records(self, name: str, is_valid: Callable[[dict[str, Any]], bool]) -> None:
+        """Delete the records that are not valid any more, also among those that could not be written yet."""
+        if (self.path / name).exists():
+            self.write_records(name, filter(is_valid, read_json_lines(self.path / name)))
+        if before := self._records.pop(name, None):
+            self._record_file(name).keep(line for line in before.kept if is_valid(json.loads(line)))
 
     def set_aside_records_after(self, step: int) -> None:
         """Move the records after `step` into rolled_back.jsonl, because the run goes back to that step."""
         with contextlib.suppress(OSError):
             self.write_kept_records()
         for name in STREAMS:
-            for record in read_json_lines(self.path / name):
+            file = self._record_file(name)
+            unwritten = map(json.loads, file.lacking(file.kept))
+            for record in (*read_json_lines(self.path / name), *unwritten):
                 if isinstance(record.get("step"), int) and record["step"] > step:
                     self._append(ROLLED_BACK, {"rolled_back_to": step, "file": name, **record})
         self.drop_records_after(step)

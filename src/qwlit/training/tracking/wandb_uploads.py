@@ -11,10 +11,10 @@ from typing import Any
 from rich.markup import escape
 
 from qwlit.core.console import console
-from qwlit.core.errors import SignalExit, one_line
+from qwlit.core.errors import ConfigError, SignalExit, one_line
 from qwlit.core.files import read_json_lines
 from qwlit.training.checkpointing.folder import linked_checkpoint, list_checkpoints
-from qwlit.training.checkpointing.manifest import step_of
+from qwlit.training.checkpointing.manifest import find_damage, step_of
 from qwlit.training.tracking.run_folder import RunFolder
 
 UPLOADED = "uploaded"
@@ -60,6 +60,8 @@ class Uploads:
                 self._waiting.task_done()
 
     def _send(self, held: Path, aliases: list[str]) -> None:
+        if damage := find_damage(held):
+            raise ConfigError(f"it is damaged: {damage}")
         import wandb
 
         artifact = wandb.Artifact(f"checkpoints-{self._run.id}", type="model", metadata={"step": step_of(held)})
