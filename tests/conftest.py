@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -36,3 +37,11 @@ def real_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[
             return folder
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def _console_of_its_own():
+    """A console that could not print to a full disk stays quiet: the next test of this process gets a new one."""
+    yield
+    if "qwlit.core.console" in sys.modules:
+        sys.modules["qwlit.core.console"].console.cache_clear()

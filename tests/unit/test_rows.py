@@ -44,7 +44,7 @@ def test_one_json_object_is_read_as_json_reads_it(raw: bytes) -> None:
         (b'{"y": [{"x": 1, "\\u0078": 2}]}', "the key 'x' appears twice"),
         (b'{"x": "\\ud800"}', "half of a surrogate pair"),
         (b'{"\\udfff": 1}', "half of a surrogate pair"),
-        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not readable as JSON"),
+        (b'{"x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "not readable as JSON"),
         (b'{"x": ' + b"9" * 5000 + b"}", "not readable as JSON"),
         (b'{"x": "a\x00b"}', "not valid JSON"),
         (b"Es war einmal.", "not valid JSON"),
