@@ -7,12 +7,14 @@ from rich.markup import escape
 
 from qwlit.commands.options import compose_run, own_options, typed_number
 from qwlit.core.console import console
-from qwlit.core.errors import Interrupted, NotEqual, QwlitError
+from qwlit.core.errors import Interrupted, NotEqual
 
 if TYPE_CHECKING:
     from qwlit.training.tracking.run_folder import RunFolder
 
 REPEATS, STEPS = 3, 20
+OWN_NAMES = ("repeat-", "certificate.")
+"""How the names in the folder of a verification begin."""
 
 
 def main(arguments: list[str]) -> None:
@@ -32,12 +34,13 @@ def main(arguments: list[str]) -> None:
 
 def _verify(overrides: list[str], steps: int, repeats: int, earlier: Path | None) -> None:
     from qwlit.core.files import read_json, resolve_path, write_json_atomic, write_text_atomic
-    from qwlit.run.verify import certify, differing_entries, prepare_folder
+    from qwlit.run.verify import certify, differing_entries
     from qwlit.training.tracking.run_folder import RunFolder
+    from qwlit.tuning.short_run import prepare_folder
 
     config = compose_run(overrides).config
     folder = RunFolder(resolve_path(config.run.root) / f"{config.run.name}-verify")
-    prepare_folder(folder)
+    prepare_folder(folder, OWN_NAMES, "verification")
     for number in range(1, repeats + 1):
         _train(overrides, steps, folder, number)
     repeated = [folder.path / f"repeat-{number}" for number in range(1, repeats + 1)]
@@ -64,8 +67,7 @@ def _train(overrides: list[str], steps: int, folder: "RunFolder", number: int) -
     """
     from qwlit.training.step_boundary import STOP_AFTER
     from qwlit.training.tracking.run_folder import RunFolder
-    from qwlit.tuning.short_run import run_shortly
-    from qwlit.tuning.trial import last_message
+    from qwlit.tuning.short_run import failed, run_shortly
 
     run, log = RunFolder(folder.path / f"repeat-{number}"), folder.path / f"repeat-{number}.log"
     own = [
@@ -81,6 +83,4 @@ def _train(overrides: list[str], steps: int, folder: "RunFolder", number: int) -
         [*overrides, *own], run, log, steps, f"repeat {number}", console(), environment={STOP_AFTER: str(steps)}
     )
     if code not in (0, Interrupted.exit_code):
-        error = QwlitError(f"repeat {number} did not train {steps} steps: {last_message(log)}")
-        error.exit_code = code if code > 0 else QwlitError.exit_code
-        raise error
+        raise failed(f"repeat {number} did not train {steps} steps", code, log)

@@ -1,6 +1,5 @@
 """Train the first steps several times in fresh processes, and compare the traces bit by bit."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json, read_json_lines, resolve_path
-from qwlit.training.tracking.run_folder import RunFolder
 
 QUANTITIES = ("samples", "loss_sum", "grad_norm", "parameters")
 """Of a record of trace.jsonl, in the order in which a step computes them."""
@@ -122,18 +120,3 @@ def differing_entries(first: dict[str, Any], second: dict[str, Any]) -> list[str
         else:
             found.append(f"{name} {before} against {now}")
     return found
-
-
-def prepare_folder(folder: RunFolder) -> None:
-    """Delete an earlier verification of this name, and nothing else; create the folder.
-
-    Raises:
-        ConfigError: the folder holds something else.
-    """
-    if folder.path.exists():
-        if any(
-            not path.name.startswith(("repeat-", "certificate.", ".locks", ".store")) for path in folder.path.iterdir()
-        ):
-            raise ConfigError(f"{folder.path} exists and is not a verification; move it away, or set another run.name")
-        shutil.rmtree(folder.path)
-    folder.path.mkdir(parents=True)

@@ -1,7 +1,6 @@
 """The learning-rate range test (Smith 2017): a short run whose learning rate rises at every step."""
 
 import math
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from qwlit.config.compose import compose
-from qwlit.core.errors import ConfigError, GuardStop, Preempted, QwlitError
+from qwlit.core.errors import ConfigError, GuardStop, Preempted
 from qwlit.core.files import read_json_lines, resolve_path, write_json_atomic
 from qwlit.training.tracking.run_folder import RunFolder
-from qwlit.tuning.short_run import run_shortly
+from qwlit.tuning.short_run import LOSSES_ONLY, delete_weights, failed, run_shortly
 from qwlit.tuning.space import keys_of
-from qwlit.tuning.trial import last_message, without_rollbacks
+from qwlit.tuning.trial import without_rollbacks
 
 STEPS, FEWEST_STEPS, HIGHEST_LR = 100, 20, 0.1
 # As in fastai's finder: smooth with a moving average of this weight; stop at four times the lowest smoothed loss.
@@ -87,14 +86,7 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
         *(f"{key}={value}" for key, value in defaults.items() if key not in typed),
         "scheduler.name=range_test",
         "scheduler.warmup_steps=0",
-        "train.max_epochs=null",
-        "validation.each_epoch=false",
-        "validation.every_steps=null",
-        "checkpoint.each_epoch=false",
-        "checkpoint.every_steps=null",
-        "logging.every_steps=1",
-        "data.exact_match=0",
-        "logger.use=[]",
+        *LOSSES_ONLY,
         f"run.name={name}",
     ]
     steps = compose(overrides).config.train.max_steps or STEPS
@@ -107,12 +99,9 @@ def find_lr(overrides: list[str], screen: Console) -> tuple[RangeTest, RunFolder
     test = evaluate([record["optim/lr"] for record in records], [record["train/loss"] for record in records])
     # Ended by `_has_diverged` or by the guard, the run has reached learning rates that are too high: that is a result.
     if code not in (0, Preempted.exit_code, GuardStop.exit_code) or len(test.lrs) < FEWEST_STEPS // 2:
-        error = QwlitError(f"the range test measured only {len(test.lrs)} steps: {last_message(log)}")
-        error.exit_code = code if code > 0 else QwlitError.exit_code
-        raise error
+        raise failed(f"the range test measured only {len(test.lrs)} steps", code, log)
     log.replace(folder.path / "train.log")
-    for unneeded in ("checkpoints", "export"):
-        shutil.rmtree(folder.path / unneeded, ignore_errors=True)
+    delete_weights(folder)
     draw(test, folder.path / "lr_range.png")
     write_json_atomic(
         folder.path / "lr_range.json",

@@ -4,7 +4,6 @@ A learning rate that diverges after hours often shows it in a few hundred steps 
 """
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,20 +13,20 @@ from typing import Any
 from rich.console import Console
 
 from qwlit.config.compose import compose
-from qwlit.core.errors import ConfigError, GuardStop, QwlitError
+from qwlit.core.errors import ConfigError, GuardStop
 from qwlit.core.files import read_json_lines, resolve_path, write_json_atomic
 from qwlit.training.resilience.divergence import RISE_FLOOR, RISE_SHARE, SMOOTH_STEPS
 from qwlit.training.tracking.run_folder import RunFolder
-from qwlit.tuning.short_run import run_shortly
+from qwlit.tuning.short_run import LOSSES_ONLY, delete_weights, failed, prepare_folder, run_shortly
 from qwlit.tuning.space import keys_of
-from qwlit.tuning.trial import last_message, without_rollbacks
+from qwlit.tuning.trial import without_rollbacks
 
 FACTORS = (1 / 3, 1.0, 3.0)
 STEPS, FEWEST_STEPS = 200, 20
 WARMUP_RATIO = 0.1
 MAX_SKIPPED_SHARE = 0.01
 """A run that skips more steps is not stable."""
-OWN_NAMES = ("lr-", "pilot.", ".locks", ".store")
+OWN_NAMES = ("lr-", "pilot.")
 """How the names in a pilot's folder begin."""
 SAMPLES_READ = 2
 """The slice of the data has so many times the samples that the steps train on, so that a shuffle has a choice."""
@@ -73,11 +72,9 @@ class Pilot:
     @property
     def overrides(self) -> list[str]:
         """Overrides for the long run; empty if no learning rate was stable."""
-        return (
-            []
-            if self.suggestion is None
-            else [f"optim.lr={self.suggestion:g}", f"scheduler.warmup_ratio={WARMUP_RATIO:g}"]
-        )
+        if self.suggestion is None:
+            return []
+        return [f"optim.lr={self.suggestion:g}", f"scheduler.warmup_ratio={WARMUP_RATIO:g}"]
 
     def describe(self) -> str:
         if self.highest_stable is None:
@@ -108,7 +105,7 @@ def run_pilot(overrides: list[str], screen: Console) -> tuple[Pilot, RunFolder]:
     steps = config.train.max_steps if "train.max_steps" in typed and config.train.max_steps else STEPS
     if steps < FEWEST_STEPS:
         raise ConfigError(f"train.max_steps={steps}: a pilot needs at least {FEWEST_STEPS} steps")
-    _delete_earlier_pilot(folder)
+    prepare_folder(folder, OWN_NAMES, "pilot")
     samples = SAMPLES_READ * steps * config.train.global_batch_size
     short = [
         *without_rollbacks(overrides),
@@ -116,19 +113,11 @@ def run_pilot(overrides: list[str], screen: Console) -> tuple[Pilot, RunFolder]:
         *([] if "preflight.allow" in typed else ["preflight.allow=[full_lr,full_lr_large,lr_range]"]),
         *([] if "data.max_samples" in typed else [f"data.max_samples={samples}"]),
         f"train.max_steps={steps}",
-        "train.max_epochs=null",
         "scheduler.name=constant",
         f"scheduler.warmup_steps={round(WARMUP_RATIO * steps)}",
-        "validation.each_epoch=false",
-        "validation.every_steps=null",
-        "checkpoint.each_epoch=false",
-        "checkpoint.every_steps=null",
-        "logging.every_steps=1",
-        "data.exact_match=0",
-        "logger.use=[]",
+        *LOSSES_ONLY,
         f"run.root={folder.path}",
     ]
-    folder.path.mkdir(parents=True, exist_ok=True)
     pilot = Pilot([_train(short, config.optim.lr * factor, folder.path, steps, screen) for factor in FACTORS])
     write_json_atomic(
         folder.path / "pilot.json",
@@ -136,19 +125,6 @@ def run_pilot(overrides: list[str], screen: Console) -> tuple[Pilot, RunFolder]:
     )
     draw(pilot, folder.path / "pilot.png")
     return pilot, folder
-
-
-def _delete_earlier_pilot(folder: RunFolder) -> None:
-    """Delete an earlier pilot of this name, and nothing else.
-
-    Raises:
-        ConfigError: the folder holds something else.
-    """
-    if not folder.path.exists():
-        return
-    if any(not path.name.startswith(OWN_NAMES) for path in folder.path.iterdir()):
-        raise ConfigError(f"{folder.path} exists and is not a pilot; move it away, or set another run.name")
-    shutil.rmtree(folder.path)
 
 
 def _train(overrides: list[str], lr: float, folder: Path, steps: int, screen: Console) -> ShortRun:
@@ -162,14 +138,11 @@ def _train(overrides: list[str], lr: float, folder: Path, steps: int, screen: Co
     own = [f"optim.lr={lr:.6g}", f"run.name={run.path.name}"]
     code = run_shortly([*overrides, *own], run, log, steps, f"pilot at {lr:.2g}", screen)
     if code not in (0, GuardStop.exit_code):
-        error = QwlitError(f"the pilot at optim.lr={lr:.2g} did not end: {last_message(log)}")
-        error.exit_code = code if code > 0 else QwlitError.exit_code
-        raise error
+        raise failed(f"the pilot at optim.lr={lr:.2g} did not end", code, log)
     records = read_json_lines(run.path / "metrics.jsonl")
     losses = [record["train/loss"] for record in records if record.get("train/loss") is not None]
     skipped = int(run.read_summary().get("skipped_steps") or 0)
-    for unneeded in ("checkpoints", "export"):
-        shutil.rmtree(run.path / unneeded, ignore_errors=True)
+    delete_weights(run)
     stops = [event for event in read_json_lines(run.path / "events.jsonl") if event.get("event") == "stopped"]
     reason = str(stops[-1].get("reason")) if stops else _find_instability(losses, skipped, steps)
     return ShortRun(lr, losses, skipped, reason)
