@@ -87,6 +87,12 @@ class Ranks:
 ONE_RANK = Ranks()
 
 
+def nonfinite_on_any_rank(tensors: Mapping[str, Tensor], ranks: Ranks) -> str | None:
+    """Return the name of a tensor with a NaN or an infinity on any of these ranks; None where all are finite."""
+    found = ranks.together(lambda: find_nonfinite(tensors))
+    return next(filter(None, found), None)
+
+
 def write_checkpoint(checkpoint: dict[str, Any], final: Path, ranks: Ranks = ONE_RANK) -> None:
     """Write Lightning's checkpoint dictionary as a folder: tensors as safetensors, the rest as a torch file.
 

@@ -15,8 +15,7 @@ from qwlit.core.disk import disk_line, reason_of_disk, remedy_of
 from qwlit.core.errors import ConfigError, GuardStop
 from qwlit.core.metric import set_loss_key
 from qwlit.core.ranks import is_rank_zero
-from qwlit.training.checkpointing.checkpoint import IDENTITY
-from qwlit.training.checkpointing.finite import find_nonfinite
+from qwlit.training.checkpointing.checkpoint import IDENTITY, nonfinite_on_any_rank
 from qwlit.training.checkpointing.folder import delete_checkpoint, link_checkpoint, list_checkpoints, newest
 from qwlit.training.checkpointing.manifest import SAVED, read_seals, seal_of, step_of
 from qwlit.training.checkpointing.writer import CheckpointWriter
@@ -179,9 +178,7 @@ class Checkpointing(BoundaryCallback):
         return f"step {step} could not be saved; {self._folder.path} resumes from {newest}"
 
     def _refuse_nonfinite(self, trainer: Trainer, step: int) -> None:
-        module = trainer.lightning_module
-        found = self._writer.ranks.together(lambda: find_nonfinite(module.trained_state()))
-        if name := next(filter(None, found), None):
+        if name := nonfinite_on_any_rank(trainer.lightning_module.trained_state(), self._writer.ranks):
             if self._on_damage is not None:
                 self._on_damage(step, f"{name} is not finite")
             raise GuardStop(

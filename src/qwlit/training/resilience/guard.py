@@ -15,8 +15,7 @@ from qwlit.core.batch import StepBatch
 from qwlit.core.errors import GuardStop
 from qwlit.data.samples import Samples
 from qwlit.training.async_readback import AsyncReadback
-from qwlit.training.checkpointing.checkpoint import Ranks
-from qwlit.training.checkpointing.finite import find_nonfinite
+from qwlit.training.checkpointing.checkpoint import Ranks, nonfinite_on_any_rank
 from qwlit.training.config import GuardConfig
 from qwlit.training.module import CausalLMModule
 from qwlit.training.resilience.divergence import DivergenceRules, StepNumbers
@@ -121,7 +120,7 @@ class Guard(Callback):
             RollbackNeeded: the run goes back.
             GuardStop: it has gone back too often.
         """
-        if cause != "state" and (name := self._find_nonfinite()):
+        if cause != "state" and (name := nonfinite_on_any_rank(self._module.trained_state(), Ranks.all())):
             reason, cause = f"{name} is not finite", "state"
         if cause == "state" and any((known.from_step, known.reason) == (step, reason) for known in self.rollbacks):
             cause = "divergence"  # no accident damages the same tensor at the same step again
@@ -137,11 +136,6 @@ class Guard(Callback):
             is_stable=lambda checkpoint: self._health.is_stable(checkpoint, step),
             skipped_steps=self.skipped_steps,
         )
-
-    def _find_nonfinite(self) -> str | None:
-        """Return the name of a weight or moment that is not finite, of any rank. A collective."""
-        found = Ranks.all().together(lambda: find_nonfinite(self._module.trained_state()))
-        return next(filter(None, found), None)
 
     def needed_checkpoints(self, checkpoints: Sequence[int], step: int) -> set[int]:
         """Return those that a rollback needs: the newest stable one, and the next one that may become stable.
