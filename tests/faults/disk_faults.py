@@ -24,7 +24,8 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import lock_holder
 from qwlit.inference.export import export_model
 from qwlit.training.checkpointing.saving import Checkpointing
-from qwlit.training.tracking.run_folder import RunFolder, RunLock
+from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.run_lock import RunLock
 
 DISK_MIB = 12
 NOBODY = 65534

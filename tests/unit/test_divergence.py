@@ -174,7 +174,7 @@ def test_a_run_that_goes_back_further_than_before_keeps_the_decision_before(tmp_
     folder, first, further = RunFolder(tmp_path), decision(to_step=100), decision(from_step=105, to_step=50)
     record_decision(folder, [], first)
     record_decision(folder, [first], further)
-    folder.set_aside_records_after(50)
+    folder.drop_records_after(50)
     assert read_journal(folder, 50, {}) == (first, further)
 
 

@@ -37,7 +37,8 @@ from qwlit.run.resume import ResumePoint
 from qwlit.training import machine, trainer
 from qwlit.training.config import HardwareConfig, LoggerConfig
 from qwlit.training.tracking import run_folder
-from qwlit.training.tracking.run_folder import BEGUN, ENDED, RunFolder, RunLock
+from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.run_lock import BEGUN, ENDED, RunLock
 from qwlit.training.tracking.wandb_access import Access, find_access
 from qwlit.training.tracking.wandb_run import WandbRun
 from tests.runs.runs import free_port

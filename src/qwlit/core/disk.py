@@ -29,6 +29,12 @@ REMEDIES = {
     errno.ENFILE: "allow more open files on this machine",
     errno.ENOMEM: "free memory",
 }
+OF_THE_FILE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV),
+    *(errno.EIO, errno.EBADMSG, errno.EUCLEAN),
+)
+"""Errors that say that this file is gone, replaced, or on a bad sector. After any other one it may be good: the process
+lacks memory, open files or rights, or the file server does not answer."""
 NOT_SYNCABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 """What fsync answers where a file system does not have it: some have none for folders."""
 OF_RUST = re.compile(r"\(os error (\d+)\)")

@@ -130,11 +130,11 @@ def _load_best_weights(
     """
     best, held = training.checkpointing.best_step, None if always else training.trainer.global_step
     rows = read_json_lines(folder.path / "metrics.jsonl")
-    measured = [row for row in rows if number_or_none(row.get("val/loss")) and isinstance(row.get("step"), int)]
-    validations = {row["step"]: row for row in measured}
+    measured = [row for row in rows if number_or_none(row.get("val/loss")) is not None]
+    validations = {row["step"]: row for row in measured if isinstance(row.get("step"), int)}
     others = {step_of(checkpoint) for checkpoint in list_checkpoints(folder)} - {best}
     by_loss = sorted(others, key=lambda step: (validations.get(step, {}).get("val/loss", math.inf), -step))
-    candidates = [held] if best is None and held is not None else [*([best] if best else []), *by_loss]
+    candidates = [held] if best is None and held is not None else [*([] if best is None else [best]), *by_loss]
     damaged = []
     for step in candidates:
         if step != held:
@@ -162,7 +162,7 @@ def _record_next_best(
 ) -> None:
     """Say that another checkpoint than the best is exported, and make it the best of summary.json."""
     loss = validation.get("val/loss")
-    message = f"{'; '.join(damaged)}: exported is step {step}" + (f", val/loss {loss:.4f}" if loss else "")
+    message = f"{'; '.join(damaged)}: exported is step {step}" + (f", val/loss {loss:.4f}" if loss is not None else "")
     folder.append_event(training.trainer.global_step, "damaged", message=message)
     console().print(f"  [yellow]note[/]      {escape(message)}")
     training.checkpointing.replace_best(step, validation)
