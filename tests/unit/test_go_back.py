@@ -82,6 +82,16 @@ class Killed(BaseException):
     pass
 
 
+def until_killed(real, calls, last):
+    def write(*arguments):
+        calls.append(arguments)
+        if len(calls) > last:
+            raise Killed
+        return real(*arguments)
+
+    return write
+
+
 WRITES = ("_append", "_drop_records", "write_kept_records")
 
 
@@ -99,14 +109,7 @@ def test_a_kill_while_the_run_goes_back_loses_no_record_and_doubles_none(run, go
     target, calls = good or 0, []
     with monkeypatch.context() as patch:
         for name in WRITES:
-
-            def write(*arguments, real=getattr(RunFolder, name)):
-                calls.append(name)
-                if len(calls) > last:
-                    raise Killed
-                return real(*arguments)
-
-            patch.setattr(RunFolder, name, write)
+            patch.setattr(RunFolder, name, until_killed(getattr(RunFolder, name), calls, last))
         with suppress(Killed):
             _record(run, needed(*([good] if good else [])))
     again = RunFolder(run.folder.path)

@@ -345,12 +345,12 @@ def test_a_process_that_may_open_no_more_files_does_not_blame_the_checkpoint(fol
     path = save(folder, 3)
     forget_hashes()
     limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), contextlib.ExitStack()
-    in_use = max(map(int, os.listdir("/proc/self/fd")))
+    in_use = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, limits[1]))
     try:
         with pytest.raises(OSError, match="Too many open files"):
             while True:
-                held.enter_context(open(os.devnull))
+                held.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         for read in (find_damage, read_checkpoint, lambda path: ShardReader([path / "model.safetensors"])):
             with pytest.raises(OSError, match="Too many open files"):
                 read(path)
@@ -362,6 +362,21 @@ def test_a_process_that_may_open_no_more_files_does_not_blame_the_checkpoint(fol
 def test_a_checkpoint_with_a_weight_that_is_not_finite_is_not_read(folder):
     with pytest.raises(ConfigError, match=r"cannot be loaded \(model\.norm\.weight is not finite\)"):
         next(read_weights(save(folder, 3, math.nan)))
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_records_that_link_out_of_the_run_are_refused(folder, exists):
+    folder.write_summary(status="running")
+    outside = folder.path.parent / "outside"
+    if exists:
+        outside.touch()
+    (folder.path / "metrics.jsonl").symlink_to(outside)
+    with pytest.raises(ConfigError, match=r"metrics.jsonl links to .*outside, outside the run; remove the link"):
+        refuse_occupied_folder(folder, overwrite=False)
+    (folder.path / "metrics.jsonl").unlink()
+    (folder.path / "rows").touch()
+    (folder.path / "metrics.jsonl").symlink_to("rows")
+    refuse_occupied_folder(folder, overwrite=False)
 
 
 def test_a_pipe_in_place_of_a_pointer_is_passed_over(folder):

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
 
-from qwlit.core.disk import naming_path, sync
+from qwlit.core.disk import naming_path, opened_without_links, sync
 from qwlit.core.errors import ConfigError
 from qwlit.core.lease import NO_FLOCK, is_leased, lease
 
@@ -155,7 +155,7 @@ def locked(path: Path, *, blocking: bool = True, waiting: Callable[[str], None] 
         BlockingIOError: with `blocking=False`, when another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as handle, ExitStack() as held:
+    with open(path, "a+", encoding="utf-8", opener=opened_without_links) as handle, ExitStack() as held:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

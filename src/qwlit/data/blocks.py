@@ -33,7 +33,9 @@ def damage_of(path: Path, error: OSError) -> Damage:
         DataError: the file may be good, see `core.disk.OF_THE_FILE`.
     """
     if error.errno not in OF_THE_FILE:
-        raise DataError(f"{path} cannot be read: {reason_of_disk(error)}; {remedy_of(error)} and run the same command again")
+        raise DataError(
+            f"{path} cannot be read: {reason_of_disk(error)}; {remedy_of(error)} and run the same command again"
+        )
     return Damage(f"{path.name}: {error.strerror or error}")
 
 

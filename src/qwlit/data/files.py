@@ -67,7 +67,9 @@ class File:
             with self.path.open("rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
         except OSError as error:
-            raise DataError(f"data file '{self}' cannot be read: {reason_of_disk(error)}; {remedy_of(error)}") from error
+            raise DataError(
+                f"data file '{self}' cannot be read: {reason_of_disk(error)}; {remedy_of(error)}"
+            ) from error
         if time.time() - stat.st_ctime > RACY_SECONDS:
             # Without it the file is hashed again at the next start.
             with suppress(OSError):

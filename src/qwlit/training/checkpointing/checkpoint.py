@@ -174,7 +174,8 @@ def read_weights(checkpoint: Path, expected: Mapping[str, Tensor] | None = None)
         expected: the weights that the model has; the checkpoint must have the same names and shapes.
 
     Raises:
-        ConfigError: the checkpoint is damaged, or has other weights, or some that are not finite. It raises before the first weight.
+        ConfigError: the checkpoint is damaged, or has other weights, or some that are not finite. It raises before the
+            first weight.
     """
     _refuse_damaged(checkpoint, find_damage(checkpoint))
     try:

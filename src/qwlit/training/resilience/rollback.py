@@ -47,7 +47,7 @@ class RollbackNeeded(GuardStop):
         first_unhealthy: int,
         skipped_steps: int,
     ) -> None:
-        """Args as in `Rollback`; `is_stable`: whether the checkpoint of a step is; `first_unhealthy`: of this trouble."""
+        """Args as in `Rollback`; `is_stable`: whether a step's checkpoint is; `first_unhealthy`: of this trouble."""
         super().__init__(f"stopped at step {step}: {reason}")
         self.from_step, self.reason, self.cause = step, reason, cause
         self._is_stable, self._first_unhealthy, self._skipped_steps = is_stable, first_unhealthy, skipped_steps

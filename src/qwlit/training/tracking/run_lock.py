@@ -5,7 +5,7 @@ import os
 import time
 from typing import Self
 
-from qwlit.core.disk import reason_of_disk, remedy_of
+from qwlit.core.disk import opened_without_links, reason_of_disk, remedy_of
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import is_locked, lock_holder, locked, this_process
 from qwlit.core.ranks import (
@@ -89,7 +89,7 @@ class RunLock:
             return lock_holder(path)
         except OSError as error:
             raise ConfigError(
-                f"run.root: {path.parents[1]} cannot be written: {reason_of_disk(error)}; {remedy_of(error)}"
+                f"run.root: {path} cannot be written: {reason_of_disk(error)}; {remedy_of(error)}"
             ) from None
         return None
 
@@ -134,7 +134,8 @@ class RunLock:
             time.sleep(self.POLL_SECONDS)
 
     def _write(self, state: str) -> None:
-        self._path.write_text(f"{this_process()}\n{launch_token()}{state}", encoding="utf-8")
+        with open(self._path, "w", encoding="utf-8", opener=opened_without_links) as handle:
+            handle.write(f"{this_process()}\n{launch_token()}{state}")
 
     def _read(self) -> str:
         """Return the last line of the lock file."""
