@@ -38,7 +38,9 @@ from qwlit.training.checkpointing.folder import (
     newest,
 )
 from qwlit.training.checkpointing.manifest import MANIFEST, find_damage, forget_hashes, seal_of
+from qwlit.training.checkpointing.saving import Checkpointing
 from qwlit.training.checkpointing.shards import ShardReader
+from qwlit.training.config import CheckpointConfig
 from qwlit.training.tracking.record_file import RecordFile
 from qwlit.training.tracking.run_folder import RunFolder
 from qwlit.training.tracking.run_lock import ENDED, RunLock
@@ -377,6 +379,26 @@ def test_records_that_link_out_of_the_run_are_refused(folder, exists):
     (folder.path / "rows").touch()
     (folder.path / "metrics.jsonl").symlink_to("rows")
     refuse_occupied_folder(folder, overwrite=False)
+
+
+def test_a_checkpoint_that_cannot_be_kept_for_its_upload_is_no_error(folder):
+    uploads = Uploads(SimpleNamespace(id="a"), folder)
+    (folder.path / "wandb").mkdir()
+    (folder.path / "wandb" / "uploads").touch()
+    uploads.add(save(folder, 3))
+    (event,) = read_json_lines(folder.path / "events.jsonl")
+    assert "step-000003 was not uploaded to W&B" in event["message"] and uploads.finish(wait=True)
+
+
+def test_where_events_jsonl_was_removed_every_checkpoint_stays_good(folder):
+    paths = [save(folder, step) for step in (1, 2, 3)]
+    (paths[0] / MANIFEST).unlink()
+    state = {"best_val_loss": None, "best_step": None, "stopped_early": False}
+    Checkpointing(CheckpointConfig(), None, folder).load_state_dict(state)
+    assert [find_damage(path) is None for path in paths] == [False, True, True]
+    delete_checkpoint(paths[1])
+    save(folder, 2, 7.0)
+    assert "not the one of which events.jsonl has the hash" in find_damage(paths[1])
 
 
 def test_a_pipe_in_place_of_a_pointer_is_passed_over(folder):

@@ -43,9 +43,15 @@ class Uploads:
         # After a rollback the same step is saved again, while its first checkpoint may still be uploaded.
         self._num_added += 1
         held = self._held / str(self._num_added) / checkpoint.name
-        held.mkdir(parents=True)
-        for file in checkpoint.iterdir():
-            _link(file, held / file.name)
+        try:
+            held.mkdir(parents=True)
+            for file in checkpoint.iterdir():
+                _link(file, held / file.name)
+        except OSError as error:
+            # The caller goes on, and deletes older checkpoints, which frees disk space.
+            self._say_failed(held, error)
+            shutil.rmtree(held.parent, ignore_errors=True)
+            return
         pointers = [name for name in ("best", "last") if linked_checkpoint(self._folder, name) == checkpoint]
         self._waiting.put((held, [f"step-{step_of(checkpoint)}", *pointers]))
 
@@ -56,11 +62,14 @@ class Uploads:
                 if not self._leaving:
                     self._send(held, aliases)
             except Exception as error:
-                message = f"{held.name} was not uploaded to W&B ({one_line(str(error))})"
-                self._folder.append_event(step_of(held), "finding", message=message)
-                console().print(f"  [yellow]note[/]      {escape(message)}")
+                self._say_failed(held, error)
             finally:
                 self._waiting.task_done()
+
+    def _say_failed(self, held: Path, error: Exception) -> None:
+        message = f"{held.name} was not uploaded to W&B ({one_line(str(error))})"
+        self._folder.append_event(step_of(held), "finding", message=message)
+        console().print(f"  [yellow]note[/]      {escape(message)}")
 
     def _send(self, held: Path, aliases: list[str]) -> None:
         if damage := find_damage(held):
