@@ -124,7 +124,7 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoin
         f" {parameters['trainable']:,} trained",
         *(f"  adapter   {escape(line)}" for line in _adapter_lines(config)),
         f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention "
-        + run.plan.execution.attention
+        + run.plan.setup.attention
         + (", compiled" if run.plan.execution.compiled else "")
         + accumulation
         + checkpointing,
