@@ -1,14 +1,17 @@
 """What determinism= sets in every rank, what it refuses, and what a run says of it."""
 
+import hashlib
 import json
 
 import pytest
+import torch
 
 from qwlit.config.compose import compose
 from qwlit.core.errors import ConfigError
 from qwlit.planning.setup import resolve_setup
 from qwlit.training.determinism import prepare_determinism
-from tests.runs.runs import ENVIRONMENT, TINY, interpreter, succeed_together, tasks_of_srun
+from qwlit.training.tracking.manifest import VARIABLES, public_command
+from tests.runs.runs import DEMO, ENVIRONMENT, TINY, interpreter, succeed_together, tasks_of_srun, train
 
 SHORT = [*TINY, "data.exact_match=0", "train.max_steps=2", "train.max_epochs=null", "run.name=told", "dropout=pretrain"]
 UNTOLD = {key: value for key, value in ENVIRONMENT.items() if key not in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")}
@@ -49,3 +52,34 @@ def test_workspaces_that_are_not_fixed_are_refused(monkeypatch):
 )
 def test_auto_says_which_attention_it_took_and_why(words, said):
     assert resolve_setup(compose([*TINY, *words]), trust_profile=True).attention.startswith(said)
+
+
+def test_the_manifest_has_what_decides_the_numbers_and_no_secret(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "mine-and-nobody-elses")
+    (tmp_path / "rows.jsonl").write_bytes((DEMO / "val.jsonl").read_bytes())
+    words = [*SHORT, "data.path=rows.jsonl", "data.val_fraction=0.1", "slurm.setup=['export HF_TOKEN=hf_mine']"]
+    run = train(words, tmp_path)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["command"][:1] == ["train"] and "slurm.setup=['export HF_TOKEN=***']" in manifest["command"]
+    assert "mine" not in (run / "manifest.json").read_text()
+    assert manifest["data_files"] == {"rows.jsonl": hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()}
+    assert manifest["cpu"]["model"] and manifest["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
+    assert manifest["packages"]["torch"] == torch.__version__ and manifest["libraries"]["OpenMP"]
+    assert set(manifest["environment"]) <= set(VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("api_key=abc", "api_key=***"),
+        ("+logger.wandb.API_KEY=abc", "+logger.wandb.API_KEY=***"),
+        ("db.password=a-b", "db.password=***"),
+        ("data.path=https://me:pw@host/rows.jsonl", "data.path=https://***@host/rows.jsonl"),
+        ("hardware.micro_batch_tokens=64", "hardware.micro_batch_tokens=64"),
+        ("model.tokenizer=folder", "model.tokenizer=folder"),
+    ],
+)
+def test_what_looks_like_a_secret_is_masked_in_the_command(typed, kept):
+    assert public_command(["/usr/bin/qwlit", "train", typed]) == ["train", kept]
+    assert public_command(["mine.py", typed]) is None
