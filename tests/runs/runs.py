@@ -168,6 +168,14 @@ def weights(run: Path, pointer: str = "last") -> dict[str, torch.Tensor]:
     return dict(read_weights(run / "checkpoints" / pointer))
 
 
+def tasks_of_srun(job_name: str = "train") -> list[dict[str, str]]:
+    """The environments of two tasks that srun started on this machine."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": job_name}
+    job |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [ENVIRONMENT | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     """Bit for bit: every logged loss, norm and validation, and every weight."""
 

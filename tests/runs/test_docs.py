@@ -28,6 +28,18 @@ def test_the_notebook_runs(tmp_path):
     assert "<|im_start|>" in str(notebook.cells[13].outputs)
 
 
+def test_the_notebook_on_determinism_runs_and_is_stored_without_outputs(tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / "determinism.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    assert notebook.cells[1].source == "STEPS = 30"
+    notebook.cells[1].source = "STEPS = 4"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    # The assertion in the notebook has held.
+    assert "parameters" in str(notebook.cells[5].outputs)
+    assert "image/png" in str(notebook.cells[7].outputs)
+    assert "attention sdpa against eager" in str(notebook.cells[9].outputs)
+
+
 def test_the_trainer_shown_trains(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "python.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(import lightning.*?)```", page, re.S)

@@ -36,7 +36,7 @@ tokenizer is "not checked" if they are not available.
 """
 
 SUBMIT = """\
-python -m qwlit submit [dry_run=true] [seeds=[0,1,2]] [slurm.key=value ...] [group=choice ...] [key=value ...]
+python -m qwlit submit [dry_run=true] [seeds=[0,1,2]|repeats=N] [slurm.key=value ...] [group=choice ...] [key=value ...]
 python -m qwlit submit sweep=NAME|FILE trials=N tasks=N [dry_run=true] [key=value ...]
 
 Writes the Slurm job that runs `train` with the same overrides, and passes it to sbatch. Nodes, tasks, GPUs, cores and
@@ -46,6 +46,7 @@ and is requeued; the same run resumes, until it is done.
   submit hardware=a100x4 recipe=full_sft slurm.partition=gpu slurm.time=12:00:00
   submit hardware=a100x4 recipe=full_sft dry_run=true                    print the file, submit nothing
   submit hardware=a100 recipe=lora seeds=[0,1,2]                         an array: one run per seed
+  submit hardware=a100 recipe=lora repeats=3                             the same: N seeds, from `seed` on
   submit sweep=lora trials=20 tasks=4 hardware=a100 data.path=…          a sweep whose trials four tasks share
 
 If partition, account and set-up lines are always the same, keep them in a file: slurm=NAME (see docs/slurm.md).
@@ -55,6 +56,7 @@ SWEEP = """\
 python -m qwlit sweep sweep=NAME|FILE [backend=wandb|optuna] [trials=N] [agents=N|jobs=N] [key=value ...]
 python -m qwlit sweep sweep=NAME|FILE action=best [run.name=… run.root=…]
 python -m qwlit sweep action=find_lr|pilot [key=value ...]
+python -m qwlit sweep action=repeat [repeats=5] [key=value ...]
 
 Searches for settings. Every trial is an ordinary run of `train`. Its overrides are those of the sweep file, then those
 typed here, then the values being tried. Both backends read the same file, in W&B's format. The same command resumes an
@@ -66,6 +68,7 @@ interrupted sweep.
   sweep sweep=lora action=best                                                   the best trial as an experiment file
   sweep action=find_lr recipe=lora data.path=chat.jsonl                          a learning-rate range test
   sweep action=pilot recipe=full_sft data.path=chat.jsonl                        short runs at 1/3, 1 and 3 x optim.lr
+  sweep action=repeat repeats=5 recipe=lora data.path=chat.jsonl                 five seeds, and how far they differ
 
   sweep=    {sweeps}; or the path of a file
   trials=   number of trials in all; a grid needs none
@@ -136,7 +139,8 @@ from four runs on, which settings mattered. Reads run folders and trains nothing
   page       file to write; by default report.html in the run's folder, the sweep's folder, or the common parent folder
              of all runs
 
-Warns about runs that cannot be compared: other validation data, device, precision or code.
+Warns about runs that cannot be compared: other validation data, device, precision or code. Of runs with other seeds it
+prints mean, deviation and 95 % confidence interval, and whether other settings differ by more than the seeds do.
 """
 
 INTROS = {

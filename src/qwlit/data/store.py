@@ -116,6 +116,10 @@ class SampleStore:
         masked = np.frombuffer(data, TOKENS_DTYPE)
         return (masked & (2**MASK_BIT - 1)).view(np.int32), (masked >> MASK_BIT).astype(np.uint8)
 
+    def source_digests(self) -> list[tuple[Source, str]]:
+        """Return each file or data set with the hash of its content."""
+        return [(source, source.digest(self.folder.parent)) for source in self._sources]
+
     def origin(self, index: int) -> str:
         """See `Samples.origin`."""
         sources, lines = self._origins
