@@ -1,7 +1,9 @@
 """`python -m tests.faults.faulty train …`: qwlit with numeric faults planted into steps, on every rank that it starts.
 
 QWLIT_FAULTS is a JSON list of {"kind", "steps", "rank", "value"}; without a rank it is on every rank. A fault belongs
-to the samples of these steps, counted from 1, in a run without a rollback. It happens once, unless "again" is true.
+to the samples of these steps, counted from 1, in a run without a rollback. It happens once, unless "again" is true. With
+"run" it is only in the run of this name, and in replays of it. The kinds "forward" and "backward" change one element
+of the output of "module", or of its gradient, by the share "value": "at" says which, as a share of the elements.
 
 QWLIT_DIE_AT=N kills the process before the N-th change of a file that going back makes.
 """
@@ -9,6 +11,7 @@ QWLIT_DIE_AT=N kills the process before the N-th change of a file that going bac
 import json
 import os
 import sys
+from functools import partial
 
 import torch
 
@@ -23,6 +26,7 @@ def due(module, position):
     found = []
     for index, fault in enumerate(json.loads(os.environ.get("QWLIT_FAULTS", "[]"))):
         here = fault.get("rank") in (None, module.global_rank)
+        here = here and fault.get("run") in (None, module.trainer.default_root_dir.rpartition("/")[2])
         if position in fault["steps"] and here and (fault.get("again") or (index, position) not in done):
             done.add((index, position))
             found.append(fault)
@@ -69,6 +73,24 @@ def change_gradient(module, args, out):
         out.register_hook(lambda gradient: gradient * factor)
 
 
+def changed(tensor, fault):
+    other = tensor.detach().clone()
+    flat = other.view(-1)
+    index = int(fault["at"] * len(flat))
+    flat[index] = flat[index] * (1 + fault["value"]) + fault["value"] * flat.abs().mean()
+    return other
+
+
+def change_element(name, module, args, out):
+    """Compute one element otherwise, as another kernel would."""
+    for fault in Faults.now:
+        if fault.get("module") == name and fault["kind"] == "forward":
+            return out + (changed(out, fault) - out.detach())
+        if fault.get("module") == name and fault["kind"] == "backward" and out.requires_grad:
+            out.register_hook(lambda gradient, fault=fault: changed(gradient, fault))
+    return None
+
+
 def plant():
     """Patch the module."""
     step, backward, over_ranks = (getattr(CausalLMModule, n) for n in ("training_step", "_backward", "_over_ranks"))
@@ -79,6 +101,10 @@ def plant():
             self.loss_model.planted = True
             self.loss_model.register_forward_hook(change_loss)
             first_layer(self).register_forward_hook(change_gradient)
+            for name, part in self.loss_model.causal_lm.named_modules():
+                if any(fault.get("module") == name for fault in json.loads(os.environ.get("QWLIT_FAULTS", "[]"))):
+                    # Before the hooks that observe a step.
+                    part.register_forward_hook(partial(change_element, name), prepend=True)
         plan = self.trainer.datamodule.plan
         passed_over = sum(data.num_steps for data in plan.skipped_data if batch.step >= data.from_step)
         Faults.now = due(self, batch.step + passed_over + 1)

@@ -1,11 +1,16 @@
 """Where two runs part: the first step and quantity, and what their manifests do not share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwlit.core.errors import ConfigError
+from rich.console import Console
+
+from qwlit.config.compose import compose
+from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.files import read_json, read_json_lines
+from qwlit.planning.run_plan import build_plan
 from qwlit.run.verify import Difference, differing_entries, first_difference
 
 MEANING = {
@@ -63,3 +68,30 @@ def _logged(run: Path) -> list[dict[str, Any]]:
     for record in read_json_lines(run / "metrics.jsonl"):
         by_step.setdefault(record["step"], {}).update(record)
     return list(by_step.values())
+
+
+SAMPLES_NAMED = 3
+
+
+def differing_samples(runs: Sequence[Path], step: int) -> list[str]:
+    """Return in words on which samples a step trains in only one of two runs.
+
+    Args:
+        step: counted from 1.
+    """
+    try:
+        plans = [build_plan(compose([f"config={run / 'config.yaml'}"]), Console(quiet=True)) for run in runs]
+    except QwlitError as error:
+        return [f"the samples cannot be named: {error}"]
+    origins = []
+    for plan in plans:
+        steps = plan.planned_data.steps.step_plan
+        origins.append([steps.train.origin(sample) for sample in steps.samples(step - 1).tolist()])
+    if sorted(origins[0]) == sorted(origins[1]):
+        return [f"step {step} trains on the same {len(origins[0])} samples in another order, or after a rollback"]
+    found = []
+    for run, own, other in zip(runs, origins, reversed(origins), strict=True):
+        only = [origin for origin in own if origin not in other]
+        more = f" and {len(only) - SAMPLES_NAMED} more" if len(only) > SAMPLES_NAMED else ""
+        found.append(f"only {run} trains on {', '.join(only[:SAMPLES_NAMED])}{more}")
+    return found
