@@ -1,9 +1,9 @@
 """`python -m tests.faults.faulty train …`: qwlit with numeric faults planted into steps, on every rank that it starts.
 
 QWLIT_FAULTS is a JSON list of {"kind", "steps", "rank", "value"}; without a rank it is on every rank. A fault belongs
-to the samples of these steps, counted from 1, in a run without a rollback. It happens once, unless "again" is true. With
-"run" it is only in the run of this name, and in replays of it. The kinds "forward" and "backward" change one element
-of the output of "module", or of its gradient, by the share "value": "at" says which, as a share of the elements.
+to the samples of these steps, counted from 1, in a run without a rollback. It happens once, unless "again" is true.
+With "run" it is only in the run of this name, and in its replays. The kinds "forward" and "backward" change one element
+of the output of "module", or of its gradient, by the share "value"; "at" says which, as a share of the elements.
 
 QWLIT_DIE_AT=N kills the process before the N-th change of a file that going back makes.
 """
@@ -74,21 +74,22 @@ def change_gradient(module, args, out):
 
 
 def changed(tensor, fault):
-    other = tensor.detach().clone()
-    flat = other.view(-1)
-    index = int(fault["at"] * len(flat))
-    flat[index] = flat[index] * (1 + fault["value"]) + fault["value"] * flat.abs().mean()
-    return other
+    """Return the tensor with another value in one place, and the same bits in all others."""
+    mask = torch.zeros(tensor.numel(), dtype=torch.bool)
+    mask[int(fault["at"] * len(mask))] = True
+    share = fault["value"]
+    return torch.where(mask.view(tensor.shape), tensor * (1 + share) + share * tensor.detach().abs().mean(), tensor)
 
 
 def change_element(name, module, args, out):
     """Compute one element otherwise, as another kernel would."""
+    tensor = out[0] if isinstance(out, tuple) else out
     for fault in Faults.now:
         if fault.get("module") == name and fault["kind"] == "forward":
-            return out + (changed(out, fault) - out.detach())
-        if fault.get("module") == name and fault["kind"] == "backward" and out.requires_grad:
-            out.register_hook(lambda gradient, fault=fault: changed(gradient, fault))
-    return None
+            tensor = changed(tensor, fault)
+        if fault.get("module") == name and fault["kind"] == "backward" and tensor.requires_grad:
+            tensor.register_hook(lambda gradient, fault=fault: changed(gradient, fault))
+    return (tensor, *out[1:]) if isinstance(out, tuple) else tensor
 
 
 def plant():
