@@ -86,7 +86,8 @@ def _print_place(paths: list[Path], place: "Place | None", remarks: list[str]) -
     lines = []
     if place:
         lines.append(f"replayed          step {place.step}: {place.phase}")
-        lines.append(f"first apart       {place.text}, rank {place.rank}, micro-batch {place.micro_batch}")
+        micro = "" if place.micro_batch is None else f", micro-batch {place.micro_batch}"
+        lines.append(f"first apart       {place.text}{micro}, rank {place.rank}")
         if isinstance(place.size, str):
             lines.append(f"size              {place.size}")
         else:

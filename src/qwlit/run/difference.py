@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from qwlit.config.compose import compose
+from qwlit.config.run import flatten
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.files import read_json, read_json_lines
 from qwlit.planning.run_plan import build_plan
@@ -34,7 +36,7 @@ class RunDifference:
     last_equal_step: int | None
     """The last compared step before the difference; None where there is none."""
     circumstances: list[str]
-    """Entries of manifest.json that differ, in words."""
+    """Entries of manifest.json and settings that differ, in words."""
 
     @property
     def meaning(self) -> str:
@@ -59,7 +61,16 @@ def compare_runs(first: Path, second: Path) -> RunDifference:
     before = [step for step in common if difference and step < difference.step]
     manifests = [read_json(run / "manifest.json") for run in (first, second)]
     last = before[-1] if before else None
-    return RunDifference(steps, to_the_bit, difference, last, differing_entries(*manifests))
+    circumstances = [*differing_entries(*manifests), *_differing_settings(first, second)]
+    return RunDifference(steps, to_the_bit, difference, last, circumstances)
+
+
+def _differing_settings(first: Path, second: Path) -> list[str]:
+    """Return in words the settings that differ, without names and folders of the runs."""
+    one, other = (flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))) for run in (first, second))
+    # The manifests have the seed too.
+    keys = sorted(key for key in one.keys() | other.keys() if not key.startswith(("run.", "seed")))
+    return [f"{key} {one.get(key)} against {other.get(key)}" for key in keys if one.get(key) != other.get(key)]
 
 
 def _logged(run: Path) -> list[dict[str, Any]]:

@@ -71,7 +71,8 @@ class Place:
     module: str
     """Name of the module, the parameter or the part of the data; "loss" for the head with the loss."""
     rank: int
-    micro_batch: int
+    micro_batch: int | None
+    """On this rank, counted from 0; None for weights and their gradients."""
     size: Size | str
     """A text where the tensors cannot be compared."""
 
@@ -184,9 +185,9 @@ def locate(runs: Sequence[Path], step: int, scratch: Path, train: Train) -> tupl
     again = prepare_replay(runs[0], scratch / "again", before)
     train(again, steps, other)
     rank, key = found
-    return Place(
-        key.step, PHASES[key.what], key.what, _module(key), rank, max(key.micro, 0), _size(again, other, rank)
-    ), remarks
+    micro = None if key.what in ("weights", "gradient", "updated") else key.micro
+    name = key.name.replace("loss_model.", "").replace("causal_lm.", "")
+    return Place(key.step, PHASES[key.what], key.what, name, rank, micro, _size(again, other, rank)), remarks
 
 
 def _unlike_itself(replay: Replay, step: int) -> str | None:
@@ -208,10 +209,6 @@ def _first_kept(replay: Replay) -> tuple[int, Key] | None:
     return min(found)[2:] if found else None
 
 
-def _module(key: Key) -> str:
-    return key.name.replace("loss_model.", "").replace("causal_lm.", "")
-
-
 def _size(one: Replay, other: Replay, rank: int) -> Size | str:
     files = [replay.root / f"kept-{rank}.pt" for replay in (one, other)]
     if not files[0].exists():
@@ -221,7 +218,7 @@ def _size(one: Replay, other: Replay, rank: int) -> Size | str:
     if kept[0]["key"] != kept[1]["key"]:
         return "the replays compute in another order"
     if first.shape != second.shape:
-        return f"shape {tuple(first.shape)} against {tuple(second.shape)}: the micro-batches are laid out otherwise"
+        return f"shape {(*first.shape,)} against {(*second.shape,)}"
     a, b = first.double(), second.double()
     differences = (a - b).abs().nan_to_num(nan=float("inf"))
     # NaN on both sides, or 0 against -0: only the bits differ.

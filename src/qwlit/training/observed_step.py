@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from qwlit.core.batch import MicroBatch, StepBatch
-from qwlit.core.sharding import local
+from qwlit.core.sharding import full_tensor
 from qwlit.training.module import CausalLMModule
 from qwlit.training.replay import floating, hooks
 
@@ -144,7 +144,7 @@ class ObserveSteps(Callback):
                 self._add(name, what, tensor)
 
     def _add(self, name: str, what: str, tensor: Tensor) -> None:
-        tensor = local(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         tensor = tensor.to_dense() if tensor.is_sparse else tensor
         micro = self._micro if what in ("data", "input", "forward", "backward", "input gradient") else 0
         number = 0
