@@ -1,6 +1,7 @@
 """`diff` finds the step and the module of a planted operation that computes one element otherwise.
 
-`QWLIT_LONG=1 pytest tests/faults/test_locator.py` plants 30 alone and 10 on two ranks, in forward and backward passes.
+`QWLIT_LONG=1 pytest tests/faults/test_locator.py` plants 30 alone, 10 on two ranks, and 3 in each of the harder
+settings.
 """
 
 import json
@@ -20,7 +21,17 @@ RUN = [
     *("train.max_steps=8", "train.max_epochs=null", "checkpoint.every_steps=3", "checkpoint.each_epoch=false"),
     *("validation.each_epoch=false", "trace.every_steps=1", "hardware.micro_batch_size=4"),
 ]
-DDP = ("hardware.devices=2", "hardware.strategy=ddp")
+DDP, FSDP = (("hardware.devices=2", f"hardware.strategy={strategy}") for strategy in ("ddp", "fsdp"))
+HARDER = {
+    "fsdp": FSDP,
+    "lora": ("recipe=lora", "dropout=lora"),
+    "bf16, activation checkpointing": ("hardware.precision=bf16-mixed", "hardware.activation_checkpointing=full"),
+    "selective, qwen2": ("model.architecture.model_type=qwen2", "hardware.activation_checkpointing=selective"),
+}
+SAMPLE = {"alone": ((), [1], 0), "ddp": (DDP, [30], 0)}
+EVERY = {"alone": ((), range(30), 1), "ddp": (DDP, range(30, 40), 0)} | {
+    name: (settings, range(40, 43), 0) for name, settings in HARDER.items()
+}
 INNER = [
     *("", ".input_layernorm", ".post_attention_layernorm", ".self_attn", ".mlp"),
     *(f".self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj")),
@@ -81,20 +92,22 @@ def planted(settings: tuple[str, ...], seed: int, places, tmp_path_factory, monk
     while True:
         fault = drawn(draw)
         faulty("b", [fault], places[settings], *settings, "run.overwrite=true")
+        before = content(places[settings] / "runs/a")
         code, found = locate(places[settings], "a", "b", [fault], monkeypatch)
+        assert content(places[settings] / "runs/a") == before
         # The last token of a text is in no loss, so a fault in it changes nothing.
         if code == 4:
             return fault, found
 
 
-@pytest.mark.parametrize(
-    ("settings", "seeds", "misses"),
-    [((), range(30), 1), (DDP, range(30, 40), 0)] if LONG else [((), [1], 0), (DDP, [30], 0)],
-    ids=["alone", "ddp"],
-)
-def test_a_planted_operation_is_located_to_its_step_and_module(
-    settings, seeds, misses, places, tmp_path_factory, monkeypatch
-):
+def content(run: Path) -> dict[Path, tuple[int, bytes]]:
+    """Every file of a run, with its time of change."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("case", EVERY if LONG else SAMPLE)
+def test_a_planted_operation_is_located_to_its_step_and_module(case, places, tmp_path_factory, monkeypatch):
+    settings, seeds, misses = (EVERY if LONG else SAMPLE)[case]
     missed = []
     for seed in seeds:
         fault, found = planted(settings, seed, places, tmp_path_factory, monkeypatch)
