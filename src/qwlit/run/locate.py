@@ -13,7 +13,7 @@ from qwlit.core.files import read_json, read_json_lines, write_text_atomic
 from qwlit.run.verify import first_difference
 from qwlit.training.checkpointing.folder import list_checkpoints
 from qwlit.training.checkpointing.manifest import find_damage, step_of
-from qwlit.training.observed_step import OBSERVE, Key, Order
+from qwlit.training.observed_step import OBSERVE, Key, Order, read_records
 from qwlit.training.step_boundary import STOP_AFTER
 from qwlit.training.tracking.run_folder import RunFolder
 
@@ -204,9 +204,8 @@ def _first_kept(replay: Replay) -> tuple[int, Key] | None:
     for file in sorted(replay.root.glob("kept-*.pt")):
         key = Key(*torch.load(file, weights_only=True, map_location="cpu")["key"])
         rank = int(file.stem.rpartition("-")[2])
-        keys = json.loads((replay.root / f"records-{rank}.json").read_text(encoding="utf-8"))
-        found.append((key.step, next(i for i, (*other, _) in enumerate(keys) if other == [*key]), rank, key))
-    return min(found)[2:] if found else None
+        found.append(([*read_records(replay.root, rank)].index(key), rank, key))
+    return min(found)[1:] if found else None
 
 
 def _size(one: Replay, other: Replay, rank: int) -> Size | str:

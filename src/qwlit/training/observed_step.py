@@ -68,8 +68,9 @@ def fingerprint(tensor: Tensor) -> int:
 
 
 def read_records(folder: Path, rank: int) -> dict[Key, int]:
-    """Return the fingerprints of a rank, in the order of the step."""
-    records = json.loads((folder / f"records-{rank}.json").read_text(encoding="utf-8"))
+    """Return the fingerprints of a rank, in the order of the step; none where the run had no such rank."""
+    file = folder / f"records-{rank}.json"
+    records = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     return {Key(*key): value for *key, value in records}
 
 
