@@ -2,7 +2,7 @@
 
 import torch
 
-from qwlit.run.locate import _sample_at
+from qwlit.run.kept_tensors import sample_at
 from qwlit.training.observed_step import fingerprint
 
 
@@ -47,13 +47,13 @@ def test_a_fingerprint_tells_0_from_its_negative_and_nan_from_nan():
 
 def test_an_element_belongs_to_a_token_of_a_sample():
     packed = {"shape": [1, 7], "lengths": [3, 4], "labels": torch.tensor([1, 4, 6]), "samples": ["a:1", "b:2"]}
-    assert _sample_at(packed, torch.Size([1, 7, 8]), (0, 2, 5)) == ("a:1", 2)
-    assert _sample_at(packed, torch.Size([1, 7, 8]), (0, 3, 5)) == ("b:2", 0)
-    assert _sample_at(packed, torch.Size([3, 8]), (2, 0)) == ("b:2", 3)
+    assert sample_at(packed, torch.Size([1, 7, 8]), (0, 2, 5)) == ("a:1", 2)
+    assert sample_at(packed, torch.Size([1, 7, 8]), (0, 3, 5)) == ("b:2", 0)
+    assert sample_at(packed, torch.Size([3, 8]), (2, 0)) == ("b:2", 3)
     padded = packed | {"shape": [2, 5], "lengths": None}
-    assert _sample_at(padded, torch.Size([2, 5]), (1, 4)) == ("b:2", 4)
-    assert _sample_at(padded, torch.Size([3, 8]), (1, 0)) == ("a:1", 4)
+    assert sample_at(padded, torch.Size([2, 5]), (1, 4)) == ("b:2", 4)
+    assert sample_at(padded, torch.Size([3, 8]), (1, 0)) == ("a:1", 4)
     # Loss, rotary tables of another shape, and weights belong to no token.
     for shape, index in ((torch.Size([]), ()), (torch.Size([9, 9]), (0, 0))):
-        assert _sample_at(packed, shape, index) == (None, None)
-    assert _sample_at({}, torch.Size([1, 7]), (0, 0)) == (None, None)
+        assert sample_at(packed, shape, index) == (None, None)
+    assert sample_at({}, torch.Size([1, 7]), (0, 0)) == (None, None)

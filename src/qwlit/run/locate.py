@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qwlit.core.files import read_json, read_json_lines, write_text_atomic
+from qwlit.run.kept_tensors import Size, compare_kept
 from qwlit.run.verify import first_difference
 from qwlit.training.checkpointing.folder import list_checkpoints
 from qwlit.training.checkpointing.manifest import find_damage, step_of
@@ -37,26 +38,6 @@ TEXTS = {
     "weights": "{name}",
     "updated": "{name} after the step; its gradient is the same",
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """How far two tensors differ, and where most."""
-
-    largest: float
-    """The largest absolute difference."""
-    relative: float
-    """That, as a share of the largest absolute value of the first run's tensor."""
-    elements: int
-    """How many elements differ."""
-    of: int
-    index: tuple[int, ...]
-    """Of the largest difference."""
-    values: tuple[float, float]
-    sample: str | None
-    """FILE:LINE of the sample that this element belongs to."""
-    token: int | None
-    """The position in this sample, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +113,7 @@ def prepare_replay(run: Path, root: Path, before: int) -> Replay:
         (folder / "checkpoints" / replay.checkpoint.name).symlink_to(replay.checkpoint.resolve())
     for name in ("config.yaml", "manifest.json"):
         shutil.copyfile(run / name, folder / name)
-    events = [event for event in read_json_lines(run / "events.jsonl") if event["step"] <= replay.start]
+    events = [event for event in read_json_lines(run / "events.jsonl") if event.get("step", 0) <= replay.start]
     write_text_atomic(folder / "events.jsonl", "".join(json.dumps(event) + "\n" for event in events))
     if (store := run.parent / ".store").is_dir():
         # Else the data would be tokenized again.
@@ -185,9 +166,10 @@ def locate(runs: Sequence[Path], step: int, scratch: Path, train: Train) -> tupl
     again = prepare_replay(runs[0], scratch / "again", before)
     train(again, steps, other)
     rank, key = found
+    size = compare_kept([replay.root / f"kept-{rank}.pt" for replay in (again, other)])
     micro = None if key.what in ("weights", "gradient", "updated") else key.micro
     name = key.name.replace("loss_model.", "").replace("causal_lm.", "")
-    return Place(key.step, PHASES[key.what], key.what, name, rank, micro, _size(again, other, rank)), remarks
+    return Place(key.step, PHASES[key.what], key.what, name, rank, micro, size), remarks
 
 
 def _unlike_itself(replay: Replay, step: int) -> str | None:
@@ -206,48 +188,3 @@ def _first_kept(replay: Replay) -> tuple[int, Key] | None:
         rank = int(file.stem.rpartition("-")[2])
         found.append(([*read_records(replay.root, rank)].index(key), rank, key))
     return min(found)[1:] if found else None
-
-
-def _size(one: Replay, other: Replay, rank: int) -> Size | str:
-    files = [replay.root / f"kept-{rank}.pt" for replay in (one, other)]
-    if not files[0].exists():
-        return "the first run's replay does not repeat itself"
-    kept = [torch.load(file, weights_only=True, map_location="cpu") for file in files]
-    first, second = (each["tensor"] for each in kept)
-    if kept[0]["key"] != kept[1]["key"]:
-        return "the replays compute in another order"
-    if first.shape != second.shape:
-        return f"shape {(*first.shape,)} against {(*second.shape,)}"
-    a, b = first.double(), second.double()
-    differences = (a - b).abs().nan_to_num(nan=float("inf"))
-    # NaN on both sides, or 0 against -0: only the bits differ.
-    differences[a.isnan() & b.isnan()] = 0
-    index = tuple(int(i) for i in torch.unravel_index(differences.argmax(), first.shape))
-    largest = float(differences[index])
-    return Size(
-        largest,
-        largest / (float(a.abs().max()) or 1.0),
-        int((differences > 0).sum()),
-        first.numel(),
-        index,
-        (float(a[index]), float(b[index])),
-        *_sample_at(kept[0], first.shape, index),
-    )
-
-
-def _sample_at(kept: dict[str, Any], shape: torch.Size, index: tuple[int, ...]) -> tuple[str | None, int | None]:
-    """Return the sample of an element of a (B, T, …) or (N, …) tensor, and the position in that sample."""
-    if "shape" not in kept or not index:
-        return None, None
-    rows, width = kept["shape"]
-    if [*shape[:2]] == [rows, width]:
-        row, position = index[0], index[1]
-    elif shape[0] == len(kept["labels"]):
-        row, position = divmod(int(kept["labels"][index[0]]), width)
-    else:
-        return None, None
-    for sample, length in enumerate(kept["lengths"] or ()):
-        if position < length:
-            return kept["samples"][sample], position
-        position -= length
-    return kept["samples"][row], position
