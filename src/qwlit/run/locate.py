@@ -18,26 +18,17 @@ from qwlit.training.observed_step import OBSERVE, Key, Order, read_records
 from qwlit.training.step_boundary import STOP_AFTER
 from qwlit.training.tracking.run_folder import RunFolder
 
-PHASES = {
-    "data": "the data",
-    "weights": "the weights before the step",
-    "input": "the forward pass",
-    "forward": "the forward pass",
-    "backward": "the backward pass",
-    "input gradient": "the backward pass",
-    "gradient": "the backward pass",
-    "updated": "the optimizer step",
+PARTS = {
+    "weights": ("the weights before the step", "{name}"),
+    "data": ("the data", "{name} of the micro-batch"),
+    "input": ("the forward pass", "the input of {name}, which {parent} computes"),
+    "forward": ("the forward pass", "the output of {name}"),
+    "backward": ("the backward pass", "the gradient of the output of {name}"),
+    "input gradient": ("the backward pass", "the gradient of the input of {name}"),
+    "gradient": ("the backward pass", "the gradient of {name}"),
+    "updated": ("the optimizer step", "{name} after the step; its gradient is the same"),
 }
-TEXTS = {
-    "data": "{name} of the micro-batch",
-    "input": "the input of {name}, which {parent} computes",
-    "forward": "the output of {name}",
-    "backward": "the gradient of the output of {name}",
-    "input gradient": "the gradient of the input of {name}",
-    "gradient": "the gradient of {name}",
-    "weights": "{name}",
-    "updated": "{name} after the step; its gradient is the same",
-}
+"""What is recorded, in the order of a step: its phase, and how it is named."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +36,11 @@ class Place:
     """The first thing in a step that differs."""
 
     step: int
-    phase: str
-    """A value of PHASES."""
     what: str
-    """A key of PHASES."""
+    """A key of PARTS."""
+    phase: str
+    text: str
+    """What it is, in words."""
     module: str
     """Name of the module, the parameter or the part of the data; "loss" for the head with the loss."""
     rank: int
@@ -56,11 +48,6 @@ class Place:
     """On this rank, counted from 0; None for weights and their gradients."""
     size: Size | str
     """A text where the tensors cannot be compared."""
-
-    @property
-    def text(self) -> str:
-        parent = self.module.rpartition(".")[0].removesuffix(".layers")
-        return TEXTS[self.what].format(name=self.module, parent=parent or "the model")
 
 
 @dataclass(frozen=True)
@@ -169,7 +156,11 @@ def locate(runs: Sequence[Path], step: int, scratch: Path, train: Train) -> tupl
     size = compare_kept([replay.root / f"kept-{rank}.pt" for replay in (again, other)])
     micro = None if key.what in ("weights", "gradient", "updated") else key.micro
     name = key.name.replace("loss_model.", "").replace("causal_lm.", "")
-    return Place(key.step, PHASES[key.what], key.what, name, rank, micro, size), remarks
+    phase, text = PARTS[key.what]
+    # A list of layers computes nothing.
+    parent = name.rpartition(".")[0].removesuffix(".layers") or "the model"
+    place = Place(key.step, key.what, phase, text.format(name=name, parent=parent), name, rank, micro, size)
+    return place, remarks
 
 
 def _unlike_itself(replay: Replay, step: int) -> str | None:
