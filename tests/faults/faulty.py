@@ -100,7 +100,7 @@ def plant():
         # After a rollback another module has the same model.
         if not hasattr(self.loss_model, "planted"):
             self.loss_model.planted = True
-            self.loss_model.register_forward_hook(change_loss)
+            self.loss_model.register_forward_hook(change_loss, prepend=True)
             first_layer(self).register_forward_hook(change_gradient)
             for name, part in self.loss_model.causal_lm.named_modules():
                 if any(fault.get("module") == name for fault in json.loads(os.environ.get("QWLIT_FAULTS", "[]"))):

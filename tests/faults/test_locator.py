@@ -117,3 +117,13 @@ def test_a_planted_operation_is_located_to_its_step_and_module(settings, seed, p
     assert (place["step"], place["module"], place["what"]) == (*fault["steps"], fault["module"], fault["kind"]), place
     if fault["kind"] == "forward":
         assert place["size"]["elements"] == 1
+
+
+@pytest.mark.skipif(not LONG, reason="QWLIT_LONG is not set")
+def test_a_planted_loss_is_located_to_the_head_with_the_loss(tmp_path, monkeypatch):
+    fault = {"kind": "loss", "steps": [5], "value": 1.0, "run": "b", "again": True}
+    for name in "ab":
+        faulty(name, [fault], tmp_path)
+    place = locate(tmp_path, "a", "b", [fault], monkeypatch)[1]["place"]
+    assert (place["step"], place["module"], place["what"]) == (5, "loss", "forward")
+    assert place["size"]["largest"] == pytest.approx(1.0, rel=1e-3)

@@ -1,8 +1,10 @@
 """The fingerprint of a tensor, and the sample of an element."""
 
+import numpy
+import pytest
 import torch
 
-from qwlit.run.kept_tensors import sample_at
+from qwlit.run.kept_tensors import compare_kept, sample_at
 from qwlit.training.observed_step import fingerprint
 
 
@@ -57,3 +59,31 @@ def test_an_element_belongs_to_a_token_of_a_sample():
     for shape, index in ((torch.Size([]), ()), (torch.Size([9, 9]), (0, 0))):
         assert sample_at(packed, shape, index) == (None, None)
     assert sample_at({}, torch.Size([1, 7]), (0, 0)) == (None, None)
+
+
+def kept(folder, tensor):
+    torch.save({"key": [5, 0, "forward", "loss", 0], "tensor": tensor}, folder)
+    return folder
+
+
+def test_the_largest_difference_is_that_of_numpy(tmp_path):
+    one = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    other = one.clone()
+    other[2, 1, 3] += 0.5
+    other[0, 0, 0] -= 0.25
+    size = compare_kept([kept(tmp_path / "a", one), kept(tmp_path / "b", other)])
+    expected = numpy.abs(one.numpy() - other.numpy())
+    assert size.index == numpy.unravel_index(expected.argmax(), expected.shape) == (2, 1, 3)
+    assert size.largest == pytest.approx(expected.max()) and (size.elements, size.of) == (2, 60)
+    assert size.relative == pytest.approx(expected.max() / numpy.abs(one.numpy()).max())
+
+
+def test_a_number_without_dimensions_nan_and_another_shape_are_compared_too(tmp_path):
+    pair = [kept(tmp_path / "a", torch.tensor(2.0)), kept(tmp_path / "b", torch.tensor(3.0))]
+    size = compare_kept(pair)
+    assert (size.index, size.largest, size.relative, size.values) == ((), 1.0, 0.5, (2.0, 3.0))
+    kept(tmp_path / "b", torch.tensor([1.0, float("nan")]))
+    assert compare_kept(pair) == "shape () against (2,)"
+    kept(tmp_path / "a", torch.tensor([1.0, 2.0]))
+    assert compare_kept(pair).index == (1,) and compare_kept(pair).largest == float("inf")
+    assert "does not repeat" in compare_kept([tmp_path / "none", tmp_path / "b"])

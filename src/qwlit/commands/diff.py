@@ -22,6 +22,7 @@ OPTIONS = {"a": None, "b": None, "run.root": None, "replay": ("true", "false"), 
 def main(arguments: list[str]) -> None:
     from qwlit.run.difference import compare_runs
     from qwlit.run.verify import find_run
+    from qwlit.training.tracking.run_folder import jsonable
 
     own, rest = own_options(arguments, OPTIONS)
     if rest or not (own["a"] and own["b"]):
@@ -38,9 +39,9 @@ def main(arguments: list[str]) -> None:
     elif found.difference and own["replay"] == "true":
         place, remarks = _locate(paths, found.difference.step, quiet=is_json)
     if is_json:
-        print(json.dumps(_as_json(paths, found, place, remarks), ensure_ascii=False, indent=2))
+        print(json.dumps(jsonable(_as_json(paths, found, place, remarks)), ensure_ascii=False, indent=2))
     else:
-        _print_place(paths, place, [*remarks, *(f"not the same: {entry}" for entry in found.circumstances)])
+        _print_place(place, [*remarks, *(f"not the same: {entry}" for entry in found.circumstances)])
     if found.difference:
         step = min(place.step, found.difference.step) if place else found.difference.step
         raise NotEqual(f"{' and '.join(map(str, paths))} differ from step {step} on")
@@ -81,7 +82,7 @@ def _print_steps(paths: list[Path], found: "RunDifference") -> None:
     screen.print(f"  compared          {how}; equal up to step {found.last_equal_step or 0}")
 
 
-def _print_place(paths: list[Path], place: "Place | None", remarks: list[str]) -> None:
+def _print_place(place: "Place | None", remarks: list[str]) -> None:
     screen = console()
     lines = []
     if place:
