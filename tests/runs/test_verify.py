@@ -157,19 +157,34 @@ def test_diff_names_the_first_step_the_place_in_it_and_the_circumstances(place):
     assert done.returncode == 0 and "equal to the bit, over 12 steps" in done.stdout
     train([*WORDS, *more, "run.name=warm", "scheduler.warmup_steps=5"], place)
     train([*WORDS, *more, "run.name=warmer", "scheduler.warmup_steps=6"], place)
-    done = qwlit(["diff", "a=warm", "b=warmer"], place)
+    done = qwlit_process(["diff", "a=warm", "b=warmer"], place)
     said = " ".join(done.stdout.split())
     # The first step trains at other learning rates, so the second one has another loss.
     assert done.returncode == 4 and "first difference step 2, loss_sum" in said and "equal up to step 1" in said
     assert "the forward pass, or the weights before the step" in said
-    assert done.stderr.startswith("qwlit diff: runs/warm and runs/warmer differ from step 2 on")
+    # The replay finds it in the step before, whose weights the trace does not have.
+    assert "step 1: the optimizer step" in said and "its gradient is the same" in said
+    assert "scheduler.warmup_steps 5 against 6" in said
+    assert done.stderr.startswith("qwlit diff: runs/warm and runs/warmer differ from step 1 on")
 
 
 def test_diff_compares_logged_numbers_where_there_is_no_trace(place):
     train([*WORDS, "data.path=chat.jsonl", "run.name=plain"], place)
     train([*WORDS, "data.path=chat.jsonl", "run.name=other", "seed=3"], place)
-    done = qwlit(["diff", "a=plain", "b=other"], place)
+    done = qwlit(["diff", "a=plain", "b=other", "replay=false"], place)
     assert done.returncode == 4 and "step 1, train/loss" in done.stdout and "seed 0 against 3" in done.stdout
     for words in (["a=plain"], ["a=plain", "b=nothing"], ["a=plain", "b=other", "seed=1"]):
         wrong = qwlit(["diff", *words], place)
         assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
+
+
+def test_diff_names_the_samples_of_another_order_and_the_token_of_a_changed_row(place):
+    more = [*WORDS, "trace.every_steps=1"]
+    train([*more, "data.path=chat.jsonl", "run.name=seed5", "seed=5"], place)
+    done = qwlit(["diff", "a=a", "b=seed5"], place)
+    assert done.returncode == 4 and "only runs/a trains on" in done.stdout and "chat.jsonl:" in done.stdout
+    train([*more, "data.path=changed.jsonl", "run.name=row"], place)
+    done = qwlit_process(["diff", "a=a", "b=row", "output=json"], place)
+    assert done.returncode == 4, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["place"]["phase"], found["place"]["step"]) == ("the data", found["difference"]["step"])

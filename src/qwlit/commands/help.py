@@ -111,13 +111,21 @@ they differ.
 """
 
 DIFF = """\
-python -m qwlit diff a=RUN b=RUN
+python -m qwlit diff a=RUN b=RUN [replay=true|false] [output=text|json]
 
 Says in which step two runs differ first, and in what: samples, loss, gradient norm or weights. Runs with trace.jsonl
 (determinism=reproducible or strict, or trace.every_steps) are compared bit by bit, others by their logged numbers. Also
-names what their manifests do not share: versions, threads, attention, precision, seed, data. Exit code 4: they differ.
+names what their manifests and settings do not share: versions, threads, attention, precision, seed, data.
+
+Then it trains both again from their newest checkpoints before that step, each with its own settings and number of
+threads, and names the first module whose output or gradient differs, how far, and at which token. The runs stay as they
+are. Exit code 4: they differ.
 
   diff a=lora-1 b=lora-2                         names under run.root, or paths
+  diff a=lora-1 b=lora-2 replay=false            without training
+
+  replay=  true, or false
+  output=  text, or json
 """
 
 REPORT = """\

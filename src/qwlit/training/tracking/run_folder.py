@@ -94,7 +94,7 @@ class RunFolder:
         """Merge `entries` into summary.json, and those of before if they could not be written or were removed."""
         if is_rank_zero():
             self._summary.update(entries)
-            write_json_atomic(self.path / "summary.json", _jsonable(self.read_summary() | self._summary))
+            write_json_atomic(self.path / "summary.json", jsonable(self.read_summary() | self._summary))
             self._failing.discard("summary.json")
 
     def try_write_summary(self, **entries: Any) -> None:
@@ -110,7 +110,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         if is_rank_zero():
-            write_json_atomic(self.path / name, _jsonable(value))
+            write_json_atomic(self.path / name, jsonable(value))
 
     def append_metrics(self, step: int, record: Mapping[str, float | None]) -> None:
         self._append(METRICS, {"step": step, **record})
@@ -136,7 +136,7 @@ class RunFolder:
         if not is_rank_zero():
             return
         try:
-            is_whole = self._record_file(name).append(_jsonable(record))
+            is_whole = self._record_file(name).append(jsonable(record))
         except OSError as error:
             self._say_failing(name, error)
             return
@@ -189,7 +189,7 @@ class RunFolder:
 
     def write_records(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         """Write a whole .jsonl file at once."""
-        self.write_text(name, "".join(json.dumps(_jsonable(r), ensure_ascii=False) + "\n" for r in records))
+        self.write_text(name, "".join(json.dumps(jsonable(r), ensure_ascii=False) + "\n" for r in records))
 
     def drop_records_after(self, step: int) -> None:
         """Delete the records after `step`, because the run resumes there and writes them again."""
@@ -262,12 +262,12 @@ class RunFolder:
         shutil.rmtree(renamed)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     return value
