@@ -107,7 +107,8 @@ def rates(seeds: int) -> Iterator[dict[str, Any]]:
         lr = [f"optim.lr={good_lr * factor:g}", f"train.max_grad_norm={clip}", "scheduler.warmup_steps=10"]
         length = [f"train.max_steps={STEPS}", "checkpoint.every_steps=15", "dropout=none", f"seed={seed}"]
         name, whole = f"rate-{start}-{factor:g}-{clip}-{seed}", [*words, "data=demo", *lr, *length]
-        run, off = train(name, *whole), train(f"{name}-off", *whole, "guard=off")
+        run = train(name, *whole)
+        off = train(f"{name}-off", *whole, "guard=off") if run["alarm"] else run
         yield {"start": start, "factor": factor, "clip": clip} | run | {"loss_shows": loss_shows(off["losses"])}
 
 
