@@ -11,9 +11,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 
+import qwlit
 from tests.long import LONG
 from tests.runs.runs import (
     ENVIRONMENT,
@@ -183,3 +185,28 @@ def test_a_diverged_run_that_early_stopping_ends_is_not_done(tmp_path):
     words = [*DIVERGES, "optim.lr=3", "validation.every_steps=5", "validation.early_stopping_patience=1"]
     stopped = faulty("a", [], tmp_path, *words, "guard=strict")
     assert stopped.returncode == 3 and "stopped at step 10: the loss ends at" in stopped.stderr, stopped.stderr
+
+
+class Count(lightning.Callback):
+    """A user's callback that counts steps, in its state and beside it."""
+
+    counted = beside = 0
+
+    def state_dict(self):
+        return {"counted": self.counted}
+
+    def load_state_dict(self, state):
+        self.counted = state["counted"]
+
+    def on_train_batch_end(self, *args):
+        self.counted += 1
+        self.beside += 1
+
+
+def test_a_users_callback_goes_back_to_the_start_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    count = Count()
+    run = qwlit.train(*DIVERGES, "run.name=a", callbacks=[count])
+    assert [row["step"] for row in decisions(run.path) if row["event"] == "rollback"] == [0]
+    assert count.counted == 50 < count.beside
