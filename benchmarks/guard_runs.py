@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.machine import describe
-from qwlit.training.resilience.divergence import RISE_FLOOR, SMOOTH_STEPS, DivergenceRules, StepNumbers
+from qwlit.training.resilience.divergence import DivergenceRules, StepNumbers
 
 RESULTS = Path(__file__).parent / "results"
 DEMO = Path(__file__).parents[1] / "src" / "qwlit" / "resources" / "demo"
@@ -113,14 +113,15 @@ def rates(seeds: int) -> Iterator[dict[str, Any]]:
 
 
 def loss_shows(losses: list[tuple[int, float]]) -> int | None:
-    """Return the first step at which the smoothed loss is above its best, or its start, by the margin of the rule."""
+    """Return the first step at which the smoothed loss is above its best by the margin of the rule, or not finite."""
     rules = DivergenceRules(max_nonfinite_steps=3)
-    for step, loss in losses:
+    for index, (step, loss) in enumerate(losses):
+        if step > index + 1:
+            return index + 1  # `losses` has the finite ones
         rules.update(StepNumbers(step, loss, 1.0, skipped=False, nonfinite=False, spike=False))
-        above_start = len(rules.losses) >= SMOOTH_STEPS and rules.smooth_loss > (rules.first or 0) + RISE_FLOOR
-        if rules.risen_steps or above_start:
+        if rules.risen_steps:
             return step
-    return None
+    return None if len(losses) == STEPS else len(losses) + 1
 
 
 def print_leads(runs: list[dict[str, Any]]) -> None:
