@@ -103,7 +103,7 @@ def test_a_fault_reaches_no_weight_and_the_run_ends_as_one_without_it(kind, stra
     assert (end["status"], end["steps"]) == ("done", 60)
     assert end["rollbacks"] == (0 if kind in ONE_SKIP else 1)
     if kind in ONE_SKIP:
-        # With seed 2 a healthy norm before is 5 times the median, and one of 10 times is no spike beside it.
+        # With seeds 2 and 6 a healthy norm before is 5 times the median, and one of 10 times is no spike beside it.
         assert end["skipped_steps"] == 1 or (kind, end["skipped_steps"]) == ("norm x 10", 0)
     assert all(torch.isfinite(weight).all() for weight in weights(run).values())
     assert end["val_loss_best"] == pytest.approx(clean[seed], abs=0.15)
