@@ -106,7 +106,8 @@ def test_a_fault_reaches_no_weight_and_the_run_ends_as_one_without_it(kind, stra
         # With seeds 2 and 6 a healthy norm before is 5 times the median, and one of 10 times is no spike beside it.
         assert end["skipped_steps"] == 1 or (kind, end["skipped_steps"]) == ("norm x 10", 0)
     assert all(torch.isfinite(weight).all() for weight in weights(run).values())
-    assert end["val_loss_best"] == pytest.approx(clean[seed], abs=0.15)
+    # Other data may be better: with seed 5 the run without two of every three steps is 0.16 below the clean one.
+    assert end["val_loss_best"] < clean[seed] + 0.15
 
 
 DIVERGES = [*RUN, "optim.lr=1", "preflight.allow=[full_lr]", "checkpoint.every_steps=5", "train.max_steps=50"]
