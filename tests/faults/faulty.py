@@ -46,8 +46,7 @@ def plant_state(module, fault):
     elif fault["kind"] == "flip":
         # The second highest bit of the mantissa: the value stays plausible.
         values[:1].view(torch.int32).bitwise_xor_(1 << 21)
-    elif fault["kind"] in ("exp_avg", "exp_avg_sq"):
-        state = module.optimizers(use_pl_optimizer=False).state[weight]
+    elif fault["kind"] in (state := module.optimizers(use_pl_optimizer=False).state[weight]):
         local(state[fault["kind"]]).view(-1)[0] = float(fault["value"])
 
 

@@ -205,6 +205,13 @@ def print_summary(training: TrainerWithCallbacks, records: list[Record], folder:
     screen = console()
     screen.print("\n[bold]done[/]")
     screen.print(table)
+    rollbacks = training.guard.rollbacks
+    times = "once" if len(rollbacks) == 1 else f"{len(rollbacks)} times"
+    if (factor := math.prod(rollback.lr_cut.factor for rollback in rollbacks)) < 1:
+        screen.print(
+            f"\n[yellow]the run went back {times}[/] and ended at {factor:g} times optim.lr: begin the next"
+            " one with that rate or less"
+        )
     for record in records[:ANSWERS_SHOWN]:
         screen.print(f"\n[bold]an answer[/], {'as' if record['exact'] else 'not as'} expected")
         screen.print(Text.assemble(record["prompt"], (record["answer"], "green")))

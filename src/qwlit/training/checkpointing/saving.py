@@ -184,7 +184,8 @@ class Checkpointing(BoundaryCallback):
             if self._on_damage is not None:
                 self._on_damage(step, f"{name} is not finite")
             raise GuardStop(
-                f"stopped at step {step}: {name} is not finite, so this step is not saved; {self._resume_hint}"
+                f"stopped at step {step}: {name} is not finite, so this step is not saved; {self._resume_hint},"
+                " with guard=default"
             )
 
     def _finish_save(self) -> None:

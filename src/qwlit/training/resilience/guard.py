@@ -120,8 +120,11 @@ class Guard(Callback):
             RollbackNeeded: the run goes back.
             GuardStop: it has gone back too often.
         """
-        if cause != "state" and (name := nonfinite_on_any_rank(self._module.trained_state(), Ranks.all())):
-            reason, cause = f"{name} is not finite", "state"
+        if cause != "state":
+            # The frozen weights too: only a rollback for the state reads them again.
+            everything = self._module.trained_state() | dict(self._module.named_parameters())
+            if name := nonfinite_on_any_rank(everything, Ranks.all()):
+                reason, cause = f"{name} is not finite", "state"
         if cause == "state" and any((known.from_step, known.reason) == (step, reason) for known in self.rollbacks):
             cause = "divergence"  # no accident damages the same tensor at the same step again
         if cause == "data" and any(rollback.cause != "state" for rollback in self.rollbacks):
