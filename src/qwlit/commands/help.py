@@ -117,6 +117,27 @@ names what their manifests do not share: versions, threads, attention, precision
   diff a=lora-1 b=lora-2                         names under run.root, or paths
 """
 
+GENERATE = """\
+python -m qwlit generate run=RUN | model.path=FOLDER [prompt=TEXT | prompts=FILE output=FILE.jsonl] [setting=value ...]
+
+Talks to a trained model in the terminal; also spelled chat. A run answers with its best checkpoint, while it still
+trains with its newest. Adapters need not be merged.
+
+  generate run=demo                              a conversation
+  generate run=demo prompt='...'                 one answer
+  generate run=runs/x/checkpoints/step-000100    the weights of this checkpoint
+  generate model.path=FOLDER generation=thinking model.path also takes the folder of an adapter
+  generate run=x prompts=test.jsonl output=answers.jsonl   every prompt of a file, in any format of the training data
+
+  run            name under run.root, or path, of a run or of one of its checkpoints
+  prompt         a question; without prompt and prompts you are asked
+  prompts        file with prompts; an answer in a row becomes `expected` in the output
+  output         JSON lines: messages, answer, thinking, ended, expected
+  show_thinking  true: print thinking dimmed; false: do not print it
+
+generation=non_thinking and generation=thinking have the sampling values that Qwen recommends; seed=N repeats answers.
+"""
+
 REPORT = """\
 python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
 
@@ -147,12 +168,14 @@ INTROS = {
     "inspect": INSPECT,
     "verify": VERIFY,
     "diff": DIFF,
+    "generate": GENERATE,
     "report": REPORT,
 }
 SETTINGS = {
     "submit": ("slurm.", "hardware.", "run.", "seed"),
     "inspect": ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro"),
     "diff": (),
+    "generate": ("generation.", "model.", "data.system", "data.template", "hardware.precision", "seed"),
     "report": (),
 }
 """Subcommand → the settings in its help, by the beginning of their names; without an entry: all."""

@@ -92,7 +92,7 @@ def build_loss_model(
     model: ModelConfig,
     adapter: AdapterConfig,
     dropout: DropoutConfig,
-    freeze: FreezeConfig,
+    freeze: FreezeConfig | None,
     execution: Execution,
     *,
     seed: int,
@@ -101,6 +101,7 @@ def build_loss_model(
     """Build the model with weights, adapters and dropout, in training mode, on the CPU.
 
     Args:
+        freeze: None: no weight of the model is trained, and all of them are frozen ones.
         seed: of random weights and of adapters.
         leave_empty: leave the weights to `fill_causal_lm` and the adapters to `init_adapter`.
 

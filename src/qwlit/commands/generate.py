@@ -1,0 +1,64 @@
+"""`generate`: talk to a trained model, answer one prompt, or answer the prompts of a file."""
+
+from typing import TYPE_CHECKING
+
+from qwlit.commands.options import compose_run, own_options
+from qwlit.core.console import console
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import resolve_path
+
+if TYPE_CHECKING:
+    from qwlit.inference.trained_model import TrainedModel
+
+YES_NO = ("true", "false")
+
+
+def main(arguments: list[str]) -> None:
+    options = {"run": None, "prompt": None, "prompts": None, "output": None, "show_thinking": YES_NO}
+    own, overrides = own_options(arguments, options)
+    if own["prompt"] is not None and own["prompts"] is not None:
+        raise ConfigError("prompt and prompts: give one of them, a text or a file")
+    if (own["prompts"] is None) != (own["output"] is None):
+        raise ConfigError(
+            "prompts=FILE and output=FILE.jsonl belong together: where the prompts are, and the answers go"
+        )
+    model = open_model(own["run"], overrides)
+    from qwlit.inference.talk import answer_file, answer_one, describe, talk
+
+    screen, show_thinking = console(), own["show_thinking"] == "true"
+    describe(model, screen)
+    if own["prompts"] and own["output"]:
+        answer_file(model, own["prompts"], resolve_path(own["output"]), screen)
+    elif own["prompt"] is not None:
+        answer_one(model, own["prompt"], screen, show_thinking=show_thinking)
+    else:
+        talk(model, screen, show_thinking=show_thinking)
+
+
+def open_model(run: str | None, overrides: list[str]) -> "TrainedModel":
+    """Load the model of `run=`, or the one that the settings name.
+
+    Raises:
+        ConfigError: there is no such run or model, or its files cannot be used.
+    """
+    from qwlit.run.verify import find_run
+
+    if run is None:
+        composed = compose_run(overrides)
+        if not composed.typed.keys() & {"model.path", "model.hub_id"}:
+            raise ConfigError("name a model: run=NAME for a run, or model.path=FOLDER")
+        folder = checkpoint = None
+    else:
+        root = next((word.partition("=")[2] for word in overrides if word.startswith("run.root=")), "runs")
+        path = resolve_path(run)
+        checkpoint = path.resolve() if path.parent.name == "checkpoints" and path.is_dir() else None
+        folder = find_run(str(path.parent.parent) if checkpoint else run, root, option="run")
+        composed = compose_run([f"config={folder / 'config.yaml'}", *overrides])
+    from qwlit.inference.trained_model import for_one_device, load_model_folder, load_run
+    from qwlit.training.determinism import prepare_determinism
+    from qwlit.training.tracking.run_folder import RunFolder
+
+    prepare_determinism(composed.config.determinism)
+    with console().status("loading the model"):
+        composed = for_one_device(composed)
+        return load_run(composed, RunFolder(folder), checkpoint) if folder else load_model_folder(composed)
