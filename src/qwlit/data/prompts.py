@@ -14,7 +14,7 @@ from qwlit.data.sources import find_sources
 UNKNOWN = "?"
 """Stands for the answer that a row does not have while the row is parsed."""
 _ANSWER_KEYS = {"prompt": "completion", "instruction": "output"}
-_parse = RowParser("auto", vocab_size=0, loss_on="assistant")
+_parse = RowParser("auto", vocab_size=2**31, loss_on="assistant")
 
 
 @dataclass(frozen=True)

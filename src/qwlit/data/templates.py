@@ -112,7 +112,7 @@ class ChatTemplateFamily(ChatTemplate):
         return [self._attempt(conversation, supervision) for conversation in conversations]
 
     def render_prompt(self, conversation: Conversation, *, thinking: bool) -> list[Piece]:
-        """See `ChatTemplate.render_prompt`. Without thinking, families with a thinking mode begin with an empty block."""
+        """See `ChatTemplate.render_prompt`. Without thinking, a family that can think begins with an empty block."""
         _check(conversation, self)
         pieces = [piece for _, turn in _turns(conversation, self, Supervision()) for piece in turn if piece.text]
         pieces += [_control(IM_START), _text("assistant\n")]
