@@ -138,6 +138,28 @@ trains with its newest. Adapters need not be merged.
 generation=non_thinking and generation=thinking have the sampling values that Qwen recommends; seed=N repeats answers.
 """
 
+EXPORT = """\
+python -m qwlit export run=RUN | model.path=BASE model.adapter_path=ADAPTER output=FOLDER [option=value ...]
+
+Writes a trained model as a folder for transformers, vLLM and llama.cpp, and proves it: a fresh process with plain
+transformers must compute the same logits and greedy answers, end its answers, and render the same tokens. PROOF.json
+has the numbers, README.md says what the model is. Also spelled merge. Exit code 4: it is not the same model.
+
+  export run=x                                   LoRA and QLoRA merged into the base: runs/x/export-merged
+  export run=x adapter=keep                      the adapter for peft: runs/x/export
+  export run=runs/x/checkpoints/step-000100 output=step-100
+  export model.path=BASE model.adapter_path=ADAPTER output=FOLDER
+
+  run             name under run.root, or path, of a run or of one of its checkpoints; a run exports its best checkpoint
+  output          folder to write; it replaces an earlier export, and nothing else
+  adapter         merge: add the adapter to the base's own weights, also those of QLoRA; keep: leave it an adapter
+  dtype           auto: the base's; bfloat16, float16, float32
+  max_shard_size  largest size of one file, by default 5GB
+  prove           false: write the folder only
+
+In float32, logits may differ by 1e-5 of the largest one; with weights or products in 16 bits, by 2e-2.
+"""
+
 REPORT = """\
 python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
 
@@ -169,6 +191,7 @@ INTROS = {
     "verify": VERIFY,
     "diff": DIFF,
     "generate": GENERATE,
+    "export": EXPORT,
     "report": REPORT,
 }
 SETTINGS = {
@@ -176,6 +199,7 @@ SETTINGS = {
     "inspect": ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro"),
     "diff": (),
     "generate": ("generation.", "model.", "data.system", "data.template", "hardware.precision", "seed"),
+    "export": ("model.", "generation.", "hardware.precision", "hardware.accelerator"),
     "report": (),
 }
 """Subcommand → the settings in its help, by the beginning of their names; without an entry: all."""

@@ -15,7 +15,8 @@ from qwlit.training.machine import Machine
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "hydra-core", "tokenizers", "numpy")
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -45,7 +46,7 @@ def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
         "qwlit": qwlit.__version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "git": _git_state(Path(qwlit.__file__).parent),
         "device": machine.device_name,
         "accelerator": machine.accelerator,
