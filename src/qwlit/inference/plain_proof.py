@@ -125,6 +125,11 @@ def _against_peft(model: Any, merged: list[str], dtype: torch.dtype) -> dict[str
     return {"largest": worst, "tensor": where}
 
 
+def imports_qwlit() -> bool:
+    """Whether this process has a module of qwlit."""
+    return any(name.partition(".")[0] == "qwlit" for name in sys.modules)
+
+
 def main(job: dict[str, Any]) -> None:
     model = _load(job["model"], job["adapter"], job["dtype"], job["device"])
     ids = [prompt["ids"] for prompt in job["prompts"]]
@@ -142,7 +147,7 @@ def main(job: dict[str, Any]) -> None:
     }
     if job["merged"]:
         found["against_peft"] = _against_peft(model, job["merged"], stored)
-    found["imports_qwlit"] = any(name.partition(".")[0] == "qwlit" for name in sys.modules)
+    found["imports_qwlit"] = imports_qwlit()
     Path(job["found"]).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -136,23 +136,28 @@ def observe_plainly(
             **{"observed": str(place / "observed.safetensors"), "found": str(place / "found.json")},
         }
         (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        # -P: the script's folder is not searched for modules.
-        done = subprocess.run(
-            [sys.executable, "-P", plain_proof.__file__, str(place / "job.json")],
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            *_, last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ConfigError(f"transformers cannot use {served.adapter or served.model}: {one_line(last, 300)}")
+        run_plainly(place / "job.json", str(served.adapter or served.model))
         tensors = load_file(place / "observed.safetensors")
         observed = [
             {key: tensors[f"{i}.{key}"] for key in ("logits", "tokens", "margins")} for i in range(len(prompts))
         ]
         found = json.loads((place / "found.json").read_text()) if checks else None
         return observed, found
+
+
+def run_plainly(job: Path, model: str) -> None:
+    """Run a job of plain_proof in a fresh process; it raises what `observe_plainly` raises."""
+    done = subprocess.run(
+        # -P: the script's folder is not searched for modules.
+        [sys.executable, "-P", plain_proof.__file__, str(job)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        *_, last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ConfigError(f"transformers cannot use {model}: {one_line(last, 300)}")
 
 
 def prove(
