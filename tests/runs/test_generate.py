@@ -87,7 +87,7 @@ def test_a_conversation_in_the_terminal_has_several_turns(place, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("把78 km写成英文。\nand in Chinese?\n/new\nhello\n"))
     done = qwlit(["generate", "run=full", "generation.max_new_tokens=4"], place)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("> ") == 4 and "step-000016" in done.stdout and "/new" in done.stdout
+    assert done.stdout.count("> ") >= 4 and "step-000016" in done.stdout and "/new" in done.stdout
 
 
 def test_a_checkpoint_is_chosen_by_its_path_and_a_damaged_best_is_passed_over(place):
@@ -103,13 +103,14 @@ def test_a_checkpoint_is_chosen_by_its_path_and_a_damaged_best_is_passed_over(pl
     assert done.returncode == 0 and "step-000016 is damaged" in done.stdout and "full, step-000008" in done.stdout
 
 
-def test_weights_that_are_not_finite_are_named_instead_of_a_failed_sampling(place):
+def test_logits_that_are_not_finite_are_named_instead_of_a_failed_sampling(place):
     export = place / "broken"
     export.mkdir()
     for file in (place / "runs/full/export").iterdir():
         (export / file.name).write_bytes(file.read_bytes())
     weights = load_file(export / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
+    for name in ("up_proj", "down_proj"):
+        weights[f"model.layers.0.mlp.{name}.weight"] *= 1e30
     save_file(weights, export / "model.safetensors", metadata={"format": "pt"})
     done = qwlit(["generate", f"model.path={export}", "prompt=a"], place)
     assert done.returncode == 3 and "not finite" in done.stderr and done.stderr.count("\n") == 1

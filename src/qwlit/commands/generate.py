@@ -57,6 +57,8 @@ def find_model(run: str | None, overrides: list[str]) -> "tuple[Composed, RunFol
     """
     from qwlit.run.verify import find_run
 
+    if run is not None and (resolve_path(run) / "config.json").is_file():
+        overrides, run = [f"model.path={run}", *overrides], None
     if run is None:
         composed = compose_run(overrides)
         if not composed.typed.keys() & {"model.path", "model.hub_id"}:

@@ -160,6 +160,29 @@ has the numbers, README.md says what the model is. Also spelled merge. Exit code
 In float32, logits may differ by 1e-5 of the largest one; with weights or products in 16 bits, by 2e-2.
 """
 
+EVALUATE = """\
+python -m qwlit evaluate run=RUN | run=[RUN,...] | model.path=FOLDER [data.path=FILE] [metrics=[...]] [setting=...]
+
+Measures loss, perplexity, bits per byte and accuracy of the supervised tokens: of all rows, by file and by script.
+Without data.path these are the validation rows of the run, with it all rows of the file. Several models are compared
+sample by sample. Also spelled eval.
+
+  evaluate run=demo                              the run's validation rows
+  evaluate run=[a,b] data.path=test.jsonl        two runs on a file of your own
+  evaluate run=demo metrics=[exact_match,rouge_l] prompts=200
+  evaluate run=demo metrics=exact_match temperatures=default modes=[thinking,non_thinking]
+
+  run           names under run.root, or paths, of runs and checkpoints; also model folders
+  metrics       of the answers: exact_match, containment, rouge_l, bleu (the last two: pip install "qwlit[eval]"), or a
+                function of your own as module:function, called with the answer and the expected one
+  prompts       most rows whose prompts are answered; by default 100
+  temperatures  draw quality against temperature: a list, or default for 0.1 to 1.3
+  repeats       answers with different seeds to each prompt; by default 1, with temperatures 3
+  modes         thinking, non_thinking or both, each with its sampling values
+  folder        where evaluation.json and the pictures go; by default evaluation
+  output        text, or json
+"""
+
 REPORT = """\
 python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
 
@@ -190,6 +213,7 @@ INTROS = {
     "inspect": INSPECT,
     "verify": VERIFY,
     "diff": DIFF,
+    "evaluate": EVALUATE,
     "generate": GENERATE,
     "export": EXPORT,
     "report": REPORT,
@@ -198,6 +222,7 @@ SETTINGS = {
     "submit": ("slurm.", "hardware.", "run.", "seed"),
     "inspect": ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro"),
     "diff": (),
+    "evaluate": ("generation.", "model.", "data.", "hardware.micro", "hardware.precision", "seed"),
     "generate": ("generation.", "model.", "data.system", "data.template", "hardware.precision", "seed"),
     "export": ("model.", "generation.", "hardware.precision", "hardware.accelerator"),
     "report": (),

@@ -1,10 +1,11 @@
 """Prompts of a file: its rows without their last answer, which is what a good model would say."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qwlit.core.errors import DataError
+from qwlit.data.columns import ColumnRenamer
 from qwlit.data.conversation import Conversation, Message, from_json_text
 from qwlit.data.formats import RowParser
 from qwlit.data.readers import RowReader
@@ -34,21 +35,29 @@ def one_question(text: str) -> Prompt:
     return Prompt(Conversation((Message("user", text),)))
 
 
-def read_prompts(path: str) -> Iterator[Prompt]:
+def read_prompts(
+    path: str, *, columns: Mapping[str, str] | None = None, origins: Container[str] | None = None
+) -> Iterator[Prompt]:
     """Read the prompts of a file, a folder or a data set: conversations in any format, with or without an answer.
 
     A row of text is a question.
 
+    Args:
+        columns: see `data.columns`.
+        origins: read only the rows with these origins, "file:line".
+
     Raises:
         DataError: there is no such file, or a row has no prompt; the message names file and line.
     """
-    sources = find_sources(path)
-    for row in RowReader(sources):
+    sources, rename = find_sources(path), ColumnRenamer(columns)
+    for row in RowReader(sources, columns):
         origin = f"{sources[row.source]}:{row.line}"
+        if origins is not None and origin not in origins:
+            continue
         try:
             if isinstance(row, QuarantinedRow):
                 raise RowError(row.reason)
-            yield replace(parse_prompt(row.value()), origin=origin)
+            yield replace(parse_prompt(rename(row).content), origin=origin)
         except RowError as error:
             raise DataError(f"{origin}: {error}") from None
 
