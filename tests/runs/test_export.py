@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwlit.core.errors import ConfigError, NotEqual
+from qwlit.core.errors import NotEqual
 from qwlit.inference import plain_proof
 from qwlit.inference.export import write_model
 from qwlit.inference.merge import base_weights
@@ -26,7 +26,7 @@ from qwlit.model.quantize import BLOCK
 from qwlit.model.saved_adapter import SavedAdapter
 from tests import published
 from tests.long import LONG
-from tests.runs.runs import qwlit, qwlit_process
+from tests.runs.runs import in_this_process, qwlit, qwlit_process
 
 MODELS = {"qwen2_tied": "Qwen2.5-0.5B-Instruct", "qwen2_untied": "Qwen2.5-7B-Instruct", "qwen3": "Qwen3-0.6B"}
 CHATS = [[{"role": "user", "content": f"{n}+{n}?"}, {"role": "assistant", "content": f"{2 * n}。"}] for n in range(24)]
@@ -82,14 +82,7 @@ def trained(bases, tmp_path_factory):
 @pytest.fixture
 def here(monkeypatch):
     """Makes the proof in this process."""
-
-    def run(job: Path, model: str) -> None:
-        try:
-            plain_proof.main(json.loads(job.read_text(encoding="utf-8")))
-        except Exception as error:
-            raise ConfigError(f"transformers cannot use {model}: {error}") from None
-
-    monkeypatch.setattr("qwlit.inference.proof.run_plainly", run)
+    monkeypatch.setattr("qwlit.inference.proof.run_plainly", in_this_process)
     monkeypatch.setattr(plain_proof, "imports_qwlit", lambda: False)
 
 
