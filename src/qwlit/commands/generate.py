@@ -1,5 +1,6 @@
 """`generate`: talk to a trained model, answer one prompt, or answer the prompts of a file."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwlit.commands.options import compose_run, own_options
@@ -57,7 +58,7 @@ def find_model(run: str | None, overrides: list[str]) -> "tuple[Composed, RunFol
     """
     from qwlit.run.verify import find_run
 
-    if run is not None and (resolve_path(run) / "config.json").is_file():
+    if run is not None and any((resolve_path(run) / name).is_file() for name in ("config.json", "adapter_config.json")):
         overrides, run = [f"model.path={run}", *overrides], None
     if run is None:
         composed = compose_run(overrides)
@@ -66,9 +67,13 @@ def find_model(run: str | None, overrides: list[str]) -> "tuple[Composed, RunFol
         folder = checkpoint = None
     else:
         root = next((word.partition("=")[2] for word in overrides if word.startswith("run.root=")), "runs")
-        path = resolve_path(run)
-        checkpoint = path.resolve() if path.parent.name == "checkpoints" and path.is_dir() else None
-        folder = find_run(str(path.parent.parent) if checkpoint else run, root, option="run")
+        path = Path(run)
+        is_checkpoint = path.parent.name == "checkpoints"
+        folder = find_run(str(path.parent.parent) if is_checkpoint else run, root, option="run")
+        checkpoint = (folder / "checkpoints" / path.name).resolve() if is_checkpoint else None
+        if checkpoint and not checkpoint.is_dir():
+            others = ", ".join(sorted(other.name for other in (folder / "checkpoints").iterdir()))
+            raise ConfigError(f"run={run}: no such checkpoint; there are {others}")
         composed = compose_run([f"config={folder / 'config.yaml'}", *overrides])
     from qwlit.inference.trained_model import for_one_device
     from qwlit.training.determinism import prepare_determinism

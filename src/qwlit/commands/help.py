@@ -173,7 +173,7 @@ sample by sample. Also spelled eval.
   evaluate run=demo metrics=exact_match temperatures=default modes=[thinking,non_thinking]
 
   run           names under run.root, or paths, of runs and checkpoints; also model folders
-  metrics       of the answers: exact_match, containment, rouge_l, bleu (the last two: pip install "qwlit[eval]"), or a
+  metrics       of the answers: exact_match, containment, rouge_l, bleu (needs sacrebleu), or a
                 function of your own as module:function, called with the answer and the expected one
   prompts       most rows whose prompts are answered; by default 100
   temperatures  draw quality against temperature: a list, or default for 0.1 to 1.3

@@ -27,26 +27,22 @@ def containment(answer: str, expected: str) -> float:
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """ROUGE-L F1 of words, in Chinese and Japanese of characters (Lin, 2004; package rouge-score)."""
-    return float(_rouge().score(expected, answer)["rougeL"].fmeasure)
+    """ROUGE-L: F1 of the longest common subsequence of words, in Chinese and Japanese of characters (Lin, 2004)."""
+    # Own code: the package rouge-score reads a to z and digits alone, and has had no release since 2022.
+    found, wanted = (
+        re.findall(rf"{HAN_OR_KANA}|(?:(?!{HAN_OR_KANA})\w)+", text.lower()) for text in (answer, expected)
+    )
+    lengths = [0] * (len(wanted) + 1)
+    for word in found:
+        earlier = lengths.copy()
+        for index, other in enumerate(wanted, 1):
+            lengths[index] = earlier[index - 1] + 1 if word == other else max(earlier[index], lengths[index - 1])
+    return 2 * lengths[-1] / (len(found) + len(wanted)) if lengths[-1] else 0.0
 
 
 def bleu(answer: str, expected: str) -> float:
     """BLEU of one sentence, words or Chinese characters, n-grams as far as the texts have them (package sacrebleu)."""
     return float(_bleu(bool(re.search(HAN_OR_KANA, expected))).sentence_score(answer, [expected]).score) / 100
-
-
-@cache
-def _rouge() -> Any:
-    module = import_extra("rouge_score.rouge_scorer", package="rouge-score", setting="metrics=rouge_l")
-    return module.RougeScorer(["rougeL"], tokenizer=_Words())
-
-
-class _Words:
-    """Words and Chinese characters: rouge-score's own tokenizer knows a to z and digits alone."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return re.findall(rf"{HAN_OR_KANA}|(?:(?!{HAN_OR_KANA})\w)+", text.lower())
 
 
 @cache
