@@ -239,7 +239,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 FAULTS: dict[str, tuple[str, Any]] = {
     "one flipped weight": ("weights", lambda f: change_tensor(f, Q, flip_one)),
     "another head": ("weights", lambda f: change_tensor(f, "lm_head.weight", lambda w: w.roll(1, 0))),
-    "a head that is the embedding": ("weights", lambda f: change_json(f / "config.json", tie_word_embeddings=True)),
+    "a head that is the embedding": ("head", lambda f: change_json(f / "config.json", tie_word_embeddings=True)),
     "two layers exchanged": (
         "weights",
         lambda f: change_tensor(f, Q, lambda _: load_file(f / "model.safetensors")[Q.replace("0", "1")]),

@@ -84,9 +84,15 @@ def _ends(model: Any, folder: str, prompt: list[int], end: int, end_ids: list[in
     return bool(tokens[1:] == [end])
 
 
-def _same_ids(folder: str, prompts: list[dict[str, Any]]) -> bool:
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return the SHA-256 of what a tokenizer does to a text: its vocabulary, merges and rules for cutting it."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    text = json.dumps([parts[name] for name in ("normalizer", "pre_tokenizer", "model")], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _same_ids(tokenizer: Any, prompts: list[dict[str, Any]]) -> bool:
     """Whether the folder's tokenizer and template make the ids of the prompts."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for prompt in prompts:
         if prompt["messages"] is None:
             ids = tokenizer(prompt["text"], add_special_tokens=False).input_ids
@@ -139,11 +145,14 @@ def main(job: dict[str, Any]) -> None:
         return
     stored = getattr(torch, job["stored_dtype"])
     state = load_file(Path(folder) / "adapter_model.safetensors") if job["adapter"] else model.state_dict()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     found: dict[str, Any] = {
         # Loaded in float32, the weights still have the stored values.
         "weights": {name: digest(tensor.to(stored)) for name, tensor in state.items()},
         "ends": job["end"] is None or _ends(model, folder, ids[0], job["end"], job["end_ids"]),
-        "same_ids": _same_ids(folder, job["prompts"]),
+        "same_ids": _same_ids(tokenizer, job["prompts"]),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "tied": bool(model.config.tie_word_embeddings),
     }
     if job["merged"]:
         found["against_peft"] = _against_peft(model, job["merged"], stored)

@@ -26,7 +26,7 @@ from qwlit.inference.export import (
 from qwlit.inference.export_settings import GENERATION_CONFIG, SAMPLING, EndToken, as_list
 from qwlit.inference.merge import base_weights, merged_weights
 from qwlit.inference.model_card import CARD, model_card
-from qwlit.inference.plain_proof import digest, observe
+from qwlit.inference.plain_proof import digest, observe, tokenizer_digest
 from qwlit.inference.proof import (
     PROOF,
     FixedPrompt,
@@ -157,7 +157,7 @@ def _of_run(model: TrainedModel, folder: RunFolder, options: Options) -> _Subjec
         prompts = _prompts(model.setup, model.chat, model.tokenizer, read_json_lines(folder.path / "samples.jsonl"))
         with generation_attention(model.causal_lm), model.precision():
             observed = list(observe(model.causal_lm, [prompt.ids for prompt in prompts], model.end_ids))
-        reference = Reference(prompts, model.end_ids, observed)
+        reference = Reference(prompts, model.end_ids, tokenizer_digest(model.tokenizer), observed)
     return _Subject(
         model.setup,
         {"run": str(folder.path), "checkpoint": used.name, "step": step_of(used)},
@@ -196,7 +196,7 @@ def export_folder(composed: Composed, options: Options) -> Path:
         prompts = _prompts(setup, chat_encoder(config, tokenizer, TextTokenizer(tokenizer)), tokenizer, [])
         end_ids = [end.token_id, *end.other_end_ids] if end else as_list(setup.model.config.eos_token_id)
         observed, _ = observe_plainly(subject.served(base, adapter), prompts, end_ids)
-        subject = replace(subject, reference=Reference(prompts, end_ids, observed))
+        subject = replace(subject, reference=Reference(prompts, end_ids, tokenizer_digest(tokenizer), observed))
     dtype = options.dtype or setup.model.config.dtype or stored_dtype(base)
     if saved:
         weights = merged_weights(weights, saved)
