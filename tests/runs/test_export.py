@@ -6,6 +6,12 @@ Where a test takes `here`, plain transformers compute in this process, because a
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -341,3 +347,31 @@ def test_an_export_replaces_an_earlier_one_whole_and_nothing_else(trained, tmp_p
 def test_options_that_make_no_sense_are_refused(words, said, trained, tmp_path):
     done = qwlit(["export", f"run={trained('qwen2_untied', 'lora')}", *words], tmp_path)
     assert done.returncode == 2 and said in done.stderr
+
+
+@slow
+def test_transformers_serve_answers_a_request_from_an_export(trained):
+    """With `pip install "transformers[serving]"`, which is no dependency of qwlit."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    folder = trained("qwen3", "full") / "export"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([Path(sys.executable).with_name("transformers"), "serve", folder, "--port", str(port)])
+    question = {"model": str(folder), "messages": [{"role": "user", "content": "1+1?"}], "max_tokens": 8}
+    request = urllib.request.Request(
+        f"http://localhost:{port}/v1/chat/completions",
+        json.dumps(question).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        for _ in range(120):
+            with suppress(urllib.error.URLError), urllib.request.urlopen(request, timeout=120) as response:
+                answer = json.load(response)
+                break
+            time.sleep(1)
+    finally:
+        server.terminate()
+        server.wait()
+    assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] <= 8

@@ -13,8 +13,6 @@ from qwlit.config.compose import Composed
 from qwlit.core.disk import naming_path
 from qwlit.core.errors import ConfigError, NotEqual
 from qwlit.core.files import read_json, read_json_lines, replacing_folder, write_json_atomic, write_text_atomic
-from qwlit.data.chat import ChatEncoder
-from qwlit.data.templates import ChatTemplateFamily
 from qwlit.data.tokenizer import TextTokenizer
 from qwlit.inference.export import (
     MAX_SHARD_SIZE,
@@ -23,29 +21,26 @@ from qwlit.inference.export import (
     write_adapter,
     write_model,
 )
-from qwlit.inference.export_settings import GENERATION_CONFIG, SAMPLING, EndToken, as_list
+from qwlit.inference.export_settings import EndToken, as_list
 from qwlit.inference.merge import base_weights, merged_weights
 from qwlit.inference.model_card import CARD, model_card
 from qwlit.inference.plain_proof import digest, observe, tokenizer_digest
 from qwlit.inference.proof import (
     PROOF,
-    FixedPrompt,
     Proof,
     Reference,
     Served,
-    fixed_prompts,
     hash_files,
     observe_plainly,
     prove,
 )
 from qwlit.inference.trained_model import TrainedModel, chat_encoder, load_run
 from qwlit.model.attention import generation_attention
-from qwlit.model.folder import read_json_if_there
 from qwlit.model.load import load_tokenizer
 from qwlit.model.saved_adapter import read_saved_adapter
 from qwlit.model.weight_files import stored_dtype
 from qwlit.planning.setup import Setup, resolve_setup
-from qwlit.run.exported import end_token, export_sources
+from qwlit.run.exported import end_of_adapter, end_token, export_sources, proof_prompts
 from qwlit.training.checkpointing.manifest import step_of
 from qwlit.training.tracking.manifest import PACKAGES, installed_version
 from qwlit.training.tracking.run_folder import RunFolder
@@ -154,7 +149,9 @@ def _of_run(model: TrainedModel, folder: RunFolder, options: Options) -> _Subjec
     used = Path(model.origin.rpartition(", ")[2])
     reference = None
     if options.proves:
-        prompts = _prompts(model.setup, model.chat, model.tokenizer, read_json_lines(folder.path / "samples.jsonl"))
+        prompts = proof_prompts(
+            model.setup, model.chat, model.tokenizer, read_json_lines(folder.path / "samples.jsonl")
+        )
         with generation_attention(model.causal_lm), model.precision():
             observed = list(observe(model.causal_lm, [prompt.ids for prompt in prompts], model.end_ids))
         reference = Reference(prompts, model.end_ids, tokenizer_digest(model.tokenizer), observed)
@@ -188,12 +185,12 @@ def export_folder(composed: Composed, options: Options) -> Path:
     saved = read_saved_adapter(config.model.adapter_path) if config.model.adapter_path else None
     adapter = saved.folder if saved else None
     tokenizer = load_tokenizer(config.model)
-    end = _end_of_adapter(adapter, tokenizer) if adapter else None
+    end = end_of_adapter(adapter, tokenizer) if adapter else None
     subject = _Subject(setup, {"model": sources.base, "adapter": str(adapter) if adapter else None}, sources, end, None)
     weights = base_weights(config.model, setup.model, seed=config.seed)
     base = Path(str(sources.model))
     if options.proves:
-        prompts = _prompts(setup, chat_encoder(config, tokenizer, TextTokenizer(tokenizer)), tokenizer, [])
+        prompts = proof_prompts(setup, chat_encoder(config, tokenizer, TextTokenizer(tokenizer)), tokenizer, [])
         end_ids = [end.token_id, *end.other_end_ids] if end else as_list(setup.model.config.eos_token_id)
         observed, _ = observe_plainly(subject.served(base, adapter), prompts, end_ids)
         subject = replace(subject, reference=Reference(prompts, end_ids, tokenizer_digest(tokenizer), observed))
@@ -217,26 +214,6 @@ def check_output(folder: Path) -> None:
     is_run_export = folder.name in ("export", "export-merged") and (folder.parent / "config.yaml").is_file()
     if folder.is_dir() and any(folder.iterdir()) and not is_run_export and not (folder / PROOF).is_file():
         raise ConfigError(f"output={folder} has files and is no export (no {PROOF}); name another folder, or empty it")
-
-
-def _end_of_adapter(folder: Path, tokenizer: Any) -> EndToken | None:
-    """Return how answers end by the generation configuration that an adapter's folder has."""
-    values = read_json_if_there(folder / GENERATION_CONFIG)
-    ids = as_list(values.get("eos_token_id"))
-    if not ids:
-        return None
-    sampling = {key: values[key] for key in SAMPLING if key in values}
-    return EndToken(tokenizer.convert_ids_to_tokens(ids[0]), ids[0], tuple(ids[1:]), None, sampling)
-
-
-def _prompts(
-    setup: Setup, chat: ChatEncoder | None, tokenizer: Any, records: list[dict[str, Any]]
-) -> list[FixedPrompt]:
-    # A template of the folder's own does not have the system text of the settings; the user of the export gives it.
-    is_own = chat is not None and not isinstance(chat.template, ChatTemplateFamily)
-    samples = [record["prompt"] for record in records if "expected" in record]
-    longest = setup.model.config.max_position_embeddings
-    return fixed_prompts(chat, tokenizer, samples, system=setup.config.data.system if is_own else None, longest=longest)
 
 
 def _finish(output: Path, subject: _Subject, content: _Content) -> Path:

@@ -1,5 +1,6 @@
 """What the export of a run says beside the weights: where its files are from, and how its answers end."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlit.config.run import RunConfig
@@ -12,9 +13,12 @@ from qwlit.data.samples import supervises
 from qwlit.data.templates import ChatTemplate, ChatTemplateFamily
 from qwlit.data.tokenizer import END_OF_TEXT, TextTokenizer
 from qwlit.inference.export import ExportSources
-from qwlit.inference.export_settings import EndToken, sampling_values
+from qwlit.inference.export_settings import GENERATION_CONFIG, SAMPLING, EndToken, as_list, sampling_values
+from qwlit.inference.proof import FixedPrompt, fixed_prompts
 from qwlit.model.config import ModelConfig
+from qwlit.model.folder import read_json_if_there
 from qwlit.model.load import tokenizer_folder, weights_folder
+from qwlit.planning.setup import Setup
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
@@ -73,3 +77,28 @@ def _template_to_write(tokenizer: Any, template: ChatTemplate) -> str | None:
     except DataError:
         own = None
     return None if own == template else chat_template(template)
+
+
+def end_of_adapter(folder: Path, tokenizer: Any) -> EndToken | None:
+    """Return how answers end by the generation configuration that an adapter's folder has."""
+    values = read_json_if_there(folder / GENERATION_CONFIG)
+    ids = as_list(values.get("eos_token_id"))
+    if not ids:
+        return None
+    sampling = {key: values[key] for key in SAMPLING if key in values}
+    return EndToken(tokenizer.convert_ids_to_tokens(ids[0]), ids[0], tuple(ids[1:]), None, sampling)
+
+
+def proof_prompts(
+    setup: Setup, chat: ChatEncoder | None, tokenizer: Any, records: list[dict[str, Any]]
+) -> list[FixedPrompt]:
+    """Return the prompts of a proof.
+
+    Args:
+        records: of samples.jsonl.
+    """
+    # A template of the folder's own does not have the system text of the settings; the user of the export gives it.
+    is_own = chat is not None and not isinstance(chat.template, ChatTemplateFamily)
+    samples = [record["prompt"] for record in records if "expected" in record]
+    longest = setup.model.config.max_position_embeddings
+    return fixed_prompts(chat, tokenizer, samples, system=setup.config.data.system if is_own else None, longest=longest)
