@@ -98,8 +98,9 @@ def test_the_commands_shown_after_the_training_run(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "after-training.md").read_text("utf-8")
     (tmp_path / "test.jsonl").write_text('{"prompt": "78 km?", "completion": "78 kilometers"}\n')
     train(["experiment=demo", "run.name=demo", "train.max_steps=10"], tmp_path)
-    adapter = ["recipe=lora", f"model.path={tmp_path / 'runs' / 'demo' / 'export'}", "data=demo", "run.name=lora-run"]
-    train([*adapter, "data.exact_match=0", "train.max_steps=2"], tmp_path)
+    base = f"model.path={tmp_path / 'runs' / 'demo' / 'export'}"
+    words = ["train", "hardware=cpu", "recipe=lora", base, "data=demo", "run.name=lora-run", "train.max_steps=2"]
+    assert qwlit([*words, "data.exact_match=0"], tmp_path).returncode == 0
     monkeypatch.setattr("qwlit.inference.proof.run_plainly", in_this_process)
     monkeypatch.setattr("qwlit.inference.plain_proof.imports_qwlit", lambda: False)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
