@@ -38,9 +38,13 @@ SUBCOMMANDS = {
     "inspect": "show the data as the model sees it: tokens, what is in the loss, packing, quarantined rows",
     "verify": "train the same steps several times in fresh processes, and compare them bit by bit",
     "diff": "the first step in which two runs differ, and what may explain it",
+    "evaluate": "loss, accuracy and quality of the answers of trained models, on any rows",
+    "generate": "talk to a trained model, or answer the prompts of a file",
+    "export": "write a trained model as a folder for other tools, adapters merged, and prove that it is the same model",
     "report": "compare runs: settings, losses, speed, stability; which settings mattered; a page with curves",
 }
 
+OTHER_NAMES = {"chat": "generate", "eval": "evaluate", "merge": "export"}
 PREEMPTIBLE_SUBCOMMANDS = ("train", "sweep")
 ENDS_OF_ALL_RANKS = (GuardStop, Interrupted, Preempted, Pruned)
 """Errors that all ranks raise at the same step."""
@@ -137,6 +141,7 @@ def _requeue(subcommand: str, error: Preempted) -> None:
 
 
 def _run(subcommand: str, arguments: list[str]) -> None:
+    subcommand = OTHER_NAMES.get(subcommand, subcommand)
     if subcommand not in SUBCOMMANDS:
         from qwlit.config.compose import check_arguments
         from qwlit.config.other_trainers_options import command_answer

@@ -407,7 +407,7 @@ def test_another_trainers_name_in_a_file_of_ones_own_is_answered(name, tmp_path)
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("chat", "qwlit chat: not in this version: load"),
+        ("infer", "type generate"),
         ("sft", "type train recipe=full_sft"),
         ("trian", "Did you mean 'train'"),
         ("--lora_dropout=0", "--lora_dropout=0 → dropout.lora=0; learning_rate=1 → optim.lr=1"),

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from qwlit.__main__ import main
+from qwlit.core.errors import ConfigError
+from qwlit.inference import plain_proof
 from qwlit.training.checkpointing.checkpoint import read_weights
 from tests.warm import warm_python
 
@@ -186,3 +188,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     left, right = weights(a), weights(b)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def in_this_process(job: Path, model: str) -> None:
+    """In the place of `proof.run_plainly`: plain transformers in this process, because a fresh one imports for long."""
+    try:
+        plain_proof.main(json.loads(job.read_text(encoding="utf-8")))
+    except Exception as error:
+        raise ConfigError(f"transformers cannot use {model}: {error}") from None

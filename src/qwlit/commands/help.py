@@ -128,6 +128,72 @@ are. Exit code 4: they differ.
   output=  text, or json
 """
 
+GENERATE = """\
+python -m qwlit generate run=RUN | model.path=FOLDER [prompt=TEXT | prompts=FILE output=FILE.jsonl] [setting=value ...]
+
+Talks to a trained model in the terminal; also spelled chat. A run answers with its best checkpoint, while it still
+trains with its newest. Adapters need not be merged.
+
+  generate run=demo                              a conversation
+  generate run=demo prompt='...'                 one answer
+  generate run=runs/x/checkpoints/step-000100    the weights of this checkpoint
+  generate model.path=FOLDER generation=thinking model.path also takes the folder of an adapter
+  generate run=x prompts=test.jsonl output=answers.jsonl   every prompt of a file, in any format of the training data
+
+  run            name under run.root, or path, of a run or of one of its checkpoints
+  prompt         a question; without prompt and prompts you are asked
+  prompts        file with prompts; an answer in a row becomes `expected` in the output
+  output         JSON lines: messages, answer, thinking, ended, expected
+  show_thinking  true: print thinking dimmed; false: do not print it
+
+generation=non_thinking and generation=thinking have the sampling values that Qwen recommends; seed=N repeats answers.
+"""
+
+EXPORT = """\
+python -m qwlit export run=RUN | model.path=BASE model.adapter_path=ADAPTER output=FOLDER [option=value ...]
+
+Writes a trained model as a folder for transformers, vLLM and llama.cpp, and proves it: a fresh process with plain
+transformers must compute the same logits and greedy answers, end its answers, and render the same tokens. PROOF.json
+has the numbers, README.md says what the model is. Also spelled merge. Exit code 4: it is not the same model.
+
+  export run=x                                   LoRA and QLoRA merged into the base: runs/x/export-merged
+  export run=x adapter=keep                      the adapter for peft: runs/x/export
+  export run=runs/x/checkpoints/step-000100 output=step-100
+  export model.path=BASE model.adapter_path=ADAPTER output=FOLDER
+
+  run             name under run.root, or path, of a run or of one of its checkpoints; a run exports its best checkpoint
+  output          folder to write; it replaces an earlier export, and nothing else
+  adapter         merge: add the adapter to the base's own weights, also those of QLoRA; keep: leave it an adapter
+  dtype           auto: the base's; bfloat16, float16, float32
+  max_shard_size  largest size of one file, by default 5GB
+  prove           false: write the folder only
+
+In float32, logits may differ by 1e-5 of the largest one; with weights or products in 16 bits, by 2e-2.
+"""
+
+EVALUATE = """\
+python -m qwlit evaluate run=RUN | run=[RUN,...] | model.path=FOLDER [data.path=FILE] [metrics=[...]] [setting=...]
+
+Measures loss, perplexity, bits per byte and accuracy of the supervised tokens: of all rows, by file and by script.
+Without data.path these are the validation rows of the run, with it all rows of the file. Several models are compared
+sample by sample. Also spelled eval.
+
+  evaluate run=demo                              the run's validation rows
+  evaluate run=[a,b] data.path=test.jsonl        two runs on a file of your own
+  evaluate run=demo metrics=[exact_match,rouge_l] prompts=200
+  evaluate run=demo metrics=exact_match temperatures=default modes=[thinking,non_thinking]
+
+  run           names under run.root, or paths, of runs and checkpoints; also model folders
+  metrics       of the answers: exact_match, containment, rouge_l, bleu (needs sacrebleu), or a
+                function of your own as module:function, called with the answer and the expected one
+  prompts       most rows whose prompts are answered; by default 100
+  temperatures  draw quality against temperature: a list, or default for 0.1 to 1.3
+  repeats       answers with different seeds to each prompt; by default 1, with temperatures 3
+  modes         thinking, non_thinking or both, each with its sampling values
+  folder        where evaluation.json and the pictures go; by default evaluation
+  output        text, or json
+"""
+
 REPORT = """\
 python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
 
@@ -159,12 +225,18 @@ INTROS = {
     "inspect": INSPECT,
     "verify": VERIFY,
     "diff": DIFF,
+    "evaluate": EVALUATE,
+    "generate": GENERATE,
+    "export": EXPORT,
     "report": REPORT,
 }
 SETTINGS = {
     "submit": ("slurm.", "hardware.", "run.", "seed"),
     "inspect": ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro"),
     "diff": (),
+    "evaluate": ("generation.", "model.", "data.", "hardware.micro", "hardware.precision", "seed"),
+    "generate": ("generation.", "model.", "data.system", "data.template", "hardware.precision", "seed"),
+    "export": ("model.", "generation.", "hardware.precision", "hardware.accelerator"),
     "report": (),
 }
 """Subcommand → the settings in its help, by the beginning of their names; without an entry: all."""

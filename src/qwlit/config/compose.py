@@ -47,6 +47,7 @@ from qwlit.data.config import parts_of
 from qwlit.model.folder import base_of, is_adapter
 
 MAIN = "train"
+GENERATION = "generation"
 SWEEPS = "sweep"
 """Folder of sweep files for the subcommand `sweep`; not a group of settings."""
 LITERAL = TEXTS | TEXT_LISTS | MAPPINGS.keys()
@@ -114,7 +115,7 @@ def compose(overrides: list[str]) -> Composed:
     source = None
     if "config" in typed:
         source = resolve_path(str(typed["config"]))
-        tree = _load_run(typed.pop("config"), chosen)
+        tree = _load_run(typed.pop("config"), chosen, groups)
         choices: dict[str, str] = {}
     else:
         tree, choices = _compose_groups(groups, chosen, typed)
@@ -214,13 +215,14 @@ def _clear_alternatives(composed: DictConfig, overrides: list[str]) -> None:
                     OmegaConf.update(composed, key, value)
 
 
-def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
-    """Load an earlier run's config.yaml."""
+def _load_run(path: Any, chosen: dict[str, Any], groups: dict[str, list[str]]) -> DictConfig:
+    """Load an earlier run's config.yaml; `generation=` may still choose how its model answers."""
     file = resolve_path(str(path))
     if not file.is_file():
         raise ConfigError(f"config={path}: no such file; give runs/NAME/config.yaml")
     for key, choice in chosen.items():
-        raise ConfigError(f"{key}={choice}: config={path} has fixed all groups; set single values")
+        if key != GENERATION:
+            raise ConfigError(f"{key}={choice}: config={path} has fixed all groups; set single values")
     try:
         # `dump` writes values, never interpolations, and `OmegaConf.load` refuses a text such as "${". Its own loader
         # reads 1e-4 as a number, unlike yaml's, and is not public.
@@ -229,6 +231,8 @@ def _load_run(path: Any, chosen: dict[str, Any]) -> DictConfig:
         raise ConfigError(f"config={path} cannot be read: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config={path} is not a run's config.yaml; give runs/NAME/config.yaml")
+    if GENERATION in chosen:
+        tree[GENERATION] = _compose_groups(groups, chosen, {})[0][GENERATION]
     return OmegaConf.create(tree)
 
 

@@ -1,13 +1,13 @@
 """RunConfig: all settings of a run. Each section is defined beside the code that uses it."""
 
 import hashlib
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, field, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args
 
-from qwlit.config.settings import PreflightConfig, RunSettings, SlurmConfig
+from qwlit.config.settings import GenerationSettings, PreflightConfig, RunSettings, SlurmConfig
 from qwlit.core.schema import NonNegativeInt, config_dataclass
 from qwlit.data.config import DataConfig, parts_of
 from qwlit.model.config import AdapterConfig, DropoutConfig, FreezeConfig, ModelConfig
@@ -55,16 +55,18 @@ class RunConfig:
     profile: ProfileConfig
     trace: TraceConfig
     slurm: SlurmConfig
+    # Runs of earlier versions have no such section in their config.yaml.
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
 
 
 @lru_cache
 def setting_names(owner: Any = RunConfig, prefix: str = "") -> frozenset[str]:
     """Return the dotted names of all settings that have a value, without those of sections."""
     names: set[str] = set()
-    for field in fields(owner):
-        members = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+    for setting in fields(owner):
+        members = get_args(setting.type) if isinstance(setting.type, UnionType) else (setting.type,)
         section: Any = next((member for member in members if is_dataclass(member)), None)
-        name = prefix + field.name
+        name = prefix + setting.name
         names |= setting_names(section, f"{name}.") if section else {name}
     return frozenset(names)
 

@@ -1,11 +1,21 @@
-"""Settings of the run folder, the Slurm job and preflight. The code that uses them is in higher layers."""
+"""Settings of the run folder, the Slurm job, preflight and generation. The code that uses them is in higher layers."""
 
 import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from qwlit.core.schema import Flag, PositiveInt, WholeNumber, config_dataclass
+from qwlit.core.schema import (
+    Flag,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOrMore,
+    PositiveFloat,
+    PositiveInt,
+    Ratio,
+    WholeNumber,
+    config_dataclass,
+)
 from qwlit.core.slurm import time_limit_seconds
 
 LONGEST_NAME = 200
@@ -93,3 +103,32 @@ class PreflightConfig:
 
     allow: tuple[str, ...] = ()
     """Names of rules that only warn instead of refusing this run, e.g. [full_lr]."""
+
+
+TopP = Annotated[float, Field(gt=0, le=1, strict=True)]
+
+
+@config_dataclass
+class GenerationSettings:
+    """How a trained model answers. The names are those of transformers and vLLM."""
+
+    thinking: Flag = False
+    """Whether a model with a thinking mode thinks before it answers."""
+    temperature: NonNegativeFloat = 0.7
+    """Divides the logits before sampling; 0: take the likeliest token each time (greedy)."""
+    top_p: TopP = 0.8
+    """Sample among the likeliest tokens that together have this probability; 1: among all."""
+    top_k: NonNegativeInt = 20
+    """Sample among this many likeliest tokens; 0: among all."""
+    min_p: Ratio = 0.0
+    """Sample among tokens with at least this share of the likeliest token's probability; 0: among all."""
+    repetition_penalty: PositiveFloat = 1.05
+    """Divides positive logits of tokens that the text has already, and multiplies negative ones; 1: no penalty."""
+    max_new_tokens: PositiveInt = 2048
+    """An answer ends after this many tokens if it has not ended before."""
+    stop: Annotated[tuple[str, ...], OneOrMore] = ()
+    """Texts that end an answer, beside the model's end tokens."""
+    batch_size: PositiveInt = 8
+    """Prompts of a file that are answered together."""
+    chat: Flag = True
+    """Put the prompt into the chat template; false: continue the prompt as plain text."""

@@ -77,9 +77,7 @@ class JinjaTemplate(ChatTemplate):
 
     def _render_row(self, conversation: Conversation, supervision: Supervision) -> Steps[list[Piece]]:
         conversation = drop_thinking(conversation, supervision)
-        if self.default_system is not None and conversation.messages[0].role != "system":
-            system = Message("system", self.default_system)
-            conversation = replace(conversation, messages=(system, *conversation.messages))
+        conversation = self._with_default_system(conversation)
         self._refuse_control_tokens(conversation)
         (rendered,) = yield [conversation]
         if isinstance(rendered, RowError):
@@ -87,6 +85,16 @@ class JinjaTemplate(ChatTemplate):
         _refuse_missing_parts(conversation, rendered.text)
         supervised = yield from _supervised_spans(conversation, rendered.text, _joined(rendered.marked), supervision)
         return list(_pieces(rendered.text, supervised, _pattern(self.control_tokens)))
+
+    def render_prompt(self, conversation: Conversation, *, thinking: bool) -> list[Piece]:
+        """See `ChatTemplate.render_prompt`."""
+        conversation = self._with_default_system(conversation)
+        self._refuse_control_tokens(conversation)
+        asked = _as_dict(conversation) | {"add_generation_prompt": True, "enable_thinking": thinking}
+        (rendered,) = render_all(self.source, self.variables, [asked], folder=self.folder)
+        if isinstance(rendered, RowError):
+            raise rendered
+        return list(_pieces(rendered.text, [], _pattern(self.control_tokens)))
 
     def with_system(self, text: str) -> "JinjaTemplate":
         """See `ChatTemplate.with_system`. One probe replaces an error for each row."""
@@ -99,6 +107,11 @@ class JinjaTemplate(ChatTemplate):
                 " data.template to a known one"
             ) from None
         return changed
+
+    def _with_default_system(self, conversation: Conversation) -> Conversation:
+        if self.default_system is None or conversation.messages[0].role == "system":
+            return conversation
+        return replace(conversation, messages=(Message("system", self.default_system), *conversation.messages))
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         calls = [(call.name, call.arguments) for message in conversation.messages for call in message.tool_calls]
@@ -182,6 +195,22 @@ def jinja_template(tokenizer: Any, source: str) -> JinjaTemplate:
     digest = hashlib.sha256(json.dumps([source, variables], sort_keys=True).encode()).hexdigest()
     name = f"the tokenizer's own ({digest[:12]})"
     return JinjaTemplate(name, None, source, variables, folder, control_tokens, end[0])
+
+
+def unmarked_template(tokenizer: Any) -> JinjaTemplate | None:
+    """Return the tokenizer's own template for prompts, also without marks; None if it has none.
+
+    Its answers end with the tokenizer's end token.
+    """
+    source, end = tokenizer.chat_template, tokenizer.eos_token
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not isinstance(source, str) or end is None:
+        return None
+    variables, folder = dict(tokenizer.special_tokens_map), str(tokenizer.name_or_path)
+    return JinjaTemplate(
+        "the tokenizer's own", None, source, variables, folder, tuple(control_token_ids(tokenizer)), end
+    )
 
 
 def _joined(spans: list[Span]) -> list[Span]:

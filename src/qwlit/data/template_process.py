@@ -51,7 +51,7 @@ def render_all(
 
     Args:
         variables: names of special tokens, such as eos_token, and their texts.
-        conversations: each {"messages": list, "tools": list or None}.
+        conversations: each {"messages": list, "tools": list or None}, and other variables such as enable_thinking.
         folder: where the template is from, for the error.
 
     Returns:

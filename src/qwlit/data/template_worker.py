@@ -159,7 +159,8 @@ def _values(conversation: Mapping[str, Any]) -> dict[str, Any]:
         reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
         named = {} if reasoning is None else {"thinking": reasoning} | message | {"reasoning_content": reasoning}
         messages.append(named or message)
-    return {"messages": messages, "tools": conversation["tools"], "documents": None, "add_generation_prompt": False}
+    values = {"documents": None, "add_generation_prompt": False}
+    return values | dict(conversation) | {"messages": messages}
 
 
 def _outcomes(request: Mapping[str, Any], most_characters: int) -> Iterator[Any]:

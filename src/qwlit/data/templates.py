@@ -72,6 +72,14 @@ class ChatTemplate(ABC):
     ) -> list[list[Piece] | RowError]:
         """Render conversations. Return for each its pieces, or why the template cannot express it."""
 
+    @abstractmethod
+    def render_prompt(self, conversation: Conversation, *, thinking: bool) -> list[Piece]:
+        """Render a conversation without its next answer, and the beginning of the assistant's turn.
+
+        Raises:
+            RowError: the template cannot express the conversation.
+        """
+
     def render(self, conversation: Conversation, supervision: Supervision) -> list[Piece]:
         """Render a conversation.
 
@@ -102,6 +110,15 @@ class ChatTemplateFamily(ChatTemplate):
         self, conversations: Sequence[Conversation], supervision: Supervision
     ) -> list[list[Piece] | RowError]:
         return [self._attempt(conversation, supervision) for conversation in conversations]
+
+    def render_prompt(self, conversation: Conversation, *, thinking: bool) -> list[Piece]:
+        """See `ChatTemplate.render_prompt`. Without thinking, a family that can think begins with an empty block."""
+        _check(conversation, self)
+        pieces = [piece for _, turn in _turns(conversation, self, Supervision()) for piece in turn if piece.text]
+        pieces += [_control(IM_START), _text("assistant\n")]
+        if self.thinking and not thinking:
+            pieces += [_control(THINK), _text("\n\n"), _control(END_THINK), _text("\n\n")]
+        return pieces
 
     def _attempt(self, conversation: Conversation, supervision: Supervision) -> list[Piece] | RowError:
         try:
@@ -203,7 +220,7 @@ def _turns(
     # Empty roles at both ends: roles[index] is the role before message `index`, roles[index + 2] the role after it.
     roles = ["", *(message.role for message in messages), ""]
     last_query = last_query_index(messages)
-    last_answer = max(index for index, message in enumerate(messages) if message.role == "assistant")
+    last_answer = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=None)
     yield (messages[0] if messages[0].role == "system" else None), _system_turn(conversation, family)
     for index, message in enumerate(messages):
         if message.role == "assistant":

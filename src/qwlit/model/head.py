@@ -50,6 +50,26 @@ def linear_cross_entropy(
         )
 
 
+@torch.no_grad()
+def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each label position, (N,) float32 in nats, and whether its argmax is right, (N,).
+
+    Arguments and precision are those of `linear_cross_entropy`.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    precise = torch.promote_types(dtype, torch.float32)
+    losses = torch.empty(len(hidden), dtype=precise, device=hidden.device)
+    is_correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+    with torch.autocast(device, enabled=False):
+        rows, head = hidden.to(dtype), weight.to(dtype)
+        for start, end in _chunks(len(hidden), len(weight), device):
+            logits = rows[start:end] @ head.T
+            losses[start:end] = _losses(logits, targets[start:end], precise, to_gradient=False)
+            is_correct[start:end] = logits.argmax(-1) == targets[start:end]
+    return losses, is_correct
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

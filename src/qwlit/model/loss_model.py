@@ -17,7 +17,7 @@ from qwlit.model.cpu import embed
 from qwlit.model.dropout import add_neftune_noise, apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
-from qwlit.model.head import linear_cross_entropy
+from qwlit.model.head import linear_cross_entropy, token_cross_entropy
 from qwlit.model.inspection import Inspection
 from qwlit.model.last_layer import restrict_last_ffn_to_labels
 from qwlit.model.load import empty_causal_lm, fill_causal_lm, model_shape
@@ -58,11 +58,24 @@ class LossModel(nn.Module):
         Args:
             inspection: filled in the pass, for few label positions of padded sequences.
         """
+        supervised, weight = self._label_states(micro, inspection), self.family.head_weight(self.causal_lm)
+        if inspection is not None:
+            inspection.logits = (supervised.to(weight.dtype) @ weight.T).float()
+        return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
+
+    def token_losses(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return loss and correctness of each label position, see `token_cross_entropy`. Not for sharded models."""
+        return token_cross_entropy(
+            self._label_states(micro, None), self.family.head_weight(self.causal_lm), micro.targets
+        )
+
+    def _label_states(self, micro: MicroBatch, inspection: Inspection | None) -> Tensor:
+        """Return the last hidden states at the label positions, (N, D)."""
         kernel = self._kernel(micro)
         embedded = embed(self.causal_lm, micro.input_ids)  # (B, T, D)
         if self.neftune_alpha and self.training:
             embedded = add_neftune_noise(embedded, micro, self.neftune_alpha)
-        supervised = self.causal_lm.model(
+        states: Tensor = self.causal_lm.model(
             inputs_embeds=embedded,
             position_ids=micro.position_ids,
             use_cache=False,
@@ -73,11 +86,8 @@ class LossModel(nn.Module):
             document_lengths=None if kernel == "varlen" else micro.document_lengths,
             label_positions=micro.label_positions,
             inspection=inspection,
-        ).last_hidden_state  # (N, D)
-        weight = self.family.head_weight(self.causal_lm)
-        if inspection is not None:
-            inspection.logits = (supervised.to(weight.dtype) @ weight.T).float()
-        return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
+        ).last_hidden_state
+        return states
 
     def _kernel(self, micro: MicroBatch) -> AttentionKernel:
         """Return the kernel for this micro-batch: sdpa instead of varlen on CPU and with attention dropout."""
@@ -92,7 +102,7 @@ def build_loss_model(
     model: ModelConfig,
     adapter: AdapterConfig,
     dropout: DropoutConfig,
-    freeze: FreezeConfig,
+    freeze: FreezeConfig | None,
     execution: Execution,
     *,
     seed: int,
@@ -101,6 +111,7 @@ def build_loss_model(
     """Build the model with weights, adapters and dropout, in training mode, on the CPU.
 
     Args:
+        freeze: None: no weight of the model is trained, and all of them are frozen ones.
         seed: of random weights and of adapters.
         leave_empty: leave the weights to `fill_causal_lm` and the adapters to `init_adapter`.
 

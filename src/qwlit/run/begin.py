@@ -21,6 +21,7 @@ from qwlit.data.store import REASONS_NAMED, quarantine_reasons
 from qwlit.model.config import ModelConfig
 from qwlit.model.folder import named_base
 from qwlit.model.quantize import num_elements
+from qwlit.run.exported import answers_end
 from qwlit.run.resume import (
     ResumePoint,
     prepare_folder,
@@ -97,6 +98,7 @@ def _manifest_facts(run: "TrainingRun") -> dict[str, Any]:
         "attention": run.plan.execution.attention,
         "compiled": run.plan.execution.compiled,
         "template": run.data.tokenized.encoder.chat.template.name if run.data.tokenized.encoder.chat else None,
+        "answers_end": answers_end(run),
         "tokenizer": run.data.tokenized.encoder.tokenizer.fingerprint if run.data.tokenized.encoder.tokenizer else None,
         "data": run.data.split.fingerprint,
         "contents": run.data.split.contents,

@@ -32,7 +32,8 @@ SECRET = re.compile(r"([\w.+-]*(?:key|token|password|passwd|secret|credentials?)
 PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -118,7 +119,7 @@ def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
         "qwlit": qwlit.__version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed_version(name) for name in PACKAGES},
         "git": _git_state(Path(qwlit.__file__).parent),
         "command": public_command(sys.argv),
         "cpu": _cpu(),

@@ -1,0 +1,199 @@
+"""Answer prompts with a trained model. transformers generates; this module encodes, watches and stops.
+
+Shapes: B prompts, T positions, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from qwlit.config.settings import GenerationSettings
+from qwlit.core.errors import ConfigError, DataError, GuardStop
+from qwlit.data.conversation import END_THINK, THINK
+from qwlit.data.prompts import Prompt
+from qwlit.data.rows import RowError
+from qwlit.inference.trained_model import TrainedModel
+from qwlit.model.attention import generation_attention
+
+LOOP_TOKENS, LOOP_DISTINCT = 48, 6
+"""An answer whose last so many tokens are so few distinct ones repeats itself (assumption)."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote."""
+
+    tokens: list[int]
+    """Without the end token."""
+    text: str
+    """The answer, without its thinking and its end."""
+    thinking: str
+    """What the model wrote inside of <think>; empty if it did not think."""
+    ended: bool
+    """Whether the model ended the answer; False: `max_new_tokens` did."""
+
+    @property
+    def repeats_itself(self) -> bool:
+        tail = self.tokens[-LOOP_TOKENS:]
+        return not self.ended and len(tail) == LOOP_TOKENS and len(set(tail)) <= LOOP_DISTINCT
+
+
+def encode_prompt(model: TrainedModel, prompt: Prompt, settings: GenerationSettings) -> list[int]:
+    """Return the prompt's token ids: in the chat template, or of the plain text.
+
+    Raises:
+        DataError: the template cannot express the conversation, or the prompt is longer than the model can read.
+    """
+    if settings.chat and model.chat is not None:
+        try:
+            pieces = model.chat.template.render_prompt(prompt.conversation, thinking=settings.thinking)
+        except RowError as error:
+            raise DataError(f"{prompt.origin or 'prompt'}: {error}") from None
+        (encoded,) = model.chat.encode_batch([pieces])
+        ids = encoded.input_ids
+    else:
+        (ids,) = model.text.encode(["\n".join(message.content for message in prompt.conversation.messages)])
+    longest = model.causal_lm.config.max_position_embeddings
+    if not 0 < len(ids) < longest:
+        raise DataError(
+            f"{prompt.origin or 'prompt'} has {len(ids):,} tokens; the model reads 1 to {longest - 1:,}"
+            " (max_position_embeddings)"
+        )
+    return ids
+
+
+def answers(
+    model: TrainedModel,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    *,
+    streamer: BaseStreamer | None = None,
+) -> Iterator[Answer]:
+    """Answer the prompts in their order, `settings.batch_size` at a time.
+
+    Sampling uses torch's global generator; seed it before.
+
+    Args:
+        streamer: gets the tokens of a single prompt as they are generated.
+
+    Raises:
+        DataError: see `encode_prompt`.
+        GuardStop: the model's distribution of the next token is not finite.
+        ConfigError: the device has too little memory for a batch.
+    """
+    for first in range(0, len(prompts), settings.batch_size):
+        batch = [encode_prompt(model, p, settings) for p in prompts[first : first + settings.batch_size]]
+        for prompt, tokens in zip(batch, generate(model, batch, settings, streamer=streamer), strict=True):
+            yield _answer(model, prompt, tokens, settings)
+
+
+def generate(
+    model: TrainedModel,
+    prompts: Sequence[list[int]],
+    settings: GenerationSettings,
+    *,
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
+    """Return what the model generates after each prompt, with the end token where it ends."""
+    # Padded on the left, so that every answer starts at the same position.
+    rows = [torch.tensor(ids) for ids in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=model.pad_id, padding_side="left")  # (B, T)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    lm = model.causal_lm
+    try:
+        with generation_attention(lm), torch.inference_mode(), model.precision():
+            out: Tensor = lm.generate(
+                input_ids=ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
+                generation_config=_generation_config(model, settings),
+                logits_processor=LogitsProcessorList([_RefuseNonfinite(model.origin)]),
+                streamer=streamer,
+                # Only with stop texts does transformers need, and allow, a tokenizer.
+                **({"tokenizer": model.tokenizer} if settings.stop else {}),
+            )
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"too little device memory for {len(prompts)} prompts and {settings.max_new_tokens} new tokens; set"
+            " generation.batch_size=1, or a smaller generation.max_new_tokens"
+        ) from None
+    ends = set(model.end_ids)
+    generated = []
+    for tokens in out[:, ids.shape[1] :].tolist():
+        end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens) - 1)
+        generated.append(tokens[: end + 1])
+    return generated
+
+
+def _generation_config(model: TrainedModel, settings: GenerationSettings) -> GenerationConfig:
+    """Return transformers' settings. All are set, because it fills in what is None from the model folder's own."""
+    sampling = settings.temperature > 0
+    sampled = {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p or None,
+    }
+    return GenerationConfig(
+        **(sampled if sampling else {}),
+        do_sample=sampling,
+        num_beams=1,
+        repetition_penalty=settings.repetition_penalty,
+        max_new_tokens=settings.max_new_tokens,
+        stop_strings=list(settings.stop) or None,
+        eos_token_id=model.end_ids,
+        pad_token_id=model.pad_id,
+        use_cache=True,
+    )
+
+
+class _RefuseNonfinite(LogitsProcessor):
+    """Ends the generation where sampling would fail: torch.multinomial asserts on the device, and CUDA is lost then."""
+
+    def __init__(self, origin: str) -> None:
+        self._origin = origin
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # transformers cuts the distribution with -inf only after this. It waits for the device at each token as well.
+        if not scores.isfinite().all():
+            raise GuardStop(
+                f"{self._origin}: the logits of the next token are not finite, so no token can be sampled. The weights"
+                " diverged in training, or float16 is too narrow for them: use an earlier checkpoint"
+                " (run=…/checkpoints/step-…), or hardware.precision=32-true"
+            )
+        return scores
+
+
+def _answer(model: TrainedModel, prompt: list[int], tokens: list[int], settings: GenerationSettings) -> Answer:
+    ended = bool(tokens) and tokens[-1] in model.end_ids
+    written = tokens[:-1] if ended else tokens
+    text = model.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    thinking, text = split_thinking(text)
+    for stop in settings.stop:
+        if stop in text:
+            text, ended = text[: text.index(stop)], True
+    return Answer(written, text, thinking, ended)
+
+
+def remarks(answer: Answer, settings: GenerationSettings) -> list[str]:
+    """Return in words what is wrong with how an answer ends."""
+    if answer.repeats_itself:
+        return [
+            "the answer repeats itself: raise generation.temperature or generation.repetition_penalty; a fine-tuned"
+            " model that does so was trained too long or with too high a learning rate"
+        ]
+    if not answer.ended:
+        return [f"the answer was cut after generation.max_new_tokens={settings.max_new_tokens}"]
+    return []
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """Return what is inside of the <think> block at the beginning, also of one that does not end, and what follows."""
+    if not text.lstrip().startswith(THINK):
+        return "", text
+    thinking, _, answer = text.lstrip().removeprefix(THINK).partition(END_THINK)
+    return thinking.strip("\n"), answer.lstrip("\n")

@@ -1,0 +1,177 @@
+"""Load a trained model for use: from a run's checkpoint, or from a model folder."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from qwlit.config.compose import Composed
+from qwlit.config.run import RunConfig
+from qwlit.core.errors import ConfigError, DataError
+from qwlit.data.chat import ChatEncoder
+from qwlit.data.jinja_template import unmarked_template
+from qwlit.data.recognise import resolve_template
+from qwlit.data.templates import ChatTemplate, Supervision
+from qwlit.data.tokenizer import END_OF_TEXT, TextTokenizer
+from qwlit.model.config import DropoutConfig, FreezeConfig
+from qwlit.model.load import check_vocabulary, load_tokenizer
+from qwlit.model.loss_model import LossModel, build_loss_model
+from qwlit.planning.setup import Setup, resolve_setup
+from qwlit.training.checkpointing.checkpoint import read_weights
+from qwlit.training.checkpointing.folder import linked_checkpoint, list_checkpoints
+from qwlit.training.tracking.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model that is ready to answer, on its device."""
+
+    setup: Setup
+    loss_model: LossModel
+    tokenizer: PreTrainedTokenizerFast
+    text: TextTokenizer
+    chat: ChatEncoder | None
+    """None if the tokenizer has no chat template and the settings name none."""
+    origin: str
+    """Where the weights are from, for people."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about the weights, such as a damaged checkpoint that was passed over."""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.setup.config
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        return self.loss_model.causal_lm
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        own = self.causal_lm.generation_config.eos_token_id
+        known = [] if own is None else own if isinstance(own, list) else [own]
+        turn = [self.chat.end_of_turn_id] if self.chat else []
+        text = [self.text.control_ids[END_OF_TEXT]] if END_OF_TEXT in self.text.control_ids else []
+        return list(dict.fromkeys([*turn, *text, *known]))
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.end_ids[0] if pad is None else int(pad)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass: products in the precision of the hardware settings."""
+        dtype = self.setup.machine.compute_dtype
+        return torch.autocast(self.causal_lm.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def for_one_device(composed: Composed) -> Composed:
+    """Return the settings for one device of this machine: a run of four GPUs can be used on a laptop.
+
+    Typed settings of the hardware stay.
+    """
+    hardware: dict[str, Any] = {
+        **{"accelerator": "auto", "devices": 1, "num_nodes": 1, "gpu": None, "gpu_memory_gb": None},
+        **{"strategy": "auto", "precision": "auto", "activation_checkpointing": "none", "compile": False},
+    }
+    free = {key: value for key, value in hardware.items() if f"hardware.{key}" not in composed.typed}
+    config = composed.config
+    if "hardware" in composed.typed or composed.choices.get("hardware") not in (None, "auto"):
+        free = {key: hardware[key] for key in ("devices", "num_nodes", "strategy") if key in free}
+    return replace(composed, config=replace(config, hardware=replace(config.hardware, **free)))
+
+
+def load_model_folder(composed: Composed) -> TrainedModel:
+    """Load the model that `model.path` or `model.hub_id` names, with `model.adapter_path` merged into it.
+
+    Raises:
+        ConfigError: the folder or its tokenizer cannot be used.
+    """
+    config = replace(
+        composed.config,
+        adapter=replace(composed.config.adapter, kind="none", quantization="none"),
+        dropout=DropoutConfig(),
+        freeze=FreezeConfig(),
+    )
+    setup = resolve_setup(replace(composed, config=config))
+    execution = replace(setup.execution, frozen_dtype=setup.machine.frozen_dtype)
+    loss_model = _build(replace(setup, execution=execution), freeze=None)
+    model = config.model
+    origin = str(model.path or model.hub_id) + (f" with {model.adapter_path}" if model.adapter_path else "")
+    return _ready(setup, loss_model, origin, ())
+
+
+def load_run(composed: Composed, folder: RunFolder, checkpoint: Path | None = None) -> TrainedModel:
+    """Load the weights of a run: its best checkpoint, or the newest while it trains; adapters are not merged.
+
+    Args:
+        checkpoint: use this one; None: choose.
+
+    Raises:
+        ConfigError: no checkpoint is good, or the base model or tokenizer is not where the run found it.
+    """
+    setup = resolve_setup(composed)
+    loss_model = _build(setup, setup.config.freeze, leave_empty=setup.num_trainable == setup.num_parameters)
+    candidates = [checkpoint] if checkpoint else _candidates(folder)
+    damaged = []
+    for candidate in candidates:
+        try:
+            fill_from_checkpoint(loss_model, candidate)
+        except ConfigError as error:
+            damaged.append(str(error))
+            continue
+        return _ready(setup, loss_model, f"{folder.path}, {candidate.name}", tuple(damaged))
+    raise ConfigError("; ".join(damaged) or f"{folder.path} has no checkpoint yet; wait for its first one")
+
+
+def _candidates(folder: RunFolder) -> list[Path]:
+    """Return the checkpoints of a run: the best first, while it trains the newest; then the others, newest first."""
+    newest_first = list_checkpoints(folder)[::-1]
+    best = None if folder.status == "running" else linked_checkpoint(folder, "best")
+    return [best, *(path for path in newest_first if path != best)] if best else newest_first
+
+
+def fill_from_checkpoint(loss_model: LossModel, checkpoint: Path) -> None:
+    """Fill in all trained weights; where the checkpoint cannot be used, raise ConfigError and change none."""
+    parameters = {name: p for name, p in loss_model.causal_lm.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, weight in read_weights(checkpoint, parameters):
+            parameters[name].copy_(weight)
+
+
+def _build(setup: Setup, freeze: FreezeConfig | None, *, leave_empty: bool = False) -> LossModel:
+    config = setup.config
+    execution = replace(setup.execution, activation_checkpointing="none", compiled=False)
+    return build_loss_model(
+        *(config.model, config.adapter, config.dropout, freeze, execution),
+        seed=config.seed,
+        leave_empty=leave_empty,
+    )
+
+
+def _ready(setup: Setup, loss_model: LossModel, origin: str, notes: Sequence[str]) -> TrainedModel:
+    tokenizer = load_tokenizer(setup.config.model)
+    check_vocabulary(setup.config.model, tokenizer)
+    text = TextTokenizer(tokenizer)
+    loss_model.eval().requires_grad_(False).to(setup.machine.accelerator)
+    chat = chat_encoder(setup.config, tokenizer, text)
+    return TrainedModel(setup, loss_model, tokenizer, text, chat, origin, tuple(notes))
+
+
+def chat_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast, text: TextTokenizer) -> ChatEncoder | None:
+    """Return what encodes prompts; None if the tokenizer has no chat template and the settings name none."""
+    template: ChatTemplate | None
+    try:
+        template = resolve_template(tokenizer, config.data.template)
+    except DataError:
+        # For training it must be known which tokens the assistant writes; for a prompt not.
+        template = unmarked_template(tokenizer)
+    if template is None:
+        return None
+    if config.data.system is not None:
+        template = template.with_system(config.data.system)
+    return ChatEncoder(text, template, Supervision())
