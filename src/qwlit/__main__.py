@@ -37,7 +37,7 @@ SUBCOMMANDS = {
     "submit": "write and submit the Slurm job of a run, its seeds or a sweep; a requeued job resumes",
     "inspect": "show the data as the model sees it: tokens, what is in the loss, packing, quarantined rows",
     "verify": "train the same steps several times in fresh processes, and compare them bit by bit",
-    "diff": "the first step in which two runs differ, and what may explain it",
+    "diff": "the first step and module in which two runs differ, and what may explain it",
     "evaluate": "loss, accuracy and quality of the answers of trained models, on any rows",
     "generate": "talk to a trained model, or answer the prompts of a file",
     "export": "write a trained model as a folder for other tools, adapters merged, and prove that it is the same model",

@@ -50,6 +50,7 @@ def talk(model: TrainedModel, screen: Console, *, show_thinking: bool) -> None:
             return
         if typed == "/new":
             messages = ()
+            screen.print("[dim]a new conversation[/]")
             continue
         messages += (Message("user", typed),)
         answer = _print_answer(model, Prompt(Conversation(messages)), screen, show_thinking)
@@ -105,7 +106,8 @@ def answer_file(model: TrainedModel, path: str, output: Path, screen: Console) -
             show(number, len(prompts), f"{number:,} of {len(prompts):,} prompts", finished=number == len(prompts))
     cut = f", {ends['cut']:,} cut after {model.config.generation.max_new_tokens:,} tokens" if ends["cut"] else ""
     repeated = f", {ends['repeats']:,} repeat themselves" if ends["repeats"] else ""
-    screen.print(f"{len(prompts):,} answers{cut}{repeated}: {escape(str(output))}")
+    answered = "1 answer" if len(prompts) == 1 else f"{len(prompts):,} answers"
+    screen.print(f"{answered}{cut}{repeated}: {escape(str(output))}")
 
 
 def _record(prompt: Prompt, answer: Answer) -> dict[str, Any]:

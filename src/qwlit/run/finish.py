@@ -1,6 +1,7 @@
 """After the last step: export the best weights, answer validation prompts with them, and print the summary."""
 
 import math
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,6 +145,12 @@ def _answer(run: "TrainingRun", loss_model: LossModel) -> list[Record]:
 
 
 ANSWERS_SHOWN = 2
+NEXT = {
+    "generate": "talk to the model",
+    "evaluate": "loss, accuracy and quality of its answers",
+    "export": "write the model for other tools, and prove it",
+}
+"""Subcommand after a training → what it does."""
 
 
 def print_summary(training: TrainerWithCallbacks, records: list[Record], folder: RunFolder) -> None:
@@ -167,11 +174,17 @@ def print_summary(training: TrainerWithCallbacks, records: list[Record], folder:
     for record in records[:ANSWERS_SHOWN]:
         screen.print(f"\n[bold]an answer[/], {'as' if record['exact'] else 'not as'} expected")
         screen.print(Text.assemble(record["prompt"], (record["answer"], "green")))
+        if not record["exact"]:
+            screen.print(Text.assemble("expected: ", record["expected"]))
     screen.print(f"\n[bold]where the files are[/]  {escape(str(folder.path))}")
     best = ", the best by val/loss" if summary.get("val_loss_best") is not None else ""
     for name, what in FILES.items():
         if (folder.path / name).exists():
             screen.print(f"  {name:<18} {what.format(best=best)}")
+    run = escape(shlex.quote(f"run={folder.path}"))
+    screen.print("\n[bold]what you can do next[/]")
+    for command, what in NEXT.items():
+        screen.print(f"  qwlit {command} {run}  {what}")
     export = folder.path / "export"
     if (export / ADAPTER_CONFIG).is_file() and (export / GENERATION_CONFIG).is_file():
         # peft and transformers read the base model's generation configuration, which may have another end token.
