@@ -124,8 +124,9 @@ are. Exit code 4: they differ.
   diff a=lora-1 b=lora-2                         names under run.root, or paths
   diff a=lora-1 b=lora-2 replay=false            without training
 
-  replay=  true, or false
-  output=  text, or json
+  run.root= folder that contains the runs, by default runs
+  replay=   false: do not train
+  output=   text, or json
 """
 
 GENERATE = """\
@@ -144,7 +145,7 @@ trains with its newest. Adapters need not be merged.
   prompt         a question; without prompt and prompts you are asked
   prompts        file with prompts; an answer in a row becomes `expected` in the output
   output         JSON lines: messages, answer, thinking, ended, expected
-  show_thinking  true: print thinking dimmed; false: do not print it
+  show_thinking  true, the default: print thinking dimmed; false: do not print it
 
 generation=non_thinking and generation=thinking have the sampling values that Qwen recommends; seed=N repeats answers.
 """
@@ -234,9 +235,27 @@ SETTINGS = {
     "submit": ("slurm.", "hardware.", "run.", "seed"),
     "inspect": ("data.", "model.", "run.root", "seed", "train.global", "hardware.micro"),
     "diff": (),
-    "evaluate": ("generation.", "model.", "data.", "hardware.micro", "hardware.precision", "seed"),
-    "generate": ("generation.", "model.", "data.system", "data.template", "hardware.precision", "seed"),
-    "export": ("model.", "generation.", "hardware.precision", "hardware.accelerator"),
+    "evaluate": (
+        "generation.",
+        "model.",
+        "data.",
+        "hardware.micro",
+        "hardware.precision",
+        "hardware.accelerator",
+        "run.root",
+        "seed",
+    ),
+    "generate": (
+        "generation.",
+        "model.",
+        "data.system",
+        "data.template",
+        "hardware.precision",
+        "hardware.accelerator",
+        "run.root",
+        "seed",
+    ),
+    "export": ("model.", "generation.", "hardware.precision", "hardware.accelerator", "run.root"),
     "report": (),
 }
 """Subcommand → the settings in its help, by the beginning of their names; without an entry: all."""
@@ -249,11 +268,16 @@ def help_text(subcommand: str) -> str:
         from qwlit.tuning.sweep_file import sweep_names
 
         intro = intro.format(sweeps=", ".join(sweep_names()))
-    return f"{intro}\n{_groups_and_settings(prefixes)}" if prefixes else intro
+    replaced = "; run=NAME takes those of the run" if f"{subcommand} run=" in intro else ""
+    return f"{intro}\n{_groups_and_settings(prefixes, replaced)}" if prefixes else intro
 
 
-def _groups_and_settings(prefixes: tuple[str, ...]) -> str:
-    """Describe all groups, and the settings whose names begin with one of `prefixes`."""
+def _groups_and_settings(prefixes: tuple[str, ...], replaced: str) -> str:
+    """Describe all groups, and the settings whose names begin with one of `prefixes`.
+
+    Args:
+        replaced: what replaces the defaults, if anything does.
+    """
     from qwlit.config.compose import compose, group_options
     from qwlit.config.overrides import format_value
 
@@ -265,7 +289,7 @@ def _groups_and_settings(prefixes: tuple[str, ...]) -> str:
     )
     return (
         f"Groups: group=choice loads a file of settings\n{groups}\n"
-        f"Settings: key=value, shown with their defaults\n{settings}"
+        f"Settings: key=value, shown with their defaults{replaced}\n{settings}"
     )
 
 
