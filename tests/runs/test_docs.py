@@ -117,9 +117,13 @@ def test_the_commands_shown_after_the_training_run(tmp_path, monkeypatch):
     monkeypatch.setattr("qwlit.inference.plain_proof.imports_qwlit", lambda: False)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     places = {"BASE": "runs/demo/export", "ADAPTER": "runs/lora-run/export"}
-    commands = re.findall(r"^qwlit ((?:generate|export|merge) .+)$", page, re.M)
+    commands = re.findall(r"^qwlit ((?:generate|evaluate|export|merge) .+)$", page, re.M)
     for command in commands:
         words = [re.sub("BASE|ADAPTER", lambda name: places[name[0]], word) for word in shlex.split(command)]
-        done = qwlit([*words, *(["generation.max_new_tokens=8"] if words[0] == "generate" else [])], tmp_path)
+        if words[0] in ("generate", "evaluate"):
+            words.append("generation.max_new_tokens=8")
+        words += ["prompts=1" for word in words if word.startswith("metrics=")]
+        done = qwlit(words, tmp_path)
         assert done.returncode == 0, (command, done.stderr)
-    assert len(commands) >= 7 and (tmp_path / "answers.jsonl").read_text().count("\n") == 1
+    assert list((tmp_path / "evaluation").glob("temperature-*.png"))
+    assert len(commands) >= 12 and (tmp_path / "answers.jsonl").read_text().count("\n") == 1

@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
     screen.print(str(made), markup=False, highlight=False, soft_wrap=True)
     if options.proves:
         _print_proof(read_json(made / PROOF))
+        screen.print("  README.md there shows how to load it, PROOF.json what was checked", highlight=False)
 
 
 def _print_proof(proof: dict[str, Any]) -> None:

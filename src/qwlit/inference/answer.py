@@ -17,6 +17,7 @@ from qwlit.core.errors import ConfigError, DataError, GuardStop
 from qwlit.data.conversation import END_THINK, THINK
 from qwlit.data.prompts import Prompt
 from qwlit.data.rows import RowError
+from qwlit.inference.generate import GREEDY
 from qwlit.inference.trained_model import TrainedModel
 from qwlit.model.attention import generation_attention
 
@@ -139,7 +140,7 @@ def _generation_config(model: TrainedModel, settings: GenerationSettings) -> Gen
         "min_p": settings.min_p or None,
     }
     return GenerationConfig(
-        **(sampled if sampling else {}),
+        **(sampled if sampling else GREEDY),
         do_sample=sampling,
         num_beams=1,
         repetition_penalty=settings.repetition_penalty,

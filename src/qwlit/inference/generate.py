@@ -14,6 +14,8 @@ BATCH_SIZE = 50
 # The model may generate this many tokens more than the longest expected answer has, so that an answer that does not end
 # is no exact match.
 EXTRA_TOKENS = 16
+GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+"""Without these transformers takes the values of the model's folder, and warns that greedy answers ignore them."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def _answer_batch(
         # Not the model folder's own generation settings: they are for sampling.
         generation_config=GenerationConfig(
             max_new_tokens=max(len(p.answer) for p in prompts) + EXTRA_TOKENS,
+            **GREEDY,
             do_sample=False,
             repetition_penalty=1.0,
             eos_token_id=end_of_turn_id,

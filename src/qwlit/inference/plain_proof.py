@@ -30,6 +30,10 @@ def observe(model: Any, prompts: Iterable[Sequence[int]], end_ids: list[int]) ->
     greedy = GenerationConfig(
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
+        # Else transformers takes these from the folder, and warns that greedy answers ignore them.
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
         num_beams=1,
         repetition_penalty=1.0,
         eos_token_id=end_ids or None,
