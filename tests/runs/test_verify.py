@@ -80,6 +80,7 @@ def test_what_is_not_the_same_is_no_certificate_and_is_named(place, words, envir
     ("words", "said"),
     [
         (["run=none"], "neither none nor runs/none is the folder of a run"),
+        (["run=untraced"], "run=untraced: it has no trace.jsonl to compare with"),
         (["repeats=1", *WORDS], "repeats=1: give a whole number of at least 2"),
         ([*WORDS, "data.path=chat.jsonl", "run.name=mine", "steps=2"], "exists and is not a verification"),
     ],
@@ -87,6 +88,8 @@ def test_what_is_not_the_same_is_no_certificate_and_is_named(place, words, envir
 def test_what_is_wrong_ends_in_one_line(place, words, said):
     (place / "runs/mine-verify").mkdir(exist_ok=True)
     (place / "runs/mine-verify/notes.txt").write_text("x")
+    (place / "runs/untraced").mkdir(exist_ok=True)
+    (place / "runs/untraced/config.yaml").touch()
     done = qwlit(["verify", *words], place)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
     assert (place / "runs/mine-verify/notes.txt").exists()

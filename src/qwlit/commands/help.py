@@ -102,7 +102,7 @@ they differ.
 
   verify experiment=demo                                       three times 20 steps
   verify determinism=reproducible recipe=lora model.path=FOLDER data.path=chat.jsonl repeats=5
-  verify run=demo                                              repeats a run's first steps, and compares with its trace
+  verify run=NAME                                              repeats a run's first steps, and compares with its trace
 
   repeats=  how many processes train; with run= 1, because the run itself is the first
   steps=    how many steps each of them trains, with the schedule of the whole run

@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from qwlit.commands.options import compose_run, own_options, typed_number
 from qwlit.core.console import console
-from qwlit.core.errors import Interrupted, NotEqual
+from qwlit.core.errors import ConfigError, Interrupted, NotEqual
 
 if TYPE_CHECKING:
     from qwlit.training.tracking.run_folder import RunFolder
@@ -26,6 +26,11 @@ def main(arguments: list[str]) -> None:
 
         root = next((word.partition("=")[2] for word in overrides if word.startswith("run.root=")), "runs")
         earlier = find_run(own["run"], root, option="run")
+        if not (earlier / "trace.jsonl").is_file():
+            raise ConfigError(
+                f"run={own['run']}: it has no trace.jsonl to compare with; train it with determinism=reproducible or"
+                " trace.every_steps=1"
+            )
     repeats = typed_number(own, "repeats", least=1 if earlier else 2) or (1 if earlier else REPEATS)
     if earlier:
         overrides = [f"config={earlier / 'config.yaml'}", f"run.name={earlier.name}", *overrides]
