@@ -550,11 +550,11 @@ def test_the_end_screen_shows_the_numbers_of_summary_json_and_the_best_only_wher
     later = {"steps": 4, "peak_memory_gib": 0.75, "val_loss_best": best}
     records = [{"prompt": "p\x1b[2J", "answer": f"a{n}", "expected": "a0", "exact": n == 0} for n in range(3)]
     console.console.cache_clear()
-    print_summary(SimpleNamespace(results=lambda: later), records, folder)
+    print_summary(SimpleNamespace(results=lambda: later, guard=SimpleNamespace(rollbacks=[])), records, folder)
     shown = capsys.readouterr().out
     assert "0.2500" in shown and "0.75" not in shown
     assert ("best by val/loss" in shown) is (best is not None) and ("val_loss_best" in shown) is (best is not None)
-    assert "p\\x1b[2Ja0" in shown and "not as expected\np\\x1b[2Ja1" in shown and "a2" not in shown
+    assert "p\\x1b[2Ja0\n\n" in shown and "not as expected\np\\x1b[2Ja1\nexpected: a0" in shown and "a2" not in shown
 
 
 def test_a_batch_comes_from_a_worker_without_shared_memory(monkeypatch):
