@@ -184,7 +184,7 @@ def print_summary(training: TrainerWithCallbacks, records: list[Record], folder:
     run = escape(shlex.quote(f"run={folder.path}"))
     screen.print("\n[bold]what you can do next[/]")
     for command, what in NEXT.items():
-        screen.print(f"  qwlit {command} {run}  {what}")
+        screen.print(f"  qwlit {command:<8} {run}  {what}")
     export = folder.path / "export"
     if (export / ADAPTER_CONFIG).is_file() and (export / GENERATION_CONFIG).is_file():
         # peft and transformers read the base model's generation configuration, which may have another end token.
