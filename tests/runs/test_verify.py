@@ -165,6 +165,9 @@ def test_diff_names_the_first_step_the_place_in_it_and_the_circumstances(place):
     # The first step trains at other learning rates, so the second one has another loss.
     assert done.returncode == 4 and "first difference step 2, loss_sum" in said and "equal up to step 1" in said
     assert "the forward pass, or the weights before the step" in said
+    values = [rows(place / "runs" / name, "trace.jsonl")[1]["loss_sum"] for name in ("warm", "warmer")]
+    shown = re.findall(r"warm\w*: ([\d.]+) \(bits (\w+)\)", said)
+    assert [np.float32(number).byteswap().tobytes().hex() for number, _ in shown] == values == [b for _, b in shown]
     # The replay finds it in the step before, whose weights the trace does not have.
     assert "step 1: the optimizer step" in said and "its gradient is the same" in said
     assert "scheduler.warmup_steps 5 against 6" in said

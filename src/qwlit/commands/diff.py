@@ -1,6 +1,7 @@
 """`diff`: the first step and quantity in which two runs differ, the module in it, and what may explain it."""
 
 import json
+import struct
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +78,11 @@ def _print_steps(paths: list[Path], found: "RunDifference") -> None:
         return
     screen.print(f"  first difference  step {found.difference.step}, {found.difference.quantity}")
     for path, value in zip(paths, found.difference.values, strict=True):
-        screen.print(f"    {escape(str(path))}: {value}", highlight=False)
+        shown = str(value)
+        if isinstance(value, str) and found.difference.quantity in ("loss_sum", "grad_norm"):
+            # Nine digits tell every two float32 apart.
+            shown = f"{struct.unpack('>f', bytes.fromhex(value))[0]:.9g} (bits {value})"
+        screen.print(f"    {escape(str(path))}: {shown}", highlight=False)
     screen.print(f"  where             {found.meaning}")
     screen.print(f"  compared          {how}; equal up to step {found.last_equal_step or 0}")
 
