@@ -1,8 +1,10 @@
 """`verify`: equal runs get a certificate; other seeds, data and threads do not."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
