@@ -19,6 +19,7 @@ from qwlit.core.lists import read_list
 from qwlit.core.streams import write_json
 from qwlit.report.comparability import comparison_warnings
 from qwlit.report.compare import RunComparison, build_comparison
+from qwlit.report.diagnosis import Diagnosis, diagnose
 from qwlit.report.importance import Importance, importance
 from qwlit.report.page import FILE, headline, write_page
 from qwlit.report.table import EVENTS, Column, columns
@@ -74,6 +75,7 @@ def _as_json(comparison: RunComparison, warnings: list[str], shares: Importance 
                 **asdict(run.results),
                 "settings": {key: run.settings[key] for key in comparison.differing if key in run.settings},
                 "events": {event: run.count(event) for event in EVENTS},
+                "diagnosis": asdict(diagnose(run)) if run.exists else None,
             }
             for run in comparison.runs
         ],
@@ -88,6 +90,7 @@ def _show(
     """Print the comparison for a person."""
     screen.print(f"[bold]{escape(headline(comparison))}[/]\n")
     _show_table(comparison, screen)
+    _show_diagnoses(comparison, screen)
     if shares is not None:
         screen.print("\n[bold]which settings mattered[/]")
         for key, share in shares.shares.items():
@@ -114,6 +117,31 @@ def _show_table(comparison: RunComparison, screen: Console) -> None:
     screen.print(_table(comparison, parts), soft_wrap=False)
     if left_out:
         screen.print(f"[dim]the screen is too narrow for {', '.join(left_out)}: see the page[/]")
+
+
+def _show_diagnoses(comparison: RunComparison, screen: Console) -> None:
+    """Print the symptoms; of several runs, only those that have some, and not what was looked at."""
+    for run in comparison.runs:
+        diagnosis = diagnose(run)
+        if not run.exists or (len(comparison.runs) > 1 and not diagnosis.symptoms):
+            continue
+        screen.print(f"\n[bold]diagnosis[/]{f' of {escape(run.name)}' * (len(comparison.runs) > 1)}")
+        _show_diagnosis(diagnosis, screen)
+        if any(symptom.remedies for symptom in diagnosis.symptoms):
+            again = f"qwlit train config={run.path / 'config.yaml'} run.name={run.path.name}-2"
+            screen.print(f"  with      {escape(again)}", soft_wrap=True)
+
+
+def _show_diagnosis(diagnosis: Diagnosis, screen: Console) -> None:
+    for symptom in diagnosis.symptoms:
+        screen.print(f"  [yellow]{escape(symptom.name)}[/]")
+        lines = [
+            *(f"  because   {text}" for text in symptom.evidence),
+            *(f"  try       {text}" for text in symptom.remedies),
+        ]
+        screen.print(escape("\n".join([*lines, f"  also      {symptom.advice}"])), highlight=False, soft_wrap=True)
+    if not diagnosis.symptoms:
+        screen.print(escape(f"  no symptom found in {diagnosis.looked_at}"), highlight=False)
 
 
 def _width(part: Column) -> int:

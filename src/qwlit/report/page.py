@@ -9,6 +9,7 @@ from qwlit.core.files import resolve_path, write_text_atomic
 from qwlit.report.comparability import comparable
 from qwlit.report.compare import RunComparison
 from qwlit.report.curves import draw_curves, panels
+from qwlit.report.diagnosis import diagnose
 from qwlit.report.drawing import BLACK, GREY, PALETTE
 from qwlit.report.importance import FEWEST_RUNS, Importance
 from qwlit.report.single import describe
@@ -45,6 +46,7 @@ def build_page(comparison: RunComparison, warnings: list[str], importance: Impor
         headline=headline(comparison),
         warnings=warnings,
         columns=columns(comparison),
+        diagnoses=[(run, diagnose(run)) for run in comparison.runs if run.exists],
         runs=comparison.runs,
         colours=colours,
         grey=GREY,

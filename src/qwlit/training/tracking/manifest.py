@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import qwlit
+from qwlit.core.devices import GIB
 from qwlit.training.machine import Machine
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "hydra-core", "tokenizers", "numpy")
@@ -49,6 +50,7 @@ def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
         "git": _git_state(Path(qwlit.__file__).parent),
         "device": machine.device_name,
         "accelerator": machine.accelerator,
+        "device_memory_gib": round(machine.device_memory / GIB, 2),
         "devices": machine.devices,
         "num_nodes": machine.num_nodes,
         "strategy": machine.strategy,

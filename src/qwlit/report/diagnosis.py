@@ -1,0 +1,217 @@
+"""What a run's records say about its health: symptoms, each with its evidence and with overrides for another try.
+
+The symptoms are those of the tuning guide, and of the run that turned to NaN at step 3600. All numbers are robust:
+medians, and 1.4826 times the median absolute deviation as scale. "Measured": with tests/runs/test_diagnosis.py.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qwlit.core.metric import number_or_none
+from qwlit.report.curves import thin
+from qwlit.report.remedies import Remedies
+from qwlit.report.runs import RunRecord
+from qwlit.report.statistics import jumps, noise_of, smoothed, swings
+
+FEWEST_RECORDS, FEWEST_VALIDATIONS, SMOOTH_RECORDS = 20, 3, 9
+"""With fewer, nothing is said about the loss, or about val/loss (assumption). The smoothed loss is the median of so
+many records, as the guard's; of fewer in short runs."""
+RISE_FLOOR, RISE_SHARE, RISE_SCALES, RISE_CEILING = 0.1, 0.1, 4.0, 4.0
+"""A smoothed loss has risen if it is above its best by the largest of nats, share of the best, and scales of its own
+noise, or by the last number of nats. As in the guard (docs/guard.md), but for its floor of 0.3 nats: it must decide
+at once."""
+RISEN_PART, SWINGS = 4, 2
+"""The loss diverged if it has risen in all of the last one of so many parts of the run, or was once above
+its start by RISE_CEILING; it oscillates if it rose and
+fell again so often. Assumptions: one wave may be the order of the data."""
+NORM_JUMP, NORM_JUMP_OF_ONE, NORM_WINDOW = 0.35, 0.5, 25
+"""The gradient norm jumps if one record in 20 is so far (in logs) from the median around it; the second number, over
+the root of the batch size, comes on top. Measured: 0.10 to 0.24 in healthy runs with batches of 16 and 32, 0.5 with 1
+and 2; 0.5 to 1.2 with batches of 32 at 33 times a good learning rate, where the loss stays high without swinging."""
+MOST_SKIPS = 0.005
+"""Healthy runs skip at most 0.2 % of their steps (docs/guard.md)."""
+OVERFIT_SHARE, OVERFIT_SCALES, OVERFIT_ALWAYS = 0.03, 4.0, 0.1
+"""val/loss is above its best by the first share and so many scales of its noise, or by the last share. Assumptions."""
+SLOW_FALL, SLOW_MOVED, SLOW_FALL_RANDOM = 0.1, 0.003, 0.25
+"""The loss fell by less than the first share while all updates together are less than the second share of the weights'
+norm; with random weights: it fell by less than the third share. Measured in 120 steps: fine-tuning at a good rate moves
+0.03 to 0.06, at a thousandth of it 0.00006; from random weights a good rate gives a fall of 0.7, 1/150 of it 0.07."""
+NEAR_MEMORY = 0.9
+"""Share of the device's memory: `plan` reserves 0.6 GiB and 4 % for context and fragmentation."""
+OF_SAMPLING = ("the model repeats itself", "the distribution of the next token")
+"""Beginnings of the probe's alarms."""
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """Something wrong with a run. Each of the `remedies`, the likeliest first, are overrides for config=<the run's>."""
+
+    name: str
+    evidence: list[str]
+    remedies: list[str]
+    advice: str
+    """What else to look at."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The symptoms of a run; none if it is healthy. `looked_at`: what the records allowed to judge, and what not."""
+
+    symptoms: list[Symptom]
+    looked_at: str
+
+
+def diagnose(run: RunRecord) -> Diagnosis:
+    """Judge a run by its records; what its folder lacks is not judged."""
+    return _Examination(run).diagnosis()
+
+
+class _Examination:
+    def __init__(self, run: RunRecord) -> None:
+        self._run, self._remedies = run, Remedies(run)
+        points = thin(run.series.get("train/loss", []))
+        self._enough = len(points) >= FEWEST_RECORDS
+        self._start = points[0][1] if points else 0.0
+        self._steps = [step for step, _ in points]
+        self._losses, self._noise = smoothed([value for _, value in points], SMOOTH_RECORDS)
+
+    def diagnosis(self) -> Diagnosis:
+        rules = (self._diverging, self._memory, self._overfitting, self._unstable, self._slow)
+        found: list[Symptom] = []
+        for rule in rules:
+            # A diverging loss also swings, and neither it nor a swinging or overfitted one converges slowly.
+            is_known = any(symptom.name.endswith("loss") or symptom.name == "overfitting" for symptom in found)
+            if not (is_known and rule in (self._unstable, self._slow)) and (symptom := rule()):
+                found.append(symptom)
+        return Diagnosis(found, self._looked_at())
+
+    def _diverging(self) -> Symptom | None:
+        """The guard's decisions, losses that are not finite, and a loss that rose and stayed up."""
+        run, told = self._run, []
+        back = [event for event in run.events if event["event"] == "rollback"]
+        told += [f"{event.get('reason')}: went back to step {event['step']}" for event in back]
+        stops = [event for event in run.events if event["event"] == "stopped"]
+        told += [f"{event.get('reason')}: the guard stopped the run at step {event['step']}" for event in stops]
+        skips = [event["step"] for event in run.events if event["event"] == "skip" and not _is_overflow(event)]
+        if len(skips) > max(2, MOST_SKIPS * (run.results.steps or 0)):
+            told.append(f"{len(skips)} steps were skipped, from step {skips[0]} on")
+        finite = {step for step, _ in run.series.get("train/loss", [])}
+        # Each record of a training loss has the learning rate, too.
+        if lost := [step for step, _ in run.series.get("optim/lr", []) if step not in finite]:
+            told.append(f"the loss is not finite in {len(lost)} records, from step {lost[0]} on")
+        if self._enough:
+            best, last = int(np.argmin(self._losses)), self._losses[-(len(self._losses) // RISEN_PART) :]
+            top = int(np.argmax(self._losses))
+            if self._losses[top] > self._start + RISE_CEILING:
+                told.append(
+                    f"the loss was {self._losses[top]:.3g} at step {self._steps[top]}, after {self._start:.3g} at the start"
+                )
+            elif (last > self._losses[best] + self._margin(self._losses[best])).all():
+                told.append(
+                    f"the loss rose from {self._losses[best]:.3g} at step {self._steps[best]} to {last[-1]:.3g}"
+                )
+        if not told:
+            return None
+        if len(told) == len(back) and all("'cause': 'state'" in str(event.get("decision")) for event in back):
+            return Symptom("damaged state", told, [], "Check the memory and the devices of this machine.")
+        name = "degenerate sampling" if any(text.startswith(OF_SAMPLING) for text in told) else "diverging loss"
+        return Symptom(
+            name, told, self._remedies.of_divergence(), "Read the samples in diagnosis.json and events.jsonl."
+        )
+
+    def _margin(self, best: float) -> float:
+        share = RISE_SHARE * abs(best)
+        return min(max(RISE_FLOOR, share, RISE_SCALES * self._noise), max(RISE_CEILING, share))
+
+    def _memory(self) -> Symptom | None:
+        failures = [event for event in self._run.events if event["event"] == "out_of_memory"]
+        peak, total = self._run.results.peak_memory_gib, number_or_none(self._run.manifest.get("device_memory_gib"))
+        if failures:
+            name, told = "out of memory", f"step {failures[-1]['step'] + 1}: {failures[-1].get('message')}"
+        elif peak is None or not total or peak < NEAR_MEMORY * total:
+            return None
+        else:
+            name, told = "near the memory limit", f"{peak:.2f} of {total:.2f} GiB were in use, {peak / total:.0%}"
+        return Symptom(name, [told], self._remedies.of_memory(), "`qwlit plan` counts what other settings take.")
+
+    def _overfitting(self) -> Symptom | None:
+        """A validation loss that rises again while the training loss does not."""
+        points = self._run.series.get("val/loss", [])
+        if len(points) < FEWEST_VALIDATIONS:
+            return None
+        steps, values = zip(*points, strict=True)
+        best = int(np.argmin(values))
+        low, high = OVERFIT_SHARE * values[best], OVERFIT_ALWAYS * values[best]
+        limit = values[best] + min(max(low, OVERFIT_SCALES * noise_of(values)), high)
+        if len(values) - best < 3 or min(values[-2:]) <= limit:
+            return None
+        before, end = self._train_loss_at(steps[best]), self._train_loss_at(steps[-1])
+        if before is None or end is None or end > before + self._noise:
+            return None
+        told = [
+            f"val/loss rose from {values[best]:.4g} at step {steps[best]} to {values[-1]:.4g} at step {steps[-1]}",
+            f"train/loss went from {before:.4g} to {end:.4g} meanwhile",
+        ]
+        remedies = self._remedies.of_overfitting(steps[best])
+        if end < values[-1]:
+            return Symptom("overfitting", told, remedies, "More data, or more varied data, help most.")
+        return Symptom(
+            "forgetting", told, remedies, "The validation data are unlike the training data: mix such data in."
+        )
+
+    def _train_loss_at(self, step: int) -> float | None:
+        before = [loss for at, loss in self._run.series.get("train/loss", []) if at <= step]
+        return float(np.median(before[-SMOOTH_RECORDS:])) if before else None
+
+    def _unstable(self) -> Symptom | None:
+        """A loss that rises and falls again, or a gradient norm that jumps."""
+        told, waves = [], swings(self._steps, self._losses, self._margin) if self._enough else []
+        if len(waves) >= SWINGS:
+            step, low, high = max(waves, key=lambda wave: wave[2] - wave[1])
+            told.append(f"the loss rose and fell {len(waves)} times, most from {low:.3g} to {high:.3g} at step {step}")
+        norms = [(step, math.log(norm)) for step, norm in self._run.series.get("optim/grad_norm", []) if norm > 0]
+        if len(norms) >= FEWEST_RECORDS:
+            (jump, step), batch = jumps(norms[len(norms) // 10 :], NORM_WINDOW), self._remedies.batch_size
+            if jump > NORM_JUMP + NORM_JUMP_OF_ONE / math.sqrt(batch):
+                told.append(
+                    f"in 5 % of the records the gradient norm is {math.exp(jump):.1f} times as large or as small as in"
+                    f" those around it, most at step {step}"
+                )
+        advice = "Look for rows that are far harder than the others: qwlit inspect."
+        return Symptom("unstable loss", told, self._remedies.of_instability(), advice) if told else None
+
+    def _slow(self) -> Symptom | None:
+        """A loss that hardly falls because the weights hardly move."""
+        if not self._enough or self._losses[0] <= 0:
+            return None
+        first, last, moved = self._losses[0], self._losses[-1], self._moved()
+        is_slow = last > (1 - SLOW_FALL) * first and moved is not None and moved < SLOW_MOVED
+        is_random = self._run.settings.get("model.init") == "random"
+        if not is_slow and not (is_random and last > (1 - SLOW_FALL_RANDOM) * first):
+            return None
+        told = [f"the loss went from {first:.4g} to {last:.4g} in {self._steps[-1]} steps"]
+        if moved is not None:
+            told.append(f"all updates together are at most {moved:.2%} of the weights' norm")
+        advice = "Check what is supervised: qwlit inspect."
+        return Symptom("slow convergence", told, self._remedies.of_slowness(), advice)
+
+    def _moved(self) -> float | None:
+        """Return the sum of all steps' update ratios, of the group that moved most; None where not measured."""
+        series = [points for key, points in self._run.series.items() if key.startswith("optim/update_ratio/")]
+        gaps = [zip([0, *(step for step, _ in points)], points, strict=False) for points in series]
+        return max((sum(ratio * (step - before) for before, (step, ratio) in each) for each in gaps), default=0) or None
+
+    def _looked_at(self) -> str:
+        kinds = (("train/loss", FEWEST_RECORDS), ("optim/grad_norm", FEWEST_RECORDS), ("val/loss", FEWEST_VALIDATIONS))
+        counts = [(len(self._run.series.get(key, [])), key, fewest) for key, fewest in kinds]
+        texts = [f"{count} x {key}{f' (too few, less than {few})' * (count < few)}" for count, key, few in counts]
+        limit = "peak memory" if self._run.manifest.get("device_memory_gib") else "no memory limit, which is not known"
+        return ", ".join([*texts, f"{len(self._run.events)} events", limit])
+
+
+def _is_overflow(event: Mapping[str, Any]) -> bool:
+    return str(event.get("reason")).startswith("float16 overflow")
