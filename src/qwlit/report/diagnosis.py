@@ -34,9 +34,9 @@ MOST_SKIPS = 0.005
 OVERFIT_SHARE, OVERFIT_SCALES, OVERFIT_ALWAYS = 0.03, 4.0, 0.1
 """val/loss is above its best by the first share and so many scales of its noise, or by the last share. Assumptions."""
 SLOW_FALL, SLOW_MOVED, SLOW_FALL_RANDOM = 0.1, 0.003, 0.25
-"""The loss fell by less than the first share while all updates together are less than the second share of the weights'
-norm; with random weights: it fell by less than the third share. Measured in 120 steps: fine-tuning at a good rate moves
-0.03 to 0.06, at a thousandth of it 0.00006; from random weights a good rate gives a fall of 0.7, 1/150 of it 0.07."""
+"""The loss fell by less than the first share, noise apart, while all updates together are less than the second share
+of the weights' norm; with random weights: by less than the third. Measured in 120 steps: fine-tuning at a good rate
+moves 0.03 to 0.06, at a thousandth of it 0.00006; random weights fall by 0.7 at a good rate, by 0.07 at 1/150 of it."""
 NEAR_MEMORY = 0.9
 """Share of the device's memory: `plan` reserves 0.6 GiB and 4 % for context and fragmentation."""
 OF_SAMPLING = ("the model repeats itself", "the distribution of the next token")
@@ -77,9 +77,8 @@ class _Examination:
         self._losses, self._noise = smoothed([value for _, value in points], SMOOTH_RECORDS)
 
     def diagnosis(self) -> Diagnosis:
-        rules = (self._diverging, self._memory, self._overfitting, self._unstable, self._slow)
         found: list[Symptom] = []
-        for rule in rules:
+        for rule in (self._diverging, self._memory, self._overfitting, self._unstable, self._slow):
             # A diverging loss also swings, and neither it nor a swinging or overfitted one converges slowly.
             is_known = any(symptom.name.endswith("loss") or symptom.name == "overfitting" for symptom in found)
             if not (is_known and rule in (self._unstable, self._slow)) and (symptom := rule()):
@@ -176,13 +175,14 @@ class _Examination:
         if not self._enough or self._losses[0] <= 0:
             return None
         first, last, moved = self._losses[0], self._losses[-1], self._moved()
-        is_slow = last > (1 - SLOW_FALL) * first and moved is not None and moved < SLOW_MOVED
+        is_still = first - last < SLOW_FALL * first + RISE_SCALES * self._noise
+        is_slow = is_still and moved is not None and moved < SLOW_MOVED
         is_random = self._run.settings.get("model.init") == "random"
         if not is_slow and not (is_random and last > (1 - SLOW_FALL_RANDOM) * first):
             return None
         told = [f"the loss went from {first:.4g} to {last:.4g} in {self._steps[-1]} steps"]
         if moved is not None:
-            told.append(f"all updates together are at most {moved:.2%} of the weights' norm")
+            told.append(f"all updates together are at most {100 * moved:.2g} % of the weights' norm")
         advice = "Check what is supervised: qwlit inspect."
         return Symptom("slow convergence", told, self._remedies.of_slowness(), advice)
 

@@ -23,11 +23,11 @@ class Remedies:
         self._is_random = run.settings.get("model.init") == "random"
 
     def of_instability(self) -> list[str]:
-        cap = self._lr if self._is_random else UNSTABLE_LR
+        cap = HIGHEST_RANDOM if self._is_random else UNSTABLE_LR
         return [*self._lower_lr(min(self._lr / 4, cap)), *self._clip(), *self._larger_batch()]
 
     def of_divergence(self) -> list[str]:
-        cap = self._lr if self._is_random else UNSTABLE_LR if self._is_lora else FULL_LR
+        cap = HIGHEST_RANDOM if self._is_random else UNSTABLE_LR if self._is_lora else FULL_LR
         found = [
             *self._lower_lr(min(self._lr / 10, cap), warmup=True),
             *self._clip(),
