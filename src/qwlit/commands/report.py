@@ -1,6 +1,8 @@
 """`report`: compare runs, on the terminal and as an HTML page."""
 
+import contextlib
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.core.lists import read_list
-from qwlit.core.streams import write_json
+from qwlit.core.streams import say, write_json
 from qwlit.report.comparability import comparison_warnings
 from qwlit.report.compare import RunComparison, build_comparison
 from qwlit.report.diagnosis import Diagnosis, diagnose
@@ -31,7 +33,8 @@ MOST_LISTED = 6
 """Settings listed per run if too many differ for one column each; the page lists all."""
 GAP, FOLDED = 2, 20
 """Characters between two columns, and the smallest width of a column of folded text."""
-OPTIONS = {"runs": None, "baseline": None, "output": OUTPUTS, "page": None}
+REFRESH_SECONDS = 10
+OPTIONS = {"runs": None, "baseline": None, "output": OUTPUTS, "page": None, "follow": ("false", "true")}
 
 
 def main(arguments: list[str]) -> None:
@@ -43,17 +46,36 @@ def main(arguments: list[str]) -> None:
     names = read_list(own["runs"])
     if not names:
         raise ConfigError(f"runs={own['runs']} is empty; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
-    try:
-        comparison = build_comparison(names, own["baseline"] or None)
-    except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
-    warnings, shares = comparison_warnings(comparison), importance(comparison)
-    file = resolve_path(own["page"]) if own["page"] else comparison.home / FILE
+    if own["follow"] == "true":
+        _follow(names, own)
+    comparison, warnings, shares, file = _compare(names, own)
     write_page(comparison, warnings, shares, file)
     if own["output"] == "json":
         write_json(json.dumps(_as_json(comparison, warnings, shares, file), indent=1, ensure_ascii=False))
     else:
         _show(comparison, warnings, shares, file, console())
+
+
+def _compare(names: list[str], own: dict[str, str | None]) -> tuple[RunComparison, list[str], Importance | None, Path]:
+    """Return the comparison, its warnings, the importance of settings, and the place of the page."""
+    try:
+        comparison = build_comparison(names, own["baseline"] or None)
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
+    file = resolve_path(own["page"]) if own["page"] else comparison.home / FILE
+    return comparison, comparison_warnings(comparison), importance(comparison), file
+
+
+def _follow(names: list[str], own: dict[str, str | None]) -> None:
+    """Write the page again and again until no run is running, or until Ctrl-C."""
+    say(f"qwlit: the page is written every {REFRESH_SECONDS} s while a run trains; Ctrl-C ends that")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            comparison, warnings, shares, file = _compare(names, own)
+            if all(run.status != "running" for run in comparison.runs):
+                return
+            write_page(comparison, warnings, shares, file, refresh=REFRESH_SECONDS)
+            time.sleep(REFRESH_SECONDS)
 
 
 def _as_json(comparison: RunComparison, warnings: list[str], shares: Importance | None, file: Path) -> dict[str, Any]:
