@@ -102,12 +102,13 @@ def _samples(run: RunRecord) -> TextTable | None:
     if not samples:
         return None
     # The trained model's answers first, then the newest of those in training, by prompt: so one sees them change.
-    samples.sort(key=_training_step, reverse=True)
-    shown = samples[:MOST_LINES]
-    shown.sort(key=lambda sample: (str(sample.get("prompt")), _training_step(sample)) if "step" in sample else ("", 0))
+    during = sorted((sample for sample in samples if "step" in sample), key=_training_step)[-MOST_LINES // 2 :]
+    during.sort(key=lambda sample: str(sample.get("prompt")))
+    after = [sample for sample in samples if "step" not in sample]
+    shown = [*after[: MOST_LINES - len(during)], *during]
     texts = ("prompt", "answer", "expected")
     lines = [[_mark(sample), *(str(sample.get(text, "")) for text in texts)] for sample in shown]
-    number = f"the first {MOST_LINES} of {len(samples)}" if len(samples) > MOST_LINES else f"{len(samples)}"
+    number = f"{len(shown)} of {len(samples)}" if len(samples) > len(shown) else f"{len(samples)}"
     return TextTable(["", "prompt", "answer", "expected"], lines, f"{number} answers")
 
 
