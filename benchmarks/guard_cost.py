@@ -64,8 +64,8 @@ class Steps(Callback):
         self.last = now
 
 
-def train(arm: str, options: dict[str, str], folder: str) -> None:
-    """Train on the demo's texts with random weights."""
+def train(arm: str, options: dict[str, str], folder: str, *own: str) -> None:
+    """Train on the demo's texts with random weights, with these overrides."""
     rows = folder + "/rows.jsonl"
     text = Path(qwlit.__file__).parent.joinpath("resources/demo/val.jsonl").read_text(encoding="utf-8")
     Path(rows).write_text("".join(json.dumps({"text": line * 4}) + "\n" for line in text.splitlines()), "utf-8")
@@ -81,8 +81,7 @@ def train(arm: str, options: dict[str, str], folder: str) -> None:
     words += ["recipe=pretrain", "dropout=none", f"train.max_steps={options.get('steps', 20)}", "train.max_epochs=null"]
     words += ["checkpoint.each_epoch=false", f"run.root={folder}", f"run.name={arm}", "run.overwrite=true"]
     words += ["hardware.micro_batch_size=16", "hardware.compile=false", "logging.every_steps=2"]
-    words += ["guard=off"] if arm == "off" else ["guard.probe_every_steps=10"]
-    qwlit.train(*words, callbacks=[Steps(arm)])
+    qwlit.train(*words, *own, callbacks=[Steps(arm)])
 
 
 def main(arguments: list[str]) -> None:
@@ -94,7 +93,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(int(options.get("rounds", 1))):
             for arm in ("off", "on", "on", "off"):
-                train(arm, options, folder)
+                train(arm, options, folder, "guard=off" if arm == "off" else "guard.probe_every_steps=10")
     step = median(SECONDS["off"])
     every, probe_every = LoggingConfig().every_steps, GuardConfig().probe_every_steps
     assert probe_every

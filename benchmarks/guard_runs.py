@@ -3,7 +3,9 @@
     python -m benchmarks.guard_runs [parts=healthy,rates,story] [seeds=3] [folder=DIR]
 
 - healthy: recipes x data x seeds; the guard must not go back and skip almost nothing.
-- rates: learning rates from 3 to 1e10 times a good one, clipped and not; none may end "done" above its start.
+- rates: learning rates from 3 to 1e10 times a good one, from random and from pretrained weights, clipped and not; none
+  may end "done" above its start. The same with guard=off shows how many steps the first alarm comes before the smoothed
+  loss shows the trouble. It prints the table of docs/guard.md.
 - story: a small Qwen2, trained before, is fully fine-tuned at N times the largest stable rate of its pilot; once
   with the guard and once with guard=off. It draws docs/guard.png.
 """
@@ -13,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.machine import describe
+from qwlit.training.resilience.divergence import DivergenceRules, StepNumbers
 
 RESULTS = Path(__file__).parent / "results"
 DEMO = Path(__file__).parents[1] / "src" / "qwlit" / "resources" / "demo"
@@ -27,6 +31,7 @@ SMALL = [
     *("validation.each_epoch=false", "train.max_epochs=null", "preflight.allow=[full_lr,full_lr_large,lr_range]"),
 ]
 GOOD_LR = 3e-3
+GOOD_TUNING_LR = 1e-4
 STEPS = 150
 STORY_STEPS = 400
 
@@ -44,14 +49,18 @@ def train(name: str, *overrides: str) -> dict[str, Any]:
         raise SystemExit(done.stderr)
     summary = json.loads((run / "summary.json").read_text())
     losses = [(r["step"], r["train/loss"]) for r in read(run / "metrics.jsonl") if r.get("train/loss") is not None]
-    events = read(run / "events.jsonl")
+    events = [row for name in ("rolled_back", "events") for row in read(run / f"{name}.jsonl") if "event" in row]
+    alarms = sorted((e for e in events if e["event"] in ("rollback", "stopped")), key=lambda event: event["time"])
+    # A rollback is recorded at the step to which the run goes.
+    first_alarm = [(a["decision"]["from_step"] if "decision" in a else a["step"], a["reason"]) for a in alarms[:1]]
     return {
         "name": name,
         "code": done.returncode,
         "status": summary["status"],
         "steps": summary["steps"],
         "skipped_steps": summary["skipped_steps"],
-        "rollbacks": [event["decision"] for event in events if event["event"] == "rollback"],
+        "rollbacks": [event["decision"] for event in alarms if event["event"] == "rollback"],
+        "alarm": first_alarm[0] if first_alarm else None,
         "first_loss": mean(loss for _, loss in losses[:5]) if losses else None,
         "last_loss": mean(loss for _, loss in losses[-5:]) if losses else None,
         "losses": losses,
@@ -69,11 +78,10 @@ def healthy(seeds: int) -> Iterator[dict[str, Any]]:
     documents = [{"text": "\n".join(str(turn["content"]) for turn in row["messages"])} for row in rows[:3000]]
     text.write_text("".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))
     data = {"chat": "data=demo", "text": f"data.path={text}"}
-    yield train("base", *SMALL, "data=demo", "recipe=pretrain", f"optim.lr={GOOD_LR}", f"train.max_steps={2 * STEPS}")
-    pretrained = [*(word for word in SMALL if not word.startswith("model")), "model.path=runs/base/export"]
+    pretrained = pretrained_words()
     recipes = {
         "pretrain": [*SMALL, "recipe=pretrain", f"optim.lr={GOOD_LR}"],
-        "full_sft": [*pretrained, "recipe=full_sft", "optim.lr=1e-4"],
+        "full_sft": [*pretrained, "recipe=full_sft", f"optim.lr={GOOD_TUNING_LR}"],
         "lora": [*pretrained, "recipe=lora", "optim.lr=1e-3"],
         "freeze": [*pretrained, "recipe=freeze", "optim.lr=1e-4"],
     }
@@ -83,15 +91,49 @@ def healthy(seeds: int) -> Iterator[dict[str, Any]]:
                 yield train(f"{recipe}-{kind}-{seed}", *words, override, f"train.max_steps={2 * STEPS}", f"seed={seed}")
 
 
+def pretrained_words() -> list[str]:
+    """Train from random weights; return the words of `SMALL` for a run that begins with the result."""
+    train("base", *SMALL, "data=demo", "recipe=pretrain", f"optim.lr={GOOD_LR}", f"train.max_steps={2 * STEPS}")
+    return [*(word for word in SMALL if not word.startswith("model")), "model.path=runs/base/export"]
+
+
 def rates(seeds: int) -> Iterator[dict[str, Any]]:
-    for factor in (3, 10, 30, 100, 300, 1e3, 1e5, 1e10):
-        for clip in ("1.0", "null"):
-            for seed in range(seeds):
-                words = [*SMALL, "data=demo", "recipe=pretrain", "dropout=none", f"optim.lr={GOOD_LR * factor:g}"]
-                words += [f"train.max_grad_norm={clip}", f"train.max_steps={STEPS}", "checkpoint.every_steps=15"]
-                yield {"factor": factor, "clip": clip} | train(
-                    f"rate-{factor:g}-{clip}-{seed}", *words, "scheduler.warmup_steps=10", f"seed={seed}"
-                )
+    starts = {
+        "random": (GOOD_LR, [*SMALL, "recipe=pretrain"]),
+        "pretrained": (GOOD_TUNING_LR, [*pretrained_words(), "recipe=full_sft"]),
+    }
+    choices = product(starts.items(), (3, 10, 30, 100, 300, 1e3, 1e5, 1e10), ("1.0", "null"), range(seeds))
+    for (start, (good_lr, words)), factor, clip, seed in choices:
+        lr = [f"optim.lr={good_lr * factor:g}", f"train.max_grad_norm={clip}", "scheduler.warmup_steps=10"]
+        length = [f"train.max_steps={STEPS}", "checkpoint.every_steps=15", "dropout=none", f"seed={seed}"]
+        name, whole = f"rate-{start}-{factor:g}-{clip}-{seed}", [*words, "data=demo", *lr, *length]
+        run = train(name, *whole)
+        off = train(f"{name}-off", *whole, "guard=off") if run["alarm"] else run
+        yield {"start": start, "factor": factor, "clip": clip} | run | {"loss_shows": loss_shows(off["losses"])}
+
+
+def loss_shows(losses: list[tuple[int, float]]) -> int | None:
+    """Return the first step at which the smoothed loss is above its best by the margin of the rule, or not finite."""
+    rules = DivergenceRules(max_nonfinite_steps=3)
+    for index, (step, loss) in enumerate(losses):
+        if step > index + 1:
+            return index + 1  # `losses` has the finite ones
+        rules.update(StepNumbers(step, loss, 1.0, skipped=False, nonfinite=False, spike=False))
+        if rules.risen_steps:
+            return step
+    return None if len(losses) == STEPS else len(losses) + 1
+
+
+def print_leads(runs: list[dict[str, Any]]) -> None:
+    print("| begins with | rate | clipped | first alarm | because | smoothed loss shows it | steps before | end |")
+    print("|---|---|---|---|---|---|---|---|")
+    for run in runs:
+        step, reason = run["alarm"] or ("–", "–")
+        shows = run["loss_shows"] or "never"
+        lead = shows - step if run["alarm"] and run["loss_shows"] else "–"
+        clip = "no" if run["clip"] == "null" else "yes"
+        cells = (run["start"], f"{run['factor']:g} ×", clip, step, reason, shows, lead, run["status"])
+        print("|", " | ".join(map(str, cells)), "|")
 
 
 def story(seeds: int) -> Iterator[dict[str, Any]]:
@@ -176,6 +218,8 @@ def main(arguments: list[str]) -> None:
                 shown = {key: value for key, value in run.items() if key not in ("losses", "rollbacks")}
                 print(json.dumps(shown | {"rollbacks": len(run["rollbacks"])}), flush=True)
                 runs.append(run)
+            if part == "rates":
+                print_leads(runs)
             if part == "story":
                 draw(runs, RESULTS.parents[1] / "docs" / "guard.png")
             result[part] = [{key: value for key, value in run.items() if key != "losses"} for run in runs]

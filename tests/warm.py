@@ -23,6 +23,7 @@ MODULES = (
     "qwlit",
     "qwlit.__main__",
     "tests.invariance.worker",
+    "tests.runs.told_ranks",
     "tests.faults.faulty",
     "tests.faults.measured",
     "tests.faults.watched",

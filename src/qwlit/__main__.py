@@ -40,10 +40,11 @@ SUBCOMMANDS = {
     "diff": "the first step in which two runs differ, and what may explain it",
     "evaluate": "loss, accuracy and quality of the answers of trained models, on any rows",
     "generate": "talk to a trained model, or answer the prompts of a file",
+    "export": "write a trained model as a folder for other tools, adapters merged, and prove that it is the same model",
     "report": "compare runs: settings, losses, speed, stability; which settings mattered; a page with curves",
 }
 
-OTHER_NAMES = {"chat": "generate", "eval": "evaluate"}
+OTHER_NAMES = {"chat": "generate", "eval": "evaluate", "merge": "export"}
 PREEMPTIBLE_SUBCOMMANDS = ("train", "sweep")
 ENDS_OF_ALL_RANKS = (GuardStop, Interrupted, Preempted, Pruned)
 """Errors that all ranks raise at the same step."""

@@ -24,7 +24,8 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import lock_holder
 from qwlit.inference.export import export_model
 from qwlit.training.checkpointing.saving import Checkpointing
-from qwlit.training.tracking.run_folder import RunFolder, RunLock
+from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.run_lock import RunLock
 
 DISK_MIB = 12
 NOBODY = 65534
@@ -123,7 +124,6 @@ class Place:
         """Let another process hold the run's lease: `other` are its host, pid, …"""
         self.without_flock()
         self.monkeypatch.setattr(lease, "STALE_SECONDS", 0.6)
-        self.monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.05)
         lock = RunFolder(self.run).lock_file
         lock.parent.mkdir(parents=True)
         lock.write_text("process 7 on elsewhere\n")
@@ -381,7 +381,9 @@ def dead_pid() -> int:
 
 
 def has_no_lease(place: Place) -> None:
-    absent(lease.lease_file(RunFolder(place.run).lock_file))
+    lock = RunFolder(place.run).lock_file
+    assert not lease.is_leased(lock) and lease.lease_file(lock).read_text().strip() == lease.FREE
+    assert len(list(lock.parent.glob("*.lease.*"))) == 1
 
 
 def remove_lease(place: Place) -> None:
@@ -633,7 +635,7 @@ FOLDER: dict[str, Fault] = {
 
 
 IN_USE = "is in use by another process ("
-OVER = ".locks/a.lease from "
+OVER = ".locks/a.lease.1 from "
 
 LOCK: dict[str, Fault] = {
     "held under the same name": Fault([IN_USE], 2, hold("a"), mend=let_go),

@@ -2,6 +2,8 @@
 
 QWLIT_FAULTS is a JSON list of {"kind", "steps", "rank", "value"}; without a rank it is on every rank. A fault belongs
 to the samples of these steps, counted from 1, in a run without a rollback. It happens once, unless "again" is true.
+With "run" it is only in the run of this name, and in its replays. The kinds "forward" and "backward" change one element
+of the output of "module", or of its gradient, by the share "value"; "at" says which, as a share of the elements.
 
 QWLIT_DIE_AT=N kills the process before the N-th change of a file that going back makes.
 """
@@ -9,6 +11,7 @@ QWLIT_DIE_AT=N kills the process before the N-th change of a file that going bac
 import json
 import os
 import sys
+from functools import partial
 
 import torch
 
@@ -23,6 +26,7 @@ def due(module, position):
     found = []
     for index, fault in enumerate(json.loads(os.environ.get("QWLIT_FAULTS", "[]"))):
         here = fault.get("rank") in (None, module.global_rank)
+        here = here and fault.get("run") in (None, module.trainer.default_root_dir.rpartition("/")[2])
         if position in fault["steps"] and here and (fault.get("again") or (index, position) not in done):
             done.add((index, position))
             found.append(fault)
@@ -42,8 +46,7 @@ def plant_state(module, fault):
     elif fault["kind"] == "flip":
         # The second highest bit of the mantissa: the value stays plausible.
         values[:1].view(torch.int32).bitwise_xor_(1 << 21)
-    elif fault["kind"] in ("exp_avg", "exp_avg_sq"):
-        state = module.optimizers(use_pl_optimizer=False).state[weight]
+    elif fault["kind"] in (state := module.optimizers(use_pl_optimizer=False).state[weight]):
         local(state[fault["kind"]]).view(-1)[0] = float(fault["value"])
 
 
@@ -69,6 +72,25 @@ def change_gradient(module, args, out):
         out.register_hook(lambda gradient: gradient * factor)
 
 
+def changed(tensor, fault):
+    """Return the tensor with another value in one place, and the same bits in all others."""
+    mask = torch.zeros(tensor.numel(), dtype=torch.bool)
+    mask[int(fault["at"] * len(mask))] = True
+    share = fault["value"]
+    return torch.where(mask.view(tensor.shape), tensor * (1 + share) + share * tensor.detach().abs().mean(), tensor)
+
+
+def change_element(name, module, args, out):
+    """Compute one element otherwise, as another kernel would."""
+    tensor = out[0] if isinstance(out, tuple) else out
+    for fault in Faults.now:
+        if fault.get("module") == name and fault["kind"] == "forward":
+            tensor = changed(tensor, fault)
+        if fault.get("module") == name and fault["kind"] == "backward" and tensor.requires_grad:
+            tensor.register_hook(lambda gradient, fault=fault: changed(gradient, fault))
+    return (tensor, *out[1:]) if isinstance(out, tuple) else tensor
+
+
 def plant():
     """Patch the module."""
     step, backward, over_ranks = (getattr(CausalLMModule, n) for n in ("training_step", "_backward", "_over_ranks"))
@@ -77,8 +99,12 @@ def plant():
         # After a rollback another module has the same model.
         if not hasattr(self.loss_model, "planted"):
             self.loss_model.planted = True
-            self.loss_model.register_forward_hook(change_loss)
+            self.loss_model.register_forward_hook(change_loss, prepend=True)
             first_layer(self).register_forward_hook(change_gradient)
+            for name, part in self.loss_model.causal_lm.named_modules():
+                if any(fault.get("module") == name for fault in json.loads(os.environ.get("QWLIT_FAULTS", "[]"))):
+                    # Before the hooks that observe a step.
+                    part.register_forward_hook(partial(change_element, name), prepend=True)
         plan = self.trainer.datamodule.plan
         passed_over = sum(data.num_steps for data in plan.skipped_data if batch.step >= data.from_step)
         Faults.now = due(self, batch.step + passed_over + 1)

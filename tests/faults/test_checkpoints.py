@@ -12,11 +12,13 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwlit.run import finish
 from qwlit.training.checkpointing.folder import list_checkpoints
 from qwlit.training.checkpointing.manifest import MANIFEST, SAVED, find_damage
 from qwlit.training.tracking.run_folder import RunFolder
@@ -198,7 +200,7 @@ def test_damaged_newest_checkpoints_are_named_and_the_run_resumes_from_the_one_b
     assert (run / "export" / MODEL).read_bytes() == (made / "export" / MODEL).read_bytes()
 
 
-@pytest.mark.parametrize("kind", [*DRAWN, "the whole folder missing", "weight of another shape"])
+@pytest.mark.parametrize("kind", [*DRAWN, "the whole folder missing", "weight of another shape", "weight NaN"])
 def test_a_damaged_best_checkpoint_is_not_exported_but_the_next_best_one(kind, run, other, chat):
     losses = {row["step"]: row["val/loss"] for row in rows(run) if "val/loss" in row}
     best, second = sorted((s for s in losses if s % 2 == 0), key=losses.__getitem__)[:2]
@@ -220,6 +222,24 @@ def test_a_damaged_best_checkpoint_is_not_exported_but_the_next_best_one(kind, r
     saved = load_file(run / "checkpoints" / f"step-{second:06d}" / MODEL)
     assert all(torch.equal(exported[name], weight) for name, weight in saved.items())
     assert (run / "checkpoints/best").resolve().name == f"step-{second:06d}"
+
+
+@pytest.mark.parametrize(("held", "exported"), [(6, 4), (4, 4)])
+def test_the_next_best_checkpoint_may_have_a_loss_of_0(run, held, exported, monkeypatch):
+    (run / "metrics.jsonl").write_text('{"step": 4, "val/loss": 0.0}\n{"step": 6, "val/loss": 0.5}\n')
+    best = run / "checkpoints/step-000008"
+    flip(MODEL)(best, best)
+    made, folder = [], RunFolder(run)
+    real = finish._fill
+    model = SimpleNamespace(causal_lm=SimpleNamespace(named_parameters=dict))
+    monkeypatch.setattr(finish, "_fill", lambda model, path: real(model, path) if path == best else made.append(path))
+    checkpointing = SimpleNamespace(
+        best_step=8, path=lambda step: run / f"checkpoints/step-{step:06d}", replace_best=lambda step, row: None
+    )
+    training = SimpleNamespace(checkpointing=checkpointing, trainer=SimpleNamespace(global_step=held), results=dict)
+    finish._load_best_weights(model, training, folder, always=False)
+    assert [path.name for path in made] == ([f"step-{exported:06d}"] if held != exported else [])
+    assert rows(run, "events.jsonl")[-1]["message"].endswith(f"exported is step {exported}, val/loss 0.0000")
 
 
 @pytest.mark.parametrize("kind", [*(DRAWN if LONG else DRAWN[:2]), "all folders missing"])

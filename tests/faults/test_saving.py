@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 import threading
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import qwlit as package
-from qwlit.core.errors import GuardStop
+from qwlit.core.errors import ConfigError, GuardStop
 from qwlit.training.checkpointing import checkpoint as checkpoint_module
-from qwlit.training.checkpointing.checkpoint import read_weights
+from qwlit.training.checkpointing.checkpoint import Ranks, read_weights
 from qwlit.training.checkpointing.finite import find_nonfinite
 from qwlit.training.checkpointing.writer import CheckpointWriter
 from tests.faults.test_checkpoints import chat, words  # noqa: F401 - a fixture
@@ -111,6 +112,64 @@ def test_the_first_tensor_that_is_not_finite_is_named():
             broken = torch.ones(5, dtype=dtype)
             broken[3] = value
             assert find_nonfinite(whole | {"b": broken, "c": torch.tensor(torch.nan)}) == "b"
+
+
+class Unsendable(Exception):
+    """An error that pickle cannot write, as RollbackNeeded."""
+
+    def __init__(self, message) -> None:
+        super().__init__(message)
+        self.function = lambda: None
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [(OSError(errno.ENOSPC, "No space left"), None), (ConfigError("it is wrong"), 2), (Unsendable("it is lost"), 1)],
+)
+def test_an_error_of_one_rank_is_raised_on_all_and_names_the_rank_on_the_others(error, exit_code, monkeypatch):
+    everyone, sent = threading.Barrier(3, timeout=30), {}
+
+    def all_gather_object(results, own, group):
+        sent[threading.current_thread().name] = pickle.dumps(own)
+        everyone.wait()
+        results[:] = [pickle.loads(sent[str(rank)]) for rank in range(3)]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", all_gather_object)
+    raised = {}
+
+    def work(rank):
+        def action():
+            if rank == 1:
+                raise error
+
+        try:
+            Ranks(rank, 3).together(action)
+        except Exception as failure:
+            raised[rank] = failure
+
+    threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert raised[1] is error and sorted(raised) == [0, 1, 2]
+    for other in (raised[0], raised[2]):
+        assert "rank 1" in str(other) and getattr(other, "exit_code", None) == exit_code
+        assert getattr(other, "errno", None) == getattr(error, "errno", None)
+
+
+def test_an_error_of_a_save_that_is_not_the_disks_is_raised_and_leaves_nothing(tmp_path, monkeypatch):
+    def write_file(path, pieces):
+        raise KeyError("a dtype that safetensors lacks")
+
+    monkeypatch.setattr(checkpoint_module, "write_file", write_file)
+    writer = CheckpointWriter()
+    optimizer = {"state": {}, "param_groups": []}
+    state = {"state_dict": {}, "optimizer_states": [optimizer], "optimizer_parameters": [], "global_step": 1}
+    writer.save_checkpoint(state, tmp_path / "checkpoints" / "step-000001")
+    with pytest.raises(KeyError, match="dtype"):
+        writer.finish()
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_save_is_written_while_the_training_goes_on_and_holds_the_step_at_which_it_began(tmp_path, monkeypatch):

@@ -87,6 +87,17 @@ def test_a_flipped_bit_in_a_frozen_weight_is_gone_after_the_run_went_back(chat, 
     assert_same_run(clean, run)
 
 
+def test_nan_in_a_frozen_weight_is_no_fault_of_the_data(chat, tmp_path):  # noqa: F811
+    nan = [{"kind": "parameter", "steps": [5], "value": "nan", "frozen": True}]
+    more = ("adapter.kind=lora", "guard.max_nonfinite_steps=1")
+    done, run = damaged("one process", nan, chat, tmp_path, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (decision,) = decisions(run)
+    assert (decision["to_step"], decision["cause"]) == (4, "state") and "base_layer.weight" in decision["reason"]
+    clean = train([*words("clean", chat), *more], tmp_path)
+    assert_same_run(clean, run)
+
+
 def test_the_weights_of_the_replicas_are_compared_before_a_checkpoint_is_written(chat, tmp_path):  # noqa: F811
     flip = [{"kind": "flip", "steps": [6], "rank": 0}]
     done, run = damaged("ddp", flip, chat, tmp_path, "logging.every_steps=100")

@@ -79,6 +79,19 @@ def test_eager_equals_transformers_eager(family: str, tied: bool, layout: Any) -
 
 
 @pytest.mark.parametrize("layout", [packed, padded])
+@pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
+def test_eager_equals_sdpa_within_every_packed_document(dtype: torch.dtype, limit: float, layout: Any) -> None:
+    plain, micro = tiny_causal_lm("qwen3").to(dtype), layout(random_samples(LENGTHS))
+    models = [loss_model(plain, kernel) for kernel in ("sdpa", "eager")]
+    losses = [model(micro).loss_sum for model in models]
+    assert abs(losses[1].item() / losses[0].item() - 1) < limit
+    for loss in losses:
+        loss.backward()
+    for name, gradient in gradients(models[0]).items():
+        assert (gradients(models[1])[name] - gradient).norm() < limit * gradient.norm(), name
+
+
+@pytest.mark.parametrize("layout", [packed, padded])
 def test_off_cuda_varlen_falls_back_to_the_same_numbers_as_sdpa(layout: Any) -> None:
     plain, micro = tiny_causal_lm("qwen3"), layout(random_samples(LENGTHS))
     one, two = (loss_model(plain, kernel)(micro).loss_sum for kernel in ("varlen", "sdpa"))

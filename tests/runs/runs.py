@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from qwlit.__main__ import main
+from qwlit.core.errors import ConfigError
+from qwlit.inference import plain_proof
 from qwlit.training.checkpointing.checkpoint import read_weights
 from tests.warm import warm_python
 
@@ -168,6 +170,14 @@ def weights(run: Path, pointer: str = "last") -> dict[str, torch.Tensor]:
     return dict(read_weights(run / "checkpoints" / pointer))
 
 
+def tasks_of_srun(job_name: str = "train") -> list[dict[str, str]]:
+    """The environments of two tasks that srun started on this machine."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": job_name}
+    job |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [ENVIRONMENT | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     """Bit for bit: every logged loss, norm and validation, and every weight."""
 
@@ -178,3 +188,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     left, right = weights(a), weights(b)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def in_this_process(job: Path, model: str) -> None:
+    """In the place of `proof.run_plainly`: plain transformers in this process, because a fresh one imports for long."""
+    try:
+        plain_proof.main(json.loads(job.read_text(encoding="utf-8")))
+    except Exception as error:
+        raise ConfigError(f"transformers cannot use {model}: {error}") from None

@@ -67,6 +67,8 @@ def test_cfg_job_prints_the_settings_and_trains_nothing(tmp_path):
             ["train", *TINY, "determinism=strict", "hardware.precision=bf16-mixed"],
             "determinism=strict trains in float32",
         ),
+        (["train", *TINY, "model.attention=varlen"], "model.attention=varlen: varlen needs CUDA; set model.att"),
+        (["train", *TINY, "determinism=strict", "hardware.compile=true"], "determinism=strict does not compile"),
         (["train", *TINY, "hardware.micro_batch_tokens=8"], "hardware.micro_batch_tokens=8: the longest sample"),
     ],
 )

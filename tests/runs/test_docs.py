@@ -1,5 +1,6 @@
 """What the documents show works: the notebook runs, the commands they name compose, the sbatch file is sound."""
 
+import io
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ from nbclient import NotebookClient
 from qwlit.config.compose import compose
 from qwlit.data.formats import REQUIRED_KEYS, RowParser, recognise_format
 from qwlit.data.rows import parse_json_object
+from tests.runs.runs import in_this_process, qwlit, train
 
 ROOT = Path(__file__).parents[2]
 SBATCH = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -26,6 +28,18 @@ def test_the_notebook_runs(tmp_path):
     assert "exact_match" in str(notebook.cells[7].outputs)
     assert "image/png" in str(notebook.cells[9].outputs)
     assert "<|im_start|>" in str(notebook.cells[13].outputs)
+
+
+def test_the_notebook_on_determinism_runs_and_is_stored_without_outputs(tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / "determinism.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    assert notebook.cells[1].source == "STEPS = 30"
+    notebook.cells[1].source = "STEPS = 4"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    # The assertion in the notebook has held.
+    assert "parameters" in str(notebook.cells[5].outputs)
+    assert "image/png" in str(notebook.cells[7].outputs)
+    assert "attention sdpa against eager" in str(notebook.cells[9].outputs)
 
 
 def test_the_trainer_shown_trains(tmp_path, monkeypatch):
@@ -90,3 +104,22 @@ def test_a_batch_file_is_sound_shell_and_asks_for_what_its_profile_needs(file):
     assert int(directives["cpus-per-task"]) == hardware.num_workers + 1
     assert int(directives["nodes"]) == hardware.num_nodes
     assert directives["mem"] == f"{hardware.host_memory_gb}G"
+
+
+def test_the_commands_shown_after_the_training_run(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "after-training.md").read_text("utf-8")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "78 km?", "completion": "78 kilometers"}\n')
+    train(["experiment=demo", "run.name=demo", "train.max_steps=10"], tmp_path)
+    base = f"model.path={tmp_path / 'runs' / 'demo' / 'export'}"
+    words = ["train", "hardware=cpu", "recipe=lora", base, "data=demo", "run.name=lora-run", "train.max_steps=2"]
+    assert qwlit([*words, "data.exact_match=0"], tmp_path).returncode == 0
+    monkeypatch.setattr("qwlit.inference.proof.run_plainly", in_this_process)
+    monkeypatch.setattr("qwlit.inference.plain_proof.imports_qwlit", lambda: False)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    places = {"BASE": "runs/demo/export", "ADAPTER": "runs/lora-run/export"}
+    commands = re.findall(r"^qwlit ((?:generate|export|merge) .+)$", page, re.M)
+    for command in commands:
+        words = [re.sub("BASE|ADAPTER", lambda name: places[name[0]], word) for word in shlex.split(command)]
+        done = qwlit([*words, *(["generation.max_new_tokens=8"] if words[0] == "generate" else [])], tmp_path)
+        assert done.returncode == 0, (command, done.stderr)
+    assert len(commands) >= 7 and (tmp_path / "answers.jsonl").read_text().count("\n") == 1

@@ -28,6 +28,7 @@ from tests.runs.runs import (
     started,
     succeed_together,
     summary,
+    tasks_of_srun,
     train,
     warm_command,
     warm_pid,
@@ -319,17 +320,8 @@ def test_in_bf16_shards_compute_what_replicas_do(recipe, tmp_path):
 def test_tasks_of_srun_are_the_ranks_whatever_the_job_is_called(job_name, tmp_path):
     """Lightning takes a job called interactive, as salloc's are, for no Slurm job, and would start ranks of its own."""
     one = train([*RUN, "run.name=one"], tmp_path)
-    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": job_name}
-    job |= {
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NODELIST": "127.0.0.1",
-        "SLURM_NODEID": "0",
-        "MASTER_PORT": str(free_port()),
-    }
-    job |= {"SLURM_NNODES": "1", "MASTER_ADDR": "127.0.0.1"}
     words = warm_command(["train", *TINY, *RUN, "run.name=two", "hardware.devices=2"])
-    tasks = [ENVIRONMENT | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    succeed_together([(words, task) for task in tasks], tmp_path, timeout=100)
+    succeed_together([(words, task) for task in tasks_of_srun(job_name)], tmp_path, timeout=100)
     assert_same_training(one, tmp_path / "runs" / "two")
 
 

@@ -158,6 +158,15 @@ def test_a_run_in_use_and_tasks_that_are_not_the_devices_are_refused(cluster, pl
     assert "srun" in said(place)
 
 
+def test_repeats_are_as_many_seeds_from_the_settings_own_on(place):
+    words = ["submit", *WORDS, "hardware.devices=2", "dry_run=true", "seed=3", "run.name=a"]
+    repeated, listed = (qwlit([*words, which], place) for which in ("repeats=3", "seeds=[3,4,5]"))
+    assert repeated.returncode == 0 and repeated.stdout == listed.stdout and "seeds=(3 4 5)" in listed.stdout
+    for more, reason in ((["repeats=1"], "at least 2"), (["repeats=2", "seeds=[0,1]"], "leave one of them out")):
+        wrong = qwlit([*words, *more], place)
+        assert wrong.returncode == 2 and reason in wrong.stderr
+
+
 def test_python_of_the_environment_is_the_jobs(place):
     shown = qwlit(["submit", *WORDS, "hardware.devices=2", "dry_run=true"], place)
     assert shown.returncode == 0

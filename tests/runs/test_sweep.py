@@ -213,6 +213,8 @@ def test_ctrl_c_saves_the_trials_and_the_same_command_goes_on(place):
         (["sweep=lorra", "backend=optuna"], "Did you mean 'lora'"),
         (["backend=optuna"], "sweep is not set"),
         (["action=find_lr", "trials=3"], "has no effect with action=find_lr"),
+        (["action=repeat", *WORDS, "repeats=1"], "repeats=1: give a whole number of at least 2"),
+        (["action=repeat", *WORDS, "jobs=2"], "has no effect with action=repeat"),
         (["action=pilot", *WORDS, "train.max_steps=5"], "needs at least 20 steps"),
         (["action=pilot", *WORDS, "scheduler.warmup_ratio=0.1"], "schedule of its own"),
         (["action=find_lr", *WORDS, "train.max_steps=5"], "needs at least 20 steps"),
@@ -274,6 +276,20 @@ def test_the_range_test_finds_a_rate_at_which_the_demo_learns(place):
     assert refused.returncode == 2
     assert "is not a range test" in refused.stderr
     assert (taken / "config.yaml").exists()
+
+
+def test_repeats_are_runs_of_their_own_that_the_same_command_passes_over(place):
+    words = ["sweep", "action=repeat", "repeats=2", *WORDS, "seed=4", "run.name=again"]
+    done = qwlit(words, place)
+    assert done.returncode == 0 and "val/loss" in done.stdout, done.stderr
+    runs = [place / "runs" / f"again-seed{seed}" for seed in (4, 5)]
+    values = [summary(run)["val_loss_best"] for run in runs]
+    assert values[0] != values[1] and f"{sum(values) / 2:.5g}" in done.stdout
+    before = [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
+    assert qwlit(words, place).returncode == 0
+    assert before == [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
+    wrong = qwlit([*words, "optim.lr=7e-4"], place)
+    assert wrong.returncode == 2 and "again-seed4 is finished and has other settings" in wrong.stderr
 
 
 def test_the_pilot_says_which_learning_rates_are_stable_and_trains_nothing_else(place):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwlit.core.errors import ConfigError
 from qwlit.run.verify import certify, differing_entries, first_difference
@@ -58,8 +59,8 @@ def test_a_run_is_repeated_with_its_schedule_and_compared_with_its_trace(place):
     ("words", "environment", "quantity", "said"),
     [
         (["seed=1"], {}, "samples", "seed 0 against 1"),
-        (["data.path=changed.jsonl"], {}, "loss_sum", "data "),
-        pytest.param([], {"OMP_NUM_THREADS": "2"}, None, "num_threads 1 against 2", marks=long),
+        (["data.path=changed.jsonl"], {}, "loss_sum", "data file chat.jsonl"),
+        pytest.param([], {"OMP_NUM_THREADS": "2"}, None, "1 thread against 2", marks=long),
     ],
     ids=["seed", "one changed row", "threads"],
 )
@@ -117,6 +118,38 @@ def test_a_faked_version_of_a_package_is_named():
     assert differing_entries(first, second) == ["torch 2.13.0 against 2.15.0"]
 
 
+def test_what_differs_is_said_in_words_and_what_only_one_has_recorded_is_not():
+    first = {"attention": "sdpa", "num_threads": 8, "packages": {"torch": "2"}, "data": "1" * 16, "environment": {}}
+    first |= {"data_files": {"a.jsonl": "2" * 64}, "git": {"commit": "abc", "dirty": False}, "compiled": False}
+    second = {"attention": "eager", "num_threads": 2, "packages": {"torch": "2", "jinja2": "3"}, "data": "3" * 16}
+    second |= {"environment": {"NCCL_ALGO": "Ring"}, "data_files": {"a.jsonl": "4" * 64}, "seed": 1, "compiled": True}
+    second |= {"git": {"commit": "abc", "dirty": True, "changes": "5"}}
+    assert differing_entries(first, second) == [
+        "dirty no against yes",
+        "NCCL_ALGO none against Ring",
+        "attention sdpa against eager",
+        "compiled no against yes",
+        "8 threads against 2",
+        "data file a.jsonl 22222222 against 44444444",
+        "tokenized data 11111111 against 33333333",
+    ]
+
+
+def test_a_run_from_another_ones_config_names_what_is_not_as_it_was(place):
+    again = ["train", "config=runs/a/config.yaml", "train.max_steps=2", "run.overwrite=true"]
+    done = qwlit([*again, "run.name=again"], place)
+    assert done.returncode == 0 and "not as in" not in done.stdout
+    other = place / "faked"
+    other.mkdir()
+    manifest = json.loads((place / "runs/a/manifest.json").read_text())
+    manifest["packages"]["torch"], manifest["num_threads"] = "2.15", 8
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    (other / "config.yaml").write_text((place / "runs/a/config.yaml").read_text())
+    done = qwlit([*again, "run.name=again", "config=faked/config.yaml", "model.attention=eager"], place)
+    said = [line.split("not as in faked: ")[1] for line in done.stdout.splitlines() if "not as in" in line]
+    assert said == [f"torch 2.15 against {torch.__version__}", "attention sdpa against eager", "8 threads against 1"]
+
+
 def test_diff_names_the_first_step_the_place_in_it_and_the_circumstances(place):
     more = ["data.path=chat.jsonl", "trace.every_steps=1"]
     train([*WORDS, *more, "run.name=same"], place)
@@ -124,19 +157,34 @@ def test_diff_names_the_first_step_the_place_in_it_and_the_circumstances(place):
     assert done.returncode == 0 and "equal to the bit, over 12 steps" in done.stdout
     train([*WORDS, *more, "run.name=warm", "scheduler.warmup_steps=5"], place)
     train([*WORDS, *more, "run.name=warmer", "scheduler.warmup_steps=6"], place)
-    done = qwlit(["diff", "a=warm", "b=warmer"], place)
+    done = qwlit_process(["diff", "a=warm", "b=warmer"], place)
     said = " ".join(done.stdout.split())
     # The first step trains at other learning rates, so the second one has another loss.
     assert done.returncode == 4 and "first difference step 2, loss_sum" in said and "equal up to step 1" in said
     assert "the forward pass, or the weights before the step" in said
-    assert done.stderr.startswith("qwlit diff: runs/warm and runs/warmer differ from step 2 on")
+    # The replay finds it in the step before, whose weights the trace does not have.
+    assert "step 1: the optimizer step" in said and "its gradient is the same" in said
+    assert "scheduler.warmup_steps 5 against 6" in said
+    assert done.stderr.startswith("qwlit diff: runs/warm and runs/warmer differ from step 1 on")
 
 
 def test_diff_compares_logged_numbers_where_there_is_no_trace(place):
     train([*WORDS, "data.path=chat.jsonl", "run.name=plain"], place)
     train([*WORDS, "data.path=chat.jsonl", "run.name=other", "seed=3"], place)
-    done = qwlit(["diff", "a=plain", "b=other"], place)
+    done = qwlit(["diff", "a=plain", "b=other", "replay=false"], place)
     assert done.returncode == 4 and "step 1, train/loss" in done.stdout and "seed 0 against 3" in done.stdout
     for words in (["a=plain"], ["a=plain", "b=nothing"], ["a=plain", "b=other", "seed=1"]):
         wrong = qwlit(["diff", *words], place)
         assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
+
+
+def test_diff_names_the_samples_of_another_order_and_the_token_of_a_changed_row(place):
+    more = [*WORDS, "trace.every_steps=1"]
+    train([*more, "data.path=chat.jsonl", "run.name=seed5", "seed=5"], place)
+    done = qwlit(["diff", "a=a", "b=seed5"], place)
+    assert done.returncode == 4 and "only runs/a trains on" in done.stdout and "chat.jsonl:" in done.stdout
+    train([*more, "data.path=changed.jsonl", "run.name=row"], place)
+    done = qwlit_process(["diff", "a=a", "b=row", "output=json"], place)
+    assert done.returncode == 4, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["place"]["phase"], found["place"]["step"]) == ("the data", found["difference"]["step"])

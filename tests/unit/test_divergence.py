@@ -59,9 +59,14 @@ def test_steps_of_one_sample_are_no_trouble(losses, seed):
     assert first_trouble(losses(np.random.default_rng(seed))) is None
 
 
-def test_a_run_that_diverged_within_nine_steps_and_became_better_is_said_to_end_above_its_start():
+def test_a_run_that_diverges_before_there_is_a_smoothed_loss_is_trouble():
+    step, reason, cause = first_trouble([0.6, 0.7, 0.6, *np.linspace(0.9, 1.6, 6), *np.full(90, 1.6)])
+    assert step == 21 and cause == "divergence" and "the loss rose from 0.6 to 1.6" in reason
+
+
+def test_a_run_that_diverges_in_its_second_step_and_becomes_better_is_said_to_end_above_its_start():
     rules = DivergenceRules(3)
-    for index, loss in enumerate([6.3, 8.0, *(12_000 * np.exp(-np.arange(48) / 20))]):
+    for index, loss in enumerate([6.3, *(12_000 * np.exp(-np.arange(48) / 20))]):
         assert rules.update(numbers(index + 1, float(loss))) is None
     assert "above its start at 6.3" in rules.ended_above_start()
 
@@ -174,7 +179,7 @@ def test_a_run_that_goes_back_further_than_before_keeps_the_decision_before(tmp_
     folder, first, further = RunFolder(tmp_path), decision(to_step=100), decision(from_step=105, to_step=50)
     record_decision(folder, [], first)
     record_decision(folder, [first], further)
-    folder.set_aside_records_after(50)
+    folder.drop_records_after(50)
     assert read_journal(folder, 50, {}) == (first, further)
 
 

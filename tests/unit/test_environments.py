@@ -36,8 +36,9 @@ from qwlit.run.finish import print_summary
 from qwlit.run.resume import ResumePoint
 from qwlit.training import machine, trainer
 from qwlit.training.config import HardwareConfig, LoggerConfig
-from qwlit.training.tracking import run_folder
-from qwlit.training.tracking.run_folder import BEGUN, ENDED, RunFolder, RunLock
+from qwlit.training.tracking import run_lock
+from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.run_lock import BEGUN, ENDED, RunLock
 from qwlit.training.tracking.wandb_access import Access, find_access
 from qwlit.training.tracking.wandb_run import WandbRun
 from tests.runs.runs import free_port
@@ -444,7 +445,7 @@ def test_what_an_earlier_launch_with_the_same_token_left_behind_is_no_end_and_no
     with pytest.raises(ConfigError, match="rank 0 ended before the run started"), lock:
         pass
     # The file is older than this launch.
-    monkeypatch.setattr(run_folder, "PROCESS_START", time.time() + 60)
+    monkeypatch.setattr(run_lock, "PROCESS_START", time.time() + 60)
     with pytest.raises(ConfigError, match="did not come"), lock:
         pass
 

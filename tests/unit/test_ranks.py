@@ -13,7 +13,8 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked
 from qwlit.training import machine
 from qwlit.training.config import HardwareConfig
-from qwlit.training.tracking.run_folder import RunFolder, RunLock
+from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.run_lock import RunLock
 
 NAMES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT", "QWLIT_RUN_READY")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_JOB_ID")

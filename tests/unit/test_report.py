@@ -13,6 +13,7 @@ from qwlit.core.lists import read_list
 from qwlit.report.comparability import comparison_warnings
 from qwlit.report.find import find_runs
 from qwlit.report.importance import importance
+from qwlit.report.repeats import find_repeats
 from qwlit.report.table import columns
 from qwlit.training.tracking.run_folder import RunFolder
 from tests.reports import column, comparison_of, names, page_of, searched, write_run, write_sweep
@@ -255,9 +256,12 @@ def test_repeats_say_how_far_noise_goes(tmp_path):
     for name in "abc":
         config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config | {"optim": {"lr": 2}}))
-    same, seeds = comparison_warnings(comparison_of(*(tmp_path / name for name in "abcde")))
+    comparison = comparison_of(*(tmp_path / name for name in "abcde"))
+    (same,) = comparison_warnings(comparison)
     assert "same settings and seed, a, b differ by 0.03" in same
-    assert "other seeds, a, b, c differ by 0.2" in seeds
+    # The same seed again says nothing about other seeds.
+    (group,) = find_repeats(comparison)
+    assert [run.name for run in group.runs] == ["a", "c"] and group.estimates["val/loss"].mean == pytest.approx(1.1)
 
 
 def test_a_sweep_stands_for_its_trials_the_finished_ones_first(tmp_path):

@@ -1,12 +1,15 @@
 """The run folder and its checkpoints: whole or not there, cut back exactly, one writer."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
 import resource
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 
 from qwlit.config.compose import compose
 from qwlit.config.run import recipe_settings
+from qwlit.core.disk import explaining_disk_errors
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import read_json_lines
 from qwlit.core.ranks import launch_token
@@ -26,14 +30,20 @@ from qwlit.run.resume import (
 from qwlit.training.async_readback import AsyncReadback
 from qwlit.training.checkpointing.checkpoint import read_checkpoint, read_weights, write_checkpoint
 from qwlit.training.checkpointing.folder import (
+    delete_checkpoint,
     find_strays,
     link_checkpoint,
     linked_checkpoint,
     list_checkpoints,
     newest,
 )
-from qwlit.training.checkpointing.manifest import MANIFEST, find_damage
-from qwlit.training.tracking.run_folder import ENDED, RunFolder, RunLock
+from qwlit.training.checkpointing.manifest import MANIFEST, find_damage, forget_hashes, seal_of
+from qwlit.training.checkpointing.saving import Checkpointing
+from qwlit.training.checkpointing.shards import ShardReader
+from qwlit.training.config import CheckpointConfig
+from qwlit.training.tracking.record_file import RecordFile
+from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.run_lock import ENDED, RunLock
 from qwlit.training.tracking.wandb_uploads import Uploads
 
 
@@ -44,12 +54,12 @@ def folder(tmp_path):
     return made
 
 
-def save(folder, step):
+def save(folder, step, value=None):
     name = "loss_model.causal_lm.model.norm.weight"
     path = folder.checkpoints / f"step-{step:06d}"
     moments = {"step": torch.tensor(float(step)), "exp_avg": torch.full((3,), 0.5)}
     checkpoint = {
-        "state_dict": {name: torch.full((3,), float(step))},
+        "state_dict": {name: torch.full((3,), float(step if value is None else value))},
         "optimizer_states": [{"state": {0: moments}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
         "optimizer_parameters": [name],
         "global_step": step,
@@ -200,6 +210,19 @@ def test_records_that_do_not_fit_are_written_later_and_no_half_line_stays(folder
     assert folder.kept_records == {}
 
 
+def test_a_file_that_cannot_be_written_for_long_costs_one_line_at_each_record(folder, monkeypatch):
+    (folder.path / "metrics.jsonl").mkdir()
+    tried = []
+    write = RecordFile._write
+    monkeypatch.setattr(RecordFile, "_write", lambda self, data: tried.append(len(data)) or write(self, data))
+    for step in range(1, 100):
+        folder.append_metrics(step, {})
+    assert len(folder.kept_records["metrics.jsonl"]) == 99 and max(tried) == len('{"step": 1}\n')
+    (folder.path / "metrics.jsonl").rmdir()
+    folder.append_metrics(100, {})
+    assert [row["step"] for row in read_json_lines(folder.path / "metrics.jsonl")] == list(range(1, 101))
+
+
 def test_a_checkpoint_brings_back_the_records_that_were_never_written_and_no_others(folder):
     folder.append_metrics(1, {"train/loss": 1.0})
     lines = [f'{{"step": {step}, "train/loss": 1.0}}\n' for step in (1, 2)]
@@ -216,7 +239,8 @@ def test_going_back_with_a_full_disk_loses_no_record_and_doubles_none(folder, si
     folder.append_metrics(4, {"train/loss": 1.0})
     folder.append_event(2, "rollback", reason="x" * 200)
     folder.append_event(4, "skip", reason="x" * 200)
-    folder.set_aside_records_after(2)
+    folder.set_aside_records_after(2, 0)
+    folder.drop_records_after(2)
     folder.keep_records(folder.kept_records)  # as the checkpoint does from which the run goes on
     size_limit()
     folder.append_metrics(3, {"train/loss": 2.0})
@@ -271,6 +295,112 @@ def test_a_damaged_checkpoint_is_not_uploaded(folder):
     assert "step-000003 was not uploaded to W&B (it is damaged: model.safetensors" in event["message"]
 
 
+def test_a_step_that_is_saved_again_while_it_waits_for_its_upload_is_uploaded_too(folder, monkeypatch):
+    sent, may_send = [], threading.Event()
+
+    def send(uploads, held, aliases):
+        assert may_send.wait(30) and find_damage(held) is None
+        sent.append(dict(read_weights(held))["model.norm.weight"].tolist())
+
+    monkeypatch.setattr(Uploads, "_send", send)
+    uploads = Uploads(SimpleNamespace(id="a"), folder)
+    for value in (1.0, 2.0):
+        uploads.add(save(folder, 3, value))
+        delete_checkpoint(folder.checkpoints / "step-000003")
+    may_send.set()
+    assert uploads.finish(wait=True) and sent == [[1.0] * 3, [2.0] * 3]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
+@pytest.mark.parametrize("name", [MANIFEST, "model.safetensors", "events.jsonl"])
+def test_a_file_that_cannot_be_read_just_now_is_no_damage(folder, name, number, monkeypatch):
+    path = save(folder, 3)
+    folder.append_event(3, "checkpoint", manifest=seal_of(path))
+    folder.write_summary(status="running")
+    answer_reading(monkeypatch, name, number)
+    with pytest.raises(ConfigError, match=f"{name}: .*; .* run the same command again"), explaining_disk_errors():
+        prepare_folder(folder, resume="auto", overwrite=False)
+    with pytest.raises(OSError, match=name):
+        dict(read_weights(path))
+    assert newest(folder) == path
+
+
+def answer_reading(monkeypatch, name, number):
+    """Let every attempt to open files of this name end in an error."""
+
+    def open(self, *arguments, real=Path.open, **options):
+        if self.name == name:
+            raise OSError(number, os.strerror(number), str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT, errno.EBADMSG])
+def test_a_file_on_a_bad_sector_is_damaged(folder, number, monkeypatch):
+    path = save(folder, 3)
+    answer_reading(monkeypatch, "model.safetensors", number)
+    assert find_damage(path).startswith("model.safetensors ")
+
+
+def test_a_process_that_may_open_no_more_files_does_not_blame_the_checkpoint(folder):
+    path = save(folder, 3)
+    forget_hashes()
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), contextlib.ExitStack()
+    in_use = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                held.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        for read in (find_damage, read_checkpoint, lambda path: ShardReader([path / "model.safetensors"])):
+            with pytest.raises(OSError, match="Too many open files"):
+                read(path)
+    finally:
+        held.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_checkpoint_with_a_weight_that_is_not_finite_is_not_read(folder):
+    with pytest.raises(ConfigError, match=r"cannot be loaded \(model\.norm\.weight is not finite\)"):
+        next(read_weights(save(folder, 3, math.nan)))
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_records_that_link_out_of_the_run_are_refused(folder, exists):
+    folder.write_summary(status="running")
+    outside = folder.path.parent / "outside"
+    if exists:
+        outside.touch()
+    (folder.path / "metrics.jsonl").symlink_to(outside)
+    with pytest.raises(ConfigError, match=r"metrics.jsonl links to .*outside, outside the run; remove the link"):
+        refuse_occupied_folder(folder, overwrite=False)
+    (folder.path / "metrics.jsonl").unlink()
+    (folder.path / "rows").touch()
+    (folder.path / "metrics.jsonl").symlink_to("rows")
+    refuse_occupied_folder(folder, overwrite=False)
+
+
+def test_a_checkpoint_that_cannot_be_kept_for_its_upload_is_no_error(folder):
+    uploads = Uploads(SimpleNamespace(id="a"), folder)
+    (folder.path / "wandb").mkdir()
+    (folder.path / "wandb" / "uploads").touch()
+    uploads.add(save(folder, 3))
+    (event,) = read_json_lines(folder.path / "events.jsonl")
+    assert "step-000003 was not uploaded to W&B" in event["message"] and uploads.finish(wait=True)
+
+
+def test_where_events_jsonl_was_removed_every_checkpoint_stays_good(folder):
+    paths = [save(folder, step) for step in (1, 2, 3)]
+    (paths[0] / MANIFEST).unlink()
+    state = {"best_val_loss": None, "best_step": None, "stopped_early": False}
+    Checkpointing(CheckpointConfig(), None, folder).load_state_dict(state)
+    assert [find_damage(path) is None for path in paths] == [False, True, True]
+    delete_checkpoint(paths[1])
+    save(folder, 2, 7.0)
+    assert "not the one of which events.jsonl has the hash" in find_damage(paths[1])
+
+
 def test_a_pipe_in_place_of_a_pointer_is_passed_over(folder):
     os.mkfifo(folder.checkpoints / "last")
     assert find_strays(folder) == ["last"]
@@ -299,7 +429,7 @@ def test_a_pointer_that_cannot_be_written_is_a_line_and_no_error(folder, size_li
 @pytest.mark.parametrize(("changed", "refused"), [(10.0, True), (86400.0, False)])
 def test_a_lock_file_with_a_time_to_come_does_not_end_a_rank_that_waits(folder, monkeypatch, changed, refused):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("qwlit.training.tracking.run_folder.PROCESS_START", time.time() - 100)
+    monkeypatch.setattr("qwlit.training.tracking.run_lock.PROCESS_START", time.time() - 100)
     folder.lock_file.parent.mkdir()
     folder.lock_file.write_text(f"process 1 on x\n{launch_token()}{ENDED}")
     os.utime(folder.lock_file, (time.time() - 50 + changed,) * 2)

@@ -16,7 +16,8 @@ from qwlit.core.ranks import launch_token
 from qwlit.core.signals import answering_signals
 from qwlit.core.slurm import job_id, time_limit_seconds
 from qwlit.training.resilience.requeue_limit import count_requeue
-from qwlit.training.tracking.run_folder import RunFolder, RunLock
+from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.run_lock import RunLock
 
 NAMES = ("SLURM_PROCID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "RANK", "LOCAL_RANK", "NODE_RANK")
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -320,12 +321,16 @@ def no_space(*_: Any) -> None:
 def test_a_process_without_open_files_left_is_no_damage(
     stored: tuple[Path, SampleStore, SampleStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_many(*_: Any) -> None:
-        raise OSError(24, "Too many open files")
+    folder, real = stored[1].folder, os.open
+
+    def too_many(path: Any, *more: Any, **options: Any) -> int:
+        if Path(path).is_relative_to(folder):
+            raise OSError(24, "Too many open files")
+        return real(path, *more, **options)
 
     monkeypatch.setattr(os, "open", too_many)
     with pytest.raises(DataError, match=r"cannot be read: Too many open files; .*ulimit"):
-        SampleStore(stored[1].folder, "rows.jsonl", [])
+        SampleStore(folder, "rows.jsonl", [])
 
 
 def test_only_the_blocks_of_a_sample_are_read(stored: tuple[Path, SampleStore, SampleStore]) -> None:
@@ -341,10 +346,31 @@ def test_only_the_blocks_of_a_sample_are_read(stored: tuple[Path, SampleStore, S
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [tokens(1)])
-    with pytest.raises(
-        DataError, match=r"cannot be written to .*rows\.jsonl/cache: .*; free disk space, or set run\.root"
-    ):
+    said = r"cannot be written to .*rows\.jsonl/cache: .*: Not a directory; .*: move it away, or set run\.root"
+    with pytest.raises(DataError, match=said):
         build(path, cache_root=path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "said"),
+    [
+        ("rows.jsonl", errno.EIO, r"^data file '.*/rows\.jsonl' cannot be read: Input/output error; check the disk$"),
+        ("tokens.bin", errno.EDQUOT, r"cannot be written to .*/tokens\.bin: .*; free space in your quota, or set run"),
+    ],
+)
+def test_a_disk_that_fails_is_named_with_its_file(
+    name: str, number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = write(tmp_path / "rows.jsonl", [tokens(1)]), Path.open
+
+    def open(self: Path, *more: Any, **options: Any) -> Any:
+        if self.name == name:
+            raise OSError(number, os.strerror(number), str(self))
+        return real(self, *more, **options)
+
+    monkeypatch.setattr(Path, "open", open)
+    with pytest.raises(DataError, match=said):
+        build(path, cache_root=tmp_path / "cache")
 
 
 def _build_slowly(path: Path, started: Any) -> None:

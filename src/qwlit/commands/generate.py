@@ -9,7 +9,11 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qwlit.config.compose import Composed
     from qwlit.inference.trained_model import TrainedModel
+    from qwlit.training.tracking.run_folder import RunFolder
 
 YES_NO = ("true", "false")
 
@@ -37,7 +41,17 @@ def main(arguments: list[str]) -> None:
 
 
 def open_model(run: str | None, overrides: list[str]) -> "TrainedModel":
-    """Load the model of `run=`, or the one that the settings name.
+    """Load the model that `find_model` finds; it raises what that raises."""
+    composed, folder, checkpoint = find_model(run, overrides)
+    from qwlit.inference.trained_model import load_model_folder, load_run
+
+    with console().status("loading the model"):
+        return load_run(composed, folder, checkpoint) if folder else load_model_folder(composed)
+
+
+def find_model(run: str | None, overrides: list[str]) -> "tuple[Composed, RunFolder | None, Path | None]":
+    """Return the settings for one device of `run=`, its folder, and the checkpoint that is named; or, where the
+    settings name a model, these alone.
 
     Raises:
         ConfigError: there is no such run or model, or its files cannot be used.
@@ -61,11 +75,9 @@ def open_model(run: str | None, overrides: list[str]) -> "TrainedModel":
             others = ", ".join(sorted(other.name for other in (folder / "checkpoints").iterdir()))
             raise ConfigError(f"run={run}: no such checkpoint; there are {others}")
         composed = compose_run([f"config={folder / 'config.yaml'}", *overrides])
-    from qwlit.inference.trained_model import for_one_device, load_model_folder, load_run
+    from qwlit.inference.trained_model import for_one_device
     from qwlit.training.determinism import prepare_determinism
     from qwlit.training.tracking.run_folder import RunFolder
 
     prepare_determinism(composed.config.determinism)
-    with console().status("loading the model"):
-        composed = for_one_device(composed)
-        return load_run(composed, RunFolder(folder), checkpoint) if folder else load_model_folder(composed)
+    return for_one_device(composed), RunFolder(folder) if folder else None, checkpoint

@@ -36,7 +36,7 @@ tokenizer is "not checked" if they are not available.
 """
 
 SUBMIT = """\
-python -m qwlit submit [dry_run=true] [seeds=[0,1,2]] [slurm.key=value ...] [group=choice ...] [key=value ...]
+python -m qwlit submit [dry_run=true] [seeds=[0,1,2]|repeats=N] [slurm.key=value ...] [group=choice ...] [key=value ...]
 python -m qwlit submit sweep=NAME|FILE trials=N tasks=N [dry_run=true] [key=value ...]
 
 Writes the Slurm job that runs `train` with the same overrides, and passes it to sbatch. Nodes, tasks, GPUs, cores and
@@ -46,6 +46,7 @@ and is requeued; the same run resumes, until it is done.
   submit hardware=a100x4 recipe=full_sft slurm.partition=gpu slurm.time=12:00:00
   submit hardware=a100x4 recipe=full_sft dry_run=true                    print the file, submit nothing
   submit hardware=a100 recipe=lora seeds=[0,1,2]                         an array: one run per seed
+  submit hardware=a100 recipe=lora repeats=3                             the same: N seeds, from `seed` on
   submit sweep=lora trials=20 tasks=4 hardware=a100 data.path=…          a sweep whose trials four tasks share
 
 If partition, account and set-up lines are always the same, keep them in a file: slurm=NAME (see docs/slurm.md).
@@ -55,6 +56,7 @@ SWEEP = """\
 python -m qwlit sweep sweep=NAME|FILE [backend=wandb|optuna] [trials=N] [agents=N|jobs=N] [key=value ...]
 python -m qwlit sweep sweep=NAME|FILE action=best [run.name=… run.root=…]
 python -m qwlit sweep action=find_lr|pilot [key=value ...]
+python -m qwlit sweep action=repeat [repeats=5] [key=value ...]
 
 Searches for settings. Every trial is an ordinary run of `train`. Its overrides are those of the sweep file, then those
 typed here, then the values being tried. Both backends read the same file, in W&B's format. The same command resumes an
@@ -66,6 +68,7 @@ interrupted sweep.
   sweep sweep=lora action=best                                                   the best trial as an experiment file
   sweep action=find_lr recipe=lora data.path=chat.jsonl                          a learning-rate range test
   sweep action=pilot recipe=full_sft data.path=chat.jsonl                        short runs at 1/3, 1 and 3 x optim.lr
+  sweep action=repeat repeats=5 recipe=lora data.path=chat.jsonl                 five seeds, and how far they differ
 
   sweep=    {sweeps}; or the path of a file
   trials=   number of trials in all; a grid needs none
@@ -108,13 +111,21 @@ they differ.
 """
 
 DIFF = """\
-python -m qwlit diff a=RUN b=RUN
+python -m qwlit diff a=RUN b=RUN [replay=true|false] [output=text|json]
 
 Says in which step two runs differ first, and in what: samples, loss, gradient norm or weights. Runs with trace.jsonl
 (determinism=reproducible or strict, or trace.every_steps) are compared bit by bit, others by their logged numbers. Also
-names what their manifests do not share: versions, threads, attention, precision, seed, data. Exit code 4: they differ.
+names what their manifests and settings do not share: versions, threads, attention, precision, seed, data.
+
+Then it trains both again from their newest checkpoints before that step, each with its own settings and number of
+threads, and names the first module whose output or gradient differs, how far, and at which token. The runs stay as they
+are. Exit code 4: they differ.
 
   diff a=lora-1 b=lora-2                         names under run.root, or paths
+  diff a=lora-1 b=lora-2 replay=false            without training
+
+  replay=  true, or false
+  output=  text, or json
 """
 
 GENERATE = """\
@@ -136,6 +147,28 @@ trains with its newest. Adapters need not be merged.
   show_thinking  true: print thinking dimmed; false: do not print it
 
 generation=non_thinking and generation=thinking have the sampling values that Qwen recommends; seed=N repeats answers.
+"""
+
+EXPORT = """\
+python -m qwlit export run=RUN | model.path=BASE model.adapter_path=ADAPTER output=FOLDER [option=value ...]
+
+Writes a trained model as a folder for transformers, vLLM and llama.cpp, and proves it: a fresh process with plain
+transformers must compute the same logits and greedy answers, end its answers, and render the same tokens. PROOF.json
+has the numbers, README.md says what the model is. Also spelled merge. Exit code 4: it is not the same model.
+
+  export run=x                                   LoRA and QLoRA merged into the base: runs/x/export-merged
+  export run=x adapter=keep                      the adapter for peft: runs/x/export
+  export run=runs/x/checkpoints/step-000100 output=step-100
+  export model.path=BASE model.adapter_path=ADAPTER output=FOLDER
+
+  run             name under run.root, or path, of a run or of one of its checkpoints; a run exports its best checkpoint
+  output          folder to write; it replaces an earlier export, and nothing else
+  adapter         merge: add the adapter to the base's own weights, also those of QLoRA; keep: leave it an adapter
+  dtype           auto: the base's; bfloat16, float16, float32
+  max_shard_size  largest size of one file, by default 5GB
+  prove           false: write the folder only
+
+In float32, logits may differ by 1e-5 of the largest one; with weights or products in 16 bits, by 2e-2.
 """
 
 EVALUATE = """\
@@ -182,7 +215,8 @@ from four runs on, which settings mattered. Reads run folders and trains nothing
   follow     true: write the page every 10 s until the runs end, or until Ctrl-C; a browser loads it again by itself
 
 Prints a diagnosis of each run that shows a symptom, with overrides to try. Warns about runs that cannot be compared:
-other validation data, device, precision or code.
+other validation data, device, precision or code. Of runs with other seeds it prints mean, deviation and 95 % confidence
+interval, and whether other settings differ by more than the seeds do.
 """
 
 INTROS = {
@@ -195,6 +229,7 @@ INTROS = {
     "diff": DIFF,
     "evaluate": EVALUATE,
     "generate": GENERATE,
+    "export": EXPORT,
     "report": REPORT,
 }
 SETTINGS = {
@@ -203,6 +238,7 @@ SETTINGS = {
     "diff": (),
     "evaluate": ("generation.", "model.", "data.", "hardware.micro", "hardware.precision", "seed"),
     "generate": ("generation.", "model.", "data.system", "data.template", "hardware.precision", "seed"),
+    "export": ("model.", "generation.", "hardware.precision", "hardware.accelerator"),
     "report": (),
 }
 """Subcommand → the settings in its help, by the beginning of their names; without an entry: all."""

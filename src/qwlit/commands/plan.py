@@ -116,7 +116,7 @@ def show(plan: "RunPlan", remedies: "list[Remedy]", mfu: float, screen: Console)
     compiled = ", layers compiled" if plan.execution.compiled else ""
     screen.print(f"[bold]{escape(str(plan.config.run.name))}[/]  on {machine.world_size} x {machine.device_name}")
     screen.print(
-        f"  strategy {machine.strategy}, precision {machine.precision}, attention {plan.execution.attention}"
+        f"  strategy {machine.strategy}, precision {machine.precision}, attention {plan.setup.attention}"
         f", activation checkpointing {machine.activation_checkpointing}{compiled}"
     )
     _show_parameters(plan, screen)

@@ -24,6 +24,8 @@ from qwlit.report.compare import RunComparison, build_comparison
 from qwlit.report.diagnosis import Diagnosis, diagnose
 from qwlit.report.importance import Importance, importance
 from qwlit.report.page import FILE, headline, write_page
+from qwlit.report.repeats import find_repeats, judge, table_of
+from qwlit.report.single import TextTable
 from qwlit.report.table import EVENTS, Column, columns
 
 OUTPUTS = ("text", "json")
@@ -101,6 +103,17 @@ def _as_json(comparison: RunComparison, warnings: list[str], shares: Importance 
             }
             for run in comparison.runs
         ],
+        "repeats": [
+            {
+                "settings": group.settings,
+                "runs": [run.name for run in group.runs],
+                "metrics": {metric: asdict(found) for metric, found in group.estimates.items()},
+            }
+            for group in find_repeats(comparison)
+        ],
+        "verdicts": [
+            asdict(verdict) | {"differs": verdict.differs} for verdict in judge(comparison, find_repeats(comparison))
+        ],
         "importance": None if shares is None else {"shares": shares.shares, "caveats": shares.caveats},
         "page": str(file),
     }
@@ -113,6 +126,7 @@ def _show(
     screen.print(f"[bold]{escape(headline(comparison))}[/]\n")
     _show_table(comparison, screen)
     _show_diagnoses(comparison, screen)
+    show_repeats(comparison, screen)
     if shares is not None:
         screen.print("\n[bold]which settings mattered[/]")
         for key, share in shares.shares.items():
@@ -124,6 +138,26 @@ def _show(
     for text in warnings:
         screen.print(f"  [yellow]{escape(text)}[/]")
     screen.print(f"\n[bold]page[/]  {escape(str(file))}")
+
+
+def show_repeats(comparison: RunComparison, screen: Console) -> None:
+    """Print what runs with other seeds say; nothing where there are none."""
+    groups = find_repeats(comparison)
+    if not groups:
+        return
+    screen.print("\n[bold]seeds[/]")
+    screen.print(_plain_table(table_of(groups)))
+    for verdict in judge(comparison, groups):
+        screen.print(f"  {escape(verdict.text())}", highlight=False)
+
+
+def _plain_table(content: TextTable) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+    for title in content.titles:
+        table.add_column(Text(title), justify="left" if title in ("settings", "metric") else "right", overflow="fold")
+    for line in content.lines:
+        table.add_row(*map(Text, line))
+    return table
 
 
 def _show_table(comparison: RunComparison, screen: Console) -> None:

@@ -14,7 +14,7 @@ from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.files import resolve_path, write_text_atomic
 
-OWN = {"dry_run": ("false", "true"), "seeds": None, "sweep": None, "trials": None, "tasks": None}
+OWN = {"dry_run": ("false", "true"), "seeds": None, "repeats": None, "sweep": None, "trials": None, "tasks": None}
 PROGRAMS = ("setup", "options", "container")
 """Settings of slurm.* that decide which programs the job runs beside the training."""
 SCRIPTS = ".slurm"
@@ -44,14 +44,14 @@ def _runs(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig, 
     # Write the name into the job: a requeued job must find the same run even if the default name would change.
     name = str(config.run.name)
     named = [*overrides, f"run.name={name}"]
-    if own["seeds"] is None:
+    seeds = _seeds(own, config.seed)
+    if not seeds:
         return config, SlurmJob(name, " ".join(overrides), ["train", *quoted(named)])
-    seeds = _seeds(own["seeds"])
     fixed = [override for override in overrides if override.lstrip("+").partition("=")[0] not in ("seed", "run.name")]
     chosen = "${seeds[$SLURM_ARRAY_TASK_ID]}"
     return config, SlurmJob(
         name,
-        f"seeds={own['seeds']} {' '.join(overrides)}",
+        f"seeds=[{','.join(map(str, seeds))}] {' '.join(overrides)}",
         ["train", *quoted(fixed), f"seed={chosen}", f"run.name={name}-seed{chosen}"],
         array=f"0-{len(seeds) - 1}",
         before=(f"seeds=({' '.join(str(seed) for seed in seeds)})",),
@@ -64,8 +64,9 @@ def _sweep(own: dict[str, str | None], overrides: list[str]) -> tuple[RunConfig,
     from qwlit.tuning.space import build_space, check_space
     from qwlit.tuning.sweep_file import read_sweep
 
-    if own["seeds"] is not None:
-        raise ConfigError("seeds works only for runs, not with sweep=…; remove it")
+    for key in ("seeds", "repeats"):
+        if own[key] is not None:
+            raise ConfigError(f"{key} works only for runs, not with sweep=…; remove it")
     sweep = read_sweep(str(own["sweep"]))
     composed = check_space(sweep, [*sweep.overrides, "logger=none", *overrides])
     config, name = composed.config, sweep_folder(sweep, composed, overrides).name
@@ -103,7 +104,13 @@ def _refuse_programs_of_file(composed: Composed) -> None:
             )
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(own: dict[str, str | None], first: int) -> list[int]:
+    """Return the seeds that are listed, or as many as `repeats` says from the first on; none for a single run."""
+    text, repeats = own["seeds"], typed_number(own, "repeats", least=2)
+    if text is None:
+        return list(range(first, first + (repeats or 0)))
+    if repeats is not None:
+        raise ConfigError("seeds and repeats both say how many runs there are; leave one of them out")
     items = text.removeprefix("[").removesuffix("]").split(",")
     if not all(item.strip().isdecimal() for item in items):
         raise ConfigError(f"seeds={text}: give a list of whole numbers, seeds=[0,1,2]")

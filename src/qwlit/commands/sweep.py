@@ -11,17 +11,20 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, QwlitError
 
 BACKENDS = ("wandb", "optuna")
-ACTIONS = ("run", "best", "find_lr", "pilot")
+ACTIONS = ("run", "best", "find_lr", "pilot", "repeat")
+REPEATS = 5
 SHOWN = 5
 
 
 def main(arguments: list[str]) -> None:
     own, overrides = own_options(
         arguments,
-        {"sweep": None, "backend": BACKENDS, "action": ACTIONS, "trials": None, "jobs": None, "agents": None},
+        {"sweep": None, "backend": BACKENDS, "action": ACTIONS}
+        | dict.fromkeys(("trials", "jobs", "agents", "repeats")),
     )
     alone = ("sweep", "trials", "jobs", "agents")
-    unused = {"find_lr": alone, "pilot": alone, "best": ("trials", "jobs", "agents"), "run": ()}
+    unused: dict[str, tuple[str, ...]] = dict.fromkeys(("find_lr", "pilot"), (*alone, "repeats"))
+    unused |= {"best": ("trials", "jobs", "agents", "repeats"), "run": ("repeats",), "repeat": alone}
     for key in unused[str(own["action"])]:
         if own[key] is not None:
             raise ConfigError(f"{key}={own[key]} has no effect with action={own['action']}; leave it out")
@@ -30,6 +33,9 @@ def main(arguments: list[str]) -> None:
         return
     if own["action"] == "pilot":
         _pilot(overrides)
+        return
+    if own["action"] == "repeat":
+        _repeat(overrides, typed_number(own, "repeats", least=2) or REPEATS)
         return
     if own["sweep"] is None:
         from qwlit.tuning.sweep_file import sweep_names
@@ -143,3 +149,15 @@ def _pilot(overrides: list[str]) -> None:
     screen.print(table)
     screen.print(f"[bold]{' '.join(pilot.overrides) or 'no suggestion'}[/]: {escape(pilot.describe())}")
     screen.print(f"  {escape(str(folder.path / 'pilot.png'))}   the losses of the three runs")
+
+
+def _repeat(overrides: list[str], repeats: int) -> None:
+    from qwlit.commands.report import show_repeats
+    from qwlit.report.compare import build_comparison
+    from qwlit.tuning.repeat import train_seeds
+
+    screen = console()
+    folders = train_seeds(overrides, repeats, screen)
+    show_repeats(build_comparison([str(folder) for folder in folders], None), screen)
+    pattern = f"{folders[0].parent / folders[0].name.rpartition('-seed')[0]}-seed*"
+    screen.print(f"  report {escape(shlex.quote(f'runs=[{pattern}]'))}   curves, and other settings beside these")

@@ -74,6 +74,8 @@ class Composed:
     """Dotted key → value, of the settings that the user typed."""
     remarks: list[str]
     """Keys that are typed twice."""
+    source: Path | None = None
+    """The file that `config=` named."""
 
 
 def group_options() -> dict[str, list[str]]:
@@ -110,7 +112,9 @@ def compose(overrides: list[str]) -> Composed:
     refuse_resolvers("", {key: value for key, value in typed.items() if key not in LITERAL})
     groups = group_options()
     chosen = {key: typed.pop(key) for key in list(typed) if key in groups or key == "hydra.searchpath"}
+    source = None
     if "config" in typed:
+        source = resolve_path(str(typed["config"]))
         tree = _load_run(typed.pop("config"), chosen, groups)
         choices: dict[str, str] = {}
     else:
@@ -124,7 +128,8 @@ def compose(overrides: list[str]) -> Composed:
         # Each trial of a W&B sweep needs its own folder. A resumed trial has the same id, so it gets the same folder.
         trial = f"-{os.environ['WANDB_RUN_ID']}"
         name = cut_name(name, LONGEST_NAME - len(trial)) + trial
-    return Composed(replace(config, run=replace(config.run, name=name)), choices, typed, repeated_keys(overrides))
+    config = replace(config, run=replace(config.run, name=name))
+    return Composed(config, choices, typed, repeated_keys(overrides), source)
 
 
 def _compose_groups(

@@ -23,12 +23,18 @@ REMEDIES = {
     errno.EEXIST: "move away what has this name",
     errno.ENOTEMPTY: "move away what has this name",
     errno.EISDIR: "a folder has the name of a file: move it away",
-    errno.ELOOP: "links point to each other: remove them",
+    errno.ELOOP: "a link has this name, or links point to each other: remove them",
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.ENFILE: "allow more open files on this machine",
     errno.ENOMEM: "free memory",
 }
+OF_THE_FILE = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV),
+    *(errno.EIO, errno.EBADMSG, errno.EUCLEAN),
+)
+"""Errors that say that this file is gone, replaced, or on a bad sector. After any other one it may be good: the process
+lacks memory, open files or rights, or the file server does not answer."""
 NOT_SYNCABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 """What fsync answers where a file system does not have it: some have none for folders."""
 OF_RUST = re.compile(r"\(os error (\d+)\)")
@@ -95,6 +101,11 @@ def naming_path(path: Path) -> Iterator[None]:
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def opened_without_links(path: str, flags: int) -> int:
+    """An `opener` for `open`: a link that somebody else put in place of a file is an error, not followed."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def sync(descriptor: int) -> None:

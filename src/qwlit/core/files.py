@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TextIO
 
-from qwlit.core.disk import naming_path, sync
+from qwlit.core.disk import naming_path, opened_without_links, sync
 from qwlit.core.errors import ConfigError
 from qwlit.core.lease import NO_FLOCK, is_leased, lease
 
@@ -63,6 +64,29 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder` when the block ends; after an error that stays as it was.
+
+    A kill leaves the one or the other, never a part.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_small_text(path: Path) -> str:
@@ -155,7 +179,7 @@ def locked(path: Path, *, blocking: bool = True, waiting: Callable[[str], None] 
         BlockingIOError: with `blocking=False`, when another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as handle, ExitStack() as held:
+    with open(path, "a+", encoding="utf-8", opener=opened_without_links) as handle, ExitStack() as held:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

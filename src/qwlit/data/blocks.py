@@ -3,7 +3,6 @@
 xxh3 finds damage and the content of another file. It is no protection against someone who forges a file.
 """
 
-import errno
 import os
 import stat
 import weakref
@@ -14,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from qwlit.core.disk import sync
+from qwlit.core.disk import OF_THE_FILE, naming_path, reason_of_disk, remedy_of, sync
 from qwlit.core.errors import DataError
 
 # Small, so that reading one sample verifies little more than the sample: 8 bytes of hash are 0.01 % of a block.
@@ -31,10 +30,12 @@ def damage_of(path: Path, error: OSError) -> Damage:
     """Return the damage that an error of the operating system stands for.
 
     Raises:
-        DataError: the process lacks memory or open files; the file may be good.
+        DataError: the file may be good, see `core.disk.OF_THE_FILE`.
     """
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        raise DataError(f"{path} cannot be read: {error.strerror}; free memory, or allow more open files (ulimit -n)")
+    if error.errno not in OF_THE_FILE:
+        raise DataError(
+            f"{path} cannot be read: {reason_of_disk(error)}; {remedy_of(error)} and run the same command again"
+        )
     return Damage(f"{path.name}: {error.strerror or error}")
 
 
@@ -84,7 +85,8 @@ class HashedWriter:
         self._handle = path.open("wb")
 
     def write(self, data: bytes) -> None:
-        self._handle.write(data)
+        with naming_path(self.path):
+            self._handle.write(data)
         rest = memoryview(data)
         while rest:
             part = rest[: BLOCK_BYTES - self.num_bytes % BLOCK_BYTES]
@@ -101,9 +103,9 @@ class HashedWriter:
     def close(self) -> None:
         if self.num_bytes % BLOCK_BYTES:
             self._end_block()
-        self._handle.flush()
-        sync(self._handle.fileno())
-        self._handle.close()
+        with naming_path(self.path), self._handle:
+            self._handle.flush()
+            sync(self._handle.fileno())
 
 
 class HashedFile:

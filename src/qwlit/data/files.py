@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwlit.core.disk import reason_of_disk, remedy_of
 from qwlit.core.errors import DataError
 from qwlit.core.files import write_json_atomic
 
@@ -66,7 +67,9 @@ class File:
             with self.path.open("rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
         except OSError as error:
-            raise DataError(f"data file '{self}' cannot be read: {error.strerror}") from error
+            raise DataError(
+                f"data file '{self}' cannot be read: {reason_of_disk(error)}; {remedy_of(error)}"
+            ) from error
         if time.time() - stat.st_ctime > RACY_SECONDS:
             # Without it the file is hashed again at the next start.
             with suppress(OSError):

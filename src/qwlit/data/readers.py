@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import BinaryIO, cast
 
+from qwlit.core.disk import reason_of_disk, remedy_of
 from qwlit.core.errors import DataError
 from qwlit.data.csv_files import read_csv
 from qwlit.data.files import File
@@ -76,7 +77,7 @@ class RowReader:
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"data file '{file}' is damaged after row {line}: {error}; make it again") from None
         except OSError as error:
-            raise DataError(f"data file '{file}' cannot be read: {error.strerror or error}") from None
+            raise DataError(f"data file '{file}' cannot be read: {reason_of_disk(error)}; {remedy_of(error)}") from None
 
 
 def _unpacked(raw: BinaryIO, file: File) -> BinaryIO:

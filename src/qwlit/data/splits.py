@@ -1,5 +1,6 @@
 """Split the data into training and validation samples, and define the share of each part in training."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +21,9 @@ from qwlit.data.store import DigestOf, SampleStore, build_store, check_row_count
 from qwlit.data.store_writer import ProgressCallback
 from qwlit.data.unread import OTHER_KEYS
 
+FILES_LISTED = 100
+"""A manifest names the hashes of so many files."""
+
 
 @dataclass(frozen=True)
 class DataSplit:
@@ -39,6 +43,20 @@ class DataSplit:
     """Different training samples that also occur, with the same tokens and loss mask, in an earlier part."""
     num_leaked: int
     """Validation samples whose tokens are also in the training data."""
+
+    def file_digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each file or data set by its name; a name used twice becomes the whole path.
+
+        Files beyond FILES_LISTED share one hash.
+        """
+        found: dict[str, str] = {}
+        for source, digest in (pair for store in self.stores for pair in store.source_digests()):
+            found[source.name if found.get(source.name, digest) == digest else str(source)] = digest
+        if len(found) <= FILES_LISTED:
+            return found
+        listed = sorted(found.items())
+        rest = hashlib.sha256(repr(listed[FILES_LISTED:]).encode()).hexdigest()
+        return dict(listed[:FILES_LISTED]) | {f"{len(listed) - FILES_LISTED} more": rest}
 
     @property
     def validation(self) -> Samples | None:

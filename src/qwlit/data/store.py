@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qwlit.core.disk import disk_line
 from qwlit.core.errors import DataError, one_line
 from qwlit.core.files import locked
 from qwlit.data.blocks import Damage
@@ -115,6 +116,10 @@ class SampleStore:
         masked = np.frombuffer(data, TOKENS_DTYPE)
         return (masked & (2**MASK_BIT - 1)).view(np.int32), (masked >> MASK_BIT).astype(np.uint8)
 
+    def source_digests(self) -> list[tuple[Source, str]]:
+        """Return each file or data set with the hash of its content."""
+        return [(source, source.digest(self.folder.parent)) for source in self._sources]
+
     def origin(self, index: int) -> str:
         """See `Samples.origin`."""
         sources, lines = self._origins
@@ -201,10 +206,10 @@ def build_store(
                 say(f"the tokenized data of '{path}' are damaged ({damage}): qwlit tokenizes them again")
             write_store(folder, fingerprint, sources, encoder, progress)
     except OSError as error:
-        raise DataError(
-            f"the tokenized data cannot be written to {cache_root}: {error.strerror or error};"
-            " free disk space, or set run.root"
-        ) from None
+        line = disk_line(error)
+        if error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(cache_root):
+            line = f"the tokenized data cannot be written to {cache_root}: {line}, or set run.root"
+        raise DataError(line) from None
     store = SampleStore(folder, path, sources)
     store.rebuilt = damage
     return store

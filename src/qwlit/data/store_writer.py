@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwlit.core.disk import naming_path
 from qwlit.core.errors import DataError
 from qwlit.data.bad_files import BadFileCheck
 from qwlit.data.blocks import HashedWriter
@@ -195,4 +196,6 @@ class _StoreWriter:
         return duplicates
 
     def _column(self, name: str) -> NDArray[Any]:
-        return np.fromfile(self.files[array_file(name)].path, COLUMNS[name])
+        path = self.files[array_file(name)].path
+        with naming_path(path):
+            return np.fromfile(path, COLUMNS[name])

@@ -4,21 +4,30 @@ Files of the base model are copied; only files that training changed are written
 """
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwlit.core.disk import naming_path
 from qwlit.core.errors import GuardStop
+from qwlit.core.files import replacing_folder, write_json_atomic
 from qwlit.inference.export_settings import EndToken, write_config, write_generation_config, write_tokenizer
 from qwlit.model.families.decoder import HEAD
+from qwlit.model.folder import INDEX
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS, PREFIX
 from qwlit.training.checkpointing.finite import find_nonfinite
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+OnWritten = Callable[[str, Tensor], None]
 MAX_SHARD_SIZE = "5GB"
 """Largest size of one safetensors file."""
 
@@ -35,8 +44,25 @@ class ExportSources:
     """The base model in an adapter's configuration: an absolute path or a hub id; None for random weights."""
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors that are read or computed one at a time, so that no second copy of the model is in memory."""
+
+    shapes: Mapping[str, Sequence[int]]
+    read: Callable[[str], Tensor]
+
+
+def weights_of(model: PreTrainedModel) -> Weights:
+    """Return the weights of a model in memory."""
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        # A tied head is the embedding. Converted under its own name, it would become a second copy.
+        del state[HEAD]
+    return Weights({name: tensor.shape for name, tensor in state.items()}, state.__getitem__)
+
+
 def export_model(model: PreTrainedModel, folder: Path, *, sources: ExportSources, end: EndToken | None) -> None:
-    """Write the whole model in the dtype of its base model, or only its adapter in float32.
+    """Replace `folder` by the whole model in the dtype of its base model, or by its adapter in float32.
 
     Args:
         end: the end token that the model learned; None to keep that of the base model.
@@ -44,19 +70,63 @@ def export_model(model: PreTrainedModel, folder: Path, *, sources: ExportSources
     Raises:
         OSError: the folder cannot be written.
     """
-    with naming_path(folder):
-        _export(model, folder, sources, end)
+    with naming_path(folder), replacing_folder(folder) as partial:
+        if hasattr(model, "peft_config"):
+            write_adapter(model, partial, sources=sources, end=end)
+        else:
+            write_model(model.config, weights_of(model), partial, sources=sources, end=end)
 
 
-def _export(model: PreTrainedModel, folder: Path, sources: ExportSources, end: EndToken | None) -> None:
-    folder.mkdir(exist_ok=True)
-    if hasattr(model, "peft_config"):
-        _export_adapter(model, folder, sources.base)
-    else:
-        dtype = model.config.dtype or torch.float32
-        _export_weights(model, folder, dtype)
-        write_config(model.config, folder, base=sources.model, dtype=dtype, end=end)
-    write_generation_config(model.config, folder, base=sources.model, end=end)
+def write_model(
+    config: "PretrainedConfig",
+    weights: Weights,
+    folder: Path,
+    *,
+    sources: ExportSources,
+    end: EndToken | None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    on_written: OnWritten | None = None,
+) -> None:
+    """Write a whole model into an empty folder.
+
+    Args:
+        dtype: of the weights; None: the one that `config` names.
+        on_written: called with the name and the values of each tensor that is in a file.
+
+    Raises:
+        OSError: the folder cannot be written.
+        GuardStop: a weight is not finite in this dtype.
+    """
+    dtype = dtype or config.dtype or torch.float32
+    _write_weights(weights, folder, dtype, max_shard_size, on_written)
+    write_config(config, folder, base=sources.model, dtype=dtype, end=end)
+    _write_settings(config, folder, sources, end)
+
+
+def write_adapter(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    sources: ExportSources,
+    end: EndToken | None,
+    on_written: OnWritten | None = None,
+) -> None:
+    """Write the model's adapter into an empty folder, float32. It raises what `write_model` raises."""
+    from peft import get_peft_model_state_dict
+
+    adapter = model.peft_config["default"]
+    adapter.base_model_name_or_path = sources.base
+    adapter.inference_mode = True
+    adapter.save_pretrained(folder)
+    # peft expects the names of its wrapper model; here the adapters are inside the model itself, without the prefix.
+    state = {f"{PREFIX}{name}": t.detach().cpu() for name, t in get_peft_model_state_dict(model).items()}
+    _write_file(state, folder / ADAPTER_WEIGHTS, on_written)
+    _write_settings(model.config, folder, sources, end)
+
+
+def _write_settings(config: "PretrainedConfig", folder: Path, sources: ExportSources, end: EndToken | None) -> None:
+    write_generation_config(config, folder, base=sources.model, end=end)
     if sources.tokenizer is not None:
         write_tokenizer(folder, sources.tokenizer, end=end)
     _set_default_permissions(folder)
@@ -73,30 +143,23 @@ def _set_default_permissions(folder: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
-def _export_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        # A tied head is the embedding. Converted below under its own name, it would become a second copy.
-        del state[HEAD]
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in state.items()}
-    _refuse_nonfinite(state)
-    save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
+def _write_weights(
+    weights: Weights, folder: Path, dtype: torch.dtype, max_shard_size: str, on_written: OnWritten | None
+) -> None:
+    """Write the files one after the other; only the tensors of one file are in memory."""
+    empty = {name: torch.empty(*shape, dtype=dtype, device="meta") for name, shape in weights.shapes.items()}
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        _write_file({name: weights.read(name).detach().to("cpu", dtype) for name in names}, folder / file, on_written)
+    if plan.is_sharded:
+        write_json_atomic(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
-def _export_adapter(model: PreTrainedModel, folder: Path, base: str | None) -> None:
-    from peft import get_peft_model_state_dict
-
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = base
-    config.inference_mode = True
-    config.save_pretrained(folder)
-    # peft expects the names of its wrapper model; here the adapters are inside the model itself, without the prefix.
-    state = {f"{PREFIX}{name}": t.detach().cpu() for name, t in get_peft_model_state_dict(model).items()}
-    _refuse_nonfinite(state)
-    save_file(state, folder / ADAPTER_WEIGHTS)
-
-
-def _refuse_nonfinite(state: dict[str, torch.Tensor]) -> None:
-    """Refuse weights that no model can use: they were not finite, or are not in this dtype."""
+def _write_file(state: dict[str, Tensor], file: Path, on_written: OnWritten | None) -> None:
     if name := find_nonfinite(state):
+        # No model can use it: the weights were not finite, or are not in this dtype.
         raise GuardStop(f"nothing is exported: {name} is not finite in {str(state[name].dtype).removeprefix('torch.')}")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file, metadata={"format": "pt"})
+    if on_written:
+        for name, tensor in state.items():
+            on_written(name, tensor)

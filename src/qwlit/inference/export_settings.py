@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,11 @@ from qwlit.model.folder import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from qwlit.config.settings import GenerationSettings
+
 Values = dict[str, Any]
 GENERATION_CONFIG = "generation_config.json"
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,17 @@ class EndToken:
     """Other ids that also end a text, such as that of <|endoftext|>."""
     chat_template: str | None
     """Jinja text of training's template; None if it is the one in the tokenizer's folder, or none was used."""
+    sampling: Values = field(default_factory=dict)
+    """How to answer: values of generation_config.json, see `sampling_values`; empty: as the base model."""
+
+
+def sampling_values(settings: "GenerationSettings") -> Values:
+    """Return the settings as keys that transformers 4 and 5 and vLLM read; min_p, which older ones lack, if it cuts."""
+    values: Values = {"do_sample": settings.temperature > 0, "repetition_penalty": settings.repetition_penalty}
+    if settings.temperature:
+        values |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        values |= {"min_p": settings.min_p} if settings.min_p else {}
+    return values
 
 
 def write_config(
@@ -73,19 +87,22 @@ def write_config(
 def write_generation_config(
     config: "PretrainedConfig", folder: Path, *, base: Path | None, end: EndToken | None
 ) -> None:
-    """Write generation_config.json: the base model's values, with the trained end token first among the end tokens."""
+    """Write generation_config.json: the base model's values, the trained end token before the others, how to sample."""
     values = read_json_if_there(base / GENERATION_CONFIG) if base else {}
     if end is None and not values:
         return
     if end:
-        earlier = [*_as_list(values.get("eos_token_id")), *_as_list(config.eos_token_id), *end.other_end_ids]
+        if end.sampling:
+            values = {key: value for key, value in values.items() if key not in SAMPLING} | end.sampling
+        earlier = [*as_list(values.get("eos_token_id")), *as_list(config.eos_token_id), *end.other_end_ids]
         values["eos_token_id"] = list(dict.fromkeys([end.token_id, *earlier]))
         if values.get("pad_token_id") is None and end.other_end_ids:
             values["pad_token_id"] = end.other_end_ids[0]
     write_json_atomic(folder / GENERATION_CONFIG, values)
 
 
-def _as_list(value: Any) -> list[int]:
+def as_list(value: Any) -> list[int]:
+    """Return the ids of a key that may have none, one, or a list of them."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 

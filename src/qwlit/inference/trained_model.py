@@ -158,10 +158,12 @@ def _ready(setup: Setup, loss_model: LossModel, origin: str, notes: Sequence[str
     check_vocabulary(setup.config.model, tokenizer)
     text = TextTokenizer(tokenizer)
     loss_model.eval().requires_grad_(False).to(setup.machine.accelerator)
-    return TrainedModel(setup, loss_model, tokenizer, text, _chat(setup.config, tokenizer, text), origin, tuple(notes))
+    chat = chat_encoder(setup.config, tokenizer, text)
+    return TrainedModel(setup, loss_model, tokenizer, text, chat, origin, tuple(notes))
 
 
-def _chat(config: RunConfig, tokenizer: PreTrainedTokenizerFast, text: TextTokenizer) -> ChatEncoder | None:
+def chat_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast, text: TextTokenizer) -> ChatEncoder | None:
+    """Return what encodes prompts; None if the tokenizer has no chat template and the settings name none."""
     template: ChatTemplate | None
     try:
         template = resolve_template(tokenizer, config.data.template)

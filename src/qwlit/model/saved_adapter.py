@@ -279,17 +279,27 @@ def load_initial_adapter(model: "PreTrainedModel", config: ModelConfig) -> None:
 
 
 def _merge(model: "PreTrainedModel", saved: SavedAdapter) -> None:
-    """Add scale * B A to each weight. With DoRA (Liu et al. 2024), then scale each row to the saved magnitude."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = saved.tensors()
     for name in saved.replaced:
         copy_own_slice(parameters[name], tensors[name])
     for layer in saved.layers:
         weight = parameters[f"{layer}.weight"]
-        rows = local(weight)
-        first, end = own_slice_range(weight)
-        a, b = tensors[layer + A].to(rows.device), tensors[layer + B][first:end].to(rows.device)  # (R, I), (O, R)
-        rows.add_(b @ a, alpha=saved.scale(layer))
-        if layer + MAGNITUDE in tensors:
-            lengths = tensors[layer + MAGNITUDE].flatten()[first:end].to(rows.device)
-            rows.mul_((lengths / rows.norm(dim=1)).unsqueeze(1))
+        merge_layer(local(weight), saved, layer, tensors, own_slice_range(weight))
+
+
+def merge_layer(
+    rows: Tensor, saved: SavedAdapter, layer: str, tensors: Mapping[str, Tensor], part: tuple[int, int]
+) -> None:
+    """Add scale * B A to rows of a weight. With DoRA (Liu et al. 2024), then scale each row to the saved magnitude.
+
+    Args:
+        rows: those that `part` names, the first and the one after the last.
+        tensors: of the adapter.
+    """
+    first, end = part
+    a, b = tensors[layer + A].to(rows.device), tensors[layer + B][first:end].to(rows.device)  # (R, I), (O, R)
+    rows.add_(b @ a, alpha=saved.scale(layer))
+    if layer + MAGNITUDE in tensors:
+        lengths = tensors[layer + MAGNITUDE].flatten()[first:end].to(rows.device)
+        rows.mul_((lengths / rows.norm(dim=1)).unsqueeze(1))

@@ -1,7 +1,7 @@
 """Fill a model with weights, from safetensors or random. In a sharded model each rank fills its shard slices."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,13 @@ def draw_weights(model: nn.Module, *, seed: int, std: float, on_weight_written: 
     with torch.no_grad():
         for name in list(targets):
             parameter = targets.pop(name)
-            copy_own_slice(parameter, _drawn(name, parameter.shape, seed, std))
+            copy_own_slice(parameter, drawn(name, parameter.shape, seed, std))
             if on_weight_written:
                 on_weight_written(name)
 
 
-def _drawn(name: str, shape: torch.Size, seed: int, std: float) -> Tensor:
+def drawn(name: str, shape: Sequence[int], seed: int, std: float) -> Tensor:
+    """Return a weight of `draw_weights`."""
     if len(shape) == 1:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
     word = hashlib.sha256(f"{seed} {name}".encode()).digest()

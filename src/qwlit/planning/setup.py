@@ -16,7 +16,7 @@ from qwlit.optim.groups import ParameterGroup, plan_groups
 from qwlit.planning.memory.estimate import MemoryEstimate, candidates, estimate_memory, why_not_sharded
 from qwlit.planning.memory.state import MicroShape
 from qwlit.planning.preflight.rules import check_allowed
-from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine
+from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine, why_not_varlen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +48,16 @@ class Setup:
     @property
     def config(self) -> RunConfig:
         return self.composed.config
+
+    @property
+    def attention(self) -> str:
+        """The attention kernel, and why it was taken where model.attention=auto."""
+        if self.config.model.attention != "auto":
+            return self.execution.attention
+        if self.config.determinism == "strict":
+            return f"{self.execution.attention} (determinism=strict)"
+        obstacle = why_not_varlen(self.machine, self.config.dropout.attention)
+        return f"{self.execution.attention} (auto{f': {obstacle}' if obstacle else ''})"
 
     @cached_property
     def num_parameters(self) -> int:

@@ -124,23 +124,21 @@ def _list(names: list[str]) -> str:
 
 
 def _noise(comparison: RunComparison) -> list[str]:
-    """Report the spread of runs with equal settings, or equal but for the seed. Smaller differences mean nothing."""
+    """Report the spread of runs with equal settings, including the seed. Smaller differences mean nothing."""
+    groups: dict[tuple[str, ...], list[RunRecord]] = {}
+    for run in comparison.runs:
+        if run.finished and run.settings and comparison.value(run) is not None:
+            groups.setdefault(settings_of(run, comparison), []).append(run)
     found = []
-    for kind, ignored in (("the same settings and seed", ()), ("the same settings and other seeds", ("seed",))):
-        groups: dict[tuple[str, ...], list[RunRecord]] = {}
-        for run in comparison.runs:
-            if run.finished and run.settings and comparison.value(run) is not None:
-                groups.setdefault(_settings_of(run, comparison, ignored), []).append(run)
-        for group in groups.values():
-            seeds = {canonical(run.settings.get("seed")) for run in group}
-            if len(group) > 1 and (len(seeds) > 1 or not ignored):
-                values: list[Any] = [comparison.value(run) for run in group]
-                names = _list([run.name for run in group])
-                spread = max(values) - min(values)
-                found.append(f"With {kind}, {names} differ by {spread:.2g} in {comparison.metric.name}")
+    for group in groups.values():
+        if len(group) > 1:
+            values: list[Any] = [comparison.value(run) for run in group]
+            names, spread = _list([run.name for run in group]), max(values) - min(values)
+            found.append(f"With the same settings and seed, {names} differ by {spread:.2g} in {comparison.metric.name}")
     return found
 
 
-def _settings_of(run: RunRecord, comparison: RunComparison, ignored: tuple[str, ...]) -> tuple[str, ...]:
+def settings_of(run: RunRecord, comparison: RunComparison, ignored: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return what two runs share if they have the same data and, but for the ignored ones, the same settings."""
     settings = (canonical(run.settings.get(key)) for key in comparison.differing if key not in ignored)
     return tuple(settings) + tuple(map(str, data_fingerprints(run)))

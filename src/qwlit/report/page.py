@@ -12,6 +12,7 @@ from qwlit.report.curves import draw_curves, panels
 from qwlit.report.diagnosis import diagnose
 from qwlit.report.drawing import BLACK, GREY, PALETTE
 from qwlit.report.importance import FEWEST_RUNS, Importance
+from qwlit.report.repeats import find_repeats, judge, table_of
 from qwlit.report.single import describe
 from qwlit.report.slices import draw_slices
 from qwlit.report.table import columns
@@ -48,6 +49,7 @@ def build_page(
     colours = _colours(comparison)
     drawings = [(panel, draw_curves(panel, comparison.runs, colours)) for panel in panels(comparison.runs)]
     searched = len(comparison.runs) >= FEWEST_RUNS and bool(comparison.searched) and comparable(comparison.runs)
+    groups = find_repeats(comparison)
     page = template.render(
         title=several if len(comparison.runs) > 1 else comparison.runs[0].name,
         headline=headline(comparison),
@@ -59,6 +61,8 @@ def build_page(
         colours=colours,
         grey=GREY,
         metric=comparison.metric.name,
+        repeats=table_of(groups) if groups else None,
+        verdicts=[verdict.text() for verdict in judge(comparison, groups)],
         importance=importance if searched else None,
         slices=_slices(comparison, importance) if searched else None,
         curves=[(panel, svg) for panel, svg in drawings if svg],

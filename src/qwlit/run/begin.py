@@ -14,13 +14,14 @@ from qwlit.config.compose import compose, dump
 from qwlit.config.run import RunConfig, recipe_settings
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pruned, reason_of
-from qwlit.core.files import resolve_path
+from qwlit.core.files import read_json, resolve_path
 from qwlit.core.ranks import is_rank_zero
 from qwlit.core.signals import HANDLED_SIGNALS, handling
 from qwlit.data.store import REASONS_NAMED, quarantine_reasons
 from qwlit.model.config import ModelConfig
 from qwlit.model.folder import named_base
 from qwlit.model.quantize import num_elements
+from qwlit.run.exported import answers_end
 from qwlit.run.resume import (
     ResumePoint,
     prepare_folder,
@@ -28,6 +29,7 @@ from qwlit.run.resume import (
     refuse_changed_recipe,
     refuse_changed_validation,
 )
+from qwlit.run.verify import differing_entries
 from qwlit.training.checkpointing.folder import newest
 from qwlit.training.tracking.manifest import build_manifest
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
@@ -68,12 +70,23 @@ def begin(run: "TrainingRun") -> ResumePoint:
             # Another run begins: the decisions to go back to the start were about other settings or data.
             folder.drop_records_after(-1)
     manifest = build_manifest(run.plan.machine, **_manifest_facts(run))
+    changed = _not_as_in_source(run, manifest)
     folder.write_text("config.yaml", dump(config))
     folder.write_json("manifest.json", manifest)
     folder.write_records("quarantine.jsonl", run.data.split.quarantine())
     folder.write_summary(resumed_from=start.step if start.checkpoint else None, rows=run.data.split.totals)
-    _print_start(run, manifest, start)
+    _print_start(run, manifest, start, changed)
     return start
+
+
+def _not_as_in_source(run: "TrainingRun", manifest: dict[str, Any]) -> list[str]:
+    """Return in words what is not as in the run whose config.yaml `config=` names. Call it before manifest.json is
+    replaced: that run may be this one."""
+    source = run.plan.setup.composed.source
+    if source is None:
+        return []
+    earlier = read_json(source.with_name("manifest.json"))
+    return [f"not as in {source.parent.name}: {entry}" for entry in differing_entries(earlier, manifest)]
 
 
 def _manifest_facts(run: "TrainingRun") -> dict[str, Any]:
@@ -85,9 +98,11 @@ def _manifest_facts(run: "TrainingRun") -> dict[str, Any]:
         "attention": run.plan.execution.attention,
         "compiled": run.plan.execution.compiled,
         "template": run.data.tokenized.encoder.chat.template.name if run.data.tokenized.encoder.chat else None,
+        "answers_end": answers_end(run),
         "tokenizer": run.data.tokenized.encoder.tokenizer.fingerprint if run.data.tokenized.encoder.tokenizer else None,
         "data": run.data.split.fingerprint,
         "contents": run.data.split.contents,
+        "data_files": run.data.split.file_digests(),
         "base": run.base,
         "parameters": {
             "total": sum(num_elements(p) for p in run.loss_model.parameters()),
@@ -110,7 +125,7 @@ def _manifest_facts(run: "TrainingRun") -> dict[str, Any]:
 STRAYS_NAMED = 5
 
 
-def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoint) -> None:
+def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoint, changed: list[str]) -> None:
     """Print model, machine, data, schedule and findings in a few lines; record the findings as events."""
     config, steps, machine, folder = run.config, run.data.steps, run.plan.machine, run.folder
     limited = config.hardware.micro_batch_size or config.hardware.micro_batch_tokens
@@ -124,7 +139,7 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoin
         f" {parameters['trainable']:,} trained",
         *(f"  adapter   {escape(line)}" for line in _adapter_lines(config)),
         f"  machine   {machine.world_size} x {machine.device_name}, {machine.precision}, attention "
-        + run.plan.execution.attention
+        + run.plan.setup.attention
         + (", compiled" if run.plan.execution.compiled else "")
         + accumulation
         + checkpointing,
@@ -149,7 +164,8 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoin
     lines += [f"  share     {escape(share)}" for share in run.data.split.describe_shares(config.seed)]
     for reason in quarantine_reasons(run.data.split.stores)[:REASONS_NAMED]:
         lines.append(f"  [yellow]note[/]      quarantined: {escape(str(reason))}")
-    lines += [f"  [yellow]note[/]      {escape(remark)}" for remark in run.plan.setup.composed.remarks]
+    notes = [*run.plan.setup.composed.remarks, *changed]
+    lines += [f"  [yellow]note[/]      {escape(remark)}" for remark in notes]
     for remark in run.data.split.remarks:
         lines.append(f"  [yellow]note[/]      {escape(remark)}")
         folder.append_event(start.step, "finding", name="data", severity="note", message=remark)

@@ -16,6 +16,7 @@ from qwlit.core.errors import QwlitError
 from qwlit.run.probe import build_probe
 from qwlit.training.checkpointing.saving import Checkpointing
 from qwlit.training.checkpointing.writer import CheckpointWriter
+from qwlit.training.observed_step import OBSERVE, ObserveSteps
 from qwlit.training.profiler import ProfileSteps
 from qwlit.training.resilience.growth import SlowDivergence
 from qwlit.training.resilience.guard import Guard
@@ -107,7 +108,10 @@ def build_trainer_with_callbacks(
     # - guard and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
     # - the user's callbacks after the checkpoint, so that an error in them loses no step that was due to be saved;
     # - signals last: StopOnSignal saves through `checkpointing` and then ends the run.
+    # - before all of them, what only looks at the step: the others may end the run at it.
     callbacks: list[Callback] = []
+    if order := os.environ.get(OBSERVE):
+        callbacks.append(ObserveSteps(order))
     patience = config.validation.early_stopping_patience
     if patience is not None and milestones.next_validation(0) is not None:
         callbacks.append(EarlyStoppingOnValLoss(patience))

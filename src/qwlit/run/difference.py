@@ -1,11 +1,18 @@
 """Where two runs part: the first step and quantity, and what their manifests do not share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwlit.core.errors import ConfigError
+import yaml
+from rich.console import Console
+
+from qwlit.config.compose import compose
+from qwlit.config.run import flatten
+from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.core.files import read_json, read_json_lines
+from qwlit.planning.run_plan import build_plan
 from qwlit.run.verify import Difference, differing_entries, first_difference
 
 MEANING = {
@@ -29,7 +36,7 @@ class RunDifference:
     last_equal_step: int | None
     """The last compared step before the difference; None where there is none."""
     circumstances: list[str]
-    """Entries of manifest.json that differ, in words."""
+    """Entries of manifest.json and settings that differ, in words."""
 
     @property
     def meaning(self) -> str:
@@ -54,7 +61,16 @@ def compare_runs(first: Path, second: Path) -> RunDifference:
     before = [step for step in common if difference and step < difference.step]
     manifests = [read_json(run / "manifest.json") for run in (first, second)]
     last = before[-1] if before else None
-    return RunDifference(steps, to_the_bit, difference, last, differing_entries(*manifests))
+    circumstances = [*differing_entries(*manifests), *_differing_settings(first, second)]
+    return RunDifference(steps, to_the_bit, difference, last, circumstances)
+
+
+def _differing_settings(first: Path, second: Path) -> list[str]:
+    """Return in words the settings that differ, without names and folders of the runs."""
+    one, other = (flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))) for run in (first, second))
+    # The manifests have the seed too.
+    keys = sorted(key for key in one.keys() | other.keys() if not key.startswith(("run.", "seed")))
+    return [f"{key} {one.get(key)} against {other.get(key)}" for key in keys if one.get(key) != other.get(key)]
 
 
 def _logged(run: Path) -> list[dict[str, Any]]:
@@ -63,3 +79,30 @@ def _logged(run: Path) -> list[dict[str, Any]]:
     for record in read_json_lines(run / "metrics.jsonl"):
         by_step.setdefault(record["step"], {}).update(record)
     return list(by_step.values())
+
+
+SAMPLES_NAMED = 3
+
+
+def differing_samples(runs: Sequence[Path], step: int) -> list[str]:
+    """Return in words on which samples a step trains in only one of two runs.
+
+    Args:
+        step: counted from 1.
+    """
+    try:
+        plans = [build_plan(compose([f"config={run / 'config.yaml'}"]), Console(quiet=True)) for run in runs]
+    except QwlitError as error:
+        return [f"the samples cannot be named: {error}"]
+    origins = []
+    for plan in plans:
+        steps = plan.planned_data.steps.step_plan
+        origins.append([steps.train.origin(sample) for sample in steps.samples(step - 1).tolist()])
+    if sorted(origins[0]) == sorted(origins[1]):
+        return [f"step {step} trains on the same {len(origins[0])} samples in another order, or after a rollback"]
+    found = []
+    for run, own, other in zip(runs, origins, reversed(origins), strict=True):
+        only = [origin for origin in own if origin not in other]
+        more = f" and {len(only) - SAMPLES_NAMED} more" if len(only) > SAMPLES_NAMED else ""
+        found.append(f"only {run} trains on {', '.join(only[:SAMPLES_NAMED])}{more}")
+    return found

@@ -1,7 +1,6 @@
 """After the last step: export the best weights, answer validation prompts with them, and print the summary."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,23 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, DataError
-from qwlit.core.files import read_json_lines, resolve_path
+from qwlit.core.errors import ConfigError
+from qwlit.core.files import read_json_lines
 from qwlit.core.metric import number_or_none
-from qwlit.data.chat_template import chat_template
-from qwlit.data.recognise import resolve_template
-from qwlit.data.samples import supervises
-from qwlit.data.templates import ChatTemplate, ChatTemplateFamily
-from qwlit.data.tokenizer import END_OF_TEXT
-from qwlit.inference.export import ExportSources, export_model
+from qwlit.inference.export import export_model
 from qwlit.inference.export_settings import GENERATION_CONFIG, EndToken
 from qwlit.inference.generate import answer_greedily, eval_prompts
+from qwlit.inference.trained_model import fill_from_checkpoint
 from qwlit.model.folder import ADAPTER_CONFIG
-from qwlit.model.load import tokenizer_folder, weights_folder
 from qwlit.model.loss_model import LossModel
 from qwlit.run.callbacks import TrainerWithCallbacks
+from qwlit.run.exported import answers_end, end_token, export_sources
 from qwlit.run.modules import load_model
-from qwlit.training.checkpointing.checkpoint import read_weights
 from qwlit.training.checkpointing.folder import list_checkpoints
 from qwlit.training.checkpointing.manifest import step_of
 from qwlit.training.tracking.run_folder import RunFolder
@@ -58,7 +52,8 @@ def finish(run: "TrainingRun", training: TrainerWithCallbacks) -> list[Record]:
         # The other ranks have ended, and their shard slices with them: build the whole model again, from the files.
         loss_model = load_model(run.plan, leave_empty=all(p.requires_grad for p in loss_model.parameters()))
     _load_best_weights(loss_model, training, folder, always=sharded)
-    export_model(loss_model.causal_lm, folder.path / "export", sources=_export_sources(run), end=end_of_answers(run))
+    sources = export_sources(run.config.model, has_tokenizer=run.data.tokenized.tokenizer is not None)
+    export_model(loss_model.causal_lm, folder.path / "export", sources=sources, end=end_of_answers(run))
     if not run.config.data.exact_match or run.data.split.validation is None:
         return []
     # The trainer moved the model to the CPU when it ended.
@@ -76,45 +71,10 @@ def finish(run: "TrainingRun", training: TrainerWithCallbacks) -> list[Record]:
     return records
 
 
-def _export_sources(run: "TrainingRun") -> ExportSources:
-    model = run.config.model
-    base = None
-    if model.init == "pretrained":
-        base = str(resolve_path(model.path).resolve()) if model.path else model.hub_id
-    tokenizer = tokenizer_folder(model)[0] if run.data.tokenized.tokenizer is not None else None
-    return ExportSources(model=weights_folder(model), tokenizer=tokenizer, base=base)
-
-
 def end_of_answers(run: "TrainingRun") -> EndToken | None:
-    """Return the token that the model was trained to end its answers with; None: the base model's own end token holds.
-
-    Conversations end with the template's end of turn, whatever the end token of the base model is. Plain text ends
-    with <|endoftext|>; a pretrained base model already ends with it.
-    """
-    encoder, train = run.data.tokenized.encoder, run.data.split.train
-    if encoder.tokenizer is None:
-        return None
-    end_of_text = encoder.tokenizer.control_ids.get(END_OF_TEXT)
-    if encoder.chat is not None and supervises(train, encoder.chat.end_of_turn_id):
-        others = () if end_of_text is None else (end_of_text,)
-        template = encoder.chat.template
-        jinja = _template_to_write(run.data.tokenized.tokenizer, template)
-        return EndToken(template.end_of_turn, encoder.chat.end_of_turn_id, others, jinja)
-    has_end = run.config.model.init == "pretrained"
-    if has_end or end_of_text is None or not supervises(train, end_of_text):
-        return None
-    return EndToken(END_OF_TEXT, end_of_text, (), None)
-
-
-def _template_to_write(tokenizer: Any, template: ChatTemplate) -> str | None:
-    """Return the chat template of the training, unless the tokenizer's folder already has it."""
-    if not isinstance(template, ChatTemplateFamily):
-        return None  # it is the folder's own
-    try:
-        own = resolve_template(tokenizer, "auto")
-    except DataError:
-        own = None
-    return None if own == template else chat_template(template)
+    """Return the token that the model was trained to end its answers with, see `answers_end`."""
+    encoder, tokenizer = run.data.tokenized.encoder, run.data.tokenized.tokenizer
+    return end_token(run.config, answers_end(run), encoder.chat, encoder.tokenizer, tokenizer)
 
 
 def _load_best_weights(
@@ -130,16 +90,16 @@ def _load_best_weights(
     """
     best, held = training.checkpointing.best_step, None if always else training.trainer.global_step
     rows = read_json_lines(folder.path / "metrics.jsonl")
-    measured = [row for row in rows if number_or_none(row.get("val/loss")) and isinstance(row.get("step"), int)]
-    validations = {row["step"]: row for row in measured}
+    measured = [row for row in rows if number_or_none(row.get("val/loss")) is not None]
+    validations = {row["step"]: row for row in measured if isinstance(row.get("step"), int)}
     others = {step_of(checkpoint) for checkpoint in list_checkpoints(folder)} - {best}
     by_loss = sorted(others, key=lambda step: (validations.get(step, {}).get("val/loss", math.inf), -step))
-    candidates = [held] if best is None and held is not None else [*([best] if best else []), *by_loss]
+    candidates = [held] if best is None and held is not None else [*([] if best is None else [best]), *by_loss]
     damaged = []
     for step in candidates:
         if step != held:
             try:
-                _fill(loss_model, training.checkpointing.path(step))
+                fill_from_checkpoint(loss_model, training.checkpointing.path(step))
             except ConfigError as error:
                 damaged.append(str(error))
                 continue
@@ -149,20 +109,12 @@ def _load_best_weights(
     raise ConfigError(f"nothing is exported, because no checkpoint is good: {'; '.join(damaged)}")
 
 
-def _fill(loss_model: LossModel, checkpoint: Path) -> None:
-    """Fill in all trained weights; where the checkpoint cannot be used, raise ConfigError and change none."""
-    parameters = {name: p for name, p in loss_model.causal_lm.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for name, weight in read_weights(checkpoint, parameters):
-            parameters[name].copy_(weight)
-
-
 def _record_next_best(
     training: TrainerWithCallbacks, folder: RunFolder, step: int, validation: Record, damaged: list[str]
 ) -> None:
     """Say that another checkpoint than the best is exported, and make it the best of summary.json."""
     loss = validation.get("val/loss")
-    message = f"{'; '.join(damaged)}: exported is step {step}" + (f", val/loss {loss:.4f}" if loss else "")
+    message = f"{'; '.join(damaged)}: exported is step {step}" + (f", val/loss {loss:.4f}" if loss is not None else "")
     folder.append_event(training.trainer.global_step, "damaged", message=message)
     console().print(f"  [yellow]note[/]      {escape(message)}")
     training.checkpointing.replace_best(step, validation)
@@ -205,6 +157,13 @@ def print_summary(training: TrainerWithCallbacks, records: list[Record], folder:
     screen = console()
     screen.print("\n[bold]done[/]")
     screen.print(table)
+    rollbacks = training.guard.rollbacks
+    times = "once" if len(rollbacks) == 1 else f"{len(rollbacks)} times"
+    if (factor := math.prod(rollback.lr_cut.factor for rollback in rollbacks)) < 1:
+        screen.print(
+            f"\n[yellow]the run went back {times}[/] and ended at {factor:g} times optim.lr: begin the next"
+            " one with that rate or less"
+        )
     for record in records[:ANSWERS_SHOWN]:
         screen.print(f"\n[bold]an answer[/], {'as' if record['exact'] else 'not as'} expected")
         screen.print(Text.assemble(record["prompt"], (record["answer"], "green")))

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def fit(
         The trainer and the callbacks that hold results.
     """
     launcher: Any = None
+    at_start = [deepcopy(callback.state_dict()) for callback in run.extensions.callbacks]
     while True:
         training = build_trainer_with_callbacks(run, wandb_run, listeners)
         launcher = share_launcher(training.trainer, launcher)
@@ -60,6 +62,11 @@ def fit(
         del training
         gc.collect()
         start = go_back(run, needed)
+        if start.checkpoint is None:
+            # Lightning gives the user's callbacks the state of a checkpoint; the start has none.
+            for callback, state in zip(run.extensions.callbacks, at_start, strict=True):
+                if state:
+                    callback.load_state_dict(deepcopy(state))
 
 
 def _fit(run: "TrainingRun", training: TrainerWithCallbacks, start: ResumePoint) -> None:

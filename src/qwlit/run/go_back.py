@@ -58,6 +58,20 @@ def _newest_good(checkpoints: Sequence[Path]) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def _choose(checkpoints: Sequence[Path], needed: RollbackNeeded) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint to go back to, None for the start, and what is wrong with those that are passed over."""
+    allowed = [checkpoint for checkpoint in checkpoints if needed.allows(step_of(checkpoint))]
+    target, damaged = _newest_good(allowed)
+    if target is None and damaged:
+        # The trouble may be in its weights already, but the start would throw away all that was learned.
+        others = [path for path in checkpoints if path not in allowed and needed.is_older(step_of(path))]
+        target, damaged_too = _newest_good(others)
+        damaged += damaged_too
+        if target:
+            damaged.append(f"no stable checkpoint is good: {target.name} is the newest good one before the trouble")
+    return target, damaged
+
+
 def _record(run: "TrainingRun", needed: RollbackNeeded) -> Rollback:
     """Delete what is newer than the target, and record the decision. For rank 0.
 
@@ -66,9 +80,9 @@ def _record(run: "TrainingRun", needed: RollbackNeeded) -> Rollback:
     """
     folder = run.folder
     checkpoints = list_checkpoints(folder)
-    allowed = [checkpoint for checkpoint in checkpoints if needed.allows(step_of(checkpoint))]
-    target, damaged = _newest_good(allowed)
+    target, damaged = _choose(checkpoints, needed)
     rollback = needed.going_to(step_of(target) if target else 0)
+    folder.set_aside_records_after(rollback.to_step, len(run.rollbacks))
     if target is None:
         record_decision(folder, run.rollbacks, rollback)
         folder.write_kept_records()  # or raise, before anything is deleted
@@ -79,7 +93,7 @@ def _record(run: "TrainingRun", needed: RollbackNeeded) -> Rollback:
             delete_checkpoint(checkpoint)
     if target is not None:
         record_decision(folder, run.rollbacks, rollback)
-    folder.set_aside_records_after(rollback.to_step)
+    folder.drop_records_after(rollback.to_step)
     for message in damaged:
         folder.append_event(rollback.to_step, "damaged", message=message)
         console().print(f"  [yellow]note[/]      {escape(message)}")

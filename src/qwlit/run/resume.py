@@ -10,7 +10,7 @@ from qwlit.core.files import load_json, read_json, read_small_text
 from qwlit.core.slurm import job_id
 from qwlit.training.checkpointing.folder import find_strays, newest, remove_unfinished_checkpoints, rename_damaged
 from qwlit.training.checkpointing.manifest import step_of
-from qwlit.training.tracking.run_folder import FINISHED, RUNNING, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, ROLLED_BACK, RUNNING, STREAMS, RunFolder
 
 START_AGAIN = "start again with run.name=… or run.overwrite=true"
 
@@ -36,11 +36,16 @@ def refuse_occupied_folder(folder: RunFolder, *, overwrite: bool) -> None:
     """Refuse a path that another program uses, or a finished run.
 
     Raises:
-        ConfigError: the path holds something that is no run, a finished run without `overwrite`, or a broken link.
+        ConfigError: the path holds something that is no run, a finished run without `overwrite`, or a broken link; or
+            records are a link to a file elsewhere.
     """
     path = folder.path
     if path.is_symlink() and not path.exists():
         raise ConfigError(f"{path} links to {path.readlink()}, which does not exist; create it, or remove the link")
+    for name in (*STREAMS, ROLLED_BACK):
+        # The run appends to these files, so another file would be changed.
+        if (path / name).is_symlink() and not (path / name).resolve().is_relative_to(path.resolve()):
+            raise ConfigError(f"{path / name} links to {(path / name).readlink()}, outside the run; remove the link")
     if path.exists() and not folder.holds_run and not (path.is_dir() and _is_empty(folder)):
         raise ConfigError(f"{path} exists and is not a run; move it away, or set another run.name")
     if folder.status == FINISHED and not overwrite:

@@ -29,7 +29,8 @@ from qwlit.training.checkpointing.folder import newest
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.requeue_limit import counting_requeues
 from qwlit.training.resilience.rollback import Rollback
-from qwlit.training.tracking.run_folder import FINISHED, RunFolder, RunLock
+from qwlit.training.tracking.run_folder import FINISHED, RunFolder
+from qwlit.training.tracking.run_lock import RunLock
 from qwlit.training.tracking.wandb_access import check_logger
 
 NO_EXTENSIONS = Extensions()
@@ -144,6 +145,7 @@ class TrainingRun:
         ):
             start = begin(self)
             self.follow(rollbacks_before(start, self.folder))
+            self.folder.drop_set_aside(len(self.rollbacks))
             # Rank 0 has written all files that the other ranks read; processes that Lightning starts need not wait.
             lock.announce_ready()
             if wandb_run:

@@ -11,10 +11,16 @@ from qwlit.core.files import read_json, read_json_lines, resolve_path
 QUANTITIES = ("samples", "loss_sum", "grad_norm", "parameters")
 """Of a record of trace.jsonl, in the order in which a step computes them."""
 MACHINE = (
-    *("qwlit", "python", "platform", "packages", "git", "device", "accelerator", "devices", "num_nodes", "strategy"),
-    *("precision", "attention", "compiled", "determinism", "num_threads", "seed", "data", "tokenizer", "base"),
+    *("qwlit", "python", "platform", "packages", "git", "cpu", "libraries", "environment", "device", "accelerator"),
+    *("devices", "num_nodes", "strategy", "precision", "attention", "compiled", "activation_checkpointing"),
+    *("determinism", "torch_flags", "num_threads", "seed", "data_files", "data", "template", "tokenizer", "base"),
 )
 """Entries of manifest.json that a certificate repeats: what the numbers depend on."""
+COUNTED = {"num_threads": "thread", "devices": "device", "num_nodes": "node"}
+CONTENT = {"data": "tokenized data", "tokenizer": "tokenizer", "base": "base weights"}
+"""Entries that are hashes of a content."""
+PREFIXES = {"cpu": "processor ", "data_files": "data file ", "git": "", "packages": "", "libraries": ""}
+"""What a message calls an entry of these dictionaries, before its own name."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +114,43 @@ def certify(runs: Sequence[Path]) -> Certificate:
 
 
 def differing_entries(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Return in words which of the circumstances two manifests do not share."""
-    found = []
+    """Return in words which of the circumstances two manifests do not share.
+
+    What only one of them has recorded is left out: the other may be of an earlier version of qwlit. A variable of the
+    environment that is not recorded is not set.
+    """
+    found: list[str] = []
     for name in MACHINE:
-        before, now = first.get(name), second.get(name)
-        if before == now:
+        if name not in first or name not in second or first[name] == second[name]:
             continue
-        if isinstance(before, dict) and isinstance(now, dict):
-            names = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            found += [f"{key} {before.get(key)} against {now.get(key)}" for key in names]
-        else:
-            found.append(f"{name} {before} against {now}")
+        before, now = first[name], second[name]
+        if not (isinstance(before, dict) and isinstance(now, dict)):
+            found.append(_difference(name, before, now))
+            continue
+        names = before.keys() | now.keys() if name in ("environment", "data_files") else before.keys() & now.keys()
+        prefix = PREFIXES.get(name, "")
+        found += [
+            _content_of(f"{prefix}{key}", before.get(key), now.get(key))
+            if name == "data_files" or key == "changes"
+            else f"{prefix}{key} {_value(before.get(key))} against {_value(now.get(key))}"
+            for key in sorted(names)
+            if before.get(key) != now.get(key)
+        ]
     return found
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if name in CONTENT:
+        return _content_of(CONTENT[name], before, now)
+    if name in COUNTED:
+        return f"{before} {COUNTED[name]}{'s' * (before != 1)} against {now}"
+    return f"{name.replace('_', ' ')} {_value(before)} against {_value(now)}"
+
+
+def _content_of(name: str, before: str | None, now: str | None) -> str:
+    """Name a content by the beginning of its hash."""
+    return f"{name} {_value(before and before[:8])} against {_value(now and now[:8])}"
+
+
+def _value(value: Any) -> str:
+    return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))

@@ -9,16 +9,28 @@ import os
 import numpy as np
 import torch
 
+from qwlit.core.errors import ConfigError
 from qwlit.training.config import Determinism
+
+FIXED_WORKSPACES = (":4096:8", ":16:8")
+"""With these workspaces cuBLAS picks the same algorithm each time:
+https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility"""
 
 
 def prepare_determinism(mode: Determinism) -> None:
-    """Set environment variables, which CUDA reads when it starts, and torch's settings."""
+    """Set environment variables, which CUDA and NCCL read when they start, and torch's settings.
+
+    Raises:
+        ConfigError: CUBLAS_WORKSPACE_CONFIG is set to something else.
+    """
     if mode == "fast":
         return
-    # Fixed workspaces make cuBLAS pick the same algorithm each time:
-    # https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    workspaces = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", FIXED_WORKSPACES[0])
+    if workspaces not in FIXED_WORKSPACES:
+        raise ConfigError(
+            f"determinism={mode} needs fixed workspaces of cuBLAS, but the environment variable"
+            f" CUBLAS_WORKSPACE_CONFIG={workspaces}; run: unset CUBLAS_WORKSPACE_CONFIG"
+        )
     # One algorithm, so that NCCL always adds the ranks in the same order.
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)

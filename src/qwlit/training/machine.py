@@ -216,21 +216,28 @@ def _precision(
 def resolve_attention(
     requested: AttentionChoice, *, machine: Machine, determinism: Determinism, attention_dropout: float
 ) -> AttentionKernel:
-    """Choose the attention kernel. varlen needs CUDA and bf16, and has no dropout.
+    """Choose the attention kernel.
 
     Raises:
         ConfigError: model.attention does not work with the other settings.
     """
-    varlen_fits = machine.accelerator == "cuda" and machine.precision == "bf16-mixed" and attention_dropout == 0
+    obstacle = why_not_varlen(machine, attention_dropout)
     if determinism == "strict":
         return "eager"
-    if requested == "varlen" and not varlen_fits:
-        raise ConfigError(
-            "model.attention=varlen needs CUDA, bf16-mixed and dropout.attention=0; use model.attention=auto"
-        )
+    if requested == "varlen" and obstacle:
+        raise ConfigError(f"model.attention=varlen: {obstacle}; set model.attention=auto")
     if requested == "auto":
-        return "varlen" if varlen_fits else "sdpa"
+        return "sdpa" if obstacle else "varlen"
     return requested
+
+
+def why_not_varlen(machine: Machine, attention_dropout: float) -> str | None:
+    """Return what prevents torch's variable-length kernel; None if nothing does."""
+    if machine.accelerator != "cuda":
+        return "varlen needs CUDA"
+    if machine.precision != "bf16-mixed":
+        return f"varlen needs hardware.precision=bf16-mixed, not {machine.precision}"
+    return "varlen has no dropout.attention" if attention_dropout else None
 
 
 def resolve_compile(

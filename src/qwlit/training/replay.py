@@ -3,7 +3,7 @@
 Under FSDP2 all ranks replay together, because forward and backward passes gather weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from qwlit.core.batch import MicroBatch
 from qwlit.model.loss_model import LossModel
 from qwlit.training.determinism import seed_micro_batch
 
-Direction = Literal["forward", "backward"]
+Direction = Literal["forward", "backward", "input", "input gradient"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Recorder:
         self.values: list[Tensor] = []
 
     def add(self, module: str, direction: Direction, found: Any) -> None:
-        for tensor in _floating(found):
+        for tensor in floating(found):
             self.names.append((module, direction))
             self.values.append(tensor.detach().abs().max().float())
 
@@ -51,32 +51,44 @@ class _Recorder:
         return [Observation(*name, value) for name, value in zip(self.names, largest, strict=True)]
 
 
-def _floating(found: Any) -> Iterator[Tensor]:
+def floating(found: Any) -> Iterator[Tensor]:
     if isinstance(found, Tensor):
         if found.is_floating_point() and found.numel():
             yield found
     elif isinstance(found, tuple | list):
         for item in found:
-            yield from _floating(item)
+            yield from floating(item)
 
 
 @contextmanager
-def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Record the output of every module, and in the backward pass the gradient of that output.
+def hooks(model: nn.Module, add: Callable[[str, Direction, Any], None], *, with_inputs: bool = False) -> Iterator[None]:
+    """Call `add` with the output of every module, and in the backward pass with the gradient of that output.
+
+    Args:
+        with_inputs: also with what every module is given, and its gradient.
 
     A hook on the output itself, and not torch's backward hook of modules: that one makes views, and in-place operations
     on views fail.
     """
 
-    def on_forward(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        recorder.add(name, "forward", output)
-        for tensor in _floating(output):
+    def watch(name: str, direction: Direction, gradient: Direction, found: Any) -> None:
+        add(name, direction, found)
+        for tensor in floating(found):
             if tensor.requires_grad:
-                tensor.register_hook(partial(recorder.add, name, "backward"))
+                tensor.register_hook(partial(add, name, gradient))
 
-    handles: list[RemovableHandle] = [
-        module.register_forward_hook(partial(on_forward, name)) for name, module in model.named_modules() if name
-    ]
+    def before(name: str, module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        watch(name, "input", "input gradient", (*args, *named.values()))
+
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        watch(name, "forward", "backward", output)
+
+    handles: list[RemovableHandle] = []
+    for name, module in model.named_modules():
+        if name and with_inputs:
+            handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+        if name:
+            handles.append(module.register_forward_hook(partial(after, name)))
     try:
         yield
     finally:
@@ -94,7 +106,7 @@ def replay(
     """
     recorder = _Recorder()
     # Compiled layers would not call the hooks inside them.
-    with _hooks(model.causal_lm, recorder), torch.compiler.set_stance("force_eager"):
+    with hooks(model.causal_lm, recorder.add), torch.compiler.set_stance("force_eager"):
         for index, micro in enumerate(micro_batches):
             seed_micro_batch(seed, step, rank, index)
             loss: Tensor = model(micro).loss_sum

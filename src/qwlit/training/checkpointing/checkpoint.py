@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from qwlit.core.errors import ConfigError, first_line
+from qwlit.core.disk import reason_of_disk
+from qwlit.core.errors import ConfigError, QwlitError, first_line
 from qwlit.core.files import fsync_folder
 from qwlit.core.sharding import local
 from qwlit.model.weight_files import describe_differences
@@ -67,21 +68,31 @@ class Ranks:
         """Call `action` on every rank and wait for all of them; return the results of all, on every rank.
 
         Raises:
-            OSError: it failed on a rank; then it raises on all, and no rank waits for one that has given up.
+            Exception: it failed on this rank.
+            OSError, QwlitError: it failed on another rank, which the message names. So no rank waits for one that has
+                given up.
         """
-        result: tuple[T | None, OSError | None]
+        if self.count == 1:
+            return [action()]
+        value, own = None, None
         try:
-            result = action(), None
-        except OSError as error:
-            result = None, error
-        results: list[Any] = [result]
-        if self.count > 1:
-            results = [None] * self.count
-            dist.all_gather_object(results, result, group=self.group)
+            value = action()
+        except Exception as error:
+            own = error
+        results: list[Any] = [None] * self.count
+        dist.all_gather_object(results, (value, own and self._for_others(own)), group=self.group)
         for _, failure in results:
             if failure is not None:
-                raise failure
+                raise own or failure
         return [value for value, _ in results]
+
+    def _for_others(self, error: Exception) -> Exception:
+        """Return the error that the other ranks raise; not every error can be sent."""
+        if isinstance(error, OSError) and error.errno is not None:
+            return OSError(error.errno, f"{reason_of_disk(error)} on rank {self.rank}", error.filename)
+        failure = QwlitError(f"rank {self.rank} failed: {first_line(error)}")
+        failure.exit_code = getattr(error, "exit_code", failure.exit_code)
+        return failure
 
 
 ONE_RANK = Ranks()
@@ -97,7 +108,7 @@ def write_checkpoint(checkpoint: dict[str, Any], final: Path, ranks: Ranks = ONE
     """Write Lightning's checkpoint dictionary as a folder: tensors as safetensors, the rest as a torch file.
 
     Raises:
-        OSError: a rank cannot write; nothing is left of the checkpoint.
+        Exception: a rank cannot write; nothing is left of the checkpoint.
     """
     temporary = temporary_folder(final)
     leads = ranks.rank == 0
@@ -146,7 +157,7 @@ def write_checkpoint(checkpoint: dict[str, Any], final: Path, ranks: Ranks = ONE
                 raise
 
         ranks.together(finish_folder if leads else _nothing)
-    except OSError:
+    except Exception:
         if leads:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -163,7 +174,8 @@ def read_weights(checkpoint: Path, expected: Mapping[str, Tensor] | None = None)
         expected: the weights that the model has; the checkpoint must have the same names and shapes.
 
     Raises:
-        ConfigError: the checkpoint is damaged, or has other weights. It raises before the first weight.
+        ConfigError: the checkpoint is damaged, or has other weights, or some that are not finite. It raises before the
+            first weight.
     """
     _refuse_damaged(checkpoint, find_damage(checkpoint))
     try:
@@ -172,6 +184,9 @@ def read_weights(checkpoint: Path, expected: Mapping[str, Tensor] | None = None)
         wanted = shapes if expected is None else {name: list(tensor.shape) for name, tensor in expected.items()}
         if differences := describe_differences(shapes, wanted, unexpected="not in the model"):
             raise ValueError(differences)
+        for name in shapes:
+            if find_nonfinite({name: weights.read(name)}):
+                raise ValueError(f"{name} is not finite")
     except NOT_LOADABLE as error:
         raise not_loadable(checkpoint, error) from None
     with weights:
@@ -245,7 +260,6 @@ def _read_state(file: Path) -> dict[str, Any]:
 
 
 NOT_LOADABLE = (
-    OSError,
     EOFError,
     RuntimeError,
     LookupError,

@@ -11,6 +11,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from qwlit.core.disk import OF_THE_FILE, naming_path
 from qwlit.core.files import read_json_lines, write_json_atomic
 
 MANIFEST = "MANIFEST.json"
@@ -52,7 +53,8 @@ def write_manifest(checkpoint: Path, facts: Mapping[str, Any], files: Mapping[st
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint in which `find_damage` finds nothing."""
-    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_bytes())
+    with naming_path(checkpoint / MANIFEST):
+        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_bytes())
     return manifest
 
 
@@ -76,13 +78,16 @@ def find_damage(checkpoint: Path, *, rank: int = 0, count: int = 1) -> str | Non
     Args:
         checkpoint: its folder, or a link to it. The seal is that of the run in whose folder it stands.
         rank, count: this rank's place among those that each hash a part of the files.
+
+    Raises:
+        OSError: a file cannot be read, and may be good, see `core.disk.OF_THE_FILE`.
     """
-    run_folder, checkpoint = checkpoint.absolute().parent.parent, checkpoint.resolve()
+    seals, checkpoint = read_seals(checkpoint.absolute().parent.parent), checkpoint.resolve()
     try:
         if not _is_regular(checkpoint / MANIFEST) or (checkpoint / MANIFEST).stat().st_size > LARGEST_MANIFEST:
             raise _DamageError(f"{MANIFEST} is not a file that qwlit wrote")
         manifest = read_manifest(checkpoint)
-        _check_seal(checkpoint, manifest, read_seals(run_folder))
+        _check_seal(checkpoint, manifest, seals)
         _check_names(checkpoint, manifest)
         for name in sorted(manifest["files"])[rank::count]:
             if _describe(checkpoint / name) != manifest["files"][name]:
@@ -92,6 +97,8 @@ def find_damage(checkpoint: Path, *, rank: int = 0, count: int = 1) -> str | Non
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise
         return f"{Path(error.filename or MANIFEST).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
@@ -153,5 +160,5 @@ def forget_hashes() -> None:
 @lru_cache
 def _digest(path: Path, inode: int, size: int, changed: int) -> str:
     """Return the file's sha256. A launch chooses a checkpoint and then reads it; until then it hashes a file once."""
-    with path.open("rb") as handle:
+    with naming_path(path), path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

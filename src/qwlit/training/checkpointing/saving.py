@@ -99,8 +99,10 @@ class Checkpointing(BoundaryCallback):
             self._folder.keep_records(state_dict.get("kept_records", {}))
             # A kill after a save and before its pointers leaves the pointers at an older checkpoint.
             self._seals = read_seals(self._folder.path)
-            if checkpoint := newest(self._folder):
-                self._seals.setdefault(step_of(checkpoint), seal_of(checkpoint))
+            # Where events.jsonl was removed, no checkpoint has a seal, and each one counts.
+            for checkpoint in list_checkpoints(self._folder)[-1 if self._seals else 0 :]:
+                with suppress(FileNotFoundError):
+                    self._seals.setdefault(step_of(checkpoint), seal_of(checkpoint))
             self._record_seals()
             self._point_to_newest_and_best()
 
@@ -182,7 +184,8 @@ class Checkpointing(BoundaryCallback):
             if self._on_damage is not None:
                 self._on_damage(step, f"{name} is not finite")
             raise GuardStop(
-                f"stopped at step {step}: {name} is not finite, so this step is not saved; {self._resume_hint}"
+                f"stopped at step {step}: {name} is not finite, so this step is not saved; {self._resume_hint},"
+                " with guard=default"
             )
 
     def _finish_save(self) -> None:
@@ -255,7 +258,7 @@ class Checkpointing(BoundaryCallback):
             trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt)
         ):
             # The error that ends the run is the one to report.
-            with suppress(ConfigError):
+            with suppress(Exception):
                 self._finish_save()
 
     @property

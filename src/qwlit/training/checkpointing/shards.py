@@ -78,7 +78,12 @@ class ShardReader:
             SafetensorError: one is damaged.
         """
         self._open = ExitStack()
-        self._files: list[Any] = [self._open.enter_context(safe_open(str(file), framework="pt")) for file in files]
+        self._files: list[Any] = []
+        for file in files:
+            with naming_path(file):
+                # safetensors says of every file that it cannot open that there is none.
+                file.open("rb").close()
+                self._files.append(self._open.enter_context(safe_open(str(file), framework="pt")))
 
     def __enter__(self) -> Self:
         return self

@@ -91,7 +91,11 @@ class CheckpointWriter(CheckpointIO):
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> OSError | None:
-        """Wait for the save that was begun; return why it failed, on all ranks alike. A collective."""
+        """Wait for the save that was begun; return why the disk failed, on all ranks alike. A collective.
+
+        Raises:
+            Exception: something else failed, see `Ranks.together`.
+        """
         self.join()
         failure, self._failure = self._failure, None
 

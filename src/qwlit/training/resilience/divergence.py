@@ -67,7 +67,7 @@ class DivergenceRules:
     first: float | None = None
     """The loss at the start: the median of the first steps."""
     best: float = math.inf
-    """The lowest smoothed loss."""
+    """The lowest smoothed loss, or the loss at the start, if that is lower."""
     best_noise: float = 0.0
     """The steps' noise at that time."""
     risen_steps: int = 0
@@ -118,6 +118,9 @@ class DivergenceRules:
         if len(self.losses) < SMOOTH_STEPS:
             return None
         smooth = self.smooth_loss
+        if self.first is not None and math.isinf(self.best):
+            # A run that diverges before there is a smoothed loss has its lowest one at the start.
+            self.best, self.best_noise = self.first, self._noise()
         share = RISE_SHARE * abs(self.best)
         margin = min(max(RISE_FLOOR, share, RISE_SCALES * self.best_noise), max(RISE_CEILING, share))
         self.risen_steps = self.risen_steps + 1 if smooth > self.best + margin else 0

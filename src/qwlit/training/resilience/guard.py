@@ -120,8 +120,11 @@ class Guard(Callback):
             RollbackNeeded: the run goes back.
             GuardStop: it has gone back too often.
         """
-        if cause != "state" and (name := nonfinite_on_any_rank(self._module.trained_state(), Ranks.all())):
-            reason, cause = f"{name} is not finite", "state"
+        if cause != "state":
+            # The frozen weights too: only a rollback for the state reads them again.
+            everything = self._module.trained_state() | dict(self._module.named_parameters())
+            if name := nonfinite_on_any_rank(everything, Ranks.all()):
+                reason, cause = f"{name} is not finite", "state"
         if cause == "state" and any((known.from_step, known.reason) == (step, reason) for known in self.rollbacks):
             cause = "divergence"  # no accident damages the same tensor at the same step again
         if cause == "data" and any(rollback.cause != "state" for rollback in self.rollbacks):
@@ -134,11 +137,14 @@ class Guard(Callback):
             reason,
             cause,
             is_stable=lambda checkpoint: self._health.is_stable(checkpoint, step),
+            first_unhealthy=self._health.first_unhealthy(step),
             skipped_steps=self.skipped_steps,
         )
 
     def needed_checkpoints(self, checkpoints: Sequence[int], step: int) -> set[int]:
-        """Return those that a rollback needs: the newest stable one, and the next one that may become stable.
+        """Return those that a rollback needs: the two newest stable ones, and the next one that may become stable.
+
+        Two, because the disk may damage one.
 
         Args:
             checkpoints: their steps, ascending.
@@ -146,7 +152,7 @@ class Guard(Callback):
         """
         if not (self._config.enabled and self._config.max_rollbacks):
             return set()
-        stable = [saved for saved in checkpoints if self._health.is_stable(saved, step)][-1:]
+        stable = [saved for saved in checkpoints if self._health.is_stable(saved, step)][-2:]
         later = [saved for saved in checkpoints if saved > max(stable, default=0)]
         hopeful = [saved for saved in later if self._health.may_become_stable(saved)][:1]
         return {*stable, *hopeful}

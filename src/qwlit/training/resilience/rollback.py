@@ -38,17 +38,28 @@ class RollbackNeeded(GuardStop):
     """The run must go back. Every rank raises it at the same step; `run.fit` goes back and trains further."""
 
     def __init__(
-        self, step: int, reason: str, cause: Cause, *, is_stable: Callable[[int], bool], skipped_steps: int
+        self,
+        step: int,
+        reason: str,
+        cause: Cause,
+        *,
+        is_stable: Callable[[int], bool],
+        first_unhealthy: int,
+        skipped_steps: int,
     ) -> None:
-        """Args as in `Rollback`; `is_stable`: whether the checkpoint of a step is."""
+        """Args as in `Rollback`; `is_stable`: whether a step's checkpoint is; `first_unhealthy`: of this trouble."""
         super().__init__(f"stopped at step {step}: {reason}")
         self.from_step, self.reason, self.cause = step, reason, cause
-        self._is_stable, self._skipped_steps = is_stable, skipped_steps
+        self._is_stable, self._first_unhealthy, self._skipped_steps = is_stable, first_unhealthy, skipped_steps
 
     def allows(self, checkpoint: int) -> bool:
         """Whether the run may go back to the checkpoint of this step."""
         # A checkpoint holds finite values only, so where the state was damaged the newest one will do.
         return checkpoint < self.from_step and (self.cause == "state" or self._is_stable(checkpoint))
+
+    def is_older(self, checkpoint: int) -> bool:
+        """Whether the checkpoint of this step is older than the trouble."""
+        return checkpoint < self._first_unhealthy
 
     def going_to(self, target: int) -> "Rollback":
         """Return the decision to go back to this step."""
@@ -102,6 +113,10 @@ class Health:
     def may_become_stable(self, checkpoint: int) -> bool:
         """Whether none of the steps after the checkpoint that decide about it has been unhealthy so far."""
         return not any(checkpoint < bad <= checkpoint + self.stable_steps for bad in self.unhealthy)
+
+    def first_unhealthy(self, step: int) -> int:
+        """Return the first unhealthy step among the newest `stable_steps`; this step if all were healthy."""
+        return min((bad for bad in self.unhealthy if step - self.stable_steps < bad), default=step)
 
     def is_stable(self, checkpoint: int, step: int) -> bool:
         """Whether the checkpoint has enough healthy steps behind it when `step` steps are done."""

@@ -40,10 +40,12 @@ class RecordFile:
             OSError: it cannot be written; the lines are kept.
         """
         with self._lock:
-            if not self.kept:
-                return True
-            is_whole = self._write("".join(self.kept).encode("utf-8"))
-            self.kept.clear()
+            is_whole = True
+            # The first line alone: a file that cannot be written for long costs one line at each call, not all of them.
+            for end in (1, None):
+                if lines := self.kept[:end]:
+                    is_whole &= self._write("".join(lines).encode("utf-8"))
+                    del self.kept[:end]
             return is_whole
 
     def _write(self, data: bytes) -> bool:

@@ -29,6 +29,7 @@ class Uploads:
         self._held = folder.path / "wandb" / "uploads"
         self._waiting: Queue[tuple[Path, list[str]]] = Queue()
         self._leaving = False
+        self._num_added = 0
         shutil.rmtree(self._held, ignore_errors=True)
         events = read_json_lines(folder.path / "events.jsonl")
         sent = {event["step"] for event in events if event.get("event") == UPLOADED}
@@ -39,10 +40,18 @@ class Uploads:
 
     def add(self, checkpoint: Path) -> None:
         """Queue a checkpoint. Hard links keep its files, so that the run may delete it before the upload."""
-        held = self._held / checkpoint.name
-        held.mkdir(parents=True)
-        for file in checkpoint.iterdir():
-            _link(file, held / file.name)
+        # After a rollback the same step is saved again, while its first checkpoint may still be uploaded.
+        self._num_added += 1
+        held = self._held / str(self._num_added) / checkpoint.name
+        try:
+            held.mkdir(parents=True)
+            for file in checkpoint.iterdir():
+                _link(file, held / file.name)
+        except OSError as error:
+            # The caller goes on, and deletes older checkpoints, which frees disk space.
+            self._say_failed(held, error)
+            shutil.rmtree(held.parent, ignore_errors=True)
+            return
         pointers = [name for name in ("best", "last") if linked_checkpoint(self._folder, name) == checkpoint]
         self._waiting.put((held, [f"step-{step_of(checkpoint)}", *pointers]))
 
@@ -53,11 +62,14 @@ class Uploads:
                 if not self._leaving:
                     self._send(held, aliases)
             except Exception as error:
-                message = f"{held.name} was not uploaded to W&B ({one_line(str(error))})"
-                self._folder.append_event(step_of(held), "finding", message=message)
-                console().print(f"  [yellow]note[/]      {escape(message)}")
+                self._say_failed(held, error)
             finally:
                 self._waiting.task_done()
+
+    def _say_failed(self, held: Path, error: Exception) -> None:
+        message = f"{held.name} was not uploaded to W&B ({one_line(str(error))})"
+        self._folder.append_event(step_of(held), "finding", message=message)
+        console().print(f"  [yellow]note[/]      {escape(message)}")
 
     def _send(self, held: Path, aliases: list[str]) -> None:
         if damage := find_damage(held):
@@ -69,7 +81,7 @@ class Uploads:
             artifact.add_file(str(file), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact, aliases=aliases).wait()
         self._folder.append_event(step_of(held), UPLOADED, artifact=artifact.name)
-        shutil.rmtree(held)
+        shutil.rmtree(held.parent)
 
     def finish(self, *, wait: bool) -> bool:
         """Wait for all uploads, or with `wait=False` drop those that are queued; return whether all are done."""
