@@ -1,11 +1,13 @@
 """What a run's records say about its health: symptoms, each with its evidence and with overrides for another try.
 
-The symptoms are those of the tuning guide, and of the run that turned to NaN at step 3600. All numbers are robust:
-medians, and 1.4826 times the median absolute deviation as scale. "Measured": with tests/runs/test_diagnosis.py.
+The symptoms are those of the tuning guide, and of the run that turned to NaN at step 3600. "Measured": in trainings
+like those of tests/runs/test_diagnosis.py.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -88,11 +90,10 @@ class _Examination:
     def _diverging(self) -> Symptom | None:
         """The guard's decisions, losses that are not finite, and a loss that rose and stayed up."""
         run, told = self._run, []
-        back = [event for event in run.events if event["event"] == "rollback"]
-        told += [f"{event.get('reason')}: went back to step {event['step']}" for event in back]
-        stops = [event for event in run.events if event["event"] == "stopped"]
-        told += [f"{event.get('reason')}: the guard stopped the run at step {event['step']}" for event in stops]
-        skips = [event["step"] for event in run.events if event["event"] == "skip" and "float16" not in str(event)]
+        what = {"rollback": "went back to step", "stopped": "the guard stopped the run at step"}
+        acts = [event for event in run.events if event["event"] in what]
+        told += [f"{event.get('reason')}: {what[event['event']]} {event['step']}" for event in acts]
+        skips = [event["step"] for event in run.events if event["event"] == "skip" and not _is_overflow(event)]
         if len(skips) > max(2, MOST_SKIPS * (run.results.steps or 0)):
             told.append(f"{len(skips)} steps were skipped, from step {skips[0]} on")
         finite = {step for step, _ in run.series.get("train/loss", [])}
@@ -108,7 +109,7 @@ class _Examination:
                 told.append(f"the loss rose from {self._losses[best]:.3g}, step {self._steps[best]}, to {last[-1]:.3g}")
         if not told:
             return None
-        if len(told) == len(back) and all("'cause': 'state'" in str(event.get("decision")) for event in back):
+        if len(told) == len(acts) and all(_cause(event) == "state" for event in acts):
             return Symptom("damaged state", told, [], "Check the memory and the devices of this machine.")
         name = "degenerate sampling" if any(text.startswith(OF_SAMPLING) for text in told) else "diverging loss"
         return Symptom(name, told, self._remedies.of_divergence(), "Read the samples in diagnosis.json.")
@@ -193,8 +194,16 @@ class _Examination:
         return max((sum(ratio * (step - before) for before, (step, ratio) in each) for each in gaps), default=0) or None
 
     def _looked_at(self) -> str:
-        kinds = (("train/loss", FEWEST_RECORDS), ("optim/grad_norm", FEWEST_RECORDS), ("val/loss", FEWEST_VALIDATIONS))
-        counts = [(len(self._run.series.get(key, [])), key, fewest) for key, fewest in kinds]
-        texts = [f"{count} x {key}{f' (too few, less than {few})' * (count < few)}" for count, key, few in counts]
+        kinds = {"train/loss": FEWEST_RECORDS, "optim/grad_norm": FEWEST_RECORDS, "val/loss": FEWEST_VALIDATIONS}
+        counts = {key: len(self._run.series.get(key, [])) for key in kinds}
+        texts = [f"{n} x {key}{f' (too few, less than {kinds[key]})' * (n < kinds[key])}" for key, n in counts.items()]
         limit = "peak memory" if self._run.manifest.get("device_memory_gib") else "no memory limit, which is not known"
         return ", ".join([*texts, f"{len(self._run.events)} events", limit])
+
+
+def _cause(rollback: Mapping[str, Any]) -> Any:
+    return decision.get("cause") if isinstance(decision := rollback.get("decision"), dict) else None
+
+
+def _is_overflow(skip: Mapping[str, Any]) -> bool:
+    return str(skip.get("reason")).startswith("float16 overflow")

@@ -1,4 +1,4 @@
-"""Robust statistics of logged series: medians, and 1.4826 times the median absolute deviation as scale."""
+"""Robust statistics of logged series: medians and quantiles."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,13 +8,16 @@ import numpy as np
 
 from qwlit.report.runs import Series
 
-SCALE = 1.4826
-"""The standard deviation of normal noise over its median absolute deviation."""
+NOISE_SHARE, NOISE_QUANTILE = 0.9, 1.645
+"""The noise is taken from the difference that so large a share do not exceed: so many deviations if it is normal. As in
+the guard: the median would be near 0 where most records are easy samples and the others hard ones."""
 
 
 def noise_of(values: Sequence[float]) -> float:
     """Return the scale of the values around the lines through their neighbours: a second difference has √6 times it."""
-    return SCALE * float(np.median(np.abs(np.diff(values, 2)))) / math.sqrt(6) if len(values) > 2 else 0.0
+    if len(values) < 3:
+        return 0.0
+    return float(np.quantile(np.abs(np.diff(values, 2)), NOISE_SHARE)) / NOISE_QUANTILE / math.sqrt(6)
 
 
 def smoothed(values: Sequence[float], most: int) -> tuple["np.ndarray[Any, Any]", float]:
