@@ -143,6 +143,15 @@ def test_decisions_of_the_guard_are_symptoms_by_their_cause(templates, reason, c
     assert bool(symptom.remedies) == (name != "damaged state")
 
 
+def test_a_run_that_stops_because_its_state_is_damaged_again_needs_other_hardware(templates):
+    back = {"step": 3, "event": "rollback", "reason": "w is not finite", "decision": {"cause": "state"}}
+    stop = {"step": 9, "event": "stopped", "reason": "w is not finite"}
+    (symptom,) = diagnose(replace(templates["full"], series={}, events=(back, stop))).symptoms
+    assert symptom.name == "damaged state"
+    (symptom,) = diagnose(replace(templates["full"], series={}, events=(stop,))).symptoms
+    assert symptom.name == "diverging loss"
+
+
 def test_the_beginnings_of_the_probes_alarms_are_those_in_its_source():
     source = Path(probe.__file__).read_text(encoding="utf-8")
     assert all(f'"{beginning}' in source for beginning in OF_SAMPLING)

@@ -8,16 +8,17 @@ import numpy as np
 
 from qwlit.report.runs import Series
 
-NOISE_SHARE, NOISE_QUANTILE = 0.9, 1.645
-"""The noise is taken from the difference that so large a share do not exceed: so many deviations if it is normal. As in
-the guard: the median would be near 0 where most records are easy samples and the others hard ones."""
+NOISE_QUANTILES = {0.5: 0.674, 0.9: 1.645}
+"""The noise is taken from the differences that so large a share do not exceed: so many deviations if it is normal. Of
+the two the larger: as the guard says, the median is near 0 where most records are easy samples and the others hard."""
 
 
 def noise_of(values: Sequence[float]) -> float:
     """Return the scale of the values around the lines through their neighbours: a second difference has √6 times it."""
     if len(values) < 3:
         return 0.0
-    return float(np.quantile(np.abs(np.diff(values, 2)), NOISE_SHARE)) / NOISE_QUANTILE / math.sqrt(6)
+    differences = np.abs(np.diff(values, 2)) / math.sqrt(6)
+    return max(float(np.quantile(differences, share)) / scale for share, scale in NOISE_QUANTILES.items())
 
 
 def smoothed(values: Sequence[float], most: int) -> tuple["np.ndarray[Any, Any]", float]:
