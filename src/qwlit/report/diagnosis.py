@@ -193,8 +193,8 @@ class _Examination:
         kinds = {"train/loss": FEWEST_RECORDS, "optim/grad_norm": FEWEST_RECORDS, "val/loss": FEWEST_VALIDATIONS}
         counts = {key: len(self._run.series.get(key, [])) for key in kinds}
         texts = [f"{n} x {key}{f' (too few, less than {kinds[key]})' * (n < kinds[key])}" for key, n in counts.items()]
-        limit = "peak memory" if self._run.manifest.get("device_memory_gib") else "no memory limit, which is not known"
-        return ", ".join([*texts, f"{len(self._run.events)} events", limit])
+        memory = "peak memory" if self._run.manifest.get("device_memory_gib") else "no memory limit, as it is not known"
+        return ", ".join([*texts, f"{len(self._run.events)} events", memory])
 
 
 def _cause(rollback: Any) -> Any:
