@@ -111,7 +111,10 @@ class _Examination:
         if len(told) == len(acts) and causes == {"state"}:
             return Symptom("damaged state", told, [], "Check the memory and the devices of this machine.")
         name = "degenerate sampling" if any(text.startswith(OF_SAMPLING) for text in told) else "diverging loss"
-        return Symptom(name, told, self._remedies.of_divergence(), "Read the samples in diagnosis.json.")
+        # Only a run that the guard stopped has this file.
+        is_stopped = any(event["event"] == "stopped" for event in acts)
+        advice = "Read the samples in diagnosis.json." if is_stopped else "Read the decisions in events.jsonl."
+        return Symptom(name, told, self._remedies.of_divergence(), advice)
 
     def _margin(self, best: float) -> float:
         share = RISE_SHARE * abs(best)
