@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
@@ -24,6 +24,11 @@ from qwlit.planning.setup import Setup, resolve_setup
 from qwlit.training.checkpointing.checkpoint import read_weights
 from qwlit.training.checkpointing.folder import linked_checkpoint, list_checkpoints
 from qwlit.training.tracking.run_folder import RunFolder
+
+NONFINITE_REMEDY = (
+    "The weights diverged in training, or float16 is too narrow for them: use an earlier checkpoint"
+    " (run=…/checkpoints/step-…), or hardware.precision=32-true"
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,14 @@ class TrainedModel:
 
     @property
     def pad_id(self) -> int:
+        """Of positions that the attention mask leaves out."""
         pad = self.tokenizer.pad_token_id
-        return self.end_ids[0] if pad is None else int(pad)
+        return next(iter(self.end_ids), 0) if pad is None else int(pad)
+
+    @property
+    def most_positions(self) -> int:
+        """Tokens of a prompt and its answer together."""
+        return int(self.causal_lm.config.max_position_embeddings)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass: products in the precision of the hardware settings."""
@@ -158,6 +169,9 @@ def _ready(setup: Setup, loss_model: LossModel, origin: str, notes: Sequence[str
     check_vocabulary(setup.config.model, tokenizer)
     text = TextTokenizer(tokenizer)
     loss_model.eval().requires_grad_(False).to(setup.machine.accelerator)
+    lm = loss_model.causal_lm
+    # transformers fills in every setting that a call leaves out, such as bad_words_ids, from the model's own.
+    lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     chat = chat_encoder(setup.config, tokenizer, text)
     return TrainedModel(setup, loss_model, tokenizer, text, chat, origin, tuple(notes))
 
