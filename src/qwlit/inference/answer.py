@@ -15,9 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 from qwlit.config.settings import GenerationSettings
 from qwlit.core.errors import ConfigError, DataError, GuardStop
 from qwlit.data.conversation import END_THINK, THINK
-from qwlit.data.prompts import Prompt, one_question
+from qwlit.data.prompts import Prompt
 from qwlit.data.rows import RowError
-from qwlit.inference.trained_model import NONFINITE_REMEDY, TrainedModel
+from qwlit.inference.trained_model import NONFINITE_REMEDY, QUESTION, TrainedModel
 from qwlit.model.attention import generation_attention
 
 LOOP_TOKENS, LOOP_DISTINCT = 48, 6
@@ -71,9 +71,9 @@ def has_thinking_switch(model: TrainedModel) -> bool:
     """Whether the chat template makes another prompt for an answer with thinking than for one without."""
     if model.chat is None:
         return False
-    question, template = one_question("?").conversation, model.chat.template
+    template = model.chat.template
     try:
-        return template.render_prompt(question, thinking=True) != template.render_prompt(question, thinking=False)
+        return template.render_prompt(QUESTION, thinking=True) != template.render_prompt(QUESTION, thinking=False)
     except RowError:
         return True  # a template that refuses this question says so at the user's
 

@@ -106,10 +106,8 @@ def _rows(model: TrainedModel, question: Question, screen: Console) -> tuple[Sam
     config = replace(model.config, data=data)
     tokenized = load_tokenized_data(config, screen)
     split = split_data(data, tokenized.training, tokenized.validation)
-    for note in (
-        *(f"left out: {reason}" for reason in quarantine_reasons(split.stores)[:REASONS_NAMED]),
-        *split.remarks,
-    ):
+    left_out = [f"left out: {reason}" for reason in quarantine_reasons(split.stores)[:REASONS_NAMED]]
+    for note in (*left_out, *split.remarks):
         screen.print(f"  [yellow]note[/]  {escape(note)}")
     if too_long := split.totals["too_long"]:
         screen.print(f"  [yellow]note[/]  {too_long:,} rows are left out: more than {data.max_seq_len:,} tokens")

@@ -35,9 +35,7 @@ def describe(model: TrainedModel, screen: Console) -> None:
     elif settings.thinking:
         how = f"thinking, {how}"
         if not has_thinking_switch(model):
-            screen.print(
-                "[yellow]note[/]  the chat template has no switch for thinking; generation.thinking changes nothing"
-            )
+            screen.print("[yellow]note[/]  the chat template has no switch for thinking, so the setting has no effect")
     screen.print(f"[bold]{escape(model.origin)}[/]  {how}, seed {model.config.seed}")
 
 

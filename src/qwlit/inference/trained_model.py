@@ -13,9 +13,11 @@ from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.chat import ChatEncoder
+from qwlit.data.conversation import Conversation, Message
 from qwlit.data.jinja_template import unmarked_template
 from qwlit.data.recognise import resolve_template
-from qwlit.data.templates import ChatTemplate, Supervision
+from qwlit.data.rows import RowError
+from qwlit.data.templates import ChatTemplate, ChatTemplateFamily, Supervision
 from qwlit.data.tokenizer import END_OF_TEXT, TextTokenizer
 from qwlit.model.config import DropoutConfig, FreezeConfig
 from qwlit.model.load import check_vocabulary, load_tokenizer
@@ -25,6 +27,8 @@ from qwlit.training.checkpointing.checkpoint import read_weights
 from qwlit.training.checkpointing.folder import linked_checkpoint, list_checkpoints
 from qwlit.training.tracking.run_folder import RunFolder
 
+QUESTION = Conversation((Message("user", "?"),))
+"""Shows how a template begins an answer."""
 NONFINITE_REMEDY = (
     "The weights diverged in training, or float16 is too narrow for them: use an earlier checkpoint"
     " (run=…/checkpoints/step-…), or hardware.precision=32-true"
@@ -133,10 +137,12 @@ def load_run(composed: Composed, folder: RunFolder, checkpoint: Path | None = No
         try:
             fill_from_checkpoint(loss_model, candidate)
         except ConfigError as error:
-            damaged.append(str(error))
+            # What follows is the remedy of a training.
+            damaged.append(str(error).partition("; run the same command")[0])
             continue
         return _ready(setup, loss_model, f"{folder.path}, {candidate.name}", tuple(damaged))
-    raise ConfigError("; ".join(damaged) or f"{folder.path} has no checkpoint yet; wait for its first one")
+    remedy = " yet; wait for its first one" if folder.status == "running" else ", so it has nothing to answer with"
+    raise ConfigError("; ".join(damaged) or f"{folder.path} has no checkpoint{remedy}")
 
 
 def _candidates(folder: RunFolder) -> list[Path]:
@@ -176,6 +182,29 @@ def _ready(setup: Setup, loss_model: LossModel, origin: str, notes: Sequence[str
     return TrainedModel(setup, loss_model, tokenizer, text, chat, origin, tuple(notes))
 
 
+def _as_it_asks(tokenizer: PreTrainedTokenizerFast, family: ChatTemplateFamily) -> ChatTemplate:
+    """Return the family, or the tokenizer's own template where that begins an answer in another way.
+
+    Families are recognised by whole conversations; the templates of models that always think differ only in prompts,
+    which end with <think>.
+    """
+    own = unmarked_template(tokenizer)
+    if own is None:
+        return family
+    own = replace(own, default_system=family.default_system)
+    try:
+        for thinking in (False, True):
+            texts = [
+                "".join(piece.text for piece in template.render_prompt(QUESTION, thinking=thinking))
+                for template in (family, own)
+            ]
+            if texts[0] != texts[1]:
+                return own
+    except RowError:
+        pass  # it says so at the user's prompt
+    return family
+
+
 def chat_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast, text: TextTokenizer) -> ChatEncoder | None:
     """Return what encodes prompts; None if the tokenizer has no chat template and the settings name none."""
     template: ChatTemplate | None
@@ -188,4 +217,6 @@ def chat_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast, text: Te
         return None
     if config.data.system is not None:
         template = template.with_system(config.data.system)
+    if isinstance(template, ChatTemplateFamily) and config.data.template == "auto":
+        template = _as_it_asks(tokenizer, template)
     return ChatEncoder(text, template, Supervision())
