@@ -49,6 +49,10 @@ def encode_prompt(model: TrainedModel, prompt: Prompt, settings: GenerationSetti
     Raises:
         DataError: the template cannot express the conversation, or the prompt is longer than the model can read.
     """
+    try:
+        "".join(message.content for message in prompt.conversation.messages).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{prompt.origin or 'prompt'} is not UTF-8; type or save it in that encoding") from None
     if settings.chat and model.chat is not None:
         try:
             pieces = model.chat.template.render_prompt(prompt.conversation, thinking=settings.thinking)
@@ -97,8 +101,10 @@ def answers(
         GuardStop: the model's distribution of the next token is not finite.
         ConfigError: the device has too little memory for a batch.
     """
+    # All before the first answer: a prompt that is too long shows at once.
+    encoded = [encode_prompt(model, prompt, settings) for prompt in prompts]
     for first in range(0, len(prompts), settings.batch_size):
-        batch = [encode_prompt(model, p, settings) for p in prompts[first : first + settings.batch_size]]
+        batch = encoded[first : first + settings.batch_size]
         for prompt, tokens in zip(batch, generate(model, batch, settings, streamer=streamer), strict=True):
             yield _answer(model, prompt, tokens, settings)
 

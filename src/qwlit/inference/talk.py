@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from qwlit.core.console import showing_progress
+from qwlit.core.disk import naming_path
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.data.conversation import END_THINK, THINK, Conversation, Message
@@ -110,7 +111,7 @@ def answer_file(model: TrainedModel, path: str, output: Path, screen: Console) -
     prompts = list(read_prompts(path, columns=model.config.data.columns))
     torch.manual_seed(model.config.seed)
     ends: Counter[str] = Counter()
-    with output.open("w", encoding="utf-8") as file, showing_progress("answering", screen) as show:
+    with naming_path(output), output.open("w", encoding="utf-8") as file, showing_progress("answering", screen) as show:
         for number, (prompt, answer) in enumerate(
             zip(prompts, answers(model, prompts, model.config.generation), strict=True), 1
         ):
