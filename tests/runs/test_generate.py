@@ -143,6 +143,17 @@ def test_an_answer_ends_where_the_positions_of_the_model_do(trained):
     assert done.returncode == 0 and "max_position_embeddings" in done.stdout, done.stdout
 
 
+def test_an_adapter_answers_on_its_own_base_alone(trained):
+    moved = trained / "moved"
+    shutil.copytree(trained / "runs/full/export", moved)
+    words = ["generate", "run=lora", f"model.path={moved}", "prompt=a", *SHORT]
+    assert qwlit(words, trained).returncode == 0
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, moved / "model.safetensors", {"format": "pt"})
+    done = qwlit(words, trained)
+    assert done.returncode == 2 and "is not the one that" in done.stderr and "was trained on" in done.stderr
+
+
 def test_columns_of_a_file_of_prompts_are_renamed(trained):
     (trained / "other.jsonl").write_text(json.dumps({"q": "hello", "a": "x"}) + "\n")
     columns = ["data.columns.prompt=q", "data.columns.completion=a"]

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, DataError
+from qwlit.core.files import read_json
 from qwlit.data.chat import ChatEncoder
 from qwlit.data.conversation import Conversation, Message
 from qwlit.data.jinja_template import unmarked_template
@@ -19,8 +20,8 @@ from qwlit.data.recognise import resolve_template
 from qwlit.data.rows import RowError
 from qwlit.data.templates import ChatTemplate, ChatTemplateFamily, Supervision
 from qwlit.data.tokenizer import END_OF_TEXT, TextTokenizer
-from qwlit.model.config import DropoutConfig, FreezeConfig
-from qwlit.model.load import check_vocabulary, load_tokenizer
+from qwlit.model.config import DropoutConfig, FreezeConfig, ModelConfig
+from qwlit.model.load import check_vocabulary, fingerprint, load_tokenizer
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.planning.setup import Setup, resolve_setup
 from qwlit.training.checkpointing.checkpoint import read_weights
@@ -127,10 +128,13 @@ def load_run(composed: Composed, folder: RunFolder, checkpoint: Path | None = No
         checkpoint: use this one; None: choose.
 
     Raises:
-        ConfigError: no checkpoint is good, or the base model or tokenizer is not where the run found it.
+        ConfigError: no checkpoint is good, or the base model or tokenizer is not where the run found it, or another.
     """
     setup = resolve_setup(composed)
-    loss_model = _build(setup, setup.config.freeze, leave_empty=setup.num_trainable == setup.num_parameters)
+    trains_all = setup.num_trainable == setup.num_parameters
+    if not trains_all:
+        _refuse_other_base(setup.config.model, folder)
+    loss_model = _build(setup, setup.config.freeze, leave_empty=trains_all)
     candidates = [checkpoint] if checkpoint else _candidates(folder)
     damaged = []
     for candidate in candidates:
@@ -143,6 +147,15 @@ def load_run(composed: Composed, folder: RunFolder, checkpoint: Path | None = No
         return _ready(setup, loss_model, f"{folder.path}, {candidate.name}", tuple(damaged))
     remedy = " yet; wait for its first one" if folder.status == "running" else ", so it has nothing to answer with"
     raise ConfigError("; ".join(damaged) or f"{folder.path} has no checkpoint{remedy}")
+
+
+def _refuse_other_base(model: ModelConfig, folder: RunFolder) -> None:
+    before, now = read_json(folder.path / "manifest.json").get("base"), fingerprint(model)
+    if before not in (None, now):
+        raise ConfigError(
+            f"model.path={model.path}: the base model is not the one that {folder.path} was trained on (fingerprint"
+            f" {before}, now {now}); put that back, or name its new place with model.path=FOLDER"
+        )
 
 
 def _candidates(folder: RunFolder) -> list[Path]:
