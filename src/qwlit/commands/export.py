@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     with screen.status("exporting" + (" and proving" if options.proves else "")):
         made = export_run(composed, folder, checkpoint, options) if folder else export_folder(composed, options)
     proof = read_json(made / PROOF)
-    show_notes(proof["of"].get("passed_over", []), screen)
+    show_notes(proof["of"].get("notes", []), screen)
     screen.print(str(made), markup=False, highlight=False, soft_wrap=True)
     if options.proves:
         _print_proof(proof)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from qwlit.core.console import showing_progress
 from qwlit.core.disk import naming_path
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, DataError
 from qwlit.core.files import resolve_path
 from qwlit.data.conversation import END_THINK, THINK, Conversation, Message
 from qwlit.data.prompts import Prompt, one_question, read_prompts
@@ -56,7 +56,12 @@ def talk(model: TrainedModel, screen: Console, *, show_thinking: bool) -> None:
             messages = ()
             continue
         messages += (Message("user", typed),)
-        answer = _print_answer(model, Prompt(Conversation(messages)), screen, show_thinking)
+        try:
+            answer = _print_answer(model, Prompt(Conversation(messages)), screen, show_thinking)
+        except DataError as error:
+            screen.print(f"[yellow]note[/]  {escape(str(error))}; the message is left out")
+            messages = messages[:-1]
+            continue
         # The next prompt has the answer as the model ended it. An empty one has nothing that a template could write.
         messages = (*messages, Message("assistant", answer.text)) if answer.text.strip() else messages[:-1]
 

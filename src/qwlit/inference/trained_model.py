@@ -144,7 +144,11 @@ def load_run(composed: Composed, folder: RunFolder, checkpoint: Path | None = No
             # What follows is the remedy of a training.
             damaged.append(str(error).partition("; run the same command")[0])
             continue
-        return _ready(setup, loss_model, f"{folder.path}, {candidate.name}", tuple(damaged))
+        ready = _ready(setup, loss_model, f"{folder.path}, {candidate.name}", damaged)
+        before = read_json(folder.path / "manifest.json").get("tokenizer")
+        if before in (None, ready.text.fingerprint):
+            return ready
+        return replace(ready, notes=(*damaged, "the tokenizer is not the one of the training, so answers may differ"))
     remedy = " yet; wait for its first one" if folder.status == "running" else ", so it has nothing to answer with"
     raise ConfigError("; ".join(damaged) or f"{folder.path} has no checkpoint{remedy}")
 

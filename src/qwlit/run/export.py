@@ -166,7 +166,7 @@ def _of_run(model: TrainedModel, folder: RunFolder, options: Options) -> _Subjec
     return _Subject(
         model.setup,
         {"run": str(folder.path), "checkpoint": used.name, "step": step_of(used)}
-        | ({"passed_over": list(model.notes)} if model.notes else {}),
+        | ({"notes": list(model.notes)} if model.notes else {}),
         export_sources(config.model, has_tokenizer=True),
         end_token(config, said, model.chat, model.text, model.tokenizer),
         reference,
