@@ -89,7 +89,8 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(ranks, place)
     start([*words, f"run.name=cut-{ranks}"], place, code=Interrupted.exit_code, **{STOP_AFTER: "13"})
     start([*words, f"run.name=cut-{ranks}"], place)
     whole, cut = (place / "runs" / f"{kind}-{ranks}" for kind in ("whole", "cut"))
-    assert json.loads((cut / "summary.json").read_text())["resumed_from"] == 10
+    # An epoch ends with step 13, too: its checkpoint may be saved before the process ends.
+    assert json.loads((cut / "summary.json").read_text())["resumed_from"] in (10, 13)
     assert rows(whole, "trace.jsonl") == rows(cut, "trace.jsonl")
     assert_same_run(whole, cut)
 

@@ -15,8 +15,10 @@ from qwlit.commands import report
 from qwlit.commands.report import main
 from qwlit.core.console import Screen
 from qwlit.core.errors import ConfigError
+from qwlit.core.files import locked
 from qwlit.report.curves import MOST_POINTS, thin
 from qwlit.report.drawing import needs_log_axis
+from qwlit.training.tracking.run_folder import RunFolder
 from tests.reports import Page, assert_self_contained, comparison_of, page_of, searched, write_run, write_sweep
 
 
@@ -176,3 +178,50 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "baseline" in done.stdout, done.stderr
+
+
+def running(path, **how):
+    """A run that trains: its summary says so, and its lock is held."""
+    write_run(path, summary={"status": "running"}, **how)
+    RunFolder(path).lock_file.parent.mkdir(exist_ok=True)
+    return locked(RunFolder(path).lock_file)
+
+
+def test_a_followed_page_loads_itself_again_until_the_run_ends(tmp_path, monkeypatch, capsys):
+    path, pages = tmp_path / "run", []
+
+    def sleep(seconds):
+        pages.append((path / "report.html").read_text(encoding="utf-8"))
+        if len(pages) == 2:
+            RunFolder(path).write_summary(status="done")
+
+    monkeypatch.setattr("time.sleep", sleep)
+    with running(path):
+        main([f"runs={path}", "follow=true"])
+    last = (path / "report.html").read_text(encoding="utf-8")
+    assert [page.count('<meta http-equiv="refresh" content="10">') for page in (*pages, last)] == [1, 1, 0]
+    assert "1 run, running" in pages[0] and "1 run, done" in last and "1 run, done" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_following_with_a_whole_page(tmp_path, monkeypatch):
+    def sleep(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", sleep)
+    with running(tmp_path / "run"):
+        main([f"runs={tmp_path / 'run'}", "follow=true"])
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "refresh" not in page and page.endswith("</html>\n") and "1 run, running" in page
+
+
+def test_the_page_of_one_run_has_its_groups_its_guarantee_and_its_answers_by_prompt(tmp_path):
+    rows = [{"step": n, "optim/lr": 1, "optim/grad_norm/decay": n, "optim/update_ratio/decay": 0.1} for n in (1, 2, 3)]
+    asked = [{"step": n, "prompt": prompt, "answer": f"{prompt}{n}"} for n in (1, 2) for prompt in ("p", "q")]
+    decision = {"from_step": 9, "to_step": 2, "reason": "the loss rose", "cause": "divergence", "skipped_steps": 0}
+    back = {"step": 2, "event": "rollback", "reason": "the loss rose", "decision": decision, "before": [decision]}
+    run = write_run(tmp_path / "run", rows=rows, samples=[*asked, {"prompt": "z", "answer": "end"}], events=[back])
+    text = Page(page_of(comparison_of(run))).text
+    assert "Gradient norm, decay" in text and "Change of the weights, decay" in text
+    assert "fast: the same command may give other last digits; attention sdpa, 32-true, 1 x CPU." in text
+    assert re.findall(r"end|[pq][12]", text[text.index("Samples") :]) == ["end", "p1", "p2", "q1", "q2"]
+    assert "from_step: 9; to_step: 2; reason: the loss rose; cause: divergence" in text and "before" not in text

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -93,3 +95,22 @@ def test_an_error_of_the_items_ends_the_workers_and_arrives() -> None:
 
 def test_this_process_has_cores() -> None:
     assert num_cores() >= 1
+
+
+IGNORING = """
+import sys
+from qwlit.data.batches import train_loader
+
+class Items:
+    def __getitem__(self, step): return step
+    def __len__(self): return 100
+
+iterator = iter(train_loader(Items(), start_step=0, total_steps=100, num_workers=2, pin_memory=False))
+next(iterator)
+# Something keeps the iterator until the end, as the traceback of an interrupted run may.
+sys.kept = iterator
+"""
+
+
+def test_a_process_ends_although_its_workers_ignore_signals_and_nobody_ends_them() -> None:
+    subprocess.run([sys.executable, "-c", IGNORING], timeout=120, check=True)

@@ -195,7 +195,7 @@ sample by sample. Also spelled eval.
 """
 
 REPORT = """\
-python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE]
+python -m qwlit report runs=[RUN,...] [baseline=RUN] [output=text|json] [page=FILE] [follow=true]
 
 Compares runs, the best first: how their settings, results and events differ. Also writes report.html with curves and,
 from four runs on, which settings mattered. Reads run folders and trains nothing.
@@ -212,9 +212,11 @@ from four runs on, which settings mattered. Reads run folders and trains nothing
   output     text, or json
   page       file to write; by default report.html in the run's folder, the sweep's folder, or the common parent folder
              of all runs
+  follow     true: write the page every 10 s until the runs end, or until Ctrl-C; a browser loads it again by itself
 
-Warns about runs that cannot be compared: other validation data, device, precision or code. Of runs with other seeds it
-prints mean, deviation and 95 % confidence interval, and whether other settings differ by more than the seeds do.
+Prints a diagnosis of each run that shows a symptom, with overrides to try. Warns about runs that cannot be compared:
+other validation data, device, precision or code. Of runs with other seeds it prints mean, deviation and 95 % confidence
+interval, and whether other settings differ by more than the seeds do.
 """
 
 INTROS = {

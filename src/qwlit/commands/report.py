@@ -1,6 +1,8 @@
 """`report`: compare runs, on the terminal and as an HTML page."""
 
+import contextlib
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +18,10 @@ from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 from qwlit.core.lists import read_list
-from qwlit.core.streams import write_json
+from qwlit.core.streams import say, write_json
 from qwlit.report.comparability import comparison_warnings
 from qwlit.report.compare import RunComparison, build_comparison
+from qwlit.report.diagnosis import Diagnosis, diagnose
 from qwlit.report.importance import Importance, importance
 from qwlit.report.page import FILE, headline, write_page
 from qwlit.report.repeats import find_repeats, judge, table_of
@@ -32,7 +35,8 @@ MOST_LISTED = 6
 """Settings listed per run if too many differ for one column each; the page lists all."""
 GAP, FOLDED = 2, 20
 """Characters between two columns, and the smallest width of a column of folded text."""
-OPTIONS = {"runs": None, "baseline": None, "output": OUTPUTS, "page": None}
+REFRESH_SECONDS = 10
+OPTIONS = {"runs": None, "baseline": None, "output": OUTPUTS, "page": None, "follow": ("false", "true")}
 
 
 def main(arguments: list[str]) -> None:
@@ -44,17 +48,36 @@ def main(arguments: list[str]) -> None:
     names = read_list(own["runs"])
     if not names:
         raise ConfigError(f"runs={own['runs']} is empty; name run folders, sweeps or globs, e.g. runs=[runs/a,runs/b]")
-    try:
-        comparison = build_comparison(names, own["baseline"] or None)
-    except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
-    warnings, shares = comparison_warnings(comparison), importance(comparison)
-    file = resolve_path(own["page"]) if own["page"] else comparison.home / FILE
+    if own["follow"] == "true":
+        _follow(names, own)
+    comparison, warnings, shares, file = _compare(names, own)
     write_page(comparison, warnings, shares, file)
     if own["output"] == "json":
         write_json(json.dumps(_as_json(comparison, warnings, shares, file), indent=1, ensure_ascii=False))
     else:
         _show(comparison, warnings, shares, file, console())
+
+
+def _compare(names: list[str], own: dict[str, str | None]) -> tuple[RunComparison, list[str], Importance | None, Path]:
+    """Return the comparison, its warnings, the importance of settings, and the place of the page."""
+    try:
+        comparison = build_comparison(names, own["baseline"] or None)
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}") from None
+    file = resolve_path(own["page"]) if own["page"] else comparison.home / FILE
+    return comparison, comparison_warnings(comparison), importance(comparison), file
+
+
+def _follow(names: list[str], own: dict[str, str | None]) -> None:
+    """Write the page again and again until no run is running, or until Ctrl-C."""
+    say(f"qwlit: the page is written every {REFRESH_SECONDS} s while a run trains; Ctrl-C ends that")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            comparison, warnings, shares, file = _compare(names, own)
+            if all(run.status != "running" for run in comparison.runs):
+                return
+            write_page(comparison, warnings, shares, file, refresh=REFRESH_SECONDS)
+            time.sleep(REFRESH_SECONDS)
 
 
 def _as_json(comparison: RunComparison, warnings: list[str], shares: Importance | None, file: Path) -> dict[str, Any]:
@@ -76,6 +99,7 @@ def _as_json(comparison: RunComparison, warnings: list[str], shares: Importance 
                 **asdict(run.results),
                 "settings": {key: run.settings[key] for key in comparison.differing if key in run.settings},
                 "events": {event: run.count(event) for event in EVENTS},
+                "diagnosis": asdict(diagnose(run)) if run.exists else None,
             }
             for run in comparison.runs
         ],
@@ -101,6 +125,7 @@ def _show(
     """Print the comparison for a person."""
     screen.print(f"[bold]{escape(headline(comparison))}[/]\n")
     _show_table(comparison, screen)
+    _show_diagnoses(comparison, screen)
     show_repeats(comparison, screen)
     if shares is not None:
         screen.print("\n[bold]which settings mattered[/]")
@@ -148,6 +173,31 @@ def _show_table(comparison: RunComparison, screen: Console) -> None:
     screen.print(_table(comparison, parts), soft_wrap=False)
     if left_out:
         screen.print(f"[dim]the screen is too narrow for {', '.join(left_out)}: see the page[/]")
+
+
+def _show_diagnoses(comparison: RunComparison, screen: Console) -> None:
+    """Print the symptoms; of several runs, only those that have some, and not what was looked at."""
+    for run in comparison.runs:
+        diagnosis = diagnose(run)
+        if not run.exists or (len(comparison.runs) > 1 and not diagnosis.symptoms):
+            continue
+        screen.print(f"\n[bold]diagnosis[/]{f' of {escape(run.name)}' * (len(comparison.runs) > 1)}")
+        _show_diagnosis(diagnosis, screen)
+        if any(symptom.remedies for symptom in diagnosis.symptoms):
+            again = f"qwlit train config={run.path / 'config.yaml'} run.name={run.path.name}-2"
+            screen.print(f"  with      {escape(again)}", soft_wrap=True)
+
+
+def _show_diagnosis(diagnosis: Diagnosis, screen: Console) -> None:
+    for symptom in diagnosis.symptoms:
+        screen.print(f"  [yellow]{escape(symptom.name)}[/]")
+        lines = [
+            *(f"  because   {text}" for text in symptom.evidence),
+            *(f"  try       {text}" for text in symptom.remedies),
+        ]
+        screen.print(escape("\n".join([*lines, f"  also      {symptom.advice}"])), highlight=False, soft_wrap=True)
+    if not diagnosis.symptoms:
+        screen.print(escape(f"  no symptom found in {diagnosis.looked_at}"), highlight=False)
 
 
 def _width(part: Column) -> int:

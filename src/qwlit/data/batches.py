@@ -3,8 +3,13 @@
 Shapes: B sequences of T positions (packed: B = 1), N supervised targets.
 """
 
+import atexit
+import multiprocessing
+import multiprocessing.util
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -124,6 +129,8 @@ def train_loader(
     dataset: StepDataset, *, start_step: int, total_steps: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[StepBatch]:
     """Load one item per step, from `start_step` to the end of the run."""
+    if num_workers:
+        _kill_workers_at_exit()
     return _StepLoader(
         dataset,
         # An item is already a batch.
@@ -134,6 +141,25 @@ def train_loader(
         persistent_workers=num_workers > 0,
         worker_init_fn=_init_worker if num_workers else None,
     )
+
+
+@cache
+def _kill_workers_at_exit() -> None:
+    """Let this process end although its workers ignore signals.
+
+    Where a run is interrupted, the error may keep the loader's iterator, so that it does not end its workers. Python
+    then sends them SIGTERM when the process ends, and waits for them forever.
+    """
+
+    def kill() -> None:
+        # torch's handler would raise an error for each killed worker.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    # Python calls this before its own function, which was registered when multiprocessing was imported.
+    atexit.register(kill)
 
 
 def _init_worker(worker: int) -> None:

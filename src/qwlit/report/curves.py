@@ -7,7 +7,18 @@ from statistics import median
 from typing import TYPE_CHECKING, Literal
 
 from qwlit.core.metric import set_loss_key, set_of_key
-from qwlit.report.drawing import ALARM, GREY, LOG_SPREAD, PALETTE, figure, needs_log_axis, plain_number, set_log, to_svg
+from qwlit.report.drawing import (
+    ALARM,
+    BLACK,
+    GREY,
+    LOG_SPREAD,
+    PALETTE,
+    figure,
+    needs_log_axis,
+    plain_number,
+    set_log,
+    to_svg,
+)
 from qwlit.report.runs import RunRecord, Series
 
 if TYPE_CHECKING:
@@ -17,6 +28,7 @@ MOST_POINTS = 300
 """Curves with more points are thinned: a screen does not show more."""
 FEW_POINTS = 12
 """Curves with at most this many points have a marker at each."""
+MOST_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ PANELS = (
     Panel(
         "optim/grad_norm", "Gradient norm, before clipping", "norm", peaks=True, log_axis_by="spikes", with_events=True
     ),
-    Panel("optim/lr", "Learning rate", "learning rate", peaks=True, log_axis_by="peaks"),
+    Panel("optim/lr", "Learning rate", "learning rate", peaks=True, log_axis_by="peaks", with_events=True),
     Panel("throughput/tokens_per_second", "Throughput", "tokens per second", log_axis_by="nothing"),
 )
 
@@ -49,13 +61,25 @@ def panels(runs: Sequence[RunRecord]) -> list[Panel]:
     """Return the panels of the runs' quantities: PANELS, and one for each named validation set."""
     names = sorted({name for run in runs for key in run.series if (name := set_of_key(key))})
     sets = [Panel(set_loss_key(name), f"Validation loss, {name}", PANELS[0].unit) for name in names]
-    return [PANELS[0], *sets, *PANELS[1:]]
+    return [PANELS[0], *sets, *PANELS[1:], *(_group_panels(runs[0]) if len(runs) == 1 else [])]
+
+
+def _group_panels(run: RunRecord) -> list[Panel]:
+    """Return the panels of the parameter groups, of at most `MOST_GROUPS` where layers have groups of their own."""
+    kinds = (("grad_norm", "Gradient norm", "norm"), ("update_ratio", "Change of the weights", "share of their norm"))
+    found = []
+    for kind, title, unit in kinds:
+        keys = [key for key in run.series if key.startswith(f"optim/{kind}/")][:MOST_GROUPS]
+        names = [key.split("/", 2)[2] for key in keys]
+        found += [Panel(k, f"{title}, {n}", unit, peaks=True) for k, n in zip(keys, names, strict=True)]
+    return found
 
 
 MARKS = {
     "skip": ("skipped step", ALARM),
     "rollback": ("went back to here", PALETTE[3]),
     "resumed": ("resumed", PALETTE[2]),
+    "stopped": ("stopped by the guard", BLACK),
 }
 
 
@@ -126,7 +150,7 @@ def _format_axes(axes: "Axes", panel: Panel, values: list[list[float]]) -> None:
 
 
 def _mark_events(axes: "Axes", run: RunRecord) -> None:
-    """Draw a vertical line at each skipped step and each resume."""
+    """Draw a vertical line at each event of `MARKS`; where the run went back, alarm and new rate are in the events."""
     for event, (label, colour) in MARKS.items():
         steps = [record["step"] for record in run.events if record.get("event") == event]
         for index, step in enumerate(steps):

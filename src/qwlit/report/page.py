@@ -9,6 +9,7 @@ from qwlit.core.files import resolve_path, write_text_atomic
 from qwlit.report.comparability import comparable
 from qwlit.report.compare import RunComparison
 from qwlit.report.curves import draw_curves, panels
+from qwlit.report.diagnosis import diagnose
 from qwlit.report.drawing import BLACK, GREY, PALETTE
 from qwlit.report.importance import FEWEST_RUNS, Importance
 from qwlit.report.repeats import find_repeats, judge, table_of
@@ -20,20 +21,27 @@ FILE = "report.html"
 TEMPLATE = "qwlit:report.html.jinja"
 
 
-def write_page(comparison: RunComparison, warnings: list[str], importance: Importance | None, path: Path) -> None:
+def write_page(
+    comparison: RunComparison, warnings: list[str], importance: Importance | None, path: Path, *, refresh: int = 0
+) -> None:
     """Write the page atomically: a reader never sees half of it.
+
+    Args:
+        refresh: a browser loads the page again after so many seconds; 0: never.
 
     Raises:
         ConfigError: `path` cannot be written.
     """
-    text = build_page(comparison, warnings, importance)
+    text = build_page(comparison, warnings, importance, refresh=refresh)
     try:
         write_text_atomic(path, text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; name another place with page=FILE") from None
 
 
-def build_page(comparison: RunComparison, warnings: list[str], importance: Importance | None) -> str:
+def build_page(
+    comparison: RunComparison, warnings: list[str], importance: Importance | None, *, refresh: int = 0
+) -> str:
     """Fill the template. Every text of others stays text, whatever it contains: by autoescape, and by `printable`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resolve_path(TEMPLATE).read_text(encoding="utf-8"))
@@ -45,8 +53,10 @@ def build_page(comparison: RunComparison, warnings: list[str], importance: Impor
     page = template.render(
         title=several if len(comparison.runs) > 1 else comparison.runs[0].name,
         headline=headline(comparison),
+        refresh=refresh,
         warnings=warnings,
         columns=columns(comparison),
+        diagnoses=[(run, diagnose(run)) for run in comparison.runs if run.exists],
         runs=comparison.runs,
         colours=colours,
         grey=GREY,

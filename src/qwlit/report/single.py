@@ -13,6 +13,12 @@ from qwlit.report.runs import RunRecord
 from qwlit.report.table import show_setting
 
 MOST_LINES = 100
+GUARANTEES = {
+    "fast": "the same command may give other last digits",
+    "reproducible": "the same machine, packages and devices give the same bits",
+    "strict": "the same machine, packages and devices give the same bits, in float32 with eager attention",
+}
+"""What each value of determinism promises, see docs/determinism.md."""
 OWN_COLUMNS = ("step", "event", "time")
 GROUPS = ("experiment", "model", "data", "recipe", "hardware", "optim", "scheduler", "dropout")
 
@@ -30,6 +36,7 @@ class TextTable:
 class RunDetails:
     """What the page shows only for a single run."""
 
+    in_words: str
     conditions: dict[str, str]
     """What a reader needs to repeat the run to the last digit: device, precision, versions, seed."""
     settings: dict[str, str]
@@ -40,7 +47,17 @@ class RunDetails:
 def describe(run: RunRecord) -> RunDetails:
     """Collect the details of a run; what its folder lacks is empty or None."""
     settings = {key: show_setting(value) for key, value in run.settings.items()}
-    return RunDetails(_conditions(run), settings, _events(run), _samples(run))
+    return RunDetails(_in_words(run), _conditions(run), settings, _events(run), _samples(run))
+
+
+def _in_words(run: RunRecord) -> str:
+    """State determinism, attention, precision and devices in one sentence."""
+    determinism = run.manifest.get("determinism")
+    conditions = {condition.title: condition.read(run) for condition in CONDITIONS}
+    parts = [f"attention {conditions['attention']}", conditions["precision"], conditions["device"]]
+    return (
+        f"{determinism}: {GUARANTEES[determinism]}; {', '.join(map(str, parts))}." if determinism in GUARANTEES else ""
+    )
 
 
 def _conditions(run: RunRecord) -> dict[str, str]:
@@ -64,6 +81,10 @@ def _events(run: RunRecord) -> TextTable | None:
 
 def _event_line(event: Mapping[str, Any]) -> list[str]:
     """Return step, time, kind and the remaining entries of an event."""
+    decision = event.get("decision")
+    if isinstance(decision, Mapping):
+        # Of a rollback: the decisions of before are events of their own.
+        event = {**{key: event[key] for key in OWN_COLUMNS if key in event}, **decision}
     rest = [f"{name}: {value}" for name, value in event.items() if name not in OWN_COLUMNS]
     return [str(event["step"]), _when(event.get("time")), event["event"], "; ".join(rest)]
 
@@ -80,11 +101,14 @@ def _samples(run: RunRecord) -> TextTable | None:
     samples = read_json_lines(run.path / "samples.jsonl")
     if not samples:
         return None
-    # The trained model's answers first, then those in training, the newest first.
-    samples.sort(key=_training_step, reverse=True)
+    # The trained model's answers first, then the newest of those in training, by prompt: so one sees them change.
+    during = sorted((sample for sample in samples if "step" in sample), key=_training_step)[-MOST_LINES // 2 :]
+    during.sort(key=lambda sample: str(sample.get("prompt")))
+    after = [sample for sample in samples if "step" not in sample]
+    shown = [*after[: MOST_LINES - len(during)], *during]
     texts = ("prompt", "answer", "expected")
-    lines = [[_mark(sample), *(str(sample.get(text, "")) for text in texts)] for sample in samples[:MOST_LINES]]
-    number = f"the first {MOST_LINES} of {len(samples)}" if len(samples) > MOST_LINES else f"{len(samples)}"
+    lines = [[_mark(sample), *(str(sample.get(text, "")) for text in texts)] for sample in shown]
+    number = f"{len(shown)} of {len(samples)}" if len(samples) > len(shown) else f"{len(samples)}"
     return TextTable(["", "prompt", "answer", "expected"], lines, f"{number} answers")
 
 

@@ -81,7 +81,9 @@ def _fit(run: "TrainingRun", training: TrainerWithCallbacks, start: ResumePoint)
     try:
         _run(training, module, build_data_module(run.plan), start)
     except torch.OutOfMemoryError:
-        raise out_of_memory(training.trainer, module, config.hardware, run.plan.machine) from None
+        failure = out_of_memory(training.trainer, module, config.hardware, run.plan.machine)
+        folder.append_event(training.trainer.global_step, "out_of_memory", message=str(failure))
+        raise failure from None
     except RollbackNeeded:
         raise
     except GuardStop as error:

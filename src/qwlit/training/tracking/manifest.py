@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import qwlit
+from qwlit.core.devices import GIB
 from qwlit.training.machine import Machine
 
 PACKAGES = (
@@ -127,6 +128,7 @@ def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "device": machine.device_name,
         "accelerator": machine.accelerator,
+        "device_memory_gib": round(machine.device_memory / GIB, 2),
         "devices": machine.devices,
         "num_nodes": machine.num_nodes,
         "strategy": machine.strategy,
