@@ -113,7 +113,8 @@ def _exit_code(subcommand: str, arguments: list[str]) -> int:
         return 0
     except KeyboardInterrupt:
         if is_rank_zero():
-            say(f"qwlit {subcommand}: interrupted; run the same command to resume")
+            remedy = "; run the same command to resume" if subcommand in PREEMPTIBLE_SUBCOMMANDS else ""
+            say(f"qwlit {subcommand}: interrupted{remedy}")
         return 130
 
 

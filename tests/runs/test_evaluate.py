@@ -106,6 +106,16 @@ def test_answers_are_scored_at_each_temperature_and_drawn(trained):
     assert again == quality
 
 
+def test_rows_that_are_left_out_are_named(trained):
+    rows = [{"prompt": "a", "completion": answer} for answer in ("b", "")] + [
+        {"prompt": "a " * 5000, "completion": "b"}
+    ]
+    (trained / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = qwlit(["evaluate", "run=full", "data.path=some.jsonl"], trained)
+    assert done.returncode == 0, done.stderr
+    assert "left out: some.jsonl:2" in done.stdout and "1 rows are left out: more than" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -113,6 +123,8 @@ def test_answers_are_scored_at_each_temperature_and_drawn(trained):
         (["run=full", "metrics=blue"], "Did you mean 'bleu'"),
         (["run=full", "metrics=bleu", "temperatures=[warm]"], "temperatures=[warm]: give numbers"),
         (["run=full", "metrics=bleu", "modes=thinkin"], "choose among non_thinking, thinking"),
+        (["run=[full,full]"], "in the list twice"),
+        (["run=full", "data.path=asked.jsonl", "metrics=operator:add", *GREEDY], "returns no number (ValueError"),
         (["model.path=runs/full/export"], "name rows with data.path=FILE"),
         (["run=nobody/checkpoints/step-000001"], "neither nobody nor runs/nobody"),
         (["run=full/checkpoints/step-000001"], "no such checkpoint; there are best, last, step-000008"),

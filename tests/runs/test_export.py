@@ -27,7 +27,7 @@ from qwlit.core.errors import NotEqual
 from qwlit.inference import plain_proof
 from qwlit.inference.export import write_model
 from qwlit.inference.merge import base_weights
-from qwlit.inference.proof import hash_files
+from qwlit.inference.proof import Proof, _compare_logits, hash_files
 from qwlit.model.quantize import BLOCK
 from qwlit.model.saved_adapter import SavedAdapter
 from tests import published
@@ -334,6 +334,21 @@ def test_an_export_replaces_an_earlier_one_whole_and_nothing_else(trained, tmp_p
     assert hash_files(run / "export-merged") == before
     assert not [path for path in run.iterdir() if path.name.startswith(".export")]
     shutil.rmtree(run / "export-merged")
+
+
+def test_the_base_is_never_replaced_by_its_own_export(trained, tmp_path):
+    run = trained("qwen2_untied", "full")
+    first = tmp_path / "first"
+    assert qwlit(["export", f"run={run}", f"output={first}", "prove=false"], tmp_path).returncode == 0
+    done = qwlit(["export", f"model.path={first}", f"output={first}/../first", "prove=false"], tmp_path)
+    assert done.returncode == 2 and "is the model that is exported" in done.stderr
+
+
+def test_logits_that_are_not_a_number_in_one_prompt_fail_the_proof():
+    observed = [{"logits": torch.ones(2, 3)}, {"logits": torch.full((2, 3), torch.nan)}]
+    proof = Proof(bound=1.0)
+    _compare_logits(proof, [{"logits": torch.ones(2, 3)}] * 2, observed)
+    assert proof.failed
 
 
 @pytest.mark.parametrize(

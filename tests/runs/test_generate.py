@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -13,6 +14,8 @@ from tests.runs.runs import qwlit
 
 GREEDY = ["generation.temperature=0", "generation.repetition_penalty=1"]
 SHORT = ["generation.max_new_tokens=4"]
+RANDOM = ["generation.temperature=50", "generation.top_k=0", "generation.top_p=1"]
+"""Almost any token: no end and no </think> within a few tokens."""
 SAMPLED = ["generation.temperature=0.9", "seed=5"]
 
 
@@ -100,6 +103,64 @@ def test_logits_that_are_not_finite_are_named_instead_of_a_failed_sampling(train
     assert done.returncode == 3 and "not finite" in done.stderr and done.stderr.count("\n") == 1
 
 
+def changed_export(trained, name, changes):
+    """A copy of the export with other values in its JSON files."""
+    folder = trained / name
+    shutil.copytree(trained / "runs/full/export", folder)
+    for file, values in changes.items():
+        path = folder / file
+        if isinstance(values, str):
+            path.write_text(values)
+        else:
+            path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def test_what_the_folder_says_of_sampling_beside_the_settings_changes_no_answer(trained):
+    forbidding = {"suppress_tokens": list(range(40)), "bad_words_ids": [[50]], "min_p": 0.9, "min_new_tokens": 20}
+    folder = changed_export(trained, "forbidding", {"generation_config.json": forbidding})
+    words = [*SAMPLED, "generation.max_new_tokens=8"]
+    assert answers_of([f"model.path={folder}", *words], trained) == answers_of(["run=full", *words], trained)
+
+
+def test_where_the_template_opens_the_thinking_the_answer_begins_after_it(trained):
+    asks = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    folder = changed_export(trained, "always", {"chat_template.jinja": turns + asks})
+    records = answers_of([f"model.path={folder}", *RANDOM, *SHORT], trained)
+    assert all(record["answer"] == "" and record["thinking"] for record in records)
+    stopped = answers_of(
+        [f"model.path={folder}", *RANDOM, *SHORT, f"generation.stop={records[0]['thinking'][:1]}"], trained
+    )
+    assert stopped[0]["ended"] and "thinking" not in stopped[0]
+    done = qwlit(["generate", f"model.path={folder}", "prompt=a", "generation=thinking", *SHORT], trained)
+    assert "no switch for thinking" in done.stdout
+
+
+def test_an_answer_ends_where_the_positions_of_the_model_do(trained):
+    folder = changed_export(trained, "narrow", {"config.json": {"max_position_embeddings": 40}})
+    done = qwlit(["generate", f"model.path={folder}", "prompt=a b c d e f", *RANDOM], trained)
+    assert done.returncode == 0 and "max_position_embeddings" in done.stdout, done.stdout
+
+
+def test_an_adapter_answers_on_its_own_base_alone(trained):
+    moved = trained / "moved"
+    shutil.copytree(trained / "runs/full/export", moved)
+    words = ["generate", "run=lora", f"model.path={moved}", "prompt=a", *SHORT]
+    assert qwlit(words, trained).returncode == 0
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, moved / "model.safetensors", {"format": "pt"})
+    done = qwlit(words, trained)
+    assert done.returncode == 2 and "is not the one that" in done.stderr and "was trained on" in done.stderr
+
+
+def test_columns_of_a_file_of_prompts_are_renamed(trained):
+    (trained / "other.jsonl").write_text(json.dumps({"q": "hello", "a": "x"}) + "\n")
+    columns = ["data.columns.prompt=q", "data.columns.completion=a"]
+    done = qwlit(["generate", "run=full", "prompts=other.jsonl", "output=o.jsonl", *columns, *SHORT], trained)
+    assert done.returncode == 0 and '"expected": "x"' in (trained / "o.jsonl").read_text(), done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -111,6 +172,8 @@ def test_logits_that_are_not_finite_are_named_instead_of_a_failed_sampling(train
         (["run=full", "prompt=a", "generation.temperature=-1"], "generation.temperature"),
         (["run=full", "prompt=a", "temperature=1"], "generation.temperature"),
         (["run=full", "prompts=nothing.jsonl", "output=c.jsonl"], "nothing.jsonl' does not exist"),
+        (["run=full", "prompts=asked.jsonl", "output=./asked.jsonl"], "is the file of the prompts"),
+        (["run=full", "prompt=a\udcff"], "is not UTF-8"),
         (["run=full", "prompts=asked.jsonl", "output=no/folder.jsonl"], "no/folder.jsonl"),
     ],
 )

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qwlit.commands.generate import open_model
+from qwlit.commands.generate import open_model, show_notes
 from qwlit.commands.options import own_options, typed_number
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
@@ -36,8 +36,11 @@ def main(arguments: list[str]) -> None:
     own, overrides = own_options(arguments, OPTIONS)
     asked = _question(own, overrides)
     names: list[str | None] = [*read_list(own["run"])] if own["run"] else [None]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"run={own['run']}: a run is in the list twice; name each once")
     screen = console(stderr=own["output"] == "json")
     folder = resolve_path(own["folder"] or "evaluation")
+    folder.mkdir(parents=True, exist_ok=True)
     from qwlit.inference.evaluate import compare, evaluate
 
     found: dict[str, Evaluation] = {}
@@ -45,9 +48,9 @@ def main(arguments: list[str]) -> None:
         model = open_model(name, overrides)
         label = name or model.origin
         screen.print(f"\n[bold]{escape(model.origin)}[/]")
+        show_notes(model.notes, screen)
         found[label] = evaluate(model, asked, screen)
         _show(found[label], screen)
-        folder.mkdir(parents=True, exist_ok=True)
         for picture in _draw(found[label], folder, label):
             screen.print(f"  {escape(str(picture))}")
         del model
@@ -57,6 +60,9 @@ def main(arguments: list[str]) -> None:
         results["differences"] = [difference.as_json() for difference in differences]
         for difference in differences:
             screen.print(f"\n[bold]{escape(difference.describe())}[/]")
+    from qwlit.training.tracking.run_folder import jsonable
+
+    results = jsonable(results)
     write_json_atomic(folder / FILE, results)
     screen.print(f"\n{escape(str(folder / FILE))}")
     if own["output"] == "json":

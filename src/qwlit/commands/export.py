@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from qwlit.commands.generate import find_model
+from qwlit.commands.generate import find_model, show_notes
 from qwlit.commands.options import own_options
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
@@ -41,9 +41,11 @@ def main(arguments: list[str]) -> None:
     screen = console()
     with screen.status("exporting" + (" and proving" if options.proves else "")):
         made = export_run(composed, folder, checkpoint, options) if folder else export_folder(composed, options)
+    proof = read_json(made / PROOF)
+    show_notes(proof["of"].get("notes", []), screen)
     screen.print(str(made), markup=False, highlight=False, soft_wrap=True)
     if options.proves:
-        _print_proof(read_json(made / PROOF))
+        _print_proof(proof)
         screen.print("  README.md there shows how to load it, PROOF.json what was checked", highlight=False)
 
 

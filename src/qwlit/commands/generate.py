@@ -1,7 +1,10 @@
 """`generate`: talk to a trained model, answer one prompt, or answer the prompts of a file."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rich.markup import escape
 
 from qwlit.commands.options import compose_run, own_options
 from qwlit.core.console import console
@@ -9,7 +12,7 @@ from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from rich.console import Console
 
     from qwlit.config.compose import Composed
     from qwlit.inference.trained_model import TrainedModel
@@ -31,6 +34,7 @@ def main(arguments: list[str]) -> None:
     from qwlit.inference.talk import answer_file, answer_one, describe, talk
 
     screen, show_thinking = console(), own["show_thinking"] == "true"
+    show_notes(model.notes, screen)
     describe(model, screen)
     if own["prompts"] and own["output"]:
         answer_file(model, own["prompts"], resolve_path(own["output"]), screen)
@@ -38,6 +42,12 @@ def main(arguments: list[str]) -> None:
         answer_one(model, own["prompt"], screen, show_thinking=show_thinking)
     else:
         talk(model, screen, show_thinking=show_thinking)
+
+
+def show_notes(notes: Iterable[str], screen: "Console") -> None:
+    """Print what a user should know about the weights."""
+    for note in notes:
+        screen.print(f"[yellow]note[/]  {escape(note)}")
 
 
 def open_model(run: str | None, overrides: list[str]) -> "TrainedModel":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from qwlit.config.settings import GenerationSettings
@@ -18,7 +18,7 @@ from qwlit.data.conversation import END_THINK, THINK
 from qwlit.data.prompts import Prompt
 from qwlit.data.rows import RowError
 from qwlit.inference.generate import GREEDY
-from qwlit.inference.trained_model import TrainedModel
+from qwlit.inference.trained_model import NONFINITE_REMEDY, QUESTION, TrainedModel
 from qwlit.model.attention import generation_attention
 
 LOOP_TOKENS, LOOP_DISTINCT = 48, 6
@@ -36,7 +36,7 @@ class Answer:
     thinking: str
     """What the model wrote inside of <think>; empty if it did not think."""
     ended: bool
-    """Whether the model ended the answer; False: `max_new_tokens` did."""
+    """Whether the model ended the answer; False: `max_new_tokens` or the end of its positions did."""
 
     @property
     def repeats_itself(self) -> bool:
@@ -50,6 +50,10 @@ def encode_prompt(model: TrainedModel, prompt: Prompt, settings: GenerationSetti
     Raises:
         DataError: the template cannot express the conversation, or the prompt is longer than the model can read.
     """
+    try:
+        "".join(message.content for message in prompt.conversation.messages).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{prompt.origin or 'prompt'} is not UTF-8; type or save it in that encoding") from None
     if settings.chat and model.chat is not None:
         try:
             pieces = model.chat.template.render_prompt(prompt.conversation, thinking=settings.thinking)
@@ -59,13 +63,24 @@ def encode_prompt(model: TrainedModel, prompt: Prompt, settings: GenerationSetti
         ids = encoded.input_ids
     else:
         (ids,) = model.text.encode(["\n".join(message.content for message in prompt.conversation.messages)])
-    longest = model.causal_lm.config.max_position_embeddings
+    longest = model.most_positions
     if not 0 < len(ids) < longest:
         raise DataError(
             f"{prompt.origin or 'prompt'} has {len(ids):,} tokens; the model reads 1 to {longest - 1:,}"
             " (max_position_embeddings)"
         )
     return ids
+
+
+def has_thinking_switch(model: TrainedModel) -> bool:
+    """Whether the chat template makes another prompt for an answer with thinking than for one without."""
+    if model.chat is None:
+        return False
+    template = model.chat.template
+    try:
+        return template.render_prompt(QUESTION, thinking=True) != template.render_prompt(QUESTION, thinking=False)
+    except RowError:
+        return True  # a template that refuses this question says so at the user's
 
 
 def answers(
@@ -87,8 +102,10 @@ def answers(
         GuardStop: the model's distribution of the next token is not finite.
         ConfigError: the device has too little memory for a batch.
     """
+    # All before the first answer: a prompt that is too long shows at once.
+    encoded = [encode_prompt(model, prompt, settings) for prompt in prompts]
     for first in range(0, len(prompts), settings.batch_size):
-        batch = [encode_prompt(model, p, settings) for p in prompts[first : first + settings.batch_size]]
+        batch = encoded[first : first + settings.batch_size]
         for prompt, tokens in zip(batch, generate(model, batch, settings, streamer=streamer), strict=True):
             yield _answer(model, prompt, tokens, settings)
 
@@ -100,18 +117,22 @@ def generate(
     *,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """Return what the model generates after each prompt, with the end token where it ends."""
+    """Return what the model generates after each prompt, with the end token where it ends.
+
+    An answer also ends where the positions of the model do.
+    """
     # Padded on the left, so that every answer starts at the same position.
     rows = [torch.tensor(ids) for ids in prompts]
     ids = pad_sequence(rows, batch_first=True, padding_value=model.pad_id, padding_side="left")  # (B, T)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     lm = model.causal_lm
+    rooms = [model.most_positions - len(row) for row in rows]
     try:
         with generation_attention(lm), torch.inference_mode(), model.precision():
             out: Tensor = lm.generate(
                 input_ids=ids.to(lm.device),
                 attention_mask=mask.to(lm.device),
-                generation_config=_generation_config(model, settings),
+                generation_config=_generation_config(model, settings, min(settings.max_new_tokens, max(rooms))),
                 logits_processor=LogitsProcessorList([_RefuseNonfinite(model.origin)]),
                 streamer=streamer,
                 # Only with stop texts does transformers need, and allow, a tokenizer.
@@ -124,14 +145,14 @@ def generate(
         ) from None
     ends = set(model.end_ids)
     generated = []
-    for tokens in out[:, ids.shape[1] :].tolist():
+    for tokens, room in zip(out[:, ids.shape[1] :].tolist(), rooms, strict=True):
         end = next((index for index, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-        generated.append(tokens[: end + 1])
+        generated.append(tokens[: min(end + 1, room)])
     return generated
 
 
-def _generation_config(model: TrainedModel, settings: GenerationSettings) -> GenerationConfig:
-    """Return transformers' settings. All are set, because it fills in what is None from the model folder's own."""
+def _generation_config(model: TrainedModel, settings: GenerationSettings, max_new_tokens: int) -> GenerationConfig:
+    """Return transformers' settings; the model has none of its own, see `trained_model`."""
     sampling = settings.temperature > 0
     sampled = {
         "temperature": settings.temperature,
@@ -144,9 +165,9 @@ def _generation_config(model: TrainedModel, settings: GenerationSettings) -> Gen
         do_sample=sampling,
         num_beams=1,
         repetition_penalty=settings.repetition_penalty,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         stop_strings=list(settings.stop) or None,
-        eos_token_id=model.end_ids,
+        eos_token_id=model.end_ids or None,
         pad_token_id=model.pad_id,
         use_cache=True,
     )
@@ -162,9 +183,8 @@ class _RefuseNonfinite(LogitsProcessor):
         # transformers cuts the distribution with -inf only after this. It waits for the device at each token as well.
         if not scores.isfinite().all():
             raise GuardStop(
-                f"{self._origin}: the logits of the next token are not finite, so no token can be sampled. The weights"
-                " diverged in training, or float16 is too narrow for them: use an earlier checkpoint"
-                " (run=…/checkpoints/step-…), or hardware.precision=32-true"
+                f"{self._origin}: the logits of the next token are not finite, so no token can be sampled."
+                f" {NONFINITE_REMEDY}"
             )
         return scores
 
@@ -173,11 +193,16 @@ def _answer(model: TrainedModel, prompt: list[int], tokens: list[int], settings:
     ended = bool(tokens) and tokens[-1] in model.end_ids
     written = tokens[:-1] if ended else tokens
     text = model.tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    thinking, text = split_thinking(text)
     for stop in settings.stop:
         if stop in text:
             text, ended = text[: text.index(stop)], True
+    thinking, text = split_thinking(THINK + text if opens_thinking(model.tokenizer, prompt) else text)
     return Answer(written, text, thinking, ended)
+
+
+def opens_thinking(tokenizer: PreTrainedTokenizerFast, prompt: list[int]) -> bool:
+    """Whether the prompt ends with <think>, as the templates of models that always think write it."""
+    return bool(tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK))
 
 
 def remarks(answer: Answer, settings: GenerationSettings) -> list[str]:
@@ -187,6 +212,8 @@ def remarks(answer: Answer, settings: GenerationSettings) -> list[str]:
             "the answer repeats itself: raise generation.temperature or generation.repetition_penalty; a fine-tuned"
             " model that does so was trained too long or with too high a learning rate"
         ]
+    if not answer.ended and len(answer.tokens) < settings.max_new_tokens:
+        return ["the answer was cut where the model's positions end (max_position_embeddings)"]
     if not answer.ended:
         return [f"the answer was cut after generation.max_new_tokens={settings.max_new_tokens}"]
     return []

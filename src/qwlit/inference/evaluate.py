@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from qwlit.config.settings import GenerationSettings
 from qwlit.core.console import showing_progress
 from qwlit.core.errors import ConfigError
 from qwlit.data.samples import Samples
 from qwlit.data.splits import split_data
+from qwlit.data.store import REASONS_NAMED, quarantine_reasons
 from qwlit.inference.sample_scores import RESAMPLES, Result, SampleScores, score_samples
 from qwlit.inference.scorers import Scorer
 from qwlit.inference.temperature import Quality, prompts_of, temperature_curve
@@ -104,6 +106,11 @@ def _rows(model: TrainedModel, question: Question, screen: Console) -> tuple[Sam
     config = replace(model.config, data=data)
     tokenized = load_tokenized_data(config, screen)
     split = split_data(data, tokenized.training, tokenized.validation)
+    left_out = [f"left out: {reason}" for reason in quarantine_reasons(split.stores)[:REASONS_NAMED]]
+    for note in (*left_out, *split.remarks):
+        screen.print(f"  [yellow]note[/]  {escape(note)}")
+    if too_long := split.totals["too_long"]:
+        screen.print(f"  [yellow]note[/]  {too_long:,} rows are left out: more than {data.max_seq_len:,} tokens")
     if question.typed_path:
         return split.train, data.path, split.contents["data.path"]
     if split.validation is None:

@@ -1,6 +1,7 @@
 """The README.md of an export: what the model is, how it was trained, and how to use it."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _facts(
         if adapter.quantization != "none":
             trained += " on a base in 4 bits; exported on the base as it is stored"
         metrics = [row for row in read_json_lines(run / "metrics.jsonl") if row.get("step") == origin["step"]]
-        measured = {key: value for row in metrics for key, value in row.items() if key in METRICS}
+        measured = {key: value for row in metrics for key, value in row.items() if key in METRICS and value is not None}
         rows |= {
             "recipe": f"{(manifest.get('choices') or {}).get('recipe')}: {trained}; learning rate {config.optim.lr:g},"
             f" {config.train.global_batch_size} samples a step",
@@ -64,6 +65,7 @@ def _facts(
 
 
 def _use(output: Path, base: str | None, is_adapter: bool) -> list[str]:
+    place = shlex.quote(str(output))
     if is_adapter:
         return [
             "```python",
@@ -75,9 +77,9 @@ def _use(output: Path, base: str | None, is_adapter: bool) -> list[str]:
             f"ends = GenerationConfig.from_pretrained({str(output)!r})  # generate(…, generation_config=ends)",
             "```",
             "```bash",
-            f"vllm serve {base} --enable-lora --lora-modules tuned={output}",
-            f"qwlit generate model.path={output}",
+            f"vllm serve {shlex.quote(str(base))} --enable-lora --lora-modules tuned={place}",
+            f"qwlit generate model.path={place}",
             "```",
         ]
-    commands = (f"{program} {output}" for program in ("transformers serve", "vllm serve"))
-    return ["```bash", *commands, f"qwlit generate model.path={output}", "```"]
+    commands = (f"{program} {place}" for program in ("transformers serve", "vllm serve"))
+    return ["```bash", *commands, f"qwlit generate model.path={place}", "```"]

@@ -42,17 +42,26 @@ def observe(model: Any, prompts: Iterable[Sequence[int]], end_ids: list[int]) ->
         return_dict_in_generate=True,
         output_logits=True,
     )
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=model.device)
-        with torch.inference_mode():
-            logits = model(input_ids=ids, use_cache=False).logits[0, -POSITIONS:].float().cpu()
-            answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
-        top = torch.cat([step.float().cpu() for step in answer.logits]).topk(2).values  # (tokens, 2)
-        yield {
-            "logits": logits,
-            "tokens": answer.sequences[0, len(prompt) :].cpu(),
-            "margins": (top[:, 0] - top[:, 1]).contiguous(),
-        }
+    # transformers fills in every setting that `greedy` leaves out, such as bad_words_ids, from the model's own.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        for prompt in prompts:
+            yield _observe(model, prompt, greedy)
+    finally:
+        model.generation_config = own
+
+
+def _observe(model: Any, prompt: Sequence[int], greedy: GenerationConfig) -> dict[str, Tensor]:
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[0, -POSITIONS:].float().cpu()
+        answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+    top = torch.cat([step.float().cpu() for step in answer.logits]).topk(2).values  # (tokens, 2)
+    return {
+        "logits": logits,
+        "tokens": answer.sequences[0, len(prompt) :].cpu(),
+        "margins": (top[:, 0] - top[:, 1]).contiguous(),
+    }
 
 
 def digest(tensor: Tensor) -> str:

@@ -101,6 +101,9 @@ def fixed_prompts(
     Args:
         system: text of a system turn before each question.
         longest: tokens; longer prompts are left out.
+
+    Raises:
+        ConfigError: all are longer.
     """
     prompts: list[FixedPrompt] = []
     for thinking, question in product((False, True), QUESTIONS):
@@ -118,7 +121,10 @@ def fixed_prompts(
         prompts.append(FixedPrompt(encoded.input_ids, messages=turns, thinking=thinking))
     plain = [*samples[:SAMPLES], *(QUESTIONS if not prompts else ())]
     prompts += [FixedPrompt(tokenizer(each, add_special_tokens=False).input_ids, text=each) for each in plain]
-    return [prompt for prompt in prompts if 0 < len(prompt.ids) <= longest - plain_proof.NEW_TOKENS]
+    fitting = [prompt for prompt in prompts if 0 < len(prompt.ids) <= longest - plain_proof.NEW_TOKENS]
+    if not fitting:
+        raise ConfigError(f"no prompt of the proof fits into the {longest:,} positions of the model; set prove=false")
+    return fitting
 
 
 def observe_plainly(
@@ -211,8 +217,9 @@ def prove(
 
 def _compare_logits(proof: Proof, reference: Observed, observed: Observed) -> None:
     pairs = [(one["logits"], other["logits"]) for one, other in zip(reference, observed, strict=True)]
-    scale = max(float(one.abs().max()) for one, _ in pairs)
-    largest = max(float((one - other).abs().max()) for one, other in pairs)
+    # torch's maximum keeps a NaN; Python's loses it.
+    scale = float(torch.stack([one.abs().max() for one, _ in pairs]).max())
+    largest = float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
     divergences = [
         torch.nn.functional.kl_div(other.log_softmax(1), one.log_softmax(1), reduction="none", log_target=True).sum(1)
         for one, other in pairs
@@ -224,7 +231,7 @@ def _compare_logits(proof: Proof, reference: Observed, observed: Observed) -> No
         largest_difference=largest,
         relative_to_largest_logit=relative,
         largest_logit=scale,
-        largest_kl=max(float(each.max()) for each in divergences),
+        largest_kl=float(torch.cat(divergences).max()),
         mean_kl=float(torch.cat(divergences).mean()),
         positions=sum(len(one) for one, _ in pairs),
     )

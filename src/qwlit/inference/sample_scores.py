@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qwlit.core.errors import GuardStop
 from qwlit.data.batches import validation_loader
 from qwlit.data.samples import Samples
 from qwlit.data.step_plan import Limits
-from qwlit.inference.trained_model import TrainedModel
+from qwlit.inference.trained_model import NONFINITE_REMEDY, TrainedModel
 
 SCRIPTS = {
     "Han": r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]",
@@ -99,6 +100,9 @@ def score_samples(model: TrainedModel, samples: Samples, show: Callable[..., Non
 
     Args:
         show: called with the samples done, all samples and a text, see `core.console.showing_progress`.
+
+    Raises:
+        GuardStop: a loss is not finite.
     """
     hardware, device = model.config.hardware, model.causal_lm.device
     limits = Limits(hardware.micro_batch_size, hardware.micro_batch_tokens)
@@ -119,6 +123,9 @@ def score_samples(model: TrainedModel, samples: Samples, show: Callable[..., Non
             np.add.at(correct, of_sample, is_correct.cpu().numpy())
             done += len(ids)
             show(done, len(samples), f"{done:,} of {len(samples):,} samples", finished=done == len(samples))
+    if not np.isfinite(sums).all():
+        worst = samples.origin(int(np.argmin(np.isfinite(sums))))
+        raise GuardStop(f"{model.origin}: the loss of {worst} is not finite. {NONFINITE_REMEDY}")
     texts = [_supervised_text(model, samples, index) for index in range(len(samples))]
     return SampleScores(
         loss_sums=sums,

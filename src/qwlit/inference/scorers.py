@@ -4,11 +4,11 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from qwlit.core.errors import ConfigError, nearest
+from qwlit.core.errors import ConfigError, nearest, one_line
 from qwlit.core.extras import import_extra
 
 Scorer = Callable[[str, str], float]
@@ -77,8 +77,16 @@ def find_scorer(name: str) -> Scorer:
     sys.path.insert(0, str(Path.cwd()))
     try:
         scorer: Scorer = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a module of the user can raise anything
+    except (Exception, SystemExit) as error:  # a module of the user can raise anything
         raise ConfigError(f"metrics={name}: cannot be imported ({type(error).__name__}: {error})") from None
     finally:
         sys.path.pop(0)
-    return scorer
+    return partial(_own_score, name, scorer)
+
+
+def _own_score(name: str, scorer: Scorer, answer: str, expected: str) -> float:
+    try:
+        return float(scorer(answer, expected))
+    except Exception as error:  # a function of the user can raise anything
+        said = one_line(f"{type(error).__name__}: {error}", 300)
+        raise ConfigError(f"metrics={name}: takes no (answer, expected), or returns no number ({said})") from None

@@ -10,12 +10,16 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from qwlit.core.console import showing_progress
+from qwlit.core.disk import naming_path
+from qwlit.core.errors import ConfigError, DataError
+from qwlit.core.files import resolve_path
 from qwlit.data.conversation import END_THINK, THINK, Conversation, Message
 from qwlit.data.prompts import Prompt, one_question, read_prompts
-from qwlit.inference.answer import Answer, answers, remarks
+from qwlit.inference.answer import Answer, answers, has_thinking_switch, opens_thinking, remarks
 from qwlit.inference.trained_model import TrainedModel
 
 HELP = "[dim]an empty line or Ctrl-D ends, /new begins a new conversation[/]"
@@ -24,8 +28,6 @@ HELP = "[dim]an empty line or Ctrl-D ends, /new begins a new conversation[/]"
 def describe(model: TrainedModel, screen: Console) -> None:
     """Print which weights answer, and how."""
     settings = model.config.generation
-    for note in model.notes:
-        screen.print(f"[yellow]note[/]  {escape(note)}")
     if settings.thinking and not settings.temperature:
         screen.print("[yellow]note[/]  greedy answers with thinking often repeat themselves; temperature 0.6 is usual")
     how = f"temperature {settings.temperature:g}" if settings.temperature else "greedy"
@@ -33,6 +35,8 @@ def describe(model: TrainedModel, screen: Console) -> None:
         how = f"plain text, {how}"
     elif settings.thinking:
         how = f"thinking, {how}"
+        if not has_thinking_switch(model):
+            screen.print("[yellow]note[/]  the chat template has no switch for thinking, so the setting has no effect")
     screen.print(f"[bold]{escape(model.origin)}[/]  {how}, seed {model.config.seed}")
 
 
@@ -53,7 +57,12 @@ def talk(model: TrainedModel, screen: Console, *, show_thinking: bool) -> None:
             screen.print("[dim]a new conversation[/]")
             continue
         messages += (Message("user", typed),)
-        answer = _print_answer(model, Prompt(Conversation(messages)), screen, show_thinking)
+        try:
+            answer = _print_answer(model, Prompt(Conversation(messages)), screen, show_thinking)
+        except DataError as error:
+            screen.print(f"[yellow]note[/]  {escape(str(error))}; the message is left out")
+            messages = messages[:-1]
+            continue
         # The next prompt has the answer as the model ended it. An empty one has nothing that a template could write.
         messages = (*messages, Message("assistant", answer.text)) if answer.text.strip() else messages[:-1]
 
@@ -81,6 +90,11 @@ class _Printer(TextStreamer):
         self._screen, self._shows_thinking = screen, show_thinking
         self._is_thinking = False
 
+    def put(self, value: Tensor) -> None:
+        if self.next_tokens_are_prompt:
+            self._is_thinking = opens_thinking(self.tokenizer, value[0].tolist())
+        super().put(value)
+
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         for part in re.split(f"({THINK}|{END_THINK})", text):
             if part in (THINK, END_THINK):
@@ -92,11 +106,18 @@ class _Printer(TextStreamer):
 
 
 def answer_file(model: TrainedModel, path: str, output: Path, screen: Console) -> None:
-    """Answer the prompts of a file, one line of JSON for each, in their order."""
-    prompts = list(read_prompts(path))
+    """Answer the prompts of a file, one line of JSON for each, in their order.
+
+    Raises:
+        ConfigError: `output` is the file of the prompts.
+        DataError: see `read_prompts`.
+    """
+    if output.exists() and output.samefile(resolve_path(path)):
+        raise ConfigError(f"output={output} is the file of the prompts; name another one")
+    prompts = list(read_prompts(path, columns=model.config.data.columns))
     torch.manual_seed(model.config.seed)
     ends: Counter[str] = Counter()
-    with output.open("w", encoding="utf-8") as file, showing_progress("answering", screen) as show:
+    with naming_path(output), output.open("w", encoding="utf-8") as file, showing_progress("answering", screen) as show:
         for number, (prompt, answer) in enumerate(
             zip(prompts, answers(model, prompts, model.config.generation), strict=True), 1
         ):
@@ -104,7 +125,8 @@ def answer_file(model: TrainedModel, path: str, output: Path, screen: Console) -
             ends["ended" if answer.ended else "cut"] += 1
             ends["repeats"] += answer.repeats_itself
             show(number, len(prompts), f"{number:,} of {len(prompts):,} prompts", finished=number == len(prompts))
-    cut = f", {ends['cut']:,} cut after {model.config.generation.max_new_tokens:,} tokens" if ends["cut"] else ""
+    longest = model.config.generation.max_new_tokens
+    cut = f", {ends['cut']:,} cut after at most {longest:,} tokens" if ends["cut"] else ""
     repeated = f", {ends['repeats']:,} repeat themselves" if ends["repeats"] else ""
     answered = "1 answer" if len(prompts) == 1 else f"{len(prompts):,} answers"
     screen.print(f"{answered}{cut}{repeated}: {escape(str(output))}")

@@ -7,23 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError, DataError
+from qwlit.core.files import read_json
 from qwlit.data.chat import ChatEncoder
+from qwlit.data.conversation import Conversation, Message
 from qwlit.data.jinja_template import unmarked_template
 from qwlit.data.recognise import resolve_template
-from qwlit.data.templates import ChatTemplate, Supervision
+from qwlit.data.rows import RowError
+from qwlit.data.templates import ChatTemplate, ChatTemplateFamily, Supervision
 from qwlit.data.tokenizer import END_OF_TEXT, TextTokenizer
-from qwlit.model.config import DropoutConfig, FreezeConfig
-from qwlit.model.load import check_vocabulary, load_tokenizer
+from qwlit.model.config import DropoutConfig, FreezeConfig, ModelConfig
+from qwlit.model.load import check_vocabulary, fingerprint, load_tokenizer
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.planning.setup import Setup, resolve_setup
 from qwlit.training.checkpointing.checkpoint import read_weights
 from qwlit.training.checkpointing.folder import linked_checkpoint, list_checkpoints
 from qwlit.training.tracking.run_folder import RunFolder
+
+QUESTION = Conversation((Message("user", "?"),))
+"""Shows how a template begins an answer."""
+NONFINITE_REMEDY = (
+    "The weights diverged in training, or float16 is too narrow for them: use an earlier checkpoint"
+    " (run=…/checkpoints/step-…), or hardware.precision=32-true"
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,14 @@ class TrainedModel:
 
     @property
     def pad_id(self) -> int:
+        """Of positions that the attention mask leaves out."""
         pad = self.tokenizer.pad_token_id
-        return self.end_ids[0] if pad is None else int(pad)
+        return next(iter(self.end_ids), 0) if pad is None else int(pad)
+
+    @property
+    def most_positions(self) -> int:
+        """Tokens of a prompt and its answer together."""
+        return int(self.causal_lm.config.max_position_embeddings)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass: products in the precision of the hardware settings."""
@@ -112,20 +128,38 @@ def load_run(composed: Composed, folder: RunFolder, checkpoint: Path | None = No
         checkpoint: use this one; None: choose.
 
     Raises:
-        ConfigError: no checkpoint is good, or the base model or tokenizer is not where the run found it.
+        ConfigError: no checkpoint is good, or the base model or tokenizer is not where the run found it, or another.
     """
     setup = resolve_setup(composed)
-    loss_model = _build(setup, setup.config.freeze, leave_empty=setup.num_trainable == setup.num_parameters)
+    trains_all = setup.num_trainable == setup.num_parameters
+    if not trains_all:
+        _refuse_other_base(setup.config.model, folder)
+    loss_model = _build(setup, setup.config.freeze, leave_empty=trains_all)
     candidates = [checkpoint] if checkpoint else _candidates(folder)
     damaged = []
     for candidate in candidates:
         try:
             fill_from_checkpoint(loss_model, candidate)
         except ConfigError as error:
-            damaged.append(str(error))
+            # What follows is the remedy of a training.
+            damaged.append(str(error).partition("; run the same command")[0])
             continue
-        return _ready(setup, loss_model, f"{folder.path}, {candidate.name}", tuple(damaged))
-    raise ConfigError("; ".join(damaged) or f"{folder.path} has no checkpoint yet; wait for its first one")
+        ready = _ready(setup, loss_model, f"{folder.path}, {candidate.name}", damaged)
+        before = read_json(folder.path / "manifest.json").get("tokenizer")
+        if before in (None, ready.text.fingerprint):
+            return ready
+        return replace(ready, notes=(*damaged, "the tokenizer is not the one of the training, so answers may differ"))
+    remedy = " yet; wait for its first one" if folder.status == "running" else ", so it has nothing to answer with"
+    raise ConfigError("; ".join(damaged) or f"{folder.path} has no checkpoint{remedy}")
+
+
+def _refuse_other_base(model: ModelConfig, folder: RunFolder) -> None:
+    before, now = read_json(folder.path / "manifest.json").get("base"), fingerprint(model)
+    if before not in (None, now):
+        raise ConfigError(
+            f"model.path={model.path}: the base model is not the one that {folder.path} was trained on (fingerprint"
+            f" {before}, now {now}); put that back, or name its new place with model.path=FOLDER"
+        )
 
 
 def _candidates(folder: RunFolder) -> list[Path]:
@@ -158,8 +192,34 @@ def _ready(setup: Setup, loss_model: LossModel, origin: str, notes: Sequence[str
     check_vocabulary(setup.config.model, tokenizer)
     text = TextTokenizer(tokenizer)
     loss_model.eval().requires_grad_(False).to(setup.machine.accelerator)
+    lm = loss_model.causal_lm
+    # transformers fills in every setting that a call leaves out, such as bad_words_ids, from the model's own.
+    lm.generation_config = GenerationConfig(eos_token_id=lm.generation_config.eos_token_id)
     chat = chat_encoder(setup.config, tokenizer, text)
     return TrainedModel(setup, loss_model, tokenizer, text, chat, origin, tuple(notes))
+
+
+def _as_it_asks(tokenizer: PreTrainedTokenizerFast, family: ChatTemplateFamily) -> ChatTemplate:
+    """Return the family, or the tokenizer's own template where that begins an answer in another way.
+
+    Families are recognised by whole conversations; the templates of models that always think differ only in prompts,
+    which end with <think>.
+    """
+    own = unmarked_template(tokenizer)
+    if own is None:
+        return family
+    own = replace(own, default_system=family.default_system)
+    try:
+        for thinking in (False, True):
+            texts = [
+                "".join(piece.text for piece in template.render_prompt(QUESTION, thinking=thinking))
+                for template in (family, own)
+            ]
+            if texts[0] != texts[1]:
+                return own
+    except RowError:
+        pass  # it says so at the user's prompt
+    return family
 
 
 def chat_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast, text: TextTokenizer) -> ChatEncoder | None:
@@ -174,4 +234,6 @@ def chat_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerFast, text: Te
         return None
     if config.data.system is not None:
         template = template.with_system(config.data.system)
+    if isinstance(template, ChatTemplateFamily) and config.data.template == "auto":
+        template = _as_it_asks(tokenizer, template)
     return ChatEncoder(text, template, Supervision())

@@ -12,7 +12,14 @@ import torch
 from qwlit.config.compose import Composed
 from qwlit.core.disk import naming_path
 from qwlit.core.errors import ConfigError, NotEqual
-from qwlit.core.files import read_json, read_json_lines, replacing_folder, write_json_atomic, write_text_atomic
+from qwlit.core.files import (
+    read_json,
+    read_json_lines,
+    replacing_folder,
+    resolve_path,
+    write_json_atomic,
+    write_text_atomic,
+)
 from qwlit.data.tokenizer import TextTokenizer
 from qwlit.inference.export import (
     MAX_SHARD_SIZE,
@@ -36,6 +43,7 @@ from qwlit.inference.proof import (
 )
 from qwlit.inference.trained_model import TrainedModel, chat_encoder, load_run
 from qwlit.model.attention import generation_attention
+from qwlit.model.config import ModelConfig
 from qwlit.model.load import load_tokenizer
 from qwlit.model.saved_adapter import read_saved_adapter
 from qwlit.model.weight_files import stored_dtype
@@ -43,7 +51,7 @@ from qwlit.planning.setup import Setup, resolve_setup
 from qwlit.run.exported import end_of_adapter, end_token, export_sources, proof_prompts
 from qwlit.training.checkpointing.manifest import step_of
 from qwlit.training.tracking.manifest import PACKAGES, installed_version
-from qwlit.training.tracking.run_folder import RunFolder
+from qwlit.training.tracking.run_folder import RunFolder, jsonable
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def export_run(composed: Composed, folder: RunFolder, checkpoint: Path | None, o
     _check_options(has_adapter, options)
     merges = has_adapter and options.merges
     output = options.output or folder.path / ("export-merged" if merges else "export")
-    check_output(output)
+    check_output(output, config.model)
     adapter = replace(config.adapter, quantization="none")
     model = load_run(replace(composed, config=replace(config, adapter=adapter)), folder, checkpoint)
     subject = _of_run(model, folder, options)
@@ -157,7 +165,8 @@ def _of_run(model: TrainedModel, folder: RunFolder, options: Options) -> _Subjec
         reference = Reference(prompts, model.end_ids, tokenizer_digest(model.tokenizer), observed)
     return _Subject(
         model.setup,
-        {"run": str(folder.path), "checkpoint": used.name, "step": step_of(used)},
+        {"run": str(folder.path), "checkpoint": used.name, "step": step_of(used)}
+        | ({"notes": list(model.notes)} if model.notes else {}),
         export_sources(config.model, has_tokenizer=True),
         end_token(config, said, model.chat, model.text, model.tokenizer),
         reference,
@@ -177,8 +186,8 @@ def export_folder(composed: Composed, options: Options) -> Path:
         raise ConfigError("adapter=keep: model.adapter_path is the adapter already; leave adapter out")
     if options.output is None:
         raise ConfigError("output: name the folder to write")
-    check_output(options.output)
     config = composed.config
+    check_output(options.output, config.model)
     config = replace(config, adapter=replace(config.adapter, kind="none", quantization="none"))
     setup = resolve_setup(replace(composed, config=config))
     sources = export_sources(config.model, has_tokenizer=True)
@@ -203,12 +212,15 @@ def export_folder(composed: Composed, options: Options) -> Path:
     return _finish(options.output, subject, _Content(write, dtype, merged=merged))
 
 
-def check_output(folder: Path) -> None:
-    """Refuse to replace a folder that is not an export.
+def check_output(folder: Path, model: ModelConfig) -> None:
+    """Refuse to replace a folder that is not an export, or that the model is made of.
 
     Raises:
-        ConfigError: it has files, but neither a proof nor the place of a run's export.
+        ConfigError: it has files, but neither a proof nor the place of a run's export; or it is the base or adapter.
     """
+    for source in (model.path, model.adapter_path):
+        if source and resolve_path(source).resolve() == folder.resolve():
+            raise ConfigError(f"output={folder} is the model that is exported, or its base; name another folder")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output={folder} is a file; name a folder")
     is_run_export = folder.name in ("export", "export-merged") and (folder.parent / "config.yaml").is_file()
@@ -263,5 +275,5 @@ def _document(subject: _Subject, content: _Content, proof: Proof) -> dict[str, A
         "products": str(subject.setup.machine.compute_dtype).removeprefix("torch."),
         "device": subject.setup.machine.device_name,
         "versions": {name: installed_version(name) for name in ("qwlit", "safetensors", *PACKAGES)},
-        "checks": proof.facts,
+        "checks": jsonable(proof.facts),
     }
