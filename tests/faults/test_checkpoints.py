@@ -230,9 +230,10 @@ def test_the_next_best_checkpoint_may_have_a_loss_of_0(run, held, exported, monk
     best = run / "checkpoints/step-000008"
     flip(MODEL)(best, best)
     made, folder = [], RunFolder(run)
-    real = finish._fill
+    real = finish.fill_from_checkpoint
     model = SimpleNamespace(causal_lm=SimpleNamespace(named_parameters=dict))
-    monkeypatch.setattr(finish, "_fill", lambda model, path: real(model, path) if path == best else made.append(path))
+    fill = lambda model, path: real(model, path) if path == best else made.append(path)  # noqa: E731
+    monkeypatch.setattr(finish, "fill_from_checkpoint", fill)
     checkpointing = SimpleNamespace(
         best_step=8, path=lambda step: run / f"checkpoints/step-{step:06d}", replace_best=lambda step, row: None
     )

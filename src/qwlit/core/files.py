@@ -71,7 +71,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends; after an error that stays as it was.
 
     A kill leaves the one or the other, never a part.
+
+    Raises:
+        FileExistsError: `folder` is a file, which somebody else made.
     """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     if old.exists() and not folder.exists():
         old.rename(folder)  # killed between the two renames
