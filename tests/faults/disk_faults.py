@@ -558,7 +558,10 @@ FOLDER: dict[str, Fault] = {
         ["events.jsonl was removed or cut off"], at={5: remove("events.jsonl")}, check=sealed
     ),
     "events.jsonl a folder from step 3 to 7": Fault(
-        ["events.jsonl cannot be written: Is a directory; a folder has the name of a file: move it away", "lacks nothing"],
+        [
+            "events.jsonl cannot be written: Is a directory; a folder has the name of a file: move it away",
+            "lacks nothing",
+        ],
         at={
             3: lambda place: put_in_place(place.run / "events.jsonl", Path.mkdir),
             7: lambda place: put_back(place.run / "events.jsonl"),
