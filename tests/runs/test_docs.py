@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from qwlit.config.compose import compose
 from qwlit.data.formats import REQUIRED_KEYS, RowParser, recognise_format
 from qwlit.data.rows import parse_json_object
+from tests.long import LONG
 from tests.runs.runs import in_this_process, qwlit, train
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,26 @@ def test_the_notebook_on_determinism_runs_and_is_stored_without_outputs(tmp_path
     assert "parameters" in str(notebook.cells[5].outputs)
     assert "image/png" in str(notebook.cells[7].outputs)
     assert "attention sdpa against eager" in str(notebook.cells[9].outputs)
+
+
+NOTEBOOKS = {
+    "reading_a_run": ("STEPS = 60", {9: "runs/too-low/report.html", 11: "ten-times"}),
+    "tuning": ("STEPS, TRIALS = 20, 4", {3: "image/png", 7: "study", 9: "which settings mattered", 11: "image/png"}),
+    "base_to_served": ("STEPS = 40", {9: "runs/tuned against runs/base", 11: "proved with", 13: "I am a small model"}),
+}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS if LONG else ["reading_a_run"])
+def test_a_notebook_shows_what_it_promises_and_is_stored_without_outputs(name, tmp_path):
+    written, shown = NOTEBOOKS[name]
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    assert notebook.cells[1].source.startswith(written)
+    if not LONG:
+        notebook.cells[1].source = notebook.cells[1].source.replace(written, "STEPS = 6")
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    for cell, text in shown.items():
+        assert text in str(notebook.cells[cell].outputs), (cell, notebook.cells[cell].outputs)
 
 
 def test_the_trainer_shown_trains(tmp_path, monkeypatch):
