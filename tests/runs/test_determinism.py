@@ -66,7 +66,7 @@ def test_the_manifest_has_what_decides_the_numbers_and_no_secret(tmp_path, monke
     assert manifest["data_files"] == {"rows.jsonl": hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()}
     assert manifest["cpu"]["model"] and manifest["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
     assert manifest["packages"]["torch"] == torch.__version__ and manifest["libraries"]["OpenMP"]
-    assert set(manifest["environment"]) <= set(VARIABLES)
+    assert set(manifest["variables"]) <= set(VARIABLES)
 
 
 @pytest.mark.parametrize(

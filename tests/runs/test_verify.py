@@ -124,10 +124,10 @@ def test_a_faked_version_of_a_package_is_named():
 
 
 def test_what_differs_is_said_in_words_and_what_only_one_has_recorded_is_not():
-    first = {"attention": "sdpa", "num_threads": 8, "packages": {"torch": "2"}, "data": "1" * 16, "environment": {}}
+    first = {"attention": "sdpa", "num_threads": 8, "packages": {"torch": "2"}, "data": "1" * 16, "variables": {}}
     first |= {"data_files": {"a.jsonl": "2" * 64}, "git": {"commit": "abc", "dirty": False}, "compiled": False}
     second = {"attention": "eager", "num_threads": 2, "packages": {"torch": "2", "jinja2": "3"}, "data": "3" * 16}
-    second |= {"environment": {"NCCL_ALGO": "Ring"}, "data_files": {"a.jsonl": "4" * 64}, "seed": 1, "compiled": True}
+    second |= {"variables": {"NCCL_ALGO": "Ring"}, "data_files": {"a.jsonl": "4" * 64}, "seed": 1, "compiled": True}
     second |= {"git": {"commit": "abc", "dirty": True, "changes": "5"}}
     assert differing_entries(first, second) == [
         "dirty no against yes",

@@ -11,7 +11,7 @@ from qwlit.core.files import read_json, read_json_lines, resolve_path
 QUANTITIES = ("samples", "loss_sum", "grad_norm", "parameters")
 """Of a record of trace.jsonl, in the order in which a step computes them."""
 MACHINE = (
-    *("qwlit", "python", "platform", "packages", "git", "cpu", "libraries", "environment", "device", "accelerator"),
+    *("qwlit", "python", "platform", "packages", "git", "cpu", "libraries", "variables", "device", "accelerator"),
     *("devices", "num_nodes", "strategy", "precision", "attention", "compiled", "activation_checkpointing"),
     *("determinism", "torch_flags", "num_threads", "seed", "data_files", "data", "template", "tokenizer", "base"),
 )
@@ -127,7 +127,7 @@ def differing_entries(first: dict[str, Any], second: dict[str, Any]) -> list[str
         if not (isinstance(before, dict) and isinstance(now, dict)):
             found.append(_difference(name, before, now))
             continue
-        names = before.keys() | now.keys() if name in ("environment", "data_files") else before.keys() & now.keys()
+        names = before.keys() | now.keys() if name in ("variables", "data_files") else before.keys() & now.keys()
         prefix = PREFIXES.get(name, "")
         found += [
             _content_of(f"{prefix}{key}", before.get(key), now.get(key))

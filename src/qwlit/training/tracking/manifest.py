@@ -125,7 +125,7 @@ def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
         "command": public_command(sys.argv),
         "cpu": _cpu(),
         "libraries": _math_libraries() | (_cuda() if machine.accelerator == "cuda" else {}),
-        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "device": machine.device_name,
         "accelerator": machine.accelerator,
         "device_memory_gib": round(machine.device_memory / GIB, 2),
