@@ -110,7 +110,9 @@ RUNS = {
     "metrics of another kind": in_run(
         "metrics.jsonl", lines({"step": 2, "val/loss": "x"}, {"step": 2, "val/loss": {}}, {"step": [2]}, 7), RESUME
     ),
-    "events that are a link to a file": Artefact(RESUME, link("runs/a/events.jsonl", "../../search.yaml"), "events.jsonl links to"),
+    "events that are a link to a file": Artefact(
+        RESUME, link("runs/a/events.jsonl", "../../search.yaml"), "events.jsonl links to"
+    ),
     "a lock of another kind": Artefact(RESUME, write("runs/.locks/a", ESCAPES * 9)),
     "a lock that is a folder": Artefact(
         RESUME,
