@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from qwlit.commands.options import compose_run, own_options
+from qwlit.commands.options import compose_run, own_options, typed_root
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path
@@ -76,10 +76,9 @@ def find_model(run: str | None, overrides: list[str]) -> "tuple[Composed, RunFol
             raise ConfigError("name a model: run=NAME for a run, or model.path=FOLDER")
         folder = checkpoint = None
     else:
-        root = next((word.partition("=")[2] for word in overrides if word.startswith("run.root=")), "runs")
         path = Path(run)
         is_checkpoint = path.parent.name == "checkpoints"
-        folder = find_run(str(path.parent.parent) if is_checkpoint else run, root, option="run")
+        folder = find_run(str(path.parent.parent) if is_checkpoint else run, typed_root(overrides), option="run")
         checkpoint = (folder / "checkpoints" / path.name).resolve() if is_checkpoint else None
         if checkpoint and not checkpoint.is_dir():
             others = ", ".join(sorted(other.name for other in (folder / "checkpoints").iterdir()))

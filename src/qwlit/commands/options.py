@@ -68,6 +68,11 @@ def _is_setting(key: str) -> bool:
     return name in {"config", "hydra", *group_options(), *(field.name for field in fields(RunConfig))}
 
 
+def typed_root(overrides: list[str]) -> str:
+    """Return the folder of the runs, `run.root`, as typed or by default."""
+    return next((word.partition("=")[2] for word in overrides if word.startswith("run.root=")), "runs")
+
+
 def typed_number(own: Mapping[str, str | None], key: str, least: int = 1) -> int | None:
     """Return the typed number of `key`, or None if it was not typed.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from qwlit.commands.options import compose_run, own_options, typed_number
+from qwlit.commands.options import compose_run, own_options, typed_number, typed_root
 from qwlit.core.console import console
 from qwlit.core.errors import ConfigError, Interrupted, NotEqual
 
@@ -24,8 +24,7 @@ def main(arguments: list[str]) -> None:
     if own["run"]:
         from qwlit.run.verify import find_run
 
-        root = next((word.partition("=")[2] for word in overrides if word.startswith("run.root=")), "runs")
-        earlier = find_run(own["run"], root, option="run")
+        earlier = find_run(own["run"], typed_root(overrides), option="run")
         if not (earlier / "trace.jsonl").is_file():
             raise ConfigError(
                 f"run={own['run']}: it has no trace.jsonl to compare with; train it with determinism=reproducible or"

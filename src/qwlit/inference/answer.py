@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
@@ -17,7 +16,7 @@ from qwlit.core.errors import ConfigError, DataError, GuardStop
 from qwlit.data.conversation import END_THINK, THINK
 from qwlit.data.prompts import Prompt
 from qwlit.data.rows import RowError
-from qwlit.inference.generate import GREEDY
+from qwlit.inference.generate import GREEDY, left_padded
 from qwlit.inference.trained_model import NONFINITE_REMEDY, QUESTION, TrainedModel
 from qwlit.model.attention import generation_attention
 
@@ -121,17 +120,14 @@ def generate(
 
     An answer also ends where the positions of the model do.
     """
-    # Padded on the left, so that every answer starts at the same position.
-    rows = [torch.tensor(ids) for ids in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=model.pad_id, padding_side="left")  # (B, T)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     lm = model.causal_lm
-    rooms = [model.most_positions - len(row) for row in rows]
+    ids, mask = left_padded(prompts, model.pad_id, lm.device)
+    rooms = [model.most_positions - len(prompt) for prompt in prompts]
     try:
         with generation_attention(lm), torch.inference_mode(), model.precision():
             out: Tensor = lm.generate(
-                input_ids=ids.to(lm.device),
-                attention_mask=mask.to(lm.device),
+                input_ids=ids,
+                attention_mask=mask,
                 generation_config=_generation_config(model, settings, min(settings.max_new_tokens, max(rooms))),
                 logits_processor=LogitsProcessorList([_RefuseNonfinite(model.origin)]),
                 streamer=streamer,

@@ -1,9 +1,10 @@
 """Answer prompts with a trained model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -73,16 +74,21 @@ def answer_greedily(
             yield from _answer_batch(model, by_length[first : first + BATCH_SIZE], end_of_turn_id, pad_id)
 
 
+def left_padded(prompts: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask of a batch, (B, T) int64 each: every answer starts at the same position."""
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    return ids.to(device), mask.to(device)
+
+
 def _answer_batch(
     model: PreTrainedModel, prompts: list[EvalPrompt], end_of_turn_id: int, pad_id: int
 ) -> Iterator[EvalAnswer]:
-    token_ids = [torch.tensor(p.tokens, dtype=torch.int64) for p in prompts]
-    # Pad on the left, so that every answer starts at the same position.
-    ids = pad_sequence(token_ids, batch_first=True, padding_value=pad_id, padding_side="left")
-    mask = pad_sequence([torch.ones_like(t) for t in token_ids], batch_first=True, padding_side="left")
+    ids, mask = left_padded([prompt.tokens for prompt in prompts], pad_id, model.device)
     out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        input_ids=ids,
+        attention_mask=mask,
         # Not the model folder's own generation settings: they are for sampling.
         generation_config=GenerationConfig(
             max_new_tokens=max(len(p.answer) for p in prompts) + EXTRA_TOKENS,
