@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, keep
 from benchmarks.work import draw_lengths
 from qwlit.data.batches import StepDataset, train_loader
 from qwlit.data.config import DataConfig
@@ -28,7 +28,6 @@ from qwlit.data.order import Order
 from qwlit.data.step_plan import Limits, StepPlan
 from qwlit.data.store import SampleStore, build_store
 
-RESULTS = Path(__file__).parent / "results"
 VOCABULARY, BATCH, ROWS, MEAN = 151_936, 64, 16, 512.0
 EPOCHS = 9
 
@@ -113,8 +112,7 @@ def main(arguments: list[str]) -> None:
         "tokens_per_second": {way: round(median(figures)) for way, figures in found.items()},
         "verifying": round(overhead, 4),
     }
-    print(json.dumps(result, indent=1))
-    (RESULTS / "batches.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep("batches", result)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import qwlit
-from benchmarks.machine import describe
+from benchmarks.machine import describe, keep
 from qwlit.training.config import GuardConfig, LoggingConfig
 from qwlit.training.resilience import probe
 from qwlit.training.resilience.state_health import StateHealth
 from qwlit.training.step_gauges import StepGauges
 
-RESULTS = Path(__file__).parent / "results"
 SECONDS: dict[str, list[float]] = defaultdict(list)
 """By what was timed."""
 
@@ -114,8 +113,7 @@ def main(arguments: list[str]) -> None:
         },
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
-    print(json.dumps(result, indent=1))
-    (RESULTS / "guard_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep("guard_cost", result)
 
 
 if __name__ == "__main__":

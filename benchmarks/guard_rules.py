@@ -6,21 +6,19 @@ OLMo-core's rule, written from its description: skip a step whose loss or gradie
 deviations above the mean of the last 128 steps, once there are 64. Every step enters the window.
 """
 
-import json
 import math
 import sys
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.machine import keep
 from qwlit.training.resilience.spikes import SpikeDetector
 
-RESULTS = Path(__file__).parent / "results"
 BEGIN, EVERY = 200, 97
 Series = NDArray[np.float64]
 Rule = Callable[[float], bool]
@@ -96,8 +94,7 @@ def main(arguments: list[str]) -> None:
     result = {
         name: {rule: measure(build, log_norms) for rule, build in rules.items()} for name, log_norms in series.items()
     }
-    print(json.dumps(result, indent=1))
-    (RESULTS / "guard_rules.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep("guard_rules", result)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,19 @@ Plain means what transformers does: logits of all rows, then cross_entropy that 
 turns (A B B A) in one process for time, and each in a process of its own for memory.
 """
 
-import json
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, keep
 from qwlit.model.head import linear_cross_entropy
 
-RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 151_936
 
 
@@ -89,8 +86,7 @@ def main(arguments: list[str]) -> None:
         "time_ratio": median(times["ours"]) / median(times["plain"]),
         "memory_ratio": memory["ours"] / memory["plain"],
     }
-    print(json.dumps(result, indent=1))
-    (RESULTS / "head_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep("head_cpu", result)
 
 
 if __name__ == "__main__":

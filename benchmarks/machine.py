@@ -1,9 +1,11 @@
-"""What a figure was measured on."""
+"""What a figure was measured on, and where it is kept."""
 
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,3 +32,10 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Print the figures, and write them to benchmarks/results/NAME.json."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    (Path(__file__).parent / "results" / f"{name}.json").write_text(text + "\n")

@@ -6,7 +6,6 @@ The state has the size of AdamW's for so many parameters (default: Qwen3-0.6B), 
 kinds of save run in turns (A B B A). The first copy also allocates its memory, so it is listed apart.
 """
 
-import json
 import shutil
 import sys
 import tempfile
@@ -17,10 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, keep
 from qwlit.training.checkpointing.writer import CheckpointWriter
 
-RESULTS = Path(__file__).parent / "results"
 TENSOR = 3_000_000
 
 
@@ -67,8 +65,7 @@ def main(arguments: list[str]) -> None:
         "bytes_per_second_written": num_bytes / median(pair[1] for pair in times["at once"]),
         "ratio": waited["copied"] / waited["at once"],
     }
-    print(json.dumps(result, indent=1))
-    (RESULTS / "save.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep("save", result)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,15 @@ the trace does is timed by itself too, because on a machine with other work the 
 hash of the weights is due every 100 steps (`trace.weights_every_steps`).
 """
 
-import json
 import os
 import sys
 import tempfile
-from pathlib import Path
 from statistics import median
 
 from benchmarks.guard_cost import SECONDS, timed, train
-from benchmarks.machine import describe
+from benchmarks.machine import describe, keep
 from qwlit.training.config import TraceConfig
 from qwlit.training.tracking import determinism_trace
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: list[str]) -> None:
@@ -50,8 +46,7 @@ def main(arguments: list[str]) -> None:
         },
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
-    print(json.dumps(result, indent=1))
-    (RESULTS / "trace_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep("trace_cost", result)
 
 
 if __name__ == "__main__":
