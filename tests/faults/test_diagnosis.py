@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwlit.config.compose import compose
-from qwlit.run.diagnosis import FULL_LR, LORA_LR, SCRATCH_LR
+from qwlit.config.remedies import DIVERGED_LR
 from tests.faults.test_checkpoints import chat  # noqa: F401 - a fixture
 from tests.faults.test_divergence import pretrained  # noqa: F401 - a fixture
 from tests.runs.runs import TINY, qwlit
@@ -37,9 +37,9 @@ def test_each_remedy_is_accepted_for_the_run_that_stopped(kind, pretrained, chat
         assert planned.returncode == 0, (remedy, planned.stderr)
 
 
-def test_a_remedy_is_no_higher_than_the_rate_of_the_recipe():
-    rates = [
-        compose(["model=demo", "data=demo", f"recipe={name}"]).config.optim.lr
-        for name in ("full_sft", "lora", "pretrain")
-    ]
-    assert rates == [FULL_LR, LORA_LR, SCRATCH_LR]
+def test_a_remedy_for_a_run_that_diverged_is_no_higher_than_the_learning_rate_of_the_recipe():
+    recipes = {"full": "full_sft", "lora": "lora", "random": "pretrain"}
+    rates = {
+        kind: compose(["model=demo", "data=demo", f"recipe={name}"]).config.optim.lr for kind, name in recipes.items()
+    }
+    assert all(DIVERGED_LR[kind] <= rate for kind, rate in rates.items())

@@ -99,28 +99,32 @@ def planted(templates, kind, seed):
     return replace(run, series=series, events=events, results=results)
 
 
+@pytest.fixture
+def all_remedies(monkeypatch):
+    """Remedies are not composed before they are returned: that takes 50 ms for each."""
+    monkeypatch.setattr("qwlit.config.remedies._composes", lambda file, text: True)
+
+
 @pytest.mark.parametrize("kind", NAMES)
-def test_planted_runs_are_named_rightly_and_nothing_else(templates, kind):
+def test_planted_runs_are_named_rightly_and_nothing_else(templates, all_remedies, kind):
     runs = {seed: planted(templates, kind, seed) for seed in range(100)}
     named = {seed: {symptom.name for symptom in diagnose(run).symptoms} for seed, run in runs.items()}
     assert {seed: names for seed, names in named.items() if names != NAMES[kind]} == {}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_remedy_can_be_typed_after_the_runs_own_config_and_changes_it(templates, name):
+def test_every_remedy_can_be_typed_after_the_runs_own_config_and_changes_it(templates, all_remedies, name):
     remedies = set()
     for kind in NAMES:
         for seed in range(6):
             run = replace(planted(templates, kind, seed), settings=templates[name].settings)
             remedies |= {remedy for symptom in diagnose(run).symptoms for remedy in symptom.remedies}
     failed = {"step": 7, "event": "out_of_memory", "message": "out of memory in step 8"}
-    broken = replace(
-        templates[name], series={}, events=(failed,), manifest={"precision": "32-true", "accelerator": "cuda"}
-    )
+    broken = replace(templates[name], series={}, events=(failed,), manifest={"precision": "32-true", "has_bf16": True})
     (symptom,) = diagnose(broken).symptoms
     assert (symptom.name, symptom.evidence) == ("out of memory", ["step 8: out of memory in step 8"])
     remedies |= set(symptom.remedies)
-    assert len(remedies) > 8
+    assert len(remedies) > 8 and "hardware.precision=bf16-mixed" in remedies
     file = templates[name].path / "config.yaml"
     before = compose([f"config={file}"]).config
     for remedy in remedies:
@@ -157,6 +161,19 @@ def test_the_beginnings_of_the_probes_alarms_are_those_in_its_source():
     assert all(f'"{beginning}' in source for beginning in OF_SAMPLING)
 
 
+def test_what_the_runs_own_config_does_not_take_is_no_remedy(templates, tmp_path):
+    settings = dump(compose(SETTINGS["full"]).config)
+    newer, older = tmp_path / "newer", tmp_path / "older"
+    for folder, text in ((newer, settings), (older, settings + "unknown: 1\n")):
+        folder.mkdir()
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+    event = {"step": 7, "event": "out_of_memory", "message": "out of memory in step 8"}
+    run = replace(templates["full"], series={}, events=(event,))
+    assert diagnose(replace(run, path=newer)).symptoms[0].remedies
+    (symptom,) = diagnose(replace(run, path=older)).symptoms
+    assert symptom.evidence and symptom.remedies == []
+
+
 def test_a_few_skips_are_healthy_and_many_are_not(templates):
     run = planted(templates, "healthy", 0)
     skips = tuple({"step": step, "event": "skip", "reason": "loss or gradient not finite"} for step in range(1, 12))
@@ -184,6 +201,7 @@ def test_terminal_page_and_json_say_the_same(tmp_path, capsys):
         {"step": n, "train/loss": 3 * 0.9**n, "val/loss": 1 + (n - 10) ** 2 / 100, "optim/lr": 1} for n in range(30)
     ]
     path = write_run(tmp_path / "<b>", rows=rows)
+    (path / "config.yaml").write_text(dump(compose([*SETTINGS["full"], "run.name=b"]).config), encoding="utf-8")
     page = assert_self_contained(page_of(comparison_of(path)))
     main([f"runs={path}"])
     text = capsys.readouterr().out

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from qwlit.config.remedies import TriedRun, remedies
 from qwlit.core.metric import number_or_none
 from qwlit.report.curves import thin
-from qwlit.report.remedies import Remedies
 from qwlit.report.runs import RunRecord
 from qwlit.report.statistics import jumps, noise_of, smoothed, swings
 
@@ -69,7 +69,9 @@ def diagnose(run: RunRecord) -> Diagnosis:
 
 class _Examination:
     def __init__(self, run: RunRecord) -> None:
-        self._run, self._remedies = run, Remedies(run)
+        self._run = run
+        best_step, _ = min(run.series.get("val/loss", [(0, 0.0)]), key=lambda point: point[1])
+        self._tried = TriedRun(run.path / "config.yaml", run.settings, run.manifest, run.results.steps or 0, best_step)
         points = thin(run.series.get("train/loss", []))
         self._enough = len(points) >= FEWEST_RECORDS
         self._start = points[0][1] if points else 0.0
@@ -114,7 +116,7 @@ class _Examination:
         # Only a run that the guard stopped has this file.
         is_stopped = any(event["event"] == "stopped" for event in acts)
         advice = "Read the samples in diagnosis.json." if is_stopped else "Read the decisions in events.jsonl."
-        return Symptom(name, told, self._remedies.of_divergence(), advice)
+        return Symptom(name, told, remedies("diverging", self._tried), advice)
 
     def _margin(self, best: float) -> float:
         share = RISE_SHARE * abs(best)
@@ -129,7 +131,7 @@ class _Examination:
             return None
         else:
             name, told = "near the memory limit", f"{peak:.2f} of {total:.2f} GiB were in use, {peak / total:.0%}"
-        return Symptom(name, [told], self._remedies.of_memory(), "`qwlit plan` counts what other settings take.")
+        return Symptom(name, [told], remedies("memory", self._tried), "`qwlit plan` counts what other settings take.")
 
     def _overfitting(self) -> Symptom | None:
         """A validation loss that rises again while the training loss does not."""
@@ -149,10 +151,10 @@ class _Examination:
             f"val/loss rose from {values[best]:.4g} at step {steps[best]} to {values[-1]:.4g} at step {steps[-1]}",
             f"train/loss went from {before:.4g} to {end:.4g} meanwhile",
         ]
-        remedies = self._remedies.of_overfitting(steps[best])
+        tries = remedies("overfitting", self._tried)
         if end < values[-1]:
-            return Symptom("overfitting", told, remedies, "More data, or more varied data, help most.")
-        return Symptom("forgetting", told, remedies, "Training data are unlike the validation's: mix such data in.")
+            return Symptom("overfitting", told, tries, "More data, or more varied data, help most.")
+        return Symptom("forgetting", told, tries, "Training data are unlike the validation's: mix such data in.")
 
     def _train_loss_at(self, step: int) -> float | None:
         before = [loss for at, loss in self._run.series.get("train/loss", []) if at <= step]
@@ -166,11 +168,11 @@ class _Examination:
             told.append(f"the loss rose and fell {len(waves)} times, most from {low:.3g} to {high:.3g} at step {step}")
         norms = [(step, math.log(norm)) for step, norm in self._run.series.get("optim/grad_norm", []) if norm > 0]
         if len(norms) >= FEWEST_RECORDS:
-            (jump, step), batch = jumps(norms[len(norms) // 10 :], NORM_WINDOW), self._remedies.batch_size
+            (jump, step), batch = jumps(norms[len(norms) // 10 :], NORM_WINDOW), self._tried.global_batch_size
             if jump > NORM_JUMP + NORM_JUMP_OF_ONE / batch:
                 how = f"{math.exp(jump):.1f} times as large or as small as around it, most at step {step}"
                 told.append(f"in 5 % of the records the gradient norm is {how}")
-        return Symptom("unstable loss", told, self._remedies.of_instability(), ROWS) if told else None
+        return Symptom("unstable loss", told, remedies("unstable", self._tried), ROWS) if told else None
 
     def _slow(self) -> Symptom | None:
         """A loss that hardly falls because the weights hardly move."""
@@ -184,7 +186,7 @@ class _Examination:
             return None
         told = [f"the loss went from {first:.4g} to {last:.4g} in {self._steps[-1]} steps"]
         told += [f"all updates together are at most {100 * moved:.2g} % of the weights' norm"] if moved else []
-        return Symptom("slow convergence", told, self._remedies.of_slowness(), ROWS)
+        return Symptom("slow convergence", told, remedies("slow", self._tried), ROWS)
 
     def _moved(self) -> float | None:
         """Return the sum of all steps' update ratios, of the group that moved most; None where not measured."""

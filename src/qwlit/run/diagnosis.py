@@ -1,6 +1,5 @@
 """What went wrong in the step at which the guard stopped the run: module, samples, circumstances and remedies."""
 
-import math
 import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -9,12 +8,10 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from rich.markup import escape
 
-from qwlit.config.compose import compose
-from qwlit.config.run import RunConfig
+from qwlit.config.remedies import remedies
 from qwlit.core.console import console
-from qwlit.core.errors import ConfigError, QwlitError, first_line, one_line
+from qwlit.core.errors import QwlitError, first_line, one_line
 from qwlit.data.batches import StepDataset
-from qwlit.optim.kinds import OPTIMIZERS
 from qwlit.training.replay import Observation, first_nonfinite, largest, replay
 
 if TYPE_CHECKING:
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
 
 FILE = "diagnosis.json"
 SAMPLES_SHOWN, LONGEST_TEXT = 4, 200
-FULL_LR, LORA_LR, SCRATCH_LR = 1e-5, 2e-4, 3e-4
-"""The recipes' learning rates, of the tuning guide. A remedy is no higher, and at most a tenth of the run's own."""
 
 
 def try_to_diagnose(run: "TrainingRun", trainer: Trainer, step: int, reason: str) -> None:
@@ -52,7 +47,7 @@ def diagnose(run: "TrainingRun", trainer: Trainer, step: int, reason: str) -> No
         "attention": run.plan.execution.attention,
         "learning_rate": run.config.optim.lr,
         "command": f"qwlit train config={shlex.quote(str(run.folder.config_file))} run.name={run.config.run.name}-2",
-        "remedies": _remedies(run),
+        "remedies": remedies("diverging", run.tried),
     }
     run.folder.write_json(FILE, report)
     if trainer.is_global_zero:
@@ -100,40 +95,6 @@ def _samples(run: "TrainingRun", step: int) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _remedies(run: "TrainingRun") -> list[str]:
-    """Return overrides for another try with the run's config.yaml, the likeliest first; single values, no groups."""
-    config = run.config
-    calm = "scheduler.name=cosine scheduler.warmup_ratio=0.1"
-    remedies = [f"optim.lr={min(config.optim.lr / 10, _usual_lr(config)):.1g} {calm}"]
-    if config.train.max_grad_norm is None or config.train.max_grad_norm > 1:
-        remedies.append("train.max_grad_norm=1.0")
-    remedies.append(f"train.global_batch_size={2 * config.train.global_batch_size}")
-    if config.model.init == "pretrained" and config.adapter.kind == "none":
-        remedies.append(f"adapter.kind=lora optim.lr={LORA_LR:g}")
-        remedies.append("freeze.lower_layers_ratio=0.5")
-    machine = run.plan.machine
-    if machine.precision == "16-mixed":
-        remedies.append(f"hardware.precision={'bf16-mixed' if machine.has_bf16 else '32-true'}")
-    return [remedy for remedy in remedies if _is_accepted(run, remedy)]
-
-
-def _usual_lr(config: RunConfig) -> float:
-    """Return the learning rate of the recipe for this kind of run; infinity for optimizers with another range."""
-    if not OPTIMIZERS[config.optim.name].has_adamw_lr_range:
-        return math.inf
-    if config.adapter.kind == "lora":
-        return LORA_LR
-    return SCRATCH_LR if config.model.init == "random" else FULL_LR
-
-
-def _is_accepted(run: "TrainingRun", remedy: str) -> bool:
-    try:
-        compose([f"config={run.folder.config_file}", *remedy.split()])
-    except ConfigError:
-        return False
-    return True
 
 
 def _print(report: dict[str, Any], run: "TrainingRun") -> None:

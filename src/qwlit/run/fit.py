@@ -20,11 +20,11 @@ from qwlit.run.callbacks import TrainerWithCallbacks, build_trainer_with_callbac
 from qwlit.run.diagnosis import try_to_diagnose
 from qwlit.run.go_back import go_back
 from qwlit.run.modules import build_data_module, build_module
+from qwlit.run.out_of_memory import out_of_memory
 from qwlit.run.resume import ResumePoint
 from qwlit.training.checkpointing.checkpoint import NOT_LOADABLE, not_loadable
 from qwlit.training.data_module import StepDataModule
 from qwlit.training.module import CausalLMModule
-from qwlit.training.out_of_memory import out_of_memory
 from qwlit.training.resilience.rollback import RollbackNeeded
 from qwlit.training.telemetry import Listener
 from qwlit.training.tracking.wandb_run import WandbRun
@@ -70,7 +70,6 @@ def fit(
 
 
 def _fit(run: "TrainingRun", training: TrainerWithCallbacks, start: ResumePoint) -> None:
-    config, folder = run.config, run.folder
     must_shard = run.plan.machine.strategy == "fsdp" and not is_sharded(run.loss_model)
     module = build_module(run.plan, run.loss_model, shard=partial(_shard, run) if must_shard else None)
     if training.trainer.world_size != run.plan.machine.world_size:
@@ -81,8 +80,8 @@ def _fit(run: "TrainingRun", training: TrainerWithCallbacks, start: ResumePoint)
     try:
         _run(training, module, build_data_module(run.plan), start)
     except torch.OutOfMemoryError:
-        failure = out_of_memory(training.trainer, module, config.hardware, run.plan.machine)
-        folder.append_event(training.trainer.global_step, "out_of_memory", message=str(failure))
+        failure = out_of_memory(training.trainer, module, run)
+        run.folder.append_event(training.trainer.global_step, "out_of_memory", message=str(failure))
         raise failure from None
     except RollbackNeeded:
         raise
@@ -97,7 +96,7 @@ def _fit(run: "TrainingRun", training: TrainerWithCallbacks, start: ResumePoint)
         reason = str(error).strip().splitlines()[0]
         raise QwlitError(f"a decoder layer cannot be compiled ({reason}); set hardware.compile=false") from error
     finally:
-        folder.try_write_summary(**training.results())
+        run.folder.try_write_summary(**training.results())
 
 
 def _shard(run: "TrainingRun", mesh: DeviceMesh) -> None:

@@ -1,12 +1,14 @@
 """Train: from the settings to the summary. `train` and `TrainingRun.execute` read from top to bottom."""
 
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 
 from rich.markup import escape
 
 from qwlit.config.compose import Composed, as_tree
+from qwlit.config.remedies import TriedRun
+from qwlit.config.run import flatten
 from qwlit.core.console import console
 from qwlit.core.disk import explaining_disk_errors
 from qwlit.core.files import resolve_path
@@ -126,6 +128,11 @@ class TrainingRun:
         """Train with the data and the learning rates that these decisions leave."""
         self.rollbacks = rollbacks
         self.plan = replace(self.plan, data=replace(self.data, steps=self.data.steps.after(rollbacks)))
+
+    @property
+    def tried(self) -> TriedRun:
+        """What remedies for this run are computed from."""
+        return TriedRun(self.folder.config_file, flatten(as_tree(self.config)), asdict(self.plan.machine))
 
     @cached_property
     def base(self) -> str | None:

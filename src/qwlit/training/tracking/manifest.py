@@ -133,6 +133,7 @@ def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
         "num_nodes": machine.num_nodes,
         "strategy": machine.strategy,
         "precision": machine.precision,
+        "has_bf16": machine.has_bf16,
         "activation_checkpointing": machine.activation_checkpointing,
         "num_threads": torch.get_num_threads(),
         "torch_flags": {

@@ -2,19 +2,21 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from qwlit.config.remedies import remedies
 from qwlit.core.errors import ConfigError
 from qwlit.core.sharding import local
-from qwlit.model.config import levels_with_less_memory
-from qwlit.training.config import HardwareConfig
-from qwlit.training.machine import Machine
+
+if TYPE_CHECKING:
+    from qwlit.run.training_run import TrainingRun
 
 
-def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig, machine: Machine) -> ConfigError:
+def out_of_memory(trainer: Trainer, module: nn.Module, run: "TrainingRun") -> ConfigError:
     """Return the error that says what holds the memory and which overrides to try, in order.
 
     On CUDA it also writes a snapshot of the allocator into the run folder, for pytorch.org/memory_viz.
@@ -24,33 +26,18 @@ def out_of_memory(trainer: Trainer, module: nn.Module, hardware: HardwareConfig,
     held["activations and buffers"] = max(0, total - sum(held.values()))
     largest = sorted(held.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in largest)
-    overrides = " · ".join(remedies(hardware, machine)) or "recipe=lora, or a larger device"
+    # Other overrides make another run of it.
+    resumable = [text for text in remedies("memory", run.tried) if text.startswith("hardware.")]
+    overrides = " · ".join(resumable) or "recipe=lora, or a larger device"
     snapshot = ""
     if torch.cuda.is_available():
         file = Path(trainer.default_root_dir) / f"memory_snapshot-rank{trainer.global_rank}.pickle"
         torch.cuda.memory._dump_snapshot(str(file))
         snapshot = f" The allocator's state is in {file.name}."
     return ConfigError(
-        f"out of memory in step {trainer.global_step + 1} on {machine.device_name}: {named}."
+        f"out of memory in step {trainer.global_step + 1} on {run.plan.machine.device_name}: {named}."
         f" Try in this order: {overrides}.{snapshot} The run then resumes from its last checkpoint"
     )
-
-
-def remedies(hardware: HardwareConfig, machine: Machine) -> list[str]:
-    """Return overrides in the order of the tuning guide: activation checkpointing, smaller micro-batches, bf16."""
-    found = [
-        f"hardware.activation_checkpointing={level}"
-        for level in levels_with_less_memory(machine.activation_checkpointing)
-    ]
-    for name in ("micro_batch_size", "micro_batch_tokens"):
-        limit = getattr(hardware, name)
-        if limit is not None and limit > 1:
-            found.append(f"hardware.{name}={limit // 2}")
-    if hardware.micro_batch_size is None and hardware.micro_batch_tokens is None:
-        found.append("hardware.micro_batch_size=1")
-    if machine.precision == "32-true" and machine.has_bf16:
-        found.append("hardware.precision=bf16-mixed")
-    return found
 
 
 def _holders(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, int]:
