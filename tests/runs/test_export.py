@@ -5,10 +5,12 @@ Where a test takes `here`, plain transformers compute in this process, because a
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwlit.core.errors import NotEqual
+from qwlit.core.files import replacing_folder
 from qwlit.inference import plain_proof
 from qwlit.inference.export import write_model
 from qwlit.inference.merge import base_weights
@@ -313,6 +316,33 @@ def test_a_merge_into_the_four_bit_values_fails_the_proof(trained, monkeypatch, 
     monkeypatch.setattr("qwlit.run.export.base_weights", quantized)
     _, proof = exported(trained("qwen3", "qlora"), code=NotEqual.exit_code)
     assert any(failed.startswith("merge as peft") for failed in proof["failed"])
+
+
+def test_a_second_export_into_a_folder_is_refused_while_the_first_writes_it(trained, tmp_path):
+    run, output = trained("qwen2_untied", "lora"), tmp_path / "out"
+    words = ["export", f"run={run}", f"output={output}", "prove=false"]
+    with replacing_folder(output, waits=False) as first:
+        (first / "file").write_text("first")
+        done = qwlit(words, tmp_path)
+        assert not output.exists()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"out is being written by another process ({os.getpid()} on " in done.stderr
+    assert [file.name for file in output.iterdir()] == ["file"]
+
+
+def test_the_end_of_a_training_waits_for_an_export_into_its_folder(tmp_path, capsys):
+    def export():
+        with replacing_folder(tmp_path / "out", waits=True) as second:
+            (second / "second").write_text("")
+
+    thread = threading.Thread(target=export)
+    with replacing_folder(tmp_path / "out", waits=False) as first:
+        thread.start()
+        while "waiting for another process" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        (first / "first").write_text("")
+    thread.join()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["second"]
 
 
 def test_an_export_replaces_an_earlier_one_whole_and_nothing_else(trained, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from qwlit.core.disk import naming_path, opened_without_links, sync
 from qwlit.core.errors import ConfigError
 from qwlit.core.lease import NO_FLOCK, is_leased, lease
+from qwlit.core.streams import say
 
 PACKAGED = "qwlit:"
 DEEPEST = 32
@@ -66,15 +67,39 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def lock_file(folder: Path) -> Path:
+    """Return the lock file of a folder, beside it: the name stays locked when the folder is deleted or renamed."""
+    return folder.parent / ".locks" / folder.name
+
+
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, *, waits: bool) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends; after an error that stays as it was.
 
     A kill leaves the one or the other, never a part.
 
+    Args:
+        waits: wait for another process that replaces the same folder, instead of raising.
+
     Raises:
         FileExistsError: `folder` is a file, which somebody else made.
+        ConfigError: another process replaces it.
     """
+
+    def waiting(holder: str) -> None:
+        say(f"qwlit: waiting for {holder}, which writes {folder}")
+
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock_file(folder), blocking=waits, waiting=waiting))
+        except BlockingIOError:
+            holder = lock_holder(lock_file(folder))
+            raise ConfigError(f"{folder} is being written by {holder}; wait for it, or name another folder") from None
+        yield held.enter_context(_replacing_folder(folder))
+
+
+@contextmanager
+def _replacing_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))

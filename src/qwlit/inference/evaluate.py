@@ -15,7 +15,8 @@ from qwlit.core.errors import ConfigError
 from qwlit.data.samples import Samples
 from qwlit.data.splits import split_data
 from qwlit.data.store import REASONS_NAMED, quarantine_reasons
-from qwlit.inference.sample_scores import RESAMPLES, Result, SampleScores, score_samples
+from qwlit.inference.bootstrap import RESAMPLES, bootstrap_interval
+from qwlit.inference.sample_scores import Result, SampleScores, score_samples
 from qwlit.inference.scorers import Scorer
 from qwlit.inference.temperature import Quality, prompts_of, temperature_curve
 from qwlit.inference.trained_model import TrainedModel
@@ -167,14 +168,9 @@ def _paired(first: SampleScores, second: SampleScores) -> tuple[float, float, fl
     """Return the difference of the loss per token, its interval and its p-value. The draws are the same every time."""
     generator = np.random.default_rng(0)
     difference, tokens = second.loss_sums - first.loss_sums, first.num_tokens
-    mean, count = difference.sum() / tokens.sum(), len(tokens)
-    draws = np.empty(RESAMPLES)
-    as_large = 0
-    for draw in range(RESAMPLES):
-        ids = generator.integers(0, count, count)
-        draws[draw] = difference[ids].sum() / tokens[ids].sum()
-        swapped = (difference * generator.choice((-1.0, 1.0), count)).sum() / tokens.sum()
+    mean, as_large = difference.sum() / tokens.sum(), 0
+    for _ in range(RESAMPLES):
+        swapped = (difference * generator.choice((-1.0, 1.0), len(tokens))).sum() / tokens.sum()
         as_large += abs(swapped) >= abs(mean) * (1 - 1e-12)
-    low, high = np.percentile(draws, (2.5, 97.5))
     # Counting the real pairing keeps the test valid (Phipson and Smyth, 2010, doi:10.2202/1544-6115.1585).
-    return float(mean), float(low), float(high), (as_large + 1) / (RESAMPLES + 1)
+    return float(mean), *bootstrap_interval(difference, tokens), (as_large + 1) / (RESAMPLES + 1)

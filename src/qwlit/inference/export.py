@@ -64,13 +64,15 @@ def weights_of(model: PreTrainedModel) -> Weights:
 def export_model(model: PreTrainedModel, folder: Path, *, sources: ExportSources, end: EndToken | None) -> None:
     """Replace `folder` by the whole model in the dtype of its base model, or by its adapter in float32.
 
+    Wait for another process that replaces it.
+
     Args:
         end: the end token that the model learned; None to keep that of the base model.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    with naming_path(folder), replacing_folder(folder) as partial:
+    with naming_path(folder), replacing_folder(folder, waits=True) as partial:
         if hasattr(model, "peft_config"):
             write_adapter(model, partial, sources=sources, end=end)
         else:

@@ -31,9 +31,6 @@ SCRIPTS = {
 found without a model."""
 MAX_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 """Tokens of a forward pass where the settings have no limit (assumption: they fit beside any model that fits)."""
-RESAMPLES = 2_000
-"""Draws of a bootstrap and of a permutation test: enough for two digits of a 95 % interval (Efron and Tibshirani, An
-Introduction to the Bootstrap, 1993, section 13.3)."""
 
 
 @dataclass(frozen=True)

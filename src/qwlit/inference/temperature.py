@@ -13,7 +13,7 @@ from qwlit.data.config import DataConfig, parts_of
 from qwlit.data.prompts import Prompt, read_prompts
 from qwlit.data.samples import Samples
 from qwlit.inference.answer import answers
-from qwlit.inference.sample_scores import RESAMPLES
+from qwlit.inference.bootstrap import bootstrap_interval
 from qwlit.inference.scorers import Scorer
 from qwlit.inference.trained_model import TrainedModel
 
@@ -75,11 +75,7 @@ def measure_quality(
 
 def _quality(temperature: float, by_prompt: Any, cut: float) -> Quality:
     """Args: by_prompt: (prompts,) mean scores over the repeats."""
-    generator = np.random.default_rng(0)
-    count = len(by_prompt)
-    means = [by_prompt[generator.integers(0, count, count)].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Quality(temperature, float(by_prompt.mean()), float(low), float(high), cut)
+    return Quality(temperature, float(by_prompt.mean()), *bootstrap_interval(by_prompt, np.ones(len(by_prompt))), cut)
 
 
 def temperature_curve(

@@ -109,7 +109,8 @@ def export_run(composed: Composed, folder: RunFolder, checkpoint: Path | None, o
     QLoRA's adapter is merged into, and proved on, the base as it is stored, never its 4-bit values.
 
     Raises:
-        ConfigError: no checkpoint is good, the base is not where the run found it, or the output is something else.
+        ConfigError: no checkpoint is good, the base is not where the run found it, or the output is something else or
+            is being written by another process.
         NotEqual: the proof failed; the folder is there, with PROOF.json.
     """
     config = composed.config
@@ -236,7 +237,7 @@ def _finish(output: Path, subject: _Subject, content: _Content) -> Path:
     def remember(name: str, tensor: torch.Tensor) -> None:
         digests[name] = digest(tensor)
 
-    with naming_path(output), replacing_folder(output) as folder:
+    with naming_path(output), replacing_folder(output, waits=False) as folder:
         content.write(folder, on_written=remember if subject.reference else None)
         document: dict[str, Any] = {"of": subject.origin, "proved": None}
         if subject.reference:

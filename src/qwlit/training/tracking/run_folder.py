@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from qwlit.core.console import console
 from qwlit.core.disk import reason_of_disk, remedy_of
-from qwlit.core.files import is_locked, read_json, read_json_lines, write_json_atomic, write_text_atomic
+from qwlit.core.files import is_locked, lock_file, read_json, read_json_lines, write_json_atomic, write_text_atomic
 from qwlit.core.ranks import is_rank_zero
 from qwlit.core.slurm import job_id, was_requeued
 from qwlit.training.tracking.record_file import RecordFile
@@ -55,8 +55,7 @@ class RunFolder:
 
     @property
     def lock_file(self) -> Path:
-        """The lock file, beside the folder: the name stays locked when the folder is deleted or renamed."""
-        return self.path.parent / ".locks" / self.path.name
+        return lock_file(self.path)
 
     @property
     def lock_files(self) -> list[Path]:
