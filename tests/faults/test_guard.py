@@ -186,6 +186,8 @@ def test_a_diverged_run_that_early_stopping_ends_is_not_done(tmp_path):
     words = [*DIVERGES, "optim.lr=3", "validation.every_steps=5", "validation.early_stopping_patience=1"]
     stopped = faulty("a", [], tmp_path, *words, "guard=strict")
     assert stopped.returncode == 3 and "stopped at step 10: the loss ends at" in stopped.stderr, stopped.stderr
+    # No sample of the last step is the reason.
+    assert stopped.stderr.endswith("; lower optim.lr\n")
 
 
 class Count(lightning.Callback):

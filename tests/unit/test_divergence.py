@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 
+from qwlit.config.compose import compose
 from qwlit.core.errors import ConfigError
-from qwlit.data.step_plan import SkippedData
+from qwlit.data.step_plan import Limits, SkippedData, StepPlan
 from qwlit.optim.config import SchedulerConfig
 from qwlit.optim.schedules import LearningRateCut, Schedule
-from qwlit.training.resilience.divergence import DivergenceRules, StepNumbers
+from qwlit.planning.steps import PlannedSteps
+from qwlit.training.resilience.divergence import MAX_SKIPS, DivergenceRules, StepNumbers
 from qwlit.training.resilience.rollback import Health, Rollback, journal_entry, read_journal, record_decision
 from qwlit.training.tracking.run_folder import RunFolder
 
@@ -68,7 +70,7 @@ def test_a_run_that_diverges_in_its_second_step_and_becomes_better_is_said_to_en
     rules = DivergenceRules(3)
     for index, loss in enumerate([6.3, *(12_000 * np.exp(-np.arange(48) / 20))]):
         assert rules.update(numbers(index + 1, float(loss))) is None
-    assert "above its start at 6.3" in rules.ended_above_start()
+    assert "above its start at 6.3" in rules.trouble_at_end()[0]
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.2, 0.5])
@@ -108,6 +110,12 @@ def test_skips_count_in_a_row_and_within_fifty_steps():
     assert found == [89]  # 40, 60 and 89; from 10 to 60 there are 51 steps
 
 
+def test_a_number_of_steps_that_are_not_finite_which_changes_nothing_is_refused():
+    assert compose(["model=demo", "data=demo", f"guard.max_nonfinite_steps={MAX_SKIPS}"])
+    with pytest.raises(ConfigError, match="max_nonfinite_steps=4: input should be less than or equal to 3"):
+        compose(["model=demo", "data=demo", f"guard.max_nonfinite_steps={MAX_SKIPS + 1}"])
+
+
 def test_an_overflow_of_float16_is_no_bad_step():
     rules = DivergenceRules(3)
     assert not any(rules.update(numbers(step, 2.0, float("inf"), skipped=True)) for step in range(1, 20))
@@ -118,7 +126,17 @@ def test_a_run_that_ends_above_its_start_is_said():
         rules = DivergenceRules(3)
         for step in range(40):
             rules.update(numbers(step + 1, 2.0 + (end - 2.0) * (step > 25) + 0.01 * (step * 7 % 5 - 2)))
-        assert (rules.ended_above_start() is not None) is is_trouble
+        assert (rules.trouble_at_end() is not None) is is_trouble
+
+
+@pytest.mark.parametrize("loss", [2.0, float("nan")])
+def test_a_run_of_which_every_step_was_skipped_is_trouble_at_its_end(loss):
+    rules = DivergenceRules(3)
+    for step in (1, 2):
+        assert rules.update(numbers(step, loss, float("nan"), skipped=True, nonfinite=True)) is None
+    assert rules.trouble_at_end() == ("every step was skipped, because loss or gradient was not finite", "data")
+    rules.update(numbers(3))
+    assert rules.trouble_at_end() is None
 
 
 def test_the_rules_continue_from_a_checkpoint_as_if_there_had_been_none():
@@ -160,6 +178,17 @@ def test_data_and_learning_rate_are_functions_of_step_and_decisions():
     schedule = Schedule(SchedulerConfig(name="constant", warmup_steps=0), 300, twice)
     found = [schedule.lr_multiplier(step) for step in (99, 100, 119, 120, 139, 200)]
     assert found == pytest.approx([1.0, 0.5 / 20, 0.5, 0.25 / 20, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("cause", ["state", "data"])
+@pytest.mark.parametrize("to_step", [100, 105])
+def test_going_back_for_a_damaged_state_or_for_data_keeps_the_warmup_of_the_rollback_before(cause, to_step):
+    plan = StepPlan(None, None, 8, 1, Limits(), packing=False)
+    steps = PlannedSteps(plan, Schedule(SchedulerConfig(name="constant", warmup_steps=0), 300), None)
+    first, second = decision(), decision(from_step=107, to_step=to_step, cause=cause)
+    before, after = steps.after([first]), steps.after([first, second])
+    rates = [[found.schedule.lr_multiplier(step) for step in range(130)] for found in (before, after)]
+    assert rates[0] == rates[1]
 
 
 def test_the_journal_is_that_of_the_checkpoint_and_the_decisions_to_go_back_to_it(tmp_path):

@@ -29,7 +29,8 @@ class PlannedSteps:
         return replace(
             self,
             step_plan=replace(self.step_plan, skipped_data=tuple(r.skipped_data for r in rollbacks)),
-            schedule=replace(self.schedule, cuts=tuple(r.lr_cut for r in rollbacks)),
+            # The others keep the learning rate, and with it a warm-up that has begun.
+            schedule=replace(self.schedule, cuts=tuple(r.lr_cut for r in rollbacks if r.cause == "divergence")),
         )
 
 

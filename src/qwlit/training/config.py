@@ -112,8 +112,9 @@ class GuardConfig:
     enabled: Flag = True
     """Skip each step that is not finite or far above the steps before, and go back or stop when the run diverges.
     false: train on whatever happens."""
-    max_nonfinite_steps: PositiveInt = 3
-    """So many steps in a row whose loss or gradient is not finite are trouble."""
+    max_nonfinite_steps: Annotated[int, WholeNumber, Field(gt=0, le=3, strict=True)] = 3
+    """So many steps in a row whose loss or gradient is not finite are trouble; at most 3, because three skipped steps
+    of 50 are trouble in any case."""
     max_rollbacks: NonNegativeInt = 3
     """How often the run goes back to a stable checkpoint, passes over the data since then and halves the learning rate,
     before it stops with exit code 3. 0: it stops at the first trouble."""

@@ -153,14 +153,16 @@ class DivergenceRules:
             return None
         return f"the gradient norm was {GROWTH_RATIO:g} times its median or more for {GROWTH_STEPS} steps"
 
-    def ended_above_start(self) -> str | None:
-        """Return what is wrong if the last losses are above the first ones by the margin; for the last step."""
+    def trouble_at_end(self) -> tuple[str, Cause] | None:
+        """Return what is wrong after the last step: no step trained, or the last losses are above the first ones."""
+        if self.skips and not self.log_norms:
+            return "every step was skipped, because loss or gradient was not finite", "data"
         if self.first is None or self.first_step is None:
             return None
         margin = max(END_SHARE * abs(self.first), END_SCALES * self._noise())
         for start, most in ((self.first_step, RISE_CEILING), (self.first, margin)):
             if self.smooth_loss > start + most:
-                return f"the loss ends at {self.smooth_loss:.3g}, above its start at {start:.3g}"
+                return f"the loss ends at {self.smooth_loss:.3g}, above its start at {start:.3g}", "divergence"
         return None
 
 

@@ -86,8 +86,8 @@ class Guard(Callback):
 
     def _judge_end(self, step: int) -> None:
         self._judge(wait=True)
-        if self._config.enabled and (reason := self._rules.ended_above_start()):
-            self.alarm(step, reason, "divergence")
+        if self._config.enabled and (trouble := self._rules.trouble_at_end()):
+            self.alarm(step, *trouble)
 
     def _judge(self, *, wait: bool) -> None:
         for (step, sample_ids), (loss, grad_norm, skipped, nonfinite, spike) in self._reader.pop(wait=wait):
@@ -120,6 +120,7 @@ class Guard(Callback):
             RollbackNeeded: the run goes back.
             GuardStop: it has gone back too often.
         """
+        names_samples = cause != "divergence"
         if cause != "state":
             # The frozen weights too: only a rollback for the state reads them again.
             everything = self._module.trained_state() | dict(self._module.named_parameters())
@@ -131,7 +132,7 @@ class Guard(Callback):
             cause = "divergence"  # other data have not helped
         if len(self.rollbacks) >= self._config.max_rollbacks:
             self._folder.append_event(step, "stopped", reason=reason)
-            raise GuardStop(self._last_words(step, reason, cause), step=step)
+            raise GuardStop(self._last_words(step, reason, cause, names_samples), step=step)
         raise RollbackNeeded(
             step,
             reason,
@@ -157,14 +158,15 @@ class Guard(Callback):
         hopeful = [saved for saved in later if self._health.may_become_stable(saved)][:1]
         return {*stable, *hopeful}
 
-    def _last_words(self, step: int, reason: str, cause: Cause) -> str:
-        went_back = f" after {len(self.rollbacks)} rollbacks" if self.rollbacks else ""
+    def _last_words(self, step: int, reason: str, cause: Cause, names_samples: bool) -> str:
+        count = len(self.rollbacks)
+        went_back = f" after {count} rollback{'s' * (count > 1)}" if count else ""
+        stopped = f"stopped at step {step}{went_back}: {reason}"
         if cause == "state":
-            return f"stopped at step {step}{went_back}: {reason}; check the memory and the devices of this machine"
+            return f"{stopped}; check the memory and the devices of this machine"
+        if not names_samples:
+            return f"{stopped}; lower optim.lr"
         origins = ", ".join(self._samples.origin(i) for i in self._sample_ids[:SAMPLES_NAMED])
         more = len(self._sample_ids) - SAMPLES_NAMED
         others = f" and {more} more" if more > 0 else ""
-        return (
-            f"stopped at step {step}{went_back}: {reason}. Samples of this step: {origins}{others}."
-            " Lower optim.lr, or check these samples"
-        )
+        return f"{stopped}. Samples of this step: {origins}{others}. Check these samples, or lower optim.lr"
