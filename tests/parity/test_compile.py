@@ -18,6 +18,7 @@ from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, DropoutConfig, Execution, FreezeConfig, ModelConfig
 from qwlit.model.loss_model import LossModel, build_loss_model
 from qwlit.training.machine import resolve_compile
+from qwlit.training.replay import replay
 from tests.invariance.worker import machine
 from tests.long import LONG
 from tests.parity.varlen import register
@@ -122,6 +123,23 @@ def test_generation_runs_the_layers_as_they_are_written_and_training_goes_on_com
     assert counters["stats"]["unique_graphs"] == graphs > 0
     assert all(layer._compiled_call_impl for layer in loss_model.causal_lm.model.layers)
     assert loss_model(micro).loss_sum == before
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_a_replay_sees_every_module_inside_compiled_layers_and_training_goes_on_compiled(has_run):
+    plain, loss_model, micro = model(), model(), micro_batches()[0]
+    compile_layers(loss_model.causal_lm, backend="aot_eager")
+    if has_run:
+        loss_model(micro)
+    seen = [
+        [(found.module, found.direction) for found in replay(each, [micro], seed=0, step=0, rank=0)]
+        for each in (plain, loss_model)
+    ]
+    assert seen[0] == seen[1] and any("q_proj" in name for name, _ in seen[1])
+    graphs = counters["stats"]["unique_graphs"]
+    assert (graphs > 0) == has_run
+    loss_model(micro)
+    assert counters["stats"]["unique_graphs"] == max(graphs, 2)
 
 
 def test_asked_for_where_something_stands_against_it_it_is_refused():

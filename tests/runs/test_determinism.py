@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 
 from qwlit.config.compose import compose
 from qwlit.core.errors import ConfigError
 from qwlit.planning.setup import resolve_setup
 from qwlit.training.determinism import prepare_determinism
-from qwlit.training.tracking.manifest import VARIABLES, public_command
+from qwlit.training.tracking.manifest import VARIABLES, public_command, threads_of_rank
+from tests.invariance.worker import machine
 from tests.runs.runs import DEMO, ENVIRONMENT, TINY, interpreter, succeed_together, tasks_of_srun, train
 
 SHORT = [*TINY, "data.exact_match=0", "train.max_steps=2", "train.max_epochs=null", "run.name=told", "dropout=pretrain"]
@@ -76,6 +79,9 @@ def test_the_manifest_has_what_decides_the_numbers_and_no_secret(tmp_path, monke
         ("+logger.wandb.API_KEY=abc", "+logger.wandb.API_KEY=***"),
         ("db.password=a-b", "db.password=***"),
         ("data.path=https://me:pw@host/rows.jsonl", "data.path=https://***@host/rows.jsonl"),
+        ("slurm.setup=[\"export WANDB_API_KEY='a b'\"]", 'slurm.setup=["export WANDB_API_KEY=***"]'),
+        ('slurm.setup=["export HF_TOKEN=\\"ab\\""]', 'slurm.setup=["export HF_TOKEN=***"]'),
+        ("slurm.setup=['export HF_TOKEN=$MINE']", "slurm.setup=['export HF_TOKEN=$MINE']"),
         ("hardware.micro_batch_tokens=64", "hardware.micro_batch_tokens=64"),
         ("model.tokenizer=folder", "model.tokenizer=folder"),
     ],
@@ -83,3 +89,17 @@ def test_the_manifest_has_what_decides_the_numbers_and_no_secret(tmp_path, monke
 def test_what_looks_like_a_secret_is_masked_in_the_command(typed, kept):
     assert public_command(["/usr/bin/qwlit", "train", typed]) == ["train", kept]
     assert public_command(["mine.py", typed]) is None
+
+
+def test_the_manifest_has_the_threads_that_lightning_gives_each_rank_later(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    told = threads_of_rank(machine("ddp", 2))
+    try:
+        _set_num_threads_if_needed(2)
+        assert told == torch.get_num_threads() == threads_of_rank(machine("ddp", 2))
+    finally:
+        os.environ.pop("OMP_NUM_THREADS", None)
+        torch.set_num_threads(before)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert threads_of_rank(machine("ddp", 2)) == threads_of_rank(machine("single", 1)) == before

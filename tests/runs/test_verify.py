@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwlit.core.errors import ConfigError
-from qwlit.run.verify import certify, differing_entries, first_difference
+from qwlit.core.errors import ConfigError, QwlitError
+from qwlit.run.difference import compare_runs
+from qwlit.run.locate import locate
+from qwlit.run.verify import certify, differing_entries, first_difference, read_steps
 from tests.long import LONG
 from tests.runs.runs import DEMO, ENVIRONMENT, TINY, qwlit, qwlit_process, rows, train
 
@@ -53,6 +55,8 @@ def test_a_run_is_repeated_with_its_schedule_and_compared_with_its_trace(place):
     done = qwlit_process(["verify", "run=a", "steps=8"], place)
     assert done.returncode == 0, done.stderr
     assert certificate(place, "a")["compared_steps"] == 8
+    # Its weights too, where the run has hashed them: at steps 4 and 8.
+    assert rows(place / "runs/a-verify/repeat-1", "trace.jsonl") == rows(place / "runs/a", "trace.jsonl")[:8]
     # The same learning rates as in the whole run.
     assert rows(place / "runs/a")[6]["optim/lr"] == rows(place / "runs/a-verify/repeat-1")[6]["optim/lr"]
 
@@ -110,6 +114,58 @@ def test_the_first_difference_is_found_among_the_steps_that_all_traces_have():
     assert first_difference([one, [record(1, parameters="p"), *one[1:]]]) == (5, None)
 
 
+def test_a_number_that_is_not_finite_in_one_run_is_a_difference_and_a_damaged_record_is_passed_over(tmp_path):
+    losses = [[{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": loss}] for loss in (None, 2.0)]
+    assert first_difference(losses, ["train/loss"])[1].values == (None, 2.0)
+    assert first_difference([losses[0], losses[0]], ["train/loss"]) == (2, None)
+    assert first_difference([[record(1, loss_sum=[1])], [record(1)]])[1].quantity == "loss_sum"
+    (tmp_path / "trace.jsonl").write_text('{"samples": "a"}\n{"step": "2"}\n{"step": 3}\n{"step":')
+    assert read_steps(tmp_path / "trace.jsonl") == [{"step": 3}]
+
+
+def test_settings_of_a_model_from_a_folder_are_not_listed_against_those_of_a_preset(tmp_path):
+    for name, text in [("a", "{hidden_size: 64, vocab_size: 9}"), ("b", "{hidden_size: null, vocab_size: null}")]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"seed: 1\nmodel: {{path: {name}, architecture: {text}}}\n")
+        (tmp_path / name / "trace.jsonl").write_text(json.dumps(record(1)) + "\n")
+    assert compare_runs(tmp_path / "a", tmp_path / "b").circumstances == [
+        "model.path a against b",
+        f"model.architecture of {tmp_path / 'b'} is that of its model's folder; the other run sets 2 of its keys",
+    ]
+    for text in ("[1", "- 1", ""):
+        (tmp_path / "b/config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="restore it"):
+            compare_runs(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"devices": 2}, "other numbers of ranks"),
+        ({"parameters": {"total": 9, "trainable": 2}}, "the models differ"),
+    ],
+)
+def test_runs_whose_modules_compute_other_things_are_not_replayed(other, said, tmp_path):
+    manifest = {"devices": 1, "num_nodes": 1, "parameters": {"total": 9, "trainable": 9}}
+    for name, found in (("a", manifest), ("b", manifest | other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps(found))
+    with pytest.raises(QwlitError, match=f"not replayed: {said}"):
+        locate([tmp_path / "a", tmp_path / "b"], 1, tmp_path, lambda *_: pytest.fail("it was replayed"))
+
+
+def test_what_changed_between_the_repeats_of_a_verification_is_named(tmp_path, monkeypatch):
+    def trained(overrides, steps, folder, number, **_):
+        run = folder.path / f"repeat-{number}"
+        run.mkdir()
+        (run / "trace.jsonl").write_text(json.dumps(record(1)) + "\n")
+        (run / "manifest.json").write_text(json.dumps({"num_threads": number}))
+
+    monkeypatch.setattr("qwlit.commands.verify._train", trained)
+    done = qwlit(["verify", *WORDS, "run.name=x", "repeats=2"], tmp_path)
+    assert done.returncode == 0 and "not as in runs/x-verify/repeat-1: 1 thread against 2" in done.stdout
+
+
 def test_without_a_common_step_nothing_is_certified(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -126,11 +182,13 @@ def test_a_faked_version_of_a_package_is_named():
 def test_what_differs_is_said_in_words_and_what_only_one_has_recorded_is_not():
     first = {"attention": "sdpa", "num_threads": 8, "packages": {"torch": "2"}, "data": "1" * 16, "variables": {}}
     first |= {"data_files": {"a.jsonl": "2" * 64}, "git": {"commit": "abc", "dirty": False}, "compiled": False}
+    first |= {"cpu": {"flags": "avx fma"}}
     second = {"attention": "eager", "num_threads": 2, "packages": {"torch": "2", "jinja2": "3"}, "data": "3" * 16}
     second |= {"variables": {"NCCL_ALGO": "Ring"}, "data_files": {"a.jsonl": "4" * 64}, "seed": 1, "compiled": True}
-    second |= {"git": {"commit": "abc", "dirty": True, "changes": "5"}}
+    second |= {"git": {"commit": "abc", "dirty": True, "changes": "5"}, "cpu": {"flags": "avx avx2"}}
     assert differing_entries(first, second) == [
-        "dirty no against yes",
+        "uncommitted changes no against yes",
+        "processor flags fma against avx2",
         "NCCL_ALGO none against Ring",
         "attention sdpa against eager",
         "compiled no against yes",

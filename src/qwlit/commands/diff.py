@@ -3,6 +3,7 @@
 import json
 import struct
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,14 +75,16 @@ def _print_steps(paths: list[Path], found: "RunDifference") -> None:
     screen.print(f"[bold]{escape(str(paths[0]))}[/] and [bold]{escape(str(paths[1]))}[/]")
     how = "to the bit" if found.to_the_bit else "in the logged numbers (without trace.jsonl in both, not to the bit)"
     if found.difference is None:
-        screen.print(f"  equal {how}, over {found.compared_steps} steps")
+        screen.print(f"  equal {how}, over {found.compared_steps} steps, up to step {found.last_equal_step}")
         return
     screen.print(f"  first difference  step {found.difference.step}, {found.difference.quantity}")
     for path, value in zip(paths, found.difference.values, strict=True):
-        shown = str(value)
-        if isinstance(value, str) and found.difference.quantity in ("loss_sum", "grad_norm"):
-            # Nine digits tell every two float32 apart.
-            shown = f"{struct.unpack('>f', bytes.fromhex(value))[0]:.9g} (bits {value})"
+        shown = "not finite" if value is None else str(value)
+        # A trace that somebody has edited may have no bits there.
+        with suppress(ValueError, TypeError, struct.error):
+            if found.difference.quantity in ("loss_sum", "grad_norm"):
+                # Nine digits tell every two float32 apart.
+                shown = f"{struct.unpack('>f', bytes.fromhex(value))[0]:.9g} (bits {value})"
         screen.print(f"    {escape(str(path))}: {shown}", highlight=False)
     screen.print(f"  where             {found.meaning}")
     screen.print(f"  compared          {how}; equal up to step {found.last_equal_step or 0}")

@@ -46,7 +46,7 @@ def _verify(overrides: list[str], steps: int, repeats: int, earlier: Path | None
     folder = RunFolder(resolve_path(config.run.root) / f"{config.run.name}-verify")
     prepare_folder(folder, OWN_NAMES, "verification")
     for number in range(1, repeats + 1):
-        _train(overrides, steps, folder, number)
+        _train(overrides, steps, folder, number, has_trace=earlier is not None)
     repeated = [folder.path / f"repeat-{number}" for number in range(1, repeats + 1)]
     certificate = certify([*([earlier] if earlier else []), *repeated])
     write_json_atomic(folder.path / "certificate.json", certificate.as_json())
@@ -54,17 +54,20 @@ def _verify(overrides: list[str], steps: int, repeats: int, earlier: Path | None
     screen = console()
     screen.print(escape(certificate.text()), highlight=False)
     screen.print(f"  {escape(str(folder.path / 'certificate.json'))}")
-    first = read_json((earlier or repeated[0]) / "manifest.json")
-    changed = differing_entries(first, read_json(repeated[-1] / "manifest.json"))
+    first = earlier or repeated[0]
+    changed = differing_entries(read_json(first / "manifest.json"), read_json(repeated[-1] / "manifest.json"))
     for entry in changed:
-        screen.print(f"  [yellow]not as in {escape(str(earlier))}[/]: {escape(entry)}")
+        screen.print(f"  [yellow]not as in {escape(str(first))}[/]: {escape(entry)}")
     if difference := certificate.difference:
         remedy = "; set determinism=reproducible" if config.determinism == "fast" and not changed else ""
         raise NotEqual(f"not equal: step {difference.step} differs in {difference.quantity}{remedy}")
 
 
-def _train(overrides: list[str], steps: int, folder: "RunFolder", number: int) -> None:
+def _train(overrides: list[str], steps: int, folder: "RunFolder", number: int, *, has_trace: bool) -> None:
     """Train the first steps in a process of its own.
+
+    Args:
+        has_trace: the settings are those of a run with a trace.
 
     Raises:
         QwlitError: the training ended before these steps.
@@ -76,7 +79,8 @@ def _train(overrides: list[str], steps: int, folder: "RunFolder", number: int) -
     run, log = RunFolder(folder.path / f"repeat-{number}"), folder.path / f"repeat-{number}.log"
     own = [
         "trace.every_steps=1",
-        f"trace.weights_every_steps={steps}",
+        # With run=, weights are hashed at the steps at which that run has hashed them.
+        *([] if has_trace else [f"trace.weights_every_steps={steps}"]),
         "logging.every_steps=1",
         "logger.use=[]",
         "data.exact_match=0",

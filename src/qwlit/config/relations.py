@@ -2,6 +2,7 @@
 
 from qwlit.config.run import RunConfig
 from qwlit.core.errors import ConfigError
+from qwlit.core.secrets import hide_secrets
 from qwlit.data.columns import check_columns
 from qwlit.data.config import check_weights
 from qwlit.data.formats import FORMATS_WITHOUT_ANSWER
@@ -33,7 +34,7 @@ def check_relations(config: RunConfig) -> None:
     Raises:
         ConfigError: naming both settings and the remedy.
     """
-    for check in (_texts, _length, _schedule, _data, _optimizer, _strict, _hub, _adapter, _dropout, _profile, _logger):
+    for check in CHECKS:
         check(config)
 
 
@@ -159,3 +160,20 @@ def _logger(config: RunConfig) -> None:
             f"logger.project={project}: a W&B project's name has at most {LONGEST_PROJECT} characters, and none of"
             f" {' '.join(NOT_IN_PROJECT)}"
         )
+
+
+def _slurm(config: RunConfig) -> None:
+    slurm = config.slurm
+    for key, lines in (("setup", slurm.setup), ("options", slurm.options)):
+        for line in lines:
+            if (hidden := hide_secrets(line)) != line:
+                raise ConfigError(
+                    f"slurm.{key}: '{hidden}' has a password, a key or a token, and config.yaml and the job's file"
+                    " would keep it; write it into a file that only you can read, and set slurm.setup=['source FILE']"
+                )
+
+
+CHECKS = (
+    *(_texts, _length, _schedule, _data, _optimizer, _strict),
+    *(_hub, _adapter, _dropout, _profile, _logger, _slurm),
+)

@@ -9,11 +9,13 @@ import yaml
 from rich.console import Console
 
 from qwlit.config.compose import compose
+from qwlit.config.overrides import format_value
 from qwlit.config.run import flatten
-from qwlit.core.errors import ConfigError, QwlitError
-from qwlit.core.files import read_json, read_json_lines
+from qwlit.core.errors import ConfigError, QwlitError, first_line
+from qwlit.core.files import read_json
+from qwlit.core.yaml_files import read_yaml
 from qwlit.planning.run_plan import build_plan
-from qwlit.run.verify import Difference, differing_entries, first_difference
+from qwlit.run.verify import Difference, differing_entries, first_difference, read_steps
 
 MEANING = {
     "samples": "the data: the steps train on other samples",
@@ -21,6 +23,7 @@ MEANING = {
     "grad_norm": "the backward pass: samples and loss are the same, the gradient norm is not",
     "parameters": "the optimizer step: samples, loss and gradient norm are the same, the weights are not",
 }
+SHAPE = "model.architecture."
 LOGGED = ("train/loss", "optim/grad_norm", "val/loss")
 """Compared where a run has no trace, at the steps that both have logged."""
 
@@ -34,7 +37,7 @@ class RunDifference:
     """Whether the traces were compared; else the numbers of metrics.jsonl."""
     difference: Difference | None
     last_equal_step: int | None
-    """The last compared step before the difference; None where there is none."""
+    """The last compared step, before the difference if there is one; None if the first one differs."""
     circumstances: list[str]
     """Entries of manifest.json and settings that differ, in words."""
 
@@ -51,14 +54,14 @@ def compare_runs(first: Path, second: Path) -> RunDifference:
     Raises:
         ConfigError: they have no step in common.
     """
-    traces = [read_json_lines(run / "trace.jsonl") for run in (first, second)]
+    traces = [read_steps(run / "trace.jsonl") for run in (first, second)]
     to_the_bit = all(traces)
     records = traces if to_the_bit else [_logged(run) for run in (first, second)]
     steps, difference = first_difference(records, None if to_the_bit else LOGGED)
     if not steps:
         raise ConfigError(f"{first} and {second} have no step in common; train with trace.every_steps=1 to compare all")
     common = sorted(set.intersection(*({record["step"] for record in run} for run in records)))
-    before = [step for step in common if difference and step < difference.step]
+    before = [step for step in common if difference is None or step < difference.step]
     manifests = [read_json(run / "manifest.json") for run in (first, second)]
     last = before[-1] if before else None
     circumstances = [*differing_entries(*manifests), *_differing_settings(first, second)]
@@ -66,17 +69,44 @@ def compare_runs(first: Path, second: Path) -> RunDifference:
 
 
 def _differing_settings(first: Path, second: Path) -> list[str]:
-    """Return in words the settings that differ, without names and folders of the runs."""
-    one, other = (flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))) for run in (first, second))
+    """Return in words the settings that differ, without names and folders of the runs.
+
+    Raises:
+        ConfigError: a config.yaml is damaged.
+    """
+    one, other = (_settings(run / "config.yaml") for run in (first, second))
     # The manifests have the seed too.
     keys = sorted(key for key in one.keys() | other.keys() if not key.startswith(("run.", "seed")))
-    return [f"{key} {one.get(key)} against {other.get(key)}" for key in keys if one.get(key) != other.get(key)]
+    differing = [key for key in keys if one.get(key) != other.get(key)]
+    # A model from a folder has its architecture there, and every setting of model.architecture is null.
+    shapes = [key for key in differing if key.startswith(SHAPE) and None in (one.get(key), other.get(key))]
+    found = [
+        f"{key} {format_value(one.get(key))} against {format_value(other.get(key))}"
+        for key in differing
+        if key not in shapes
+    ]
+    if shapes:
+        run = first if one.get(shapes[0]) is None else second
+        found.append(
+            f"model.architecture of {run} is that of its model's folder; the other run sets {len(shapes)} of its keys"
+        )
+    return found
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        tree = read_yaml(file, yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read: {first_line(error)}; restore it") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} holds no settings; restore it")
+    return flatten(tree)
 
 
 def _logged(run: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl, one for each step."""
     by_step: dict[int, dict[str, Any]] = {}
-    for record in read_json_lines(run / "metrics.jsonl"):
+    for record in read_steps(run / "metrics.jsonl"):
         by_step.setdefault(record["step"], {}).update(record)
     return list(by_step.values())
 

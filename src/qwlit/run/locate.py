@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from qwlit.core.files import read_json, read_json_lines, write_text_atomic
+from qwlit.core.errors import QwlitError
+from qwlit.core.files import read_json, write_text_atomic
 from qwlit.run.kept_tensors import Size, compare_kept
-from qwlit.run.verify import first_difference
+from qwlit.run.verify import first_difference, read_steps
 from qwlit.training.checkpointing.folder import list_checkpoints
 from qwlit.training.checkpointing.manifest import find_damage, step_of
 from qwlit.training.observed_step import OBSERVE, Key, Order, read_records
@@ -69,7 +70,7 @@ class Replay:
 
     @property
     def trace(self) -> list[dict[str, Any]]:
-        return read_json_lines(self.folder.path / "trace.jsonl")
+        return read_steps(self.folder.path / "trace.jsonl")
 
     @property
     def overrides(self) -> list[str]:
@@ -86,8 +87,7 @@ class Replay:
         order = Order(*steps, str(self.root), None if reference is None else str(reference.root))
         found = {STOP_AFTER: str(steps[1]), OBSERVE: json.dumps(asdict(order))}
         threads = read_json(self.run / "manifest.json").get("num_threads")
-        # Where it is the number that this machine gives by itself, ranks have their own one.
-        return found if threads in (None, torch.get_num_threads()) else found | {"OMP_NUM_THREADS": str(threads)}
+        return found | ({"OMP_NUM_THREADS": str(threads)} if isinstance(threads, int) else {})
 
 
 def prepare_replay(run: Path, root: Path, before: int) -> Replay:
@@ -99,8 +99,9 @@ def prepare_replay(run: Path, root: Path, before: int) -> Replay:
     if replay.checkpoint:
         (folder / "checkpoints" / replay.checkpoint.name).symlink_to(replay.checkpoint.resolve())
     for name in ("config.yaml", "manifest.json"):
-        shutil.copyfile(run / name, folder / name)
-    events = [event for event in read_json_lines(run / "events.jsonl") if event.get("step", 0) <= replay.start]
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    events = [event for event in read_steps(run / "events.jsonl") if event["step"] <= replay.start]
     write_text_atomic(folder / "events.jsonl", "".join(json.dumps(event) + "\n" for event in events))
     if (store := run.parent / ".store").is_dir():
         # Else the data would be tokenized again.
@@ -122,8 +123,10 @@ def locate(runs: Sequence[Path], step: int, scratch: Path, train: Train) -> tupl
         The first thing that differs, None where the replays are equal; and remarks.
 
     Raises:
-        QwlitError: a run cannot be replayed.
+        QwlitError: a run cannot be replayed, or the two compute different things.
     """
+    if reason := _why_not(*(read_json(run / "manifest.json") for run in runs)):
+        raise QwlitError(f"not replayed: {reason}")
     before = observed = step
     number = 0
     while True:
@@ -163,12 +166,26 @@ def locate(runs: Sequence[Path], step: int, scratch: Path, train: Train) -> tupl
     return place, remarks
 
 
+def _why_not(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Return why the modules of two runs cannot be compared, from their manifests; None if they can."""
+    ranks = [(manifest.get("devices", 1), manifest.get("num_nodes", 1)) for manifest in (one, other)]
+    if ranks[0] != ranks[1]:
+        return "other numbers of ranks divide a step's samples otherwise, so their modules are given other inputs"
+    parameters = [manifest.get("parameters") for manifest in (one, other)]
+    if None not in parameters and parameters[0] != parameters[1]:
+        return "the models differ in the number of parameters or of trained ones, so in modules or gradients"
+    return None
+
+
 def _unlike_itself(replay: Replay, step: int) -> str | None:
-    own = [record for record in read_json_lines(replay.run / "trace.jsonl") if record["step"] <= step]
+    own = [record for record in read_steps(replay.run / "trace.jsonl") if record["step"] <= step]
     _, difference = first_difference([own, replay.trace])
     if difference is None:
         return None
-    return f"the replay of {replay.run} does not repeat its own trace: step {difference.step}, {difference.quantity}"
+    compiled = read_json(replay.run / "manifest.json").get("compiled")
+    reason = "; its layers were compiled, and a replay runs them uncompiled" if compiled else ""
+    where = f"step {difference.step}, {difference.quantity}{reason}"
+    return f"the replay of {replay.run} does not repeat its own trace: {where}"
 
 
 def _first_kept(replay: Replay) -> tuple[int, Key] | None:

@@ -19,8 +19,10 @@ MACHINE = (
 COUNTED = {"num_threads": "thread", "devices": "device", "num_nodes": "node"}
 CONTENT = {"data": "tokenized data", "tokenizer": "tokenizer", "base": "base weights"}
 """Entries that are hashes of a content."""
-PREFIXES = {"cpu": "processor ", "data_files": "data file ", "git": "", "packages": "", "libraries": ""}
+PREFIXES = {"cpu": "processor ", "data_files": "data file "}
 """What a message calls an entry of these dictionaries, before its own name."""
+NAMES = {"dirty": "uncommitted changes", "changes": "hash of the uncommitted changes"}
+"""What a message calls an entry of `git`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ def find_run(name: str, root: str, *, option: str) -> Path:
     raise ConfigError(f"{option}={name}: neither {name} nor {Path(root) / name} is the folder of a run")
 
 
+def read_steps(file: Path) -> list[dict[str, Any]]:
+    """Return the records of a .jsonl file that name their step; a damaged file has others too."""
+    return [record for record in read_json_lines(file) if isinstance(record.get("step"), int)]
+
+
 def first_difference(
     traces: Sequence[Sequence[dict[str, Any]]], quantities: Sequence[str] | None = None
 ) -> tuple[int, Difference | None]:
@@ -90,10 +97,11 @@ def first_difference(
     common = sorted(set.intersection(*(set(records) for records in by_step)))
     for step in common:
         for quantity in quantities or QUANTITIES:
-            values = tuple(records[step].get(quantity) for records in by_step)
             # Only some records have a hash of the weights.
-            if None not in values and len(set(values)) > 1:
-                return len(common), Difference(step, quantity, values)
+            if all(quantity in records[step] for records in by_step):
+                values = tuple(records[step][quantity] for records in by_step)
+                if any(value != values[0] for value in values):
+                    return len(common), Difference(step, quantity, values)
     return len(common), None
 
 
@@ -103,7 +111,7 @@ def certify(runs: Sequence[Path]) -> Certificate:
     Raises:
         ConfigError: they have no step in common.
     """
-    steps, difference = first_difference([read_json_lines(run / "trace.jsonl") for run in runs])
+    steps, difference = first_difference([read_steps(run / "trace.jsonl") for run in runs])
     if not steps:
         raise ConfigError(
             f"{', '.join(map(str, runs))}: no step is in every trace.jsonl; train with trace.every_steps=1"
@@ -130,13 +138,21 @@ def differing_entries(first: dict[str, Any], second: dict[str, Any]) -> list[str
         names = before.keys() | now.keys() if name in ("variables", "data_files") else before.keys() & now.keys()
         prefix = PREFIXES.get(name, "")
         found += [
-            _content_of(f"{prefix}{key}", before.get(key), now.get(key))
-            if name == "data_files" or key == "changes"
-            else f"{prefix}{key} {_value(before.get(key))} against {_value(now.get(key))}"
+            _entry(f"{prefix}{NAMES.get(key, key)}", key, before.get(key), now.get(key), is_hash=name == "data_files")
             for key in sorted(names)
             if before.get(key) != now.get(key)
         ]
     return found
+
+
+def _entry(called: str, key: str, before: Any, now: Any, *, is_hash: bool) -> str:
+    if is_hash or key == "changes":
+        return _content_of(called, before, now)
+    if key == "flags":
+        # A list of 20 instruction sets twice hides the one that matters.
+        one, other = set(str(before).split()), set(str(now).split())
+        return f"{called} {' '.join(sorted(one - other)) or 'none'} against {' '.join(sorted(other - one)) or 'none'}"
+    return f"{called} {_value(before)} against {_value(now)}"
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
@@ -147,9 +163,9 @@ def _difference(name: str, before: Any, now: Any) -> str:
     return f"{name.replace('_', ' ')} {_value(before)} against {_value(now)}"
 
 
-def _content_of(name: str, before: str | None, now: str | None) -> str:
+def _content_of(name: str, before: Any, now: Any) -> str:
     """Name a content by the beginning of its hash."""
-    return f"{name} {_value(before and before[:8])} against {_value(now and now[:8])}"
+    return f"{name} {_value(before)[:8]} against {_value(now)[:8]}"
 
 
 def _value(value: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 
 import qwlit
 from qwlit.core.devices import GIB
+from qwlit.core.secrets import hide_secrets
 from qwlit.training.machine import Machine
 
 PACKAGES = (
@@ -23,14 +24,15 @@ PACKAGES = (
 )
 """What computes numbers or reads data and settings. Of one that is not installed, the version is null."""
 VARIABLES = (
-    *("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
-    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"),
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    *("TORCH_BLAS_PREFER_CUBLASLT", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"),
+    *("NCCL_ALGO", "NCCL_PROTO", "NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_NVLS_ENABLE"),
+    *("OMP_NUM_THREADS", "OMP_DYNAMIC", "MKL_NUM_THREADS", "MKL_DYNAMIC", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
+    *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
     *("ATEN_CPU_CAPABILITY", "PYTHONHASHSEED"),
 )
 """Environment variables that choose kernels or their number of threads; no other one is recorded."""
 CPU_FLAGS = re.compile(r"(avx|amx|fma|sse4|sve|asimd|bf16|fp16)")
-SECRET = re.compile(r"([\w.+-]*(?:key|token|password|passwd|secret|credentials?))=([^\s,;'\"\]}]+)", re.IGNORECASE)
-PASSWORD_IN_URL = re.compile(r"://[^/@\s]+@")
 
 
 def installed_version(package: str) -> str | None:
@@ -107,11 +109,20 @@ def _cuda() -> dict[str, Any]:
     }
 
 
+def threads_of_rank(machine: Machine) -> int:
+    """Return how many threads each rank computes with. Lightning sets them after the manifest has been written."""
+    if machine.world_size == 1 or "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    from lightning.fabric.utilities.distributed import _suggested_max_num_threads
+
+    return int(_suggested_max_num_threads(machine.devices))
+
+
 def public_command(arguments: list[str]) -> list[str] | None:
     """Return the command line with *** for passwords, keys and tokens; None if a program of the user's own trains."""
     if Path(arguments[0]).name not in ("qwlit", "__main__.py"):
         return None
-    return [PASSWORD_IN_URL.sub("://***@", SECRET.sub(r"\1=***", argument)) for argument in arguments[1:]]
+    return [hide_secrets(argument) for argument in arguments[1:]]
 
 
 def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
         "precision": machine.precision,
         "has_bf16": machine.has_bf16,
         "activation_checkpointing": machine.activation_checkpointing,
-        "num_threads": torch.get_num_threads(),
+        "num_threads": threads_of_rank(machine),
         "torch_flags": {
             "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
             "TF32": torch.backends.cuda.matmul.allow_tf32,
