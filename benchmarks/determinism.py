@@ -64,7 +64,7 @@ def measure(arguments: list[str], folder: Path) -> dict[str, list[list[float]]]:
     wanted = {(first, a, 0) for first, a, _, _ in arms} | {(second, b, 1) for _, _, second, b in arms}
     processes = []
     for mode, threads, number in sorted(wanted):
-        own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        own = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
         place = str(folder / f"{mode}-{threads}-{number}")
         words = [sys.executable, "-m", "benchmarks.determinism", "train", mode, place, *arguments]
         processes.append(subprocess.Popen(words, env=os.environ | own, stdout=sys.stderr))

@@ -2,8 +2,9 @@
 
     python -m benchmarks.head [rows=2048] [supervised=0.4] [hidden=256] [rounds=5]
 
-Plain means what transformers does: logits of all rows, then cross_entropy that ignores the masked ones. The two run in
-turns (A B B A) in one process for time, and each in a process of its own for memory.
+Plain means what transformers does: logits of all rows, then cross_entropy that ignores the masked ones. Torch means
+torch's own `linear_cross_entropy` (2.13 and later), which computes the rows in chunks. The heads run in turns
+(A B C C B A) in one process for time, and each in a process of its own for memory.
 """
 
 import resource
@@ -40,7 +41,12 @@ def plain(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(states @ weight.T, targets, ignore_index=-100, reduction="sum")
 
 
-HEADS = {"ours": ours, "plain": plain}
+def chunked(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(states, weight, targets, reduction="sum", ignore_index=-100, options=options)
+
+
+HEADS = {"ours": ours, "plain": plain} | ({"torch": chunked} if hasattr(F, "linear_cross_entropy") else {})
 
 
 def seconds(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -74,17 +80,20 @@ def main(arguments: list[str]) -> None:
         print(resident_gib() - before)
         return
     times: dict[str, list[float]] = {name: [] for name in HEADS}
-    seconds("ours", batch), seconds("plain", batch)
+    order = list(HEADS)
+    for name in order:
+        seconds(name, batch)
     for _ in range(int(options.get("rounds", 5))):
-        for name in ("ours", "plain", "plain", "ours"):
+        for name in order + order[::-1]:
             times[name].append(seconds(name, batch))
+    medians = {name: median(found) for name, found in times.items()}
     result = {
         "command": f"python -m benchmarks.head {' '.join(arguments)}".strip(),
         "machine": describe("torch"),
-        "median_seconds": {name: median(found) for name, found in times.items()},
+        "median_seconds": medians,
         "peak_gib": memory,
-        "time_ratio": median(times["ours"]) / median(times["plain"]),
-        "memory_ratio": memory["ours"] / memory["plain"],
+        "time_ratio": {name: medians["ours"] / medians[name] for name in order[1:]},
+        "memory_ratio": {name: memory["ours"] / memory[name] for name in order[1:]},
     }
     keep("head_cpu", result)
 

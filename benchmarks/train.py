@@ -5,8 +5,8 @@
     python -m benchmarks.train ["cases=8k;152k, LoRA"] [arms=qwlit,raw,hf,trl] [rounds=2] [device=cuda]
 
 The arms run one after the other in processes of their own, forwards and backwards (A B C C B A) as often as `rounds`
-says; medians count. Cases already in the result file stay there. An arm whose first ten losses are not the others' does
-other work, and its row says so.
+says; medians count. Each arm runs in the environment that its user gets. Cases already in the result file stay there.
+An arm whose first ten losses are not the others' does other work, and its row says so.
 """
 
 import json
@@ -24,8 +24,10 @@ from typing import Any
 from benchmarks.arms import ARMS
 from benchmarks.machine import describe
 from benchmarks.work import CASES, CUDA_CASES, Case, prepare, tokens_of_steps
+from qwlit.core.threads import bound_spinning
 
 RESULTS = Path(__file__).parent / "results"
+OURS = ("qwlit", "raw", "products")
 TOLERANCE, COMPARED = 1e-4, 10
 # bfloat16 keeps 8 bits of each number; over ten steps of a hundred layers' roundings (assumption).
 TOLERANCE_BF16 = 1e-2
@@ -51,30 +53,41 @@ class Measured:
         return median(self.peak_gib)
 
 
-def run(arm: str, folder: Path) -> tuple[dict[str, Any], float]:
-    """Run one arm in a process of its own; return what it recorded, and its peak memory, GiB."""
+def run(
+    arm: str, folder: Path, *, module: str = "benchmarks.arms", bounded: bool = True
+) -> tuple[dict[str, Any], float]:
+    """Run one arm in a process of its own; return what it recorded, and its peak memory, GiB.
+
+    Args:
+        bounded: qwlit's own arms let threads spin as long as its command line does; False: as the environment says.
+    """
     out = folder / f"{arm}.json"
     log = (folder / f"{arm}.log").open("w")
-    # As qwlit's command line sets it; on a busy machine threads that spin while they wait make every arm crawl.
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    words = [sys.executable, "-m", "benchmarks.arms", arm, str(folder), str(out)]
+    environment = dict(os.environ)
+    if bounded and arm in OURS:
+        bound_spinning(environment)
+    words = [sys.executable, "-m", module, arm, str(folder), str(out)]
     process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     log.close()
     if status:
         raise RuntimeError(f"{arm} failed:\n{(folder / f'{arm}.log').read_text()[-2000:]}")
     record = json.loads(out.read_text())
-    device_peak = record["device_peak"]
+    device_peak = record.get("device_peak")
     return record, usage.ru_maxrss / 2**20 if device_peak is None else device_peak / 2**30
 
 
-def measure(case: Case, arms: list[str], rounds: int) -> dict[str, Measured]:
+def measure(case: Case, arms: list[str], rounds: int) -> tuple[dict[str, Measured], float | None]:
+    """Return what the arms measured, and the seconds per step of the matrix products alone (on CPU)."""
     found: dict[str, Measured] = {}
+    products: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(case, folder)
         tokens = tokens_of_steps(folder)
-        for arm in (arms + arms[::-1]) * rounds:
+        for number, arm in enumerate((arms + arms[::-1]) * rounds):
+            if number % len(arms) == 0 and not case.on_cuda:
+                products.append(run("products", folder, module="benchmarks.products")[0]["seconds_per_step"])
             began = time.perf_counter()
             record, peak = run(arm, folder)
             ends = record["ends"]
@@ -88,7 +101,7 @@ def measure(case: Case, arms: list[str], rounds: int) -> dict[str, Measured]:
                 f"  {time.perf_counter() - began:4.0f} s",
                 flush=True,
             )
-    return found
+    return found, median(products) if products else None
 
 
 def disagreement(ours: list[float], theirs: list[float]) -> float:
@@ -133,11 +146,12 @@ def main(arguments: list[str]) -> None:
     machine = describe("torch", "transformers", "lightning", "peft", "trl", "litgpt")
     for case in (case for case in cases if case.name in names):
         arms = [arm for arm in asked if not (case.adapter and arm == "litgpt")]
-        found = measure(case, arms, int(options.get("rounds", "1")))
+        found, products = measure(case, arms, int(options.get("rounds", "1")))
         results[case.name] = {
             "command": shlex.join(["python", "-m", "benchmarks.train", *arguments]),
             "case": asdict(case),
             "arms": {arm: asdict(seen) for arm, seen in found.items()},
+            "products_seconds_per_step": products,
         }
         place.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
         place.with_suffix(".md").write_text(page(machine, results))
@@ -152,6 +166,9 @@ def page(machine: dict[str, Any], results: dict[str, Any]) -> str:
             result = results[case.name]
             arms = {arm: Measured(**seen) for arm, seen in result["arms"].items()}
             lines += [f"### {case.name}", "", f"`{result['command']}`", "", *table(case, arms)]
+            if products := result.get("products_seconds_per_step"):
+                share = products / median(arms["qwlit"].seconds_per_step)
+                lines += [f"The matrix products of a step alone, back to back, take {share:.0%} of qwlit's step.", ""]
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ MODULES = (
 )
 # torch reads TORCHELASTIC_ and TORCH_NCCL_, set by torchrun, when ranks meet; it sets TORCHINDUCTOR_CACHE_DIR itself.
 READ_BY_IMPORTS = re.compile(
-    r"HF_|TRANSFORMERS_|TORCH(?!ELASTIC_|_NCCL_|INDUCTOR_)|OMP_|GOMP_|PYTHON|LD_|LC_ALL|LANG|CUDA_(?!VISIBLE)"
+    r"HF_|TRANSFORMERS_|TORCH(?!ELASTIC_|_NCCL_|INDUCTOR_)|OMP_|GOMP_|KMP_|PYTHON|LD_|LC_ALL|LANG|CUDA_(?!VISIBLE)"
 )
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -39,7 +39,7 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 def _read_by_imports(environment):
     found = {name: value for name, value in environment.items() if READ_BY_IMPORTS.match(name)}
     # qwlit sets it for itself, and so for the processes that it starts.
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | found
+    return {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"} | found
 
 
 def _read(connection, size):
