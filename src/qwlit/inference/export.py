@@ -3,7 +3,6 @@
 Files of the base model are copied; only files that training changed are written.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +21,7 @@ from qwlit.model.families.decoder import HEAD
 from qwlit.model.folder import INDEX
 from qwlit.model.saved_adapter import ADAPTER_WEIGHTS, PREFIX
 from qwlit.training.checkpointing.finite import find_nonfinite
+from qwlit.training.checkpointing.shards import safetensors_pieces, write_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -122,8 +121,8 @@ def write_adapter(
     adapter.inference_mode = True
     adapter.save_pretrained(folder)
     # peft expects the names of its wrapper model; here the adapters are inside the model itself, without the prefix.
-    state = {f"{PREFIX}{name}": t.detach().cpu() for name, t in get_peft_model_state_dict(model).items()}
-    _write_file(state, folder / ADAPTER_WEIGHTS, on_written)
+    state = {f"{PREFIX}{name}": tensor for name, tensor in get_peft_model_state_dict(model).items()}
+    _write_file(state, state.__getitem__, folder / ADAPTER_WEIGHTS, on_written)
     _write_settings(model.config, folder, sources, end)
 
 
@@ -131,37 +130,33 @@ def _write_settings(config: "PretrainedConfig", folder: Path, sources: ExportSou
     write_generation_config(config, folder, base=sources.model, end=end)
     if sources.tokenizer is not None:
         write_tokenizer(folder, sources.tokenizer, end=end)
-    _set_default_permissions(folder)
-
-
-def _set_default_permissions(folder: Path) -> None:
-    """Give the weights the usual permissions of a new file.
-
-    safetensors lets only the owner read them, and an inference server often runs as another user.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o666 & ~mask)
 
 
 def _write_weights(
     weights: Weights, folder: Path, dtype: torch.dtype, max_shard_size: str, on_written: OnWritten | None
 ) -> None:
-    """Write the files one after the other; only the tensors of one file are in memory."""
+    """Write the files one after the other; one converted tensor at a time is in memory."""
     empty = {name: torch.empty(*shape, dtype=dtype, device="meta") for name, shape in weights.shapes.items()}
     plan = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
-        _write_file({name: weights.read(name).detach().to("cpu", dtype) for name in names}, folder / file, on_written)
+        _write_file({name: empty[name] for name in names}, weights.read, folder / file, on_written)
     if plan.is_sharded:
         write_json_atomic(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
-def _write_file(state: dict[str, Tensor], file: Path, on_written: OnWritten | None) -> None:
-    if name := find_nonfinite(state):
-        # No model can use it: the weights were not finite, or are not in this dtype.
-        raise GuardStop(f"nothing is exported: {name} is not finite in {str(state[name].dtype).removeprefix('torch.')}")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file, metadata={"format": "pt"})
-    if on_written:
-        for name, tensor in state.items():
+def _write_file(
+    tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], file: Path, on_written: OnWritten | None
+) -> None:
+    """Write the file; `tensors` gives shapes and dtypes, `read` the values."""
+
+    def converted(name: str) -> Tensor:
+        dtype = tensors[name].dtype
+        tensor = read(name).detach().to("cpu", dtype).contiguous()
+        if find_nonfinite({name: tensor}):
+            # No model can use it: the weights were not finite, or are not in this dtype.
+            raise GuardStop(f"nothing is exported: {name} is not finite in {str(dtype).removeprefix('torch.')}")
+        if on_written:
             on_written(name, tensor)
+        return tensor
+
+    write_file(file, safetensors_pieces(tensors, converted))

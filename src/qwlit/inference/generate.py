@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from qwlit.data.samples import Samples
 from qwlit.model.attention import generation_attention
 
-BATCH_SIZE = 50
+# Prompts of a batch, and their tokens with padding: so many that answering takes less memory than a step of training.
+BATCH_SIZE, BATCH_TOKENS = 50, 2048
 # The model may generate this many tokens more than the longest expected answer has, so that an answer that does not end
 # is no exact match.
 EXTRA_TOKENS = 16
@@ -65,13 +66,15 @@ def answer_greedily(
 ) -> Iterator[EvalAnswer]:
     """Answer each prompt greedily, until the end-of-turn token.
 
-    Prompts are sorted by length, so that a batch needs little padding. The answers are in that order.
+    Prompts are sorted by length, so that a batch needs little padding. The answers of the longest come first.
     """
     by_length = sorted(prompts, key=lambda p: len(p.tokens))
     model.eval()
     with generation_attention(model), torch.inference_mode():
-        for first in range(0, len(by_length), BATCH_SIZE):
-            yield from _answer_batch(model, by_length[first : first + BATCH_SIZE], end_of_turn_id, pad_id)
+        while by_length:
+            size = max(1, min(BATCH_SIZE, BATCH_TOKENS // len(by_length[-1].tokens)))
+            batch, by_length = by_length[-size:], by_length[:-size]
+            yield from _answer_batch(model, batch, end_of_turn_id, pad_id)
 
 
 def left_padded(prompts: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

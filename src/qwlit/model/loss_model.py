@@ -13,7 +13,7 @@ from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.adapters import apply_adapter, init_dora_magnitude
 from qwlit.model.compile import compile_layers
 from qwlit.model.config import AdapterConfig, AttentionKernel, DropoutConfig, Execution, FreezeConfig, ModelConfig
-from qwlit.model.cpu import embed
+from qwlit.model.cpu import embed, return_freed_memory
 from qwlit.model.dropout import add_neftune_noise, apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
@@ -120,6 +120,7 @@ def build_loss_model(
     """
     trained = freeze if adapter.kind == "none" else None
     causal_lm = empty_causal_lm(model, freeze=trained, frozen_dtype=execution.frozen_dtype)
+    return_freed_memory(causal_lm)
     if not leave_empty:
         # The quantizer converts each linear layer to 4 bits as soon as its weight is written.
         quantizer = Quantizer(causal_lm, adapter, execution.compute_dtype) if adapter.quantization == "nf4" else None

@@ -65,10 +65,12 @@ def read_tensors(files: Files) -> Iterator[tuple[str, Any]]:
         try:
             with safe_open(str(file), framework="pt") as opened:
                 names = list(opened.keys())
-                if wanted is not None and (absent := sorted(wanted.difference(names))):
-                    raise ConfigError(f"{file} lacks {first_few(absent)}, which the index says it holds; copy it again")
-                for name in names:
-                    if (wanted is None or name in wanted) and not name.endswith(COMPUTED_BUFFERS):
+            if wanted is not None and (absent := sorted(wanted.difference(names))):
+                raise ConfigError(f"{file} lacks {first_few(absent)}, which the index says it holds; copy it again")
+            for name in names:
+                if (wanted is None or name in wanted) and not name.endswith(COMPUTED_BUFFERS):
+                    # The pages of an open file that were read count as the process's memory, so open it for each one.
+                    with safe_open(str(file), framework="pt") as opened:
                         yield name, opened.get_slice(name)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{file} is cut off or damaged ({error}); copy or download it again") from None

@@ -5,7 +5,7 @@ Any number of ranks can read what any other number of ranks wrote: each rank rea
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -46,8 +46,14 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, An
     return {"bytes": size, "sha256": sha256.hexdigest()}
 
 
-def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterable[bytes | memoryview]:
-    """Yield the content of a safetensors file piece by piece: the library itself writes it without a hash."""
+def safetensors_pieces(
+    tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None = None
+) -> Iterable[bytes | memoryview]:
+    """Yield the content of a safetensors file piece by piece: the library itself has no hash and wants all tensors.
+
+    Args:
+        read: returns the values of a tensor when they are due; `tensors` may then be on the meta device.
+    """
     # The format wants no gaps. Wide dtypes first keep every tensor aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -62,9 +68,11 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterable[bytes | memory
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     yield len(encoded).to_bytes(8, "little") + encoded
-    for _, tensor in ordered:
+    for name, tensor in ordered:
         if tensor.numel():
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            yield (
+                (read(name) if read else tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
 
 
 class ShardReader:
