@@ -77,6 +77,14 @@ def test_a_flipped_bit_in_one_of_two_replicas_is_named_and_left_behind(rank, cle
     assert_same_run(clean("ddp"), run)
 
 
+def test_a_run_that_may_not_go_back_names_the_tensor_and_no_learning_rate(chat, tmp_path):  # noqa: F811
+    nan = [{"kind": "exp_avg", "steps": [5], "value": "nan"}]
+    done, run = damaged("one process", nan, chat, tmp_path, "guard=strict")
+    assert done.returncode == 3 and "optim.lr=" not in done.stdout, done.stdout + done.stderr
+    assert done.stderr.endswith("is not finite; check the memory and the devices of this machine\n"), done.stderr
+    assert not (run / "diagnosis.json").exists()
+
+
 def test_a_flipped_bit_in_a_frozen_weight_is_gone_after_the_run_went_back(chat, tmp_path):  # noqa: F811
     # Rank 0: DDP gives its weights to the other ranks, so they would all have the bit after the run went back.
     flip = [{"kind": "flip", "steps": [5], "rank": 0, "frozen": True}]

@@ -149,11 +149,23 @@ def test_decisions_of_the_guard_are_symptoms_by_their_cause(templates, reason, c
 
 def test_a_run_that_stops_because_its_state_is_damaged_again_needs_other_hardware(templates):
     back = {"step": 3, "event": "rollback", "reason": "w is not finite", "decision": {"cause": "state"}}
-    stop = {"step": 9, "event": "stopped", "reason": "w is not finite"}
+    stop = {"step": 9, "event": "stopped", "reason": "w is not finite", "cause": "state"}
     (symptom,) = diagnose(replace(templates["full"], series={}, events=(back, stop))).symptoms
     assert symptom.name == "damaged state"
     (symptom,) = diagnose(replace(templates["full"], series={}, events=(stop,))).symptoms
+    assert symptom.name == "damaged state"
+    stop |= {"reason": "the loss rose", "cause": "divergence"}
+    (symptom,) = diagnose(replace(templates["full"], series={}, events=(stop,))).symptoms
     assert symptom.name == "diverging loss"
+
+
+def test_a_remedy_is_below_the_learning_rate_that_rollbacks_left(templates):
+    cut, kept = ({"cause": cause, "from_step": 9} for cause in ("divergence", "data"))
+    back = {"step": 3, "event": "rollback", "reason": "the loss rose", "decision": cut, "before": [cut, kept, cut]}
+    run = replace(templates["full"], settings=templates["full"].settings | {"optim.lr": 4e-5}, series={})
+    for event, lr in ((back, "5e-07"), (back | {"before": None}, "2e-06")):
+        (symptom,) = diagnose(replace(run, events=(event,))).symptoms
+        assert symptom.remedies[0].startswith(f"optim.lr={lr} ")
 
 
 def test_the_beginnings_of_the_probes_alarms_are_those_in_its_source():

@@ -35,6 +35,8 @@ class TriedRun:
     steps: int = 0
     """Steps trained, and the step of the lowest validation loss; 0 where unknown."""
     best_step: int = 0
+    lr_factor: float = 1.0
+    """What rollbacks multiplied the learning rate by."""
 
     def number(self, key: str, default: float = 0) -> float:
         value = number_or_none(self.settings.get(key))
@@ -54,7 +56,7 @@ class TriedRun:
         """Return the learning rate times a factor; of an optimizer with AdamW's range, at most the limit."""
         kind = OPTIMIZERS.get(str(self.settings.get("optim.name")))
         limit = limits[self.kind] if kind is None or kind.has_adamw_lr_range else math.inf
-        return min(times * self.number("optim.lr"), limit)
+        return min(times * self.lr_factor * self.number("optim.lr"), limit)
 
 
 def remedies(symptom: str, run: TriedRun) -> list[str]:

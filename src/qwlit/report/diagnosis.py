@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from qwlit.core.metric import number_or_none
 from qwlit.report.curves import thin
 from qwlit.report.runs import RunRecord
 from qwlit.report.statistics import jumps, noise_of, smoothed, swings
+from qwlit.training.resilience.rollback import LR_FACTOR
 
 FEWEST_RECORDS, FEWEST_VALIDATIONS, SMOOTH_RECORDS = 20, 3, 9
 """With fewer, nothing is said about the loss, or about val/loss (assumption). The smoothed loss is the median of so
@@ -71,7 +73,8 @@ class _Examination:
     def __init__(self, run: RunRecord) -> None:
         self._run = run
         best_step, _ = min(run.series.get("val/loss", [(0, 0.0)]), key=lambda point: point[1])
-        self._tried = TriedRun(run.path / "config.yaml", run.settings, run.manifest, run.results.steps or 0, best_step)
+        steps, factor = run.results.steps or 0, _lr_factor(run.events)
+        self._tried = TriedRun(run.path / "config.yaml", run.settings, run.manifest, steps, best_step, factor)
         points = thin(run.series.get("train/loss", []))
         self._enough = len(points) >= FEWEST_RECORDS
         self._start = points[0][1] if points else 0.0
@@ -109,7 +112,7 @@ class _Examination:
                 told.append(f"the loss rose from {self._losses[best]:.3g}, step {self._steps[best]}, to {last[-1]:.3g}")
         if not told:
             return None
-        causes = {_cause(event) for event in acts if event["event"] == "rollback"}
+        causes = {event.get("cause") or _cause(event) for event in acts}
         if len(told) == len(acts) and causes == {"state"}:
             return Symptom("damaged state", told, [], "Check the memory and the devices of this machine.")
         name = "degenerate sampling" if any(text.startswith(OF_SAMPLING) for text in told) else "diverging loss"
@@ -200,6 +203,14 @@ class _Examination:
         texts = [f"{n} x {key}{f' (too few, less than {kinds[key]})' * (n < kinds[key])}" for key, n in counts.items()]
         memory = "peak memory" if self._run.manifest.get("device_memory_gib") else "no memory limit, as it is not known"
         return ", ".join([*texts, f"{len(self._run.events)} events", memory])
+
+
+def _lr_factor(events: Sequence[dict[str, Any]]) -> float:
+    """Return what rollbacks multiplied the learning rate by; the newest lists those before, whose events may be gone."""
+    last = next((event for event in reversed(events) if event["event"] == "rollback"), {})
+    before = last.get("before")
+    decisions = [*(before if isinstance(before, list) else []), last.get("decision")]
+    return math.prod(LR_FACTOR for decision in decisions if _cause({"decision": decision}) == "divergence")
 
 
 def _cause(rollback: Any) -> Any:

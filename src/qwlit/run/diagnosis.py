@@ -13,6 +13,7 @@ from qwlit.core.console import console
 from qwlit.core.errors import QwlitError, first_line, one_line
 from qwlit.data.batches import StepDataset
 from qwlit.training.replay import Observation, first_nonfinite, largest, replay
+from qwlit.training.resilience.rollback import lr_factor
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
@@ -45,7 +46,7 @@ def diagnose(run: "TrainingRun", trainer: Trainer, step: int, reason: str) -> No
         "samples": _samples(run, step),
         "precision": run.plan.machine.precision,
         "attention": run.plan.execution.attention,
-        "learning_rate": run.config.optim.lr,
+        "learning_rate": run.config.optim.lr * lr_factor(run.rollbacks),
         "command": f"qwlit train config={shlex.quote(str(run.folder.config_file))} run.name={run.config.run.name}-2",
         "remedies": remedies("diverging", run.tried),
     }

@@ -24,6 +24,7 @@ from qwlit.run.exported import answers_end, end_token, export_sources
 from qwlit.run.modules import load_model
 from qwlit.training.checkpointing.folder import list_checkpoints
 from qwlit.training.checkpointing.manifest import step_of
+from qwlit.training.resilience.rollback import lr_factor
 from qwlit.training.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ FILES = {
     "samples.jsonl": "prompts and answers, in training and after it",
     "metrics.jsonl": "loss, learning rate, gradient norm, tokens per second, by step",
     "trace.jsonl": "every step to the bit: samples, loss, gradient norm, weights",
-    "events.jsonl": "checkpoints, skipped steps, notes",
+    "events.jsonl": "checkpoints, skipped steps, rollbacks, notes",
     "summary.json": "the results above",
     "manifest.json": "versions, device, seed, fingerprints",
     "config.yaml": "the settings; train config=FILE run.name=… trains with them again",
@@ -166,7 +167,7 @@ def print_summary(training: TrainerWithCallbacks, records: list[Record], folder:
     screen.print(table)
     rollbacks = training.guard.rollbacks
     times = "once" if len(rollbacks) == 1 else f"{len(rollbacks)} times"
-    if (factor := math.prod(rollback.lr_cut.factor for rollback in rollbacks)) < 1:
+    if (factor := lr_factor(rollbacks)) < 1:
         screen.print(
             f"\n[yellow]the run went back {times}[/] and ended at {factor:g} times optim.lr: begin the next"
             " one with that rate or less"

@@ -1,6 +1,5 @@
 """Go back to an earlier checkpoint of this run, or to its start, and follow another path from there."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from qwlit.run.resume import ResumePoint
 from qwlit.training.checkpointing.checkpoint import Ranks
 from qwlit.training.checkpointing.folder import POINTERS, delete_checkpoint, list_checkpoints, list_damaged
 from qwlit.training.checkpointing.manifest import find_damage, read_manifest, step_of
-from qwlit.training.resilience.rollback import Rollback, RollbackNeeded, read_journal, record_decision
+from qwlit.training.resilience.rollback import Rollback, RollbackNeeded, lr_factor, read_journal, record_decision
 from qwlit.training.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -97,6 +96,6 @@ def _record(run: "TrainingRun", needed: RollbackNeeded) -> Rollback:
     for message in damaged:
         folder.append_event(rollback.to_step, "damaged", message=message)
         console().print(f"  [yellow]note[/]      {escape(message)}")
-    peak_lr = run.config.optim.lr * math.prod(decision.lr_cut.factor for decision in (*run.rollbacks, rollback))
+    peak_lr = run.config.optim.lr * lr_factor((*run.rollbacks, rollback))
     console().print(f"[yellow]rollback[/]  {escape(rollback.describe(peak_lr))}")
     return rollback

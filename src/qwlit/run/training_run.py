@@ -30,7 +30,7 @@ from qwlit.run.wandb_logging import logged_to_wandb, send_missing_to_wandb
 from qwlit.training.checkpointing.folder import newest
 from qwlit.training.determinism import prepare_determinism
 from qwlit.training.resilience.requeue_limit import counting_requeues
-from qwlit.training.resilience.rollback import Rollback
+from qwlit.training.resilience.rollback import Rollback, lr_factor
 from qwlit.training.tracking.run_folder import FINISHED, RunFolder
 from qwlit.training.tracking.run_lock import RunLock
 from qwlit.training.tracking.wandb_access import check_logger
@@ -132,7 +132,8 @@ class TrainingRun:
     @property
     def tried(self) -> TriedRun:
         """What remedies for this run are computed from."""
-        return TriedRun(self.folder.config_file, flatten(as_tree(self.config)), asdict(self.plan.machine))
+        settings, machine = flatten(as_tree(self.config)), asdict(self.plan.machine)
+        return TriedRun(self.folder.config_file, settings, machine, lr_factor=lr_factor(self.rollbacks))
 
     @cached_property
     def base(self) -> str | None:

@@ -131,8 +131,10 @@ class Guard(Callback):
         if cause == "data" and any(rollback.cause != "state" for rollback in self.rollbacks):
             cause = "divergence"  # other data have not helped
         if len(self.rollbacks) >= self._config.max_rollbacks:
-            self._folder.append_event(step, "stopped", reason=reason)
-            raise GuardStop(self._last_words(step, reason, cause, names_samples), step=step)
+            self._folder.append_event(step, "stopped", reason=reason, cause=cause)
+            # A damaged state is no step's fault, so no step is diagnosed.
+            message = self._last_words(step, reason, cause, names_samples)
+            raise GuardStop(message, step=None if cause == "state" else step)
         raise RollbackNeeded(
             step,
             reason,

@@ -4,6 +4,7 @@ The journal is part of every later checkpoint's manifest. Data and learning rate
 step and the journal, so a resumed run repeats what the run did.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -95,6 +96,11 @@ class Rollback:
         cut = f"peak learning rate {peak_lr:g} after {WARMUP_STEPS} steps of warm-up"
         lr = cut if self.cause == "divergence" else "the same learning rate"
         return f"step {self.from_step}: {self.reason}; {back}, {data}, {lr}"
+
+
+def lr_factor(rollbacks: Sequence[Rollback]) -> float:
+    """Return what these decisions together multiply the learning rate by."""
+    return math.prod(rollback.lr_cut.factor for rollback in rollbacks)
 
 
 @dataclass
