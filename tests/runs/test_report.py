@@ -63,6 +63,9 @@ def test_pages_of_real_runs_are_whole_and_load_nothing(folder):
     assert "Curves" in together.text and "高" in together.text
     assert qwlit(["report", "runs=runs/高"], folder).returncode == 0
     alone = assert_self_contained((folder / "runs/高/report.html").read_text(encoding="utf-8"))
+    assert "Plan and reality" in alone.text and "supervised tokens of a sample" in alone.text
+    plan = json.loads((folder / "runs/高/manifest.json").read_text(encoding="utf-8"))["plan"]
+    assert plan["steps"] == 6 and plan["tokens"] > 100 and plan["memory_gib"] > 0.5 and plan["seconds"] is None
     assert "Samples" in alone.text and "<|im_start|>" in alone.text and "eager" in alone.text
 
 

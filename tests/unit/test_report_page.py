@@ -16,8 +16,9 @@ from qwlit.commands.report import main
 from qwlit.core.console import Screen
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked
-from qwlit.report.curves import MOST_POINTS, thin
+from qwlit.report.curves import MOST_POINTS, PANELS, _marks, draw_curves, thin
 from qwlit.report.drawing import needs_log_axis
+from qwlit.report.measured import against_plan, data_in_words, draw_lengths, lengths
 from qwlit.training.tracking.run_folder import RunFolder
 from tests.reports import Page, assert_self_contained, comparison_of, page_of, searched, write_run, write_sweep
 
@@ -225,3 +226,69 @@ def test_the_page_of_one_run_has_its_groups_its_guarantee_and_its_answers_by_pro
     assert "fast: the same command may give other last digits; attention sdpa, 32-true, 1 x CPU." in text
     assert re.findall(r"end|[pq][12]", text[text.index("Samples") :]) == ["end", "p1", "p2", "q1", "q2"]
     assert "from_step: 9; to_step: 2; reason: the loss rose; cause: divergence" in text and "before" not in text
+
+
+def cells(text, heading):
+    """The cells of the first table below a heading, line by line."""
+    table = text[text.index(f"<h2>{heading}<") :]
+    lines = re.findall(r"<tr>(.*?)</tr>", table[: table.index("</table>")])
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", line) for line in lines]
+
+
+def test_the_page_shows_the_plan_beside_what_was_measured(tmp_path):
+    plan = {"steps": 20, "tokens": 6000.0, "memory_gib": 4.0, "mfu": 0.4, "seconds": 60.0}
+    measured = {"peak_memory_gib": 3.0, "tokens_per_second": 50.0, "wall_seconds": 150.0}
+    rows = [{"step": 5, "throughput/mfu": 0.1}, {"step": 10, "throughput/mfu": 0.3}]
+    run = write_run(tmp_path / "a", manifest={"plan": plan}, summary=measured, rows=rows)
+    assert cells(page_of(comparison_of(run)), "Plan and reality")[1:] == [
+        ["peak memory of a device, GiB", "4.00", "3.00", "0.75"],
+        ["steps", "20", "10", "0.50"],
+        ["time", "0:01:00", "0:02:30", "2.50"],
+        ["tokens/s", "100", "50", "0.50"],
+        ["MFU", "40.0%", "20.0%", "0.50"],
+    ]
+    on_cpu = write_run(tmp_path / "b", manifest={"plan": plan | {"seconds": None}}, summary=measured)
+    text = page_of(comparison_of(on_cpu))
+    assert cells(text, "Plan and reality")[3:] == [["time", "–", "0:02:30", "–"], ["tokens/s", "–", "50", "–"]]
+    assert "no planned time: the peak of this device is not known" in text
+    old = page_of(comparison_of(write_run(tmp_path / "c")))
+    assert cells(old, "Plan and reality")[1] == ["steps", "–", "10", "–"] and "<h2>Data" not in old
+
+
+def test_the_page_shows_lengths_and_what_became_of_the_rows(tmp_path):
+    kinds = {"tokens": {"sum": 2000, "percentiles": [*range(21)]}}
+    kinds["supervised_tokens"] = {"sum": 500, "percentiles": [1] * 21}
+    counts = {"read": 12, "accepted": 10, "too_long": 0, "quarantined": 2, "truncated": 1}
+    samples = {"number": 10, **kinds}
+    run = write_run(tmp_path / "a", manifest={"samples": samples}, summary={"rows": counts})
+    text = page_of(comparison_of(run))
+    assert "10 training samples with 2,000 tokens, 25.0% of them supervised" in text
+    assert "12 read, 10 accepted, 2 quarantined, 1 truncated (reasons in quarantine.jsonl)" in text
+    assert cells(text, "Data") == [
+        ["", "least", "5 %", "25 %", "50 %", "75 %", "95 %", "most"],
+        ["tokens of a sample", "0", "1", "5", "10", "15", "19", "20"],
+        ["supervised tokens of a sample", *["1"] * 7],
+    ]
+    assert "samples with at most so many" in text
+    for broken in (7, {"tokens": 7}, samples | {"tokens": {"sum": "x", "percentiles": [None] * 21}}):
+        other = write_run(tmp_path / str(len([*tmp_path.iterdir()])), manifest={"samples": broken, "plan": broken})
+        (record,) = comparison_of(other).runs
+        assert lengths(record) is draw_lengths(record) is None and not data_in_words(record)
+        assert [line[1] for line in against_plan(record).lines] == ["–", "–"]
+
+
+def test_alarms_cuts_and_what_was_undone_are_drawn(tmp_path):
+    def decision(start, end, cause):
+        return {"from_step": start, "to_step": end, "cause": cause, "reason": "", "skipped_steps": 0}
+
+    first, last = decision(90, 60, "divergence"), decision(40, 20, "data")
+    back = {"step": 20, "event": "rollback", "decision": last, "before": [first]}
+    rows = [{"step": step, "train/loss": 2.0} for step in (10, 30, 100)]
+    run = write_run(tmp_path / "a", rows=rows, events=[back, {"step": 5, "event": "rollback", "before": 7}])
+    undone = [{"rollback": 0, "file": "metrics.jsonl", "step": step, "train/loss": 700.0} for step in (70, 80)]
+    RunFolder(run).write_records("rolled_back.jsonl", [*undone, {"file": "events.jsonl", "step": 80}])
+    (record,) = comparison_of(run).runs
+    found = {mark: steps for mark, steps in _marks(record).items() if steps}
+    assert found == {"alarm": [40, 90], "cut": [60], "rollback": [5, 20]}
+    svg = draw_curves(next(panel for panel in PANELS if panel.key == "train/loss"), [record], {})
+    assert "alarm of the guard" in svg and "at half the learning rate" in svg and ">100<" in svg

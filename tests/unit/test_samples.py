@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from qwlit.data import samples as samples_module
-from qwlit.data.samples import ConcatSamples, Samples, SampleSubset, chunks, concat, count_tokens, longest
+from qwlit.data.samples import (
+    ConcatSamples,
+    Samples,
+    SampleSubset,
+    chunks,
+    concat,
+    count_tokens,
+    longest,
+    sample_statistics,
+)
 from tests.stores import build, first_tokens, lengths, num_supervised, tokens, write
 
 
@@ -66,3 +75,16 @@ def test_sums_over_all_samples_do_not_depend_on_how_many_are_looked_at_a_time(
     assert np.concatenate(list(chunks(joined))).tolist() == list(range(26))
     assert longest(joined) == 28
     assert count_tokens(joined) == (sum(range(3, 29)), sum(range(2, 28)))
+
+
+def test_statistics_count_every_sample_and_name_percentiles_that_occur(parts, monkeypatch):
+    monkeypatch.setattr(samples_module, "CHUNK", 4)
+    joined = concat(parts)
+    found = sample_statistics(joined)
+    assert found["number"] == 26
+    for kind, counts in (("tokens", lengths(joined)), ("supervised_tokens", num_supervised(joined))):
+        assert found[kind]["sum"] == sum(counts)
+        percentiles = found[kind]["percentiles"]
+        assert len(percentiles) == 21 and set(percentiles) <= set(counts)
+        assert (percentiles[0], percentiles[-1]) == (min(counts), max(counts))
+        assert percentiles[10] in (sorted(counts)[12], sorted(counts)[13])

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("text", "json")
 BAR_WIDTH, CURVE_WIDTH = 30, 60
-# MFU of large runs that do not wait for data, with FLOPs counted as here: PaLM 46 %, torchtitan 33-39 %.
-USUAL_MFU = 0.4
 
 
 def main(arguments: list[str]) -> None:
@@ -54,6 +52,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _mfu(text: str | None) -> float:
+    from qwlit.planning.run_plan import USUAL_MFU
+
     try:
         mfu = USUAL_MFU if text is None else float(text)
     except ValueError:

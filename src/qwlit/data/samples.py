@@ -47,6 +47,20 @@ def count_tokens(samples: Samples) -> tuple[int, int]:
     return int(sum(tokens for tokens, _ in counts)), int(sum(supervised for _, supervised in counts))
 
 
+PERCENTS = tuple(range(0, 101, 5))
+
+
+def sample_statistics(samples: Samples) -> dict[str, Any]:
+    """Return the number of samples, and of their tokens and supervised tokens the sum and the percentiles PERCENTS."""
+    counts = [(samples.lengths(ids), samples.num_supervised(ids)) for ids in chunks(samples)]
+    found: dict[str, Any] = {"number": len(samples)}
+    for name, parts in zip(("tokens", "supervised_tokens"), zip(*counts, strict=True), strict=True):
+        values = np.concatenate(parts)
+        percentiles = np.percentile(values, PERCENTS, method="nearest").tolist()
+        found[name] = {"sum": int(values.sum()), "percentiles": percentiles}
+    return found
+
+
 # 1000 samples almost certainly contain a kind of row that is 1 % of the data, and reading them takes little time.
 NUM_PROBED = 1000
 

@@ -77,10 +77,13 @@ def _group_panels(run: RunRecord) -> list[Panel]:
 
 MARKS = {
     "skip": ("skipped step", ALARM),
+    "alarm": ("alarm of the guard", PALETTE[4]),
     "rollback": ("went back to here", PALETTE[3]),
+    "cut": ("went back to here, at half the learning rate", PALETTE[5]),
     "resumed": ("resumed", PALETTE[2]),
     "stopped": ("stopped by the guard", BLACK),
 }
+"""Label and colour of the vertical lines: events by their name, and what a decision to go back tells."""
 
 
 def draw_curves(panel: Panel, runs: Sequence[RunRecord], colours: Mapping[str, str]) -> str | None:
@@ -95,9 +98,15 @@ def draw_curves(panel: Panel, runs: Sequence[RunRecord], colours: Mapping[str, s
         return None
     with figure(panel.key, 6.4, 3.4) as picture:
         axes = picture.add_subplot(xlabel="step", ylabel=panel.unit)
-        for run in reversed(drawn):
-            _draw(axes, thin(run.series[panel.key], peaks=panel.peaks), colours.get(run.name))
-        _format_axes(axes, panel, [[value for _, value in run.series[panel.key]] for run in drawn])
+        lines = [run.series[panel.key] for run in drawn]
+        for run, line in reversed([*zip(drawn, lines, strict=True)]):
+            _draw(axes, thin(line, peaks=panel.peaks), colours.get(run.name))
+        if panel.with_events and len(runs) == 1:
+            undone = [series[panel.key] for series in runs[0].undone if panel.key in series]
+            for line in undone:
+                _draw(axes, thin(line, peaks=panel.peaks), None)
+            lines += undone
+        _format_axes(axes, panel, [[value for _, value in line] for line in lines])
         if panel.with_events and len(runs) == 1:
             _mark_events(axes, runs[0])
         return to_svg(picture)
@@ -150,10 +159,23 @@ def _format_axes(axes: "Axes", panel: Panel, values: list[list[float]]) -> None:
 
 
 def _mark_events(axes: "Axes", run: RunRecord) -> None:
-    """Draw a vertical line at each event of `MARKS`; where the run went back, alarm and new rate are in the events."""
-    for event, (label, colour) in MARKS.items():
-        steps = [record["step"] for record in run.events if record.get("event") == event]
+    """Draw a vertical line at each step of `MARKS`."""
+    for mark, steps in _marks(run).items():
+        label, colour = MARKS[mark]
         for index, step in enumerate(steps):
-            axes.axvline(step, color=colour, linewidth=0.8, linestyle=":", label=label if index == 0 else None)
+            axes.axvline(step, color=colour, linewidth=1.3, linestyle="--", label=label if index == 0 else None)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right")
+
+
+def _marks(run: RunRecord) -> dict[str, list[int]]:
+    """Return the steps of each mark. A later decision to go back further keeps the earlier ones as `before`."""
+    found = {mark: {event["step"] for event in run.events if event["event"] == mark} for mark in MARKS}
+    for event in run.events:
+        before = event.get("before")
+        for decision in (*(before if isinstance(before, list) else ()), event.get("decision")):
+            if isinstance(decision, Mapping):
+                found["alarm"].add(decision.get("from_step"))
+                found["cut" if decision.get("cause") == "divergence" else "rollback"].add(decision.get("to_step"))
+    found["rollback"] -= found["cut"]
+    return {mark: sorted(step for step in steps if isinstance(step, int)) for mark, steps in found.items()}

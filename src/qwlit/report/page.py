@@ -1,6 +1,8 @@
 """report.html: the comparison of runs as one file that loads nothing else. A reader can open, mail and keep it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -12,7 +14,9 @@ from qwlit.report.curves import draw_curves, panels
 from qwlit.report.diagnosis import diagnose
 from qwlit.report.drawing import BLACK, GREY, PALETTE
 from qwlit.report.importance import FEWEST_RUNS, Importance
+from qwlit.report.measured import against_plan, data_in_words, draw_lengths, lengths
 from qwlit.report.repeats import find_repeats, judge, table_of
+from qwlit.report.runs import RunRecord
 from qwlit.report.single import describe
 from qwlit.report.slices import draw_slices
 from qwlit.report.table import columns
@@ -66,9 +70,21 @@ def build_page(
         importance=importance if searched else None,
         slices=_slices(comparison, importance) if searched else None,
         curves=[(panel, svg) for panel, svg in drawings if svg],
-        details=describe(comparison.runs[0]) if len(comparison.runs) == 1 else None,
+        **_of_one_run(comparison.runs),
     )
     return printable(f"{page}\n")
+
+
+def _of_one_run(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return what the page shows only for a single run; None for several."""
+    shown = {
+        "details": describe,
+        "plan": against_plan,
+        "data": data_in_words,
+        "lengths": lengths,
+        "drawn": draw_lengths,
+    }
+    return {name: show(runs[0]) if len(runs) == 1 else None for name, show in shown.items()}
 
 
 def headline(comparison: RunComparison) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from qwlit.core.files import read_json, read_json_lines
 from qwlit.core.metric import Metric, number_or_none
 from qwlit.core.yaml_files import read_yaml
 from qwlit.report.find import FoundRun, Trial
-from qwlit.training.tracking.run_folder import FINISHED, RunFolder
+from qwlit.training.tracking.run_folder import FINISHED, METRICS, ROLLED_BACK, RunFolder
 
 VAL_LOSS = Metric(name="val/loss")
 Series = list[tuple[int, float]]
@@ -68,6 +69,15 @@ class RunRecord:
         if metric == VAL_LOSS:
             return self.results.val_loss
         return metric.best_of_run((value for _, value in self.series.get(metric.name, ())), self.summary)
+
+    @cached_property
+    def undone(self) -> list[dict[str, Series]]:
+        """The metrics of the steps that the run went back over, one entry for each time it went back."""
+        undone: dict[Any, list[dict[str, Any]]] = {}
+        for record in read_json_lines(self.path / ROLLED_BACK):
+            if record.get("file") == METRICS:
+                undone.setdefault(str(record.get("rollback")), []).append(record)
+        return [_series(records) for records in undone.values()]
 
     def count(self, event: str) -> int:
         return sum(record.get("event") == event for record in self.events)

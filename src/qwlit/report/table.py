@@ -86,7 +86,7 @@ def _results(comparison: RunComparison) -> list[Column]:
         _losses("train/loss", [result.train_loss for result in results]),
         _column("exact match", [result.exact_match for result in results], "{:.1%}".format),
         _column("steps", [result.steps for result in results], "{:,}".format),
-        _column("time", [result.wall_seconds for result in results], _duration),
+        _column("time", [result.wall_seconds for result in results], duration),
         _column("tokens/s", [result.tokens_per_second for result in results], "{:,.0f}".format),
         _column("peak GiB", [result.peak_memory_gib for result in results], "{:.2f}".format),
     ]
@@ -101,7 +101,8 @@ def _losses(title: str, values: Sequence[float | None]) -> Column:
     return Column(title, [show_value(value, places) for value in values])
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Format a time, days and hours where it is long."""
     if seconds > LONGEST:
         return f"{seconds:.3g} s"
     return f"{seconds:.1f} s" if seconds < 10 else str(timedelta(seconds=round(seconds)))

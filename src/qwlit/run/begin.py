@@ -17,6 +17,7 @@ from qwlit.core.errors import ConfigError, GuardStop, Interrupted, Preempted, Pr
 from qwlit.core.files import read_json, resolve_path
 from qwlit.core.ranks import is_rank_zero
 from qwlit.core.signals import HANDLED_SIGNALS, handling
+from qwlit.data.samples import sample_statistics
 from qwlit.data.store import REASONS_NAMED, quarantine_reasons
 from qwlit.model.config import ModelConfig
 from qwlit.model.folder import named_base
@@ -103,6 +104,8 @@ def _manifest_facts(run: "TrainingRun") -> dict[str, Any]:
         "data": run.data.split.fingerprint,
         "contents": run.data.split.contents,
         "data_files": run.data.split.file_digests(),
+        "samples": sample_statistics(run.data.split.train),
+        "plan": run.plan.expected(),
         "base": run.base,
         "parameters": {
             "total": sum(num_elements(p) for p in run.loss_model.parameters()),
