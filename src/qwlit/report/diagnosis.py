@@ -206,7 +206,7 @@ class _Examination:
 
 
 def _lr_factor(events: Sequence[dict[str, Any]]) -> float:
-    """Return what rollbacks multiplied the learning rate by; the newest lists those before, whose events may be gone."""
+    """Return what rollbacks multiplied the learning rate by; the newest one lists those before it."""
     last = next((event for event in reversed(events) if event["event"] == "rollback"), {})
     before = last.get("before")
     decisions = [*(before if isinstance(before, list) else []), last.get("decision")]
