@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,9 +205,9 @@ class _Examination:
         return ", ".join([*texts, f"{len(self._run.events)} events", memory])
 
 
-def _lr_factor(events: Sequence[dict[str, Any]]) -> float:
+def _lr_factor(events: Sequence[Mapping[str, Any]]) -> float:
     """Return what rollbacks multiplied the learning rate by; the newest one lists those before it."""
-    last = next((event for event in reversed(events) if event["event"] == "rollback"), {})
+    last: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "rollback"), {})
     before = last.get("before")
     decisions = [*(before if isinstance(before, list) else []), last.get("decision")]
     return math.prod(LR_FACTOR for decision in decisions if _cause({"decision": decision}) == "divergence")
