@@ -289,7 +289,10 @@ def test_repeats_are_runs_of_their_own_that_the_same_command_passes_over(place):
     assert qwlit(words, place).returncode == 0
     assert before == [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
     wrong = qwlit([*words, "optim.lr=7e-4"], place)
-    assert wrong.returncode == 2 and "again-seed4 is finished and has other settings" in wrong.stderr
+    assert wrong.returncode == 2 and "again-seed4 is finished and has other settings, optim.lr;" in wrong.stderr
+    assert qwlit([*words, "optim.lr=7e-4", "run.overwrite=true"], place).returncode == 0
+    assert values != [summary(run)["val_loss_best"] for run in runs]
+    assert qwlit([*words, "optim.lr=7e-4", "resume=never"], place).returncode == 0
 
 
 def test_the_pilot_says_which_learning_rates_are_stable_and_trains_nothing_else(place):

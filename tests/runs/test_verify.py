@@ -10,7 +10,7 @@ import torch
 
 from qwlit.core.errors import ConfigError, QwlitError
 from qwlit.run.difference import compare_runs
-from qwlit.run.locate import locate
+from qwlit.run.locate import Replay, locate, unlike_itself
 from qwlit.run.verify import certify, differing_entries, first_difference, read_steps
 from tests.long import LONG
 from tests.runs.runs import DEMO, ENVIRONMENT, TINY, qwlit, qwlit_process, rows, train
@@ -86,6 +86,7 @@ def test_what_is_not_the_same_is_no_certificate_and_is_named(place, words, envir
     ("words", "said"),
     [
         (["run=none"], "neither none nor runs/none is the folder of a run"),
+        (["run="], "run is empty; is a shell variable unset?"),
         (["run=untraced"], "run=untraced: it has no trace.jsonl to compare with"),
         (["repeats=1", *WORDS], "repeats=1: give a whole number of at least 2"),
         ([*WORDS, "data.path=chat.jsonl", "run.name=mine", "steps=2"], "exists and is not a verification"),
@@ -154,6 +155,20 @@ def test_runs_whose_modules_compute_other_things_are_not_replayed(other, said, t
         locate([tmp_path / "a", tmp_path / "b"], 1, tmp_path, lambda *_: pytest.fail("it was replayed"))
 
 
+def test_a_replay_that_does_not_repeat_its_run_says_what_is_not_as_it_was(tmp_path):
+    then = {"data_files": {"a.jsonl": "1" * 64}, "variables": {}, "compiled": True}
+    now = then | {"data_files": {"a.jsonl": "2" * 64}, "variables": {"OMP_NUM_THREADS": "1"}}
+    replay = Replay(tmp_path / "x", tmp_path / "scratch", None)
+    for folder, manifest, loss in ((replay.run, then, "a"), (replay.folder.path, now, "b")):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "trace.jsonl").write_text(json.dumps(record(1, loss_sum=loss)) + "\n")
+    assert unlike_itself(replay, 1) == (
+        f"the replay of {replay.run} does not repeat its own trace: step 1, loss_sum; data file a.jsonl 11111111"
+        " against 22222222; a replay runs compiled layers uncompiled"
+    )
+
+
 def test_what_changed_between_the_repeats_of_a_verification_is_named(tmp_path, monkeypatch):
     def trained(overrides, steps, folder, number, **_):
         run = folder.path / f"repeat-{number}"
@@ -181,12 +196,13 @@ def test_a_faked_version_of_a_package_is_named():
 
 def test_what_differs_is_said_in_words_and_what_only_one_has_recorded_is_not():
     first = {"attention": "sdpa", "num_threads": 8, "packages": {"torch": "2"}, "data": "1" * 16, "variables": {}}
-    first |= {"data_files": {"a.jsonl": "2" * 64}, "git": {"commit": "abc", "dirty": False}, "compiled": False}
-    first |= {"cpu": {"flags": "avx fma"}}
+    first |= {"data_files": {"a.jsonl": "2" * 64}, "compiled": False}
+    first |= {"cpu": {"flags": "avx fma"}, "git": {"commit": "a" * 40, "dirty": False}}
     second = {"attention": "eager", "num_threads": 2, "packages": {"torch": "2", "jinja2": "3"}, "data": "3" * 16}
     second |= {"variables": {"NCCL_ALGO": "Ring"}, "data_files": {"a.jsonl": "4" * 64}, "seed": 1, "compiled": True}
-    second |= {"git": {"commit": "abc", "dirty": True, "changes": "5"}, "cpu": {"flags": "avx avx2"}}
+    second |= {"git": {"commit": "b" * 40, "dirty": True, "changes": "5"}, "cpu": {"flags": "avx avx2"}}
     assert differing_entries(first, second) == [
+        "commit aaaaaaaa against bbbbbbbb",
         "uncommitted changes no against yes",
         "processor flags fma against avx2",
         "NCCL_ALGO none against Ring",

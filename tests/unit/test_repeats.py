@@ -74,3 +74,11 @@ def test_losses_on_other_validation_data_are_not_tested_against_each_other(tmp_p
     (verdict,) = judge(comparison, find_repeats(comparison))
     assert verdict.metric == "train/loss" and verdict.p_value == 1
     assert find_repeats(comparison_of(runs[0])) == []
+
+
+def test_a_seed_without_a_finite_value_is_named_and_its_settings_get_no_verdict(tmp_path):
+    runs = write_seeds(tmp_path, [2.3, float("nan"), 2.4], 1) + write_seeds(tmp_path, [2.3, 2.5], 2)
+    comparison = comparison_of(*runs)
+    groups = find_repeats(comparison)
+    assert judge(comparison, groups) == []
+    assert ["optim.lr=1", "3", "val/loss", "no finite value in 1", "", ""] in table_of(groups).lines

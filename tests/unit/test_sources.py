@@ -133,7 +133,7 @@ def test_a_path_that_seems_to_mean_something_else_is_answered_with_it(path: str,
     ("path", "message"),
     [
         ("trian.jsonl", r"trian.jsonl' does not exist\. Did you mean 'train.jsonl'\?"),
-        ("no/such/folder", "no/such/folder' does not exist"),
+        ("no/such/folder", r"no/such/folder' does not exist\.$"),
         ("rows.xlsx", r"must end in \.jsonl, \.json, \.parquet, \.csv, \.txt \(text ones also \.gz\)"),
         ("rows.parquet.gz", r"must end in \.jsonl"),
         ("rows.gz", r"must end in \.jsonl"),
@@ -153,6 +153,12 @@ def test_paths_that_lead_nowhere_are_errors_that_name_them(path: str, message: s
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     with pytest.raises(DataError, match=message):
         find_sources(str(tmp_path / path))
+
+
+def test_a_missing_relative_path_is_told_where_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"'rows.jsonl' does not exist\. .* the current folder, {tmp_path}\.$"):
+        find_sources("rows.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,10 @@ def main(arguments: list[str]) -> None:
     from qwlit.training.tracking.run_folder import jsonable
 
     own, rest = own_options(arguments, OPTIONS)
-    if rest or not (own["a"] and own["b"]):
-        raise ConfigError(f"{' '.join(rest) or 'diff'}: give two runs, diff a=RUN b=RUN")
+    if rest:
+        raise ConfigError(f"{' '.join(rest)}: diff takes no settings; give two runs, diff a=RUN b=RUN")
+    if not (own["a"] and own["b"]):
+        raise ConfigError("give two runs, diff a=RUN b=RUN")
     paths = [find_run(str(own[name]), own["run.root"] or "runs", option=name) for name in ("a", "b")]
     found = compare_runs(*paths)
     is_json, place, remarks = own["output"] == "json", None, list[str]()

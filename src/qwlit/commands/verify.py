@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     own, overrides = own_options(arguments, {"repeats": None, "steps": None, "run": None})
     steps = typed_number(own, "steps") or STEPS
     earlier = None
-    if own["run"]:
+    if own["run"] is not None:
         from qwlit.run.verify import find_run
 
         earlier = find_run(own["run"], typed_root(overrides), option="run")

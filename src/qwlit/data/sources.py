@@ -42,7 +42,10 @@ def find_sources(path: str) -> list[Source]:
         names = [child.name for child in root.parent.iterdir()] if root.parent.is_dir() else []
     except OSError as error:
         raise DataError(f"data.path or data.val_path: '{path}' cannot be read: {error.strerror}") from error
-    raise DataError(f"data.path or data.val_path: '{path}' does not exist.{_hint(path) or nearest(root.name, names)}")
+    hint = _hint(path) or nearest(root.name, names)
+    # The settings of an earlier run may have been written in another folder.
+    here = "" if hint or root.is_absolute() else f" A relative path starts at the current folder, {Path.cwd()}."
+    raise DataError(f"data.path or data.val_path: '{path}' does not exist.{hint or here}")
 
 
 def _hint(path: str) -> str:

@@ -25,6 +25,8 @@ class Repeats:
     estimates: dict[str, Estimate]
     """Of each metric that all runs have: the compared metric's best value, the last train/loss, and the last value of
     every other one of the validation."""
+    lacking: dict[str, int]
+    """Of each other metric, how many runs have no finite value of it; others do."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,23 @@ def find_repeats(comparison: RunComparison) -> list[Repeats]:
         for key in comparison.differing
         if key != "seed" and len({canonical(runs[0].settings.get(key)) for runs in chosen}) > 1
     ]
-    return [Repeats(_name(runs[0], keys), runs, _estimates(runs, comparison)) for runs in chosen]
+    return [_repeats(_name(runs[0], keys), runs, comparison) for runs in chosen]
 
 
 def _name(run: RunRecord, keys: Sequence[str]) -> str:
     return " ".join(f"{key}={show_setting(run.settings.get(key))}" for key in keys) or ALL
 
 
-def _estimates(runs: list[RunRecord], comparison: RunComparison) -> dict[str, Estimate]:
+def _repeats(settings: str, runs: list[RunRecord], comparison: RunComparison) -> Repeats:
     values = {comparison.metric.name: [comparison.value(run) for run in runs]}
     values[TRAIN_LOSS] = [run.results.train_loss for run in runs]
     values.setdefault(EXACT_MATCH, [run.results.exact_match for run in runs])
     for key in (key for run in runs for key in run.series if key.startswith("val/")):
         values.setdefault(key, [run.series[key][-1][1] if key in run.series else None for run in runs])
     known = {metric: [value for value in found if value is not None] for metric, found in values.items()}
-    return {metric: estimate(found) for metric, found in known.items() if len(found) == len(runs)}
+    estimates = {metric: estimate(found) for metric, found in known.items() if len(found) == len(runs)}
+    lacking = {metric: len(runs) - len(found) for metric, found in known.items() if 0 < len(found) < len(runs)}
+    return Repeats(settings, runs, estimates, lacking)
 
 
 def judge(comparison: RunComparison, groups: list[Repeats]) -> list[Verdict]:
@@ -90,6 +94,9 @@ def judge(comparison: RunComparison, groups: list[Repeats]) -> list[Verdict]:
     verdicts = []
     for group in groups[1:]:
         first = groups[0]
+        if comparison.metric.name in first.lacking | group.lacking:
+            # Runs without a value, such as diverged ones, are no smaller sample.
+            continue
         same_data = data_fingerprints(first.runs[0])[1] == data_fingerprints(group.runs[0])[1]
         metrics = [comparison.metric.name, TRAIN_LOSS] if same_data else [TRAIN_LOSS]
         metric = next((name for name in metrics if name in first.estimates and name in group.estimates), None)
@@ -107,6 +114,11 @@ def table_of(groups: list[Repeats]) -> TextTable:
         [group.settings, str(found.count), metric, *_numbers(found)]
         for group in groups
         for metric, found in group.estimates.items()
+    ]
+    lines += [
+        [group.settings, str(len(group.runs)), metric, f"no finite value in {count}", "", ""]
+        for group in groups
+        for metric, count in group.lacking.items()
     ]
     note = "95 % is the confidence interval of the mean, from Student's t distribution"
     return TextTable(["settings", "seeds", "metric", "mean", "95 %", "deviation"], lines, note)

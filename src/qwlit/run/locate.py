@@ -12,7 +12,7 @@ import torch
 from qwlit.core.errors import QwlitError
 from qwlit.core.files import read_json, write_text_atomic
 from qwlit.run.kept_tensors import Size, compare_kept
-from qwlit.run.verify import first_difference, read_steps
+from qwlit.run.verify import differing_entries, first_difference, read_steps
 from qwlit.training.checkpointing.folder import list_checkpoints
 from qwlit.training.checkpointing.manifest import find_damage, step_of
 from qwlit.training.observed_step import OBSERVE, Key, Order, read_records
@@ -150,7 +150,7 @@ def locate(runs: Sequence[Path], step: int, scratch: Path, train: Train) -> tupl
             before = observed = max(one.start, other.start)
         else:
             break
-    remarks = [remark for replay in (one, other) if (remark := _unlike_itself(replay, step))]
+    remarks = [remark for replay in (one, other) if (remark := unlike_itself(replay, step))]
     if found is None:
         return None, remarks
     again = prepare_replay(runs[0], scratch / "again", before)
@@ -177,15 +177,19 @@ def _why_not(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     return None
 
 
-def _unlike_itself(replay: Replay, step: int) -> str | None:
+def unlike_itself(replay: Replay, step: int) -> str | None:
+    """Return where a replay differs from its run's own trace up to a step, and what may explain it; None if nowhere."""
     own = [record for record in read_steps(replay.run / "trace.jsonl") if record["step"] <= step]
     _, difference = first_difference([own, replay.trace])
     if difference is None:
         return None
-    compiled = read_json(replay.run / "manifest.json").get("compiled")
-    reason = "; its layers were compiled, and a replay runs them uncompiled" if compiled else ""
-    where = f"step {difference.step}, {difference.quantity}{reason}"
-    return f"the replay of {replay.run} does not repeat its own trace: {where}"
+    then, now = (read_json(folder / "manifest.json") for folder in (replay.run, replay.folder.path))
+    # A replay sets this variable to the run's own number of threads.
+    reasons = [entry for entry in differing_entries(then, now) if not entry.startswith("OMP_NUM_THREADS")]
+    if then.get("compiled"):
+        reasons.append("a replay runs compiled layers uncompiled")
+    where = f"step {difference.step}, {difference.quantity}"
+    return f"the replay of {replay.run} does not repeat its own trace: {'; '.join([where, *reasons])}"
 
 
 def _first_kept(replay: Replay) -> tuple[int, Key] | None:

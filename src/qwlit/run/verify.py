@@ -74,6 +74,8 @@ def find_run(name: str, root: str, *, option: str) -> Path:
     Raises:
         ConfigError: it is no run.
     """
+    if not name:
+        raise ConfigError(f"{option} is empty; is a shell variable unset?")
     for path in (resolve_path(name), resolve_path(root) / name):
         if (path / "config.yaml").is_file():
             return path
@@ -146,7 +148,7 @@ def differing_entries(first: dict[str, Any], second: dict[str, Any]) -> list[str
 
 
 def _entry(called: str, key: str, before: Any, now: Any, *, is_hash: bool) -> str:
-    if is_hash or key == "changes":
+    if is_hash or key in ("commit", "changes"):
         return _content_of(called, before, now)
     if key == "flags":
         # A list of 20 instruction sets twice hides the one that matters.
