@@ -122,7 +122,8 @@ def test_no_rule_finds_fault_with_a_recipe_as_it_is(recipe, model, hardware):
 
 
 def test_pretraining_is_of_random_weights_and_refused_of_published_ones():
-    assert names(facts(["recipe=pretrain", "model.init=random", "hardware=h100"], steps=20_000)) <= {"not_compiled"}
+    found = names(facts(["recipe=pretrain", "model.init=random", "hardware=h100"], steps=20_000))
+    assert found <= {"not_compiled", "no_checkpoints"}
     with pytest.raises(
         ConfigError, match=r"optim.lr=0.0003 is too high for full fine-tuning.*preflight.allow=\[full_lr\]"
     ):
@@ -162,6 +163,13 @@ def message() -> Callable[..., str]:
     [
         ("slow_save", ["slurm.signal_seconds=10"], 1000, r"a checkpoint of 7 GB takes about 14 s.*signal_seconds=29"),
         ("slow_save", ["slurm.signal_seconds=20"], 1000, "^$"),
+        (
+            "no_checkpoints",
+            ["recipe=full_sft"],
+            12_000,
+            "the run saves only every 4,000 steps, .* set checkpoint.every_steps=500",
+        ),
+        ("no_checkpoints", ["checkpoint.every_steps=3000"], 12_000, "^$"),
         ("few_steps", ["train.max_steps=20"], 20, "train.max_steps=20: the run has only 20 steps; raise it"),
         ("few_steps", ["train.max_epochs=2"], 9, "train.max_epochs=2: .* only 9 steps; raise it, or add data"),
         ("few_steps", ["train.max_epochs=1", "train.max_steps=100"], 9, "train.max_epochs=1: .* only 9 steps; raise"),

@@ -4,6 +4,8 @@ from qwlit.planning.preflight.rules import FAILED_RUN, GUIDE, PreflightFacts, Re
 from qwlit.training.config import CheckpointConfig, ValidationConfig
 
 USUAL_PATIENCE = range(3, 6)
+MOST_UNSAVED_STEPS = 2000
+"""More steps than these are too many to lose (assumption)."""
 
 
 @rule("warning", source=f"{GUIDE}; {FAILED_RUN}")
@@ -27,9 +29,15 @@ def no_validation(facts: PreflightFacts) -> Result:
 
 @rule("warning", source=FAILED_RUN)
 def no_checkpoints(facts: PreflightFacts) -> Result:
-    """A run that is killed resumes from its last checkpoint; without one it starts from the beginning."""
-    if _occurs_before_end(facts, facts.config.checkpoint):
-        return None
+    """A run that is killed or in trouble goes back to a checkpoint; without one it starts from the beginning."""
+    checkpoint, epochs = facts.config.checkpoint, facts.config.train.max_epochs
+    if _occurs_before_end(facts, checkpoint):
+        if checkpoint.every_steps or facts.schedule is None or epochs is None:
+            return None
+        steps = int(facts.schedule.total_steps / max(1, epochs))
+        if steps <= MOST_UNSAVED_STEPS:
+            return None
+        return f"the run saves only every {steps:,} steps, at the end of each epoch", "set checkpoint.every_steps=500"
     return "the run saves only at its end", "set checkpoint.each_epoch=true or checkpoint.every_steps"
 
 
