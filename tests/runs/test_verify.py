@@ -169,6 +169,15 @@ def test_a_replay_that_does_not_repeat_its_run_says_what_is_not_as_it_was(tmp_pa
     )
 
 
+def test_a_replay_sets_the_variables_and_threads_of_its_run_and_no_other_variable(tmp_path):
+    variables = {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "8", "LD_PRELOAD": "x.so"}
+    for threads, expected in ((2, "2"), ("x; rm", "8")):
+        (tmp_path / "manifest.json").write_text(json.dumps({"num_threads": threads, "variables": variables}))
+        found = Replay(tmp_path, tmp_path / "scratch", None).environment((1, 2), None)
+        assert (found["MKL_CBWR"], found["OMP_NUM_THREADS"]) == ("COMPATIBLE", expected)
+        assert "LD_PRELOAD" not in found
+
+
 def test_what_changed_between_the_repeats_of_a_verification_is_named(tmp_path, monkeypatch):
     def trained(overrides, steps, folder, number, **_):
         run = folder.path / f"repeat-{number}"

@@ -17,6 +17,7 @@ from qwlit.training.checkpointing.folder import list_checkpoints
 from qwlit.training.checkpointing.manifest import find_damage, step_of
 from qwlit.training.observed_step import OBSERVE, Key, Order, read_records
 from qwlit.training.step_boundary import STOP_AFTER
+from qwlit.training.tracking.manifest import VARIABLES
 from qwlit.training.tracking.run_folder import RunFolder
 
 PARTS = {
@@ -86,7 +87,11 @@ class Replay:
         """Return the variables of the child that observes these steps, the first and the last one."""
         order = Order(*steps, str(self.root), None if reference is None else str(reference.root))
         found = {STOP_AFTER: str(steps[1]), OBSERVE: json.dumps(asdict(order))}
-        threads = read_json(self.run / "manifest.json").get("num_threads")
+        manifest = read_json(self.run / "manifest.json")
+        threads, variables = manifest.get("num_threads"), manifest.get("variables")
+        if isinstance(variables, dict):
+            # Somebody else may have written the manifest.
+            found |= {name: str(variables[name]) for name in VARIABLES if name in variables}
         return found | ({"OMP_NUM_THREADS": str(threads)} if isinstance(threads, int) else {})
 
 
