@@ -66,6 +66,22 @@ def test_without_a_path_the_runs_validation_rows_are_measured_as_in_training(tra
     assert found["loss"] == pytest.approx(summary(trained / "runs/full")["val_loss_best"], rel=1e-5)
 
 
+def test_a_runs_newest_evaluation_is_in_its_folder_and_those_of_other_weights_are_not(trained):
+    file = trained / "runs/full/evaluation.json"
+    file.unlink(missing_ok=True)
+    best = (trained / "runs/full/checkpoints/best").resolve()
+    evaluated([f"run={best}"], trained)
+    evaluated(["run=runs/full/export", "data.path=asked.jsonl"], trained)
+    assert not file.exists()
+    found = evaluated(["run=full"], trained)["models"]["full"]
+    assert json.loads(file.read_text()) == {"checkpoint": best.name, **found}
+    file.unlink()
+    file.mkdir()
+    done = qwlit(["evaluate", "run=full"], trained)
+    assert done.returncode == 0 and "`report` will not show this: " in done.stdout
+    file.rmdir()
+
+
 def test_models_are_compared_sample_by_sample(trained):
     both = ["run=[full,runs/lora/export,runs/full/export]", "data.path=asked.jsonl"]
     found = evaluated(both, trained)

@@ -16,11 +16,23 @@ from qwlit.commands.report import main
 from qwlit.core.console import Screen
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import locked
+from qwlit.report.comparability import comparison_warnings
 from qwlit.report.curves import MOST_POINTS, PANELS, _marks, draw_curves, thin
 from qwlit.report.drawing import needs_log_axis
+from qwlit.report.evaluated import question_of, scores
 from qwlit.report.measured import against_plan, data_in_words, draw_lengths, lengths
+from qwlit.report.table import columns
 from qwlit.training.tracking.run_folder import RunFolder
-from tests.reports import Page, assert_self_contained, comparison_of, page_of, searched, write_run, write_sweep
+from tests.reports import (
+    Page,
+    assert_self_contained,
+    column,
+    comparison_of,
+    page_of,
+    searched,
+    write_run,
+    write_sweep,
+)
 
 
 def command(*words):
@@ -150,7 +162,7 @@ def test_a_narrow_screen_leaves_figures_out_and_says_so(tmp_path, monkeypatch):
         monkeypatch.setattr(report, "console", lambda file=file, width=width: Screen(file=file, width=width))
         command(words)
         shown[width] = file.getvalue()
-    assert "too narrow for train/loss, steps, time:" in shown[60] and "too narrow" not in shown[200]
+    assert "too narrow for time, train/loss, steps:" in shown[60] and "too narrow" not in shown[200]
     for text in ("1.0000", "+1.0000", "1 skipped"):
         assert text in shown[60] and text in shown[200]
     assert "0:01:01" in shown[200] and "0:01:01" not in shown[60]
@@ -292,3 +304,49 @@ def test_alarms_cuts_and_what_was_undone_are_drawn(tmp_path):
     assert found == {"alarm": [40, 90], "cut": [60], "rollback": [5, 20]}
     svg = draw_curves(next(panel for panel in PANELS if panel.key == "train/loss"), [record], {})
     assert "alarm of the guard" in svg and "at half the learning rate" in svg and ">100<" in svg
+
+
+def evaluation(score, *, rows="aa", temperatures=(0.7,)):
+    points = [{"temperature": t, "score": score + t / 10, "low": score, "high": score + 0.2} for t in temperatures]
+    group = {"loss": 0.5 - score, "accuracy": score}
+    quality = {"non_thinking": {"exact_match": points}, "thinking": {"exact_match": points[:1]}}
+    return {"groups": {"all": {"all": group}}, "data": [rows], "prompts": 20, "quality": quality}
+
+
+def test_what_evaluate_measured_stands_beside_loss_and_time(tmp_path):
+    for name, measured in {"a": evaluation(0.25), "b": evaluation(0.5), "c": None}.items():
+        path = write_run(tmp_path / name)
+        if measured:
+            RunFolder(path).write_json("evaluation.json", measured)
+    together = comparison_of(tmp_path / "*")
+    titles = [each.title for each in columns(together)]
+    expected = ["evaluated loss", "evaluated accuracy", "evaluated exact_match", "evaluated exact_match, thinking"]
+    assert titles[:9] == ["run", "status", "val/loss", "Δ", *expected, "time"]
+    shown = [each.cells for each in columns(together)][4:7]
+    assert shown == [["0.2500", "0.0000", "–"], ["25.00%", "50.00%", "–"], [*EXACT, "–"]]
+    assert not any("evaluated" in text for text in comparison_warnings(together))
+    RunFolder(tmp_path / "b").write_json("evaluation.json", evaluation(0.5, rows="bb", temperatures=(0.0, 0.9)))
+    apart = comparison_of(tmp_path / "*")
+    assert any("evaluated on other rows" in text for text in comparison_warnings(apart))
+    assert column(apart, expected[2])[1] == "0.590 (0.500–0.700) at 0.9"
+    said = json.loads(command(f"runs={tmp_path / 'b'}", "output=json"))["runs"][0]["evaluation"]
+    assert said[expected[0]]["value"] == 0 and said[expected[2]]["temperature"] == 0.9
+
+
+EXACT = ["0.320 (0.250–0.450)", "0.570 (0.500–0.700)"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "[]",
+        '{"groups": {"all": 7}, "quality": {"thinking": []}}',
+        '{"groups": 7, "quality": {"thinking": {"<b>": [{"score": "x"}, 7]}}}',
+        '{"quality": 7}',
+    ],
+)
+def test_a_broken_evaluation_is_none(broken, tmp_path):
+    (write_run(tmp_path / "a") / "evaluation.json").write_text(broken)
+    (run,) = comparison_of(tmp_path / "a").runs
+    assert not scores(run.evaluation)
+    question_of(run.evaluation)

@@ -12,6 +12,7 @@ from rich.table import Table
 from qwlit.commands.generate import open_model, show_notes
 from qwlit.commands.options import own_options, typed_number
 from qwlit.core.console import console
+from qwlit.core.disk import disk_line
 from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path, write_json_atomic
 from qwlit.core.lists import read_list
@@ -53,6 +54,8 @@ def main(arguments: list[str]) -> None:
         _show(found[label], screen)
         for picture in _draw(found[label], folder, label):
             screen.print(f"  {escape(str(picture))}")
+        if model.checkpoint and Path(str(name)).parent.name != model.checkpoint.parent.name:
+            _keep_in_run(found[label], model.checkpoint, screen)
         del model
     results: dict[str, Any] = {"models": {label: evaluation.as_json() for label, evaluation in found.items()}}
     if len(found) > 1:
@@ -67,6 +70,17 @@ def main(arguments: list[str]) -> None:
     screen.print(f"\n{escape(str(folder / FILE))}")
     if own["output"] == "json":
         write_json(json.dumps(results, indent=1, ensure_ascii=False))
+
+
+def _keep_in_run(evaluation: "Evaluation", checkpoint: Path, screen: Console) -> None:
+    """Write the newest evaluation of a run into its folder, where `report` finds it."""
+    from qwlit.training.tracking.run_folder import jsonable
+
+    file = checkpoint.parents[1] / FILE
+    try:
+        write_json_atomic(file, jsonable({"checkpoint": checkpoint.name, **evaluation.as_json()}))
+    except OSError as error:
+        screen.print(f"  [yellow]note[/]  `report` will not show this: {escape(disk_line(error))}")
 
 
 def _question(own: dict[str, str | None], overrides: list[str]) -> "Question":

@@ -191,7 +191,8 @@ sample by sample. Also spelled eval.
   temperatures  draw quality against temperature: a list, or default for 0.1 to 1.3
   repeats       answers with different seeds to each prompt; by default 1, with temperatures 3
   modes         thinking, non_thinking or both, each with its sampling values
-  folder        where evaluation.json and the pictures go; by default evaluation
+  folder        where evaluation.json and the pictures go; by default evaluation. A run's newest evaluation also lies
+                in its folder, and `report` shows it
   output        text, or json
 """
 

@@ -22,6 +22,7 @@ from qwlit.core.streams import say, write_json
 from qwlit.report.comparability import comparison_warnings
 from qwlit.report.compare import RunComparison, build_comparison
 from qwlit.report.diagnosis import Diagnosis, diagnose
+from qwlit.report.evaluated import scores
 from qwlit.report.importance import Importance, importance
 from qwlit.report.page import FILE, headline, write_page
 from qwlit.report.repeats import find_repeats, judge, table_of
@@ -97,6 +98,7 @@ def _as_json(comparison: RunComparison, warnings: list[str], shares: Importance 
                 "value": comparison.value(run),
                 "delta": comparison.delta(run),
                 **asdict(run.results),
+                "evaluation": {title: asdict(score) for title, score in scores(run.evaluation).items()},
                 "settings": {key: run.settings[key] for key in comparison.differing if key in run.settings},
                 "events": {event: run.count(event) for event in EVENTS},
                 "diagnosis": asdict(diagnose(run)) if run.exists else None,

@@ -50,6 +50,8 @@ class TrainedModel:
     """Where the weights are from, for people."""
     notes: tuple[str, ...] = ()
     """What a user should know about the weights, such as a damaged checkpoint that was passed over."""
+    checkpoint: Path | None = None
+    """The checkpoint of a run that has these weights; None for a model folder."""
 
     @property
     def config(self) -> RunConfig:
@@ -144,7 +146,7 @@ def load_run(composed: Composed, folder: RunFolder, checkpoint: Path | None = No
             # What follows is the remedy of a training.
             damaged.append(str(error).partition("; run the same command")[0])
             continue
-        ready = _ready(setup, loss_model, f"{folder.path}, {candidate.name}", damaged)
+        ready = replace(_ready(setup, loss_model, f"{folder.path}, {candidate.name}", damaged), checkpoint=candidate)
         before = read_json(folder.path / "manifest.json").get("tokenizer")
         if before in (None, ready.text.fingerprint):
             return ready

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwlit.report.compare import RunComparison, canonical
+from qwlit.report.evaluated import question_of
 from qwlit.report.runs import RunRecord
 
 NAMED = 4
@@ -75,6 +76,12 @@ CONDITIONS = (
         "validation data",
         lambda run: data_fingerprints(run)[1],
         "The validation sets differ, or their tokenization or loss mask: val/loss cannot be compared",
+        shown=False,
+    ),
+    Condition(
+        "evaluated rows",
+        lambda run: question_of(run.evaluation),
+        "The runs were evaluated on other rows, prompts or temperatures: what `evaluate` measured cannot be compared",
         shown=False,
     ),
     Condition(

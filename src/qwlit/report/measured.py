@@ -1,12 +1,12 @@
 """What the plan of a run said beside what the run measured, and the lengths of its training samples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import mean
-from typing import Any
 
 from qwlit.core.metric import number_or_none
 from qwlit.data.samples import PERCENTS
 from qwlit.report.drawing import PALETTE, figure, needs_log_axis, plain_number, set_log, to_svg
+from qwlit.report.evaluated import mapping
 from qwlit.report.runs import RunRecord
 from qwlit.report.single import TextTable
 from qwlit.report.table import UNKNOWN, duration
@@ -18,7 +18,7 @@ ROWS = ("read", "accepted", "too_long", "quarantined", "truncated", "split", "du
 
 def against_plan(run: RunRecord) -> TextTable:
     """Return a line for each quantity that `plan` estimates; runs of earlier versions have no plan in manifest.json."""
-    plan, results = _mapping(run.manifest, "plan"), run.results
+    plan, results = mapping(run.manifest, "plan"), run.results
     expected = {name: number_or_none(value) for name, value in plan.items()}
     seconds, tokens = expected.get("seconds"), expected.get("tokens")
     mfus = [value for _, value in run.series.get("throughput/mfu", ())]
@@ -78,10 +78,10 @@ def draw_lengths(run: RunRecord) -> str | None:
 
 def data_in_words(run: RunRecord) -> list[str]:
     """Return a line about the training samples, and one about the rows they come from."""
-    samples, rows = _mapping(run.manifest, "samples"), _mapping(run.summary, "rows")
+    samples, rows = mapping(run.manifest, "samples"), mapping(run.summary, "rows")
     said = []
     number = number_or_none(samples.get("number"))
-    tokens, supervised = (number_or_none(_mapping(samples, kind).get("sum")) for kind in KINDS)
+    tokens, supervised = (number_or_none(mapping(samples, kind).get("sum")) for kind in KINDS)
     if number and tokens and supervised is not None:
         said.append(
             f"{number:,.0f} training samples with {tokens:,.0f} tokens, {supervised / tokens:.1%} of them supervised"
@@ -96,16 +96,11 @@ def data_in_words(run: RunRecord) -> list[str]:
 
 def _percentiles(run: RunRecord) -> dict[str, list[float]]:
     """Return the percentiles PERCENTS of each kind of tokens; empty if one is missing."""
-    samples = _mapping(run.manifest, "samples")
+    samples = mapping(run.manifest, "samples")
     found = {}
     for kind in KINDS:
-        values = _mapping(samples, kind).get("percentiles")
+        values = mapping(samples, kind).get("percentiles")
         numbers = [number_or_none(value) for value in values] if isinstance(values, list) else []
         if len(numbers) == len(PERCENTS) and None not in numbers:
             found[kind] = [number for number in numbers if number is not None]
     return found if len(found) == len(KINDS) else {}
-
-
-def _mapping(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = document.get(name)
-    return value if isinstance(value, Mapping) else {}

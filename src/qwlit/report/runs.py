@@ -56,6 +56,8 @@ class RunRecord:
     series: Mapping[str, Series]
     events: tuple[Mapping[str, Any], ...]
     results: RunResults
+    evaluation: Mapping[str, Any]
+    """The newest one, see `report.evaluated`."""
 
     @property
     def finished(self) -> bool:
@@ -119,6 +121,7 @@ def _read(found: FoundRun, name: str) -> RunRecord:
         series=series,
         events=tuple(event for event in read_json_lines(path / "events.jsonl") if _is_event(event)),
         results=_results({} if status in UNFINISHED else summary, series),
+        evaluation=read_json(path / "evaluation.json"),
     )
 
 

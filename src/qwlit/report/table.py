@@ -9,6 +9,7 @@ from typing import Any, Literal
 from qwlit.core.metric import number_or_none
 from qwlit.report.compare import RunComparison
 from qwlit.report.drawing import plain_number
+from qwlit.report.evaluated import ACCURACY, LOSS, Score, scores
 from qwlit.report.runs import RunRecord
 
 MOST_SETTINGS = 8
@@ -41,8 +42,8 @@ class Column:
     @property
     def title_lines(self) -> list[str]:
         """Return the title as lines. A long dotted key is split after its section, to keep the column narrow."""
-        section, dot, name = self.title.rpartition(".")
-        return [section + dot, name] if dot and len(self.title) > LONG_KEY else [self.title]
+        section, dot, name = self.title.rpartition("." if "." in self.title else " ")
+        return [section + dot.strip(), name] if dot and len(self.title) > LONG_KEY else [self.title]
 
 
 def columns(comparison: RunComparison, *, most_listed: int | None = None) -> list[Column]:
@@ -83,12 +84,24 @@ def _results(comparison: RunComparison) -> list[Column]:
         losses = [_losses(comparison.metric.name, values), Column("Δ", deltas), *others]
     return [
         *losses,
+        *_evaluated(comparison.runs),
+        _column("time", [result.wall_seconds for result in results], duration),
         _losses("train/loss", [result.train_loss for result in results]),
         _column("exact match", [result.exact_match for result in results], "{:.1%}".format),
         _column("steps", [result.steps for result in results], "{:,}".format),
-        _column("time", [result.wall_seconds for result in results], duration),
         _column("tokens/s", [result.tokens_per_second for result in results], "{:,.0f}".format),
         _column("peak GiB", [result.peak_memory_gib for result in results], "{:.2f}".format),
+    ]
+
+
+def _evaluated(runs: Sequence[RunRecord]) -> list[Column]:
+    """Return a column for each number that `evaluate` measured of any run."""
+    found = [scores(run.evaluation) for run in runs]
+    titles = dict.fromkeys(title for each in found for title in each)
+    special = {LOSS: lambda score: show_value(score.value), ACCURACY: lambda score: f"{score.value:.2%}"}
+    return [
+        Column(title, [special.get(title, Score.text)(each[title]) if title in each else UNKNOWN for each in found])
+        for title in titles
     ]
 
 

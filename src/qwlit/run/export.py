@@ -155,7 +155,8 @@ def _of_run(model: TrainedModel, folder: RunFolder, options: Options) -> _Subjec
     config, manifest = model.config, read_json(folder.path / "manifest.json")
     # The manifest of an older version does not say how answers end.
     said = manifest.get("answers_end", model.chat.template.end_of_turn if model.chat else None)
-    used = Path(model.origin.rpartition(", ")[2])
+    used = model.checkpoint
+    assert used is not None
     reference = None
     if options.proves:
         prompts = proof_prompts(
