@@ -277,7 +277,7 @@ def test_the_page_shows_lengths_and_what_became_of_the_rows(tmp_path):
     assert "10 training samples with 2,000 tokens, 25.0% of them supervised" in text
     assert "12 read, 10 accepted, 2 quarantined, 1 truncated (reasons in quarantine.jsonl)" in text
     assert cells(text, "Data") == [
-        ["", "least", "5 %", "25 %", "50 %", "75 %", "95 %", "most"],
+        ["", "least", *(f"{percent}\u00a0%" for percent in (5, 25, 50, 75, 95)), "most"],
         ["tokens of a sample", "0", "1", "5", "10", "15", "19", "20"],
         ["supervised tokens of a sample", *["1"] * 7],
     ]

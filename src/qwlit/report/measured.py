@@ -56,7 +56,7 @@ def lengths(run: RunRecord) -> TextTable | None:
         [f"{KINDS[kind]} of a sample", *(f"{values[PERCENTS.index(percent)]:,.0f}" for percent in SHOWN_PERCENTS)]
         for kind, values in found.items()
     ]
-    return TextTable(["", "least", *(f"{p} %" for p in SHOWN_PERCENTS[1:-1]), "most"], lines, "")
+    return TextTable(["", "least", *(f"{p}\u00a0%" for p in SHOWN_PERCENTS[1:-1]), "most"], lines, "")
 
 
 def draw_lengths(run: RunRecord) -> str | None:
@@ -84,13 +84,13 @@ def data_in_words(run: RunRecord) -> list[str]:
     tokens, supervised = (number_or_none(mapping(samples, kind).get("sum")) for kind in KINDS)
     if number and tokens and supervised is not None:
         said.append(
-            f"{number:,.0f} training samples with {tokens:,.0f} tokens, {supervised / tokens:.1%} of them supervised"
+            f"{number:,.0f} training samples with {tokens:,.0f} tokens, {supervised / tokens:.1%} of them supervised."
         )
     counts = {name: count for name in ROWS if (count := number_or_none(rows.get(name)))}
     if counts:
         rejected = " (reasons in quarantine.jsonl)" if "quarantined" in counts else ""
         told = ", ".join(f"{count:,.0f} {name.replace('_', ' ')}" for name, count in counts.items())
-        said.append(f"rows of training and validation data: {told}{rejected}")
+        said.append(f"Rows of training and validation data: {told}{rejected}.")
     return said
 
 
