@@ -78,12 +78,13 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
         },
         "memory": {
             "components": {name: size / GIB for name, size in memory.components.items()},
-            "total_gib": memory.total / GIB,
+            "total_gib": plan.peak_bytes / GIB,
             "device_gib": memory.device / GIB if memory.device else None,
             "fullest_at": memory.phase,
             "activation_checkpointing": machine.activation_checkpointing,
+            "phases_gib": {phase: size / GIB for phase, size in plan.bytes_by_phase.items()},
         },
-        "fits": memory.fits,
+        "fits": plan.fits,
         "would_fit": [{"overrides": overrides, "total_gib": smaller.total / GIB} for overrides, smaller in remedies],
         "global_batch_size": config.train.global_batch_size,
         "micro_batch_size": config.hardware.micro_batch_size,
@@ -138,17 +139,20 @@ def _show_parameters(plan: "RunPlan", screen: Console) -> None:
 
 
 def _show_memory(plan: "RunPlan", remedies: "list[Remedy]", screen: Console) -> None:
-    memory = plan.memory
+    memory, phases, peak = plan.memory, plan.bytes_by_phase, plan.peak_bytes
     device = f" of {memory.device / GIB:.1f}" if memory.device else ""
-    verdict = {True: "[green]fits[/]", False: "[red]does not fit[/]", None: "device not known"}[memory.fits]
-    screen.print(
-        f"\n[bold]memory[/]  {memory.total / GIB:.2f}{device} GiB per device, {verdict}; peak at {memory.phase}"
-    )
-    scale = max(memory.device, memory.total)
-    for name, size in memory.components.items():
+    verdict = {True: "[green]fits[/]", False: "[red]does not fit[/]", None: "device not known"}[plan.fits]
+    fullest = max(phases, key=phases.__getitem__)
+    at = f"peak at {memory.phase}" if fullest == "training" else f"peak in {fullest}, of training at {memory.phase}"
+    screen.print(f"\n[bold]memory[/]  {peak / GIB:.2f}{device} GiB per device, {verdict}; {at}")
+    scale = max(memory.device, peak)
+    components = memory.components | ({"copy of a checkpoint": plan.copy_bytes} if plan.copy_bytes else {})
+    for name, size in components.items():
         bar = "▇" * round(BAR_WIDTH * size / scale)
         screen.print(f"  {name:<22}{size / GIB:>8.2f} GiB  [cyan]{bar}[/]")
-    if memory.fits is False:
+    whole_run = (f"{phase} {size / GIB:.2f}" for phase, size in phases.items())
+    screen.print(f"  the whole run: {', '.join(whole_run)} GiB")
+    if plan.fits is False:
         screen.print(
             "  overrides that would fit, cheapest first:" if remedies else "  no override tried here would fit"
         )

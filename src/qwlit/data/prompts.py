@@ -12,6 +12,9 @@ from qwlit.data.readers import RowReader
 from qwlit.data.rows import Document, QuarantinedRow, RowError
 from qwlit.data.sources import find_sources
 
+EVAL_BATCH_SIZE, EVAL_BATCH_TOKENS = 50, 2048
+"""Validation prompts that are answered together, and their tokens with padding: so few that answering takes less memory
+than a step of training."""
 UNKNOWN = "?"
 """Stands for the answer that a row does not have while the row is parsed."""
 _ANSWER_KEYS = {"prompt": "completion", "instruction": "output"}

@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
+from qwlit.data.prompts import EVAL_BATCH_SIZE, EVAL_BATCH_TOKENS
 from qwlit.data.samples import Samples
 from qwlit.model.attention import generation_attention
 
-# Prompts of a batch, and their tokens with padding: so many that answering takes less memory than a step of training.
-BATCH_SIZE, BATCH_TOKENS = 50, 2048
 # The model may generate this many tokens more than the longest expected answer has, so that an answer that does not end
 # is no exact match.
 EXTRA_TOKENS = 16
@@ -72,7 +71,7 @@ def answer_greedily(
     model.eval()
     with generation_attention(model), torch.inference_mode():
         while by_length:
-            size = max(1, min(BATCH_SIZE, BATCH_TOKENS // len(by_length[-1].tokens)))
+            size = max(1, min(EVAL_BATCH_SIZE, EVAL_BATCH_TOKENS // len(by_length[-1].tokens)))
             batch, by_length = by_length[-size:], by_length[:-size]
             yield from _answer_batch(model, batch, end_of_turn_id, pad_id)
 

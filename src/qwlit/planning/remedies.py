@@ -21,7 +21,7 @@ def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
     Args:
         overrides: the overrides that `plan` was composed from.
     """
-    if plan.memory.fits is not False:
+    if plan.fits is not False:
         return []
     found: list[Remedy] = []
     for more in _smaller(plan.setup.composed):

@@ -22,6 +22,7 @@ from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, measure_batches
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
+from qwlit.planning.memory.whole_run import bytes_by_phase
 from qwlit.planning.preflight.rules import Finding, refuse, run_rules
 from qwlit.planning.saves import SavePlan, plan_saves
 from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
@@ -88,6 +89,29 @@ class RunPlan:
     def saves(self) -> SavePlan:
         host_memory_gb = self.config.hardware.host_memory_gb
         return plan_saves(self.setup.groups, self.config.optim, self.machine, self.memory, host_memory_gb)
+
+    @property
+    def copy_bytes(self) -> float:
+        """Bytes of device memory that the copy of a checkpoint takes; on CUDA it is in the host's memory."""
+        return self.saves.num_bytes if self.saves.is_copied and self.machine.accelerator == "cpu" else 0.0
+
+    @property
+    def bytes_by_phase(self) -> dict[str, float]:
+        """The memory of each phase of the run on one device, see `bytes_by_phase`."""
+        setup, micro = self.setup, self.batches.largest
+        return bytes_by_phase(
+            setup.config, setup.model, setup.machine, setup.execution, self.memory, micro, copy=self.copy_bytes
+        )
+
+    @property
+    def peak_bytes(self) -> float:
+        """The largest memory that the run needs on one device."""
+        return max(self.bytes_by_phase.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the whole run fits; None if the device's memory is unknown."""
+        return self.peak_bytes <= self.memory.device if self.memory.device else None
 
     @property
     def accumulate_grad_batches(self) -> int:
