@@ -69,7 +69,7 @@ def _answering_bytes(model: "PreTrainedModel", machine: Machine) -> float:
     cache = 2 * FLOAT32 * EVAL_BATCH_TOKENS * keys
     # The logits, their float32 copy, and the scores that are made of them.
     scores = 3 * FLOAT32 * EVAL_BATCH_SIZE * config.vocab_size
-    return _forward_bytes(model, machine, EVAL_BATCH_TOKENS) + cache + scores
+    return float(_forward_bytes(model, machine, EVAL_BATCH_TOKENS) + cache + scores)
 
 
 def _forward_bytes(model: "PreTrainedModel", machine: Machine, tokens: int) -> float:
