@@ -131,6 +131,14 @@ REPORTED = {
         REPORT, change("runs/a/summary.json", steps=10**39, val_loss_best=1e308, wall_seconds=-(10**30))
     ),
     "a summary that is nested": in_run("summary.json", nested(10**5)),
+    "an evaluation that is nested": in_run("evaluation.json", nested(10**5)),
+    "an evaluation of markup": in_run(
+        "evaluation.json", json.dumps({"quality": {MARKUP: {MARKUP: [{"score": 10**39, "low": ESCAPES}]}}})
+    ),
+    "facts whose plan and samples are of other kinds": Artefact(
+        REPORT,
+        change("runs/a/manifest.json", plan=[MARKUP], samples={"number": ESCAPES, "tokens": {"percentiles": [2**70]}}),
+    ),
     "facts with markup": Artefact(
         REPORT, change("runs/a/manifest.json", device=MARKUP, packages={"torch": MARKUP}, choices={"model": MARKUP})
     ),
