@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from rich.console import Console
 
 import qwlit as package
 from qwlit.core.errors import Interrupted
 from qwlit.model.attention import register_attention
 from qwlit.model.loss_model import LossModel
 from qwlit.training.resilience.probe import ANSWER_TOKENS, STATISTICS, Probe, probe
+from qwlit.training.tracking.progress import ProgressDisplay
 from tests.faults.test_checkpoints import chat, words  # noqa: F401 - a fixture
 from tests.runs.runs import assert_same_run, losses, qwlit_process, rows, train, weights
 from tests.tiny import tiny_causal_lm
@@ -188,3 +190,11 @@ def test_a_resumed_run_has_each_number_and_each_answer_of_the_whole_run_once(cha
     assert_same_run(whole.path, resumed.path)
     shares = {row["step"]: row["optim/clipped_share"] for row in rows(resumed.path) if "optim/clipped_share" in row}
     assert shares[6] == pytest.approx(1 / 3)
+
+
+def test_a_line_of_progress_has_a_number(capsys):
+    display = ProgressDisplay(Console(), total_steps=300)
+    display.show(200, {"model/max_logit": 9.0, "model/max_attention_logit": 3.0})
+    assert capsys.readouterr().out == ""
+    display.show(200, {"train/loss": 1.0})
+    assert "loss 1.0000  eta" in capsys.readouterr().out

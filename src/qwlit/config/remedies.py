@@ -133,11 +133,11 @@ def _smaller_micro_batch(run: TriedRun) -> list[str]:
 
 
 def _more_regularization(run: TriedRun) -> list[str]:
-    dropout = {"dropout.lora": (0.05, 0.05)} if run.kind == "lora" else {}
-    dropout = dropout or dict.fromkeys(("dropout.attention", "dropout.feed_forward"), (0.1, 0.2))
-    found = {key: [n for n in rates if n > run.number(key)] for key, rates in dropout.items()}
-    found["optim.weight_decay"] = [n for n in (0.1, 0.2) if n > run.number("optim.weight_decay")]
-    text = " ".join(f"{key}={higher[0]}" for key, higher in found.items() if higher)
+    goals = {"optim.weight_decay": [0.1, 0.2]}
+    goals |= {"dropout.lora": [0.05]} if run.kind == "lora" else {}
+    goals |= {} if run.kind == "lora" else {"dropout.attention": [0.1, 0.2], "dropout.feed_forward": [0.1, 0.2]}
+    higher = {key: [goal for goal in found if goal > run.number(key)] for key, found in goals.items()}
+    text = " ".join(f"{key}={found[0]}" for key, found in higher.items() if found)
     return [text] * bool(text)
 
 

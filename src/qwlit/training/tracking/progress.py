@@ -64,11 +64,10 @@ class ProgressDisplay(Callback):
         """Show the numbers of a logged step or a validation."""
         numbers = {name: value for name, value in record.items() if value is not None}
         self._numbers |= numbers
-        if self._bar is None:
-            # Only the numbers of this step: a reader would take an older loss for the loss of this step.
-            self._console.print(
-                f"step {step:>6}/{self._total}  {_text(numbers)}  eta {self._eta(step)}", highlight=False
-            )
+        # Only the numbers of this step: a reader would take an older loss for the loss of this step. Those of the probe
+        # are not shown.
+        if self._bar is None and (text := _text(numbers)):
+            self._console.print(f"step {step:>6}/{self._total}  {text}  eta {self._eta(step)}", highlight=False)
 
     def _eta(self, step: int) -> str:
         done = step - self._first_step
