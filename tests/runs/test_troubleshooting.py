@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
 SPANS = [span.replace("\\|", "|") for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.S))]
 COMMANDS = [span for span in SPANS if re.match(r"qwlit \w+ ", span)] + re.findall(r"^qwlit .+", PAGE, re.M)
 OVERRIDES = [span for span in SPANS if all(re.fullmatch(r"[a-z_.]+=[^…\s]+", word) for word in span.split())]
-SHELL = ("qwlit", "hf", "wandb", "unset", "export", "OMP_NUM_THREADS")
+SHELL = ('"', "qwlit", "hf", "wandb", "unset", "export", "OMP_NUM_THREADS")
 MESSAGES = [span for span in SPANS if " " in span and not span.startswith(SHELL) and span not in OVERRIDES]
 SHORTER = {
     "train": ["train.max_steps=2", "data.exact_match=0"],

@@ -186,6 +186,17 @@ def test_what_the_runs_own_config_does_not_take_is_no_remedy(templates, tmp_path
     assert symptom.evidence and symptom.remedies == []
 
 
+def test_the_gradients_of_a_run_that_has_learned_its_data_may_jump(templates):
+    run, draw = planted(templates, "healthy", 3), np.random.default_rng(0)
+    steps = range(1, 401)
+    losses = [(step, max(0.05, 3 * 0.98**step)) for step in steps]
+    norms = [(step, math.exp(draw.normal() * (0.1 if loss > 0.1 else 0.5))) for step, loss in losses]
+    series = {"train/loss": losses, "optim/grad_norm": norms}
+    assert diagnose(replace(run, series=series)).symptoms == []
+    series["train/loss"] = [(step, loss + 0.2) for step, loss in losses]
+    assert [symptom.name for symptom in diagnose(replace(run, series=series)).symptoms] == ["unstable loss"]
+
+
 def test_a_few_skips_are_healthy_and_many_are_not(templates):
     run = planted(templates, "healthy", 0)
     skips = tuple({"step": step, "event": "skip", "reason": "loss or gradient not finite"} for step in range(1, 12))
