@@ -1,14 +1,21 @@
 """Memory as `plan` counts it against memory as it is allocated: predicted, measured, error.
 
-    python -m benchmarks.memory
+    python -m benchmarks.memory [parts=steps,runs]
 
-Small models on CPU take real training steps while torch's profiler notes every allocation; what stood before the step
-(weights, optimizer) is added by its size. At the shapes of Qwen3-0.6B and Qwen2.5-7B one forward pass runs on fake
+steps: small models on CPU take real training steps while torch's profiler notes every allocation; what stood before the
+step (weights, optimizer) is added by its size. At the shapes of Qwen3-0.6B and Qwen2.5-7B one forward pass runs on fake
 tensors under autocast, and what autograd keeps is summed.
+
+runs: whole trainings of the shape of Qwen2.5-0.5B by the command line, from a folder in bfloat16, with a validation, two
+checkpoints, export and answers to prompts: the largest resident size of the process against the peak of `plan`. Full
+fine-tuning needs 17 GiB.
 """
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +31,9 @@ from qwlit.data.batches import collate
 from qwlit.model.attention import register_attention
 from qwlit.model.config import Execution
 from qwlit.model.cpu import WORKSPACES
+from qwlit.model.families import FAMILIES
 from qwlit.model.loss_model import LossModel, build_loss_model, build_meta_model
+from qwlit.model.presets import to_hf_config
 from qwlit.optim.groups import plan_groups
 from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip
 from qwlit.planning.memory.activations import activation_bytes
@@ -33,6 +42,7 @@ from qwlit.planning.memory.state import MicroShape, ShardingAndPrecision
 from qwlit.training.machine import resolve_machine
 
 RESULTS = Path(__file__).parent / "results"
+QWLIT = [sys.executable, "-m", "qwlit"]
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 MIB = 2**20
 # Shapes chosen after the formulas were written.
@@ -236,14 +246,46 @@ def rows() -> Iterator[Row]:
             yield Row(f"{model}; {recipe}; kept, fake tensors", *compare_fake([f"model={model}", f"recipe={recipe}"]))
 
 
-def main() -> None:
-    found = []
-    for row in rows():
+def whole_runs() -> Iterator[Row]:
+    """Train in a process of its own, with each recipe."""
+    with tempfile.TemporaryDirectory() as name:
+        architecture = compose(["model=qwen2_5_0_5b"]).config.model.architecture
+        assert architecture is not None
+        _, model_class = FAMILIES["qwen2"].classes()
+        model = model_class(to_hf_config(architecture)).to(torch.bfloat16)
+        model.save_pretrained(f"{name}/model")
+        del model
+        for recipe in ("full_sft", "lora", "qlora"):
+            words = [f"model.path={name}/model", "model.tokenizer=qwlit:demo/tokenizer", f"recipe={recipe}"]
+            words += ["hardware=cpu", "data=demo", "data.max_samples=100", "data.exact_match=20", "train.max_steps=2"]
+            words += ["train.max_epochs=null", "train.global_batch_size=16", "hardware.micro_batch_size=4"]
+            words += ["checkpoint.every_steps=1", "preflight.allow=[full_lr]"]
+            plan = subprocess.run([*QWLIT, "plan", "output=json", *words], capture_output=True, check=True)
+            train = [*QWLIT, "train", f"run.root={name}/runs", f"run.name={recipe}", *words]
+            _, status, usage = os.wait4(subprocess.Popen(train, stdout=subprocess.DEVNULL).pid, 0)
+            if status:
+                raise SystemExit(f"{recipe} failed")
+            planned = json.loads(plan.stdout)["memory"]["total_gib"] * 2**30
+            yield Row(f"qwen2_5_0_5b; {recipe}; the whole run", planned, usage.ru_maxrss * 2**10)
+
+
+PARTS = {"steps": rows, "runs": whole_runs}
+
+
+def main(arguments: list[str]) -> None:
+    options = dict(word.split("=", 1) for word in arguments)
+    parts = options.get("parts", ",".join(PARTS)).split(",")
+    results = RESULTS / "memory.json"
+    kept = [Row(**row) for row in json.loads(results.read_text())["rows"]] if len(parts) < len(PARTS) else []
+    found: list[Row] = []
+    for row in (row for part in parts for row in PARTS[part]()):
         found.append(row)
         print(
             f"{row.what:<62} {row.predicted / MIB:>10.1f} {row.measured / MIB:>10.1f} MiB {row.error:>+7.1%}",
             flush=True,
         )
+    measured = {row.what for row in found}
+    found = [row for row in kept if row.what not in measured] + found
     machine = describe("torch", "transformers", "peft", "bitsandbytes")
     lines = ["# Memory: predicted against measured", "", "`python -m benchmarks.memory`", ""]
     lines += [
@@ -254,11 +296,9 @@ def main() -> None:
     ]
     lines += [f"| {r.what} | {r.predicted / MIB:,.1f} | {r.measured / MIB:,.1f} | {r.error:+.1%} |" for r in found]
     PAGE.write_text("\n".join(lines) + "\n")
-    (RESULTS / "memory.json").write_text(
-        json.dumps({"machine": machine, "rows": [vars(r) for r in found]}, indent=1) + "\n"
-    )
+    results.write_text(json.dumps({"machine": machine, "rows": [vars(r) for r in found]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main()
+    main(sys.argv[1:])
