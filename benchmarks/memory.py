@@ -6,8 +6,8 @@ steps: small models on CPU take real training steps while torch's profiler notes
 step (weights, optimizer) is added by its size. At the shapes of Qwen3-0.6B and Qwen2.5-7B one forward pass runs on fake
 tensors under autocast, and what autograd keeps is summed.
 
-runs: whole trainings of the shape of Qwen2.5-0.5B by the command line, from a folder in bfloat16, with a validation, two
-checkpoints, export and answers to prompts: the largest resident size of the process against the peak of `plan`. Full
+runs: whole trainings of the shape of Qwen2.5-0.5B by the command line, from a folder in bfloat16, with a validation,
+two checkpoints, export and answers to prompts: the largest resident size of the process against the peak of `plan`. Full
 fine-tuning needs 17 GiB.
 """
 
@@ -255,7 +255,7 @@ def whole_runs() -> Iterator[Row]:
         model = model_class(to_hf_config(architecture)).to(torch.bfloat16)
         model.save_pretrained(f"{name}/model")
         del model
-        for recipe in ("full_sft", "lora", "qlora"):
+        for recipe in ("qlora", "lora", "full_sft"):
             words = [f"model.path={name}/model", "model.tokenizer=qwlit:demo/tokenizer", f"recipe={recipe}"]
             words += ["hardware=cpu", "data=demo", "data.max_samples=100", "data.exact_match=20", "train.max_steps=2"]
             words += ["train.max_epochs=null", "train.global_batch_size=16", "hardware.micro_batch_size=4"]
