@@ -7,8 +7,8 @@ step (weights, optimizer) is added by its size. At the shapes of Qwen3-0.6B and 
 tensors under autocast, and what autograd keeps is summed.
 
 runs: whole trainings of the shape of Qwen2.5-0.5B by the command line, from a folder in bfloat16, with a validation,
-two checkpoints, export and answers to prompts: the largest resident size of the process against the peak of `plan`. Full
-fine-tuning needs 17 GiB.
+two checkpoints, export and answers to prompts: the largest resident size of the process against the peak of `plan`.
+Full fine-tuning needs 17 GiB.
 """
 
 import json
