@@ -296,7 +296,7 @@ def test_alarms_cuts_and_what_was_undone_are_drawn(tmp_path):
     first, last = decision(90, 60, "divergence"), decision(40, 20, "data")
     back = {"step": 20, "event": "rollback", "decision": last, "before": [first]}
     rows = [{"step": step, "train/loss": 2.0} for step in (10, 30, 100)]
-    run = write_run(tmp_path / "a", rows=rows, events=[back, {"step": 5, "event": "rollback", "before": 7}])
+    run = write_run(tmp_path / "a", rows=rows, events=[{"step": 5, "event": "rollback", "before": 7}, back])
     undone = [{"rollback": 0, "file": "metrics.jsonl", "step": step, "train/loss": 700.0} for step in (70, 80)]
     RunFolder(run).write_records("rolled_back.jsonl", [*undone, {"file": "events.jsonl", "step": 80}])
     (record,) = comparison_of(run).runs

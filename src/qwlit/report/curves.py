@@ -169,13 +169,10 @@ def _mark_events(axes: "Axes", run: RunRecord) -> None:
 
 
 def _marks(run: RunRecord) -> dict[str, list[int]]:
-    """Return the steps of each mark. A later decision to go back further keeps the earlier ones as `before`."""
+    """Return the steps of each mark."""
     found = {mark: {event["step"] for event in run.events if event["event"] == mark} for mark in MARKS}
-    for event in run.events:
-        before = event.get("before")
-        for decision in (*(before if isinstance(before, list) else ()), event.get("decision")):
-            if isinstance(decision, Mapping):
-                found["alarm"].add(decision.get("from_step"))
-                found["cut" if decision.get("cause") == "divergence" else "rollback"].add(decision.get("to_step"))
+    for decision in run.decisions:
+        found["alarm"].add(decision.get("from_step"))
+        found["cut" if decision.get("cause") == "divergence" else "rollback"].add(decision.get("to_step"))
     found["rollback"] -= found["cut"]
     return {mark: sorted(step for step in steps if isinstance(step, int)) for mark, steps in found.items()}

@@ -4,7 +4,6 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +74,8 @@ class _Examination:
     def __init__(self, run: RunRecord) -> None:
         self._run = run
         best_step, _ = min(run.series.get("val/loss", [(0, 0.0)]), key=lambda point: point[1])
-        steps, factor = run.results.steps or 0, _lr_factor(run.events)
+        steps = run.results.steps or 0
+        factor = math.prod(LR_FACTOR for decision in run.decisions if decision.get("cause") == "divergence")
         self._tried = TriedRun(run.path / "config.yaml", run.settings, run.manifest, steps, best_step, factor)
         points = thin(run.series.get("train/loss", []))
         self._enough = len(points) >= FEWEST_RECORDS
@@ -207,14 +207,6 @@ class _Examination:
         texts = [f"{n} x {key}{f' (too few, less than {kinds[key]})' * (n < kinds[key])}" for key, n in counts.items()]
         memory = "peak memory" if self._run.manifest.get("device_memory_gib") else "no memory limit, as it is not known"
         return ", ".join([*texts, f"{len(self._run.events)} events", memory])
-
-
-def _lr_factor(events: Sequence[Mapping[str, Any]]) -> float:
-    """Return what rollbacks multiplied the learning rate by; the newest one lists those before it."""
-    last: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "rollback"), {})
-    before = last.get("before")
-    decisions = [*(before if isinstance(before, list) else []), last.get("decision")]
-    return math.prod(LR_FACTOR for decision in decisions if _cause({"decision": decision}) == "divergence")
 
 
 def _cause(rollback: Any) -> Any:

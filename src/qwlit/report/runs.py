@@ -13,6 +13,7 @@ from qwlit.core.files import read_json, read_json_lines
 from qwlit.core.metric import Metric, number_or_none
 from qwlit.core.yaml_files import read_yaml
 from qwlit.report.find import FoundRun, Trial
+from qwlit.training.checkpointing.manifest import ROLLBACK
 from qwlit.training.tracking.run_folder import FINISHED, METRICS, ROLLED_BACK, RunFolder
 
 VAL_LOSS = Metric(name="val/loss")
@@ -80,6 +81,14 @@ class RunRecord:
             if record.get("file") == METRICS:
                 undone.setdefault(str(record.get("rollback")), []).append(record)
         return [_series(records) for records in undone.values()]
+
+    @property
+    def decisions(self) -> list[Mapping[str, Any]]:
+        """The decisions to go back, oldest first: the newest event lists those before it, whose events may be gone."""
+        last: Mapping[str, Any] = next((event for event in reversed(self.events) if event["event"] == ROLLBACK), {})
+        before = last.get("before")
+        found = [*(before if isinstance(before, list) else []), last.get("decision")]
+        return [decision for decision in found if isinstance(decision, Mapping)]
 
     def count(self, event: str) -> int:
         return sum(record.get("event") == event for record in self.events)
