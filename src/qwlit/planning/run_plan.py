@@ -140,10 +140,11 @@ class RunPlan:
     def expected(self) -> dict[str, Any]:
         """Return what manifest.json keeps, for `report` to compare with what the run measures; unknown values are None.
 
-        `seconds` are those of all steps at the share `mfu` of the devices' peak; `memory_gib` is that of one device.
+        `seconds` are those of all steps at the share `mfu` of the devices' peak; `memory_gib` is that of the training
+        on one device.
         """
         steps = self.schedule.total_steps if self.schedule else None
-        numbers = {"steps": steps, "tokens": self.num_tokens, "memory_gib": self.memory.total / GIB}
+        numbers = {"steps": steps, "tokens": self.num_tokens, "memory_gib": self.bytes_by_phase["training"] / GIB}
         return numbers | {"mfu": USUAL_MFU, "seconds": self.seconds(USUAL_MFU)}
 
 
