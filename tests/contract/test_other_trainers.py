@@ -142,6 +142,11 @@ ANSWERS = {
     "nproc_per_node=4": "hardware.devices=4",
     "gradient_accumulation_steps=8": "train.global_batch_size = hardware.micro_batch_size x 8 x devices",
     "push_to_hub=false": "leave it out",
+    "--export_dir out": "after the training type export; its option output names the folder",
+    "--export_size 2": "after the training type export; its option max_shard_size limits each file",
+    "--stream true": "not needed: generate prints each token at once",
+    "--adapter out/a": "not in this version: the recipes are full_sft, lora, qlora, freeze and pretrain; the folder of"
+    " an adapter is model.adapter_path",
     "push_to_hub=true": "not in this version: upload runs/NAME/export with `hf upload`",
     "sequence_parallel_size=4": "not in this version: there is data parallelism only (hardware.strategy ddp or fsdp)",
     "modules_to_save=embed_tokens": "not in this version: an adapter is saved without whole matrices; recipe=full_sft"

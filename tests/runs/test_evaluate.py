@@ -110,6 +110,14 @@ def test_the_interval_of_a_paired_difference_covers_the_truth_and_the_test_keeps
     assert covered >= 52 and false_alarms <= 8
 
 
+def test_a_model_is_better_only_where_interval_and_test_agree():
+    # Three samples of which each speaks for the first model: the interval has no zero, but p is at least 1/4.
+    few = compare({"a": Evaluation({}, scores([1, 2, 3]), []), "b": Evaluation({}, scores([1.5, 2.4, 3.6]), [])})[0]
+    assert few.low > 0 and few.describe().endswith("no clear difference")
+    many = compare({"a": Evaluation({}, scores([1] * 20), []), "b": Evaluation({}, scores([1.5] * 20), [])})[0]
+    assert many.describe().endswith("a is better")
+
+
 def test_answers_are_scored_at_each_temperature_and_drawn(trained):
     words = ["run=full", "data.path=asked.jsonl", "metrics=[exact_match,rouge_l]", "prompts=4", *GREEDY]
     quality = evaluated([*words, "temperatures=[0,1.0]", "repeats=2", "modes=[thinking,non_thinking]"], trained)

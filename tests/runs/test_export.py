@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwlit.config.compose import compose
 from qwlit.core.errors import NotEqual
 from qwlit.core.files import replacing_folder
 from qwlit.inference import plain_proof
 from qwlit.inference.export import write_model
 from qwlit.inference.merge import base_weights
+from qwlit.inference.model_card import model_card
 from qwlit.inference.proof import Proof, _compare_logits, hash_files
 from qwlit.model.quantize import BLOCK
 from qwlit.model.saved_adapter import SavedAdapter
@@ -153,6 +156,15 @@ def test_the_export_is_proved_to_be_the_model_of_the_run(kind, recipe, adapter, 
     generation = json.loads((folder / "generation_config.json").read_text())
     assert [generation[key] for key in ("do_sample", "temperature", "top_p", "top_k")] == [True, 0.7, 0.8, 20]
     assert generation["repetition_penalty"] == 1.05 and generation["eos_token_id"] == [END, TEXT_END]
+
+
+def test_the_card_of_a_model_without_a_base_names_no_licence_of_one(tmp_path):
+    config = compose(["model.init=random"]).config
+    card = model_card(tmp_path, config, {"of": {}, "proved": None}, None, is_adapter=False)
+    assert "licence of the base" in card
+    config = replace(config, model=replace(config.model, path=None, hub_id=None))
+    card = model_card(tmp_path, config, {"of": {}, "proved": None}, None, is_adapter=False)
+    assert "random weights" in card and "licence" not in card
 
 
 def assert_layout(folder: Path, kind: str) -> None:

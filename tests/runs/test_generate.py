@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from qwlit.inference.answer import answers
 from tests.runs.runs import qwlit
 
 GREEDY = ["generation.temperature=0", "generation.repetition_penalty=1"]
@@ -75,6 +76,22 @@ def test_a_conversation_in_the_terminal_has_several_turns(trained, monkeypatch):
     done = qwlit(["generate", "run=full", "generation.max_new_tokens=4"], trained)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") >= 4 and "step-000016" in done.stdout and "/new" in done.stdout
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(trained, monkeypatch):
+    asked = []
+
+    def answered(model, prompts, settings, **streamer):
+        asked.append([message.content for message in prompts[0].conversation.messages])
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return answers(model, prompts, settings, **streamer)
+
+    monkeypatch.setattr("qwlit.inference.talk.answers", answered)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a long story\nhello\n"))
+    done = qwlit(["generate", "run=full", *SHORT], trained)
+    assert done.returncode == 0 and "stopped; question and answer are left out" in done.stdout
+    assert asked == [["a long story"], ["hello"]]
 
 
 def test_a_checkpoint_is_chosen_by_its_path_and_a_damaged_best_is_passed_over(trained):
@@ -152,6 +169,18 @@ def test_an_adapter_answers_on_its_own_base_alone(trained):
     save_file({name: tensor * 2 for name, tensor in weights.items()}, moved / "model.safetensors", {"format": "pt"})
     done = qwlit(words, trained)
     assert done.returncode == 2 and "is not the one that" in done.stderr and "was trained on" in done.stderr
+
+
+def test_where_the_base_of_a_run_was_moved_its_new_place_can_be_named(trained):
+    settings, base = trained / "runs/lora/config.yaml", trained / "runs/full/export"
+    before = settings.read_text()
+    settings.write_text(before.replace(f"path: {base}", "path: gone"))
+    words = ["generate", "run=lora", "prompt=hello", *SHORT]
+    done = qwlit(words, trained)
+    named = qwlit([*words, f"model.path={base}"], trained)
+    settings.write_text(before)
+    assert done.returncode == 2 and "its base model is not at gone; name its new place" in done.stderr
+    assert named.returncode == 0, named.stderr
 
 
 def test_columns_of_a_file_of_prompts_are_renamed(trained):

@@ -216,7 +216,7 @@ def test_a_run_with_too_few_or_damaged_records_has_no_symptom_and_says_what_was_
             (path / "manifest.json").write_text("no")
         (run,) = comparison_of(path).runs
         found = diagnose(run)
-        assert found.symptoms == [] and "train/loss (too few, less than 20)" in found.looked_at
+        assert found.symptoms == [] and "records of train/loss (too few, less than 20)" in found.looked_at
 
 
 def test_terminal_page_and_json_say_the_same(tmp_path, capsys):

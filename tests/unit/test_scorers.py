@@ -54,6 +54,21 @@ def test_a_function_of_the_current_folder_scores_and_a_wrong_name_is_one_line(
             find_scorer(name)
 
 
+def test_what_a_function_of_ones_own_raises_has_its_line_and_a_score_that_is_no_number_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "poor_scorer.py").write_text(
+        "def broken(answer, expected):\n    return len(answer) / 0\ndef empty(a, e): return float('nan')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, said in (
+        ("broken", r"poor_scorer\.py:2 raised ZeroDivisionError: division by zero$"),
+        ("empty", r"returns no number \(ValueError: nan is not finite\)$"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            find_scorer(f"poor_scorer:{name}")("a", "a")
+
+
 @pytest.mark.parametrize(
     ("text", "script"),
     [

@@ -84,6 +84,9 @@ def find_model(run: str | None, overrides: list[str]) -> "tuple[Composed, RunFol
             others = ", ".join(sorted(other.name for other in (folder / "checkpoints").iterdir()))
             raise ConfigError(f"run={run}: no such checkpoint; there are {others}")
         composed = compose_run([f"config={folder / 'config.yaml'}", *overrides])
+        base = composed.config.model.path
+        if base and "model.path" not in composed.typed and not resolve_path(base).exists():
+            raise ConfigError(f"{folder}: its base model is not at {base}; name its new place with model.path=FOLDER")
     from qwlit.inference.trained_model import for_one_device
     from qwlit.training.determinism import prepare_determinism
     from qwlit.training.tracking.run_folder import RunFolder

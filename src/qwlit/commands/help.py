@@ -143,7 +143,7 @@ trains with its newest. Adapters need not be merged.
 
   run            name under run.root, or path, of a run or of one of its checkpoints
   prompt         a question; without prompt and prompts you are asked
-  prompts        file with prompts; an answer in a row becomes `expected` in the output
+  prompts        file with prompts; an answer in a row becomes `expected` in the output. A .txt file is one prompt
   output         JSON lines: messages, answer, thinking, ended, expected
   show_thinking  true, the default: print thinking dimmed; false: do not print it
 

@@ -22,6 +22,9 @@ from qwlit.inference.temperature import Quality, prompts_of, temperature_curve
 from qwlit.inference.trained_model import TrainedModel
 from qwlit.planning.tokenized_data import load_tokenized_data
 
+SIGNIFICANT = 0.05
+"""A model is called better only below this p-value (the usual level)."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -139,7 +142,8 @@ class Difference:
 
     def describe(self) -> str:
         verdict = "no clear difference"
-        if self.low > 0 or self.high < 0:
+        # Of few samples, the interval alone is too narrow.
+        if (self.low > 0 or self.high < 0) and self.p_value < SIGNIFICANT:
             verdict = f"{self.first if self.loss > 0 else self.second} is better"
         return (
             f"{self.second} against {self.first}: loss {self.loss:+.4f} (95 %: {self.low:+.4f} to {self.high:+.4f},"

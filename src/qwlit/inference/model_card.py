@@ -40,12 +40,14 @@ def _facts(
     config: RunConfig, proof: dict[str, Any], run: Path | None, base: str | None, licence: str | None
 ) -> list[str]:
     origin = proof["of"]
-    rows = {"base": base or "random weights", "licence of the base": licence or "not named in its folder"}
+    rows = {"base": base or "random weights"}
+    if base:
+        rows["licence of the base"] = licence or "not named in its folder"
     if config.model.adapter_path:
         rows["adapter"] = config.model.adapter_path
     if run is not None:
         manifest, adapter = read_json(run / "manifest.json"), config.adapter
-        trained = "all weights" if adapter.kind == "none" else f"LoRA of rank {adapter.rank}, alpha {adapter.alpha}"
+        trained = "all weights" if adapter.kind == "none" else f"LoRA of rank {adapter.rank}, alpha {adapter.alpha:g}"
         if adapter.quantization != "none":
             trained += " on a base in 4 bits; exported on the base as it is stored"
         metrics = [row for row in read_json_lines(run / "metrics.jsonl") if row.get("step") == origin["step"]]

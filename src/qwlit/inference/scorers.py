@@ -1,8 +1,10 @@
 """Scorers: how good an answer is, compared with the expected one, from 0 to 1."""
 
 import importlib
+import math
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -86,7 +88,13 @@ def find_scorer(name: str) -> Scorer:
 
 def _own_score(name: str, scorer: Scorer, answer: str, expected: str) -> float:
     try:
-        return float(scorer(answer, expected))
+        score = float(scorer(answer, expected))
+        if not math.isfinite(score):
+            raise ValueError(f"{score} is not finite")
+        return score
     except Exception as error:  # a function of the user can raise anything
         said = one_line(f"{type(error).__name__}: {error}", 300)
+        _, *inside = traceback.extract_tb(error.__traceback__)
+        if inside:
+            raise ConfigError(f"metrics={name}: {inside[0].filename}:{inside[0].lineno} raised {said}") from None
         raise ConfigError(f"metrics={name}: takes no (answer, expected), or returns no number ({said})") from None

@@ -22,7 +22,7 @@ from qwlit.data.prompts import Prompt, one_question, read_prompts
 from qwlit.inference.answer import Answer, answers, has_thinking_switch, opens_thinking, remarks
 from qwlit.inference.trained_model import TrainedModel
 
-HELP = "[dim]an empty line or Ctrl-D ends, /new begins a new conversation[/]"
+HELP = "[dim]an empty line or Ctrl-D ends, /new begins a new conversation, Ctrl-C stops an answer[/]"
 
 
 def describe(model: TrainedModel, screen: Console) -> None:
@@ -61,6 +61,10 @@ def talk(model: TrainedModel, screen: Console, *, show_thinking: bool) -> None:
             answer = _print_answer(model, Prompt(Conversation(messages)), screen, show_thinking)
         except DataError as error:
             screen.print(f"[yellow]note[/]  {escape(str(error))}; the message is left out")
+            messages = messages[:-1]
+            continue
+        except KeyboardInterrupt:
+            screen.print("\n[yellow]note[/]  stopped; question and answer are left out of the conversation")
             messages = messages[:-1]
             continue
         # The next prompt has the answer as the model ended it. An empty one has nothing that a template could write.

@@ -204,7 +204,8 @@ class _Examination:
     def _looked_at(self) -> str:
         kinds = {"train/loss": FEWEST_RECORDS, "optim/grad_norm": FEWEST_RECORDS, "val/loss": FEWEST_VALIDATIONS}
         counts = {key: len(self._run.series.get(key, [])) for key in kinds}
-        texts = [f"{n} x {key}{f' (too few, less than {kinds[key]})' * (n < kinds[key])}" for key, n in counts.items()]
+        texts = [f"{n} of {key}{f' (too few, less than {kinds[key]})' * (n < kinds[key])}" for key, n in counts.items()]
+        texts[0] = texts[0].replace(" of ", " records of ", 1)
         memory = "peak memory" if self._run.manifest.get("device_memory_gib") else "no memory limit, as it is not known"
         return ", ".join([*texts, f"{len(self._run.events)} events", memory])
 
