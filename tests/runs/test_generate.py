@@ -21,9 +21,9 @@ SAMPLED = ["generation.temperature=0.9", "seed=5"]
 
 
 def answers_of(words, trained) -> list[dict]:
-    done = qwlit(["generate", *words, "prompts=asked.jsonl", "output=answers.jsonl"], trained)
+    done = qwlit(["generate", *words, "prompts=asked.jsonl", "output=made/answers.jsonl"], trained)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (trained / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (trained / "made/answers.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def plain_answers(folder, records, **settings) -> list[str]:
@@ -203,7 +203,7 @@ def test_columns_of_a_file_of_prompts_are_renamed(trained):
         (["run=full", "prompts=nothing.jsonl", "output=c.jsonl"], "nothing.jsonl' does not exist"),
         (["run=full", "prompts=asked.jsonl", "output=./asked.jsonl"], "is the file of the prompts"),
         (["run=full", "prompt=a\udcff"], "is not UTF-8"),
-        (["run=full", "prompts=asked.jsonl", "output=no/folder.jsonl"], "no/folder.jsonl"),
+        (["run=full", "prompts=asked.jsonl", "output=asked.jsonl/x.jsonl"], "asked.jsonl: "),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_2(trained, words, said):

@@ -192,6 +192,10 @@ def test_prose_is_refused_where_another_format_is_set(name: Any) -> None:
         ({"问题": "a", "答案": "b"}, 'set "data.columns={prompt: 问题, completion: 答案}"; expected'),
         ({"id": 7, "the question": "a", "a.b": "b"}, "data.columns={prompt: 'the question', completion: 'a.b'}"),
         ({"query": "a", "response": "b"}, 'set "data.columns={prompt: query}"; expected'),
+        (
+            {"instruction": "a", "input": "b", "answer": "c"},
+            'name its column: "data.columns={output: COLUMN}"; expected',
+        ),
         ({"prompt": "a", "answer": "b", "c": "d"}, 'set "data.columns={completion: answer}"; expected'),
         ({"question": "a", "n": 1}, "unknown format: keys 'question', 'n'; expected"),
         ({f"{'k' * 500}{i}": 1 for i in range(50)}, "unknown format"),

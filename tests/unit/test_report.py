@@ -45,6 +45,16 @@ def test_a_name_with_glob_characters_is_a_name(tmp_path):
     assert [run.path.name for run in find_runs([str(tmp_path / "a[1]")])] == ["a[1]"]
 
 
+def test_a_name_in_runs_is_enough(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "lora-1")
+    (tmp_path / "lora-1").mkdir()  # something else
+    for word in ("lora-1", "lora-*"):
+        assert [run.path.resolve() for run in find_runs([word])] == [tmp_path / "runs/lora-1"]
+    with pytest.raises(ConfigError, match=r"Did you mean 'lora-1'"):
+        find_runs(["lora-7"])
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [

@@ -47,6 +47,7 @@ def test_a_function_of_the_current_folder_scores_and_a_wrong_name_is_one_line(
     assert find_scorer("own_scorer:same_length")("abc", "xyz")
     for name, said in (
         ("exact", "Did you mean 'exact_match'"),
+        ("exact_match,rouge_l", r"Several are written metrics=\[exact_match,rouge_l\]"),
         ("own_scorer:nothing", "cannot be imported"),
         ("nowhere:f", "cannot be imported"),
     ):

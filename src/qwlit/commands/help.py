@@ -144,7 +144,7 @@ trains with its newest. Adapters need not be merged.
   run            name under run.root, or path, of a run or of one of its checkpoints
   prompt         a question; without prompt and prompts you are asked
   prompts        file with prompts; an answer in a row becomes `expected` in the output. A .txt file is one prompt
-  output         JSON lines: messages, answer, thinking, ended, expected
+  output         JSON lines: messages, answer, thinking, ended, expected; an earlier file is replaced
   show_thinking  true, the default: print thinking dimmed; false: do not print it
 
 generation=non_thinking and generation=thinking have the sampling values that Qwen recommends; seed=N repeats answers.
@@ -208,7 +208,7 @@ from four runs on, which settings mattered. Reads run folders and trains nothing
   report runs=runs/lora                          a sweep: its trials, and which settings mattered
   report 'runs=[runs/*]' output=json             one JSON document for scripts; the page is written as well
 
-  runs       run folders, sweep folders and globs: a list, or a single one
+  runs       run folders, sweep folders, their names in runs/, and globs: a list, or a single one
   baseline   name or folder of the run that the others are compared with; by default the first run named, or the best
              trial of a sweep
   output     text, or json

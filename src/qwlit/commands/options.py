@@ -31,14 +31,14 @@ def own_options(
         The value of every known key, and the overrides.
 
     Raises:
-        ConfigError: an option is another trainer's or begins with a dash, a value is not among the choices, or an
-            unknown key resembles one of `known` and is not a setting.
+        ConfigError: an option is another trainer's, is typed twice, or begins with a dash, a value is not among the
+            choices, or an unknown key resembles one of `known` and is not a setting.
     """
     from qwlit.config.compose import check_arguments
 
     check_arguments(arguments, known)
     own = {key: next(iter(choices)) if choices else None for key, choices in known.items()}
-    overrides = []
+    overrides, typed = [], set()
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if (name := key.lstrip("-")) != key:
@@ -51,6 +51,9 @@ def own_options(
                 raise ConfigError(f"{argument}: there is no '{key}' here.{hint}")
             overrides.append(argument)
             continue
+        if key in typed:
+            raise ConfigError(f"{key} is typed twice, as {own[key]} and {value}; type it once")
+        typed.add(key)
         choices = known[key]
         if choices is not None and value not in choices:
             raise ConfigError(f"{key}={value}: choose one of {', '.join(choices)}.{nearest(value, choices)}")

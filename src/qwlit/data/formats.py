@@ -210,6 +210,8 @@ def _has_keys(row: Columns, name: str) -> bool:
 
 def _columns_hint(row: Columns) -> str:
     """Return how `data.columns` would read a row of two texts as question and answer; "" for another row."""
+    if {"instruction", "input"} <= row.keys():  # both are the question
+        return '; the answer is in "output", or name its column: "data.columns={output: COLUMN}"'
     texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
     has_answer = "completion" in texts or "response" in texts
     missing = [key for key in ("prompt", "completion") if key not in texts and not (key == "completion" and has_answer)]

@@ -75,6 +75,8 @@ def find_scorer(name: str) -> Scorer:
     module, colon, function = name.partition(":")
     if not colon:
         hint = nearest(name, SCORERS) or f" Known: {', '.join(SCORERS)}."
+        if "," in name:
+            hint = f" Several are written metrics=[{name}]."
         raise ConfigError(f"metrics={name}: no such metric.{hint} For a function of your own write module:function")
     sys.path.insert(0, str(Path.cwd()))
     try:

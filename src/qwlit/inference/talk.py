@@ -119,6 +119,8 @@ def answer_file(model: TrainedModel, path: str, output: Path, screen: Console) -
     if output.exists() and output.samefile(resolve_path(path)):
         raise ConfigError(f"output={output} is the file of the prompts; name another one")
     prompts = list(read_prompts(path, columns=model.config.data.columns))
+    with naming_path(output.parent):
+        output.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(model.config.seed)
     ends: Counter[str] = Counter()
     with naming_path(output), output.open("w", encoding="utf-8") as file, showing_progress("answering", screen) as show:

@@ -59,19 +59,22 @@ def find_runs(names: Iterable[str]) -> list[FoundRun]:
 
 
 def _find(name: str) -> list[FoundRun]:
-    path = resolve_path(name)
+    """Read `name` as a path, then, as the other subcommands do, as a name in `runs/`."""
+    path, in_root = resolve_path(name), resolve_path("runs") / name
     if path.is_dir():
-        return _inside(path) or _refuse(path)
+        return _inside(path) or _inside(in_root) or _refuse(path)
+    if not path.exists() and (found := _inside(in_root)):
+        return found
     if glob.has_magic(str(path)):
         # Not Path.glob: it also matches hidden folders, such as one that is being deleted.
-        matches = sorted(glob.glob(str(path)))  # noqa: PTH207
-        runs = [run for match in matches for run in _inside(Path(match))]
-        if runs:
-            return runs
+        for pattern in (path, in_root):
+            matches = sorted(glob.glob(str(pattern)))  # noqa: PTH207
+            if runs := [run for match in matches for run in _inside(Path(match))]:
+                return runs
         raise ConfigError(f"runs={name} matches no run.{_similar(path)}")
     if path.exists():
         raise ConfigError(f"runs={name} is a file; name the run's folder")
-    hint = " Several runs are written runs=[a,b]." if "," in name else _similar(path)
+    hint = " Several runs are written runs=[a,b]." if "," in name else _similar(path) or _similar(in_root)
     raise ConfigError(f"runs={name}: there is no such folder.{hint}")
 
 

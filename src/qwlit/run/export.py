@@ -187,7 +187,7 @@ def export_folder(composed: Composed, options: Options) -> Path:
     if not options.merges:
         raise ConfigError("adapter=keep: model.adapter_path is the adapter already; leave adapter out")
     if options.output is None:
-        raise ConfigError("output: name the folder to write")
+        raise ConfigError("output is not set; name the folder to write, output=FOLDER")
     config = composed.config
     check_output(options.output, config.model)
     config = replace(config, adapter=replace(config.adapter, kind="none", quantization="none"))

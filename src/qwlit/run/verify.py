@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwlit.core.errors import ConfigError
+from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import read_json, read_json_lines, resolve_path
 
 QUANTITIES = ("samples", "loss_sum", "grad_norm", "parameters")
@@ -79,7 +79,10 @@ def find_run(name: str, root: str, *, option: str) -> Path:
     for path in (resolve_path(name), resolve_path(root) / name):
         if (path / "config.yaml").is_file():
             return path
-    raise ConfigError(f"{option}={name}: neither {name} nor {Path(root) / name} is the folder of a run")
+    folder = resolve_path(root)
+    runs = [run.name for run in folder.iterdir() if (run / "config.yaml").is_file()] if folder.is_dir() else []
+    hint = f" Several are written {option}=[{name}]." if "," in name else nearest(name, runs)
+    raise ConfigError(f"{option}={name}: neither {name} nor {Path(root) / name} is the folder of a run.{hint}")
 
 
 def read_steps(file: Path) -> list[dict[str, Any]]:
