@@ -163,7 +163,11 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def steps_logged(run: Path) -> int:
-    return len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+    """Count the records with a loss; the run may be writing the last line now."""
+    if not (run / "metrics.jsonl").exists():
+        return 0
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return sum('"train/loss"' in line for line in lines if line.endswith("\n"))
 
 
 def weights(run: Path, pointer: str = "last") -> dict[str, torch.Tensor]:

@@ -61,10 +61,10 @@ def test_the_manifest_has_what_decides_the_numbers_and_no_secret(tmp_path, monke
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "mine-and-nobody-elses")
     (tmp_path / "rows.jsonl").write_bytes((DEMO / "val.jsonl").read_bytes())
-    words = [*SHORT, "data.path=rows.jsonl", "data.val_fraction=0.1", "slurm.setup=['export HF_TOKEN=hf_mine']"]
+    words = [*SHORT, "data.path=rows.jsonl", "data.val_fraction=0.1", "data.system='password=mine'"]
     run = train(words, tmp_path)
     manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["command"][:1] == ["train"] and "slurm.setup=['export HF_TOKEN=***']" in manifest["command"]
+    assert manifest["command"][:1] == ["train"] and "data.system='password=***'" in manifest["command"]
     assert "mine" not in (run / "manifest.json").read_text()
     assert manifest["data_files"] == {"rows.jsonl": hashlib.sha256((tmp_path / "rows.jsonl").read_bytes()).hexdigest()}
     assert manifest["cpu"]["model"] and manifest["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from qwlit.commands.options import compose_run, own_options
 from qwlit.core.console import console
-from qwlit.core.devices import GIB
+from qwlit.core.devices import GIB, USUAL_MFU
 from qwlit.core.errors import ConfigError
 from qwlit.core.streams import write_json
 
@@ -52,8 +52,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _mfu(text: str | None) -> float:
-    from qwlit.planning.run_plan import USUAL_MFU
-
     try:
         mfu = USUAL_MFU if text is None else float(text)
     except ValueError:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from qwlit.config.compose import Composed
 from qwlit.config.run import RunConfig
-from qwlit.core.devices import GIB
+from qwlit.core.devices import GIB, USUAL_MFU
 from qwlit.core.errors import ConfigError, DataError
 from qwlit.data.config import parts_of
 from qwlit.data.readers import RowReader
@@ -32,8 +32,6 @@ from qwlit.training.machine import Machine
 
 # `plan` tokenizes at most this much, which takes a second or two; it leaves more to `inspect` and `train`.
 MOST_BYTES = 4 * 2**20
-# MFU of large runs that do not wait for data, with FLOPs counted as here: PaLM 46 %, torchtitan 33-39 %.
-USUAL_MFU = 0.4
 
 
 @dataclass(frozen=True)

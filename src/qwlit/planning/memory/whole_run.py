@@ -42,9 +42,11 @@ def bytes_by_phase(
     weights, reserve = held("weights", 0), held("reserve", 0)
     trained = reserve + weights + held("optimizer", 0) + held("logits", 0) + copy
     largest = max(parameter.numel() for parameter in model.parameters())
-    stored = (model.config.dtype or torch.float32).itemsize
+    # Published weights are bfloat16; a preset does not say so.
+    is_pretrained = config.model.init == "pretrained"
+    stored = (model.config.dtype or (torch.bfloat16 if is_pretrained else torch.float32)).itemsize
     # The pages of the file and the slice read from them, or a drawn tensor. On CUDA they are in the host's memory.
-    read = largest * (2 * stored if config.model.init == "pretrained" else FLOAT32) if on_cpu else 0
+    read = largest * (2 * stored if is_pretrained else FLOAT32) if on_cpu else 0
     # At the end of a training Lightning moves everything from CUDA to the host.
     after = trained if on_cpu else reserve
     phases = {
