@@ -13,8 +13,8 @@ def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let waiting threads spin for a short time; call it before torch is imported. A variable that is set stays.
 
     Threads that sleep at once (OMP_WAIT_POLICY=PASSIVE) must be woken hundreds of times a step: on a quiet machine that
-    costs 11 to 33 % of the speed. Beside a busy process sleeping is faster, because threads that spin keep the core that
-    the others wait for. Figures: benchmarks/results/threads.json.
+    costs 11 to 33 % of the speed. Beside a busy process sleeping is faster, because threads that spin keep a core that
+    others wait for. Figures: benchmarks/results/threads.json.
     """
     if not {"OMP_WAIT_POLICY", GNU, LLVM}.intersection(environment):
         environment.update({GNU: GNU_TURNS, LLVM: LLVM_MILLISECONDS})
