@@ -1,6 +1,7 @@
 """Build the RunPlan: everything that is known about a run before its weights are loaded. `train` and `plan` use it."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
@@ -83,7 +84,7 @@ class RunPlan:
     def execution(self) -> Execution:
         return self.setup.execution
 
-    @property
+    @cached_property
     def saves(self) -> SavePlan:
         host_memory_gb = self.config.hardware.host_memory_gb
         return plan_saves(self.setup.groups, self.config.optim, self.machine, self.memory, host_memory_gb)
@@ -93,7 +94,7 @@ class RunPlan:
         """Bytes of device memory that the copy of a checkpoint takes; on CUDA it is in the host's memory."""
         return self.saves.num_bytes if self.saves.is_copied and self.machine.accelerator == "cpu" else 0.0
 
-    @property
+    @cached_property
     def bytes_by_phase(self) -> dict[str, float]:
         """The memory of each phase of the run on one device, see `bytes_by_phase`."""
         setup, micro = self.setup, self.batches.largest
