@@ -16,6 +16,7 @@ from qwlit.core.errors import (
     SignalExit,
     nearest,
 )
+from qwlit.core.imports import without_collection
 from qwlit.core.ranks import (
     check_rank_numbers,
     die_with_launcher,
@@ -176,7 +177,9 @@ def _run(subcommand: str, arguments: list[str]) -> None:
         record_signals()
     try:
         with explaining_disk_errors():
-            importlib.import_module(f"qwlit.commands.{subcommand}").main(arguments)
+            with without_collection():
+                module = importlib.import_module(f"qwlit.commands.{subcommand}")
+            module.main(arguments)
     except (ConfigError, DataError) as error:
         raise type(error)(f"{error}{full_width_remark(arguments, str(error))}") from error
 

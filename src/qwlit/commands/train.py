@@ -3,6 +3,7 @@
 from qwlit.commands.options import compose_run, own_options
 from qwlit.config.compose import dump
 from qwlit.core.errors import ConfigError
+from qwlit.core.imports import without_collection
 from qwlit.model.hub import client_of
 from qwlit.training.tracking.loggers import check_named_loggers
 
@@ -20,6 +21,7 @@ def main(arguments: list[str]) -> None:
     # A missing package must end the command before torch is imported, which takes seconds.
     check_named_loggers(composed.config.logger)
     client_of(composed.config.model.hub)
-    from qwlit.run.training_run import train
+    with without_collection():
+        from qwlit.run.training_run import train
 
     train(composed)
