@@ -1,8 +1,11 @@
 """The `--help` texts of the subcommands, built from the settings' dataclasses so that they are never out of date."""
 
+import ast
 import dataclasses
+import inspect
 import textwrap
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 WIDTH = 110
@@ -298,6 +301,7 @@ def _groups_and_settings(prefixes: tuple[str, ...], replaced: str) -> str:
 
 def _fields(settings: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
     """Yield (dotted key, default, help) of every field."""
+    docstrings = _docstrings(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if field.name == "architecture":
@@ -305,8 +309,19 @@ def _fields(settings: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
         if dataclasses.is_dataclass(value):
             yield from _fields(value, f"{prefix}{field.name}.")
         else:
-            description = settings.__pydantic_fields__[field.name].description or ""
-            yield prefix + field.name, value, " ".join(description.split())
+            yield prefix + field.name, value, " ".join(docstrings.get(field.name, "").split())
+
+
+def _docstrings(section: type[Any]) -> dict[str, str]:
+    """Return the docstring of each field: the text in the source below it."""
+    source = ast.parse(inspect.getsource(section)).body[0]
+    assert isinstance(source, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, below in pairwise(source.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = text
+    return found
 
 
 def _entry(name: str, text: str) -> str:

@@ -46,7 +46,7 @@ def key_of(table: Mapping[str, Any], *others: str) -> BeforeValidator:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config_dataclass(cls: type[T]) -> type[T]:
-    """Make `cls` a settings class: unknown keys and wrong types are errors, attribute docstrings become field help."""
-    config = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+    """Make `cls` a settings class: unknown keys and wrong types are errors."""
+    config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
     decorated: Any = pydantic.dataclasses.dataclass(config=config, frozen=True, kw_only=True)(cls)
     return decorated  # type: ignore[no-any-return]
