@@ -83,7 +83,7 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
             "phases_gib": {phase: size / GIB for phase, size in plan.bytes_by_phase.items()},
         },
         "fits": plan.fits,
-        "would_fit": [{"overrides": overrides, "total_gib": smaller.total / GIB} for overrides, smaller in remedies],
+        "would_fit": [{"overrides": overrides, "total_gib": peak / GIB} for overrides, peak in remedies],
         "global_batch_size": config.train.global_batch_size,
         "micro_batch_size": config.hardware.micro_batch_size,
         "micro_batch_tokens": config.hardware.micro_batch_tokens,
@@ -154,8 +154,8 @@ def _show_memory(plan: "RunPlan", remedies: "list[Remedy]", screen: Console) -> 
         screen.print(
             "  overrides that would fit, cheapest first:" if remedies else "  no override tried here would fit"
         )
-        for overrides, smaller in remedies:
-            screen.print(f"    {' '.join(overrides):<58} {smaller.total / GIB:.1f} GiB")
+        for overrides, needed in remedies:
+            screen.print(f"    {' '.join(overrides):<58} {needed / GIB:.1f} GiB")
 
 
 def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:

@@ -6,13 +6,13 @@ from qwlit.config.compose import Composed, compose
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import levels_with_less_memory
 from qwlit.planning.batch_statistics import assume_batches, measure_batches
-from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.run_plan import RunPlan
 from qwlit.planning.setup import resolve_setup
 from qwlit.planning.steps import plan_steps
 
 REMEDIES_SHOWN = 4
-Remedy = tuple[list[str], MemoryEstimate]
+Remedy = tuple[list[str], float]
+"""Overrides, and the largest memory in bytes that the whole run needs with them on one device."""
 
 
 def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
@@ -35,11 +35,12 @@ def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
             else:
                 steps = plan_steps(setup.config, plan.data.split, world_size)
                 batches = measure_batches(steps.step_plan, steps.total_steps)
-            _, estimate = setup.fit_memory(batches.largest)
+            fitted, memory = setup.fit_memory(batches.largest)
         except ConfigError:
             continue
-        if estimate.fits:
-            found.append((more, estimate))
+        smaller = replace(plan, setup=fitted, batches=batches, memory=memory)
+        if smaller.fits:
+            found.append((more, smaller.peak_bytes))
         if len(found) == REMEDIES_SHOWN:
             break
     return found
