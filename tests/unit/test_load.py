@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from qwlit.core.errors import ConfigError
@@ -19,6 +21,7 @@ from qwlit.model.load import (
     vocabulary_size,
 )
 from qwlit.model.presets import to_hf_config
+from qwlit.model.weight_files import read_shapes, stored_dtype, weight_files
 from tests.tiny import TINY, load_causal_lm, save_folder, tiny_architecture, tiny_causal_lm
 
 DEMO_TOKENIZER = "qwlit:demo/tokenizer"
@@ -110,6 +113,22 @@ def test_sharded_weights_load(folder: Path) -> None:
     tiny_causal_lm(tied=False).save_pretrained(folder, max_shard_size="20KB")
     assert (folder / "model.safetensors.index.json").is_file()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in load(folder).state_dict().items())
+
+
+def test_shapes_and_the_stored_dtype_take_one_opening_of_each_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counting(file: str, **options: Any) -> Any:
+        opened.append(Path(file).name)
+        return safe_open(file, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", counting)
+    files = weight_files(folder)
+    assert len(read_shapes(files)) > 2
+    assert stored_dtype(folder) == torch.float32
+    assert opened == [file.name for file in files] * 2
 
 
 def test_random_init_depends_on_the_seed_alone_and_leaves_the_generator_alone() -> None:

@@ -35,8 +35,9 @@ def base_weights(config: ModelConfig, model: "PreTrainedModel", *, seed: int) ->
     folder = weights_folder(config)
     if folder is None:
         return Weights(parameters, lambda name: drawn(name, parameters[name], seed, model.config.initializer_range))
-    files = {name: file for file, names in weight_files(folder).items() for name in read_shapes({file: names})}
-    shapes = read_shapes(weight_files(folder))
+    headers = {file: read_shapes({file: names}) for file, names in weight_files(folder).items()}
+    files = {name: file for file, found in headers.items() for name in found}
+    shapes = {name: shape for found in headers.values() for name, shape in found.items()}
     if model.config.tie_word_embeddings:
         shapes.pop(HEAD, None)
     if differences := describe_differences(shapes, parameters, unexpected="unexpected"):

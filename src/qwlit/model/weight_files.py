@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,15 @@ def weight_files(folder: Path) -> Files:
 
 def read_shapes(files: Files) -> dict[str, list[int]]:
     """Return each tensor's shape by its name, from the files' headers. It raises what `read_tensors` raises."""
-    return {name: list(tensor.get_shape()) for name, tensor in read_tensors(files)}
+    return {name: list(tensor.get_shape()) for name, tensor in _read_headers(files)}
+
+
+def _read_headers(files: Files) -> Iterator[tuple[str, Any]]:
+    """Yield what `read_tensors` yields, from one opening of each file: enough for shapes and dtypes."""
+    for file, wanted in files.items():
+        with _open(file) as opened:
+            for name in _names(opened, file, wanted):
+                yield name, opened.get_slice(name)
 
 
 def read_tensors(files: Files) -> Iterator[tuple[str, Any]]:
@@ -59,21 +68,32 @@ def read_tensors(files: Files) -> Iterator[tuple[str, Any]]:
     Raises:
         ConfigError: a file is cut off or damaged, or lacks a tensor that the index names.
     """
+    for file, wanted in files.items():
+        with _open(file) as opened:
+            names = _names(opened, file, wanted)
+        for name in names:
+            # The pages of an open file that were read count as the process's memory, so open it for each one.
+            with _open(file) as opened:
+                yield name, opened.get_slice(name)
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    for file, wanted in files.items():
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                names = list(opened.keys())
-            if wanted is not None and (absent := sorted(wanted.difference(names))):
-                raise ConfigError(f"{file} lacks {first_few(absent)}, which the index says it holds; copy it again")
-            for name in names:
-                if (wanted is None or name in wanted) and not name.endswith(COMPUTED_BUFFERS):
-                    # The pages of an open file that were read count as the process's memory, so open it for each one.
-                    with safe_open(str(file), framework="pt") as opened:
-                        yield name, opened.get_slice(name)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{file} is cut off or damaged ({error}); copy or download it again") from None
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} is cut off or damaged ({error}); copy or download it again") from None
+
+
+def _names(opened: Any, file: Path, wanted: frozenset[str] | None) -> list[str]:
+    """Return the names of the tensors to read from an open file."""
+    names = list(opened.keys())
+    if wanted is not None and (absent := sorted(wanted.difference(names))):
+        raise ConfigError(f"{file} lacks {first_few(absent)}, which the index says it holds; copy it again")
+    return [name for name in names if (wanted is None or name in wanted) and not name.endswith(COMPUTED_BUFFERS)]
 
 
 def stored_dtype(folder: Path) -> "torch.dtype":
@@ -82,7 +102,7 @@ def stored_dtype(folder: Path) -> "torch.dtype":
 
     # safetensors' names of the dtypes that can be trained.
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-    counts = Counter(str(tensor.get_dtype()) for _, tensor in read_tensors(weight_files(folder)))
+    counts = Counter(str(tensor.get_dtype()) for _, tensor in _read_headers(weight_files(folder)))
     (most, _), *_ = counts.most_common(1)
     if most not in names:
         raise ConfigError(f"{folder}: the weights are of type {most}; give the model in {', '.join(names)}")
