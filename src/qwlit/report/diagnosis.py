@@ -202,12 +202,18 @@ class _Examination:
         return max((sum(ratio * (step - before) for before, (step, ratio) in each) for each in gaps), default=0) or None
 
     def _looked_at(self) -> str:
-        kinds = {"train/loss": FEWEST_RECORDS, "optim/grad_norm": FEWEST_RECORDS, "val/loss": FEWEST_VALIDATIONS}
-        counts = {key: len(self._run.series.get(key, [])) for key in kinds}
-        texts = [f"{n} of {key}{f' (too few, less than {kinds[key]})' * (n < kinds[key])}" for key, n in counts.items()]
-        texts[0] = texts[0].replace(" of ", " records of ", 1)
+        counts = [
+            self._counted("records of", "train/loss", FEWEST_RECORDS),
+            self._counted("of", "optim/grad_norm", FEWEST_RECORDS),
+            self._counted("of", "val/loss", FEWEST_VALIDATIONS),
+        ]
         memory = "peak memory" if self._run.manifest.get("device_memory_gib") else "no memory limit, as it is not known"
-        return ", ".join([*texts, f"{len(self._run.events)} events", memory])
+        return ", ".join([*counts, f"{len(self._run.events)} events", memory])
+
+    def _counted(self, words: str, key: str, fewest: int) -> str:
+        count = len(self._run.series.get(key, []))
+        too_few = f" (too few, less than {fewest})" if count < fewest else ""
+        return f"{count} {words} {key}{too_few}"
 
 
 def _cause(rollback: Any) -> Any:
