@@ -43,7 +43,7 @@ def count_flops(model: "PreTrainedModel") -> Flops:
     family = family_of(model)
     layers = family.layers(model)
     lowest = lowest_trained_layer(model)
-    head = family.head_weight(model)
+    head = family.head(model).weight
     per_supervised_token = 2.0 * head.numel() * (2 + head.requires_grad)
     per_token = per_token_pair = 0.0
     for index, layer in enumerate(layers):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qwlit.model.cpu import logits_memory
@@ -23,6 +23,25 @@ CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**28}
 # keeps: the page faults of large temporary tensors cost as much time as the arithmetic (measured with 480 rows at
 # V = 151,936, D = 256 on 2 cores: 0.92 s in one call, 0.78 s in blocks; the matrix products alone take 0.69 s).
 BLOCK_BYTES = {"cuda": CHUNK_BYTES["cuda"], "cpu": 2**22}
+
+
+class LMHead(nn.Linear):
+    """The head with its loss as a method: FSDP2 gathers the weight for a module's own methods only."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "LMHead":
+        """Return a head that has the weight of `linear`."""
+        with torch.device("meta"):
+            head = cls(linear.in_features, linear.out_features, bias=False)
+        head.weight = linear.weight
+        return head
+
+    def loss(self, hidden: Tensor, targets: Tensor, *, count_correct: bool) -> tuple[Tensor, Tensor]:
+        """Return the summed loss and the number of correct argmaxes, see `linear_cross_entropy`."""
+        if self.weight.requires_grad and self.weight.dtype == torch.bfloat16:
+            # FSDP2 has gathered the weight in bfloat16; its gradient stays float32, as that of a float32 weight.
+            self.weight.grad_dtype = torch.float32
+        return linear_cross_entropy(hidden, self.weight, targets, count_correct=count_correct)
 
 
 def linear_cross_entropy(
@@ -104,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None:
                     _add_product(grad_weight, logits.T, rows, first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.gradient_dtype = (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
         ctx.mark_non_differentiable(num_correct)
         return loss_sum, num_correct
 
@@ -114,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # In place: a copy of the weight's gradient would be another 0.6 GB at V = 151,936, D = 1024.
         scaled_hidden = None if grad_hidden is None else grad_hidden.mul_(grad_loss)
-        scaled_weight = None if grad_weight is None else grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+        scaled_weight = None if grad_weight is None else grad_weight.mul_(grad_loss).to(ctx.gradient_dtype)
         return scaled_hidden, scaled_weight, None, None, None
 
 

@@ -17,13 +17,14 @@ from qwlit.model.cpu import embed, return_freed_memory
 from qwlit.model.dropout import add_neftune_noise, apply_dropout
 from qwlit.model.families import family_of
 from qwlit.model.freeze import apply_freeze
-from qwlit.model.head import linear_cross_entropy, token_cross_entropy
+from qwlit.model.head import LMHead, token_cross_entropy
 from qwlit.model.inspection import Inspection
 from qwlit.model.last_layer import restrict_last_ffn_to_labels
 from qwlit.model.load import empty_causal_lm, fill_causal_lm, model_shape
 from qwlit.model.presets import meta_causal_lm
 from qwlit.model.quantize import Quantizer
 from qwlit.model.saved_adapter import check_initial_adapter, load_initial_adapter
+from qwlit.model.shard import unshard_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,7 @@ class LossModel(nn.Module):
         restrict_last_ffn_to_labels(causal_lm)
         self.causal_lm = causal_lm
         self.family = family_of(causal_lm)
+        causal_lm.set_output_embeddings(LMHead.of(self.family.head(causal_lm)))
         self.attention = attention
         self.neftune_alpha = neftune_alpha
 
@@ -58,15 +60,16 @@ class LossModel(nn.Module):
         Args:
             inspection: filled in the pass, for few label positions of padded sequences.
         """
-        supervised, weight = self._label_states(micro, inspection), self.family.head_weight(self.causal_lm)
+        supervised, head = self._label_states(micro, inspection), self.family.head(self.causal_lm)
         if inspection is not None:
-            inspection.logits = (supervised.to(weight.dtype) @ weight.T).float()
-        return LossOutput(*linear_cross_entropy(supervised, weight, micro.targets, count_correct=not self.training))
+            inspection.logits = head(supervised.to(head.weight.dtype)).float()
+        unshard_head(head)
+        return LossOutput(*head.loss(supervised, micro.targets, count_correct=not self.training))
 
     def token_losses(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return loss and correctness of each label position, see `token_cross_entropy`. Not for sharded models."""
         return token_cross_entropy(
-            self._label_states(micro, None), self.family.head_weight(self.causal_lm), micro.targets
+            self._label_states(micro, None), self.family.head(self.causal_lm).weight, micro.targets
         )
 
     def _label_states(self, micro: MicroBatch, inspection: Inspection | None) -> Tensor:

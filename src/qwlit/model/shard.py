@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from qwlit.model.families import family_of
 
@@ -16,19 +16,40 @@ if TYPE_CHECKING:
 
 
 def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
-    """Shard each decoder layer by itself; embedding, head and final norm together, because they may share a weight.
+    """Shard each decoder layer by itself, and embedding and head too unless they share a weight.
 
-    FSDP2 reduces gradients in float32 after every micro-batch, so that no device keeps an unsharded gradient.
+    FSDP2 reduces gradients in float32 after every micro-batch, so that no device keeps an unsharded gradient. A shared
+    weight stays unsharded from the embedding's forward pass to the end of the backward pass; the other ones are
+    unsharded while they are read.
 
     Args:
-        bf16: all-gather the layers' weights in bfloat16. Autocast chooses the compute dtype, as without sharding. The
-            residual stream and the weights of embedding and head stay float32.
+        bf16: all-gather the weights of layers and head in bfloat16. Autocast chooses the compute dtype, as without
+            sharding. The residual stream and the weights of the embedding and of the final norm stay float32.
     """
-    root_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layer_policy = replace(root_policy, param_dtype=torch.bfloat16) if bf16 else root_policy
-    for layer in family_of(model.causal_lm).layers(model.causal_lm):
-        fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
-    fully_shard(model, mesh=mesh, mp_policy=root_policy)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    bf16_policy = replace(policy, param_dtype=torch.bfloat16) if bf16 else policy
+    family = family_of(model.causal_lm)
+    for layer in family.layers(model.causal_lm):
+        fully_shard(layer, mesh=mesh, mp_policy=bf16_policy)
+    embedding, head = family.embedding(model.causal_lm), family.head(model.causal_lm)
+    if embedding.weight is not head.weight:
+        fully_shard(embedding, mesh=mesh, mp_policy=policy)
+        fully_shard(head, mesh=mesh, mp_policy=bf16_policy)
+        register_fsdp_forward_method(head, "loss")
+        for module in (embedding, head):
+            # Their backward passes do not read the weight: the head computes its gradients in the forward pass.
+            module.set_unshard_in_backward(False)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def unshard_head(head: "nn.Module") -> None:
+    """Gather the weight of a head that is sharded by itself.
+
+    FSDP2 would gather it without this call too, but then keep the collective's output, which is as large as the
+    weight, until the forward pass ends.
+    """
+    if isinstance(head, FSDPModule):
+        head.unshard()
 
 
 def is_sharded(model: "nn.Module") -> bool:

@@ -50,10 +50,9 @@ class ModelFamily:
     def final_norm(self, model: "PreTrainedModel") -> Any:
         return model.model.norm
 
-    def head_weight(self, model: "PreTrainedModel") -> "Tensor":
-        """Return the head's weight (V, D). Where head and embedding are tied, it is the embedding's."""
-        weight: Tensor = model.lm_head.weight
-        return weight
+    def head(self, model: "PreTrainedModel") -> Any:
+        """Return the head. Its weight (V, D) is the embedding's where both are tied."""
+        return model.lm_head
 
     def rebuild_rotary(self, model: "PreTrainedModel") -> None:
         """Compute the rotary embedding's buffers: no file has them, and on the meta device they have no values."""

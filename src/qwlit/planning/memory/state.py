@@ -112,7 +112,7 @@ class LMHeadBytes:
 
 def lm_head_bytes(model: "PreTrainedModel", micro: MicroShape, sharding: ShardingAndPrecision) -> LMHeadBytes:
     """Count the bytes that `linear_cross_entropy` in `model/head.py` allocates."""
-    weight = family_of(model).head_weight(model)
+    weight = family_of(model).head(model).weight
     vocab, width = weight.shape
     limit = rows_within(CHUNK_BYTES, vocab, sharding.device)
     num_chunks = max(1, -(-micro.supervised // limit))
