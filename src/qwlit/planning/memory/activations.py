@@ -27,6 +27,8 @@ class ActivationBytes:
     """Kept for the backward pass when the forward pass ends."""
     peak_recompute: float
     """The most while the backward pass recomputes a layer, with the layer's gradients; 0 without checkpointing."""
+    lowest_layer: float
+    """In the backward pass of the lowest layer that has one, with its gradients; the layers above are done."""
 
 
 def activation_bytes(
@@ -50,7 +52,9 @@ def activation_bytes(
     final_norm = FLOAT32 * width * micro.supervised * (1 + family.final_norm(model).weight.requires_grad)
     level = execution.activation_checkpointing
     if level == "none":
-        return ActivationBytes(rotary + final_norm + sum(layer.saved_bytes() for layer in layers), 0)
+        saved = sum(layer.saved_bytes() for layer in layers)
+        own = sum(layer.saved_bytes() + layer.backward_peak_bytes() for layer in layers[max(lowest, 0) :][:1])
+        return ActivationBytes(rotary + final_norm + saved, 0, rotary + own)
     # On CPU, offloading saves no memory.
     offloads = level == "offload" and sharding.device == "cuda"
     kept = [
@@ -58,8 +62,9 @@ def activation_bytes(
         for layer in layers
     ]
     below = [0.0, *accumulate(kept)]
-    during = (below[index] + layer.saved_bytes() + layer.backward_peak_bytes() for index, layer in enumerate(layers))
-    return ActivationBytes(rotary + final_norm + below[-1], rotary + max(during, default=0.0))
+    during = [below[index] + layer.saved_bytes() + layer.backward_peak_bytes() for index, layer in enumerate(layers)]
+    own = sum(during[max(lowest, 0) :][:1])
+    return ActivationBytes(rotary + final_norm + below[-1], rotary + max(during, default=0.0), rotary + own)
 
 
 class _Layer:

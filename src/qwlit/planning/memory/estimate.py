@@ -15,11 +15,12 @@ from qwlit.planning.memory.state import (
     ShardingAndPrecision,
     autocast_bytes,
     embedding_gradient_bytes,
+    embedding_gradient_share,
     gradient_bytes,
     lm_head_bytes,
-    unsharded_bytes,
     weight_bytes,
 )
+from qwlit.planning.memory.unsharded import unsharded_bytes
 from qwlit.training.machine import Machine
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def estimate_memory(
     """
     sharding = _sharding_and_precision(machine)
     gradients = gradient_bytes(model, sharding)
-    head = lm_head_bytes(model, micro, sharding)
+    head = lm_head_bytes(model, execution.frozen_dtype, micro, sharding)
     on_cpu = machine.accelerator == "cpu"
     # Paged optimizer state moves to the host's memory when the GPU is full. On CPU nothing is paged.
     is_paged = OPTIMIZERS[config.optim.name].is_paged and not on_cpu
@@ -78,31 +79,46 @@ def estimate_memory(
         "optimizer": 0 if is_paged else state_bytes(groups, config.optim, sharding.share),
         "half-precision copies": autocast_bytes(model, sharding),
     }
-    root, reducing = unsharded_bytes(model, sharding)
+    unsharded = unsharded_bytes(model, execution.frozen_dtype, sharding)
     # With DDP the gradients are in its buckets, which exist all the time.
     kept_gradients = gradients if micro.accumulates or machine.strategy == "ddp" else 0
     activations = activation_bytes(model, config.adapter, config.dropout, execution, sharding, micro)
-    # With a tied weight, the head's gradient is held until the embedding's is computed. FSDP2 always holds it, because
-    # it reduces both together.
-    holds_head_gradient = model.config.tie_word_embeddings or sharding.shards > 1
-    head_gradient = head.weight_gradient if holds_head_gradient else 0
+    is_tied, is_sharded = model.config.tie_word_embeddings, sharding.shards > 1
+    embedding_share = embedding_gradient_share(model, sharding)
+    # With a tied weight, the head's gradient is held until the embedding's is computed. If it is not tied, it is among
+    # the gradients at once, except that FSDP2 has reduced it by then.
+    head_gradient = head.weight_gradient if is_tied or not (kept_gradients or is_sharded) else 0
+    # FSDP2 adds each reduced gradient to the one of the micro-batches before.
+    reduced = embedding_share if is_sharded and micro.accumulates else 0
     phases: dict[str, dict[str, float]] = {
+        "the embedding of a micro-batch": {"gradients": kept_gradients, "unsharded": unsharded.embedding},
         "the head of a micro-batch": {
             "gradients": kept_gradients,
             "activations": activations.after_forward,
             "head": (0 if on_cpu else head.logits) + head.workspace + head.weight_gradient,
-            "unsharded": root,
+            "unsharded": unsharded.head,
+        },
+        "the reduction of the head's gradient": {
+            "gradients": kept_gradients,
+            "activations": activations.after_forward,
+            "unsharded": unsharded.head_reduction,
         },
         "a layer computed again": {
             "gradients": kept_gradients,
             "activations": activations.peak_recompute,
             "head": head_gradient,
-            "unsharded": reducing,
+            "unsharded": unsharded.layers,
+        },
+        "the lowest layer's backward pass": {
+            "gradients": kept_gradients or gradients - embedding_share,
+            "activations": activations.lowest_layer,
+            "head": head_gradient if is_tied else 0,
+            "unsharded": unsharded.layers,
         },
         "the end of a backward pass": {
-            "gradients": gradients,
-            "head": head_gradient + embedding_gradient_bytes(model, micro, sharding),
-            "unsharded": reducing,
+            "gradients": gradients + reduced,
+            "head": (head_gradient if is_tied else 0) + embedding_gradient_bytes(model, micro, sharding),
+            "unsharded": unsharded.layers if is_tied else unsharded.embedding_reduction,
         },
         "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, sharding.share)},
     }

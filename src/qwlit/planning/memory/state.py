@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from qwlit.core.patterns import layer_of
 from qwlit.model.config import AdapterConfig, Execution
 from qwlit.model.cpu import has_sparse_embedding
 from qwlit.model.families import family_of
@@ -86,6 +86,12 @@ def gradient_bytes(model: "PreTrainedModel", sharding: ShardingAndPrecision) -> 
     return sum(FLOAT32 * sharding.share(p) for p in model.parameters() if p.requires_grad)
 
 
+def embedding_gradient_share(model: "PreTrainedModel", sharding: ShardingAndPrecision) -> int:
+    """Return the bytes that the embedding's gradient takes among those of `gradient_bytes`."""
+    weight = family_of(model).embedding(model).weight
+    return FLOAT32 * sharding.share(weight) if weight.requires_grad else 0
+
+
 def autocast_bytes(model: "PreTrainedModel", sharding: ShardingAndPrecision) -> int:
     """Return the bytes of the half-precision copies of trained weights, which autocast keeps until the step ends.
 
@@ -105,23 +111,37 @@ class LMHeadBytes:
     """The logits of a chunk; on CPU this memory is kept from call to call."""
     workspace: int
     """A block's float32 log-probabilities, the hidden states and their gradient; in mixed precision also the
-    half-precision copy of the head's weight, and a second float32 gradient of it if it is trained."""
+    half-precision copy of the head's weight, and if it is trained a second float32 gradient of it, or on CPU the
+    float32 copies of its factors."""
     weight_gradient: int
     """float32 (V, D); 0 if the head is frozen."""
 
 
-def lm_head_bytes(model: "PreTrainedModel", micro: MicroShape, sharding: ShardingAndPrecision) -> LMHeadBytes:
-    """Count the bytes that `linear_cross_entropy` in `model/head.py` allocates."""
-    weight = family_of(model).head(model).weight
+def lm_head_bytes(
+    model: "PreTrainedModel", frozen_dtype: torch.dtype, micro: MicroShape, sharding: ShardingAndPrecision
+) -> LMHeadBytes:
+    """Count the bytes that `linear_cross_entropy` in `model/head.py` allocates.
+
+    Args:
+        frozen_dtype: that of weights which are not trained.
+    """
+    family = family_of(model)
+    weight = family.head(model).weight
     vocab, width = weight.shape
     limit = rows_within(CHUNK_BYTES, vocab, sharding.device)
     num_chunks = max(1, -(-micro.supervised // limit))
     rows = -(-micro.supervised // num_chunks)
     block = min(rows, rows_within(BLOCK_BYTES, vocab, sharding.device))
     trained = weight.requires_grad
-    copy = sharding.precision_bytes * vocab * width if sharding.mixed else 0
-    # In half precision on CUDA, the head computes the gradient of a chunk as a second float32 matrix and adds it.
-    addend = FLOAT32 * vocab * width if trained and sharding.mixed else 0
+    # FSDP2 gathers a head with its own unit in half precision. A frozen head may have half precision already.
+    is_gathered_half = sharding.shards > 1 and weight is not family.embedding(model).weight
+    is_stored_half = not trained and frozen_dtype.itemsize == sharding.precision_bytes
+    has_copy = sharding.mixed and not is_gathered_half and not is_stored_half
+    copy = sharding.precision_bytes * vocab * width if has_copy else 0
+    # In half precision, the head adds the weight's gradient of a chunk in float32: on CUDA as a second matrix, on CPU
+    # as a product of float32 copies.
+    factors = rows * (vocab + width) if sharding.device == "cpu" else vocab * width
+    addend = FLOAT32 * factors if trained and sharding.mixed else 0
     hidden = 2 * sharding.precision_bytes * micro.supervised * width
     return LMHeadBytes(
         logits=rows * vocab * sharding.precision_bytes,
@@ -138,19 +158,3 @@ def embedding_gradient_bytes(model: "PreTrainedModel", micro: MicroShape, shardi
     # A sparse gradient has one row per token, and its coalesced copy at most as many. A dense one has all rows.
     rows = 2 * micro.tokens if has_sparse_embedding(model, sharding.device) else len(weight)
     return FLOAT32 * rows * weight.shape[1]
-
-
-def unsharded_bytes(model: "PreTrainedModel", sharding: ShardingAndPrecision) -> tuple[int, int]:
-    """Return the bytes that FSDP2 holds unsharded while the head computes, and while it reduces a layer's gradient.
-
-    Embedding, head and final norm are unsharded from their first use in a step to their last. Two layers are unsharded:
-    the current one and the prefetched one. One layer's gradient is unsharded, and has a float32 copy for the reduction.
-    """
-    if sharding.shards == 1:
-        return 0, 0
-    root = sum(p.numel() for name, p in model.named_parameters() if layer_of(name) is None)
-    layers = [list(layer.parameters()) for layer in family_of(model).layers(model)]
-    largest = max((sum(p.numel() for p in layer) for layer in layers), default=0)
-    trained = max((sum(p.numel() for p in layer if p.requires_grad) for layer in layers), default=0)
-    whole = root * FLOAT32
-    return whole, whole + 2 * largest * sharding.precision_bytes + trained * (sharding.precision_bytes + FLOAT32)
