@@ -1,10 +1,13 @@
 """Memory as `plan` counts it against memory as it is allocated: predicted, measured, error.
 
-    python -m benchmarks.memory [parts=steps,runs]
+    python -m benchmarks.memory [parts=steps,sharded,runs]
 
 steps: small models on CPU take real training steps while torch's profiler notes every allocation; what stood before the
 step (weights, optimizer) is added by its size. At the shapes of Qwen3-0.6B and Qwen2.5-7B one forward pass runs on fake
 tensors under autocast, and what autograd keeps is summed.
+
+sharded: the shapes of 7B models on four devices under FSDP2 and bf16 autocast, with fake tensors and fake collectives:
+every tensor that is alive in forward and backward passes of the first of the four ranks.
 
 runs: whole trainings of the shape of Qwen2.5-0.5B by the command line, from a folder in bfloat16, with a validation,
 two checkpoints, export and answers to prompts: the largest resident size of the process against the peak of `plan`.
@@ -22,18 +25,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.live_bytes import LiveBytes
 from benchmarks.machine import describe
 from qwlit.config.compose import compose
 from qwlit.core.batch import MicroBatch
 from qwlit.data.batches import collate
+from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.attention import register_attention
 from qwlit.model.config import Execution
 from qwlit.model.cpu import WORKSPACES
 from qwlit.model.families import FAMILIES
 from qwlit.model.loss_model import LossModel, build_loss_model, build_meta_model
 from qwlit.model.presets import to_hf_config
+from qwlit.model.shard import shard_model
 from qwlit.optim.groups import plan_groups
 from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip
 from qwlit.planning.memory.activations import activation_bytes
@@ -222,6 +229,54 @@ def compare_fake(words: list[str]) -> tuple[float, float]:
     return predicted, float(sum(size for shape, size in kept.sizes.values() if tuple(sorted(shape)) not in shapes))
 
 
+SHARDED = [
+    *(["model=qwen2_7b", f"hardware.activation_checkpointing={level}"] for level in ("none", "selective", "full")),
+    ["model=qwen3_8b", "hardware.activation_checkpointing=full"],
+    ["model=qwen3_4b", "hardware.activation_checkpointing=full"],
+    ["model=qwen2_7b", "hardware.activation_checkpointing=full", "recipe=lora"],
+]
+
+
+def compare_sharded(words: list[str], *, num_micro_batches: int = MICRO_BATCHES) -> tuple[float, float]:
+    """Return predicted and measured bytes of a training step on one of four devices that shard the model."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    config = compose(["hardware=cpu", "recipe=full_sft", "dropout=none", *words]).config
+    machine = replace(
+        resolve_machine(config.hardware, config.determinism, profile="cpu"),
+        activation_checkpointing=config.hardware.activation_checkpointing,  # type: ignore[arg-type]
+        strategy="fsdp",
+        devices=4,
+        precision="bf16-mixed",
+    )
+    frozen = torch.float32 if config.adapter.kind == "none" else torch.bfloat16
+    execution = Execution("sdpa", machine.activation_checkpointing, frozen, torch.bfloat16)
+    meta_model = build_meta_model(config.model, config.adapter, config.dropout, config.freeze)
+    groups = plan_groups(meta_model.named_parameters(), config.optim)
+    micro, size = micro_batch(packing=True)
+    size = replace(size, accumulates=num_micro_batches > 1)
+    estimate = estimate_memory(config, meta_model, groups, machine, execution, size)
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())  # type: ignore[no-untyped-call]
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = LossModel(_as_fake(meta_model, frozen), "sdpa").train()
+            apply_activation_checkpointing(model.causal_lm, machine.activation_checkpointing)
+            shard_model(model, mesh, bf16=True)
+            with LiveBytes() as live:
+                for _ in range(num_micro_batches):
+                    with torch.autocast("cpu", torch.bfloat16):
+                        loss = model(micro).loss_sum
+                    loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        dist.destroy_process_group()
+    # The moments of AdamW: its fused kernel allocates nothing else.
+    moments = estimate.components["optimizer"]
+    return estimate.total - estimate.components["reserve"], live.most + moments
+
+
 def _as_fake(model: Any, frozen_dtype: torch.dtype) -> Any:
     """Give a model on the meta device fake tensors in place of its own."""
     model.set_attn_implementation(register_attention())
@@ -244,6 +299,12 @@ def rows() -> Iterator[Row]:
     for model in ("qwen3_0_6b", "qwen2_5_7b"):
         for recipe in ("full_sft", "lora"):
             yield Row(f"{model}; {recipe}; kept, fake tensors", *compare_fake([f"model={model}", f"recipe={recipe}"]))
+
+
+def sharded() -> Iterator[Row]:
+    for words in SHARDED:
+        names = "; ".join(word.partition("=")[2] for word in words)
+        yield Row(f"{names}; sharded over 4", *compare_sharded(words))
 
 
 def whole_runs() -> Iterator[Row]:
@@ -269,7 +330,7 @@ def whole_runs() -> Iterator[Row]:
             yield Row(f"qwen2_5_0_5b; {recipe}; the whole run", planned, usage.ru_maxrss * 2**10)
 
 
-PARTS = {"steps": rows, "runs": whole_runs}
+PARTS = {"steps": rows, "sharded": sharded, "runs": whole_runs}
 
 
 def main(arguments: list[str]) -> None:

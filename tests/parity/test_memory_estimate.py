@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.memory import SHAPES, WAYS, compare, compare_fake
+from benchmarks.memory import SHAPES, WAYS, compare, compare_fake, compare_sharded
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=["qwen3", "qwen2"])
@@ -28,3 +28,11 @@ def test_a_training_step_allocates_what_the_formulas_say(shape, way, policy):
 def test_at_full_size_autograd_keeps_what_the_formulas_say(words):
     predicted, kept = compare_fake(words)
     assert predicted == pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_fsdp2_allocates_at_the_width_of_a_7b_what_the_formulas_say(level):
+    """Four of its 28 layers: the layers above and below repeat what these do."""
+    words = ["model=qwen2_7b", "model.architecture.num_hidden_layers=4"]
+    predicted, measured = compare_sharded([*words, f"hardware.activation_checkpointing={level}"])
+    assert predicted == pytest.approx(measured, rel=0.05)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwlit.model import head
-from qwlit.model.head import linear_cross_entropy
+from qwlit.model.head import LMHead, linear_cross_entropy
 
 N, D, V = 37, 24, 101
 
@@ -149,3 +149,20 @@ def test_memory_kept_from_call_to_call_is_not_shared_by_threads_and_survives_inf
     with ThreadPoolExecutor(3) as pool:
         for found, value in zip(pool.map(losses, range(3)), expected, strict=True):
             assert max(abs(loss / value - 1) for loss in found) < 1e-6
+
+
+def test_a_head_gathered_in_bfloat16_gets_the_gradient_of_a_float32_weight() -> None:
+    """FSDP2 gathers the weight in bfloat16; its gradient must not be rounded to it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 16, generator=generator)
+    hidden, targets = torch.randn(30, 16, generator=generator), torch.randint(0, 50, (30,), generator=generator)
+    gradients: list[Tensor] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        own = LMHead.of(torch.nn.Linear(16, 50, bias=False))
+        own.weight = torch.nn.Parameter(weight.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = own.loss(hidden, targets, count_correct=False)
+        (loss / 3).backward()
+        assert own.weight.grad is not None
+        gradients.append(own.weight.grad)
+    assert gradients[1].dtype == torch.float32 and torch.equal(*gradients)
