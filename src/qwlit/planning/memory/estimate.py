@@ -80,8 +80,9 @@ def estimate_memory(
         "half-precision copies": autocast_bytes(model, sharding),
     }
     unsharded = unsharded_bytes(model, execution.frozen_dtype, sharding)
-    # With DDP the gradients are in its buckets, which exist all the time.
-    kept_gradients = gradients if micro.accumulates or machine.strategy == "ddp" else 0
+    # With DDP the gradients of the last micro-batch go into its buckets, which exist all the time, and those of the
+    # micro-batches before are kept beside them until then.
+    kept_gradients = gradients * (micro.accumulates + (machine.strategy == "ddp"))
     activations = activation_bytes(model, config.adapter, config.dropout, execution, sharding, micro)
     is_tied, is_sharded = model.config.tie_word_embeddings, sharding.shards > 1
     embedding_share = embedding_gradient_share(model, sharding)
@@ -110,7 +111,7 @@ def estimate_memory(
             "unsharded": unsharded.layers,
         },
         "the lowest layer's backward pass": {
-            "gradients": kept_gradients or gradients - embedding_share,
+            "gradients": gradients if kept_gradients else gradients - embedding_share,
             "activations": activations.lowest_layer,
             "head": head_gradient if is_tied else 0,
             "unsharded": unsharded.layers,
