@@ -93,6 +93,11 @@ def estimate_memory(
     reduced = embedding_share if is_sharded and micro.accumulates else 0
     phases: dict[str, dict[str, float]] = {
         "the embedding of a micro-batch": {"gradients": kept_gradients, "unsharded": unsharded.embedding},
+        "the gathering of the head's weight": {
+            "gradients": kept_gradients,
+            "activations": activations.after_forward,
+            "unsharded": unsharded.head_gather,
+        },
         "the head of a micro-batch": {
             "gradients": kept_gradients,
             "activations": activations.after_forward,

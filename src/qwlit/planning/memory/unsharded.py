@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UnshardedBytes:
-    """What FSDP2 holds at five points of a micro-batch, in its order; everything is 0 without FSDP2."""
+    """What FSDP2 holds at six points of a micro-batch, in its order; everything is 0 without FSDP2."""
 
     embedding: int = 0
     """While the first weights are gathered: those of the root and of the embedding, and the buffer."""
+    head_gather: int = 0
+    """While the weight of a head with its own unit is gathered: the root, that weight, and two buffers."""
     head: int = 0
     """While the head computes: the root, the head's weight, and the buffer of the last layer."""
     head_reduction: int = 0
@@ -70,6 +72,7 @@ def unsharded_bytes(
         return UnshardedBytes(embedding=2 * root, head=root + layer, layers=root + 2 * layer + own_gradient + buffer)
     return UnshardedBytes(
         embedding=root + 2 * gathered(embedding),
+        head_gather=root + layer + 2 * gathered(head, sharding.precision_bytes),
         head=root + layer + gathered(head, sharding.precision_bytes),
         head_reduction=root + 2 * gradient(head) + 2 * layer,
         layers=root + 2 * layer + own_gradient + max(buffer, gradient(head)),
