@@ -333,6 +333,19 @@ def test_what_evaluate_measured_stands_beside_loss_and_time(tmp_path):
     assert said[expected[0]]["value"] == 0 and said[expected[2]]["temperature"] == 0.9
 
 
+def test_an_evaluation_from_before_the_run_was_trained_on_is_named(tmp_path):
+    run = write_run(tmp_path / "a")
+    for step in (100, 200):
+        (run / "checkpoints" / f"step-{step:06}").mkdir(parents=True)
+        (run / "checkpoints" / f"step-{step:06}" / "MANIFEST.json").write_text("{}")
+    for pointer in ("best", "last"):
+        (run / "checkpoints" / pointer).symlink_to("step-000200")
+    for checkpoint, expected in (("step-000200", []), ("step-000100", ["a (step-000100)"])):
+        RunFolder(run).write_json("evaluation.json", {"checkpoint": checkpoint, **evaluation(0.5)})
+        warnings = comparison_warnings(comparison_of(run))
+        assert [text.rpartition(": ")[2] for text in warnings if "`evaluate`" in text] == expected
+
+
 EXACT = ["0.320 (0.250–0.450)", "0.570 (0.500–0.700)"]
 
 

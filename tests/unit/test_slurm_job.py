@@ -237,10 +237,16 @@ def test_texts_that_look_like_numbers_stay_as_they_are_typed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["export WANDB_API_KEY=ab", "export WANDB_API_KEY='a b'", "git clone https://me:ab@host/x"]
+    "line",
+    [
+        *("export WANDB_API_KEY=ab", "export WANDB_API_KEY='a b'", "git clone https://me:ab@host/x"),
+        *("wandb login --relogin ab@x", "hf auth login --token ab@x && true"),
+    ],
 )
 def test_a_secret_that_config_yaml_and_the_jobs_file_would_keep_is_refused(line):
     with pytest.raises(ConfigError, match=r"slurm\.setup: .*\*\*\*.* only you can read") as refused:
         compose([f'slurm.setup=["{line}"]'])
     assert "ab@" not in str(refused.value) and "KEY=a" not in str(refused.value)
-    compose(["slurm.setup=['export HF_TOKEN=$MINE','source ~/secrets']"])
+    compose(
+        ["slurm.setup=['export HF_TOKEN=$MINE','source ~/secrets','wandb login; true','hf auth login --token $MINE']"]
+    )

@@ -11,7 +11,7 @@ from qwlit.commands.options import compose_run, own_options, typed_number
 from qwlit.config.compose import Composed
 from qwlit.config.overrides import format_value
 from qwlit.config.run import RunConfig
-from qwlit.core.errors import ConfigError, QwlitError
+from qwlit.core.errors import ConfigError
 from qwlit.core.files import resolve_path, write_text_atomic
 
 OWN = {"dry_run": ("false", "true"), "seeds": None, "repeats": None, "sweep": None, "trials": None, "tasks": None}
@@ -137,7 +137,7 @@ def _submit(file: Path, text: str) -> None:
     """Write the text to `file` and pass it to sbatch. The last line printed is Slurm's own.
 
     Raises:
-        QwlitError: there is no sbatch, or it refused the job.
+        ConfigError: there is no sbatch, or it refused the job.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError(
@@ -152,5 +152,5 @@ def _submit(file: Path, text: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key in kept}
     done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        raise QwlitError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}")
+        raise ConfigError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}")
     print(done.stdout.strip())

@@ -7,6 +7,8 @@ from typing import Any
 from qwlit.report.compare import RunComparison, canonical
 from qwlit.report.evaluated import question_of
 from qwlit.report.runs import RunRecord
+from qwlit.training.checkpointing.folder import linked_checkpoint
+from qwlit.training.tracking.run_folder import RunFolder
 
 NAMED = 4
 """A list names this many runs and counts the rest."""
@@ -104,13 +106,23 @@ def comparable(runs: Iterable[RunRecord]) -> bool:
 def comparison_warnings(comparison: RunComparison) -> list[str]:
     """Return the warnings that a reader needs before comparing the runs."""
     runs = [run for run in comparison.runs if run.exists]
+    earlier = [f"{run.name} ({checkpoint})" for run in runs if (checkpoint := _evaluated_before(run))]
+    found = [f"These runs have trained on since `evaluate` measured them: {_list(earlier)}"] if earlier else []
     if len(runs) < 2:
-        return []
-    found = [text for condition in CONDITIONS if (text := _difference(condition, runs))]
+        return found
+    found += [text for condition in CONDITIONS if (text := _difference(condition, runs))]
     unknown = [run.name for run in runs if not run.manifest]
     if unknown:
         found.append(f"These runs have no manifest.json, so their device and versions are unknown: {_list(unknown)}")
     return found + _noise(comparison)
+
+
+def _evaluated_before(run: RunRecord) -> str | None:
+    """Return the name of the evaluated checkpoint if it is neither the run's best nor its last one any more."""
+    checkpoint = run.evaluation.get("checkpoint")
+    folder = RunFolder(run.path)
+    linked = {path.name for name in ("best", "last") if (path := linked_checkpoint(folder, name))}
+    return checkpoint if isinstance(checkpoint, str) and linked and checkpoint not in linked else None
 
 
 def _difference(condition: Condition, runs: Iterable[RunRecord]) -> str | None:

@@ -52,7 +52,8 @@ class Certificate:
     def text(self) -> str:
         """Return the certificate as lines for a reader."""
         runs = f"{len(self.runs)} runs in processes of their own"
-        lines = [f"{runs}, {self.compared_steps} steps: {'equal to the bit' if self.equal else 'NOT equal'}"]
+        steps = f"{self.compared_steps} step{'s' * (self.compared_steps != 1)}"
+        lines = [f"{runs}, {steps}: {'equal to the bit' if self.equal else 'NOT equal'}"]
         if self.difference:
             lines.append(f"first difference: step {self.difference.step}, {self.difference.quantity}")
             for run, value in zip(self.runs, self.difference.values, strict=True):
