@@ -99,9 +99,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         precise = torch.promote_types(hidden.dtype, torch.float32)
         head = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if hidden_needs_grad else None
-        grad_weight = torch.empty_like(weight, dtype=precise) if weight_needs_grad else None
-        if grad_weight is not None and len(hidden) == 0:
-            grad_weight.zero_()
+        grad_weight = None
+        if weight_needs_grad and len(hidden) == 0:
+            grad_weight = torch.zeros_like(weight, dtype=precise)
         loss_sum = torch.zeros((), dtype=precise, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         chunks = _chunks(len(hidden), len(weight), hidden.device.type)
@@ -120,8 +120,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     ).sum()
                 if grad_hidden is not None:
                     torch.mm(logits, head, out=grad_hidden[start:end])
-                if grad_weight is not None:
-                    _add_product(grad_weight, logits.T, rows, first=start == 0)
+                if weight_needs_grad:
+                    grad_weight = _add_product(grad_weight, logits.T, rows, precise)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.gradient_dtype = (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
         ctx.mark_non_differentiable(num_correct)
@@ -161,13 +161,13 @@ def _losses(logits: Tensor, targets: Tensor, precise: torch.dtype, *, to_gradien
     return losses
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """Add `left @ right` to `total` in the dtype of `total`: a half-precision product would round at every chunk.
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `total + left @ right` in `dtype`: a half-precision product would round at every chunk.
 
-    The first product overwrites `total`, which has uninitialized memory: this saves filling and reading it.
+    A given total is changed in place; None stands for 0.
     """
-    if left.is_cuda and left.dtype != total.dtype:
-        product = torch.mm(left, right, out_dtype=total.dtype)
-        total.copy_(product) if first else total.add_(product)
-    else:  # CPU kernels cannot return a wider dtype
-        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=0 if first else 1)
+    if left.is_cuda and left.dtype != dtype:
+        product = torch.mm(left, right, out_dtype=dtype)
+        return product if total is None else total.add_(product)
+    left, right = left.to(dtype), right.to(dtype)  # CPU kernels cannot return a wider dtype
+    return left @ right if total is None else total.addmm_(left, right)
