@@ -29,6 +29,8 @@ def facts(words: list[str], *, steps: int = 1000, data: DataFacts = GOOD_DATA, *
     """Return what the rules see of a run of so many steps over good data, unless told otherwise."""
     setup = resolve_setup(compose(words), trust_profile=True)
     schedule = Schedule(setup.config.scheduler, steps)
+    if memory := changes.get("memory"):
+        changes = {"bytes_by_phase": {"training": memory.total}} | changes
     return replace(facts_of(setup), **{"schedule": schedule, "data": data, "tokenizer": TOKENIZER} | changes)
 
 
@@ -119,6 +121,15 @@ def test_no_rule_finds_fault_with_a_recipe_as_it_is(recipe, model, hardware):
         {"not_compiled", "memory", "state_memory", "slow_save"} if recipe in ("full_sft", "freeze") else set()
     )
     assert found <= about_the_machine
+
+
+def test_a_run_that_fits_only_until_it_answers_prompts_is_warned_about():
+    found = facts(
+        ["recipe=lora"], memory=replace(FULL, device=60.0), bytes_by_phase={"training": 50.0, "answering": 61.0}
+    )
+    assert [f.message for f in run_rules(found) if f.name == "memory"] == [
+        "answering needs 0.0 GiB on each device of 0.0 GiB"
+    ]
 
 
 def test_pretraining_is_of_random_weights_and_refused_of_published_ones():

@@ -8,6 +8,8 @@ from qwlit.model.presets import context_length
 from qwlit.optim.schedules import Schedule
 from qwlit.planning.batch_statistics import assume_batches
 from qwlit.planning.memory.estimate import MemoryEstimate
+from qwlit.planning.memory.state import MicroShape
+from qwlit.planning.memory.whole_run import bytes_by_phase
 from qwlit.planning.preflight.rules import DataFacts, PreflightFacts, TokenizerFacts
 from qwlit.planning.saves import plan_saves
 from qwlit.planning.setup import Setup
@@ -15,24 +17,35 @@ from qwlit.planning.setup import Setup
 
 def facts_of(
     setup: Setup,
+    micro: MicroShape | None = None,
     memory: MemoryEstimate | None = None,
     schedule: Schedule | None = None,
     data: DataSplit | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> PreflightFacts:
-    """Collect the facts. An argument is None if it is not available; rules that need it then find nothing."""
-    if memory is None:
+    """Collect the facts. An argument is None if it is not available; rules that need it then find nothing.
+
+    Args:
+        micro: the micro-batch that takes the most memory.
+        memory: what a step takes with it.
+    """
+    if micro is None or memory is None:
         # Without data, the rules that can refuse read only weights, gradients and moments; batches do not matter.
-        _, memory = setup.fit_memory(assume_batches(setup.config, setup.machine.world_size).largest)
+        micro = assume_batches(setup.config, setup.machine.world_size).largest
+        _, memory = setup.fit_memory(micro)
+    config, machine = setup.config, setup.machine
+    saves = plan_saves(setup.groups, config.optim, machine, memory, config.hardware.host_memory_gb)
+    copy = saves.device_copy_bytes(machine)
     return PreflightFacts(
-        config=setup.config,
+        config=config,
         typed=setup.composed.typed,
-        machine=setup.machine,
+        machine=machine,
         execution=setup.execution,
         compile_obstacle=setup.compile_obstacle,
         num_parameters=setup.num_parameters,
         memory=memory,
-        saves=plan_saves(setup.groups, setup.config.optim, setup.machine, memory, setup.config.hardware.host_memory_gb),
+        bytes_by_phase=bytes_by_phase(config, setup.model, machine, setup.execution, memory, micro, copy=copy),
+        saves=saves,
         schedule=schedule,
         highest_lr=max((group.lr for group in setup.groups), default=0.0),
         data=None if data is None else _data_facts(data),

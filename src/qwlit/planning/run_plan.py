@@ -91,8 +91,8 @@ class RunPlan:
 
     @property
     def copy_bytes(self) -> float:
-        """Bytes of device memory that the copy of a checkpoint takes; on CUDA it is in the host's memory."""
-        return self.saves.num_bytes if self.saves.is_copied and self.machine.accelerator == "cpu" else 0.0
+        """Bytes of device memory that the copy of a checkpoint takes."""
+        return self.saves.device_copy_bytes(self.machine)
 
     @cached_property
     def bytes_by_phase(self) -> dict[str, float]:
@@ -186,7 +186,7 @@ def _build_plan(composed: Composed, screen: Console, *, machine: Machine | None,
         batches = measure_batches(data.steps.step_plan, schedule.total_steps)
     fitted, memory = setup.fit_memory(batches.largest)
     known = (data.split, data.tokenized.tokenizer) if data else (None, None)
-    findings = run_rules(facts_of(fitted, memory, schedule, *known))
+    findings = run_rules(facts_of(fitted, batches.largest, memory, schedule, *known))
     if not preview:
         refuse(findings)
     flops = count_flops(setup.model)

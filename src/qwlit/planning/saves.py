@@ -29,6 +29,10 @@ class SavePlan:
         """Seconds until a checkpoint is on the disk."""
         return self.num_bytes / self.writers / WRITE_SPEED
 
+    def device_copy_bytes(self, machine: Machine) -> float:
+        """Return the bytes of device memory that the copy takes; on CUDA it is in the host's memory."""
+        return self.num_bytes if self.is_copied and machine.accelerator == "cpu" else 0.0
+
 
 HOST_SHARE = 0.5
 """Of a node's host memory, for the copies of its ranks; the rest is for processes, loaders and the page cache.

@@ -41,12 +41,13 @@ def eager_attention(facts: PreflightFacts) -> Result:
 def memory(facts: PreflightFacts) -> Result:
     """A run that does not fit fails in its first steps. If layers are compiled, the estimate is an upper bound."""
     estimate = facts.memory
-    if estimate.fits is not False or _state(facts) > estimate.device:
+    if not estimate.device or _state(facts) > estimate.device:
         return None
-    return (
-        f"the run needs {_compared(facts, estimate.total)}",
-        "`plan` with the same overrides lists what would make it fit",
-    )
+    remedy = "`plan` with the same overrides lists what would make it fit"
+    if not estimate.fits:
+        return f"the run needs {_compared(facts, estimate.total)}", remedy
+    phase, size = max(facts.bytes_by_phase.items(), key=lambda item: item[1])
+    return (f"{phase} needs {_compared(facts, size)}", remedy) if size > estimate.device else None
 
 
 @rule("error", source="`plan`, from the model's shape")

@@ -53,6 +53,8 @@ class PreflightFacts:
     """Why hardware.compile=auto does not compile the layers; None if it does."""
     num_parameters: int
     memory: "MemoryEstimate"
+    bytes_by_phase: Mapping[str, float]
+    """The memory of each phase of the run on one device, see `memory.whole_run`."""
     saves: "SavePlan"
     schedule: Schedule | None
     """Learning-rate schedule with the number of steps."""
