@@ -7,6 +7,7 @@ Each run has dropout, packing, two workers, a validation and a checkpoint.
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def test_a_planted_operation_that_is_not_deterministic_is_no_certificate(place, 
     words = ["verify", *WORDS, "run.name=planted", "steps=3", "repeats=2"]
     path = os.pathsep.join(filter(None, [str(tmp_path), ENVIRONMENT.get("PYTHONPATH")]))
     done = start(words, place, code=4, PYTHONPATH=path)
-    assert "not equal: step 1 differs in loss_sum" in done.stderr
+    # Random weights make so small activations that the loss of the first step can round to the same number.
+    assert re.search("not equal: step 1 differs in (loss_sum|grad_norm)", done.stderr), done.stderr
     assert "equal to the bit" in start(words, place).stdout
 
 
