@@ -17,5 +17,9 @@ def draw_temperature_curves(curves: Mapping[str, Sequence[Quality]], metric: str
             axes.fill_between(
                 temperatures, [p.low for p in curve], [p.high for p in curve], color=colour, alpha=0.15, linewidth=0
             )
-        axes.legend(title="95 % band: bootstrap over the prompts", title_fontsize=8)
+        # Above the axes, where no curve can be.
+        note = "95 % band: bootstrap over the prompts"
+        axes.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(curves), 4), title=note, title_fontsize=8
+        )
         picture.savefig(file, dpi=150)
