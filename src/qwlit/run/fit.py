@@ -25,10 +25,10 @@ from qwlit.run.resume import ResumePoint
 from qwlit.training.checkpointing.checkpoint import NOT_LOADABLE, not_loadable
 from qwlit.training.data_module import StepDataModule
 from qwlit.training.module import CausalLMModule
+from qwlit.training.rank_launcher import kill_started_ranks, lost_rank, share_launcher, stop_watching_ranks
 from qwlit.training.resilience.rollback import RollbackNeeded
 from qwlit.training.telemetry import Listener
 from qwlit.training.tracking.wandb_run import WandbRun
-from qwlit.training.trainer import kill_started_ranks, lost_rank, share_launcher, stop_watching_ranks
 
 if TYPE_CHECKING:
     from qwlit.run.training_run import TrainingRun
