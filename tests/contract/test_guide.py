@@ -2,7 +2,8 @@
 
 import pytest
 
-from qwlit.config.compose import compose, conf_dir, group_options
+from qwlit.config.compose import compose
+from qwlit.config.groups import conf_dir, group_options
 from qwlit.model.config import DECODER_LINEARS
 
 # Stage: lr, warm-up, decay, weight decay, not decayed, dropout of attention and feed-forward.

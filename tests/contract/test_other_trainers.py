@@ -18,7 +18,8 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from qwlit.commands.options import own_options
-from qwlit.config.compose import as_tree, check, check_arguments, compose, group_options
+from qwlit.config.compose import as_tree, check, check_arguments, compose
+from qwlit.config.groups import group_options
 from qwlit.config.other_trainers import REPLACED_BY
 from qwlit.config.other_trainers_options import (
     OTHERS,

@@ -13,7 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf._utils import get_yaml_loader
 
-from qwlit.config.compose import check, check_arguments, compose, conf_dir, dump, group_options
+from qwlit.config.compose import check, check_arguments, compose, dump
+from qwlit.config.groups import conf_dir, group_options
 from qwlit.config.overrides import repeated_keys
 from qwlit.core.errors import ConfigError
 from qwlit.data.config import parts_of, validation_sets
@@ -207,7 +208,7 @@ def test_what_is_wrong_is_said_in_one_line_with_the_field(words, said):
 
 def test_settings_composed_twice_are_independent_and_an_edited_file_is_read_again(tmp_path, monkeypatch):
     settings = shutil.copytree(conf_dir(), tmp_path / "conf")
-    monkeypatch.setattr("qwlit.config.compose.conf_dir", lambda: settings)
+    monkeypatch.setattr("qwlit.config.groups.conf_dir", lambda: settings)
     assert [compose(words).config.optim.lr for words in ([], ["optim.lr=1"], [])] == [1e-5, 1, 1e-5]
     recipe = settings / "recipe" / "full_sft.yaml"
     recipe.write_text(recipe.read_text().replace("lr: 1.0e-5", "lr: 3.0e-5"))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwlit.config.compose import group_options
+from qwlit.config.groups import group_options
 from tests.published import CONFIGS, published_folder, small_config, write
 from tests.runs.runs import qwlit, qwlit_process, summary, weights
 

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 import qwlit
-from qwlit.config.compose import compose, conf_dir
+from qwlit.config.compose import compose
+from qwlit.config.groups import conf_dir
 from qwlit.core.errors import ConfigError, Preempted
 from qwlit.core.files import read_json_lines
 from qwlit.run.named_loggers import named_loggers

@@ -12,7 +12,8 @@ import optuna
 import pytest
 import yaml
 
-from qwlit.config.compose import compose, conf_dir, dump
+from qwlit.config.compose import compose, dump
+from qwlit.config.groups import conf_dir
 from qwlit.config.run import recipe_settings
 from qwlit.core.errors import ConfigError
 from qwlit.tuning.best import as_experiment, fewest_overrides, write_best

@@ -284,7 +284,8 @@ def _groups_and_settings(prefixes: tuple[str, ...], replaced: str) -> str:
     Args:
         replaced: what replaces the defaults, if anything does.
     """
-    from qwlit.config.compose import compose, group_options
+    from qwlit.config.compose import compose
+    from qwlit.config.groups import group_options
     from qwlit.config.overrides import format_value
 
     groups = "".join(_entry(name, ", ".join(options)) for name, options in group_options().items())

@@ -64,7 +64,7 @@ def own_options(
 def _is_setting(key: str) -> bool:
     from dataclasses import fields
 
-    from qwlit.config.compose import group_options
+    from qwlit.config.groups import group_options
     from qwlit.config.run import RunConfig
 
     name = key.lstrip("+~").partition(".")[0]

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from qwlit.config.compose import as_tree, compose, group_options
+from qwlit.config.compose import as_tree, compose
+from qwlit.config.groups import group_options
 from qwlit.config.run import RunConfig, flatten
 from qwlit.core.errors import ConfigError, one_line
 from qwlit.core.files import read_json, read_json_lines, write_text_atomic

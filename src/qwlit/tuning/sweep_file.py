@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from qwlit.config.compose import SWEEPS, conf_dir
+from qwlit.config.groups import SWEEPS, conf_dir
 from qwlit.core.errors import ConfigError, nearest
 from qwlit.core.files import resolve_path
 from qwlit.core.metric import Metric
