@@ -115,6 +115,8 @@ def main(arm: str, folder: str, out: str) -> None:
     case = read_case(place)
     record = Record(case)
     ARMS[arm](case, place, record)
+    if len(record.ends) != case.steps:
+        raise SystemExit(f"{arm} trained {len(record.ends)} steps, not {case.steps}")
     peak = torch.cuda.max_memory_allocated() if case.on_cuda else None
     Path(out).write_text(json.dumps({"losses": record.losses, "ends": record.ends, "device_peak": peak}))
 

@@ -152,7 +152,11 @@ def _watching(run: "TrainingRun", guard: Guard, listeners: Sequence[Listener]) -
     if not config.guard.enabled:
         telemetry = Telemetry(milestones, listeners, run.plan.flops, machine)
         return telemetry, [telemetry]
-    growth = SlowDivergence(guard, is_pretrained=config.model.init == "pretrained")
+    growth = SlowDivergence(
+        guard,
+        is_pretrained=config.model.init == "pretrained",
+        vocab_size=run.loss_model.causal_lm.config.vocab_size,
+    )
     gauges = StepGauges(milestones, config.train.max_grad_norm)
     telemetry = Telemetry(milestones, (*listeners, growth.read), run.plan.flops, machine, gauges)
     probe = build_probe(run, guard, telemetry)
