@@ -19,6 +19,8 @@ from benchmarks.arms import raw
 from benchmarks.work import Case, Record, read_case
 
 aten = torch.ops.aten
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""An operator, its arguments and its named arguments; layouts stand for tensors."""
 PRODUCTS = (
     *(aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addmm_),
     *(aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward),
@@ -30,7 +32,7 @@ class Shapes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -59,14 +61,30 @@ def _shape(value: Any) -> Any:
     return Layout((value.shape, value.stride(), value.dtype)) if isinstance(value, Tensor) else value
 
 
-def _tensor(value: Any, place: Any, made: dict[Any, Tensor]) -> Any:
-    """Return the tensor of a layout; two arguments of a call never share one."""
-    if not isinstance(value, Layout):
-        return value
-    if (place, value) not in made:
+def _extent(layout: Layout) -> int:
+    """Return how many elements of memory a tensor of this layout spans."""
+    shape, stride, _ = layout
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
+
+
+class Memory:
+    """One memory for each argument and dtype, of which every tensor is a view: the logits alone have many shapes."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        sizes: dict[tuple[Any, torch.dtype], int] = {}
+        for _, args, kwargs in calls:
+            for place, value in (*enumerate(args), *kwargs.items()):
+                if isinstance(value, Layout):
+                    key = place, value[2]
+                    sizes[key] = max(sizes.get(key, 0), _extent(value))
+        self._memory = {key: torch.empty(size, dtype=key[1]).normal_() for key, size in sizes.items()}
+
+    def tensor(self, place: Any, value: Any) -> Any:
+        """Return the tensor of a layout; two arguments of a call never share one."""
+        if not isinstance(value, Layout):
+            return value
         shape, stride, dtype = value
-        made[place, value] = torch.empty_strided(shape, stride, dtype=dtype).normal_()
-    return made[place, value]
+        return self._memory[place, dtype].as_strided(shape, stride)
 
 
 def main(_: str, folder: str, out: str) -> None:
@@ -75,14 +93,14 @@ def main(_: str, folder: str, out: str) -> None:
     with shapes:
         raw(case, Path(folder), record)
     calls = shapes.calls[record.counts[0] : record.counts[-1]]
-    made: dict[Any, Tensor] = {}
+    memory = Memory(calls)
     seconds = 0.0
     with torch.no_grad():
         for _ in range(2):
             began = time.perf_counter()
             for func, args, kwargs in calls:
-                filled = [_tensor(value, place, made) for place, value in enumerate(args)]
-                func(*filled, **{name: _tensor(value, name, made) for name, value in kwargs.items()})
+                filled = [memory.tensor(place, value) for place, value in enumerate(args)]
+                func(*filled, **{name: memory.tensor(name, value) for name, value in kwargs.items()})
             seconds = time.perf_counter() - began
     result = {"calls": len(calls), "seconds_per_step": seconds / (len(record.counts) - 1)}
     Path(out).write_text(json.dumps(result))

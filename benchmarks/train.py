@@ -148,24 +148,26 @@ def main(arguments: list[str]) -> None:
         arms = [arm for arm in asked if not (case.adapter and arm == "litgpt")]
         found, products = measure(case, arms, int(options.get("rounds", "1")))
         results[case.name] = {
+            "machine": machine,
             "command": shlex.join(["python", "-m", "benchmarks.train", *arguments]),
             "case": asdict(case),
             "arms": {arm: asdict(seen) for arm, seen in found.items()},
             "products_seconds_per_step": products,
         }
-        place.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-        place.with_suffix(".md").write_text(page(machine, results))
-    print(page(machine, results))
+        place.write_text(json.dumps({"results": results}, indent=1) + "\n")
+        place.with_suffix(".md").write_text(page(results))
+    print(page(results))
 
 
-def page(machine: dict[str, Any], results: dict[str, Any]) -> str:
-    lines = ["# Trainers side by side", "", ", ".join(f"{k} {v}" for k, v in machine.items()), ""]
+def page(results: dict[str, Any]) -> str:
+    lines = ["# Trainers side by side", ""]
     lines += [f"**{arm}**: {' '.join((run.__doc__ or '').split())}  " for arm, run in ARMS.items()] + [""]
     for case in (*CASES, *CUDA_CASES):
         if case.name in results:
             result = results[case.name]
             arms = {arm: Measured(**seen) for arm, seen in result["arms"].items()}
-            lines += [f"### {case.name}", "", f"`{result['command']}`", "", *table(case, arms)]
+            machine = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+            lines += [f"### {case.name}", "", f"`{result['command']}`", "", machine, "", *table(case, arms)]
             if products := result.get("products_seconds_per_step"):
                 share = products / median(arms["qwlit"].seconds_per_step)
                 lines += [f"The matrix products of a step alone, back to back, take {share:.0%} of qwlit's step.", ""]
