@@ -271,6 +271,7 @@ def compare_sharded(words: list[str], *, num_micro_batches: int = MICRO_BATCHES)
                         loss = model(micro).loss_sum
                     loss.backward()  # type: ignore[no-untyped-call]
     finally:
+        WORKSPACES.clear()  # of fake tensors
         dist.destroy_process_group()
     # The moments of AdamW: its fused kernel allocates nothing else.
     moments = estimate.components["optimizer"]

@@ -34,7 +34,7 @@ from qwlit.core.waiting import call_with_timeout
 from qwlit.run import fit, training_run
 from qwlit.run.finish import print_summary
 from qwlit.run.resume import ResumePoint
-from qwlit.training import machine, trainer
+from qwlit.training import machine, rank_launcher, strategies
 from qwlit.training.config import HardwareConfig, LoggerConfig
 from qwlit.training.tracking import run_lock
 from qwlit.training.tracking.run_folder import RunFolder
@@ -262,7 +262,7 @@ def test_no_rank_that_rank_0_has_started_outlives_the_training(raised, monkeypat
         raise raised
 
     monkeypatch.setattr(fit, "mark_process_group_joined", lambda: None)
-    launcher = trainer._Launcher(LightningEnvironment(), 2, 1)
+    launcher = rank_launcher.RankLauncher(LightningEnvironment(), 2, 1)
     launcher.children = [subprocess.Popen(["sleep", "20"])]
     two_ranks = SimpleNamespace(world_size=2, fit=end, strategy=SimpleNamespace(launcher=launcher))
     with pytest.raises(type(raised)):
@@ -296,7 +296,7 @@ def no_threads_left():
         assert not thread.is_alive(), thread
 
 
-class OneOfTwo(trainer._Replicated):
+class OneOfTwo(strategies._Replicated):
     """Rank 0 of two, the other of which never comes."""
 
     root_device = torch.device("cpu")
@@ -334,7 +334,7 @@ def test_ranks_that_cannot_meet_end_in_one_line(taken, seconds, said, monkeypatc
 @pytest.mark.parametrize("address", ["nosuch.invalid", "x" * 64])
 @pytest.mark.usefixtures("no_threads_left")
 def test_an_address_that_cannot_be_looked_up_is_named_at_once(address, monkeypatch):
-    monkeypatch.setattr(trainer, "LOOK_UP_SECONDS", 0.1)
+    monkeypatch.setattr(strategies, "LOOK_UP_SECONDS", 0.1)
     for name, value in (BY_HAND | {"LOCAL_RANK": "0", "MASTER_ADDR": address}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=rf"MASTER_ADDR={address}: .* cannot look up .*; set MASTER_ADDR"):
@@ -350,7 +350,7 @@ def test_an_address_may_be_known_only_after_some_time(monkeypatch):
 
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    trainer._look_up("node1")
+    strategies._look_up("node1")
     assert next(answers, "all") == "all"
 
 
@@ -359,7 +359,7 @@ def test_a_rank_of_qwlits_own_launcher_is_not_told_to_unset_variables(monkeypatc
     for name, value in (BY_HAND | {"LOCAL_RANK": "0", "MASTER_PORT": str(free_port())}).items():
         monkeypatch.setenv(name, value)
     strategy = OneOfTwo(0.3)
-    strategy._launcher = trainer._Launcher(LightningEnvironment(), 2, 1)
+    strategy._launcher = rank_launcher.RankLauncher(LightningEnvironment(), 2, 1)
     with pytest.raises(QwlitError, match=r"not all 2 ranks met .* within 0\.3 s \(hardware\.timeout_seconds\)$"):
         strategy.setup_environment()
 
