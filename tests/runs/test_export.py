@@ -409,6 +409,7 @@ def test_options_that_make_no_sense_are_refused(words, said, trained, tmp_path):
 @slow
 def test_transformers_serve_answers_a_request_from_an_export(trained):
     """With `pip install "transformers[serving]"`, which is no dependency of qwlit."""
+    pytest.importorskip("openai")
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     folder = trained("qwen3", "full") / "export"
