@@ -31,8 +31,8 @@ def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
     family = family_of(model.causal_lm)
     for layer in family.layers(model.causal_lm):
         fully_shard(layer, mesh=mesh, mp_policy=bf16_policy)
-    embedding, head = family.embedding(model.causal_lm), family.head(model.causal_lm)
-    if embedding.weight is not head.weight:
+    if not family.is_tied(model.causal_lm):
+        embedding, head = family.embedding(model.causal_lm), family.head(model.causal_lm)
         fully_shard(embedding, mesh=mesh, mp_policy=policy)
         fully_shard(head, mesh=mesh, mp_policy=bf16_policy)
         register_fsdp_forward_method(head, "loss")

@@ -54,6 +54,10 @@ class ModelFamily:
         """Return the head. Its weight (V, D) is the embedding's where both are tied."""
         return model.lm_head
 
+    def is_tied(self, model: "PreTrainedModel") -> bool:
+        """Whether head and embedding are one weight."""
+        return self.head(model).weight is self.embedding(model).weight
+
     def rebuild_rotary(self, model: "PreTrainedModel") -> None:
         """Compute the rotary embedding's buffers: no file has them, and on the meta device they have no values."""
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)

@@ -134,7 +134,7 @@ def lm_head_bytes(
     block = min(rows, rows_within(BLOCK_BYTES, vocab, sharding.device))
     trained = weight.requires_grad
     # FSDP2 gathers a head with its own unit in half precision. A frozen head may have half precision already.
-    is_gathered_half = sharding.shards > 1 and weight is not family.embedding(model).weight
+    is_gathered_half = sharding.shards > 1 and not family.is_tied(model)
     is_stored_half = not trained and frozen_dtype.itemsize == sharding.precision_bytes
     has_copy = sharding.mixed and not is_gathered_half and not is_stored_half
     copy = sharding.precision_bytes * vocab * width if has_copy else 0

@@ -51,7 +51,7 @@ def unsharded_bytes(
         return UnshardedBytes()
     family = family_of(model)
     embedding, head = family.embedding(model).weight, family.head(model).weight
-    has_own_units = embedding is not head
+    has_own_units = not family.is_tied(model)
 
     def gathered(parameter: "nn.Parameter", size: int = FLOAT32) -> int:
         return parameter.numel() * (size if parameter.requires_grad else frozen_dtype.itemsize)
