@@ -32,7 +32,7 @@ FAKE = OptimizerKind(
     build=lambda groups, config: torch.optim.Adagrad([torch_group(group) for group in groups]),
     state_bytes=lambda name, parameter, config: 7,
     step_bytes=lambda groups, share: 2 * 2**30,
-    can_be_sharded=False,
+    sharding="none",
     allows_strict=False,
 )
 

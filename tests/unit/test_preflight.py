@@ -89,6 +89,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "memory": ({"words": [], "memory": FULL}, {"words": [], "memory": replace(FULL, device=50.0)}),
     "state_memory": ({"words": [], "memory": replace(FULL, device=29.0)}, {"words": [], "memory": FULL}),
+    "host_memory": (
+        {"words": [A100], "memory": replace(FULL, host=50.0, host_limit=40.0)},
+        {"words": [A100], "memory": replace(FULL, host=40.0, host_limit=40.0)},
+    ),
     "not_compiled": ({"words": [A100]}, {"words": [A100, "dropout=none"]}),
     "paged_on_cpu": ({"words": ["optim=paged_adamw"]}, {"words": [A100, "optim=paged_adamw"]}),
 }

@@ -80,6 +80,9 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
             "device_gib": memory.device / GIB if memory.device else None,
             "fullest_at": memory.phase,
             "activation_checkpointing": machine.activation_checkpointing,
+            "offload_optimizer": machine.offload_optimizer,
+            "host_gib": memory.host / GIB,
+            "price": asdict(plan.price),
             "phases_gib": {phase: size / GIB for phase, size in plan.bytes_by_phase.items()},
         },
         "fits": plan.fits,
@@ -112,11 +115,12 @@ def as_json(plan: "RunPlan", remedies: "list[Remedy]", mfu: float) -> dict[str, 
 def show(plan: "RunPlan", remedies: "list[Remedy]", mfu: float, screen: Console) -> None:
     """Print the plan for a person."""
     machine = plan.machine
+    on_host = ", optimizer on the host" if machine.offload_optimizer else ""
     compiled = ", layers compiled" if plan.execution.compiled else ""
     screen.print(f"[bold]{escape(str(plan.config.run.name))}[/]  on {machine.world_size} x {machine.device_name}")
     screen.print(
         f"  strategy {machine.strategy}, precision {machine.precision}, attention {plan.setup.attention}"
-        f", activation checkpointing {machine.activation_checkpointing}{compiled}"
+        f", activation checkpointing {machine.activation_checkpointing}{on_host}{compiled}"
     )
     _show_parameters(plan, screen)
     _show_memory(plan, remedies, screen)
@@ -150,6 +154,10 @@ def _show_memory(plan: "RunPlan", remedies: "list[Remedy]", screen: Console) -> 
         screen.print(f"  {name:<22}{size / GIB:>8.2f} GiB  [cyan]{bar}[/]")
     whole_run = (f"{phase} {size / GIB:.2f}" for phase, size in phases.items())
     screen.print(f"  the whole run: {', '.join(whole_run)} GiB")
+    if memory.host:
+        screen.print(f"  the host's memory: {memory.host / GIB:.1f} GiB per device for the optimizer")
+    if price := str(plan.price):
+        screen.print(f"  costs in time: {price}")
     if plan.fits is False:
         screen.print(
             "  overrides that would fit, cheapest first:" if remedies else "  no override tried here would fit"

@@ -10,6 +10,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a shard slice only."""
+    return isinstance(tensor, DTensor)
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole tensor. For a sharded tensor this is a collective: all ranks must call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -21,6 +26,13 @@ def own_slice_range(tensor: Tensor) -> tuple[int, int]:
         return 0, len(tensor)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return offset[0], offset[0] + shape[0]
+
+
+def sharded_as(template: Tensor, own_slice: Tensor) -> Tensor:
+    """Return a tensor sharded as `template` is; `own_slice` may be on another device, as with FSDP2's CPU offload."""
+    assert isinstance(template, DTensor)
+    # from_local would move the slice to the mesh's device, and FSDP2 may split unevenly.
+    return DTensor(own_slice, template._spec, requires_grad=False)
 
 
 def copy_own_slice(target: Tensor, whole: Tensor) -> None:

@@ -95,6 +95,7 @@ def for_one_device(composed: Composed) -> Composed:
     hardware: dict[str, Any] = {
         **{"accelerator": "auto", "devices": 1, "num_nodes": 1, "gpu": None, "gpu_memory_gb": None},
         **{"strategy": "auto", "precision": "auto", "activation_checkpointing": "none", "compile": False},
+        "offload_optimizer": False,
     }
     free = {key: value for key, value in hardware.items() if f"hardware.{key}" not in composed.typed}
     config = composed.config

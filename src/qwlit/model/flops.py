@@ -25,6 +25,9 @@ class Flops:
     """FLOPs of the last layer's feed-forward block and of the head, which compute the label positions only."""
     per_token_pair: float
     """FLOPs of attention for each pair of a query and a key."""
+    recomputed_per_token: float = 0.0
+    """FLOPs of the forward pass of all layers that have a backward pass: what activation checkpointing adds with the
+    levels full and offload. They are not model FLOPs."""
 
     def of(self, *, num_tokens: int, num_supervised_tokens: int, num_token_pairs: float) -> float:
         return (
@@ -45,10 +48,11 @@ def count_flops(model: "PreTrainedModel") -> Flops:
     lowest = lowest_trained_layer(model)
     head = family.head(model).weight
     per_supervised_token = 2.0 * head.numel() * (2 + head.requires_grad)
-    per_token = per_token_pair = 0.0
+    per_token = per_token_pair = recomputed = 0.0
     for index, layer in enumerate(layers):
         passes = 2 if index >= lowest else 1
         per_token += _linear_flops(family.attention(layer), passes)
+        recomputed += (passes - 1) * _forward_flops(layer)
         if layer is layers[-1]:
             per_supervised_token += _linear_flops(family.feed_forward(layer), passes)
         else:
@@ -56,7 +60,7 @@ def count_flops(model: "PreTrainedModel") -> Flops:
         # Two products: the scores, and the weighted sum of values. The backward pass has two products for each.
         width = family.attention(layer).head_dim * model.config.num_attention_heads
         per_token_pair += 2 * 2 * width * (2 * passes - 1)
-    return Flops(per_token, per_supervised_token, per_token_pair)
+    return Flops(per_token, per_supervised_token, per_token_pair, recomputed)
 
 
 def lowest_trained_layer(model: "PreTrainedModel") -> int:
@@ -73,3 +77,8 @@ def _linear_flops(block: nn.Module, passes: int) -> float:
     """Return the FLOPs per token of a block's linear layers: `passes` products and the weights' gradients."""
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     return sum(2.0 * m.in_features * m.out_features * (passes + m.weight.requires_grad) for m in linears)
+
+
+def _forward_flops(block: nn.Module) -> float:
+    """Return the FLOPs per token of the forward pass of a block's linear layers."""
+    return sum(2.0 * m.in_features * m.out_features for m in block.modules() if isinstance(m, nn.Linear))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwlit.core.patterns import is_kind
 from qwlit.core.quiet import quieten_bitsandbytes
@@ -49,8 +49,11 @@ class OptimizerKind:
     clips_and_skips: bool = False
     """Whether its kernels divide the gradients by `grad_scale` and skip the step where `found_inf` is 1. For other
     optimizers `SkippableOptimizer` does both."""
-    can_be_sharded: bool = True
-    """Whether it works on parameters that FSDP2 shards."""
+    sharding: Literal["whole", "slices", "none"] = "whole"
+    """What it gets of a parameter that FSDP2 shards: the sharded tensor, which it treats as a whole; this rank's shard
+    slice; or nothing, because it cannot be sharded."""
+    can_step_on_host: bool = False
+    """Whether `HostOptimizer` can step it: each element alone, and fast enough on CPU."""
     needs_rows_on_each_rank: bool = False
     """Whether it fails on a sharded parameter with fewer rows than there are ranks."""
     allows_strict: bool = True
@@ -165,7 +168,8 @@ def _bitsandbytes_kind(class_name: str, *, bits: int, is_paged: bool) -> Optimiz
     return OptimizerKind(
         build=partial(_bitsandbytes, class_name=class_name, bits=bits),
         state_bytes=_state_bytes_8bit if bits == 8 else _adamw_state_bytes,
-        can_be_sharded=False,
+        sharding="slices",
+        needs_rows_on_each_rank=True,
         allows_strict=False,
         is_paged=is_paged,
         has_adamw_lr_limit=True,
@@ -178,6 +182,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         build=_adamw,
         state_bytes=_adamw_state_bytes,
         clips_and_skips=True,
+        can_step_on_host=True,
         has_amsgrad=True,
         has_adamw_lr_limit=True,
         has_adamw_lr_range=True,
@@ -192,7 +197,13 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         has_momentum=True,
         has_adamw_lr_limit=True,
     ),
-    "sgd": OptimizerKind(build=_sgd, state_bytes=_sgd_state_bytes, step_bytes=_sgd_step_bytes, has_momentum=True),
+    "sgd": OptimizerKind(
+        build=_sgd,
+        state_bytes=_sgd_state_bytes,
+        step_bytes=_sgd_step_bytes,
+        can_step_on_host=True,
+        has_momentum=True,
+    ),
     "adamw_8bit": _bitsandbytes_kind("AdamW8bit", bits=8, is_paged=False),
     "paged_adamw": _bitsandbytes_kind("PagedAdamW32bit", bits=32, is_paged=True),
     "paged_adamw_8bit": _bitsandbytes_kind("PagedAdamW8bit", bits=8, is_paged=True),

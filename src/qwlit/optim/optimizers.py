@@ -1,22 +1,41 @@
 """Build the optimizer from the parameter groups, set its learning rates, and tell it to clip or to skip a step."""
 
+from collections.abc import Iterator
+from functools import partial
+
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qwlit.core.copies import Copies
+from qwlit.core.sharding import is_sharded
 from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import ParameterGroup
+from qwlit.optim.host import HostOptimizer
 from qwlit.optim.kinds import OPTIMIZERS
 from qwlit.optim.skippable import SkippableOptimizer
+from qwlit.optim.stand_ins import SliceOptimizer
 
 
-def build_optimizer(groups: list[ParameterGroup], config: OptimConfig) -> Optimizer:
-    """Build the optimizer; each of its groups keeps its peak learning rate as `peak_lr`."""
+def build_optimizer(groups: list[ParameterGroup], config: OptimConfig, to_host: Copies | None = None) -> Optimizer:
+    """Build the optimizer; each of its groups keeps its peak learning rate as `peak_lr`.
+
+    Args:
+        to_host: copies to the host, on which the optimizer steps; None: it steps on the device.
+    """
+    if to_host is not None:
+        return HostOptimizer(groups, partial(build_optimizer, config=config), to_host)
+    if OPTIMIZERS[config.name].sharding == "slices" and any(map(is_sharded, _parameters(groups))):
+        return SliceOptimizer(groups, partial(build_optimizer, config=config))
     by_algorithm: dict[str, list[ParameterGroup]] = {}
     for group in groups:
         by_algorithm.setdefault(group.algorithm, []).append(group)
     parts = [OPTIMIZERS[algorithm].build(found, config) for algorithm, found in by_algorithm.items()]
     clips_and_skips = len(parts) == 1 and OPTIMIZERS[config.name].clips_and_skips
     return parts[0] if clips_and_skips else SkippableOptimizer(*parts)
+
+
+def _parameters(groups: list[ParameterGroup]) -> Iterator[Tensor]:
+    return (parameter for group in groups for parameter in group.parameters.values())
 
 
 def set_learning_rate(optimizer: Optimizer, lr_multiplier: float) -> None:

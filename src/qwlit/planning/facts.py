@@ -34,7 +34,7 @@ def facts_of(
         micro = assume_batches(setup.config, setup.machine.world_size).largest
         _, memory = setup.fit_memory(micro)
     config, machine = setup.config, setup.machine
-    saves = plan_saves(setup.groups, config.optim, machine, memory, config.hardware.host_memory_gb)
+    saves = plan_saves(setup.groups, config.optim, machine, memory)
     copy = saves.device_copy_bytes(machine)
     return PreflightFacts(
         config=config,

@@ -70,6 +70,7 @@ def _smaller(composed: Composed) -> list[list[str]]:
     tokens = hardware.micro_batch_tokens
     candidates = [["hardware.strategy=auto"]] if hardware.strategy == "ddp" else []
     candidates += [[f"hardware.activation_checkpointing={level}"] for level in levels]
+    candidates += [["hardware.offload_optimizer=auto"]] if not hardware.offload_optimizer else []
     candidates += [
         [f"hardware.micro_batch_tokens={tokens // part}"] for part in (2, 4) if tokens and tokens >= 2 * part
     ]

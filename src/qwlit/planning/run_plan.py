@@ -25,6 +25,7 @@ from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.memory.whole_run import bytes_by_phase
 from qwlit.planning.preflight.rules import Finding, refuse, run_rules
+from qwlit.planning.price import Price, price_of
 from qwlit.planning.saves import SavePlan, plan_saves
 from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
 from qwlit.planning.steps import PlannedSteps, plan_schedule, plan_steps
@@ -86,8 +87,7 @@ class RunPlan:
 
     @cached_property
     def saves(self) -> SavePlan:
-        host_memory_gb = self.config.hardware.host_memory_gb
-        return plan_saves(self.setup.groups, self.config.optim, self.machine, self.memory, host_memory_gb)
+        return plan_saves(self.setup.groups, self.config.optim, self.machine, self.memory)
 
     @property
     def copy_bytes(self) -> float:
@@ -101,6 +101,11 @@ class RunPlan:
         return bytes_by_phase(
             setup.config, setup.model, setup.machine, setup.execution, self.memory, micro, copy=self.copy_bytes
         )
+
+    @property
+    def price(self) -> Price:
+        """What the level of memory costs in time."""
+        return price_of(self)
 
     @property
     def peak_bytes(self) -> float:

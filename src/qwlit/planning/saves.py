@@ -35,8 +35,8 @@ class SavePlan:
 
 
 HOST_SHARE = 0.5
-"""Of a node's host memory, for the copies of its ranks; the rest is for processes, loaders and the page cache.
-Assumption."""
+"""Of a node's host memory, for the copies of its ranks and optimizers that step there; the rest is for processes,
+loaders and the page cache. Assumption."""
 
 
 def plan_saves(
@@ -44,14 +44,10 @@ def plan_saves(
     config: OptimConfig,
     machine: Machine,
     memory: MemoryEstimate,
-    host_memory_gb: int | None = None,
 ) -> SavePlan:
     """Return the size of a checkpoint, and whether this machine has the memory for a copy of it.
 
     On CPU the copy takes the memory of the training. On CUDA it takes the host's.
-
-    Args:
-        host_memory_gb: of each node; None: it is not looked at.
     """
     num_weights = sum(group.size for group in groups)
     num_bytes = 4.0 * num_weights + state_bytes(groups, config, lambda parameter: parameter.numel())
@@ -60,5 +56,6 @@ def plan_saves(
         is_copied = memory.device <= 0 or memory.total + num_bytes <= memory.device
     else:
         copies = num_bytes / writers * min(writers, machine.devices)
-        is_copied = host_memory_gb is None or copies <= HOST_SHARE * host_memory_gb * 1e9
+        held = copies + memory.host * machine.devices
+        is_copied = not machine.host_memory or held <= HOST_SHARE * machine.host_memory
     return SavePlan(num_bytes, writers, is_copied)

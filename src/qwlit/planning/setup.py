@@ -13,7 +13,8 @@ from qwlit.model.config import AttentionKernel, Execution
 from qwlit.model.loss_model import build_meta_model
 from qwlit.model.quantize import check_blocks
 from qwlit.optim.groups import ParameterGroup, plan_groups
-from qwlit.planning.memory.estimate import MemoryEstimate, candidates, estimate_memory, why_not_sharded
+from qwlit.planning.memory.estimate import MemoryEstimate, estimate_memory
+from qwlit.planning.memory.levels import candidates, why_not_on_host, why_not_sharded
 from qwlit.planning.memory.state import MicroShape
 from qwlit.planning.preflight.rules import check_allowed
 from qwlit.training.machine import Machine, resolve_attention, resolve_compile, resolve_machine, why_not_varlen
@@ -68,12 +69,12 @@ class Setup:
         return sum(group.size for group in self.groups)
 
     def fit_memory(self, micro: MicroShape) -> tuple["Setup", MemoryEstimate]:
-        """Choose strategy and activation checkpointing where they are "auto": the fastest that fits, else the smallest.
+        """Choose the level of memory where it is "auto": the fastest that fits, else the smallest.
 
         Args:
             micro: the micro-batch that takes the most memory.
         """
-        *faster, smallest = candidates(self.config, self.machine)
+        *faster, smallest = candidates(self.config, self.machine, self.groups)
         last = self._estimate(smallest, micro)
         if last[1].fits is not False:
             for machine in faster:
@@ -114,6 +115,8 @@ def resolve_setup(composed: Composed, *, machine: Machine | None = None, trust_p
     refusal = why_not_sharded(config, machine)
     if machine.strategy == "fsdp" and refusal:
         raise ConfigError(refusal)
+    if reason := why_not_on_host(config, machine):
+        raise ConfigError(reason)
     attention = resolve_attention(
         config.model.attention,
         machine=machine,

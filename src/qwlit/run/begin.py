@@ -135,6 +135,7 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoin
     accumulation = f", accumulation {run.plan.accumulate_grad_batches}" if limited else ""
     level = machine.activation_checkpointing
     checkpointing = f", activation checkpointing {level}" if level != "none" else ""
+    on_host = ", optimizer on the host" if machine.offload_optimizer else ""
     parameters = manifest["parameters"]
     lines = [
         f"[bold]{escape(str(folder.path))}[/]: {steps.total_steps} steps of {config.train.global_batch_size} samples",
@@ -145,7 +146,8 @@ def _print_start(run: "TrainingRun", manifest: dict[str, Any], start: ResumePoin
         + run.plan.setup.attention
         + (", compiled" if run.plan.execution.compiled else "")
         + accumulation
-        + checkpointing,
+        + checkpointing
+        + on_host,
         f"  data      {escape(run.data.split.describe())}",
         *(f"  template  {chat.template.name}" for chat in [run.data.tokenized.encoder.chat] if chat),
         f"  schedule  {config.scheduler.name}, peak lr {config.optim.lr:g}"

@@ -51,6 +51,8 @@ def build_module(
         loss_scale=LossScale() if machine.precision == "16-mixed" else None,
         seed=config.seed,
         spikes=SpikeDetector() if config.guard.enabled else None,
+        offload_optimizer=machine.offload_optimizer,
+        reduce_once=machine.reduce_once,
         validation_sets=tuple(data.split.validation_sets),
         callbacks=[Telemetry(steps.milestones, (), plan.flops, machine)] if with_telemetry else [],
     )

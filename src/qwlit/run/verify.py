@@ -13,6 +13,7 @@ QUANTITIES = ("samples", "loss_sum", "grad_norm", "parameters")
 MACHINE = (
     *("qwlit", "python", "platform", "packages", "git", "cpu", "libraries", "variables", "device", "accelerator"),
     *("devices", "num_nodes", "strategy", "precision", "attention", "compiled", "activation_checkpointing"),
+    *("offload_optimizer", "reduce_once"),
     *("determinism", "torch_flags", "num_threads", "seed", "data_files", "data", "template", "tokenizer", "base"),
 )
 """Entries of manifest.json that a certificate repeats: what the numbers depend on."""

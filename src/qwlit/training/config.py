@@ -65,6 +65,9 @@ class HardwareConfig:
     activation_checkpointing: Literal["auto"] | ActivationCheckpointing = "auto"
     """What each layer keeps for the backward pass: everything (none), what is slow to compute (selective), one hidden
     state (full), or that state in host memory (offload). Same gradients, more time. auto: the first level that fits."""
+    offload_optimizer: Flag | Literal["auto"] = "auto"
+    """Keep the optimizer's moments in the host's memory and step there: the device holds weights and gradients only.
+    Same result, more time per step. auto: with CUDA, where no level of activation_checkpointing alone fits."""
     compile: Flag | Literal["auto"] = "auto"
     """Compile the decoder layers: the first step takes a minute, the others are faster. auto: with CUDA, where no other
     setting prevents it."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from qwlit.core.devices import Devices, detect_devices
+from qwlit.core.devices import Devices, detect_devices, host_memory
 from qwlit.core.errors import ConfigError
 from qwlit.core.ranks import (
     check_port,
@@ -25,16 +25,19 @@ from qwlit.core.ranks import (
 from qwlit.model.config import ActivationCheckpointing, AttentionChoice, AttentionKernel
 from qwlit.training.config import Determinism, HardwareConfig
 
+Strategy = Literal["single", "ddp", "fsdp"]
+
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware settings without "auto"; `planning` sets strategy and activation checkpointing to what fits."""
+    """The hardware settings without "auto"; `planning` sets strategy, activation checkpointing and the other levels to
+    what fits."""
 
     accelerator: Literal["cpu", "cuda"]
     device_name: str
     devices: int
     num_nodes: int
-    strategy: Literal["single", "ddp", "fsdp"]
+    strategy: Strategy
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     has_bf16: bool
     """Whether its devices have native bfloat16."""
@@ -46,6 +49,12 @@ class Machine:
     pin_memory: bool
     device_memory: float = 0.0
     """Memory of one device, bytes; 0 where it is unknown."""
+    host_memory: float = 0.0
+    """Memory of one node's host that this job may use, bytes; 0 where it is unknown."""
+    offload_optimizer: bool = False
+    """Whether the moments are in the host's memory, where the optimizer steps."""
+    reduce_once: bool = True
+    """fsdp: whether gradients are reduced over the devices once per step; False: after every micro-batch."""
 
     @property
     def world_size(self) -> int:
@@ -93,18 +102,20 @@ def resolve_machine(
         )
     if config.strategy == "fsdp" and world_size == 1:
         raise ConfigError("hardware.strategy=fsdp shards over several devices, but one device is set; use auto")
-    if config.strategy == "fsdp" and precision == "16-mixed":
+    several: Strategy = "fsdp" if config.offload_optimizer is True else "ddp"
+    strategy: Strategy = several if world_size > 1 else "single"
+    strategy = strategy if config.strategy == "auto" else config.strategy
+    if strategy == "fsdp" and precision == "16-mixed":
         raise ConfigError(
             "hardware.strategy=fsdp has no loss scale for 16-mixed; set hardware.precision=bf16-mixed or 32-true"
         )
-    strategy: Literal["single", "ddp", "fsdp"] = "ddp" if world_size > 1 else "single"
     level = config.activation_checkpointing
     return Machine(
         accelerator=accelerator,
         device_name=available.name,
         devices=devices,
         num_nodes=config.num_nodes,
-        strategy=strategy if config.strategy == "auto" else config.strategy,
+        strategy=strategy,
         precision=precision,
         has_bf16=accelerator == "cuda" and available.has_bf16,
         peak_flops=available.peak_flops if accelerator == "cuda" else None,
@@ -114,6 +125,8 @@ def resolve_machine(
         pin_memory=accelerator == "cuda" if config.pin_memory == "auto" else config.pin_memory,
         # Processes on CPU share the host's memory.
         device_memory=available.memory_gb * 1e9 / (devices if accelerator == "cpu" else 1),
+        host_memory=(config.host_memory_gb or 0) * 1e9 if trust_profile else host_memory(),
+        offload_optimizer=config.offload_optimizer is True,
     )
 
 

@@ -18,12 +18,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from qwlit.core.batch import MicroBatch, StepBatch
+from qwlit.core.copies import copies_of
 from qwlit.core.metric import set_loss_key
 from qwlit.core.sharding import full_tensor
 from qwlit.model.loss_model import LossModel
 from qwlit.model.shard import is_sharded
 from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import plan_groups
+from qwlit.optim.host import HostOptimizer
 from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip, set_learning_rate
 from qwlit.optim.schedules import Schedule
 from qwlit.training.determinism import seed_micro_batch
@@ -98,6 +100,8 @@ class CausalLMModule(lightning.LightningModule):
         shard: Callable[[DeviceMesh], None] | None,
         seed: int,
         spikes: SpikeDetector | None = None,
+        offload_optimizer: bool = False,
+        reduce_once: bool = True,
         validation_sets: Sequence[str] = ("",),
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -105,6 +109,9 @@ class CausalLMModule(lightning.LightningModule):
 
         Args:
             spikes: finds the steps to skip; None: no step is skipped but float16's overflows.
+            offload_optimizer: keep the moments in the host's memory, and step there.
+            reduce_once: under FSDP2, reduce the gradients over ranks once per step, which keeps them unsharded until
+                then; else after every micro-batch.
             validation_sets: names of the validation sets, in the order of their loaders; "" for a set without one.
             callbacks: those that the module adds to its Trainer.
         """
@@ -120,6 +127,8 @@ class CausalLMModule(lightning.LightningModule):
         self._shard = shard
         self._seed = seed
         self.spikes = spikes
+        self._offload_optimizer = offload_optimizer
+        self._reduce_once = reduce_once
         self._validation_sets = tuple(validation_sets)
         self._callbacks = list(callbacks)
         self.outcome: StepOutcome
@@ -137,7 +146,8 @@ class CausalLMModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         names = ((name.rpartition("causal_lm.")[2], p) for name, p in self.loss_model.named_parameters())
-        return build_optimizer(plan_groups(names, self._optim), self._optim)
+        to_host = copies_of(self.device) if self._offload_optimizer else None
+        return build_optimizer(plan_groups(names, self._optim), self._optim, to_host)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
@@ -148,6 +158,8 @@ class CausalLMModule(lightning.LightningModule):
         # Every rank has the same number of micro-batches, so the collectives of forward and backward match.
         for index, micro in enumerate(batch.micro_batches):
             seed_micro_batch(self._seed, batch.step, self.global_rank, index)
+            if index == last and isinstance(optimizer.optimizer, HostOptimizer):
+                optimizer.optimizer.begin_last_backward()
             with self._gradient_sync(index == last):
                 loss_sum += self._backward(micro, batch.num_supervised_tokens)
         gradients = [p.grad for p in self.loss_model.parameters() if p.grad is not None]
@@ -204,7 +216,9 @@ class CausalLMModule(lightning.LightningModule):
         return loss_sum.detach()
 
     def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
-        """Under DDP, reduce the gradients over ranks only in the last micro-batch. FSDP2 reduces in each of them."""
+        """Reduce the gradients over ranks only in the last micro-batch; under FSDP2 in each where that is planned."""
+        if self.is_sharded:
+            self.loss_model.set_requires_gradient_sync(enabled or not self._reduce_once)  # type: ignore[operator]
         wrapper = self.trainer.model
         if enabled or not isinstance(wrapper, DistributedDataParallel):
             return nullcontext()

@@ -40,6 +40,8 @@ def build_strategy(machine: Machine, record_failure: Callable[[], None], writer:
     strategy.record_failure = record_failure
     strategy.meeting_seconds = machine.timeout_seconds
     strategy.writer = writer
+    if machine.strategy == "fsdp":
+        strategy.moments_to_host = machine.offload_optimizer
     return strategy
 
 
@@ -144,6 +146,9 @@ class _Sharded(_WithRankLauncher, ModelParallelStrategy):
     both: the module adds its trained parameters, and the writer writes each rank's slices.
     """
 
+    moments_to_host: bool
+    """Whether the optimizer steps on the host."""
+
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
@@ -161,7 +166,7 @@ class _Sharded(_WithRankLauncher, ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
         template = dict(self.lightning_module.named_parameters())
-        return read_checkpoint(Path(checkpoint_path), template, Ranks.all())
+        return read_checkpoint(Path(checkpoint_path), template, Ranks.all(), moments_to_host=self.moments_to_host)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         assert self.lightning_module is not None

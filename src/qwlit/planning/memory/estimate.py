@@ -1,15 +1,16 @@
-"""Estimate the memory that a training takes on each device, and list the strategies and levels that may be chosen."""
+"""Estimate the memory that a training takes on each device."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwlit.config.run import RunConfig
 from qwlit.core.devices import GIB
-from qwlit.model.config import CHECKPOINTING_LEVELS, Execution
+from qwlit.model.config import Execution
+from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import ParameterGroup
 from qwlit.optim.kinds import OPTIMIZERS
 from qwlit.planning.memory.activations import activation_bytes
-from qwlit.planning.memory.optimizer import state_bytes, step_bytes
+from qwlit.planning.memory.optimizer import host_bytes, state_bytes, step_bytes
 from qwlit.planning.memory.state import (
     MicroShape,
     ShardingAndPrecision,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 CONTEXT_BYTES, FRAGMENTED_SHARE = 0.6 * GIB, 0.04
 # On CPU: the interpreter and its libraries. The demo's measured peak is 0.60 GiB, of which 0.1 GiB is counted below.
 PROCESS_BYTES = 0.5 * GIB
+OFFLOAD_SHARE = 0.75
+"""Of a node's host memory, for the optimizers of its devices; the rest is for processes and page cache. Assumption."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class MemoryEstimate:
     """Bytes by component, such as weights, gradients and activations."""
     device: float
     """Device memory in bytes; 0 if unknown."""
+    host: float = 0.0
+    """Bytes of the host's memory that the optimizer takes for this device; 0 if it steps on the device, or on CPU."""
+    host_limit: float = 0.0
+    """Bytes of the host's memory that it may take for one device; 0 if unknown."""
 
     @property
     def total(self) -> float:
@@ -66,23 +73,24 @@ def estimate_memory(
         model: on the meta device, with its adapters and frozen parameters.
         micro: the micro-batch that takes the most memory.
     """
-    sharding = _sharding_and_precision(machine)
+    sharding = sharding_and_precision(machine)
     gradients = gradient_bytes(model, sharding)
     head = lm_head_bytes(model, execution.frozen_dtype, micro, sharding)
     on_cpu = machine.accelerator == "cpu"
-    # Paged optimizer state moves to the host's memory when the GPU is full. On CPU nothing is paged.
-    is_paged = OPTIMIZERS[config.optim.name].is_paged and not on_cpu
     whole_step: dict[str, float] = {
         # On CPU the memory of the logits is kept from call to call.
         "logits": head.logits if on_cpu else 0,
         "weights": weight_bytes(model, config.adapter, execution, sharding),
-        "optimizer": 0 if is_paged else state_bytes(groups, config.optim, sharding.share),
+        "optimizer": optimizer_bytes(groups, config.optim, machine, sharding),
         "half-precision copies": autocast_bytes(model, sharding),
     }
     unsharded = unsharded_bytes(model, execution.frozen_dtype, sharding)
     # With DDP the gradients of the last micro-batch go into its buckets, which exist all the time, and those of the
     # micro-batches before are kept beside them until then.
     kept_gradients = gradients * (micro.accumulates + (machine.strategy == "ddp"))
+    if machine.strategy == "fsdp" and machine.reduce_once and micro.accumulates:
+        # They are unsharded until the last micro-batch reduces them.
+        kept_gradients = gradients = gradient_bytes(model, replace(sharding, shards=1))
     activations = activation_bytes(model, config.adapter, config.dropout, execution, sharding, micro)
     is_tied, is_sharded = model.config.tie_word_embeddings, sharding.shards > 1
     embedding_share = embedding_gradient_share(model, sharding)
@@ -126,12 +134,35 @@ def estimate_memory(
             "head": (head_gradient if is_tied else 0) + embedding_gradient_bytes(model, micro, sharding),
             "unsharded": unsharded.layers if is_tied else unsharded.embedding_reduction,
         },
-        "the optimizer's step": {"gradients": gradients, "step": step_bytes(groups, sharding.share)},
+        "the optimizer's step": {
+            "gradients": gradient_bytes(model, sharding),
+            "step": 0 if machine.offload_optimizer else step_bytes(groups, sharding.share),
+        },
     }
-    return _peak_phase(whole_step, phases, machine)
+    estimate = _peak_phase(whole_step, phases, machine)
+    if machine.offload_optimizer and not on_cpu:
+        host = host_bytes(groups, config.optim, sharding.share, page_locked=True)
+        return replace(estimate, host=host, host_limit=host_limit(machine))
+    return estimate
 
 
-def _sharding_and_precision(machine: Machine) -> ShardingAndPrecision:
+def host_limit(machine: Machine) -> float:
+    """Return the bytes of the host's memory that optimizers may take for one device; 0 if it is unknown."""
+    return OFFLOAD_SHARE * machine.host_memory / machine.devices
+
+
+def optimizer_bytes(
+    groups: list[ParameterGroup], config: OptimConfig, machine: Machine, sharding: ShardingAndPrecision
+) -> float:
+    """Return the bytes of device memory that the optimizer's state takes."""
+    on_cpu = machine.accelerator == "cpu"
+    if machine.offload_optimizer:
+        return host_bytes(groups, config, sharding.share, page_locked=False) if on_cpu else 0
+    # Paged optimizer state moves to the host's memory when the GPU is full. On CPU nothing is paged.
+    return 0 if OPTIMIZERS[config.name].is_paged and not on_cpu else state_bytes(groups, config, sharding.share)
+
+
+def sharding_and_precision(machine: Machine) -> ShardingAndPrecision:
     return ShardingAndPrecision(
         device=machine.accelerator,
         shards=machine.world_size if machine.strategy == "fsdp" else 1,
@@ -146,40 +177,3 @@ def _peak_phase(whole_step: dict[str, float], phases: dict[str, dict[str, float]
     on_cuda = CONTEXT_BYTES + FRAGMENTED_SHARE * sum(components.values())
     components["reserve"] = on_cuda if machine.accelerator == "cuda" else PROCESS_BYTES
     return MemoryEstimate(phase, components, machine.device_memory)
-
-
-def candidates(config: RunConfig, machine: Machine) -> list[Machine]:
-    """Return the machine with every strategy and level of activation checkpointing that "auto" allows, fastest first.
-
-    Sharding costs communication, and a level that keeps less costs recomputation.
-    """
-    hardware, on_cuda = config.hardware, machine.accelerator == "cuda"
-    # On CPU, offloading saves no memory.
-    levels = CHECKPOINTING_LEVELS if on_cuda else CHECKPOINTING_LEVELS[:-1]
-    levels = levels if hardware.activation_checkpointing == "auto" else (machine.activation_checkpointing,)
-    strategies = [machine.strategy]
-    # On CPU all processes share the host's memory, so sharding saves none. With FSDP2 there is no loss scale.
-    may_shard = on_cuda and machine.precision != "16-mixed" and why_not_sharded(config, machine) is None
-    if hardware.strategy == "auto" and machine.strategy == "ddp" and may_shard:
-        strategies.append("fsdp")
-    return [
-        replace(machine, strategy=strategy, activation_checkpointing=level)
-        for level in levels
-        for strategy in strategies
-    ]
-
-
-def why_not_sharded(config: RunConfig, machine: Machine) -> str | None:
-    """Return the setting that does not work on sharded tensors, with its remedy; None if there is none."""
-    if config.adapter.quantization != "none":
-        return f"adapter.quantization={config.adapter.quantization} cannot be sharded; set hardware.strategy=ddp"
-    optimizer = OPTIMIZERS[config.optim.name]
-    if not optimizer.can_be_sharded:
-        return f"optim.name={config.optim.name} cannot be sharded; set hardware.strategy=ddp or optim=adamw"
-    has_too_few_rows = config.adapter.kind == "lora" and config.adapter.rank < machine.world_size
-    if optimizer.needs_rows_on_each_rank and has_too_few_rows:
-        return (
-            f"optim.name={config.optim.name} cannot shard adapters of rank {config.adapter.rank} over"
-            f" {machine.world_size} devices; raise adapter.rank, or set hardware.strategy=ddp or optim=adamw"
-        )
-    return None

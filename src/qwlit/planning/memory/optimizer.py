@@ -1,12 +1,15 @@
-"""Bytes of an optimizer's state, and what its step allocates beside it."""
+"""Bytes of an optimizer's state, what its step allocates beside it, and what it takes of the host's memory."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from torch import nn
 
+from qwlit.core.copies import page_locked_bytes
+from qwlit.core.patterns import layer_of
 from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import ParameterGroup
-from qwlit.optim.kinds import OPTIMIZERS
+from qwlit.optim.kinds import FLOAT32, OPTIMIZERS
 
 
 def state_bytes(groups: list[ParameterGroup], config: OptimConfig, share: Callable[[nn.Parameter], int]) -> float:
@@ -30,3 +33,19 @@ def step_bytes(groups: list[ParameterGroup], share: Callable[[nn.Parameter], int
     algorithms = {group.algorithm for group in groups}
     own_groups = {name: [group for group in groups if group.algorithm == name] for name in algorithms}
     return max((OPTIMIZERS[name].step_bytes(found, share) for name, found in own_groups.items()), default=0)
+
+
+def host_bytes(
+    groups: list[ParameterGroup], config: OptimConfig, share: Callable[[nn.Parameter], int], *, page_locked: bool
+) -> float:
+    """Return the bytes of host memory that `HostOptimizer` takes: the moments, and copies of weights and gradients.
+
+    Args:
+        page_locked: whether the copies are page-locked, as with CUDA.
+    """
+    of_layer: Counter[int | None] = Counter()
+    for group in groups:
+        for name, parameter in group.parameters.items():
+            of_layer[layer_of(name)] += FLOAT32 * share(parameter)
+    copies = sum(2 * (page_locked_bytes(size) if page_locked else size) for size in of_layer.values())
+    return state_bytes(groups, config, share) + copies

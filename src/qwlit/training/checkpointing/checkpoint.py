@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from qwlit.core.disk import reason_of_disk
 from qwlit.core.errors import ConfigError, QwlitError, first_line
 from qwlit.core.files import fsync_folder
-from qwlit.core.sharding import local
+from qwlit.core.sharding import local, sharded_as
 from qwlit.model.weight_files import describe_differences
 from qwlit.training.checkpointing.finite import find_nonfinite
 from qwlit.training.checkpointing.folder import delete_checkpoint, move_away, temporary_folder
@@ -47,6 +47,8 @@ IDENTITY = "identity"
 """Key of what the manifest says beside the files, see `manifest.write_manifest`."""
 REQUIRED = {"global_step", "loops", "callbacks", "optimizer_parameters", "optimizer_groups"}
 """Keys of the state without which Lightning would begin anew without an error."""
+SCALES_OF_BLOCKS = "absmax1."
+"""What bitsandbytes calls the scales of 8-bit moments, one for each block of a tensor, or of a rank's slice of it."""
 T = TypeVar("T")
 
 
@@ -207,12 +209,19 @@ def _open(checkpoint: Path, stem: str) -> ShardReader:
     return ShardReader(checkpoint / name for name in shard_files(stem, count))
 
 
-def read_checkpoint(folder: Path, template: dict[str, Tensor] | None = None, ranks: Ranks = ONE_RANK) -> dict[str, Any]:
+def read_checkpoint(
+    folder: Path,
+    template: dict[str, Tensor] | None = None,
+    ranks: Ranks = ONE_RANK,
+    *,
+    moments_to_host: bool = False,
+) -> dict[str, Any]:
     """Read a checkpoint that any number of ranks wrote.
 
     Args:
         template: the parameters by name; the tensors get the same sharding. None: read whole tensors.
-        readers: the ranks that read it together; each hashes a part of the files.
+        ranks: those that read it together; each hashes a part of the files.
+        moments_to_host: leave the optimizer's tensors in the host's memory; else they go to the template's device.
 
     Raises:
         ConfigError: the checkpoint is damaged.
@@ -228,15 +237,11 @@ def read_checkpoint(folder: Path, template: dict[str, Tensor] | None = None, ran
             raise ValueError(f"{STATE} is of step {checkpoint['global_step']}")
         names = checkpoint["optimizer_parameters"]
         with _open(folder, WEIGHTS) as weights, _open(folder, MOMENTS) as moments:
-
-            def read(reader: ShardReader, key: str, name: str) -> Tensor:
-                # AdamW's step count is a scalar, so it is not sharded.
-                if template is None or key.startswith("step."):
-                    return reader.read(key)
-                return reader.read_as(key, template[PREFIX + name])
-
-            checkpoint["state_dict"] = {PREFIX + name: read(weights, name, name) for name in weights.names()}
-            tensors = {key: read(moments, key, key.partition(".")[2]) for key in moments.names()}
+            like = template or {}
+            checkpoint["state_dict"] = {
+                PREFIX + name: weights.read_as(name, like.get(PREFIX + name)) for name in weights.names()
+            }
+            tensors = _read_moments(moments, folder, template, ranks, to_host=moments_to_host)
             if name := find_nonfinite(checkpoint["state_dict"] | tensors):
                 raise ValueError(f"{name} is not finite")
             indices = {name.removeprefix(PREFIX): index for index, name in enumerate(names)}
@@ -246,9 +251,43 @@ def read_checkpoint(folder: Path, template: dict[str, Tensor] | None = None, ran
                 state.setdefault(indices[name], {})[kind] = value
         checkpoint[IDENTITY] = read_manifest(folder)
         checkpoint["optimizer_states"] = [{"state": state, "param_groups": checkpoint.pop("optimizer_groups")}]
+    except ConfigError:
+        raise  # it says what to do
     except NOT_LOADABLE as error:
         raise not_loadable(folder, error) from None
     return checkpoint
+
+
+def _read_moments(
+    moments: ShardReader, folder: Path, template: dict[str, Tensor] | None, ranks: Ranks, *, to_host: bool
+) -> dict[str, Tensor]:
+    """Read the optimizer's tensors, see `read_checkpoint`.
+
+    Raises:
+        ConfigError: they are in blocks of the shard slices of another number of ranks.
+    """
+    written = num_shards(read_manifest(folder))
+    has_blocks = any(key.startswith(SCALES_OF_BLOCKS) for key in moments.names())
+    if has_blocks and written != (1 if template is None else ranks.count):
+        devices = (
+            f"{written} devices and hardware.strategy=fsdp" if written > 1 else "hardware.strategy=ddp or one device"
+        )
+        raise ConfigError(
+            f"{folder} has 8-bit moments, whose scales are for blocks of each device's rows: resume it with {devices}"
+        )
+
+    def read(key: str) -> Tensor:
+        kind, _, name = key.partition(".")
+        # AdamW's step count is a scalar, so it is not sharded.
+        if template is None or kind == "step":
+            return moments.read(key)
+        parameter = template[PREFIX + name]
+        if not has_blocks:
+            return moments.read_as(key, parameter, to_host=to_host)
+        own = moments.read_of_rank(key, ranks.rank)
+        return sharded_as(parameter, own.to(parameter.device)) if own.shape == local(parameter).shape else own
+
+    return {key: read(key) for key in moments.names()}
 
 
 def _read_state(file: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qwlit.core.disk import naming_path, sync
-from qwlit.core.sharding import own_slice_range
+from qwlit.core.sharding import own_slice_range, sharded_as
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -123,17 +123,18 @@ class ShardReader:
             start += size
         return torch.cat(parts) if parts else self._files[0].get_slice(name)[0:0]
 
-    def read_as(self, name: str, template: Tensor) -> Tensor:
-        """Return the tensor sharded as `template` is: a DTensor of this rank's shard slice, or the whole tensor."""
+    def read_of_rank(self, name: str, rank: int) -> Tensor:
+        """Return what this rank has written under the name."""
+        tensor: Tensor = self._files[rank].get_tensor(name)
+        return tensor
+
+    def read_as(self, name: str, template: Tensor | None, *, to_host: bool = False) -> Tensor:
+        """Return the tensor sharded as `template` is: a DTensor of this rank's shard slice, or the whole tensor.
+
+        Args:
+            to_host: the slice is in the host's memory; else it is on the template's device.
+        """
         if not isinstance(template, DTensor):
             return self.read(name)
-        shard = self.read_slice(name, *own_slice_range(template)).to(template.device)
-        # FSDP2 may split unevenly, so from_local needs the full shape; run_check would be a collective.
-        return DTensor.from_local(
-            shard,
-            template.device_mesh,
-            template.placements,
-            run_check=False,
-            shape=template.shape,
-            stride=template.stride(),
-        )
+        shard = self.read_slice(name, *own_slice_range(template))
+        return sharded_as(template, shard if to_host else shard.to(template.device))

@@ -146,6 +146,8 @@ def build_manifest(machine: Machine, **facts: Any) -> dict[str, Any]:
         "precision": machine.precision,
         "has_bf16": machine.has_bf16,
         "activation_checkpointing": machine.activation_checkpointing,
+        "offload_optimizer": machine.offload_optimizer,
+        "reduce_once": machine.reduce_once,
         "num_threads": threads_of_rank(machine),
         "torch_flags": {
             "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
