@@ -32,6 +32,7 @@ from benchmarks.live_bytes import LiveBytes
 from benchmarks.machine import describe
 from qwlit.config.compose import compose
 from qwlit.core.batch import MicroBatch
+from qwlit.core.copies import Copies
 from qwlit.data.batches import collate
 from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.attention import register_attention
@@ -237,8 +238,14 @@ SHARDED = [
 ]
 
 
-def compare_sharded(words: list[str], *, num_micro_batches: int = MICRO_BATCHES) -> tuple[float, float]:
-    """Return predicted and measured bytes of a training step on one of four devices that shard the model."""
+def compare_sharded(
+    words: list[str], *, num_micro_batches: int = MICRO_BATCHES, reduce_once: bool = False
+) -> tuple[float, float]:
+    """Return predicted and measured bytes of a training step on one of four devices that shard the model.
+
+    Forward and backward passes and the optimizer's step run; the second step counts, when there are moments. Device and
+    host are one here, so an optimizer on the host is counted with its memory.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -250,6 +257,7 @@ def compare_sharded(words: list[str], *, num_micro_batches: int = MICRO_BATCHES)
         strategy="fsdp",
         devices=4,
         precision="bf16-mixed",
+        reduce_once=reduce_once,
     )
     frozen = torch.float32 if config.adapter.kind == "none" else torch.bfloat16
     execution = Execution("sdpa", machine.activation_checkpointing, frozen, torch.bfloat16)
@@ -265,17 +273,27 @@ def compare_sharded(words: list[str], *, num_micro_batches: int = MICRO_BATCHES)
             model = LossModel(_as_fake(meta_model, frozen), "sdpa").train()
             apply_activation_checkpointing(model.causal_lm, machine.activation_checkpointing)
             shard_model(model, mesh, bf16=True)
+            named = ((name.rpartition("causal_lm.")[2], p) for name, p in model.named_parameters())
             with LiveBytes() as live:
-                for _ in range(num_micro_batches):
-                    with torch.autocast("cpu", torch.bfloat16):
-                        loss = model(micro).loss_sum
-                    loss.backward()  # type: ignore[no-untyped-call]
+                to_host = Copies() if machine.offload_optimizer else None
+                optimizer: Any = build_optimizer(plan_groups(named, config.optim), config.optim, to_host)
+                for _ in range(2):
+                    live.most = live.now
+                    for index in range(num_micro_batches):
+                        is_last = index == num_micro_batches - 1
+                        model.set_requires_gradient_sync(is_last or not reduce_once)  # type: ignore[operator]
+                        if is_last and machine.offload_optimizer:
+                            optimizer.begin_last_backward()
+                        with torch.autocast("cpu", torch.bfloat16):
+                            loss = model(micro).loss_sum
+                        loss.backward()  # type: ignore[no-untyped-call]
+                        del loss
+                    optimizer.step()
+                    optimizer.zero_grad()
     finally:
         WORKSPACES.clear()  # of fake tensors
         dist.destroy_process_group()
-    # The moments of AdamW: its fused kernel allocates nothing else.
-    moments = estimate.components["optimizer"]
-    return estimate.total - estimate.components["reserve"], live.most + moments
+    return estimate.total - estimate.components["reserve"], float(live.most)
 
 
 def _as_fake(model: Any, frozen_dtype: torch.dtype) -> Any:

@@ -91,14 +91,23 @@ class Recorder(lightning.Callback):
         self.losses.append(float(module.outcome.loss))
 
 
-def tiny(model_type: str, adapter: str) -> Any:
+LEVELS: list[dict[str, Any]] = [
+    {"activation_checkpointing": "none", "offload_optimizer": False, "reduce_once": True},
+    {"activation_checkpointing": "full", "offload_optimizer": True, "reduce_once": False},
+    {"activation_checkpointing": "selective", "offload_optimizer": False, "reduce_once": False},
+    {"activation_checkpointing": "offload", "offload_optimizer": True, "reduce_once": True},
+]
+"""Each layout of FSDP2 takes one of these levels of memory."""
+
+
+def tiny(model_type: str, adapter: str, checkpointing: Any = "none") -> Any:
     architecture = tiny_architecture(model_type, tied=model_type == "qwen3")
     return build_loss_model(
         ModelConfig(init="random", architecture=architecture),
         AdapterConfig(kind=adapter),
         DropoutConfig(),
         FreezeConfig(),
-        Execution("sdpa", "none", torch.float32, torch.float32),
+        Execution("sdpa", checkpointing, torch.float32, torch.float32),
         seed=3,
     )
 
@@ -113,8 +122,17 @@ def shard(strategy: str, model: Any) -> Any:
     return (lambda mesh: shard_model(model, mesh, bf16=False)) if strategy == "fsdp" else None
 
 
-def run(model_type: str, adapter: str, packing: bool, limits: Limits, strategy: str, world_size: int) -> dict[str, Any]:
-    samples, recorder, model = Ragged(), Recorder(), tiny(model_type, adapter)
+def run(
+    model_type: str,
+    adapter: str,
+    packing: bool,
+    limits: Limits,
+    strategy: str,
+    world_size: int,
+    level: dict[str, Any] = LEVELS[0],
+) -> dict[str, Any]:
+    samples, recorder = Ragged(), Recorder()
+    model = tiny(model_type, adapter, level["activation_checkpointing"])
     module = CausalLMModule(
         model,
         optim=OptimConfig(lr=LR, weight_decay=0.1, no_decay=("bias", "norm")),
@@ -123,6 +141,8 @@ def run(model_type: str, adapter: str, packing: bool, limits: Limits, strategy: 
         loss_scale=None,
         shard=shard(strategy, model),
         seed=0,
+        offload_optimizer=level["offload_optimizer"],
+        reduce_once=level["reduce_once"],
     )
     trainer = build_trainer(machine(strategy, world_size), total_steps=STEPS, callbacks=[recorder], folder=Path())
     plan = plan_of(samples, world_size, limits, packing=packing)
@@ -186,9 +206,9 @@ def main(out: str, model_type: str, adapter: str, strategy: str, world_size: int
         leave_now()
     seen = {
         (packing, limits.max_samples, limits.max_tokens): run(
-            model_type, adapter, packing, limits, strategy, world_size
+            model_type, adapter, packing, limits, strategy, world_size, LEVELS[index % 4 if strategy == "fsdp" else 0]
         )
-        for packing, limits in layouts(model_type, adapter, world_size)
+        for index, (packing, limits) in enumerate(layouts(model_type, adapter, world_size))
     }
     if rank == 0:
         torch.save(seen, Path(out))

@@ -79,12 +79,13 @@ def test_a_run_goes_on_from_two_shards_to_four_to_two_replicas_to_one_process(tm
     whole = train([*long, "run.name=whole"], tmp_path)
     run = tmp_path / "runs" / "cut"
     words = [*long, "run.name=cut"]
-    for machine, logged in ((sharded(2), 4), (sharded(4), 8), (["hardware.devices=2"], 12)):
+    on_host = "hardware.offload_optimizer=true"
+    for machine, logged in (([*sharded(2), on_host], 4), (sharded(4), 8), (["hardware.devices=2"], 12)):
         process = started([*words, *machine], run, logged=logged)
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=120)[1]
         assert process.returncode == 75, said
-    train(words, tmp_path)
+    train([*words, on_host], tmp_path)
     resumed = [row["step"] for row in rows(run, "events.jsonl") if row["event"] == "resumed"]
     assert len(resumed) == 3 and resumed == sorted(set(resumed))
     assert_same_training(whole, run)
@@ -289,15 +290,39 @@ def test_every_optimizer_freezing_and_adapter_that_can_be_sharded_trains_what_on
         assert validations(two) == pytest.approx(validations(one), rel=tolerance)
 
 
+def test_8_bit_moments_of_shard_slices_train_like_whole_ones_and_resume_to_the_same_bits_on_as_many_devices(tmp_path):
+    # Half of a matrix of the feed-forward block has 8192 elements: bitsandbytes keeps 8 bits from 4096 on.
+    words = [*RUN, "train.max_steps=60", "validation.every_steps=null", "checkpoint.every_steps=null"]
+    words += ["optim=adamw_8bit", "model.architecture.intermediate_size=256"]
+    one = train([*words, "run.name=one"], tmp_path)
+    whole = train([*words, "run.name=whole", *sharded()], tmp_path, qwlit_process)
+    run = tmp_path / "runs" / "cut"
+    process = started([*words, "run.name=cut", *sharded()], run, logged=4)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    moments = load_file(run / "checkpoints" / "last" / "optimizer-00002-of-00002.safetensors")
+    assert any(name.startswith("state1.") and tensor.dtype == torch.uint8 for name, tensor in moments.items())
+    refused = qwlit(["train", *TINY, *words, "run.name=cut"], tmp_path)
+    assert refused.returncode == 2 and "resume on fsdp on 2 devices" in refused.stderr
+    assert refused.stderr.count("\n") == 1, refused.stderr
+    train([*words, "run.name=cut", *sharded()], tmp_path, qwlit_process)
+    assert losses(run)[-1][0] == 60
+    weights = [dict(read_weights(each / "checkpoints" / "last")) for each in (whole, run)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    # Blocks of other elements have other scales: the losses are near, not equal.
+    assert losses(whole) == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in losses(one)]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["recipe=qlora"], "adapter.quantization=nf4 cannot be sharded"),
-        (["optim=adamw_8bit"], "optim.name=adamw_8bit cannot be sharded"),
         (["recipe=lora", "optim=muon", "adapter.rank=1"], "optim.name=muon cannot shard adapters of rank 1 over 2"),
+        (["optim=muon", "hardware.offload_optimizer=true"], "optim.name=muon cannot step on the host; set optim=adamw"),
     ],
 )
-def test_what_needs_whole_tensors_is_not_sharded(words, said, tmp_path):
+def test_what_cannot_be_sharded_or_step_on_the_host_is_refused(words, said, tmp_path):
     done = qwlit(["train", *TINY, *words, *sharded()], tmp_path)
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1
