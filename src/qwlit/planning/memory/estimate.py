@@ -9,9 +9,10 @@ from qwlit.model.config import Execution
 from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import ParameterGroup
 from qwlit.optim.kinds import OPTIMIZERS
-from qwlit.planning.memory.activations import activation_bytes
+from qwlit.planning.memory.activations import ActivationBytes, activation_bytes
 from qwlit.planning.memory.optimizer import host_bytes, state_bytes, step_bytes
 from qwlit.planning.memory.state import (
+    LMHeadBytes,
     MicroShape,
     ShardingAndPrecision,
     autocast_bytes,
@@ -21,7 +22,7 @@ from qwlit.planning.memory.state import (
     lm_head_bytes,
     weight_bytes,
 )
-from qwlit.planning.memory.unsharded import unsharded_bytes
+from qwlit.planning.memory.unsharded import UnshardedBytes, unsharded_bytes
 from qwlit.training.machine import Machine
 
 if TYPE_CHECKING:
@@ -74,9 +75,8 @@ def estimate_memory(
         micro: the micro-batch that takes the most memory.
     """
     sharding = sharding_and_precision(machine)
-    gradients = gradient_bytes(model, sharding)
-    head = lm_head_bytes(model, execution.frozen_dtype, micro, sharding)
     on_cpu = machine.accelerator == "cpu"
+    head = lm_head_bytes(model, execution.frozen_dtype, micro, sharding)
     whole_step: dict[str, float] = {
         # On CPU the memory of the logits is kept from call to call.
         "logits": head.logits if on_cpu else 0,
@@ -84,47 +84,60 @@ def estimate_memory(
         "optimizer": optimizer_bytes(groups, config.optim, machine, sharding),
         "half-precision copies": autocast_bytes(model, sharding),
     }
+    activations = activation_bytes(model, config.adapter, config.dropout, execution, sharding, micro)
     unsharded = unsharded_bytes(model, execution.frozen_dtype, sharding)
+    phases = _phases(model, machine, micro, head, activations, unsharded)
+    phases["the optimizer's step"] = {
+        "gradients": gradient_bytes(model, sharding),
+        "step": 0 if machine.offload_optimizer else step_bytes(groups, sharding.share),
+    }
+    estimate = _peak_phase(whole_step, phases, machine)
+    if machine.offload_optimizer and not on_cpu:
+        host = host_bytes(groups, config.optim, sharding.share, page_locked=True)
+        return replace(estimate, host=host, host_limit=host_limit(machine))
+    return estimate
+
+
+def _phases(
+    model: "PreTrainedModel",
+    machine: Machine,
+    micro: MicroShape,
+    head: LMHeadBytes,
+    activations: ActivationBytes,
+    unsharded: UnshardedBytes,
+) -> dict[str, dict[str, float]]:
+    """Return what forward and backward pass hold beside what the whole step holds, at the points of a possible peak."""
+    sharding = sharding_and_precision(machine)
+    gradients = gradient_bytes(model, sharding)
     # With DDP the gradients of the last micro-batch go into its buckets, which exist all the time, and those of the
     # micro-batches before are kept beside them until then.
-    kept_gradients = gradients * (micro.accumulates + (machine.strategy == "ddp"))
+    kept = gradients * (micro.accumulates + (machine.strategy == "ddp"))
     if machine.strategy == "fsdp" and machine.reduce_once and micro.accumulates:
         # They are unsharded until the last micro-batch reduces them.
-        kept_gradients = gradients = gradient_bytes(model, replace(sharding, shards=1))
-    activations = activation_bytes(model, config.adapter, config.dropout, execution, sharding, micro)
+        kept = gradients = gradient_bytes(model, replace(sharding, shards=1))
     is_tied, is_sharded = model.config.tie_word_embeddings, sharding.shards > 1
     embedding_share = embedding_gradient_share(model, sharding)
     # With a tied weight, the head's gradient is held until the embedding's is computed. If it is not tied, it is among
     # the gradients at once, except that FSDP2 has reduced it by then.
-    head_gradient = head.weight_gradient if is_tied or not (kept_gradients or is_sharded) else 0
+    head_gradient = head.weight_gradient if is_tied or not (kept or is_sharded) else 0
     # FSDP2 adds each reduced gradient to the one of the micro-batches before.
     reduced = embedding_share if is_sharded and micro.accumulates else 0
-    phases: dict[str, dict[str, float]] = {
-        "the embedding of a micro-batch": {"gradients": kept_gradients, "unsharded": unsharded.embedding},
-        "the gathering of the head's weight": {
-            "gradients": kept_gradients,
-            "activations": activations.after_forward,
-            "unsharded": unsharded.head_gather,
-        },
-        "the head of a micro-batch": {
-            "gradients": kept_gradients,
-            "activations": activations.after_forward,
-            "head": (0 if on_cpu else head.logits) + head.workspace + head.weight_gradient,
-            "unsharded": unsharded.head,
-        },
-        "the reduction of the head's gradient": {
-            "gradients": kept_gradients,
-            "activations": activations.after_forward,
-            "unsharded": unsharded.head_reduction,
-        },
+    logits = 0 if machine.accelerator == "cpu" else head.logits
+    after_forward = {"gradients": kept, "activations": activations.after_forward}
+    return {
+        "the embedding of a micro-batch": {"gradients": kept, "unsharded": unsharded.embedding},
+        "the gathering of the head's weight": after_forward | {"unsharded": unsharded.head_gather},
+        "the head of a micro-batch": after_forward
+        | {"head": logits + head.workspace + head.weight_gradient, "unsharded": unsharded.head},
+        "the reduction of the head's gradient": after_forward | {"unsharded": unsharded.head_reduction},
         "a layer computed again": {
-            "gradients": kept_gradients,
+            "gradients": kept,
             "activations": activations.peak_recompute,
             "head": head_gradient,
             "unsharded": unsharded.layers,
         },
         "the lowest layer's backward pass": {
-            "gradients": gradients if kept_gradients else gradients - embedding_share,
+            "gradients": gradients if kept else gradients - embedding_share,
             "activations": activations.lowest_layer,
             "head": head_gradient if is_tied else 0,
             "unsharded": unsharded.layers,
@@ -134,16 +147,7 @@ def estimate_memory(
             "head": (head_gradient if is_tied else 0) + embedding_gradient_bytes(model, micro, sharding),
             "unsharded": unsharded.layers if is_tied else unsharded.embedding_reduction,
         },
-        "the optimizer's step": {
-            "gradients": gradient_bytes(model, sharding),
-            "step": 0 if machine.offload_optimizer else step_bytes(groups, sharding.share),
-        },
     }
-    estimate = _peak_phase(whole_step, phases, machine)
-    if machine.offload_optimizer and not on_cpu:
-        host = host_bytes(groups, config.optim, sharding.share, page_locked=True)
-        return replace(estimate, host=host, host_limit=host_limit(machine))
-    return estimate
 
 
 def host_limit(machine: Machine) -> float:
