@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.live_bytes import LiveBytes
 from qwlit.model import head
 from qwlit.model.head import LMHead, linear_cross_entropy
 
@@ -166,3 +168,35 @@ def test_a_head_gathered_in_bfloat16_gets_the_gradient_of_a_float32_weight() -> 
         assert own.weight.grad is not None
         gradients.append(own.weight.grad)
     assert gradients[1].dtype == torch.float32 and torch.equal(*gradients)
+
+
+def test_on_cuda_a_chunks_weight_gradient_is_added_in_pieces_of_limited_size() -> None:
+    """Fake tensors: a machine without CUDA has their shapes and sizes, but no numbers."""
+    hidden, width, vocab = 4096, 4096, 151_936
+    with FakeTensorMode(), LiveBytes() as live:
+        total = torch.empty(vocab, width, device="cuda")
+        left = torch.empty(hidden, vocab, dtype=torch.bfloat16, device="cuda").T
+        right = torch.empty(hidden, width, dtype=torch.bfloat16, device="cuda")
+        live.most = before = live.now
+        result = head._add_product(total, left, right, torch.float32)
+    assert result is total
+    assert live.most - before <= 2 * head.PRODUCT_BYTES
+    assert sum(len(piece) for piece in total.split(head.product_rows(width))) == vocab
+
+
+def test_pieces_of_a_product_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    total, left, right = torch.randn(V, D), torch.randn(N, V).T, torch.randn(N, D)
+    expected = total + left @ right
+
+    class OnCuda(Tensor):
+        """A tensor of this machine that says it is on CUDA, and has the product that only CUDA has."""
+
+        is_cuda = True
+
+    def mm(one: Tensor, two: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return one.as_subclass(Tensor).to(out_dtype) @ two.to(out_dtype)
+
+    monkeypatch.setattr(head, "PRODUCT_BYTES", 4 * D * 10)
+    monkeypatch.setattr(torch, "mm", mm)
+    found = head._add_product(total.double(), left.as_subclass(OnCuda), right, torch.float64)
+    assert difference(found, expected) < 1e-6

@@ -15,7 +15,7 @@ from qwlit.model.config import AdapterConfig, Execution
 from qwlit.model.cpu import has_sparse_embedding
 from qwlit.model.families import family_of
 from qwlit.model.families.decoder import DECODER_LINEARS
-from qwlit.model.head import BLOCK_BYTES, CHUNK_BYTES, rows_within
+from qwlit.model.head import BLOCK_BYTES, CHUNK_BYTES, product_rows, rows_within
 from qwlit.model.quantize import BLOCK
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ class LMHeadBytes:
     """The logits of a chunk; on CPU this memory is kept from call to call."""
     workspace: int
     """A block's float32 log-probabilities, the hidden states and their gradient. In mixed precision also the block's
-    float32 logits, the half-precision copy of the head's weight, and if it is trained a second float32 gradient of it,
-    or on CPU the float32 copies of its factors."""
+    float32 logits, the half-precision copy of the head's weight, and if it is trained a piece of a chunk's gradient of
+    it, or on CPU the float32 copies of its factors."""
     weight_gradient: int
     """float32 (V, D); 0 if the head is frozen."""
 
@@ -138,9 +138,10 @@ def lm_head_bytes(
     is_stored_half = not trained and frozen_dtype.itemsize == sharding.precision_bytes
     has_copy = sharding.mixed and not is_gathered_half and not is_stored_half
     copy = sharding.precision_bytes * vocab * width if has_copy else 0
-    # In half precision, the head adds the weight's gradient of a chunk in float32: on CUDA from the second chunk on as
-    # a second matrix, on CPU as a product of float32 copies.
-    factors = rows * (vocab + width) if sharding.device == "cpu" else vocab * width * (num_chunks > 1)
+    # In half precision, the head adds the weight's gradient of a chunk in float32: on CUDA from the second chunk on in
+    # pieces, on CPU as a product of float32 copies.
+    piece = min(vocab, product_rows(width)) * width * (num_chunks > 1)
+    factors = rows * (vocab + width) if sharding.device == "cpu" else piece
     addend = FLOAT32 * factors if trained and sharding.mixed else 0
     # torch's log_softmax makes a float32 copy of bfloat16 logits first (aten/src/ATen/native/SoftMax.cpp).
     softmax = block * vocab * FLOAT32 * (1 + sharding.mixed)
