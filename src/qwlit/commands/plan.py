@@ -168,9 +168,9 @@ def _show_memory(plan: "RunPlan", remedies: "list[Remedy]", screen: Console) -> 
 
 def _show_steps(plan: "RunPlan", mfu: float, screen: Console) -> None:
     config, batches, schedule = plan.config, plan.batches, plan.schedule
-    hardware, machine = config.hardware, plan.machine
-    limits = [f"{hardware.micro_batch_size} samples"] if hardware.micro_batch_size else []
-    limits += [f"{hardware.micro_batch_tokens:,} tokens"] if hardware.micro_batch_tokens else []
+    machine, (max_samples, max_tokens) = plan.machine, config.hardware.micro_batch_limits
+    limits = [f"{max_samples} samples"] if max_samples else []
+    limits += [f"{max_tokens:,} tokens"] if max_tokens else []
     seen = f" ({'/'.join(f'{n:g}' for n in batches.accumulation)} min/median/max)" if plan.data else ""
     devices = f"{machine.world_size} device{'s' * (machine.world_size > 1)}"
     micro_batches = f"{plan.accumulate_grad_batches} micro-batch{'es' * (plan.accumulate_grad_batches > 1)}{seen}"

@@ -101,8 +101,8 @@ def score_samples(model: TrainedModel, samples: Samples, show: Callable[..., Non
     Raises:
         GuardStop: a loss is not finite.
     """
-    hardware, device = model.config.hardware, model.causal_lm.device
-    limits = Limits(hardware.micro_batch_size, hardware.micro_batch_tokens)
+    device = model.causal_lm.device
+    limits = Limits(*model.config.hardware.micro_batch_limits)
     if limits == Limits():
         longest = int(samples.lengths(np.arange(len(samples))).max())
         limits = Limits(max_tokens=max(longest, MAX_TOKENS[device.type]))

@@ -71,11 +71,11 @@ def measure_batches(plan: StepPlan, total_steps: int) -> BatchStatistics:
 
 def assume_batches(config: RunConfig, world_size: int) -> BatchStatistics:
     """Assume the largest batches if the data are not known: samples of `data.max_seq_len` tokens, all supervised."""
-    hardware, length = config.hardware, config.data.max_seq_len
-    per_rank = -(-config.train.global_batch_size // world_size)
-    samples = min(per_rank, hardware.micro_batch_size or per_rank)
-    if hardware.micro_batch_tokens is not None:
-        samples = min(samples, max(1, hardware.micro_batch_tokens // length))
+    max_samples, max_tokens = config.hardware.micro_batch_limits
+    length, per_rank = config.data.max_seq_len, -(-config.train.global_batch_size // world_size)
+    samples = min(per_rank, max_samples or per_rank)
+    if max_tokens is not None:
+        samples = min(samples, max(1, max_tokens // length))
     tokens, count = samples * length, -(-per_rank // samples)
     return BatchStatistics(
         largest=MicroShape(tokens, tokens, float(tokens * length), config.data.packing, accumulates=count > 1),

@@ -5,10 +5,9 @@ from dataclasses import replace
 from qwlit.config.compose import Composed, compose
 from qwlit.core.errors import ConfigError
 from qwlit.model.config import levels_with_less_memory
-from qwlit.planning.batch_statistics import assume_batches, measure_batches
+from qwlit.planning.micro_batches import plan_batches
 from qwlit.planning.run_plan import RunPlan
 from qwlit.planning.setup import resolve_setup
-from qwlit.planning.steps import plan_steps
 
 REMEDIES_SHOWN = 4
 Remedy = tuple[list[str], float]
@@ -29,12 +28,7 @@ def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
             continue  # some of these overrides alone are enough
         try:
             setup = resolve_setup(_changed(overrides, plan.setup.composed, more), trust_profile=True)
-            world_size = setup.machine.world_size
-            if plan.data is None:
-                batches = assume_batches(setup.config, world_size)
-            else:
-                steps = plan_steps(setup.config, plan.data.split, world_size)
-                batches = measure_batches(steps.step_plan, steps.total_steps)
+            setup, _, batches = plan_batches(setup, plan.data.split if plan.data else None)
             fitted, memory = setup.fit_memory(batches.largest)
         except ConfigError:
             continue
@@ -67,7 +61,7 @@ def _smaller(composed: Composed) -> list[list[str]]:
     current = hardware.activation_checkpointing
     levels = () if current == "auto" else levels_with_less_memory(current)
     one_sample = [] if hardware.micro_batch_size == 1 else ["hardware.micro_batch_size=1"]
-    tokens = hardware.micro_batch_tokens
+    _, tokens = hardware.micro_batch_limits
     candidates = [["hardware.strategy=auto"]] if hardware.strategy == "ddp" else []
     candidates += [[f"hardware.activation_checkpointing={level}"] for level in levels]
     candidates += [["hardware.offload_optimizer=auto"]] if not hardware.offload_optimizer else []

@@ -20,15 +20,16 @@ from qwlit.data.store import DamagedStore
 from qwlit.model.config import Execution
 from qwlit.model.flops import Flops, count_flops
 from qwlit.optim.schedules import Schedule
-from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, measure_batches
+from qwlit.planning.batch_statistics import BatchStatistics
 from qwlit.planning.facts import facts_of
 from qwlit.planning.memory.estimate import MemoryEstimate
 from qwlit.planning.memory.whole_run import bytes_by_phase
+from qwlit.planning.micro_batches import plan_batches
 from qwlit.planning.preflight.rules import Finding, refuse, run_rules
 from qwlit.planning.price import Price, price_of
 from qwlit.planning.saves import SavePlan, plan_saves
 from qwlit.planning.setup import Setup, forget_meta_models, resolve_setup
-from qwlit.planning.steps import PlannedSteps, plan_schedule, plan_steps
+from qwlit.planning.steps import PlannedSteps, plan_schedule
 from qwlit.planning.tokenized_data import TokenizedData, is_small_or_tokenized, load_tokenized_data
 from qwlit.training.machine import Machine
 
@@ -183,12 +184,10 @@ def _build_plan(composed: Composed, screen: Console, *, machine: Machine | None,
     tokenized, not_checked = (
         _data_for_preview(config, screen) if preview else (load_tokenized_data(config, screen), None)
     )
-    data = None if tokenized is None else _plan_data(setup, tokenized)
-    if data is None:
-        batches, schedule = assume_batches(config, setup.machine.world_size), _schedule_by_rows(config)
-    else:
-        schedule = data.steps.schedule
-        batches = measure_batches(data.steps.step_plan, schedule.total_steps)
+    split = None if tokenized is None else split_data(config.data, tokenized.training, tokenized.validation)
+    setup, steps, batches = plan_batches(setup, split)
+    data = PlannedData(tokenized, split, steps) if tokenized and split and steps else None
+    schedule = _schedule_by_rows(config) if steps is None else steps.schedule
     fitted, memory = setup.fit_memory(batches.largest)
     known = (data.split, data.tokenized.tokenizer) if data else (None, None)
     findings = run_rules(facts_of(fitted, batches.largest, memory, schedule, *known))
@@ -196,11 +195,6 @@ def _build_plan(composed: Composed, screen: Console, *, machine: Machine | None,
         refuse(findings)
     flops = count_flops(setup.model)
     return RunPlan(fitted, batches, memory, flops, data, not_checked, schedule, findings)
-
-
-def _plan_data(setup: Setup, tokenized: TokenizedData) -> PlannedData:
-    split = split_data(setup.config.data, tokenized.training, tokenized.validation)
-    return PlannedData(tokenized, split, plan_steps(setup.config, split, setup.machine.world_size))
 
 
 def _data_for_preview(config: RunConfig, screen: Console) -> tuple[TokenizedData | None, str | None]:

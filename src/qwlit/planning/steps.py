@@ -36,13 +36,12 @@ class PlannedSteps:
 
 def build_step_plan(config: RunConfig, data: DataSplit, world_size: int) -> StepPlan:
     """Return the plan that assigns each step's samples to ranks and micro-batches, within the hardware's limits."""
-    hardware = config.hardware
     return StepPlan(
         train=data.train,
         order=data.order(config.seed),
         global_batch_size=config.train.global_batch_size,
         world_size=world_size,
-        limits=Limits(hardware.micro_batch_size, hardware.micro_batch_tokens),
+        limits=Limits(*config.hardware.micro_batch_limits),
         packing=config.data.packing,
     )
 

@@ -71,10 +71,12 @@ class HardwareConfig:
     compile: Flag | Literal["auto"] = "auto"
     """Compile the decoder layers: the first step takes a minute, the others are faster. auto: with CUDA, where no other
     setting prevents it."""
-    micro_batch_size: PositiveInt | None = None
-    """Most samples per device and forward pass; null: no limit but micro_batch_tokens."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Most tokens per device and forward pass; null: no limit but micro_batch_size."""
+    micro_batch_size: PositiveInt | Literal["auto"] | None = None
+    """Most samples per device and forward pass; null: no limit but micro_batch_tokens. auto: 4 on CPU, null with
+    CUDA."""
+    micro_batch_tokens: PositiveInt | Literal["auto"] | None = None
+    """Most tokens per device and forward pass; null: no limit but micro_batch_size. auto: with CUDA as many as there is
+    memory for, at most 16,384, without keeping less of the forward pass; null on CPU."""
     timeout_seconds: Annotated[float, Field(gt=0, le=30 * 86_400, strict=True)] = 1800.0
     """With several devices: if no batch ends for this long, the run ends and names the rank that others wait for. As
     long, a starting rank waits for the other ranks."""
@@ -82,6 +84,12 @@ class HardwareConfig:
     """Processes per device that prepare batches ahead of the step. auto: 4 with CUDA, none on CPU."""
     pin_memory: Flag | Literal["auto"] = "auto"
     """Put batches into page-locked memory, so that copies to the GPU do not block. auto: with CUDA."""
+
+    @property
+    def micro_batch_limits(self) -> tuple[int | None, int | None]:
+        """The most samples and tokens of a micro-batch; None where there is no limit, or none yet."""
+        size, tokens = self.micro_batch_size, self.micro_batch_tokens
+        return None if size == "auto" else size, None if tokens == "auto" else tokens
 
 
 @config_dataclass
