@@ -270,21 +270,25 @@ def test_between_log_points_ranks_exchange_gradients_loss_and_norm_and_one_word(
 
 
 @pytest.mark.parametrize(
-    ("words", "tolerance"),
+    ("words", "levels", "tolerance"),
     [
         # Muon orthogonalizes in bfloat16, whose rounding depends on where rows are cut.
-        (["recipe=full_sft", "optim=muon"], 2e-4),
-        (["recipe=freeze", "optim=sgd", "optim.lr=0.1"], 2e-5),
-        (["recipe=lora", "adapter.use_dora=true", "optim.lora_plus_ratio=4.0"], 2e-5),
+        (["recipe=full_sft", "optim=muon"], ["hardware.activation_checkpointing=offload"], 2e-4),
+        (["recipe=freeze", "optim=sgd", "optim.lr=0.1"], ["hardware.offload_optimizer=true"], 2e-5),
+        (
+            ["recipe=lora", "adapter.use_dora=true", "optim.lora_plus_ratio=4.0"],
+            ["hardware.offload_optimizer=true", "hardware.activation_checkpointing=full"],
+            2e-5,
+        ),
     ],
     ids=["muon", "freeze-sgd", "dora"],
 )
 def test_every_optimizer_freezing_and_adapter_that_can_be_sharded_trains_what_one_process_trains(
-    words, tolerance, tmp_path
+    words, levels, tolerance, tmp_path
 ):
     words = [*RUN, *words, "dropout=none"]
     one = train([*words, "run.name=one"], tmp_path)
-    for name, machine in (("ddp", ["hardware.devices=2"]), ("fsdp", sharded())):
+    for name, machine in (("ddp", ["hardware.devices=2"]), ("fsdp", [*sharded(), *levels])):
         two = train([*words, f"run.name={name}", *machine], tmp_path, qwlit_process)
         assert losses(two) == [(step, pytest.approx(loss, rel=tolerance)) for step, loss in losses(one)]
         assert validations(two) == pytest.approx(validations(one), rel=tolerance)

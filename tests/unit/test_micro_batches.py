@@ -22,8 +22,7 @@ def limited(setup: Setup, tokens: int) -> Setup:
     ("words", "is_limited_by_memory"),
     [
         (["hardware=h100", "model=qwen3_0_6b", "recipe=lora"], False),
-        (["hardware=a100_80x4", "model=qwen3_4b", "recipe=full_sft"], True),
-        (["hardware=h100", "model=qwen3_8b", "recipe=qlora"], True),
+        (["hardware=a100_80", "model=qwen3_1_7b", "recipe=full_sft"], True),
     ],
 )
 def test_auto_takes_the_most_tokens_that_fit_without_keeping_less_of_the_forward_pass(words, is_limited_by_memory):
@@ -44,7 +43,9 @@ def test_auto_takes_the_most_tokens_that_fit_without_keeping_less_of_the_forward
 
 
 def test_a_model_that_does_not_fit_gets_micro_batches_of_its_longest_sample():
-    found, _, _ = plan_batches(setup_of("hardware=a100_80", "model=qwen3_32b", "recipe=full_sft"), None)
+    found, _, _ = plan_batches(
+        setup_of("hardware=a100_80", "model=qwen3_4b", "recipe=full_sft", "hardware.gpu_memory_gb=40"), None
+    )
     assert found.config.hardware.micro_batch_tokens == found.config.data.max_seq_len
 
 

@@ -42,7 +42,10 @@ def out_of_memory(trainer: Trainer, module: nn.Module, run: "TrainingRun") -> Co
 
 def _holders(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, int]:
     parameters = list(module.parameters())
+    device = parameters[0].device
     states = [v for o in optimizers for state in o.state.values() for v in state.values() if isinstance(v, Tensor)]
+    # An optimizer on the host has its state there.
+    states = [state for state in states if local(state).device == device]
     return {
         "weights": _bytes(parameters),
         "gradients": _bytes(p.grad for p in parameters if p.grad is not None),
