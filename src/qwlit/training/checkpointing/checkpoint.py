@@ -269,11 +269,9 @@ def _read_moments(
     written = num_shards(read_manifest(folder))
     has_blocks = any(key.startswith(SCALES_OF_BLOCKS) for key in moments.names())
     if has_blocks and written != (1 if template is None else ranks.count):
-        devices = (
-            f"{written} devices and hardware.strategy=fsdp" if written > 1 else "hardware.strategy=ddp or one device"
-        )
+        devices = f"fsdp on {written} devices" if written > 1 else "one device, or with ddp"
         raise ConfigError(
-            f"{folder} has 8-bit moments, whose scales are for blocks of each device's rows: resume it with {devices}"
+            f"{folder} has 8-bit moments, whose scales are for blocks of a device's rows; resume on {devices}"
         )
 
     def read(key: str) -> Tensor:
