@@ -235,7 +235,10 @@ SHARDED = [
     ["model=qwen3_8b", "hardware.activation_checkpointing=full"],
     ["model=qwen3_4b", "hardware.activation_checkpointing=full"],
     ["model=qwen2_7b", "hardware.activation_checkpointing=full", "recipe=lora"],
+    ["model=qwen2_7b", "hardware.activation_checkpointing=none", "hardware.offload_optimizer=true"],
+    ["model=qwen3_8b", "hardware.activation_checkpointing=full", "hardware.offload_optimizer=true"],
 ]
+REDUCED_ONCE = ["model=qwen3_4b", "hardware.activation_checkpointing=full"]
 
 
 def compare_sharded(
@@ -322,8 +325,14 @@ def rows() -> Iterator[Row]:
 
 def sharded() -> Iterator[Row]:
     for words in SHARDED:
-        names = "; ".join(word.partition("=")[2] for word in words)
+        names = "; ".join(_level_name(word) for word in words)
         yield Row(f"{names}; sharded over 4", *compare_sharded(words))
+    names = "; ".join(map(_level_name, REDUCED_ONCE))
+    yield Row(f"{names}; sharded over 4, reduced once", *compare_sharded(REDUCED_ONCE, reduce_once=True))
+
+
+def _level_name(word: str) -> str:
+    return "optimizer on the host" if word == "hardware.offload_optimizer=true" else word.partition("=")[2]
 
 
 def whole_runs() -> Iterator[Row]:

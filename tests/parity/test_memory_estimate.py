@@ -30,9 +30,19 @@ def test_at_full_size_autograd_keeps_what_the_formulas_say(words):
     assert predicted == pytest.approx(kept, rel=0.01)
 
 
-@pytest.mark.parametrize("level", ["none", "full"])
-def test_fsdp2_allocates_at_the_width_of_a_7b_what_the_formulas_say(level):
+@pytest.mark.parametrize(
+    ("level", "on_host", "reduce_once"),
+    [
+        ("none", False, False),
+        ("full", False, False),
+        ("full", False, True),
+        ("none", True, True),
+        ("full", True, False),
+    ],
+)
+def test_fsdp2_allocates_at_the_width_of_a_7b_what_the_formulas_say(level, on_host, reduce_once):
     """Four of its 28 layers: the layers above and below repeat what these do."""
-    words = ["model=qwen2_7b", "model.architecture.num_hidden_layers=4"]
-    predicted, measured = compare_sharded([*words, f"hardware.activation_checkpointing={level}"])
-    assert predicted == pytest.approx(measured, rel=0.05)
+    words = ["model=qwen2_7b", "model.architecture.num_hidden_layers=4", f"hardware.activation_checkpointing={level}"]
+    words += ["hardware.offload_optimizer=true"] * on_host
+    predicted, measured = compare_sharded(words, reduce_once=reduce_once)
+    assert predicted == pytest.approx(measured, rel=0.02)

@@ -85,7 +85,9 @@ def estimate_memory(
         "half-precision copies": autocast_bytes(model, sharding),
     }
     activations = activation_bytes(model, config.adapter, config.dropout, execution, sharding, micro)
-    unsharded = unsharded_bytes(model, execution.frozen_dtype, sharding)
+    unsharded = unsharded_bytes(
+        model, execution.frozen_dtype, sharding, keeps_gradients=_keeps_unsharded_gradients(machine, micro)
+    )
     phases = _phases(model, machine, micro, head, activations, unsharded)
     phases["the optimizer's step"] = {
         "gradients": gradient_bytes(model, sharding),
@@ -112,8 +114,7 @@ def _phases(
     # With DDP the gradients of the last micro-batch go into its buckets, which exist all the time, and those of the
     # micro-batches before are kept beside them until then.
     kept = gradients * (micro.accumulates + (machine.strategy == "ddp"))
-    if machine.strategy == "fsdp" and machine.reduce_once and micro.accumulates:
-        # They are unsharded until the last micro-batch reduces them.
+    if _keeps_unsharded_gradients(machine, micro):
         kept = gradients = gradient_bytes(model, replace(sharding, shards=1))
     is_tied, is_sharded = model.config.tie_word_embeddings, sharding.shards > 1
     embedding_share = embedding_gradient_share(model, sharding)
@@ -148,6 +149,11 @@ def _phases(
             "unsharded": unsharded.layers if is_tied else unsharded.embedding_reduction,
         },
     }
+
+
+def _keeps_unsharded_gradients(machine: Machine, micro: MicroShape) -> bool:
+    """Whether gradients are unsharded until the last micro-batch reduces them."""
+    return machine.strategy == "fsdp" and machine.reduce_once and micro.accumulates
 
 
 def host_limit(machine: Machine) -> float:

@@ -39,13 +39,15 @@ class UnshardedBytes:
 
 
 def unsharded_bytes(
-    model: "PreTrainedModel", frozen_dtype: torch.dtype, sharding: ShardingAndPrecision
+    model: "PreTrainedModel", frozen_dtype: torch.dtype, sharding: ShardingAndPrecision, *, keeps_gradients: bool
 ) -> UnshardedBytes:
     """Count from the shapes of the units.
 
     Args:
         model: on the meta device.
         frozen_dtype: that of weights which are not trained.
+        keeps_gradients: the unsharded gradients of all units are kept from micro-batch to micro-batch, and are counted
+            elsewhere. A unit's buffer then takes the place of its kept gradient.
     """
     if sharding.shards == 1:
         return UnshardedBytes()
@@ -67,14 +69,15 @@ def unsharded_bytes(
     layers = [list(layer.parameters()) for layer in family.layers(model)]
     layer = max((sum(gathered(p, sharding.precision_bytes) for p in each) for each in layers), default=0)
     trained = max((sum(p.numel() for p in each if p.requires_grad) for each in layers), default=0)
-    own_gradient, buffer = trained * sharding.precision_bytes, trained * FLOAT32
+    own_gradient, buffer = trained * sharding.precision_bytes, 0 if keeps_gradients else trained * FLOAT32
+    head_buffer = 0 if keeps_gradients else gradient(head)
     if not has_own_units:
         return UnshardedBytes(embedding=2 * root, head=root + layer, layers=root + 2 * layer + own_gradient + buffer)
     return UnshardedBytes(
         embedding=root + 2 * gathered(embedding),
         head_gather=root + layer + 2 * gathered(head, sharding.precision_bytes),
         head=root + layer + gathered(head, sharding.precision_bytes),
-        head_reduction=root + 2 * gradient(head) + 2 * layer,
-        layers=root + 2 * layer + own_gradient + max(buffer, gradient(head)),
-        embedding_reduction=root + max(buffer, gradient(embedding)),
+        head_reduction=root + gradient(head) + head_buffer + 2 * layer,
+        layers=root + 2 * layer + own_gradient + max(buffer, head_buffer),
+        embedding_reduction=root + (0 if keeps_gradients else max(buffer, gradient(embedding))),
     )
