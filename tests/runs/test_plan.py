@@ -40,8 +40,8 @@ def test_the_documents_show_what_plan_prints(words, output, tmp_path):
     assert ("not checked" in done.stdout) and ("not checked" in output)
 
 
-def test_the_documents_show_four_plans():
-    assert len(shown_plans()) == 4
+def test_the_documents_show_five_plans():
+    assert len(shown_plans()) == 5
 
 
 def test_json_has_what_scripts_read(tmp_path):
@@ -146,6 +146,7 @@ def test_remedies_are_planned_on_the_same_data(tmp_path):
         "model.init=random",
         "dropout=none",
         "hardware.activation_checkpointing=none",
+        "hardware.offload_optimizer=false",
         "data.path=long.jsonl",
     ]
     words += ["hardware=rtx4090", "hardware.micro_batch_size=8", "hardware.gpu_memory_gb=14", "data.loss_on=all"]

@@ -6,6 +6,7 @@ import pytest
 
 from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
+from qwlit.core.errors import ConfigError
 from qwlit.planning.batch_statistics import assume_batches
 from qwlit.planning.setup import resolve_setup
 from qwlit.training import machine
@@ -24,6 +25,10 @@ def fitted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]
         (["model=qwen3_0_6b"], "ddp", "none"),
         (["model=qwen3_1_7b"], "fsdp", "selective"),
         (["model=qwen3_4b"], "fsdp", "full"),
+        (["model=qwen2_7b"], "fsdp", "full"),
+        (["model=qwen2_5_7b"], "fsdp", "full"),
+        (["model=qwen3_8b"], "fsdp", "full"),
+        (["model=qwen3_8b", "optim=adamw_8bit"], "fsdp", "full"),
         (["model=qwen3_0_6b", "hardware.strategy=fsdp"], "fsdp", "none"),
         (["model=qwen3_0_6b", "hardware.activation_checkpointing=full"], "ddp", "full"),
         # Frozen in bfloat16: 15 and 61 GiB; in 4 bits 17.
@@ -44,7 +49,7 @@ def test_the_cheapest_strategy_and_policy_that_fit_are_taken(words, strategy, me
 
 @pytest.mark.parametrize(
     "words",
-    [["model=qwen3_8b", "hardware.strategy=ddp"], ["model=qwen3_4b", "optim=adamw_8bit"]],
+    [["model=qwen3_8b", "hardware.strategy=ddp"], ["model=qwen3_4b", "optim=adamw_8bit", "hardware.strategy=ddp"]],
 )
 def test_what_may_not_be_sharded_and_does_not_fit_is_counted_at_its_smallest(words, monkeypatch):
     setup, estimate = fitted(words, monkeypatch)
@@ -60,3 +65,53 @@ def test_sharding_over_twice_the_devices_halves_weights_and_moments(monkeypatch)
     _, eight = setup.fit_memory(assume_batches(setup.config, 8).largest)
     for name in ("weights", "optimizer"):
         assert four.components[name] == pytest.approx(2 * eight.components[name], rel=1e-6)
+
+
+def placed(words, monkeypatch, **devices):
+    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(**{"num_cuda": 4, **A100, **devices}))
+    monkeypatch.setattr(machine, "host_memory", lambda: 480e9)
+    setup = resolve_setup(compose(words))
+    return setup.fit_memory(assume_batches(setup.config, setup.machine.world_size).largest)
+
+
+A100 = {"name": "NVIDIA A100-SXM4-40GB", "has_bf16": True, "memory_gb": 42.3}
+
+
+def test_the_optimizer_goes_to_the_host_only_where_no_level_of_activation_checkpointing_fits(monkeypatch):
+    setup, estimate = placed(["hardware=a100x4", "model=qwen3_14b", "dropout=none"], monkeypatch)
+    assert estimate.fits and setup.machine.offload_optimizer and setup.machine.strategy == "fsdp"
+    # 16 bytes of each parameter are shared by four devices; what is page-locked takes a power of two.
+    assert 14.7e9 * 16 / 4 < estimate.host < 1.5 * 14.7e9 * 16 / 4
+    assert "optimizer" not in estimate.components
+    smaller, _ = placed(["hardware=a100x4", "model=qwen3_8b"], monkeypatch)
+    assert not smaller.machine.offload_optimizer
+
+
+@pytest.mark.parametrize("reason", ["false", "muon", "the host's memory"])
+def test_what_cannot_step_on_the_host_does_not(reason, monkeypatch):
+    words = {"false": ["hardware.offload_optimizer=false"], "muon": ["optim=muon"]}.get(reason, [])
+    if reason == "the host's memory":
+        monkeypatch.setattr(machine, "host_memory", lambda: 200e9)
+        monkeypatch.setattr(machine, "detect_devices", lambda: Devices(num_cuda=4, **A100))
+        setup = resolve_setup(compose(["hardware=a100x4", "model=qwen3_14b"]))
+        setup, estimate = setup.fit_memory(assume_batches(setup.config, 4).largest)
+    else:
+        setup, estimate = placed(["hardware=a100x4", "model=qwen3_14b", *words], monkeypatch)
+    assert estimate.fits is False and not setup.machine.offload_optimizer
+
+
+def test_a_typed_optimizer_on_the_host_shards_and_needs_the_hosts_memory(monkeypatch):
+    words = ["hardware=a100x4", "model=qwen3_0_6b", "hardware.offload_optimizer=true"]
+    setup, _ = placed(words, monkeypatch)
+    assert (setup.machine.strategy, setup.machine.activation_checkpointing) == ("fsdp", "none")
+    with pytest.raises(ConfigError, match="with ddp the host would step the whole model once per device"):
+        placed([*words, "hardware.strategy=ddp"], monkeypatch)
+    with pytest.raises(ConfigError, match="nf4 cannot be sharded"):
+        placed([*words, "recipe=qlora"], monkeypatch)
+
+
+def test_gradients_are_reduced_once_per_step_where_there_is_room_for_them(monkeypatch):
+    words = ["hardware=a100x4", "hardware.strategy=fsdp", "train.global_batch_size=64", "dropout=none"]
+    small, _ = placed([*words, "model=qwen3_0_6b"], monkeypatch)
+    large, _ = placed([*words, "model=qwen3_8b"], monkeypatch)
+    assert small.machine.reduce_once and not large.machine.reduce_once

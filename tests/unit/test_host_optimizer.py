@@ -12,6 +12,7 @@ from qwlit.optim.config import OptimConfig
 from qwlit.optim.groups import plan_groups
 from qwlit.optim.host import HostOptimizer
 from qwlit.optim.optimizers import build_optimizer, set_clip_and_skip, set_learning_rate
+from qwlit.planning.memory.optimizer import host_bytes
 
 
 class Recorder(Copies):
@@ -196,6 +197,27 @@ def test_one_backward_pass_leaves_no_hooks():
     optimizer = built(model, Copies())
     train(model, optimizer, range(3))
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_the_plan_counts_the_hosts_memory():
+    class Counted(Copies):
+        size = 0
+
+        def allocate(self, num_elements):
+            self.size += 4 * num_elements
+            return super().allocate(num_elements)
+
+    model, copies = Layered(), Counted()
+    config = OptimConfig(lr=1e-2)
+    optimizer = built(model, copies, weight_decay=config.weight_decay)
+    train(model, optimizer, [0])
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
+    groups = plan_groups(model.named_parameters(), config)
+    assert copies.size + moments == host_bytes(groups, config, lambda p: p.numel(), page_locked=False)
+    # The embedding, norm and head, and each layer: two pieces of each are page-locked.
+    sizes = [4 * (11 * 8 + 16 + 11 * 8 + 11), 4 * (8 * 8 + 8), 4 * (8 * 8 + 8)]
+    taken = sum(2 * page_locked_bytes(size) for size in sizes)
+    assert moments + taken == host_bytes(groups, config, lambda p: p.numel(), page_locked=True)
 
 
 @pytest.mark.parametrize(("size", "taken"), [(0, 0), (1, 1), (2**20, 2**20), (2**20 + 1, 2**21), (3e9, 2**32)])

@@ -93,6 +93,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"words": [A100], "memory": replace(FULL, host=50.0, host_limit=40.0)},
         {"words": [A100], "memory": replace(FULL, host=40.0, host_limit=40.0)},
     ),
+    "sharded_8bit": (
+        {"words": [A100, "hardware.strategy=fsdp", "optim=adamw_8bit"]},
+        {"words": [A100, "hardware.strategy=fsdp", "optim=paged_adamw"]},
+    ),
     "not_compiled": ({"words": [A100]}, {"words": [A100, "dropout=none"]}),
     "paged_on_cpu": ({"words": ["optim=paged_adamw"]}, {"words": [A100, "optim=paged_adamw"]}),
 }

@@ -52,6 +52,8 @@ class OptimizerKind:
     sharding: Literal["whole", "slices", "none"] = "whole"
     """What it gets of a parameter that FSDP2 shards: the sharded tensor, which it treats as a whole; this rank's shard
     slice; or nothing, because it cannot be sharded."""
+    has_blocks: bool = False
+    """Whether blocks of its moments share a scale."""
     can_step_on_host: bool = False
     """Whether `HostOptimizer` can step it: each element alone, and fast enough on CPU."""
     needs_rows_on_each_rank: bool = False
@@ -169,6 +171,7 @@ def _bitsandbytes_kind(class_name: str, *, bits: int, is_paged: bool) -> Optimiz
         build=partial(_bitsandbytes, class_name=class_name, bits=bits),
         state_bytes=_state_bytes_8bit if bits == 8 else _adamw_state_bytes,
         sharding="slices",
+        has_blocks=bits == 8,
         needs_rows_on_each_rank=True,
         allows_strict=False,
         is_paged=is_paged,

@@ -97,3 +97,13 @@ def paged_on_cpu(facts: PreflightFacts) -> Result:
     if not OPTIMIZERS[name].is_paged or facts.machine.accelerator != "cpu":
         return None
     return f"optim.name={name}: paging needs a GPU and has no effect on CPU", "set optim=adamw"
+
+
+@rule("warning", source="qwlit")
+def sharded_8bit(facts: PreflightFacts) -> Result:
+    """8-bit moments share a scale in blocks, and under FSDP2 the blocks follow each device's rows."""
+    name, machine = facts.config.optim.name, facts.machine
+    if machine.strategy != "fsdp" or not OPTIMIZERS[name].has_blocks:
+        return None
+    message = f"optim.name={name} on {machine.world_size} devices: another number of devices gives other numbers"
+    return message, "resume its checkpoints with fsdp on as many devices, or set optim=adamw"
