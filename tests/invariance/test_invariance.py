@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.invariance.worker import KINDS, LR, STEPS
+from tests.invariance.worker import KINDS, LEVELS, LR, STEPS
 from tests.long import LONG
 from tests.runs.runs import ENVIRONMENT, free_port, interpreter, succeed_together
 
@@ -26,17 +26,22 @@ def launch(out: Path, model_type: str, adapter: str, strategy: str, world_size: 
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=["-".join(k) for k in KINDS])
-def seen(request, tmp_path_factory):
-    """(strategy, world size, packing, rows, tokens) → what that run saw."""
+def found(request, tmp_path_factory):
+    """(strategy, world size) → what its runs saw."""
     folder = tmp_path_factory.mktemp("invariance")
     found = {}
     # What differs between the kinds is no matter of how many ranks there are.
     for strategy, world in WORLDS if LONG or request.param == KINDS[0] else WORLDS[:3]:
         out = folder / f"{strategy}{world}.pt"
         launch(out, *request.param, strategy, world)
-        for layout, record in torch.load(out, weights_only=True).items():
-            found[strategy, world, *layout] = record
+        found[strategy, world] = torch.load(out, weights_only=True)
     return found
+
+
+@pytest.fixture(scope="module")
+def seen(found):
+    """(strategy, world size, packing, samples, tokens) → what that run saw."""
+    return {(*world, *layout): record for world, each in found.items() for layout, record in each["layouts"].items()}
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -70,6 +75,18 @@ def test_weights_after_ten_steps_agree_within_a_tenth_of_the_learning_rate(seen)
     for layout, record in seen.items():
         for name, weight in record["weights"].items():
             assert float((weight - reference[name]).abs().max()) < 0.1 * LR, (layout, name)
+
+
+def test_levels_of_memory_do_not_change_the_losses(found):
+    sharded = [each["levels"] for each in found.values() if each["levels"]]
+    assert sharded
+    for runs in sharded:
+        first, *others = zip(LEVELS, runs, strict=True)
+        for level, record in others:
+            if level["reduce_once"] == first[0]["reduce_once"]:
+                assert record["losses"] == first[1]["losses"], level
+            # Gradients that are reduced in every micro-batch are summed in another order.
+            assert record["losses"] == pytest.approx(first[1]["losses"], rel=1e-6), level
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -210,8 +210,12 @@ def main(out: str, model_type: str, adapter: str, strategy: str, world_size: int
         )
         for index, (packing, limits) in enumerate(layouts(model_type, adapter, world_size))
     }
+    levels = []
+    if strategy == "fsdp":
+        packing, limits = LAYOUTS[0]
+        levels = [run(model_type, adapter, packing, limits, strategy, world_size, level) for level in LEVELS]
     if rank == 0:
-        torch.save(seen, Path(out))
+        torch.save({"layouts": seen, "levels": levels}, Path(out))
     if world_size > 1:
         leave_now()
 
