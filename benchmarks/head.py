@@ -1,10 +1,9 @@
-"""The head against plain cross-entropy: time and memory of forward and backward at Qwen's vocabulary.
+"""The head against plain cross-entropy on CPU: time and memory of forward and backward at Qwen's vocabulary.
 
     python -m benchmarks.head [rows=2048] [supervised=0.4] [hidden=256] [rounds=5]
 
-Plain means what transformers does: logits of all rows, then cross_entropy that ignores the masked ones. Torch means
-torch's own `linear_cross_entropy` (2.13 and later), which computes the rows in chunks. The heads run in turns
-(A B C C B A) in one process for time, and each in a process of its own for memory.
+The heads (`benchmarks.heads`) run in turns (A B C C B A) in one process for time, and each in a process of its own for
+memory. On a GPU: `python -m benchmarks.gpu parts=head`.
 """
 
 import resource
@@ -14,45 +13,18 @@ import time
 from statistics import median
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from benchmarks.heads import HEADS, Rows, draw_rows, why_not
 from benchmarks.machine import describe, keep
-from qwlit.model.head import linear_cross_entropy
 
 VOCABULARY = 151_936
+ARMS = [name for name in ("ours", "plain", "torch_chunked") if why_not(name, "cpu") is None]
 
 
-def inputs(rows: int, hidden: int, supervised: float) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    states = torch.randn(rows, hidden, requires_grad=True)
-    weight = (torch.randn(VOCABULARY, hidden) * 0.02).requires_grad_()
-    targets = torch.randint(0, VOCABULARY, (rows,))
-    targets[torch.randperm(rows)[: round((1 - supervised) * rows)]] = -100
-    return states, weight, targets
-
-
-def ours(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    kept = (targets >= 0).nonzero()[:, 0]
-    return linear_cross_entropy(states[kept], weight, targets[kept])[0]
-
-
-def plain(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(states @ weight.T, targets, ignore_index=-100, reduction="sum")
-
-
-def chunked(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(states, weight, targets, reduction="sum", ignore_index=-100, options=options)
-
-
-HEADS = {"ours": ours, "plain": plain} | ({"torch": chunked} if hasattr(F, "linear_cross_entropy") else {})
-
-
-def seconds(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> float:
+def seconds(name: str, rows: Rows) -> float:
     began = time.perf_counter()
-    HEADS[name](*batch).backward()
-    batch[0].grad = batch[1].grad = None
+    HEADS[name](rows).backward()  # type: ignore[no-untyped-call]
+    rows.states.grad = rows.weight.grad = None
     return time.perf_counter() - began
 
 
@@ -70,30 +42,29 @@ def resident_gib() -> float:
 
 def main(arguments: list[str]) -> None:
     options = dict(word.split("=", 1) for word in arguments)
-    rows, hidden = int(options.get("rows", 2048)), int(options.get("hidden", 256))
+    shape = int(options.get("rows", 2048)), int(options.get("hidden", 256)), VOCABULARY
     # First: a process begins with the largest size of the one that started it.
-    memory = {} if "only" in options else {name: peak_gib(name, arguments) for name in HEADS}
-    batch = inputs(rows, hidden, float(options.get("supervised", 0.4)))
+    memory = {} if "only" in options else {name: peak_gib(name, arguments) for name in ARMS}
+    rows = draw_rows(*shape, float(options.get("supervised", 0.4)), device="cpu", dtype=torch.float32, trained=True)
     if "only" in options:
         before = resident_gib()
-        seconds(options["only"], batch)
+        seconds(options["only"], rows)
         print(resident_gib() - before)
         return
-    times: dict[str, list[float]] = {name: [] for name in HEADS}
-    order = list(HEADS)
-    for name in order:
-        seconds(name, batch)
+    times: dict[str, list[float]] = {name: [] for name in ARMS}
+    for name in ARMS:
+        seconds(name, rows)
     for _ in range(int(options.get("rounds", 5))):
-        for name in order + order[::-1]:
-            times[name].append(seconds(name, batch))
+        for name in ARMS + ARMS[::-1]:
+            times[name].append(seconds(name, rows))
     medians = {name: median(found) for name, found in times.items()}
     result = {
         "command": f"python -m benchmarks.head {' '.join(arguments)}".strip(),
         "machine": describe("torch"),
         "median_seconds": medians,
         "peak_gib": memory,
-        "time_ratio": {name: medians["ours"] / medians[name] for name in order[1:]},
-        "memory_ratio": {name: memory["ours"] / memory[name] for name in order[1:]},
+        "time_ratio": {name: medians["ours"] / medians[name] for name in ARMS[1:]},
+        "memory_ratio": {name: memory["ours"] / memory[name] for name in ARMS[1:]},
     }
     keep("head_cpu", result)
 

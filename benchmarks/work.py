@@ -15,6 +15,8 @@ from qwlit.model.families import FAMILIES
 from qwlit.model.presets import to_hf_config
 
 SEED, MAX_LENGTH = 0, 2048
+COMPARED = 10
+"""So many losses are compared between trainers."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,10 @@ class Case:
     mean_length: float = 300.0
     lr: float = 1e-3
     device: str = "cpu"
-    """cpu: a small Qwen3. cuda: the shape of Qwen3-0.6B."""
+    model: str | None = None
+    """The preset whose shape the model has; None: a small Qwen3."""
+    warmup: int = 1
+    """So many steps are not timed: the first ones load, compile and warm up."""
 
     @property
     def on_cuda(self) -> bool:
@@ -44,8 +49,8 @@ class Case:
         return self.steps * self.global_batch_size
 
     def architecture(self) -> Architecture:
-        if self.on_cuda:
-            published = compose(["model=qwen3_0_6b"]).config.model.architecture
+        if self.model:
+            published = compose([f"model={self.model}"]).config.model.architecture
             assert published is not None
             return published
         return Architecture(
@@ -72,7 +77,9 @@ CASES = [
     Case("8k, all supervised", 8_192, 1.0),
     Case("8k, LoRA", 8_192, 0.4, adapter=True),
 ]
-ON_CUDA = {"device": "cuda", "steps": 40, "global_batch_size": 64, "micro_batch_size": 16, "mean_length": 512.0}
+# On CUDA compiled layers meet new shapes, and are compiled once more, in the first few steps.
+ON_CUDA = {"device": "cuda", "model": "qwen3_0_6b", "steps": 40, "warmup": 10, "mean_length": 512.0}
+ON_CUDA |= {"global_batch_size": 64, "micro_batch_size": 16}
 CUDA_CASES = [
     Case("0.6B", 151_936, 0.4, lr=1e-4, **ON_CUDA),  # type: ignore[arg-type]
     Case("0.6B, LoRA", 151_936, 0.4, adapter=True, lr=1e-4, **ON_CUDA),  # type: ignore[arg-type]
@@ -81,18 +88,26 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": list(DECODER_LINEARS)}
 
 
 class Record:
-    """Losses and the clock."""
+    """Losses, the clock, the peak of the device's memory, and how the arm computes."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
         self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        """Before clipping; none where an arm does not say them."""
         self.ends: list[float] = []
+        self.device_peak: int | None = None
+        """The most that torch had allocated on the GPU by the end of the last step, bytes."""
+        self.how: dict[str, object] = {}
+        """Precision, attention, and other settings of the arm."""
 
     def step(self, loss: float | None = None) -> None:
-        if self._case.on_cuda and len(self.ends) in (0, self._case.steps - 1):
+        done = len(self.ends) + 1
+        if self._case.on_cuda and done in (self._case.warmup, self._case.steps):
             import torch
 
-            torch.cuda.synchronize()  # the host runs ahead; only first and last count
+            torch.cuda.synchronize()  # the host runs ahead; only these two ends are timed
+            self.device_peak = torch.cuda.max_memory_allocated()
         self.ends.append(time.perf_counter())
         if loss is not None:
             self.losses.append(loss)
@@ -111,16 +126,26 @@ def prepare(case: Case, folder: Path) -> None:
     torch.manual_seed(SEED)
     _, model_class = FAMILIES["qwen3"].classes()
     model_class(to_hf_config(case.architecture())).save_pretrained(folder / "model")
+    write_samples(case, folder)
+    (folder / "case.json").write_text(json.dumps(asdict(case)))
+
+
+def write_samples(case: Case, folder: Path) -> None:
+    """Write `samples.jsonl` into `folder`.
+
+    Tokens follow Zipf's law, so that there is something to learn and ten losses show whether all learn alike. The most
+    frequent of the supervised tokens are the rarest of the others: who trains on the others too has other losses.
+    """
     random = np.random.default_rng(SEED)
-    # Zipf's law, so that there is something to learn and ten losses show whether all learn alike.
     frequencies = 1 / np.arange(10, case.vocab_size + 10)
     frequencies /= frequencies.sum()
     with (folder / "samples.jsonl").open("w") as handle:
         for length in draw_lengths(random, case.mean_length, case.num_samples):
-            ids = random.choice(case.vocab_size, length, p=frequencies).tolist()
+            drawn = random.choice(case.vocab_size, length, p=frequencies)
             unlearnt = round((1 - case.supervised) * length)
+            drawn[:unlearnt] = case.vocab_size - 1 - drawn[:unlearnt]
+            ids = drawn.tolist()
             handle.write(json.dumps({"input_ids": ids, "labels": [-100] * unlearnt + ids[unlearnt:]}) + "\n")
-    (folder / "case.json").write_text(json.dumps(asdict(case)))
 
 
 def read_case(folder: Path) -> Case:
