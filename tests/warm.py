@@ -28,6 +28,8 @@ MODULES = (
     "tests.faults.measured",
     "tests.faults.watched",
     "benchmarks.arms",
+    "benchmarks.gpu.run_part",
+    "benchmarks.gpu.train_once",
 )
 # torch reads TORCHELASTIC_ and TORCH_NCCL_, set by torchrun, when ranks meet; it sets TORCHINDUCTOR_CACHE_DIR itself.
 READ_BY_IMPORTS = re.compile(
