@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,35 +62,51 @@ class Measured:
 
 
 def run(
-    arm: str, folder: Path, *, module: str = "benchmarks.arms", bounded: bool = True
+    arm: str,
+    folder: Path,
+    *,
+    module: str = "benchmarks.arms",
+    bounded: bool = True,
+    most_seconds: float | None = None,
 ) -> tuple[dict[str, Any], float]:
     """Run one arm in a process of its own; return what it recorded, and its peak memory, GiB.
 
     Args:
         bounded: qwlit's own arms let threads spin as long as its command line does; False: as the environment says.
+        most_seconds: an arm that takes longer is killed; None: it may take any time.
+
+    Raises:
+        RuntimeError: the arm failed or was killed; the message has the end of its output.
     """
     out = folder / f"{arm}.json"
     log = (folder / f"{arm}.log").open("w")
     environment = command_line_environment() if bounded and arm in OURS else dict(os.environ)
     words = [sys.executable, "-m", module, arm, str(folder), str(out)]
     process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    killer = threading.Timer(most_seconds or threading.TIMEOUT_MAX, process.kill)
+    killer.daemon = True
+    killer.start()
     _, status, usage = os.wait4(process.pid, 0)
+    is_late = not killer.is_alive()
+    killer.cancel()
     log.close()
     if status:
-        raise RuntimeError(f"{arm} failed:\n{(folder / f'{arm}.log').read_text()[-2000:]}")
+        late = f"\nit was killed after {most_seconds:g} s" if is_late else ""
+        raise RuntimeError(f"{arm} failed:\n{(folder / f'{arm}.log').read_text()[-2000:]}{late}")
     record = json.loads(out.read_text())
     device_peak = record.get("device_peak")
     return record, usage.ru_maxrss / 2**20 if device_peak is None else device_peak / 2**30
 
 
-def run_arm(case: Case, folder: Path, arm: str, tokens: list[int]) -> Measured:
+def run_arm(case: Case, folder: Path, arm: str, tokens: list[int], *, most_seconds: float | None = None) -> Measured:
     """Run one arm once on a prepared case.
 
     Args:
         tokens: of every step.
+        most_seconds: see `run`.
     """
     began = time.perf_counter()
-    record, peak = run(arm, folder)
+    record, peak = run(arm, folder, most_seconds=most_seconds)
     ends = record["ends"]
     seconds = ends[-1] - ends[case.warmup - 1]
     speed = sum(tokens[case.warmup : len(ends)]) / seconds

@@ -1,7 +1,7 @@
 """Measure qwlit on a GPU, in parts of at most nine minutes.
 
     python -m benchmarks.gpu list                    # the parts, in their order, with their minutes
-    python -m benchmarks.gpu                         # all of them, about 29 minutes on one H100
+    python -m benchmarks.gpu                         # all of them, about 28 minutes on one H100
     python -m benchmarks.gpu parts=head,memory       # these, again
     python -m benchmarks.gpu size=toy device=cpu     # seconds of work, to see that everything runs
     python -m benchmarks.gpu wheels                  # what to install where there is no network

@@ -22,14 +22,14 @@ class Part:
 PARTS = {
     part.name: part
     for part in (
-        Part("check", "Self-check", 3),
+        Part("check", "Self-check", 2.5),
         Part("ceilings", "Ceilings", 1),
-        Part("full", "Qwen3-0.6B, full, against TRL", 5),
-        Part("lora", "Qwen3-0.6B, LoRA, against TRL", 4),
+        Part("full", "Qwen3-0.6B, full, against TRL", 5.5),
+        Part("lora", "Qwen3-0.6B, LoRA, against TRL", 4.5),
         Part("head", "The head", 1.5),
-        Part("memory", "Planned against allocated memory", 6),
+        Part("memory", "Planned against allocated memory", 5),
         Part("large", "1.7B, 4B LoRA, 8B QLoRA", 5),
-        Part("determinism", "reproducible against fast", 3),
+        Part("determinism", "reproducible against fast", 2.5),
     )
 }
 LIMIT_MINUTES = 9.0

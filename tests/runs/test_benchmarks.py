@@ -83,6 +83,15 @@ def test_a_part_that_fails_fails_the_command_and_leaves_the_next_one_alone(tmp_p
     assert ends == ["failed with code 1", "done"]
 
 
+def test_an_arm_that_takes_too_long_is_killed_and_says_so(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(RuntimeError, match=r"killed after 0\.1 s"):
+        run("qwlit", tmp_path, most_seconds=0.1)
+
+
 def test_figures_of_other_work_are_marked_and_meet_no_goal(tmp_path):
     case = Case("x", 300, 0.4)
 
