@@ -29,7 +29,8 @@ def render(folder: Path) -> str:
     lines = [HEADING, ""]
     if not found:
         return "\n".join([*lines, UNMEASURED]) + "\n"
-    lines += ["| goal, on one H100 | | measured |", "|---|---|---|"]
+    devices = dict.fromkeys(str(part["machine"].get("gpu", "no GPU")) for part in found.values())
+    lines += [f"| goal, on one H100 | | measured, on {', '.join(devices)} |", "|---|---|---|"]
     lines += [f"| {goal} | {wanted} | {measured or 'unmeasured'} |" for goal, wanted, measured in goals(found)]
     for name, part in PARTS.items():
         lines += ["", show(name, found[name]) if name in found else f"#### {part.title}\n\nUnmeasured."]

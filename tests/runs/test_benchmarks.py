@@ -115,9 +115,10 @@ def test_figures_of_other_work_are_marked_and_meet_no_goal(tmp_path):
         {"table": "t", "trainer": "trl_best", "qwlit is faster by": 1.5, "qwlit's share": 0.5, COMPARED: "agree"},
         {"table": "t", "trainer": "trl_flash", "qwlit is faster by": 0.5, "qwlit's share": 2.0, COMPARED: INVALID},
     ]
-    facts = {"command": "c", "status": "done", "seconds": 1.0, "machine": {}, "settings": {}, "rows": rows}
+    facts = {"command": "c", "status": "done", "seconds": 1.0, "machine": {"gpu": "A100"}, "settings": {}, "rows": rows}
     (tmp_path / "full.json").write_text(json.dumps(facts | {"size": "full"}))
     page = render(tmp_path)
+    assert "| goal, on one H100 | | measured, on A100 |" in page
     assert "| ≥ 120,000 | 130,000 |" in page and "1.50 × (trl_best)" in page
     (tmp_path / "full.json").write_text(json.dumps(facts | {"size": "toy"}))
     assert "| ≥ 120,000 | unmeasured |" in render(tmp_path)
