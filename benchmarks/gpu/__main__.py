@@ -24,6 +24,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from benchmarks.gpu.page import PAGE, RESULTS, read, render, show, with_section
 from benchmarks.gpu.parts import LIMIT_MINUTES, PARTS
 from benchmarks.gpu.tables import write
@@ -73,6 +75,8 @@ def main(arguments: list[str]) -> int:
     size, device = options.get("size", "full"), options.get("device", "cuda")
     if size == "full" and device == "cpu":
         raise SystemExit("size=full needs a GPU; add size=toy")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU; size=toy device=cpu shows that the parts run")
     default = tempfile.mkdtemp(prefix="qwlit-gpu-toy-") if size == "toy" else str(RESULTS)
     folder = Path(options.get("out", default))
     folder.mkdir(parents=True, exist_ok=True)

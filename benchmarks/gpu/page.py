@@ -54,7 +54,8 @@ def _part(module: Any, result: dict[str, Any]) -> list[str]:
     toy = ["**A toy: these figures say nothing.**", ""] if result["size"] == "toy" else []
     ended = [] if result["status"] == "done" else [f"**{result['status']}**; the rows before are complete.", ""]
     lines = [*toy, *ended, (module.__doc__ or "").strip(), ""]
-    lines += [f"`{result['command']}`, {result['seconds']:.0f} s", "", f"{machine}; {settings}", ""]
+    lines += [f"`{result['command']}`, {result['seconds']:.0f} s", ""]
+    lines += [f"{machine}; {settings}", ""] if machine else []
     for table in dict.fromkeys(row["table"] for row in result["rows"]):
         rows = [
             {key: value for key, value in row.items() if key != "table"}

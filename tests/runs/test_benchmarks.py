@@ -83,6 +83,14 @@ def test_a_part_that_fails_fails_the_command_and_leaves_the_next_one_alone(tmp_p
     assert ends == ["failed with code 1", "done"]
 
 
+def test_without_a_gpu_no_result_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for words in (["parts=head"], ["parts=head", "size=toy"], ["device=cpu"], ["part=head"], ["parts=heads"]):
+        with pytest.raises(SystemExit):
+            gpu.main([*words, f"out={tmp_path}/results"])
+    assert not (tmp_path / "results").exists()
+
+
 def test_an_arm_that_takes_too_long_is_killed_and_says_so(tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexec sleep 600\n")
