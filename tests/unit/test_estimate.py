@@ -106,8 +106,23 @@ def test_a_typed_optimizer_on_the_host_shards_and_needs_the_hosts_memory(monkeyp
     assert (setup.machine.strategy, setup.machine.activation_checkpointing) == ("fsdp", "none")
     with pytest.raises(ConfigError, match="with ddp the host would step the whole model once per device"):
         placed([*words, "hardware.strategy=ddp"], monkeypatch)
-    with pytest.raises(ConfigError, match="nf4 cannot be sharded"):
+    remedy = "nf4 cannot be sharded; set hardware.strategy=ddp and hardware.offload_optimizer=false"
+    with pytest.raises(ConfigError, match=remedy):
         placed([*words, "recipe=qlora"], monkeypatch)
+    with pytest.raises(ConfigError, match=r"offload_optimizer=true needs fsdp: .* has no loss scale"):
+        placed([*words, "hardware.precision=16-mixed"], monkeypatch)
+
+
+@pytest.mark.parametrize(("rank", "is_refused"), [(4, True), (5, False)])
+def test_8_bit_moments_need_rows_of_an_adapter_on_each_device(rank, is_refused):
+    # Three devices get 2, 2 and no rows of 4, and 2, 2 and 1 of 5.
+    words = ["hardware=a100x4", "hardware.devices=3", "hardware.strategy=fsdp", "recipe=lora", "optim=adamw_8bit"]
+    composed = compose(["model.init=random", *words, f"adapter.rank={rank}"])
+    if is_refused:
+        with pytest.raises(ConfigError, match="cannot shard adapters of rank 4 over 3 devices"):
+            resolve_setup(composed, trust_profile=True)
+    else:
+        assert resolve_setup(composed, trust_profile=True).machine.strategy == "fsdp"
 
 
 def test_gradients_are_reduced_once_per_step_where_there_is_room_for_them(monkeypatch):

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qwlit.core.copies import Copies, page_locked_bytes
 from qwlit.optim.config import OptimConfig
@@ -164,6 +170,56 @@ def test_a_weight_that_something_else_has_written_is_copied_to_the_host_again():
             model.lm_head.weight.mul_(2)
         model.model["layers"][0].load_state_dict(Layered().model["layers"][0].state_dict())
     assert equal(train(there, two, range(2, 4)), train(here, one, range(2, 4)))
+
+
+def test_also_a_sharded_weight_that_something_else_has_written():
+    here, there = Layered(), Layered()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(there, mesh=init_device_mesh("cpu", (1,)))
+        one, two = built(here), built(there, Copies())
+        train(here, one, range(2), clip=None), train(there, two, range(2), clip=None)
+        with torch.no_grad():
+            here.lm_head.weight.mul_(2), there.lm_head.weight.mul_(2)
+        expected = train(here, one, range(2, 4), clip=None)
+        assert equal([weight.full_tensor() for weight in train(there, two, range(2, 4), clip=None)], expected)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_loaded_moments_stay_on_the_host_when_lightning_moves_the_state_to_the_device():
+    first, again = Layered(), Layered()
+    optimizer = built(first, Copies())
+    train(first, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    again.load_state_dict(first.state_dict())
+    restored = built(again, Copies())
+    restored.load_state_dict(state)
+    _optimizer_to_device(restored, torch.device("meta"))
+    assert equal(train(again, restored, range(2, 4)), train(first, optimizer, range(2, 4)))
+
+
+def test_8_bits_are_for_a_matrix_of_which_every_ranks_slice_is_large_enough():
+    # Ranks with other tensors in their state could not compare them.
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        large, uneven = (
+            nn.Parameter(
+                DTensor.from_local(torch.ones(2, 2048), mesh, [Shard(0)], shape=(rows, 2048), stride=(2048, 1))
+            )
+            for rows in (4, 3)
+        )
+        config = OptimConfig(name="adamw_8bit", lr=1e-2)
+        named = [(f"model.layers.{i}.mlp.up_proj.weight", p) for i, p in enumerate((large, uneven))]
+        optimizer = build_optimizer(plan_groups(named, config), config)
+        for parameter in (large, uneven):
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert optimizer.state[large]["state1"].dtype == torch.uint8
+        assert optimizer.state[uneven]["state1"].dtype == torch.float32
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)

@@ -28,6 +28,20 @@ def own_slice_range(tensor: Tensor) -> tuple[int, int]:
     return offset[0], offset[0] + shape[0]
 
 
+def fewest_rows(num_rows: int, count: int) -> int:
+    """Return the rows of the smallest shard slice, the last one, of `num_rows` over `count` ranks.
+
+    Each rank before it has num_rows / count, rounded up, so the last ones may have none.
+    """
+    return max(0, num_rows - (count - 1) * -(-num_rows // count))
+
+
+def smallest_slice(tensor: Tensor) -> int:
+    """Return the elements of the smallest shard slice that a rank has of this tensor; of a whole one all of them."""
+    count = tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1
+    return fewest_rows(len(tensor), count) * (tensor.numel() // len(tensor))
+
+
 def sharded_as(template: Tensor, own_slice: Tensor) -> Tensor:
     """Return a tensor sharded as `template` is; `own_slice` may be on another device, as with FSDP2's CPU offload."""
     assert isinstance(template, DTensor)

@@ -33,8 +33,8 @@ class HostOptimizer(StandInOptimizer):
         self._copies = copies
         self._gradients: dict[nn.Parameter, Tensor] = {}
         """The host's memory for the gradient of each of the model's parameters."""
-        self._versions: dict[nn.Parameter, int] = {}
-        """torch's count of writes to each of the model's weights when the host's copy was equal to it."""
+        self._versions: dict[nn.Parameter, tuple[int, int]] = {}
+        """`_version` of each of the model's parameters when the host's copy was equal to it."""
         self._hooks: list[RemovableHandle] = []
         self.stand_ins = {}
         self.parts = [
@@ -62,10 +62,10 @@ class HostOptimizer(StandInOptimizer):
     def _copy_to_host(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
         stand_in, weight = self.stand_ins[parameter], local(parameter)
-        if self._versions.get(parameter) != weight._version:
+        if self._versions.get(parameter) != _version(parameter):
             # The first step, or something else has written the weight, such as a checkpoint that was loaded.
             self._copies.copy(stand_in, weight)
-            self._versions[parameter] = weight._version
+            self._versions[parameter] = _version(parameter)
         self._copies.copy(self._gradients[parameter], local(parameter.grad))
         stand_in.grad = self._gradients[parameter]
 
@@ -97,7 +97,12 @@ class HostOptimizer(StandInOptimizer):
         for parameter in changed:
             weight = local(parameter)
             self._copies.copy(weight, self.stand_ins[parameter])
-            self._versions[parameter] = weight._version
+            self._versions[parameter] = _version(parameter)
+
+
+def _version(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return torch's counts of the writes to a parameter: writes to a sharded one do not count for its own slice."""
+    return parameter._version, local(parameter)._version
 
 
 def _is_in_layer(name: str, layer: int | None) -> bool:

@@ -147,11 +147,20 @@ def _bitsandbytes(groups: list["ParameterGroup"], config: "OptimConfig", *, clas
         for name, parameter in group.parameters.items():
             # Set the bits of every parameter, because the manager remembers parameters of earlier runs in this process
             # by their id, which Python may reuse.
-            manager.override_config(parameter, "optim_bits", 8 if bits == 8 and _may_have_8_bits(name) else 32)
+            is_8bit = bits == 8 and _may_have_8_bits(name) and _smallest_slice(parameter) >= SMALLEST_8BIT
+            manager.override_config(parameter, "optim_bits", 8 if is_8bit else 32)
     optimizer: Optimizer = getattr(bitsandbytes.optim, class_name)(
         list(map(torch_group, groups)), betas=config.betas, eps=config.eps
     )
     return optimizer
+
+
+def _smallest_slice(parameter: "nn.Parameter") -> int:
+    """Return the elements of the parameter, or of the smallest slice that a rank has of it.
+
+    The bits must not differ from rank to rank: the ranks compare their state, and each of them names its tensors.
+    """
+    return int(getattr(parameter, "smallest_slice", parameter.numel()))
 
 
 def _may_have_8_bits(name: str) -> bool:

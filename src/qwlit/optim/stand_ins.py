@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qwlit.core.sharding import local
+from qwlit.core.sharding import local, smallest_slice
 from qwlit.optim.groups import ParameterGroup
 
 Build = Callable[[list[ParameterGroup]], Optimizer]
@@ -28,6 +28,13 @@ class Part:
     """Those of the model."""
     groups: list[int]
     """For each group of `optimizer`, the index of the group of the `StandInOptimizer` that it is a part of."""
+
+
+class OwnState(dict[str, Any]):
+    """The state of a parameter, which stays where it is: Lightning moves loaded state to the model's device."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Ignore the value."""
 
 
 class StandInOptimizer(Optimizer):
@@ -77,12 +84,16 @@ class StandInOptimizer(Optimizer):
         for part in self.parts:
             for parameter in part.parameters:
                 if own := part.optimizer.state.get(self.stand_ins[parameter]):
-                    found[parameter] = own
+                    found[parameter] = OwnState(own)
         return found
 
     @state.setter
     def state(self, value: Any) -> None:
         """Ignore what torch's `Optimizer` assigns: the parts have the state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        found = super().state_dict()
+        return found | {"state": {index: dict(own) for index, own in found["state"].items()}}
 
     def step_part(self, part: Part, *, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """Step the stand-ins, whose gradients are set, with the options of this optimizer's groups."""
@@ -116,7 +127,7 @@ class SliceOptimizer(StandInOptimizer):
         super().__init__(groups)
 
     def make_stand_ins(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
-        return {parameter: nn.Parameter(local(parameter.detach())) for parameter in parameters}
+        return {parameter: _slice_of(parameter) for parameter in parameters}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -130,3 +141,9 @@ class SliceOptimizer(StandInOptimizer):
         for part in self.parts:
             self.step_part(part, found_inf=self.found_inf, grad_scale=self.grad_scale)
         return result
+
+
+def _slice_of(parameter: nn.Parameter) -> nn.Parameter:
+    own = nn.Parameter(local(parameter.detach()))
+    own.smallest_slice = smallest_slice(parameter)  # type: ignore[attr-defined]
+    return own

@@ -106,8 +106,10 @@ def resolve_machine(
     strategy: Strategy = several if world_size > 1 else "single"
     strategy = strategy if config.strategy == "auto" else config.strategy
     if strategy == "fsdp" and precision == "16-mixed":
+        chosen = "" if config.strategy == "fsdp" else "hardware.offload_optimizer=true needs fsdp: "
         raise ConfigError(
-            "hardware.strategy=fsdp has no loss scale for 16-mixed; set hardware.precision=bf16-mixed or 32-true"
+            f"{chosen}hardware.strategy=fsdp has no loss scale for 16-mixed; set hardware.precision=bf16-mixed or"
+            " 32-true"
         )
     level = config.activation_checkpointing
     return Machine(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qwlit.config.run import RunConfig
+from qwlit.core.sharding import fewest_rows
 from qwlit.model.config import CHECKPOINTING_LEVELS, ActivationCheckpointing
 from qwlit.optim.groups import ParameterGroup
 from qwlit.optim.kinds import OPTIMIZERS
@@ -81,14 +82,16 @@ def why_not_on_host(config: RunConfig, machine: Machine) -> str | None:
 def why_not_sharded(config: RunConfig, machine: Machine) -> str | None:
     """Return the setting that does not work on sharded tensors, with its remedy; None if there is none."""
     if config.adapter.quantization != "none":
-        return f"adapter.quantization={config.adapter.quantization} cannot be sharded; set hardware.strategy=ddp"
+        more = " and hardware.offload_optimizer=false" if machine.offload_optimizer else ""
+        return f"adapter.quantization={config.adapter.quantization} cannot be sharded; set hardware.strategy=ddp{more}"
     optimizer = OPTIMIZERS[config.optim.name]
     if optimizer.sharding == "none":
         return f"optim.name={config.optim.name} cannot be sharded; set hardware.strategy=ddp or optim=adamw"
-    has_too_few_rows = config.adapter.kind == "lora" and config.adapter.rank < machine.world_size
-    if optimizer.needs_rows_on_each_rank and has_too_few_rows:
+    rank, count = config.adapter.rank, machine.world_size
+    has_too_few_rows = fewest_rows(rank, count) == 0 if optimizer.sharding == "slices" else rank < count
+    if optimizer.needs_rows_on_each_rank and config.adapter.kind == "lora" and has_too_few_rows:
         return (
-            f"optim.name={config.optim.name} cannot shard adapters of rank {config.adapter.rank} over"
-            f" {machine.world_size} devices; raise adapter.rank, or set hardware.strategy=ddp or optim=adamw"
+            f"optim.name={config.optim.name} cannot shard adapters of rank {rank} over {count}"
+            " devices; raise adapter.rank, or set hardware.strategy=ddp or optim=adamw"
         )
     return None
