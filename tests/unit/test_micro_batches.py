@@ -42,6 +42,21 @@ def test_auto_takes_the_most_tokens_that_fit_without_keeping_less_of_the_forward
         assert memory.fits is False or larger.machine != level.machine
 
 
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        # 8,192 tokens would still be two micro-batches, 16,384 are one: then no gradients are kept beside it.
+        (["hardware=h100x8", "model=qwen3_14b"], 16_384),
+        # Reducing the gradients in each micro-batch is no reason for small ones.
+        (["hardware=a100_80x4", "model=qwen3_8b", "train.global_batch_size=64"], 4096),
+    ],
+)
+def test_auto_does_not_shrink_micro_batches_so_that_gradients_are_reduced_once(words, tokens):
+    words = ["recipe=full_sft", "dropout=none", "data.max_seq_len=1024", *words]
+    found, _, _ = plan_batches(setup_of(*words), None)
+    assert found.config.hardware.micro_batch_tokens == tokens
+
+
 def test_a_model_that_does_not_fit_gets_micro_batches_of_its_longest_sample():
     found, _, _ = plan_batches(
         setup_of("hardware=a100_80", "model=qwen3_4b", "recipe=full_sft", "hardware.gpu_memory_gb=40"), None

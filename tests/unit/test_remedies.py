@@ -23,3 +23,12 @@ def test_devices_that_have_room_for_the_steps_but_not_for_the_answers_do_not_fit
     assert ("hardware.devices=8" in peaks) == eight_devices_fit
     if eight_devices_fit:
         assert 30 < peaks["hardware.devices=8"] < 31
+
+
+# The optimizer takes 149 GiB of the host's memory, whose devices share it.
+@pytest.mark.parametrize(("host_memory_gb", "fits"), [(120, False), (300, True)])
+def test_devices_that_have_room_on_a_host_that_has_none_for_the_optimizer_do_not_fit(host_memory_gb, fits):
+    words = ["model=qwen3_8b", "model.init=random", "hardware=a100", "hardware.offload_optimizer=true", "dropout=none"]
+    words += ["model.tokenizer=qwlit:demo/tokenizer", f"hardware.host_memory_gb={host_memory_gb}"]
+    plan = build_plan(compose(words), Console(file=io.StringIO()), preview=True)
+    assert (["hardware.devices=4"] in [overrides for overrides, _ in fitting_overrides(words, plan)]) == fits

@@ -5,9 +5,9 @@ from dataclasses import replace
 from qwlit.data.samples import longest
 from qwlit.data.splits import DataSplit
 from qwlit.planning.batch_statistics import BatchStatistics, assume_batches, measure_batches
+from qwlit.planning.memory.levels import candidates
 from qwlit.planning.setup import Setup
 from qwlit.planning.steps import PlannedSteps, plan_steps
-from qwlit.training.machine import Machine
 
 SIZE_ON_CPU = 4
 """Samples per micro-batch: micro_batch_size=auto on CPU."""
@@ -44,17 +44,24 @@ def _fill_memory(setup: Setup, split: DataSplit | None) -> Setup:
     tokens = 1 << shortest.bit_length()
     while level is not None and tokens <= MOST_TOKENS:
         larger = _limited(setup, micro_batch_tokens=tokens)
-        if _level(larger, split) != level:
+        needed = _level(larger, split)
+        # A run without accumulation may need less memory than one with it.
+        if needed is None or needed > level:
             break
-        found, tokens = larger, 2 * tokens
+        found, level, tokens = larger, needed, 2 * tokens
     return found
 
 
-def _level(setup: Setup, split: DataSplit | None) -> Machine | None:
-    """Return the machine with the fastest level of memory that fits; None if none does, or the memory is unknown."""
+def _level(setup: Setup, split: DataSplit | None) -> int | None:
+    """Return the place of the fastest level of memory that fits; None if none does, or the memory is unknown.
+
+    How often FSDP2 reduces gradients does not count: twice the tokens gather the weights half as often, which saves as
+    much communication as reducing the gradients in each micro-batch costs.
+    """
     _, batches = _measured(setup, split)
     fitted, memory = setup.fit_memory(batches.largest)
-    return fitted.machine if memory.fits else None
+    levels = candidates(setup.config, setup.machine, setup.groups)
+    return levels.index(replace(fitted.machine, reduce_once=True)) if memory.fits else None
 
 
 def _measured(setup: Setup, split: DataSplit | None) -> tuple[PlannedSteps | None, BatchStatistics]:

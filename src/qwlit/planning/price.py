@@ -30,7 +30,8 @@ class Price:
         if self.recomputed_share:
             parts.append(f"layers computed twice, {self.recomputed_share:+.0%} FLOPs")
         if self.host_seconds:
-            parts.append(f"the optimizer's step on the host, about {self.host_seconds:.1f} s per step")
+            seconds = f"about {self.host_seconds:.1f}" if self.host_seconds >= 0.05 else "less than 0.1"
+            parts.append(f"the optimizer's step on the host, {seconds} s per step")
         if self.reduces_each_micro_batch:
             parts.append("gradients reduced after every micro-batch")
         return "; ".join(parts)

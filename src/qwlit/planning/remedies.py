@@ -33,7 +33,7 @@ def fitting_overrides(overrides: list[str], plan: RunPlan) -> list[Remedy]:
         except ConfigError:
             continue
         smaller = replace(plan, setup=fitted, batches=batches, memory=memory)
-        if smaller.fits:
+        if smaller.fits and memory.fits_host:
             found.append((more, smaller.peak_bytes))
         if len(found) == REMEDIES_SHOWN:
             break

@@ -59,6 +59,11 @@ class MemoryEstimate:
         """Whether the training fits; None if the device's memory is unknown."""
         return self.total <= self.device if self.device else None
 
+    @property
+    def fits_host(self) -> bool:
+        """Whether the optimizer fits into the host's memory, as far as that is known."""
+        return not self.host_limit or self.host <= self.host_limit
+
 
 def estimate_memory(
     config: RunConfig,

@@ -63,11 +63,11 @@ def state_memory(facts: PreflightFacts) -> Result:
 def host_memory(facts: PreflightFacts) -> Result:
     """An optimizer on the host keeps its moments, and copies of weights and gradients, in the host's memory."""
     memory, machine = facts.memory, facts.machine
-    if not memory.host_limit or memory.host <= memory.host_limit:
+    if memory.fits_host:
         return None
     needed, there = memory.host * machine.devices / GIB, machine.host_memory / GIB
     message = f"the optimizer would take {needed:.1f} GiB of the host's memory, of {there:.1f} GiB on each node"
-    return message, "set hardware.offload_optimizer=auto, or more hardware.devices to share it"
+    return message, "set hardware.offload_optimizer=auto, or more hardware.num_nodes to share it"
 
 
 def _state(facts: PreflightFacts) -> float:
