@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def shard_model(model: "LossModel", mesh: "DeviceMesh", *, bf16: bool) -> None:
     """Shard each decoder layer by itself, and embedding and head too unless they share a weight.
 
-    FSDP2 reduces gradients in float32 after every micro-batch, so that no device keeps an unsharded gradient. A shared
+    FSDP2 reduces gradients in float32, when `CausalLMModule` says so: in every micro-batch or in the last one. A shared
     weight stays unsharded from the embedding's forward pass to the end of the backward pass; the other ones are
     unsharded while they are read.
 
