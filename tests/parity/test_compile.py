@@ -1,7 +1,7 @@
 """Compiled layers against layers as they are written: the same gradients, one graph for all packings, no break.
 
 The graphs are traced and run by torch's own operators; tests/runs/test_compile.py makes machine code of them. torch's
-varlen attention is given kernels for CPU. QWLIT_LONG=1 traces every case as the case "full".
+varlen attention is given kernels for CPU, also with dropout. QWLIT_LONG=1 traces every case as the case "full".
 """
 
 import random
@@ -32,10 +32,10 @@ CASES = {
         "adapter": AdapterConfig(kind="lora", rank=2, quantization="nf4", target_modules=("q_proj", "down_proj")),
         "dropout": DropoutConfig(lora=0.1),
     },
-    "dropout": {"dropout": DropoutConfig(feed_forward=0.1, residual=0.1, embedding=0.1)},
+    "dropout": {"dropout": DropoutConfig(attention=0.1, feed_forward=0.1, residual=0.1, embedding=0.1)},
     "freeze": {"freeze": FreezeConfig(layers=(0, 1))},
-    "selective": {"memory": "selective"},
-    "whole layers again": {"memory": "full"},
+    "selective": {"memory": "selective", "dropout": DropoutConfig(attention=0.1, feed_forward=0.1)},
+    "whole layers again": {"memory": "full", "dropout": DropoutConfig(attention=0.1, residual=0.1)},
 }
 # AOTAutograd traces the gradients, and takes most of the time, where operators or recomputation are special to it.
 GRADIENTS_TRACED = CASES if LONG else ("full", "qlora", "selective", "whole layers again")

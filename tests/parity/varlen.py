@@ -1,7 +1,7 @@
-"""CPU kernels for torch's variable-length attention, which has CUDA ones alone: documents one by one.
+"""CPU kernels for torch's flash attention over packed documents, which has CUDA ones alone: documents one by one.
 
-Registered with torch's own operators, so that all but the kernels is what runs on CUDA: the call, its derivative, and
-what the compiler sees.
+Registered with torch's own operators, so that all but the kernels is what runs on CUDA: the call, its derivative, the
+state of the random generator that it returns, and what the compiler sees.
 """
 
 from functools import cache
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import varlen
+from torch.library import Library
 
 
 def _documents(cu_seqlens: Tensor) -> list[slice]:
@@ -29,32 +29,82 @@ def _one_each(query: Tensor, *grouped: Tensor) -> list[Tensor]:
     return [states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in grouped]
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *rest: Any, **named: Any) -> Any:
-    # The scale is the second number behind the two lengths and "is causal".
-    scale = named["scale"] if "scale" in named else rest[4]
-    key, value = _one_each(query, key, value)
+def _precise(*states: Tensor) -> list[Tensor]:
+    """As CUDA's kernels do, compute in float32 at least."""
+    return [each.to(torch.promote_types(each.dtype, torch.float32)) for each in states]
+
+
+def kept(heads: int, cu_seqlens: Tensor, dropout: float, rng_state: Tensor) -> list[Tensor]:
+    """Return what each document's weights (H, L, L) are multiplied by, drawn from the state alone."""
+    draw = torch.Generator().manual_seed(int(rng_state[0].item()))
+    sizes = [at.stop - at.start for at in _documents(cu_seqlens)]
+    return [(torch.rand(heads, L, L, generator=draw) >= dropout) / (1 - dropout) for L in sizes]
+
+
+def _forward(  # noqa: PLR0917 - the operator's arguments
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+    **_: Any,
+) -> Any:
+    assert is_causal and not return_debug_mask and torch.equal(cu_seqlens, cu_seqlens_k)
+    assert max_q == max_k == cu_seqlens.diff().max()
+    # As on CUDA, only dropout takes something from the generator.
+    seed = torch.randint(2**31, (1,)).item() if dropout else 0
+    rng_state = torch.tensor([seed, 0], dtype=torch.uint64)
     out = torch.empty_like(query)
-    for at in _documents(cu_seqlens):
-        out[at] = torch.einsum("hqs,shk->qhk", _weights(query[at], key[at], scale), value[at])
-    return out, query.new_empty(query.shape[1], len(query)), torch.empty(2, dtype=torch.uint64)
+    query, key, value = _precise(query, *_one_each(query, key, value))
+    for at, scaled in zip(_documents(cu_seqlens), kept(query.shape[1], cu_seqlens, dropout, rng_state), strict=True):
+        out[at] = torch.einsum("hqs,shk->qhk", _weights(query[at], key[at], scale) * scaled, value[at])
+    unused = torch.empty((), dtype=torch.uint64)
+    return out, query.new_empty(query.shape[1], len(query)), rng_state, unused, query.new_empty(0)
 
 
-def _backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Any:
-    cu_seqlens, scale = rest[0], next(number for number in rest[::-1] if isinstance(number, float))
-    keys, values = _one_each(query, key, value)
+def _backward(  # noqa: PLR0917 - the operator's arguments
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float,
+    **_: Any,
+) -> Any:
+    results = [torch.empty_like(states) for states in (query, key, value)]  # with the strides of the inputs, as on CUDA
+    grad, query, keys, values = _precise(grad, query, *_one_each(query, key, value))
     grads = [torch.empty_like(states) for states in (query, keys, values)]
-    for at in _documents(cu_seqlens):
+    for at, scaled in zip(_documents(cu_seqlens), kept(query.shape[1], cu_seqlens, dropout, rng_state), strict=True):
         weights = _weights(query[at], keys[at], scale)
-        grad_weights = torch.einsum("qhk,shk->hqs", grad[at], values[at])
+        grad_weights = torch.einsum("qhk,shk->hqs", grad[at], values[at]) * scaled
         grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * scale
         grads[0][at] = torch.einsum("hqs,shk->qhk", grad_scores, keys[at])
         grads[1][at] = torch.einsum("hqs,qhk->shk", grad_scores, query[at])
-        grads[2][at] = torch.einsum("hqs,qhk->shk", weights, grad[at])
-    folded = (g.unflatten(1, (key.shape[1], -1)).sum(2) for g in grads[1:])
-    return (grads[0], *folded)
+        grads[2][at] = torch.einsum("hqs,qhk->shk", weights * scaled, grad[at])
+    folded = [g.unflatten(1, (key.shape[1], -1)).sum(2) for g in grads[1:]]
+    return tuple(result.copy_(g) for result, g in zip(results, (grads[0], *folded), strict=True))
 
 
 @cache
-def register() -> None:
-    varlen._varlen_attn.register_kernel("cpu")(_forward)
-    varlen._varlen_attn_backward.register_kernel("cpu")(_backward)
+def register() -> Library:
+    library = Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", _forward, "CPU")
+    library.impl("_flash_attention_backward", _backward, "CPU")
+    return library

@@ -45,7 +45,7 @@ def test_the_documents_show_five_plans():
 
 
 def test_json_has_what_scripts_read(tmp_path):
-    plan = planned(["hardware=a100x4", "recipe=full_sft", "model=qwen3_0_6b"], tmp_path)
+    plan = planned(["hardware=a100x4", "recipe=full_sft", "model=qwen3_0_6b", "model.attention=sdpa"], tmp_path)
     assert plan["parameters"]["total"] == plan["parameters"]["trainable"] == 596_049_920
     assert plan["memory"]["total_gib"] == pytest.approx(sum(plan["memory"]["components"].values()))
     assert plan["memory"]["components"]["weights"] == pytest.approx(596_049_920 * 4 / 2**30)

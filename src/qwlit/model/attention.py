@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ATTENTION_NAME = "qwlit"
 
+aten = torch.ops.aten
+
 
 def _causal_options() -> dict[str, Any]:
     """Return varlen_attn's arguments for causal attention with grouped heads; torch versions name them differently."""
@@ -74,9 +76,7 @@ def attend(  # noqa: PLR0913 - transformers calls it
     if inspection is not None:
         inspection.observe_attention(query, key, scaling)
     if attention_kernel == "varlen" and cu_seqlens is not None:
-        if dropout:
-            raise RuntimeError("varlen attention has no dropout; LossModel must choose sdpa")
-        return _varlen(query, key, value, cu_seqlens, max_seqlen, scaling), None
+        return _varlen(query, key, value, cu_seqlens, max_seqlen, scaling, dropout), None
     compute = _eager if attention_kernel == "eager" else _sdpa
     if document_lengths is None:
         return compute(query, key, value, scaling, dropout).transpose(1, 2).contiguous(), None
@@ -107,13 +107,36 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: f
     return F.dropout(weights, dropout) @ value
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float, dropout: float
+) -> Tensor:
     """Attend with torch's variable-length flash kernel, CUDA in half precision only: (1, T, H, K)."""
     # Autocast converts the inputs of sdpa but not of this kernel, and Qwen3's norms return float32 queries and keys.
     dtype = _compute_dtype(value)
-    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    q, k, v = (states.squeeze(0).transpose(0, 1).to(dtype) for states in (query, key, value))
+    if dropout:
+        return _flash_with_dropout(q, k, v, cu_seqlens, max_seqlen, scaling, dropout).unsqueeze(0)
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, **VARLEN_OPTIONS)
     return out.unsqueeze(0)  # type: ignore[union-attr]
+
+
+def _flash_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float, dropout: float
+) -> Tensor:
+    """Call the operator below `varlen_attn`, which itself always passes it a dropout of 0: (T, H, K).
+
+    The kernel keeps no mask. It draws from CUDA's generator and returns the state that it drew from, and the backward
+    pass draws the same mask again. It compares 8 random bits, so it drops `dropout` rounded up to 1/256 (0.05: 13/256),
+    and scales what is left by 1 / (1 - dropout).
+
+    Args:
+        q: (T, H, K). `k` and `v` are (T, G, K).
+    """
+    is_causal, returns_mask = True, False
+    out: Tensor = aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, is_causal, returns_mask, scale=scaling
+    )[0]
+    return out
 
 
 def _repeat_key_value_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ class ModelConfig:
     architecture: Architecture | None = None
     """The shape of the model, for random weights and for `plan`; with model.path, its config.json has the shape."""
     attention: AttentionChoice = "auto"
-    """Attention kernel: auto chooses varlen on CUDA with bf16-mixed and without attention dropout, else sdpa."""
+    """Attention kernel: auto chooses varlen on CUDA with bf16-mixed, else sdpa."""
 
 
 @config_dataclass

@@ -93,12 +93,8 @@ class LossModel(nn.Module):
         return states
 
     def _kernel(self, micro: MicroBatch) -> AttentionKernel:
-        """Return the kernel for this micro-batch: sdpa instead of varlen on CPU and with attention dropout."""
-        layers = self.family.layers(self.causal_lm)
-        has_dropout = self.training and any(self.family.attention(layer).attention_dropout for layer in layers)
-        if self.attention == "varlen" and (has_dropout or not micro.input_ids.is_cuda):
-            return "sdpa"
-        return self.attention
+        """Return the kernel for this micro-batch: sdpa instead of varlen on CPU, which has no varlen kernel."""
+        return "sdpa" if self.attention == "varlen" and not micro.input_ids.is_cuda else self.attention
 
 
 def build_loss_model(

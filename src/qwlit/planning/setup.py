@@ -57,7 +57,7 @@ class Setup:
             return self.execution.attention
         if self.config.determinism == "strict":
             return f"{self.execution.attention} (determinism=strict)"
-        obstacle = why_not_varlen(self.machine, self.config.dropout.attention)
+        obstacle = why_not_varlen(self.machine)
         return f"{self.execution.attention} (auto{f': {obstacle}' if obstacle else ''})"
 
     @cached_property
@@ -117,12 +117,7 @@ def resolve_setup(composed: Composed, *, machine: Machine | None = None, trust_p
         raise ConfigError(refusal)
     if reason := why_not_on_host(config, machine):
         raise ConfigError(reason)
-    attention = resolve_attention(
-        config.model.attention,
-        machine=machine,
-        determinism=config.determinism,
-        attention_dropout=config.dropout.attention,
-    )
+    attention = resolve_attention(config.model.attention, machine=machine, determinism=config.determinism)
     compiled, obstacle = resolve_compile(
         config.hardware.compile, machine, _why_not_compiled(config, machine, attention), trust_profile=trust_profile
     )
@@ -151,8 +146,6 @@ def _why_not_compiled(config: RunConfig, machine: Machine, attention: AttentionK
         return "hardware.activation_checkpointing=offload moves tensors in the middle of a layer"
     if config.adapter.use_dora:
         return "peft's DoRA (adapter.use_dora=true) cannot be traced"
-    if config.data.packing and attention != "varlen" and config.dropout.attention:
-        return f"dropout.attention={config.dropout.attention:g} computes attention one packed sample at a time"
     if config.data.packing and attention != "varlen":
         return f"{attention} attention is computed one packed sample at a time"
     return None

@@ -228,15 +228,13 @@ def _precision(
     return "bf16-mixed" if available.has_bf16 else "16-mixed"
 
 
-def resolve_attention(
-    requested: AttentionChoice, *, machine: Machine, determinism: Determinism, attention_dropout: float
-) -> AttentionKernel:
+def resolve_attention(requested: AttentionChoice, *, machine: Machine, determinism: Determinism) -> AttentionKernel:
     """Choose the attention kernel.
 
     Raises:
         ConfigError: model.attention does not work with the other settings.
     """
-    obstacle = why_not_varlen(machine, attention_dropout)
+    obstacle = why_not_varlen(machine)
     if determinism == "strict":
         return "eager"
     if requested == "varlen" and obstacle:
@@ -246,13 +244,13 @@ def resolve_attention(
     return requested
 
 
-def why_not_varlen(machine: Machine, attention_dropout: float) -> str | None:
+def why_not_varlen(machine: Machine) -> str | None:
     """Return what prevents torch's variable-length kernel; None if nothing does."""
     if machine.accelerator != "cuda":
         return "varlen needs CUDA"
     if machine.precision != "bf16-mixed":
         return f"varlen needs hardware.precision=bf16-mixed, not {machine.precision}"
-    return "varlen has no dropout.attention" if attention_dropout else None
+    return None
 
 
 def resolve_compile(

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Varlen attention keeps the random state in place of a dropout mask: two small tensors, each in a block of the smallest
+# size that torch's allocator for CUDA has (kMinBlockSize in c10/core/AllocatorConfig.h).
+RANDOM_STATE_BYTES = 2 * 512
+
+
 @dataclass(frozen=True)
 class ActivationBytes:
     """Bytes of the activations of a micro-batch at two points of a step."""
@@ -90,6 +95,7 @@ class _Layer:
         self.kernel, self.sharding, self.micro, self.dropout = execution.attention, sharding, micro, dropout
         self.hidden: int = config.hidden_size
         self.intermediate: int = config.intermediate_size
+        self.random_state = RANDOM_STATE_BYTES if self.kernel == "varlen" else 0
         self.heads: int = config.num_attention_heads
         self.queries: int = self.heads * config.head_dim
         self.keys: int = config.num_key_value_heads * config.head_dim
@@ -134,7 +140,7 @@ class _Layer:
                 for name, m in block.named_modules()
                 if isinstance(m, nn.Linear) and not (skips_base and name.endswith("base_layer"))
             )
-        return total + (self.queries * self.compute + self.heads * FLOAT32) * self.micro.tokens
+        return total + (self.queries * self.compute + self.heads * FLOAT32) * self.micro.tokens + self.random_state
 
     def saved_bytes(self) -> float:
         """Return the bytes that autograd keeps if nothing is recomputed."""
@@ -153,7 +159,8 @@ class _Layer:
             feed_forward += self._mask(self.intermediate) * (self.dropout.feed_forward > 0)
             feed_forward += self._mask(self.hidden) * (self.dropout.residual > 0)
             attention += self._mask(self.hidden) * (self.dropout.residual > 0)
-        return attention * self.micro.tokens + feed_forward * self.ffn_tokens + self._attention_weight_bytes()
+        kept = attention * self.micro.tokens + feed_forward * self.ffn_tokens
+        return kept + self._attention_weight_bytes() + self.random_state
 
     def _norm(self, norm: nn.Module, input_has_gradient: bool) -> float:
         """Return the bytes that RMSNorm keeps per token.

@@ -84,10 +84,8 @@ def not_compiled(facts: PreflightFacts) -> Result:
     """On CUDA, compiled layers make steps faster."""
     if facts.compile_obstacle is None:
         return None
-    no_dropout = "set dropout=none, as the published checkpoints were trained"
-    silence = "hardware.compile=false turns this warning off"
-    remedy = no_dropout if facts.compile_obstacle.startswith("dropout.") else silence
-    return f"layers are not compiled, so steps are slower: {facts.compile_obstacle}", remedy
+    message = f"layers are not compiled, so steps are slower: {facts.compile_obstacle}"
+    return message, "hardware.compile=false turns this warning off"
 
 
 @rule("warning", source="bitsandbytes")
