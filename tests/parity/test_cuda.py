@@ -15,6 +15,8 @@ from qwlit.model.config import DropoutConfig
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.head import linear_cross_entropy
 from qwlit.model.loss_model import LossModel
+from qwlit.training.kernel_checks import Place
+from qwlit.training.self_check import LIMITS, checks_for
 from tests.tiny import packed, random_samples, tiny_causal_lm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -195,3 +197,12 @@ def test_the_head_in_bf16_equals_cross_entropy_and_never_waits_for_the_device(mo
         torch.cuda.set_sync_debug_mode("default")
     assert relative(loss_sum, expected) < 1e-2
     assert all(relative(a, b) < 2e-2 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_self_check_of_a_run_passes_with_a_margin(dtype: torch.dtype) -> None:
+    place = Place(torch.device("cuda", 0), dtype, "varlen" if dtype == torch.bfloat16 else "sdpa", "qwen3")
+    deviations = {
+        check.subject: check.deviation(place) for check in checks_for(place, attention_dropout=True, fused_adamw=True)
+    }
+    assert all(deviation < LIMITS[dtype] / 2 for deviation in deviations.values()), deviations

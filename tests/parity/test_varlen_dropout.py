@@ -19,12 +19,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwlit.model import activation_checkpointing
+from qwlit.model import activation_checkpointing, attention
 from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.attention import attend, register_attention
 from qwlit.model.config import ActivationCheckpointing, DropoutConfig
 from qwlit.model.dropout import apply_dropout
 from qwlit.model.loss_model import LossModel
+from qwlit.training.kernel_checks import Place
+from qwlit.training.self_check import LIMITS, checks_for
 from tests.parity.varlen import kept, register
 from tests.tiny import packed, random_samples, tiny_causal_lm
 
@@ -122,6 +124,20 @@ def test_selective_computes_attention_with_dropout_once(monkeypatch: pytest.Monk
         counts.append(calls.dropouts.count(0.1))
     layers = 2
     assert counts == [layers, 2 * layers]
+
+
+def test_the_self_check_passes_with_varlen_attention_and_finds_another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(torch.device("cpu"), torch.float32, "varlen", "qwen3")
+    checks = {check.subject: check for check in checks_for(place, attention_dropout=True, fused_adamw=True)}
+    assert all(check.deviation(place) < 1e-4 for check in checks.values())
+    flash = attention._flash_with_dropout
+    monkeypatch.setattr(
+        attention,
+        "_flash_with_dropout",
+        lambda q, k, v, edges, longest, scaling, p: flash(q, k, v, edges, longest, 1.0, p),
+    )
+    found = {subject for subject, check in checks.items() if check.deviation(place) > LIMITS[place.dtype]}
+    assert found == {"varlen attention with dropout"}
 
 
 class WithoutIndexing(TorchFunctionMode):

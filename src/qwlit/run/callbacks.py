@@ -13,9 +13,13 @@ from lightning.pytorch.loggers import Logger
 from qwlit.config.run import recipe_fingerprint, recipe_settings
 from qwlit.core.console import console
 from qwlit.core.errors import QwlitError
+from qwlit.core.files import resolve_path
+from qwlit.optim.kinds import OPTIMIZERS
+from qwlit.planning.tokenized_data import STORE_FOLDER
 from qwlit.run.probe import build_probe
 from qwlit.training.checkpointing.saving import Checkpointing
 from qwlit.training.checkpointing.writer import CheckpointWriter
+from qwlit.training.kernel_checks import Place
 from qwlit.training.observed_step import OBSERVE, ObserveSteps
 from qwlit.training.profiler import ProfileSteps
 from qwlit.training.resilience.growth import SlowDivergence
@@ -25,6 +29,7 @@ from qwlit.training.resilience.preemption import StopOnSignal
 from qwlit.training.resilience.rank_consistency import RankConsistency
 from qwlit.training.resilience.rollback import JOURNAL, journal_entry
 from qwlit.training.resilience.state_health import StateHealth
+from qwlit.training.self_check import SelfCheck
 from qwlit.training.step_boundary import STOP_AFTER, StopAfter
 from qwlit.training.step_gauges import StepGauges
 from qwlit.training.telemetry import Listener, Telemetry, peak_memory_gib
@@ -108,8 +113,9 @@ def build_trainer_with_callbacks(
     # - guard and telemetry before the checkpoint, which holds their state; a step that stops the run is not saved;
     # - the user's callbacks after the checkpoint, so that an error in them loses no step that was due to be saved;
     # - signals last: StopOnSignal saves through `checkpointing` and then ends the run.
-    # - before all of them, what only looks at the step: the others may end the run at it.
-    callbacks: list[Callback] = []
+    # - before all of them, what only looks at the step: the others may end the run at it; and the check of the kernels,
+    #   which may end it before its first step.
+    callbacks: list[Callback] = [_self_check(run)] if machine.accelerator == "cuda" else []
     if order := os.environ.get(OBSERVE):
         callbacks.append(ObserveSteps(order))
     patience = config.validation.early_stopping_patience
@@ -144,6 +150,17 @@ def build_trainer_with_callbacks(
         record_failure=record_failure,
     )
     return TrainerWithCallbacks(trainer, telemetry, guard, checkpointing)
+
+
+def _self_check(run: "TrainingRun") -> SelfCheck:
+    """Return the check of what this run computes in its own way on CUDA."""
+    config, machine, attention = run.config, run.plan.machine, run.plan.execution.attention
+    return SelfCheck(
+        lambda device: Place(device, machine.compute_dtype, attention, run.plan.setup.model.config.model_type),
+        resolve_path(config.run.root) / STORE_FOLDER / "self-check.json",
+        attention_dropout=config.dropout.attention > 0,
+        fused_adamw=OPTIMIZERS[config.optim.name].clips_and_skips and not machine.offload_optimizer,
+    )
 
 
 def _watching(run: "TrainingRun", guard: Guard, listeners: Sequence[Listener]) -> tuple[Telemetry, list[Callback]]:
