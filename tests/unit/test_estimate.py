@@ -8,6 +8,7 @@ from qwlit.config.compose import compose
 from qwlit.core.devices import Devices
 from qwlit.core.errors import ConfigError
 from qwlit.planning.batch_statistics import assume_batches
+from qwlit.planning.memory.estimate import CONTEXT_BYTES, FRAGMENTED_SHARE
 from qwlit.planning.setup import resolve_setup
 from qwlit.training import machine
 
@@ -130,3 +131,13 @@ def test_gradients_are_reduced_once_per_step_where_there_is_room_for_them(monkey
     small, _ = placed([*words, "model=qwen3_0_6b"], monkeypatch)
     large, _ = placed([*words, "model=qwen3_8b"], monkeypatch)
     assert small.machine.reduce_once and not large.machine.reduce_once
+
+
+@pytest.mark.parametrize(("profile", "communicators"), [("a100", 0), ("a100x4", 1)])
+def test_several_devices_reserve_memory_for_the_communicator(profile, communicators, monkeypatch):
+    monkeypatch.setattr(machine, "detect_devices", lambda: Devices(4, "NVIDIA A100-SXM4-40GB", True, 42.3))
+    setup = resolve_setup(compose([f"hardware={profile}", "model=qwen3_0_6b", "recipe=lora"]))
+    _, estimate = setup.fit_memory(assume_batches(setup.config, setup.machine.world_size).largest)
+    counted = sum(size for name, size in estimate.components.items() if name != "reserve")
+    beyond = estimate.components["reserve"] - CONTEXT_BYTES - FRAGMENTED_SHARE * counted
+    assert beyond == pytest.approx(communicators * 288 * 2**20)

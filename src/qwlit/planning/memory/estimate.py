@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 # Assumptions: the CUDA context with cuBLAS's workspaces, and the share that the allocator cannot use.
 CONTEXT_BYTES, FRAGMENTED_SHARE = 0.6 * GIB, 0.04
+# NCCL's communicator, which DDP and FSDP2 use for all collectives: a ring of 24 channels (assumption) with buffers of
+# 10 MiB to receive and of 2 MiB to send (github.com/NVIDIA/nccl, issue 1685).
+COMMUNICATOR_BYTES = 24 * 12 * 2**20
 # On CPU: the interpreter and its libraries. The demo's measured peak is 0.60 GiB, of which 0.1 GiB is counted below.
 PROCESS_BYTES = 0.5 * GIB
 OFFLOAD_SHARE = 0.75
@@ -190,5 +193,6 @@ def _peak_phase(whole_step: dict[str, float], phases: dict[str, dict[str, float]
     phase, own = max(phases.items(), key=lambda item: sum(item[1].values()))
     components = {name: size for name, size in (whole_step | own).items() if size}
     on_cuda = CONTEXT_BYTES + FRAGMENTED_SHARE * sum(components.values())
+    on_cuda += COMMUNICATOR_BYTES * (machine.world_size > 1)
     components["reserve"] = on_cuda if machine.accelerator == "cuda" else PROCESS_BYTES
     return MemoryEstimate(phase, components, machine.device_memory)
