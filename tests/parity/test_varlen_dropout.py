@@ -1,9 +1,8 @@
 """Varlen attention with dropout, without a GPU.
 
 torch's own operator runs with kernels for CPU (`tests.parity.varlen`), which shows the call, its derivative, and that
-activation checkpointing repeats the draws. Shapes and dtypes on CUDA are those of fake CUDA tensors, without autograd:
-a CPU build of torch ends the process at a fake CUDA tensor that requires a gradient. That CUDA's kernel itself computes
-the same is left to tests/parity/test_cuda.py.
+activation checkpointing repeats the draws. Shapes and dtypes on CUDA are those of fake CUDA tensors. That CUDA's kernel
+itself computes the same is left to tests/parity/test_cuda.py.
 """
 
 import subprocess
@@ -15,18 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import _as_fake, _Kept, micro_batch
+from qwlit.config.compose import compose
 from qwlit.model import activation_checkpointing, attention
 from qwlit.model.activation_checkpointing import apply_activation_checkpointing
 from qwlit.model.attention import attend, register_attention
-from qwlit.model.config import ActivationCheckpointing, DropoutConfig
+from qwlit.model.config import ActivationCheckpointing, DropoutConfig, Execution
 from qwlit.model.dropout import apply_dropout
-from qwlit.model.loss_model import LossModel
+from qwlit.model.loss_model import LossModel, build_meta_model
+from qwlit.planning.memory.activations import activation_bytes
+from qwlit.planning.memory.state import ShardingAndPrecision
 from qwlit.training.kernel_checks import Place
 from qwlit.training.self_check import LIMITS, checks_for
+from tests.parity.fake_cuda import bytes_moved, launches, layer_graph
 from tests.parity.varlen import kept, register
 from tests.tiny import packed, random_samples, tiny_causal_lm
 
@@ -126,6 +128,38 @@ def test_selective_computes_attention_with_dropout_once(monkeypatch: pytest.Monk
     assert counts == [layers, 2 * layers]
 
 
+def test_autograd_keeps_what_the_memory_plan_counts_and_no_mask() -> None:
+    words = ["dropout=none", "dropout.attention=0.1", "model=qwen3_0_6b", "model.architecture.num_hidden_layers=2"]
+    config = compose(["hardware=cpu", *words]).config
+    subject = build_meta_model(config.model, config.adapter, config.dropout, config.freeze)
+    micro, size = micro_batch(packing=True)
+    execution = Execution("varlen", "none", torch.float32, torch.bfloat16)
+    on_cuda = ShardingAndPrecision("cuda", 1, torch.bfloat16.itemsize)
+    predicted = activation_bytes(subject, config.adapter, config.dropout, execution, on_cuda, size).after_forward
+    kept_by_autograd = _Kept()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = LossModel(_as_fake(subject, execution.frozen_dtype), "varlen").train()
+        with (
+            Calls() as calls,
+            torch.autograd.graph.saved_tensors_hooks(kept_by_autograd.pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            model.causal_lm.model(
+                input_ids=micro.input_ids,
+                position_ids=micro.position_ids,
+                use_cache=False,
+                attention_kernel="varlen",
+                cu_seqlens=micro.cu_seqlens,
+                max_seqlen=micro.max_seqlen,
+                label_positions=micro.label_positions,
+            )
+    # Autocast's copies of the weights are a component of their own.
+    weights = {tuple(sorted(p.shape)) for p in subject.parameters()}
+    kept_bytes = sum(size for shape, size in kept_by_autograd.sizes.values() if tuple(sorted(shape)) not in weights)
+    assert calls.dropouts == [0.1, 0.1]
+    assert predicted == pytest.approx(kept_bytes, rel=0.01)
+
+
 def test_the_self_check_passes_with_varlen_attention_and_finds_another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(torch.device("cpu"), torch.float32, "varlen", "qwen3")
     checks = {check.subject: check for check in checks_for(place, attention_dropout=True, fused_adamw=True)}
@@ -140,36 +174,10 @@ def test_the_self_check_passes_with_varlen_attention_and_finds_another_scale(mon
     assert found == {"varlen attention with dropout"}
 
 
-class WithoutIndexing(TorchFunctionMode):
-    """Replaces `states[..., index]` by operators: Python's indexing asks CUDA itself, and a CPU build has none."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.__getitem__:
-            states, (dots, index) = args
-            assert dots is Ellipsis
-            start, stop, _ = index.indices(states.shape[-1])
-            return states.narrow(-1, start, stop - start)
-        return function(*args, **(kwargs or {}))
-
-
 def test_a_decoder_layer_in_bf16_on_cuda_is_one_graph_with_the_flash_operator_in_it() -> None:
     T, H, K = 28, 4, 16
     layer = model_with(attention=0.1, feed_forward=0.1).causal_lm.model.layers[0].requires_grad_(False)
-
-    def run(weights: dict[str, Tensor], states: Tensor, rotary: Tensor, cu_seqlens: Tensor) -> Any:
-        packing = {"attention_kernel": "varlen", "cu_seqlens": cu_seqlens, "max_seqlen": 14, "attention_mask": None}
-        named = {"position_embeddings": (rotary, rotary), **packing}
-        return torch.func.functional_call(layer, weights, (states,), named)
-
-    torch.set_autocast_enabled("cuda", True)  # torch.autocast switches itself off without CUDA
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    try:
-        with FakeTensorMode(), torch.no_grad(), WithoutIndexing():
-            weights = {name: torch.empty(p.shape, device="cuda:0") for name, p in layer.named_parameters()}
-            states, rotary = torch.empty(1, T, 32, device="cuda:0"), torch.empty(1, T, K, device="cuda:0")
-            graph = make_fx(run)(weights, states, rotary, torch.empty(4, dtype=torch.int32, device="cuda:0")).graph
-    finally:
-        torch.set_autocast_enabled("cuda", False)
+    graph = layer_graph(layer, tokens=T, width=32, head_width=K, longest=14)
     (flash,) = (node for node in graph.nodes if node.target is FLASH)
     inputs = [node.meta["val"] for node in flash.args[:4]]
     heads = [(tuple(value.shape), value.dtype) for value in inputs]
@@ -179,6 +187,23 @@ def test_a_decoder_layer_in_bf16_on_cuda_is_one_graph_with_the_flash_operator_in
     assert (out.shape, out.dtype, out.device.type) == ((T, H, K), torch.bfloat16, "cuda")
     assert (lse.shape, lse.dtype) == ((H, T), torch.float32)
     assert (rng_state.shape, rng_state.dtype, rng_state.device.type) == ((2,), torch.uint64, "cuda")
+
+
+def test_attention_dropout_costs_an_uncompiled_layer_no_launch_and_no_byte_but_the_random_state() -> None:
+    """Bounds what the forward pass of a layer of Qwen3-0.6B launches, and moves for each token, without compiling."""
+    shape = {"num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8}
+    seen = []
+    for dropout in (0.0, 0.1):
+        model = tiny_causal_lm(**shape, **heads)
+        model.set_attn_implementation(register_attention())
+        apply_dropout(model, DropoutConfig(attention=dropout))
+        layer = model.model.layers[0].train().requires_grad_(False)
+        nodes = launches(layer_graph(layer, tokens=4096, width=1024, head_width=128, longest=512))
+        seen.append((len(nodes), bytes_moved(nodes)))
+    (plain_launches, plain_bytes), (dropped_launches, dropped_bytes) = seen
+    assert dropped_launches == plain_launches <= 64
+    assert dropped_bytes - plain_bytes < 100 and plain_bytes / 4096 < 490_000
 
 
 BACKWARD = """

@@ -74,3 +74,9 @@ def test_a_training_resolves_its_machine_once(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(Reached):
         training_run.train(compose(["experiment=demo", f"run.root={tmp_path}"]))
     assert detected == [NONE]
+
+
+@pytest.mark.parametrize("recipe", ["full_sft", "freeze", "lora", "qlora"])
+def test_on_a_gpu_a_recipe_with_its_dropout_has_varlen_attention_and_compiled_layers(recipe: str) -> None:
+    found = setup.resolve_setup(compose(["hardware=a100x4", f"recipe={recipe}"]), trust_profile=True)
+    assert (found.attention, found.execution.compiled, found.compile_obstacle) == ("varlen (auto)", True, None)
