@@ -33,8 +33,9 @@ SILENT_HEARTBEATS = 4
 # Time to find and report the missing rank before the process group's own time-out.
 REPORT_SECONDS = 60.0
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(lightning.__file__).parent))
-# A main thread inside these files waits for other ranks: the backward pass exchanges the gradients.
-WAITING = (str(Path(torch.__file__).parent / "distributed"), str(Path(torch.autograd.__file__).parent))
+# A main thread inside these files waits for other ranks: the backward pass exchanges the gradients. On CUDA collectives
+# are kernels: the host waits where it next waits for a stream or an event.
+WAITING = tuple(str(Path(torch.__file__).parent / folder) for folder in ("distributed", "autograd", "cuda"))
 
 
 @dataclass(frozen=True)
