@@ -4,6 +4,7 @@ import importlib
 import io
 import sys
 
+from qwlit.core.allocator import expand_segments
 from qwlit.core.disk import explaining_disk_errors
 from qwlit.core.errors import (
     ConfigError,
@@ -76,6 +77,7 @@ Exit codes
 def main() -> int:
     """Run the subcommand in `sys.argv` and keep `sys.argv` as it is: Lightning starts its child processes from it."""
     bound_spinning()
+    expand_segments()
     open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character must not end a run.
