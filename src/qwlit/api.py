@@ -81,7 +81,7 @@ def lightning_modules(*overrides: str) -> "tuple[CausalLMModule, StepDataModule]
     from qwlit.training.determinism import prepare_determinism
 
     composed = _composed(overrides)
-    prepare_determinism(composed.config.determinism)
+    prepare_determinism(composed.config.determinism, tf32=composed.config.hardware.tf32)
     run_plan = build_plan(composed, console(stderr=True))
     machine = run_plan.machine
     if machine.strategy == "fsdp" or machine.precision == "16-mixed":

@@ -136,6 +136,7 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["optim=sgd", "optim.momentum=0"], "optim.nesterov=true needs momentum"),
         (["optim=muon", "determinism=strict"], "determinism=strict trains in float32"),
         (["determinism=strict", "model.attention=varlen"], "needs eager attention, but model.attention=varlen"),
+        (["determinism=strict", "hardware.tf32=true"], "in full float32, but hardware.tf32=true rounds"),
         (["recipe=qlora", "determinism=strict"], "adapter.quantization=nf4 has 4 bits"),
         (["adapter.quantization=nf4"], "set recipe=qlora or recipe=lora"),
         (["adapter.use_dora=true"], "adapter.use_dora needs adapters"),

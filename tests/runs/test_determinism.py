@@ -42,6 +42,12 @@ def test_workspaces_that_are_not_fixed_are_refused(monkeypatch):
     prepare_determinism("fast")
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_products_in_tf32_are_allowed_where_the_setting_says_so_and_not_in_the_next_run(tf32):
+    prepare_determinism("fast", tf32=tf32)
+    assert torch.backends.cuda.matmul.allow_tf32 is tf32
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -99,6 +99,8 @@ def _strict(config: RunConfig) -> None:
             f"determinism=strict trains in float32, but hardware.precision={precision};"
             " set hardware.precision=32-true, or use determinism=reproducible"
         )
+    if config.hardware.tf32:
+        raise ConfigError("determinism=strict computes in full float32, but hardware.tf32=true rounds; leave it out")
     if attention not in ("auto", "eager"):
         raise ConfigError(f"determinism=strict needs eager attention, but model.attention={attention}; use auto")
 

@@ -57,7 +57,7 @@ def train(composed: Composed, extensions: Extensions = NO_EXTENSIONS) -> None:
     if under_agent() and "guard.max_rollbacks" not in composed.typed:
         composed = without_rollbacks(composed)
     # Before CUDA starts: CUDA reads the environment only once.
-    prepare_determinism(composed.config.determinism)
+    prepare_determinism(composed.config.determinism, tf32=composed.config.hardware.tf32)
     folder = run_folder(composed)
     # Read this before rank 0 locks the folder and writes its own job into the summary.
     is_requeued = folder.belongs_to_this_job

@@ -62,6 +62,9 @@ class HardwareConfig:
     with more than one device, fsdp where ddp does not fit."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """auto: bf16 with float32 weights where the GPU has it, float16 with loss scaling on older GPUs, float32 on CPU."""
+    tf32: Flag = False
+    """Round the factors of float32 matrix products to TF32's 10 bits of mantissa on CUDA: faster with 32-true on Ampere
+    and newer; products in bfloat16 and float16 are as before."""
     activation_checkpointing: Literal["auto"] | ActivationCheckpointing = "auto"
     """What each layer keeps for the backward pass: everything (none), what is slow to compute (selective), one hidden
     state (full), or that state in host memory (offload). Same gradients, more time. auto: the first level that fits."""

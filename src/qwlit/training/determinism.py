@@ -17,12 +17,16 @@ FIXED_WORKSPACES = (":4096:8", ":16:8")
 https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility"""
 
 
-def prepare_determinism(mode: Determinism) -> None:
+def prepare_determinism(mode: Determinism, *, tf32: bool = False) -> None:
     """Set environment variables, which CUDA and NCCL read when they start, and torch's settings.
+
+    Args:
+        tf32: whether CUDA may compute float32 matrix products in TF32; `config.relations` refuses it with strict.
 
     Raises:
         ConfigError: CUBLAS_WORKSPACE_CONFIG is set to something else.
     """
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     if mode == "fast":
         return
     workspaces = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", FIXED_WORKSPACES[0])
@@ -36,7 +40,6 @@ def prepare_determinism(mode: Determinism) -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     if mode == "strict":
-        torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
 
 
