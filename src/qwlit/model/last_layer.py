@@ -1,5 +1,9 @@
 """Compute the last decoder layer's feed-forward block only at the label positions: nothing else reads its result.
 
+Where 40 % of the tokens are supervised, this saves 1.1 % of a step's FLOPs (counted for Qwen3-0.6B and 8B). Compiled,
+the last layer is a function of its own: compiling it as well took 9 s more of processor time (a small layer, training
+and validation, on CPU), which a quarter of an hour of training earns.
+
 Shapes: B sequences, T positions, N label positions, D hidden.
 """
 
