@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qwlit.core.allocator import expand_segments
 from qwlit.core.threads import bound_spinning
 
 
@@ -18,6 +19,7 @@ def command_line_environment() -> dict[str, str]:
     """Return the environment that qwlit's command line gives itself before it imports torch."""
     environment = dict(os.environ)
     bound_spinning(environment)
+    expand_segments(environment)
     return environment
 
 

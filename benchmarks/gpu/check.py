@@ -1,19 +1,26 @@
-"""Whether this device computes what it should: a small training against float32, and the tests that need a GPU.
+"""Whether this device computes what it should: kernels, a small training, and the tests that need a GPU.
 
-The command line trains a small model for five steps in each way. Its losses must be those of `determinism=strict`,
-which computes in float32 with eager attention and compiles nothing. The tests are `tests/parity/test_cuda.py`: kernels
-against plain torch, on small tensors.
+The self-check with which a training begins compares each way of computing that is qwlit's own with plain torch in
+float64, here in every precision and with every kernel of attention. The command line trains a small model for five
+steps in each way; its losses must be those of `determinism=strict`, which computes in float32 with eager attention and
+compiles nothing. The tests are `tests/parity/test_cuda.py`: kernels against plain torch, on small tensors.
 """
 
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.gpu.data import common_words
 from benchmarks.gpu.tables import COMPARED, Cells, Scale, Tables, agreement, said_how
 from benchmarks.gpu.train_once import train_once
 from benchmarks.train import largest_difference
+from qwlit.model.families import FAMILIES
+from qwlit.training.kernel_checks import Place
+from qwlit.training.self_check import LIMITS, KernelCheck, checks_for
 
 ROOT = Path(__file__).parents[2]
 FILES = ("tests/parity/test_cuda.py",)
@@ -24,10 +31,14 @@ WAYS = {
     "full, optimizer on the host": ["recipe=full_sft", "hardware.offload_optimizer=true"],
     "LoRA": ["recipe=lora"],
 }
-TRAININGS, TESTS = "Five steps of a small model", "Tests on this device"
+KERNELS, TRAININGS, TESTS = "The self-check", "Five steps of a small model", "Tests on this device"
 
 
 def measure(tables: Tables, scale: Scale) -> None:
+    for place in places(scale):
+        for check in checks_for(place, attention_dropout=True, fused_adamw=True):
+            how = f"{place.model_type}, {str(place.dtype).removeprefix('torch.')}, {place.attention}"
+            tables.measure(KERNELS, {"kernel": check.subject, "how": how}, partial(deviation, check, place))
     tables.measure(TESTS, {"test": "all of them"}, lambda: run_tests(tables))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -36,6 +47,22 @@ def measure(tables: Tables, scale: Scale) -> None:
         exact: dict[str, list[float]] = {}
         for way in ("full",) if scale.toy else WAYS:
             tables.measure(TRAININGS, {"way": way}, partial(one, folder, common, way, scale, exact))
+
+
+def places(scale: Scale) -> Iterator[Place]:
+    """Return the ways in which a training may compute on this device."""
+    device = torch.device(scale.device)
+    for model_type in FAMILIES:
+        if scale.device == "cuda":
+            yield Place(device, torch.bfloat16, "varlen", model_type)
+            yield Place(device, torch.bfloat16, "sdpa", model_type)
+            yield Place(device, torch.float32, "eager", model_type)
+        yield Place(device, torch.float32, "sdpa", model_type)
+
+
+def deviation(check: KernelCheck, place: Place) -> Cells:
+    """Run one check."""
+    return {COMPARED: agreement({"plain torch": check.deviation(place)}, LIMITS[place.dtype])}
 
 
 def one(folder: Path, common: list[str], way: str, scale: Scale, exact: dict[str, list[float]]) -> Cells:
