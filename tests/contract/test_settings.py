@@ -198,6 +198,14 @@ def test_the_machines_promised_are_there_and_say_all_of_themselves():
         (["data.val_fraction=5%"], "data.val_fraction=5%: .*Write 0.05"),
         (["learing_rate=1e-4"], r"learing_rate: no such setting \(did you mean learning_rate, here optim.lr\?\)"),
         (["data.columns={query: q}"], "no format reads 'query'. Did you mean 'prompt'"),
+        (
+            ["hardware.offload_optimizer=cpu"],
+            "hardware.offload_optimizer=cpu: input should be true or false, or 'auto'.",
+        ),
+        (
+            ["hardware.micro_batch_tokens=ALL"],
+            "hardware.micro_batch_tokens=ALL: input should be a valid integer, or 'auto'.",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_the_field(words, said):

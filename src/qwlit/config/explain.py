@@ -14,6 +14,7 @@ from qwlit.core.errors import nearest
 
 # pydantic's phrases about Python types → phrases about typed settings.
 PLAIN_PHRASES = {
+    "a valid boolean": "true or false",
     "a valid tuple": "a list, [first,second]",
     "^field required": "give two values, [first,second]",
     r"a dictionary or an instance of \w+": "settings, key by key",
@@ -51,8 +52,19 @@ def explain(error: ValidationError, groups: list[str]) -> str:
     rule = rule[0].lower() + rule[1:]
     for jargon, plain in PLAIN_PHRASES.items():
         rule = re.sub(jargon, plain, rule)
+    rule += _alternatives(finding, findings)
     value = show_value(finding["input"])
     return f"{field}={value}: {rule}.{_hint(finding['type'], finding['input'], rule)}"
+
+
+def _alternatives(finding: Any, findings: list[Any]) -> str:
+    """Return the words that a setting of another type takes too, such as 'auto'."""
+    words = [
+        other["ctx"]["expected"]
+        for other in findings
+        if other is not finding and other["type"] == "literal_error" and other["loc"][:-1] == finding["loc"][:-1]
+    ]
+    return "".join(f", or {expected}" for expected in words)
 
 
 def _hint(kind: str, value: Any, rule: str) -> str:
