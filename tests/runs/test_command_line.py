@@ -27,7 +27,7 @@ def test_help_names_the_subcommands_without_importing_torch(tmp_path):
 def test_train_help_lists_every_group_and_setting(tmp_path):
     done = qwlit(["train", "--help"], tmp_path)
     assert done.returncode == 0
-    for word in ("recipe", "full_sft", "optim.lr=1e-05", "hardware.micro_batch_tokens=null", "experiment=demo"):
+    for word in ("recipe", "full_sft", "optim.lr=1e-05", "hardware.micro_batch_tokens=auto", "experiment=demo"):
         assert word in done.stdout
 
 
