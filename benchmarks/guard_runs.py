@@ -53,6 +53,7 @@ def train(name: str, *overrides: str) -> dict[str, Any]:
     alarms = sorted((e for e in events if e["event"] in ("rollback", "stopped")), key=lambda event: event["time"])
     # A rollback is recorded at the step to which the run goes.
     first_alarm = [(a["decision"]["from_step"] if "decision" in a else a["step"], a["reason"]) for a in alarms[:1]]
+    last_line = (done.stderr.strip().splitlines() or [""])[-1]
     return {
         "name": name,
         "code": done.returncode,
@@ -64,7 +65,7 @@ def train(name: str, *overrides: str) -> dict[str, Any]:
         "first_loss": mean(loss for _, loss in losses[:5]) if losses else None,
         "last_loss": mean(loss for _, loss in losses[-5:]) if losses else None,
         "losses": losses,
-        "said": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "",
+        "said": last_line.replace(f"{Path(__file__).parents[1]}/", ""),
     }
 
 
