@@ -210,24 +210,31 @@ def compare_fake(words: list[str]) -> tuple[float, float]:
     micro, size = micro_batch(packing=True)
     subject_model = build_meta_model(config.model, config.adapter, config.dropout, config.freeze)
     predicted = activation_bytes(subject_model, config.adapter, config.dropout, execution, sharding, size).after_forward
-    kept = _Kept()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = LossModel(_as_fake(subject_model, execution.frozen_dtype), "sdpa").train()
-        with (
-            torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16),
-        ):
-            model.causal_lm.model(
-                input_ids=micro.input_ids,
-                position_ids=micro.position_ids,
-                use_cache=False,
-                attention_kernel="sdpa",
-                document_lengths=micro.document_lengths,
-                label_positions=micro.label_positions,
-            )
+        return predicted, kept_by_forward(model, micro)
+
+
+def kept_by_forward(model: LossModel, micro: MicroBatch) -> float:
+    """Return the bytes that autograd keeps of a forward pass of the decoder, with fake tensors, under autocast."""
+    kept = _Kept()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        model.causal_lm.model(
+            input_ids=micro.input_ids,
+            position_ids=micro.position_ids,
+            use_cache=False,
+            attention_kernel=model.attention,
+            cu_seqlens=micro.cu_seqlens,
+            max_seqlen=micro.max_seqlen,
+            document_lengths=None if model.attention == "varlen" else micro.document_lengths,
+            label_positions=micro.label_positions,
+        )
     # Autocast's copies of the weights are a component of their own.
-    shapes = {tuple(sorted(p.shape)) for p in subject_model.parameters()}
-    return predicted, float(sum(size for shape, size in kept.sizes.values() if tuple(sorted(shape)) not in shapes))
+    weights = {tuple(sorted(p.shape)) for p in model.parameters()}
+    return float(sum(size for shape, size in kept.sizes.values() if tuple(sorted(shape)) not in weights))
 
 
 SHARDED = [

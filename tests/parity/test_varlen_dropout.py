@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.memory import _as_fake, _Kept, micro_batch
+from benchmarks.memory import _as_fake, kept_by_forward, micro_batch
 from qwlit.config.compose import compose
 from qwlit.model import activation_checkpointing, attention
 from qwlit.model.activation_checkpointing import apply_activation_checkpointing
@@ -136,26 +136,10 @@ def test_autograd_keeps_what_the_memory_plan_counts_and_no_mask() -> None:
     execution = Execution("varlen", "none", torch.float32, torch.bfloat16)
     on_cuda = ShardingAndPrecision("cuda", 1, torch.bfloat16.itemsize)
     predicted = activation_bytes(subject, config.adapter, config.dropout, execution, on_cuda, size).after_forward
-    kept_by_autograd = _Kept()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = LossModel(_as_fake(subject, execution.frozen_dtype), "varlen").train()
-        with (
-            Calls() as calls,
-            torch.autograd.graph.saved_tensors_hooks(kept_by_autograd.pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16),
-        ):
-            model.causal_lm.model(
-                input_ids=micro.input_ids,
-                position_ids=micro.position_ids,
-                use_cache=False,
-                attention_kernel="varlen",
-                cu_seqlens=micro.cu_seqlens,
-                max_seqlen=micro.max_seqlen,
-                label_positions=micro.label_positions,
-            )
-    # Autocast's copies of the weights are a component of their own.
-    weights = {tuple(sorted(p.shape)) for p in subject.parameters()}
-    kept_bytes = sum(size for shape, size in kept_by_autograd.sizes.values() if tuple(sorted(shape)) not in weights)
+        with Calls() as calls:
+            kept_bytes = kept_by_forward(model, micro)
     assert calls.dropouts == [0.1, 0.1]
     assert predicted == pytest.approx(kept_bytes, rel=0.01)
 

@@ -17,6 +17,7 @@ from qwlit.core.copies import Copies
 from qwlit.core.patterns import layer_of
 from qwlit.core.sharding import local
 from qwlit.optim.groups import ParameterGroup
+from qwlit.optim.skippable import call_with_gradients
 from qwlit.optim.stand_ins import Build, Part, StandInOptimizer
 
 
@@ -71,10 +72,7 @@ class HostOptimizer(StandInOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = call_with_gradients(closure)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -9,6 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
+def call_with_gradients(closure: Callable[[], Any] | None) -> Any:
+    """Call the closure of a step, in which Lightning may run forward and backward passes; return its result."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class SkippableOptimizer(Optimizer):
     """One optimizer whose groups and state are those of its parts. It is also saved as one optimizer.
 
@@ -33,10 +41,7 @@ class SkippableOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = call_with_gradients(closure)
         if self.found_inf is not None and bool(self.found_inf):
             return result
         if self.grad_scale is not None:

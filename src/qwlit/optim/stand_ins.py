@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from qwlit.core.sharding import local, smallest_slice
 from qwlit.optim.groups import ParameterGroup
+from qwlit.optim.skippable import call_with_gradients
 
 Build = Callable[[list[ParameterGroup]], Optimizer]
 
@@ -131,10 +132,7 @@ class SliceOptimizer(StandInOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = call_with_gradients(closure)
         for parameter, stand_in in self.stand_ins.items():
             if parameter.grad is not None:
                 stand_in.grad = local(parameter.grad)
